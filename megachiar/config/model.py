@@ -1,0 +1,119 @@
+"""`model:` what is trained. See the paper (arXiv 2606.08327) for the terms; equations are cited where they are built."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from megachiar.config.section import Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Operator = Literal["dct", "rbf", "attention"]
+# One threshold for all routed layers, or one per routed layer (layers 2..L-1, in order).
+Threshold = Share | Annotated[tuple[Share, ...], Field(strict=False)]
+
+
+class DctConfig(Section):
+    """The orthonormal DCT-II over the channels of one token, and what is read off its spectrum."""
+
+    gain: PositiveFloat = 1.0
+    """Factor outside the learned filter: op(x) = gain * C^T diag(w) C x. The published code has 2."""
+    entropy_dc_weight: PositiveFloat = 1.0
+    """Weight of the zero-frequency bin's power in the spectral entropy. The published code has 2."""
+    entropy_epsilon: Annotated[float, Field(ge=0.0, le=1e-3)] = 0.0
+    """Added inside the logarithm of the entropy. The published code has 1e-8, which lowers H by about d * 1e-8 / ln d."""
+
+
+class RouterConfig(Section):
+    """Which operator each token of a routed layer takes."""
+
+    kind: Literal["threshold", "soft", "hard", "random"] = "threshold"
+    """threshold: by spectral entropy against tau. soft: softmax blend of all operators. hard: argmax with a
+    straight-through gradient. random: control with a fixed share, a hash of seed, layer and position."""
+    operators: Annotated[tuple[Operator, ...], Field(strict=False)] = ("dct", "attention")
+    """Operators of a routed layer, by rising spectral entropy: [dct, attention] or [dct, rbf, attention]."""
+    tau: Threshold | None = None
+    """Threshold on H in [0, 1], two operators: attention where H > tau. One number, or one per routed layer."""
+    tau_low: Threshold | None = None
+    """Three operators: DCT where H < tau_low."""
+    tau_high: Threshold | None = None
+    """Three operators: attention where H > tau_high, RBF between."""
+    attention_share: Share | None = None
+    """random: share of tokens sent to attention."""
+    rbf_share: Share | None = None
+    """random with three operators: share of tokens sent to RBF mixing."""
+    seed: int = 0
+    """random: seed of the hash."""
+    collapse_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """lambda of the collapse regulariser -lambda * U added to the loss; U is the entropy of the mean operator use."""
+    collapse_temperature: PositiveFloat = 0.01
+    """threshold: width in H of the soft gates through which the regulariser gets its gradient (units of H)."""
+
+
+class AttentionConfig(Section):
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+
+
+class RbfConfig(Section):
+    features: Annotated[int, Field(gt=0, multiple_of=2)] = 64
+    """Random Fourier features phi(x): half cosines, half sines."""
+    gamma: PositiveFloat = 1.0
+    """Width of the kernel exp(-gamma |x - y|^2): frequencies are drawn with variance 2 * gamma."""
+
+
+class MetaRouterConfig(Section):
+    """Gate g of layer 1: x <- g * layer1(x) + (1 - g) * x with g = sigmoid(v . mean(x) + b)."""
+
+    pool: Literal["batch", "causal", "none"] = "causal"
+    """What the mean runs over. batch: all tokens of the micro-batch, later ones included, as published: training leaks
+    the future into the gate, and logits depend on what else is in the batch. causal: the prefix of the same sequence.
+    none: no gate, layer 1 is always used."""
+    init: Literal["intended", "published"] = "intended"
+    """intended: v = 0, b = 2 (g = 0.88). published: v ~ normal(0, initializer_std), b = 0 (g = 0.5)."""
+
+
+class ModelConfig(Section):
+    kind: Literal["chiar", "baseline"] = "chiar"
+    """chiar: layer 1 DCT only, layers 2..L-1 routed, layer L attention only. baseline: attention in every layer, no gate."""
+    num_layers: PositiveInt
+    hidden_size: Annotated[int, Field(ge=2)]
+    """d, channels of a token."""
+    num_attention_heads: PositiveInt
+    ffn_hidden_size: PositiveInt | None = None
+    """Width of the feed-forward; 4 * hidden_size when not given."""
+    vocab_size: PositiveInt
+    """Rows of the embedding. At least the tokenizer's vocabulary; ids above it are never seen."""
+    max_sequence_length: PositiveInt
+    """Longest sequence in tokens for training and generation."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """After the embedding, inside the feed-forward and on attention probabilities."""
+    norm: Literal["post", "pre"] = "post"
+    """post: y = LN(x + op(x)), the paper's. pre: y = x + op(LN(x))."""
+    norm_epsilon: PositiveFloat = 1e-5
+    initializer_std: PositiveFloat = 0.02
+    """Standard deviation of linear and embedding weights at the start; biases start at 0."""
+    dct: DctConfig = DctConfig()
+    router: RouterConfig = RouterConfig()
+    attention: AttentionConfig = AttentionConfig()
+    rbf: RbfConfig = RbfConfig()
+    meta_router: MetaRouterConfig = MetaRouterConfig()
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def routed_layers(self) -> range:
+        """Indices (from 0) of the layers that route; empty for the baseline."""
+        return range(1, self.num_layers - 1) if self.kind == "chiar" else range(0)
+
+    def threshold(self, name: Literal["tau", "tau_low", "tau_high"], layer: int) -> float:
+        """The threshold of routed layer ``layer`` (index from 0 in the whole stack)."""
+        value = getattr(self.router, name)
+        return value[layer - self.routed_layers.start] if isinstance(value, tuple) else value

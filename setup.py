@@ -1,0 +1,38 @@
+"""Install megachiar: ``pip install -c constraints.txt -e .``
+
+The package must be installed, not only checked out: ``deepspeed megachiar/pretrain.py`` puts ``megachiar/`` on
+``sys.path``, not the folder above it.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megachiar",
+    version="0.1.0",
+    description="Distributed pretraining for CHIAR-Former language models",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megachiar", "megachiar.*"]),
+    install_requires=[
+        "torch>=2.6,<3",
+        "deepspeed>=0.19,<0.21",
+        "numpy>=1.26",
+        "pydantic>=2.8",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "tokenizers>=0.20",
+        "zstandard>=0.22",
+        "pyarrow>=15",
+    ],
+    extras_require={
+        # Faster where installed, never needed. NVIDIA's apex is built from its own source tree: the package called
+        # "apex" on the index is another project and is not listed here on purpose.
+        "gpu": ["triton>=3", "nvidia-ml-py>=12"],
+        "mpi": ["mpi4py>=4"],
+        "hf": ["datasets>=3", "transformers>=4.44"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "scipy>=1.11", "ruff>=0.6"],
+    },
+)
