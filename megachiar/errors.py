@@ -23,6 +23,9 @@ class UserError(ValueError):
         remedy: what to do about it.
     """
 
+    same_on_every_rank = False
+    """True where each rank of a run meets the same error, so that one report is enough."""
+
     def __init__(self, where: object, problem: str, remedy: str = ""):
         self.where, self.problem, self.remedy = str(where), problem, remedy
         super().__init__(f"{where}: {problem}" + (f"\n    remedy: {remedy}" if remedy else ""))

@@ -1,0 +1,129 @@
+"""The sections of a run's YAML file other than `model:`, with the meaning and unit of each key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megachiar.config.section import Section
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class SourceConfig(Section):
+    path: Path
+    """Prefix of an indexed dataset: PREFIX.bin, PREFIX.idx and (if made here) PREFIX.json."""
+    weight: PositiveFloat = 1.0
+    """Share of training samples from this source, relative to the other weights."""
+
+
+class DataConfig(Section):
+    train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """Sources to train on, blended by weight."""
+    validation: dict[str, Path] = {}
+    """Validation sets by name: prefixes of indexed datasets, read whole and in order."""
+    sequence_length: PositiveInt | None = None
+    """Tokens of a training sample; model.max_sequence_length when not given."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder. When not given, the one that the first source's manifest names."""
+    prefetch: PositiveInt = 4
+    """Micro-batches that each rank reads ahead."""
+
+
+class ParallelConfig(Section):
+    pipeline_size: PositiveInt = 1
+    """Pipeline stages (pp)."""
+    tensor_size: PositiveInt = 1
+    """Tensor-parallel ranks a layer is split over (tp)."""
+    data_size: PositiveInt | None = None
+    """Data-parallel ranks (dp). When not given: world size / (pp * tp)."""
+    sequence: bool = False
+    """Sequence parallelism: rows outside attention are sharded over the tensor-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients as well, 3 parameters as well."""
+
+
+class PrecisionConfig(Section):
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights, activations and gradients in a step. bf16 and fp16 keep fp32 master weights."""
+    gradient_accumulation: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type gradients are summed in over micro-batches."""
+    loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
+    """fp16 only: a fixed factor, or one that follows overflows."""
+    initial_loss_scale: PositiveFloat = 65536.0
+    """fp16 with a dynamic scale: where it starts; a power of two."""
+    loss_scale_window: PositiveInt = 1000
+    """fp16 with a dynamic scale: steps without overflow until it doubles."""
+    tf32: bool = True
+    """Let fp32 matrix products on NVIDIA GPUs use TF32. Spectral entropy never does."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay. No decay on biases, norms and DCT filters."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_gradient_norm: PositiveFloat | None = 1.0
+    """Global L2 norm that gradients are clipped to; null for no clipping."""
+    implementation: Literal["auto", "torch", "apex"] = "auto"
+    """auto: NVIDIA apex's fused Adam on a GPU where it is installed, else torch's (fused where torch has it)."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps. Step 0 has learning_rate / warmup_steps, not 0."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """cosine, linear: from the peak to the minimum at decay_steps. constant: the peak. wsd: the peak until
+    decay_steps * (1 - wsd_decay_fraction), then linearly to the minimum."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    minimum_learning_rate: NonNegativeFloat = 0.0
+    decay_steps: PositiveInt | None = None
+    """Step at which the minimum is reached; training.steps when not given."""
+    wsd_decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """wsd: share of decay_steps that the decay takes."""
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt
+    """Optimizer steps of the run."""
+    global_batch_size: PositiveInt
+    """Sequences a step, over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt
+    """Sequences of one forward pass on one rank."""
+    seed: NonNegativeInt = 1234
+    """Seeds initial weights, order of samples and dropout."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations on data.validation; null: only at the end."""
+    evaluation_windows: PositiveInt | None = None
+    """Windows of sequence_length tokens read of each validation set during training; null: all."""
+    threads: PositiveInt | None = None
+    """CPU threads of each rank; when not given, the machine's cores shared out among its ranks (OMP_NUM_THREADS wins)."""
+    communication_timeout_s: PositiveFloat = 1800.0
+    """Seconds a collective waits for the other ranks before the run stops."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt | None = None
+    """Steps between checkpoints; null: only at the end and on a signal."""
+    keep: PositiveInt | None = 3
+    """Newest checkpoints that are kept; null: all."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
+    has one."""
+    load_from: Path | None = None
+    """Checkpoint (or run folder) to start from when the run folder has none yet: weights, optimizer and position."""
+
+
+class LoggingConfig(Section):
+    folder: Path
+    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+    every: PositiveInt = 10
+    """Steps between lines of the log."""
+    tensorboard: bool = True
+    """Write TensorBoard event files below the run folder."""

@@ -1,0 +1,54 @@
+"""Where people are spoken to: one console on standard error, and the way a program ends.
+
+Standard output is kept for results (``--json``, a sample); everything else goes to standard error, from rank 0 only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+
+from megachiar.errors import EXIT_USER_ERROR, UserError
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+def global_rank() -> int:
+    """Rank of this process as its launcher set it; 0 when there is no launcher."""
+    return int(os.environ.get("RANK", "0") or 0)
+
+
+def make_console() -> Console:
+    """A console on standard error that does not break lines in log files; silent on ranks other than 0."""
+    width = None if sys.stderr.isatty() else 200
+    return Console(stderr=True, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0)
+
+
+def report(error: UserError) -> None:
+    """Print ``error`` once: rank 0 for what every rank sees alike, otherwise the rank it happened on."""
+    rank = global_rank()
+    if rank and error.same_on_every_rank:
+        return
+    prefix = f"[rank {rank}] " if rank else ""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(prefix + str(error))}")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call ``main`` and exit: its return value (None = 0), 2 for a ``UserError`` without a traceback, 130 for Ctrl-C."""
+    try:
+        code = main()
+    except UserError as error:
+        report(error)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `tool | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
