@@ -39,7 +39,7 @@ def report(error: UserError) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call ``main`` and exit: its return value (None = 0), 2 for a ``UserError`` without a traceback, 130 for Ctrl-C."""
+    """Call ``main`` and exit with its value (None = 0), 2 for a ``UserError`` without a traceback, 130 for Ctrl-C."""
     try:
         code = main()
     except UserError as error:

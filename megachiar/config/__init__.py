@@ -1,0 +1,7 @@
+"""A run's config: typed, frozen, checked. ``load_config`` is the way in."""
+
+from megachiar.config.errors import ConfigError, Problem
+from megachiar.config.model import ModelConfig
+from megachiar.config.run import RunConfig, load_config, parse_config
+
+__all__ = ["ConfigError", "ModelConfig", "Problem", "RunConfig", "load_config", "parse_config"]

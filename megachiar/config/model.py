@@ -1,4 +1,4 @@
-"""`model:` what is trained. See the paper (arXiv 2606.08327) for the terms; equations are cited where they are built."""
+"""`model:` what is trained. See the paper (arXiv 2606.08327) for the terms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DctConfig(Section):
     entropy_dc_weight: PositiveFloat = 1.0
     """Weight of the zero-frequency bin's power in the spectral entropy. The published code has 2."""
     entropy_epsilon: Annotated[float, Field(ge=0.0, le=1e-3)] = 0.0
-    """Added inside the logarithm of the entropy. The published code has 1e-8, which lowers H by about d * 1e-8 / ln d."""
+    """Added inside the logarithm of the entropy. The published code has 1e-8, about -d * 1e-8 / ln d on H."""
 
 
 class RouterConfig(Section):
@@ -76,7 +76,8 @@ class MetaRouterConfig(Section):
 
 class ModelConfig(Section):
     kind: Literal["chiar", "baseline"] = "chiar"
-    """chiar: layer 1 DCT only, layers 2..L-1 routed, layer L attention only. baseline: attention in every layer, no gate."""
+    """chiar: layer 1 DCT only, layers 2..L-1 routed, layer L attention only. baseline: attention in all
+    layers, no gate."""
     num_layers: PositiveInt
     hidden_size: Annotated[int, Field(ge=2)]
     """d, channels of a token."""

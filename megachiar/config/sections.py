@@ -103,7 +103,7 @@ class TrainingConfig(Section):
     evaluation_windows: PositiveInt | None = None
     """Windows of sequence_length tokens read of each validation set during training; null: all."""
     threads: PositiveInt | None = None
-    """CPU threads of each rank; when not given, the machine's cores shared out among its ranks (OMP_NUM_THREADS wins)."""
+    """CPU threads of each rank; when not given, OMP_NUM_THREADS, else the cores shared out among ranks."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a collective waits for the other ranks before the run stops."""
 

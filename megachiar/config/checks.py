@@ -1,0 +1,224 @@
+"""What no single key can tell: checks over keys and sections.
+
+Each check names the sections it needs as its arguments, and runs when all of them could be typed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megachiar.config.errors import Problem
+from megachiar.config.model import ModelConfig
+from megachiar.config.sections import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
+
+
+def run(sections: dict[str, Any]) -> list[Problem]:
+    """All problems that the checks find in ``sections`` (name -> typed section)."""
+    return [
+        problem
+        for check in CHECKS
+        if (needed := list(inspect.signature(check).parameters)) and all(name in sections for name in needed)
+        for problem in check(**{name: sections[name] for name in needed})
+    ]
+
+
+def model_shape(model: ModelConfig) -> Iterator[Problem]:
+    d, heads = model.hidden_size, model.num_attention_heads
+    if d % heads:
+        yield Problem(
+            "model.num_attention_heads",
+            f"{heads} does not divide model.hidden_size {d}",
+            f"choose one of {_divisors(d)}",
+        )
+    elif (d // heads) % 2:
+        yield Problem(
+            "model.num_attention_heads",
+            f"{heads} heads of {d // heads} channels: rotary embedding needs an even number of channels a head",
+            "change hidden_size or num_attention_heads",
+        )
+    if model.kind == "chiar" and model.num_layers < 2:
+        yield Problem(
+            "model.num_layers",
+            f"is {model.num_layers}; a chiar model has a DCT layer first and an attention layer last, so at least 2",
+            "use more layers or kind: baseline",
+        )
+
+
+def router(model: ModelConfig) -> Iterator[Problem]:
+    if model.kind == "baseline":
+        return
+    r = model.router
+    if r.operators not in OPERATOR_SETS:
+        allowed = " or ".join(str(list(s)) for s in OPERATOR_SETS)
+        yield Problem("model.router.operators", f"is {list(r.operators)}", f"use {allowed}")
+        return
+    three = len(r.operators) == 3
+    needed: list[str] = []
+    if r.kind == "threshold":
+        needed = ["tau_low", "tau_high"] if three else ["tau"]
+    elif r.kind == "random":
+        needed = ["attention_share", "rbf_share"] if three else ["attention_share"]
+    for name in ("tau", "tau_low", "tau_high", "attention_share", "rbf_share"):
+        given = getattr(r, name) is not None
+        what = f"kind {r.kind} with operators {list(r.operators)}"
+        if name in needed and not given:
+            yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
+        elif given and name not in needed:
+            yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
+    yield from _threshold_lists(model)
+    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not _problems(model):
+        for layer in model.routed_layers:
+            low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
+            if low > high:
+                yield Problem(
+                    "model.router.tau_low", f"{low} is above tau_high {high} (layer {layer + 1})", "swap them"
+                )
+                break
+    if r.kind == "random" and three and (r.attention_share or 0) + (r.rbf_share or 0) > 1:
+        total = r.attention_share + r.rbf_share
+        yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
+    if r.kind == "random" and r.collapse_weight:
+        yield Problem(
+            "model.router.collapse_weight",
+            f"is {r.collapse_weight}: a random router has nothing to regularise",
+            "set it to 0",
+        )
+
+
+def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
+    routed = len(model.routed_layers)
+    for name in ("tau", "tau_low", "tau_high"):
+        value = getattr(model.router, name)
+        if isinstance(value, tuple) and len(value) != routed:
+            yield Problem(
+                f"model.router.{name}",
+                f"has {len(value)} values for {routed} routed layers (2..{model.num_layers - 1})",
+                f"give one number or {routed}",
+            )
+
+
+def _problems(model: ModelConfig) -> bool:
+    return any(True for _ in _threshold_lists(model))
+
+
+def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    if data.sequence_length and data.sequence_length > model.max_sequence_length:
+        yield Problem(
+            "data.sequence_length",
+            f"{data.sequence_length} is above model.max_sequence_length {model.max_sequence_length}",
+            "lower it or raise model.max_sequence_length",
+        )
+
+
+def batch(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    unit = training.micro_batch_size * (parallel.data_size or 1)
+    if training.global_batch_size % unit:
+        ranks = f" * parallel.data_size {parallel.data_size}" if parallel.data_size else ""
+        below = training.global_batch_size // unit * unit
+        yield Problem(
+            "training.global_batch_size",
+            f"{training.global_batch_size} is no multiple of micro_batch_size {training.micro_batch_size}{ranks}",
+            f"use {f'{below} or ' if below else ''}{below + unit}",
+        )
+
+
+def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    pp, tp = parallel.pipeline_size, parallel.tensor_size
+    if pp > 1 and parallel.zero_stage >= 2:
+        yield Problem(
+            "parallel.zero_stage",
+            f"{parallel.zero_stage} with pipeline_size {pp}: pipeline stages keep gradients and parameters whole",
+            "use zero_stage 1, or pipeline_size 1",
+        )
+    if pp > model.num_layers:
+        yield Problem(
+            "parallel.pipeline_size",
+            f"{pp} stages for {model.num_layers} layers",
+            f"use at most {model.num_layers}",
+        )
+    sizes = (("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_size))
+    for name, size in (*sizes, ("vocab_size", model.vocab_size)):
+        if size % tp:
+            yield Problem(
+                "parallel.tensor_size",
+                f"{tp} does not divide model.{name} {size}",
+                f"choose a divisor or pad model.{name} to {-(-size // tp) * tp}",
+            )
+    if parallel.sequence and tp == 1:
+        yield Problem("parallel.sequence", "is true with tensor_size 1", "raise tensor_size or set it to false")
+
+
+def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    compute, accumulation = precision.compute, precision.gradient_accumulation
+    if accumulation not in ("fp32", compute):
+        yield Problem(
+            "precision.gradient_accumulation",
+            f"is {accumulation} with compute {compute}",
+            f"use fp32{'' if compute == 'fp32' else f' or {compute}'}",
+        )
+    if compute != "fp32" and parallel.zero_stage == 0:
+        yield Problem(
+            "parallel.zero_stage",
+            f"is 0 with compute {compute}: DeepSpeed keeps no sound fp32 master weights there",
+            "use zero_stage 1 (on one rank it shards nothing)",
+        )
+    if not math.log2(precision.initial_loss_scale).is_integer():
+        yield Problem("precision.initial_loss_scale", f"{precision.initial_loss_scale} is no power of two", "use 65536")
+
+
+def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:
+    if schedule.minimum_learning_rate > optimizer.learning_rate:
+        yield Problem(
+            "schedule.minimum_learning_rate",
+            f"{schedule.minimum_learning_rate} is above optimizer.learning_rate {optimizer.learning_rate}",
+            "lower it",
+        )
+    # Against training.steps nothing is checked: a run cut short with --set training.steps=3 just stays in warm-up.
+    end = schedule.decay_steps
+    if schedule.kind == "constant" or end is None:
+        return
+    if schedule.warmup_steps >= end:
+        yield Problem(
+            "schedule.warmup_steps", f"{schedule.warmup_steps} leaves nothing of decay_steps {end}", f"use below {end}"
+        )
+    elif schedule.kind == "wsd" and schedule.warmup_steps > end * (1 - schedule.wsd_decay_fraction):
+        yield Problem(
+            "schedule.wsd_decay_fraction",
+            f"{schedule.wsd_decay_fraction} of {end} steps begins before warm-up ends at {schedule.warmup_steps}",
+            "shorten the decay or the warm-up",
+        )
+
+
+def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    if training.evaluate_every and not data.validation:
+        yield Problem(
+            "training.evaluate_every", f"is {training.evaluate_every} with no data.validation", "name a validation set"
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0 and n // i % 2 == 0)
+
+
+CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
+    model_shape,
+    router,
+    sequence_length,
+    batch,
+    layout,
+    precision,
+    schedule,
+    evaluation,
+)

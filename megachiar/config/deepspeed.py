@@ -1,0 +1,84 @@
+"""From the typed config to DeepSpeed's dict: one table says which raw key each typed key owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from megachiar.config.errors import Problem
+
+if TYPE_CHECKING:
+    from megachiar.config.run import RunConfig
+
+# DeepSpeed key -> (typed key, its value). A raw key under `deepspeed:` may repeat such a value, never contradict it.
+OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
+    "train_batch_size": ("training.global_batch_size", lambda c: c.training.global_batch_size),
+    "train_micro_batch_size_per_gpu": ("training.micro_batch_size", lambda c: c.training.micro_batch_size),
+    "gradient_clipping": ("optimizer.clip_gradient_norm", lambda c: c.optimizer.clip_gradient_norm or 0.0),
+    "zero_optimization.stage": ("parallel.zero_stage", lambda c: c.parallel.zero_stage),
+    "bf16.enabled": ("precision.compute", lambda c: c.precision.compute == "bf16"),
+    "fp16.enabled": ("precision.compute", lambda c: c.precision.compute == "fp16"),
+    "fp16.loss_scale": (
+        "precision.loss_scale",
+        lambda c: 0.0 if c.precision.loss_scale == "dynamic" else float(c.precision.loss_scale),
+    ),
+    "fp16.initial_scale_power": (
+        "precision.initial_loss_scale",
+        lambda c: int(math.log2(c.precision.initial_loss_scale)),
+    ),
+    "fp16.loss_scale_window": ("precision.loss_scale_window", lambda c: c.precision.loss_scale_window),
+    "data_types.grad_accum_dtype": ("precision.gradient_accumulation", lambda c: c.precision.gradient_accumulation),
+}
+# Raw keys that are refused whatever their value: a typed section has the whole subject.
+REPLACED = {
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "tensorboard": "logging.tensorboard",
+    "pipeline": "parallel.pipeline_size",
+    "amp": "precision.compute",
+}
+DEFAULTS = {"steps_per_print": 2**31 - 1, "wall_clock_breakdown": False, "zero_allow_untested_optimizer": True}
+
+
+def to_deepspeed(config: RunConfig) -> dict[str, Any]:
+    """The dict that ``deepspeed.initialize`` is given: typed keys, then the raw keys of ``deepspeed:``."""
+    result: dict[str, Any] = dict(DEFAULTS)
+    for key, (_, value) in OWNED.items():
+        _put(result, key.split("."), value(config))
+    for section in ("bf16", "fp16"):
+        if not result[section]["enabled"]:
+            del result[section]
+    for path, value in _leaves(config.deepspeed):
+        _put(result, list(path), value)
+    return result
+
+
+def contradictions(config: RunConfig) -> Iterator[Problem]:
+    """Raw keys that a typed key owns with another value, or that have no place here at all."""
+    for path, value in _leaves(config.deepspeed):
+        key, top = ".".join(path), path[0]
+        if top in REPLACED:
+            yield Problem(f"deepspeed.{key}", "is set by typed keys, not raw ones", f"use {REPLACED[top]}")
+        elif key in OWNED and OWNED[key][1](config) != value:
+            typed, owned = OWNED[key]
+            yield Problem(
+                f"deepspeed.{key}",
+                f"is {value!r} but {typed} makes it {owned(config)!r}",
+                f"remove the raw key and set {typed}",
+            )
+
+
+def _leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), value
+
+
+def _put(mapping: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        mapping = mapping.setdefault(key, {})
+    mapping[path[-1]] = value

@@ -1,0 +1,97 @@
+"""YAML as a config file needs it: YAML 1.2 numbers, no duplicate keys, and the line of every key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megachiar.config.errors import ConfigError, Problem
+from megachiar.errors import UserError
+
+Lines = dict[tuple[str, ...], int]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where 1e-4 is a string, `no` a boolean and 2020-01-01 a date. Not here."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a ``--set key=value``, read as YAML."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """Read ``path``: its mapping, and the line (from 1) of each key path.
+
+    Raises:
+        UserError: the file is missing, is no text, no YAML or no mapping.
+        ConfigError: a key stands twice in one mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(path, "no such config file", "check the path; shipped configs are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines, twice = _locate(node)
+        if twice:
+            raise ConfigError(
+                str(path),
+                [
+                    (f"{path}:{line}", Problem(".".join(key), f"stands twice (first on line {lines[key]})", "keep one"))
+                    for key, line in twice
+                ],
+            )
+        mapping = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        detail = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(place, f"not valid YAML: {detail}", "mend the syntax at this place") from None
+    if not isinstance(mapping, dict):
+        raise UserError(path, f"holds {type(mapping).__name__}, not a mapping of sections", "see configs/tiny.yaml")
+    return mapping, lines
+
+
+def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:
+    """Line of each key path below ``node``, and the keys that repeat an earlier one of the same mapping."""
+    lines: Lines = {}
+    twice: list[tuple[tuple[str, ...], int]] = []
+
+    def walk(node: yaml.Node, prefix: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                path, line = (*prefix, str(key.value)), key.start_mark.line + 1
+                if path in lines:
+                    twice.append((path, line))
+                    continue
+                lines[path] = line
+                walk(value, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*prefix, str(index))] = value.start_mark.line + 1
+                walk(value, (*prefix, str(index)))
+
+    if node is not None:
+        walk(node, ())
+    return lines, twice
