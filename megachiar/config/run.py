@@ -174,8 +174,8 @@ def _one_per_key(error: ValidationError) -> list[dict[str, Any]]:
     for detail in error.errors(include_url=False):
         location = tuple(str(part) for part in detail["loc"] if _is_key(part))
         kept.setdefault(location, {**detail, "loc": location})
-    # An arm that looked inside the value and one that did not: the outer message says it.
-    return [d for loc, d in kept.items() if not any(loc[:i] in kept for i in range(1, len(loc)))]
+    # An arm that looked inside the value and one that did not, or a list short of its bad items: the inner one says it.
+    return [d for loc, d in kept.items() if not any(other[: len(loc)] == loc and other != loc for other in kept)]
 
 
 def _is_key(part: int | str) -> bool:
@@ -193,7 +193,11 @@ def _from_pydantic(section: str, model: type[BaseModel], detail: dict[str, Any])
     wanted = detail["msg"].removeprefix("Input should be ")
     if kind == "literal_error":
         wanted = f"one of {context['expected']}"
-    return Problem(key, f"is {_show(detail['input'])}, must be {wanted}", f"give {wanted}")
+    elif kind == "too_short":
+        wanted = f"a list of at least {context['min_length']}"
+    elif not wanted.startswith("a "):
+        wanted = f"a value {wanted}"
+    return Problem(key, f"is {_show(detail['input'])}, must be {wanted}", f"set it to {wanted}")
 
 
 def _class_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
