@@ -1,0 +1,480 @@
+"""The one definition of the indexed token file: Megatron's MMIDIDX version 1, byte for byte.
+
+A dataset ``PREFIX`` is two files, all little-endian. A *sequence* is a run of tokens, a *document* one or more
+sequences; megachiar writes one sequence per document and reads any.
+
+    PREFIX.bin   the tokens of all sequences, one after another, nothing else
+    PREFIX.idx   offset      type     what
+                 0           9 bytes  b"MMIDIDX\\0\\0"
+                 9           u64      version, 1
+                 17          u8       code of the tokens' type, see DTYPE_CODES
+                 18          u64      S, number of sequences
+                 26          u64      D, number of documents + 1
+                 34          i32[S]   length of each sequence, in tokens
+                 34 + 4S     i64[S]   where each sequence begins in PREFIX.bin, in bytes
+                 34 + 12S    i64[D]   the sequence each document begins with, and S at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megachiar.data.files import bin_path, checksum, idx_path, manifest_path, sync_folder, temporary_path
+from megachiar.errors import UserError, disk_errors
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's limit, exclusive
+LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
+INDEX_ROWS = 1 << 18  # sequences of an index handled at once: a few MB
+ROWS_CHECKED_ON_OPEN = 1 << 20  # see IndexedDataset
+WRITE_BUFFER = 1 << 20  # bytes
+
+
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
+    """The type Megatron stores token ids in: ``uint16`` for a vocabulary below 65,500, else ``int32``."""
+    return np.dtype("<u2") if vocab_size < LARGEST_UINT16_VOCABULARY else np.dtype("<i4")
+
+
+def dtype_code(dtype: np.dtype | type | str) -> int:
+    """The format's code for ``dtype``.
+
+    Raises:
+        ValueError: the format has no code for it.
+    """
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    for code, known in DTYPE_CODES.items():
+        if known == little_endian:
+            return code
+    raise ValueError(f"the indexed format cannot hold {np.dtype(dtype)}, only {[d.name for d in DTYPE_CODES.values()]}")
+
+
+class IndexedDatasetBuilder:
+    """Write a dataset in bounded memory, so that it is whole when the ``with`` block ends and absent otherwise.
+
+        with IndexedDatasetBuilder("data/train", dtype_for_vocabulary(32_000)) as builder:
+            builder.add_document(ids)
+
+    Everything goes to temporary names first. At the end both files are synced to the disk, what stood under the final
+    names is removed (index and manifest first, so that no moment joins files of two datasets), ``.bin`` is renamed and
+    ``.idx``, without which nothing opens, comes last. An exception, a full disk or a kill leaves no dataset.
+
+    Attributes:
+        documents, sequences, tokens: how many were added.
+        largest_token_id: the largest id added, -1 before the first one.
+        checksums: ``{"bin": "sha256:...", "idx": "sha256:..."}`` of the files, known after the ``with`` block.
+
+    Args:
+        prefix: path of the dataset without ``.bin``; its folder is made if missing.
+        dtype: type of the tokens, one of ``DTYPE_CODES``.
+
+    Raises:
+        UserError: the disk is full or read-only; a token id does not fit ``dtype``; another process is writing the
+            same dataset; no token was added by the end.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype | type | str):
+        self.prefix = Path(prefix)
+        self._code = dtype_code(dtype)
+        self.dtype = DTYPE_CODES[self._code]
+        self.documents = self.sequences = self.tokens = 0
+        self.largest_token_id = -1
+        self.checksums: dict[str, str] = {}
+        self._digest = hashlib.sha256()
+        self._open = contextlib.ExitStack()
+        with disk_errors(self.prefix):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open.enter_context(_open_locked(temporary_path(bin_path(self.prefix))))
+            try:
+                self._open_index()
+            except BaseException:
+                self.abort()
+                raise
+
+    def __enter__(self) -> IndexedDatasetBuilder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def add_document(self, tokens: np.ndarray | list[int]) -> None:
+        """Add one document of one sequence. ``tokens``: whole numbers, any integer type, shape (n,)."""
+        tokens = np.asarray(tokens)
+        self.add_documents(tokens, np.array([tokens.size]))
+
+    def add_documents(self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]) -> None:
+        """Add many documents of one sequence each, at the cost of one.
+
+        Args:
+            tokens: the documents' tokens one after another, shape (sum(lengths),), any integer type.
+            lengths: tokens of each document, shape (documents,).
+        """
+        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
+        self.add_sequences(tokens, lengths, self.sequences + 1 + np.arange(lengths.size))
+
+    def add_sequences(
+        self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int], document_ends: np.ndarray | list[int]
+    ) -> None:
+        """Add sequences and say where documents end: what datasets of several sequences per document need.
+
+        Args:
+            tokens: the sequences' tokens one after another, shape (sum(lengths),).
+            lengths: tokens of each sequence, shape (sequences,).
+            document_ends: for each document that ends in here, the number of sequences of the whole dataset up to and
+                with its last one.
+        """
+        tokens = np.asarray(tokens).reshape(-1)
+        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
+        ends = np.asarray(document_ends, dtype=np.int64).reshape(-1)
+        if lengths.sum() != tokens.size or (lengths < 0).any():
+            raise ValueError(f"lengths sum to {lengths.sum():,} tokens, but {tokens.size:,} were given")
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            raise UserError(
+                self.prefix,
+                f"a document of {lengths.max():,} tokens; the format holds at most {LONGEST_SEQUENCE:,}",
+                "split the document",
+            )
+        stored = self._as_stored(tokens)
+        with disk_errors(self.prefix):
+            self._bin.write(stored)
+            self._idx.write(lengths.astype("<i4").tobytes())
+            self._starts.write(ends.astype("<i8").tobytes())
+        self._digest.update(stored)
+        self.sequences += lengths.size
+        self.documents += ends.size
+        self.tokens += tokens.size
+
+    def finish(self) -> None:
+        """Complete the dataset under its final names; called by the end of the ``with`` block."""
+        try:
+            if self.tokens == 0:
+                raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
+            with disk_errors(self.prefix):
+                self._complete_index()
+                for file in (self._bin, self._idx):
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.checksums = {
+                    "bin": f"sha256:{self._digest.hexdigest()}",
+                    "idx": checksum(temporary_path(idx_path(self.prefix))),
+                }
+                self._put_in_place()
+        except BaseException:
+            self.abort()
+            raise
+        self._open.close()
+
+    def abort(self) -> None:
+        """Remove all that was written; what stood under the final names before stays as it was."""
+        for path in (bin_path(self.prefix), idx_path(self.prefix)):
+            with contextlib.suppress(OSError):
+                temporary_path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
+            self._open.close()
+
+    def _open_index(self) -> None:
+        self._idx = self._open.enter_context(_open_locked(temporary_path(idx_path(self.prefix))))
+        self._idx.write(bytes(HEADER.size))  # zeros are no header: not an index until the very end
+        nameless = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115  (gone with the process)
+        self._starts = self._open.enter_context(nameless)
+        self._starts.write(np.zeros(1, "<i8").tobytes())
+
+    def _as_stored(self, tokens: np.ndarray) -> memoryview:
+        """The bytes of ``tokens`` in the dataset's type; refuses what the type cannot hold."""
+        if tokens.size == 0:
+            return memoryview(b"")
+        if tokens.dtype.kind not in "iu" and self.dtype.kind in "iu":
+            raise ValueError(f"tokens of type {tokens.dtype} for a dataset of {self.dtype}: whole numbers are needed")
+        if self.dtype.kind in "iu":
+            smallest, largest = int(tokens.min()), int(tokens.max())
+            limits = np.iinfo(self.dtype)
+            if smallest < limits.min or largest > limits.max:
+                raise UserError(
+                    self.prefix,
+                    f"token id {largest if largest > limits.max else smallest} does not fit {self.dtype.name}, "
+                    f"which holds {limits.min} to {limits.max}",
+                    "choose the type by the tokenizer's vocabulary, or check that this is the right tokenizer",
+                )
+            self.largest_token_id = max(self.largest_token_id, largest)
+        return memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
+
+    def _complete_index(self) -> None:
+        """Append pointers and document starts to the lengths already in the index, and write its header."""
+        self._idx.flush()
+        with open(temporary_path(idx_path(self.prefix)), "rb") as written:
+            written.seek(HEADER.size)
+            pointer = 0
+            for first in range(0, self.sequences, INDEX_ROWS):
+                rows = min(INDEX_ROWS, self.sequences - first)
+                sizes = np.frombuffer(written.read(4 * rows), "<i4").astype("<i8") * self.dtype.itemsize
+                ends = pointer + np.cumsum(sizes)
+                self._idx.write((ends - sizes).astype("<i8").tobytes())
+                pointer = int(ends[-1])
+        self._starts.seek(0)
+        while block := self._starts.read(WRITE_BUFFER):
+            self._idx.write(block)
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+
+    def _put_in_place(self) -> None:
+        idx_path(self.prefix).unlink(missing_ok=True)
+        manifest_path(self.prefix).unlink(missing_ok=True)
+        for path in (bin_path(self.prefix), idx_path(self.prefix)):
+            os.replace(temporary_path(path), path)
+            sync_folder(path.parent)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open ``path`` empty for writing, and refuse if another process has it open this way.
+
+    The lock is taken before the file is cut to nothing. A process that waited at the door while the other one finished
+    holds a file that has since been renamed: then it looks again, or it would empty a finished dataset.
+    """
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            remedy = "wait for it or choose another output"
+            raise UserError(path, "another process is writing this dataset", remedy) from None
+        except OSError as error:  # file systems without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                file.close()
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()
+
+
+class IndexedDataset:
+    """Read a dataset through a memory map, checked when it is opened so that it cannot fail in the middle of a run.
+
+    Checked on open: both files are there, not empty, not swapped, not cut short nor grown; magic, version and type;
+    counts against the size of the index; pointers against lengths; the sum of the lengths against the size of
+    ``.bin``; document starts. Pointers and document starts are checked row for row up to ``ROWS_CHECKED_ON_OPEN``
+    sequences, and in as many rows spread evenly beyond that, so that opening stays a matter of milliseconds;
+    ``check_index`` checks every row. That tokens are what was written, only the manifest's checksum can tell.
+
+    Nothing is cached between objects: files rebuilt under the same name are read anew. Arrays handed out keep the map
+    alive by themselves and are read-only.
+
+    Attributes:
+        lengths: tokens of each sequence, int32 (sequences,).
+        pointers: where each sequence begins in ``.bin``, bytes, int64 (sequences,).
+        document_starts: first sequence of each document, then the number of sequences, int64 (documents + 1,).
+        tokens: all tokens as one stream, (tokens,) of ``dtype``.
+        documents: number of documents.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+
+    Raises:
+        UserError: one of the checks failed; it names the file and what does not fit.
+    """
+
+    def __init__(self, prefix: Path | str):
+        self.prefix = Path(prefix)
+        idx, bin_ = idx_path(prefix), bin_path(prefix)
+        index = _map_file(idx, self.prefix)
+        code, sequences, starts = _read_header(index, idx)
+        self.dtype = DTYPE_CODES[code]
+        index_bytes = HEADER.size + 12 * sequences + 8 * starts
+        _check_index_size(index.size, index_bytes, sequences, starts, idx)
+        first_pointer, first_start = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
+        self.lengths = index[HEADER.size : first_pointer].view("<i4")
+        self.pointers = index[first_pointer:first_start].view("<i8")
+        self.document_starts = index[first_start:index_bytes].view("<i8")
+        self.documents = starts - 1
+        stream = _map_file(bin_, self.prefix)
+        self._check_stream_size(stream, bin_)
+        self._check_rows(_spread_rows(sequences))
+        self._check_starts(_spread_rows(self.documents))
+        self.tokens = stream.view(self.dtype)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.lengths.size
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        """Tokens of one sequence, a read-only view of ``.bin``, (length,) of ``dtype``."""
+        if not -len(self) <= sequence < len(self):
+            raise IndexError(f"sequence {sequence} of {len(self)} in {self.prefix}")
+        first = int(self.pointers[sequence]) // self.dtype.itemsize
+        return self.tokens[first : first + int(self.lengths[sequence])]
+
+    def __reduce__(self):  # another process maps the files itself
+        return type(self), (self.prefix,)
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of all sequences of document ``number``, a read-only view, (length,) of ``dtype``."""
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} of {self.documents} in {self.prefix}")
+        return self.tokens[self.token_of_document(number) : self.token_of_document(number + 1)]
+
+    def token_of_document(self, number: int) -> int:
+        """Place in ``tokens`` where document ``number`` begins; the number of tokens for ``number == documents``."""
+        sequence = int(self.document_starts[number])
+        return self.tokens.size if sequence == len(self) else int(self.pointers[sequence]) // self.dtype.itemsize
+
+    def document_of_token(self, token: int) -> int:
+        """The document that ``tokens[token]`` belongs to, in O(log sequences)."""
+        if not 0 <= token < self.tokens.size:
+            raise IndexError(f"token {token} of {self.tokens.size} in {self.prefix}")
+        sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
+        return int(np.searchsorted(self.document_starts, sequence, side="right")) - 1
+
+    def check_index(self) -> None:
+        """Check every row of the index, however long it is.
+
+        Raises:
+            UserError: a row does not fit.
+        """
+        self._check_rows(_all_rows(len(self)))
+        self._check_starts(_all_rows(self.documents))
+
+    def _check_stream_size(self, stream: np.ndarray, path: Path) -> None:
+        length, pointer = int(self.lengths[-1]), int(self.pointers[-1])
+        expected = pointer + length * self.dtype.itemsize
+        if stream.size != expected:
+            raise UserError(
+                path,
+                f"{stream.size:,} bytes, but {idx_path(self.prefix).name} describes {expected:,} bytes of "
+                f"{self.dtype.name} in {len(self):,} sequences",
+                "the file was cut short or belongs to another index: copy both again or preprocess again",
+            )
+
+    def _check_rows(self, rows: Iterator[slice]) -> None:
+        """Lengths are not negative, and each sequence begins where the one before it ends."""
+        for part in rows:
+            lengths, pointers = self.lengths[part].astype(np.int64), self.pointers[part]
+            before = int(self.pointers[part.start - 1]) if part.start else 0
+            before_length = int(self.lengths[part.start - 1]) if part.start else 0
+            expected = before + np.cumsum(np.concatenate(([before_length], lengths[:-1]))) * self.dtype.itemsize
+            wrong = (pointers != expected) | (lengths < 0)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise _broken_index(
+                    self.prefix,
+                    f"sequence {part.start + row:,} has length {lengths[row]:,} and begins at byte {pointers[row]:,}, "
+                    f"but the lengths before it end at byte {expected[row]:,}",
+                )
+
+    def _check_starts(self, rows: Iterator[slice]) -> None:
+        """Documents begin with sequence 0, in order, and end with the last sequence."""
+        if int(self.document_starts[0]) != 0 or int(self.document_starts[-1]) != len(self):
+            raise _broken_index(
+                self.prefix,
+                f"documents span sequences {self.document_starts[0]:,} to {self.document_starts[-1]:,}, "
+                f"but there are {len(self):,}",
+            )
+        for part in rows:
+            starts = self.document_starts[part.start : part.stop + 1]
+            if (starts[1:] < starts[:-1]).any():
+                row = part.start + int(np.argmax(starts[1:] < starts[:-1]))
+                raise _broken_index(self.prefix, f"document {row + 1:,} begins before document {row:,}")
+
+
+def _map_file(path: Path, prefix: Path) -> np.ndarray:
+    """The bytes of a file, uint8, read-only, read when touched; the array keeps the map alive."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise UserError(path, "the file is empty", "copy it again or preprocess again")
+            return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise UserError(path, "the file does not exist", _remedy_for_missing(path, prefix)) from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(path, f"cannot read: {error.strerror}", "give the prefix of a dataset you may read") from None
+
+
+def _remedy_for_missing(path: Path, prefix: Path) -> str:
+    if prefix.suffix in (".bin", ".idx"):
+        return f"a dataset is named without its suffix: try {prefix.with_suffix('')}"
+    if temporary_path(path).exists():
+        return f"{temporary_path(path).name} is what an unfinished run left: run the preprocessing again"
+    return "give the path of PREFIX.bin and PREFIX.idx without the suffix, or preprocess first"
+
+
+def _read_header(index: np.ndarray, path: Path) -> tuple[int, int, int]:
+    """Type code, number of sequences and number of document starts."""
+    if index.size < HEADER.size:
+        raise UserError(path, f"{index.size} bytes, an index has at least {HEADER.size}", "preprocess again")
+    magic, version, code, sequences, starts = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise UserError(
+            path,
+            f"begins with {magic!r}, not with {MAGIC!r}: this is no index",
+            "check that .bin and .idx are not swapped, and that the dataset is of Megatron's MMIDIDX kind",
+        )
+    if version != VERSION:
+        raise UserError(path, f"version {version} of the format, only version {VERSION} is known", "convert it")
+    if code not in DTYPE_CODES:
+        raise UserError(path, f"type code {code} at byte 17, known are {min(DTYPE_CODES)} to {max(DTYPE_CODES)}")
+    return code, sequences, starts
+
+
+def _check_index_size(size: int, expected: int, sequences: int, starts: int, path: Path) -> None:
+    if size != expected:
+        multimodal = " (a multimodal dataset of Megatron, which has one byte more per sequence, cannot be read)"
+        raise UserError(
+            path,
+            f"{size:,} bytes, but its header counts {sequences:,} sequences and {starts:,} document starts, "
+            f"which take {expected:,} bytes" + (multimodal if size == expected + sequences else ""),
+            "the file was cut short or overwritten: copy it again or preprocess again",
+        )
+    if sequences == 0 or starts < 2:
+        raise UserError(path, f"holds {sequences:,} sequences in {max(starts - 1, 0):,} documents", "preprocess again")
+
+
+def _broken_index(prefix: Path, problem: str) -> UserError:
+    return UserError(idx_path(prefix), problem, "the index is damaged: copy it again or preprocess again")
+
+
+def _all_rows(rows: int) -> Iterator[slice]:
+    """All rows in parts that fit in memory."""
+    for first in range(0, rows, INDEX_ROWS):
+        yield slice(first, min(rows, first + INDEX_ROWS))
+
+
+def _spread_rows(rows: int, blocks: int = 256) -> Iterator[slice]:
+    """All rows if they are at most ROWS_CHECKED_ON_OPEN, else that many in evenly spread blocks, ends included."""
+    if rows <= ROWS_CHECKED_ON_OPEN:
+        yield from _all_rows(rows)
+        return
+    block = ROWS_CHECKED_ON_OPEN // blocks
+    for number in range(blocks):
+        first = (rows - block) * number // (blocks - 1)
+        yield slice(first, first + block)
