@@ -54,7 +54,7 @@ class Manifest(BaseModel):
         skipped: reason -> number of documents left out.
         largest_token_id: the largest id that occurs.
         checksums: ``bin`` and ``idx`` -> ``"sha256:..."`` of the file.
-        sources: the input files, or the merged datasets.
+        sources: the input files.
         created_by: tool and version.
     """
 

@@ -1,0 +1,268 @@
+"""Training samples and validation windows out of indexed datasets.
+
+Shapes: n samples, T = sequence length. A training sample is T + 1 tokens: inputs are its first T, targets its last T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megachiar.data.files import bin_path
+from megachiar.data.indexed import IndexedDataset
+from megachiar.data.manifest import Manifest, check_manifest, check_vocabulary, read_manifest
+from megachiar.data.order import Blend, StreamOrder
+from megachiar.errors import UserError
+
+IGNORED_TARGET = -100  # what PyTorch's cross-entropy leaves out
+
+
+class TokenSource:
+    """A dataset that may be trained on: whole, of integer type, and of a vocabulary that the model can read.
+
+    Attributes:
+        prefix: path of the dataset.
+        dataset: its memory map.
+        manifest: what is recorded beside it, None for a dataset made by another program.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+        vocab_size: rows of the model's embedding; None leaves ids unchecked.
+
+    Raises:
+        UserError: the dataset is damaged, holds floats, does not fit its manifest, or its tokenizer has more ids than
+            the model.
+    """
+
+    def __init__(self, prefix: Path | str, vocab_size: int | None = None):
+        self.prefix = Path(prefix)
+        self.dataset = IndexedDataset(prefix)
+        self.vocab_size = vocab_size
+        if self.dataset.dtype.kind not in "iu":
+            raise UserError(
+                bin_path(prefix), f"holds {self.dataset.dtype.name}, but tokens are whole numbers", "preprocess again"
+            )
+        self.manifest = read_manifest(prefix)
+        if self.manifest is not None:
+            check_manifest(prefix, self.manifest, self.dataset)
+            if vocab_size is not None:
+                check_vocabulary(prefix, self.manifest, vocab_size)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill ``out``, int64 (length,), with the stream's tokens from ``start`` on, going on at its beginning.
+
+        Raises:
+            UserError: an id is negative or not below the model's vocabulary (only a dataset without manifest, or one
+                damaged since it was written, gets so far).
+        """
+        tokens = self.dataset.tokens
+        until_end = min(out.size, tokens.size - start)
+        out[:until_end] = tokens[start : start + until_end]
+        if until_end < out.size:
+            out[until_end:] = tokens[: out.size - until_end]
+        self._check_ids(start, out)
+
+    def _check_ids(self, start: int, ids: np.ndarray) -> None:
+        if self.vocab_size is None or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
+            return
+        offset = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+        token = (start + offset) % self.dataset.tokens.size
+        raise UserError(
+            bin_path(self.prefix),
+            f"token {token:,} (document {self.dataset.document_of_token(token):,}) is id {ids[offset]}, "
+            f"but the model's vocabulary is 0 to {self.vocab_size - 1:,}",
+            "train with the vocabulary the dataset was made with, or check the file with tools/inspect_dataset.py",
+        )
+
+
+class SourceUse(NamedTuple):
+    """What a run takes from one source.
+
+    Attributes:
+        prefix: path of the dataset.
+        share: of all samples, in (0, 1].
+        tokens: tokens of the dataset.
+        samples_per_epoch: samples that one pass over it gives.
+        samples: samples taken from it.
+        epochs: passes over it, a fraction included.
+    """
+
+    prefix: Path
+    share: float
+    tokens: int
+    samples_per_epoch: int
+    samples: int
+    epochs: float
+
+
+class Place(NamedTuple):
+    """Where a sample of a run lies: ``source`` is its number, ``epoch`` counts from 0, ``token`` is the first one."""
+
+    source: int
+    epoch: int
+    token: int
+
+
+class SampleStream:
+    """The endless series of a run's training samples: sample k is a pure function of (sources, weights, seed, k).
+
+    Args:
+        sources: to read from.
+        weights: share of samples of each source, relative to the others.
+        sequence_length: T.
+        seed: of the order.
+
+    Raises:
+        UserError: a source is shorter than one sample, or a weight is not above 0.
+    """
+
+    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float], sequence_length: int, seed: int):
+        self.sources, self.sequence_length = tuple(sources), sequence_length
+        self.blend = Blend(weights, seed)
+        self.orders = tuple(
+            StreamOrder(source.dataset.tokens.size, sequence_length, (seed, number), bin_path(source.prefix))
+            for number, source in enumerate(sources)
+        )
+
+    def sample(self, position: int) -> np.ndarray:
+        """Sample ``position`` of the run, int64 (T + 1,)."""
+        return self.batch([position])[0]
+
+    def batch(self, positions: Iterable[int]) -> np.ndarray:
+        """Samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
+        places = self.locate(positions)
+        batch = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for row, place in zip(batch, places, strict=True):
+            self.sources[place.source].read(place.token, row)
+        return batch
+
+    def locate(self, positions: Iterable[int]) -> list[Place]:
+        """Where the samples at ``positions`` lie, without reading them."""
+        positions = np.fromiter(positions, np.int64)
+        if (positions < 0).any():
+            raise IndexError(f"position {positions.min()} of a run; positions begin at 0")
+        draws = self.blend.draws(positions)
+        epochs, tokens = np.empty_like(positions), np.empty_like(positions)
+        for number in np.unique(draws.sources):
+            chosen = draws.sources == number
+            order = self.orders[number]
+            epochs[chosen] = order.epochs(draws.samples[chosen])
+            tokens[chosen] = order.starts(draws.samples[chosen])
+        return [Place(*row) for row in zip(draws.sources.tolist(), epochs.tolist(), tokens.tolist(), strict=True)]
+
+    def describe(self, samples: int) -> list[SourceUse]:
+        """What the first ``samples`` samples of the run take from each source."""
+        counts = self.blend.counts(samples).tolist()
+        return [
+            SourceUse(
+                prefix=source.prefix,
+                share=float(share),
+                tokens=order.tokens,
+                samples_per_epoch=order.samples_per_epoch,
+                samples=count,
+                epochs=count / order.samples_per_epoch,
+            )
+            for source, order, share, count in zip(self.sources, self.orders, self.blend.shares, counts, strict=True)
+        ]
+
+
+def build_training_samples(
+    sources: Sequence[tuple[Path | str, float]], sequence_length: int, seed: int, *, vocab_size: int | None = None
+) -> SampleStream:
+    """Open and check every source and define the order of a run's samples.
+
+    Args:
+        sources: (prefix, weight) of each dataset.
+        sequence_length: T, tokens that a sample predicts.
+        seed: of the order.
+        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+
+    Raises:
+        UserError: no source; one that is damaged, listed twice, of another tokenizer than the first, too large a
+            vocabulary or too short; a weight not above 0.
+    """
+    if not sources:
+        raise UserError("data.train", "no source is given", "name at least one dataset")
+    _refuse_duplicates([prefix for prefix, _ in sources])
+    opened = [TokenSource(prefix, vocab_size) for prefix, _ in sources]
+    check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
+    return SampleStream(opened, [weight for _, weight in sources], sequence_length, seed)
+
+
+def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        resolved = Path(prefix).resolve()
+        if resolved in seen:
+            raise UserError("data.train", f"{prefix} is listed twice", "list it once, with the sum of the weights")
+        seen.add(resolved)
+
+
+def check_same_tokenizer(datasets: Sequence[tuple[Path | str, Manifest | None]]) -> None:
+    """Check that all datasets that say what tokenizer they were made with say the same.
+
+    Raises:
+        UserError: two of them differ.
+    """
+    known = [(prefix, manifest.tokenizer) for prefix, manifest in datasets if manifest is not None]
+    for prefix, tokenizer in known[1:]:
+        first_prefix, first = known[0]
+        if tokenizer.fingerprint != first.fingerprint:
+            raise UserError(
+                prefix,
+                f"made with tokenizer {tokenizer.file} ({tokenizer.fingerprint}), but {first_prefix} with "
+                f"{first.file} ({first.fingerprint})",
+                "preprocess both with the same tokenizer",
+            )
+
+
+class ValidationSet:
+    """A dataset read once, in order: each token of the stream but the first is a target exactly once.
+
+    Window w predicts tokens wT + 1 .. (w + 1)T from tokens wT .. (w + 1)T - 1; the last one is padded.
+
+    Attributes:
+        windows: number of windows.
+        targets: number of tokens predicted, one less than the stream has.
+        words, text_bytes: of the text, from the manifest; None without one.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+        sequence_length: T.
+        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+
+    Raises:
+        UserError: the dataset cannot be trained on (see ``TokenSource``) or has fewer than two tokens.
+    """
+
+    def __init__(self, prefix: Path | str, sequence_length: int, *, vocab_size: int | None = None):
+        self.source = TokenSource(prefix, vocab_size)
+        self.prefix, self.sequence_length = self.source.prefix, sequence_length
+        self.targets = self.source.dataset.tokens.size - 1
+        if self.targets < 1:
+            raise UserError(bin_path(prefix), "holds one token, so that there is nothing to predict", "use more text")
+        self.windows = -(-self.targets // sequence_length)
+        manifest = self.source.manifest
+        self.words = manifest.words if manifest else None
+        self.text_bytes = manifest.text_bytes if manifest else None
+
+    def batch(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows ``first`` to ``last - 1``.
+
+        Returns:
+            inputs and targets, int64 (last - first, T). Beyond the end of the stream targets are -100 and inputs 0.
+        """
+        if not 0 <= first <= last <= self.windows:
+            raise IndexError(f"windows {first} to {last} of {self.windows} in {self.prefix}")
+        inputs = np.zeros((last - first, self.sequence_length), np.int64)
+        targets = np.full((last - first, self.sequence_length), IGNORED_TARGET, np.int64)
+        for row, window in enumerate(range(first, last)):
+            start = window * self.sequence_length
+            length = min(self.sequence_length, self.targets - start)
+            tokens = np.empty(length + 1, np.int64)
+            self.source.read(start, tokens)
+            inputs[row, :length], targets[row, :length] = tokens[:-1], tokens[1:]
+        return inputs, targets

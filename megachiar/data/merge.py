@@ -1,0 +1,189 @@
+"""Join datasets of one tokenizer into one, document after document."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megachiar import __version__
+from megachiar.data.dataset import check_same_tokenizer
+from megachiar.data.files import bin_path, checksum, idx_path, manifest_path
+from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.manifest import Manifest, TokenizerRecord, check_manifest, read_manifest, write_manifest
+from megachiar.errors import UserError
+
+COPY_BLOCK = 1 << 26  # bytes copied at once, unless one sequence is longer
+
+
+def merge_datasets(
+    inputs: Sequence[Path | str],
+    output: Path | str,
+    *,
+    allow_missing_manifest: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Manifest | None:
+    """Write the documents of all ``inputs``, in their order, to the dataset ``output``, whole or not at all.
+
+    Sequences and documents stay as they are. The content of every input that has a manifest is compared with its
+    checksum on the way.
+
+    Args:
+        inputs: prefixes.
+        output: prefix, none of the inputs; a dataset that stands there is replaced.
+        allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it is of the same
+            tokenizer; the output then has none either.
+        on_bytes: called with the number of bytes of each block copied.
+
+    Returns:
+        The output's manifest, None if an input has none.
+
+    Raises:
+        UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
+            missing, the output is an input, or the disk is full.
+    """
+    if not inputs:
+        raise UserError(output, "nothing to merge", "name at least one input dataset")
+    _refuse_own_inputs(inputs, output)
+    datasets = [IndexedDataset(prefix) for prefix in inputs]
+    for dataset in datasets:
+        dataset.check_index()
+    _check_same_type(datasets)
+    manifests = _read_manifests(datasets, allow_missing_manifest)
+    with IndexedDatasetBuilder(output, datasets[0].dtype) as builder:
+        for dataset, manifest in zip(datasets, manifests, strict=True):
+            _append(builder, dataset, manifest, on_bytes)
+    known = [manifest for manifest in manifests if manifest is not None]
+    if len(known) < len(manifests):
+        return None
+    merged = _merged_manifest(inputs, known, builder)
+    write_manifest(output, merged)
+    return merged
+
+
+def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None:
+    """Refuse an output that is an input under this or another name, and an input named twice."""
+    taken: dict[Path, Path | str] = {}
+    for prefix in inputs:
+        resolved = bin_path(prefix).resolve()
+        if resolved in taken:
+            raise UserError(prefix, "is named twice among the inputs", "name each dataset once")
+        taken[resolved] = prefix
+    for path in (bin_path(output), idx_path(output)):
+        for prefix in inputs:
+            same = (bin_path(prefix), idx_path(prefix))
+            if path.resolve() in [other.resolve() for other in same] or (
+                path.exists() and any(other.exists() and path.samefile(other) for other in same)
+            ):
+                raise UserError(output, f"is the input {prefix}", "write to another name")
+
+
+def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
+    first = datasets[0]
+    for dataset in datasets[1:]:
+        if dataset.dtype != first.dtype:
+            raise UserError(
+                idx_path(dataset.prefix),
+                f"holds {dataset.dtype.name}, but {idx_path(first.prefix)} holds {first.dtype.name}",
+                "preprocess both with the same tokenizer",
+            )
+
+
+def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> list[Manifest | None]:
+    manifests = [read_manifest(dataset.prefix) for dataset in datasets]
+    for dataset, manifest in zip(datasets, manifests, strict=True):
+        if manifest is not None:
+            check_manifest(dataset.prefix, manifest, dataset)
+        elif not allow_missing:
+            raise UserError(
+                manifest_path(dataset.prefix),
+                "there is no manifest, so that nothing tells which tokenizer made this dataset",
+                "if you know that it is the same as the others', pass --allow-missing-manifest",
+            )
+    check_same_tokenizer([(dataset.prefix, manifest) for dataset, manifest in zip(datasets, manifests, strict=True)])
+    known = [(d.prefix, m) for d, m in zip(datasets, manifests, strict=True) if m is not None]
+    for prefix, manifest in known[1:]:
+        if manifest.append_eod != known[0][1].append_eod:
+            raise UserError(
+                manifest_path(prefix),
+                f"append_eod is {manifest.append_eod}, but {known[0][1].append_eod} for {known[0][0]}",
+                "preprocess both with or both without --append-eod",
+            )
+    return manifests
+
+
+def _append(
+    builder: IndexedDatasetBuilder,
+    dataset: IndexedDataset,
+    manifest: Manifest | None,
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    """Copy ``dataset`` to the end of ``builder``, comparing it with the manifest's checksums."""
+    offset, documents = builder.sequences, 0
+    ends = dataset.document_starts[1:]
+    digest = hashlib.sha256()
+    for part in _copy_blocks(dataset):
+        lengths = dataset.lengths[part]
+        first = int(dataset.pointers[part.start]) // dataset.dtype.itemsize
+        tokens = dataset.tokens[first : first + int(lengths.sum(dtype=np.int64))]
+        documents_done = int(np.searchsorted(ends, part.stop, side="right"))
+        builder.add_sequences(tokens, lengths, offset + ends[documents:documents_done])
+        documents = documents_done
+        if manifest is not None:
+            digest.update(tokens)
+        if on_bytes is not None:
+            on_bytes(tokens.nbytes)
+    if manifest is not None:
+        _compare(bin_path(dataset.prefix), f"sha256:{digest.hexdigest()}", manifest.checksums.get("bin"))
+        _compare(idx_path(dataset.prefix), checksum(idx_path(dataset.prefix)), manifest.checksums.get("idx"))
+
+
+def _copy_blocks(dataset: IndexedDataset) -> Iterator[slice]:
+    """Sequences in runs of at most ``COPY_BLOCK`` bytes, or of one."""
+    first = 0
+    while first < len(dataset):
+        limit = int(dataset.pointers[first]) + COPY_BLOCK
+        last = max(first + 1, int(np.searchsorted(dataset.pointers, limit, side="right")) - 1)
+        last = len(dataset) if dataset.tokens.nbytes <= limit else last
+        yield slice(first, last)
+        first = last
+
+
+def _compare(path: Path, computed: str, recorded: str | None) -> None:
+    if computed != recorded:
+        raise UserError(
+            path,
+            f"its content has {computed}, but its manifest records {recorded}",
+            "the file was damaged or replaced: copy it again or preprocess again",
+        )
+
+
+def _merged_manifest(
+    inputs: Sequence[Path | str], manifests: Sequence[Manifest], builder: IndexedDatasetBuilder
+) -> Manifest:
+    first = manifests[0]
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+    return first.model_copy(
+        update={
+            "tokenizer": _with_absolute_file(first.tokenizer, manifest_path(inputs[0]).parent),
+            "documents": builder.documents,
+            "tokens": builder.tokens,
+            "text_bytes": sum(manifest.text_bytes for manifest in manifests),
+            "words": sum(manifest.words for manifest in manifests),
+            "skipped": dict(skipped),
+            "largest_token_id": builder.largest_token_id,
+            "checksums": builder.checksums,
+            "sources": [source for manifest in manifests for source in manifest.sources],
+            "created_by": f"megachiar {__version__} merge_datasets",
+        }
+    )
+
+
+def _with_absolute_file(tokenizer: TokenizerRecord, folder: Path) -> TokenizerRecord:
+    """A relative path is relative to the first input's folder, which need not be the output's."""
+    return tokenizer.model_copy(update={"file": str((folder / tokenizer.file).resolve())})

@@ -1,0 +1,227 @@
+"""The order of training samples, a pure function of (seed, position): no index is built, stored or shuffled.
+
+    position p of the run
+      | Blend: fixed quotas inside blocks of positions, permuted by key
+      v
+    source i, its k-th sample of the run
+      | StreamOrder: epoch = k // n, keyed permutation of the epoch's n samples
+      v
+    first token of the sample in the source's stream
+
+Everything is O(1) in memory and start-up, and the same for any number of readers and any place to begin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megachiar.errors import UserError
+
+ROUNDS = 8  # of the Feistel network; 4 suffice for pseudo-randomness in theory, 8 is cheap beside reading a sample
+MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finaliser
+BLOCK_SIZES = (1, 100, 1_000, 10_000, 100_000, 1_000_000)  # positions of a blend's block, the smallest that fits
+QUOTA_TOLERANCE = 1e-3  # relative error of a source's share that is taken for a smaller block
+
+
+def round_keys(*name: int | str) -> np.ndarray:
+    """Keys of a permutation, uint64 (ROUNDS,), from what identifies it, such as ``("epoch", seed, 3)``."""
+    text = "\x00".join(f"{type(part).__name__}:{part}" for part in name)
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest(), "<u8")
+
+
+def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """A keyed bijection of ``range(size)``, applied to any of its values in any order.
+
+    A Feistel network over pairs (left, right) with left < a, right < b and a * b >= size, whose halves are moved by
+    sums modulo a and b; a value that lands outside ``range(size)`` walks on along its cycle until it is inside. As
+    a * b < size + a, hardly any value walks.
+
+    Args:
+        values: int64, any shape, each in ``range(size)``.
+        size: at least 1.
+        keys: uint64 (ROUNDS,), see ``round_keys``.
+
+    Returns:
+        int64 array of the shape of ``values``.
+    """
+    columns = max(1, int(np.ceil(np.sqrt(size))))  # a
+    rows = -(-size // columns)  # b
+    values = np.asarray(values, dtype=np.int64)
+    result = _feistel(values.reshape(-1), columns, rows, keys)
+    outside = result >= size
+    while outside.any():
+        result[outside] = _feistel(result[outside], columns, rows, keys)
+        outside = result >= size
+    return result.reshape(values.shape)
+
+
+def _feistel(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> np.ndarray:
+    """One pass of the network over ``range(columns * rows)``, int64 (n,): each round can be undone."""
+    right, left = np.divmod(values.astype(np.uint64), np.uint64(columns))
+    for number, key in enumerate(keys):
+        if number % 2 == 0:
+            left = (left + _mix(right, key) % np.uint64(columns)) % np.uint64(columns)
+        else:
+            right = (right + _mix(left, key) % np.uint64(rows)) % np.uint64(rows)
+    return (right * np.uint64(columns) + left).astype(np.int64)
+
+
+def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
+    """64 well-mixed bits of value and key (splitmix64's finaliser)."""
+    value = value ^ key
+    value = (value ^ (value >> np.uint64(30))) * MIX_1
+    value = (value ^ (value >> np.uint64(27))) * MIX_2
+    return value ^ (value >> np.uint64(31))
+
+
+class StreamOrder:
+    """Order of one source's samples: an endless series of epochs, each a permutation of the source's n samples.
+
+    The source is one stream of N tokens. Sample j of an epoch is T + 1 tokens, the last of them the first of sample
+    j + 1, so that each token but one is a target:
+
+        tokens    0 .. shift          shift + T        shift + 2T             shift + nT
+                  |-----| sample 0 |------| sample 1 |------| ...  sample n - 1 |----|
+
+    n = (N - 1) // T. ``shift`` is 0 in epoch 0 and otherwise one of 0 .. T - 1 by key, so that samples are cut
+    elsewhere in each epoch; the last sample of a shifted epoch may run over the end of the stream and goes on at its
+    beginning. At most T - 1 tokens are no target in an epoch, different ones in each.
+
+    Args:
+        tokens: N, length of the stream.
+        sequence_length: T.
+        key: what names this order: the seed of the run and the number of the source.
+        where: named in errors.
+
+    Raises:
+        UserError: the stream is shorter than one sample.
+    """
+
+    def __init__(self, tokens: int, sequence_length: int, key: tuple[int, ...], where: object = "dataset"):
+        self.samples_per_epoch = (tokens - 1) // sequence_length
+        if self.samples_per_epoch < 1:
+            raise UserError(
+                where,
+                f"{tokens:,} tokens, but one sample of sequence length {sequence_length:,} takes "
+                f"{sequence_length + 1:,}",
+                "use a larger dataset or a shorter data.sequence_length",
+            )
+        self.tokens, self.sequence_length, self._key = tokens, sequence_length, key
+
+    def epochs(self, samples: np.ndarray) -> np.ndarray:
+        """Epoch that each of this source's samples of the run (int64) belongs to."""
+        return np.asarray(samples, dtype=np.int64) // self.samples_per_epoch
+
+    def shift(self, epoch: int) -> int:
+        """First token of the first sample of ``epoch``, in 0 .. T - 1."""
+        return int(round_keys("shift", *self._key, epoch)[0]) % self.sequence_length if epoch else 0
+
+    def starts(self, samples: np.ndarray) -> np.ndarray:
+        """First token of each of this source's samples of the run.
+
+        Args:
+            samples: int64 (n,), 0 is the first sample of epoch 0.
+
+        Returns:
+            int64 (n,), each in ``range(tokens)``; the T + 1 tokens from there on are taken modulo the stream's length.
+        """
+        samples = np.asarray(samples, dtype=np.int64)
+        epochs = self.epochs(samples)
+        starts = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            place = permute(
+                samples[chosen] - epoch * self.samples_per_epoch,
+                self.samples_per_epoch,
+                round_keys("epoch", *self._key, int(epoch)),
+            )
+            starts[chosen] = (place * self.sequence_length + self.shift(int(epoch))) % self.tokens
+        return starts
+
+
+class Draws(NamedTuple):
+    """Where positions of a run draw from.
+
+    Attributes:
+        sources: number of the source, int64 (n,).
+        samples: which sample of that source it is, counted over the run from 0, int64 (n,).
+    """
+
+    sources: np.ndarray
+    samples: np.ndarray
+
+
+class Blend:
+    """Which source each position of the run draws from: exact quotas in every block of positions, permuted by key.
+
+    Positions are cut into blocks of B. Source i has ``quotas[i]`` positions in every block, sum B, in an order that
+    differs from block to block; so its share is exact after every block, and the samples that position p uses up of
+    each source are known without counting.
+
+    Args:
+        weights: of the sources, positive, any sum.
+        seed: of the run.
+
+    Raises:
+        UserError: a weight is not positive and finite, or too small beside the others.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        shares = np.asarray(weights, dtype=np.float64)
+        if shares.size == 0 or not np.isfinite(shares).all() or (shares <= 0).any():
+            raise UserError(
+                "data.train", f"weights {list(weights)}, each must be above 0 and finite", "mend the weight"
+            )
+        self.shares = shares / shares.sum()
+        self.quotas = _quotas(self.shares)
+        self.block = int(self.quotas.sum())
+        self._ends = np.cumsum(self.quotas)
+        self._seed = seed
+
+    def draws(self, positions: np.ndarray) -> Draws:
+        """Source and sample of the source for each position of the run, int64 (n,)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        blocks = positions // self.block
+        slots = np.empty_like(positions)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            keys = round_keys("blend", self._seed, int(block))
+            slots[chosen] = permute(positions[chosen] - block * self.block, self.block, keys)
+        sources = np.searchsorted(self._ends, slots, side="right")
+        begins = self._ends - self.quotas
+        return Draws(sources, blocks * self.quotas[sources] + slots - begins[sources])
+
+    def counts(self, positions: int) -> np.ndarray:
+        """Samples drawn from each source by the first ``positions`` positions of the run, int64 (sources,)."""
+        whole, rest = divmod(positions, self.block)
+        begun = self.draws(whole * self.block + np.arange(rest)).sources
+        return whole * self.quotas + np.bincount(begun, minlength=self.quotas.size)
+
+
+def _quotas(shares: np.ndarray) -> np.ndarray:
+    """Whole positions of each source, int64 (sources,), in the smallest block that keeps the shares."""
+    for block in BLOCK_SIZES:
+        quotas = _apportion(shares, block)
+        if (np.abs(quotas / block / shares - 1) <= QUOTA_TOLERANCE).all():
+            return quotas
+    if (quotas == 0).any():
+        raise UserError(
+            "data.train",
+            f"a weight is {shares.min():.3g} of the sum, less than one sample in {BLOCK_SIZES[-1]:,}",
+            "leave that source out or raise its weight",
+        )
+    return quotas
+
+
+def _apportion(shares: np.ndarray, block: int) -> np.ndarray:
+    """Split ``block`` by the largest remainders; equal remainders go to the earlier source."""
+    exact = shares * block
+    quotas = np.floor(exact + 1e-9).astype(np.int64)
+    remainders = exact - quotas
+    missing = block - int(quotas.sum())
+    quotas[np.argsort(-remainders, kind="stable")[:missing]] += 1
+    return quotas

@@ -1,0 +1,110 @@
+"""Look into an indexed dataset: what it holds, whether it is intact, and the text of a document or training sample.
+
+    python tools/inspect_dataset.py data/train
+    python tools/inspect_dataset.py data/train --verify
+    python tools/inspect_dataset.py data/train --document 7
+    python tools/inspect_dataset.py data/train --sample 0 --sequence-length 1024 --seed 1
+
+Exit code 0: what was checked is in order. Exit code 2: it is not, and the message says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megachiar.console import run
+from megachiar.data.byte_progress import byte_progress
+from megachiar.data.files import bin_path, idx_path
+from megachiar.data.indexed import IndexedDataset
+from megachiar.data.inspection import find_tokenizer, show_document, show_sample, summarise
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="the dataset, without .bin")
+    parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--document", type=int, metavar="N", help="show document N")
+    shown.add_argument("--sample", type=int, metavar="N", help="show sample N of a run on this dataset alone")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
+    parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
+    parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
+        parser.error("--sample needs --sequence-length and --seed")
+    if arguments.sample is None and (arguments.sequence_length is not None or arguments.seed is not None):
+        parser.error("--sequence-length and --seed belong to --sample")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.verify:
+        IndexedDataset(arguments.prefix)  # a missing file is reported before its size is asked for
+        total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
+        with byte_progress("verifying", total) as on_bytes:
+            summary = summarise(arguments.prefix, verify=True, on_bytes=on_bytes)
+    else:
+        summary = summarise(arguments.prefix)
+    shown = look_inside(arguments)
+    if arguments.json:
+        print(json.dumps({**summary, "shown": shown}, ensure_ascii=False))
+    elif shown is None:
+        print_summary(summary)
+    else:
+        print_text(shown)
+
+
+def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.document is None and arguments.sample is None:
+        return None
+    tokenizer = find_tokenizer(arguments.prefix, arguments.tokenizer)
+    if arguments.document is not None:
+        return show_document(arguments.prefix, arguments.document, tokenizer)
+    return show_sample(arguments.prefix, arguments.sample, arguments.sequence_length, arguments.seed, tokenizer)
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    for path, size in summary["files"].items():
+        print(f"{path}: {size:,} bytes")
+    sizes = summary["document_tokens"]
+    print(f"documents       {summary['documents']:,} in {summary['sequences']:,} sequences")
+    print(f"tokens          {summary['tokens']:,} of {summary['dtype']}")
+    print(
+        f"document size   {sizes['smallest']:,} to {sizes['largest']:,} tokens, "
+        f"mean {sizes['mean']:,.1f}, median {sizes['median']:,.1f}"
+    )
+    if "largest_token_id" in summary:
+        print(f"ids             {summary['smallest_token_id']:,} to {summary['largest_token_id']:,}")
+    manifest = summary["manifest"]
+    if manifest is not None:
+        tokenizer = manifest["tokenizer"]
+        print(f"text            {manifest['text_bytes']:,} bytes, {manifest['words']:,} words")
+        print(f"tokenizer       {tokenizer['kind']} {tokenizer['file']}, {tokenizer['vocab_size']:,} ids")
+        print(f"                {tokenizer['fingerprint']}")
+        print(f"end of document {tokenizer['eod_id'] if manifest['append_eod'] else 'not appended'}")
+        print(f"skipped         {manifest['skipped'] or 'nothing'}")
+        print(f"made by         {manifest['created_by']} from {len(manifest['sources']):,} files")
+    print(f"in order        {', '.join(summary['verified'])}")
+    for what in summary["not_checked"]:
+        print(f"not checked     {what}")
+
+
+def print_text(shown: Mapping[str, Any]) -> None:
+    for key, value in shown.items():
+        if key not in ("ids", "text"):
+            print(f"{key.replace('_', ' ')}: {value:,}")
+    if shown["text"] is None:
+        print("no tokenizer was found (give one with --tokenizer); ids:")
+        print(*shown["ids"])
+    else:
+        print(shown["text"])
+
+
+if __name__ == "__main__":
+    run(main)

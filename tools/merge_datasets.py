@@ -1,0 +1,48 @@
+"""Join indexed datasets of one tokenizer into one.
+
+    python tools/merge_datasets.py data/part0 data/part1 --output data/whole
+
+Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared, and
+the output is whole or not there at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megachiar.console import run
+from megachiar.data.byte_progress import byte_progress
+from megachiar.data.files import bin_path
+from megachiar.data.indexed import IndexedDataset
+from megachiar.data.merge import merge_datasets
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
+    parser.add_argument(
+        "--allow-missing-manifest",
+        action="store_true",
+        help="merge datasets without manifest (made by another program); that they are of one tokenizer is up to you",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    total = sum(IndexedDataset(prefix).tokens.nbytes for prefix in arguments.inputs)
+    with byte_progress("merging", total) as on_bytes:
+        merge_datasets(
+            arguments.inputs,
+            arguments.output,
+            allow_missing_manifest=arguments.allow_missing_manifest,
+            on_bytes=on_bytes,
+        )
+    merged = IndexedDataset(arguments.output)
+    print(f"{bin_path(arguments.output)}: {merged.documents:,} documents, {merged.tokens.size:,} tokens")
+
+
+if __name__ == "__main__":
+    run(main)
