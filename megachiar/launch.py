@@ -117,7 +117,7 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
         raise UserError(
             "environment",
             f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks but MASTER_ADDR or MASTER_PORT is not set",
-            "start through slurm/pretrain_400m.sh, or export both (first host of `scontrol show hostnames`, a free port)",
+            "start through slurm/pretrain_400m.sh, or export both: the first host of the node list, a free port",
         )
     tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
     return {

@@ -1,0 +1,72 @@
+"""Pretrain a CHIAR-Former (or its attention-only baseline) as one YAML file says.
+
+    python -m megachiar.pretrain --config configs/tiny.yaml
+    deepspeed megachiar/pretrain.py --config configs/400m.yaml
+    torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml
+
+Exit codes: 0 finished; 2 something to mend, said in one message; 75 a signal stopped the run after it saved, start it
+again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megachiar import launch
+from megachiar.console import make_console, run
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megachiar.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        nargs="+",
+        default=[],
+        help="override keys of the config, such as training.steps=10; may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, parameters, memory per rank and FLOPs a step, and exit",
+    )
+    parser.add_argument("--world-size", type=int, help="--dry-run: ranks to plan for (default: those started)")
+    options = parser.parse_args(launch.drop_launcher_arguments(arguments))
+    options.overrides = [override for group in options.overrides for override in group]
+    return options
+
+
+def main() -> int:
+    options = parse_arguments(sys.argv[1:])
+    signals = launch.StopSignals()
+    signals.install()
+    launch.prepare_environment()
+
+    from megachiar.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from megachiar.training.plan import print_plan
+
+        print_plan(config, options.world_size)
+        return 0
+
+    from megachiar.topology import build_topology
+
+    topology = build_topology(config)
+    launch.configure_torch(config.training.threads)
+
+    from megachiar.training.setup import pretrain
+
+    return pretrain(config, topology, signals, make_console())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,365 @@
+"""Checkpoints that are whole or not there.
+
+    RUN/checkpoints/step_00000250/      one folder a checkpoint
+        state.json                      what it is, with the size of every other file: written last
+        config.yaml                     the resolved config of the run that wrote it
+        mp_rank_00_model_states.pt ...  DeepSpeed's files, one per rank
+
+Everything is written to ``step_00000250.incomplete`` and renamed when all ranks are done and the files are on disk.
+A killed run leaves such a folder behind; it is never read, and the next run removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megachiar import __version__
+from megachiar.config import ModelConfig, RunConfig, load_config
+from megachiar.data.files import sync_folder, write_atomically
+from megachiar.errors import UserError, disk_errors
+from megachiar.model import ChiarFormer, build_model
+from megachiar.topology import LaunchError, Topology
+from megachiar.training.engine import Engine
+
+STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
+_NAME = re.compile(r"step_(\d{8,})")
+# Model keys that may differ between a checkpoint and the run that loads it: they change no weight's meaning.
+_FREE_MODEL_KEYS = {"dropout", "max_sequence_length", "initializer_std"}
+_FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share", "seed"}
+_FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
+
+
+class DataRecord(BaseModel):
+    """One training source as the checkpoint's position refers to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int
+    checksum: str | None
+    weight: float
+
+
+class CheckpointState(BaseModel):
+    """What ``state.json`` records.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: training samples consumed by all ranks together: the position in the data.
+        data: the sources these samples were drawn from; ``sequence_length`` and ``seed`` fix their order.
+        data_size, zero_stage, compute: the layout that wrote the files.
+        files: size in bytes of each file of the folder, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    created_by: str = f"megachiar {__version__}"
+    step: int
+    samples: int
+    data: list[DataRecord]
+    sequence_length: int
+    seed: int
+    data_size: int
+    zero_stage: int
+    compute: str
+    files: dict[str, int]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first. Folders with missing or short files are left out."""
+    named = [path for path in folder.glob("step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return [path for path in sorted(named, key=_step_of) if damage(path) is None]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of ``checkpoint``; None if it is whole."""
+    try:
+        state = CheckpointState.model_validate_json((checkpoint / STATE_FILE).read_bytes())
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (OSError, ValidationError) as error:
+        return f"{STATE_FILE} cannot be read: {str(error).splitlines()[0]}"
+    for name, size in state.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    return None
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """The record of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise UserError(checkpoint, f"is no whole checkpoint: {problem}", "use another checkpoint of the run")
+    return CheckpointState.model_validate_json((checkpoint / STATE_FILE).read_bytes())
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint that ``path`` means: itself, or the newest whole one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / STATE_FILE).exists():
+        read_state(path)
+        return path
+    for folder in (path / "checkpoints", path):
+        if whole := whole_checkpoints(folder):
+            return whole[-1]
+    problem = "holds no whole checkpoint" if path.is_dir() else "no such folder"
+    raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
+
+
+def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int | None) -> Path:
+    """Write a checkpoint; every rank calls it. Afterwards the ``keep`` newest remain.
+
+    Raises:
+        UserError: the disk is full or read-only; no folder that looks whole is left.
+    """
+    config, topology = engine.config, engine.topology
+    folder = config.checkpoint_folder
+    final, incomplete = folder / checkpoint_name(step), folder / f"{checkpoint_name(step)}.incomplete"
+    if topology.is_main:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+    engine.barrier()
+    with _torch_write_errors(incomplete), contextlib.redirect_stdout(io.StringIO()):
+        engine.deepspeed.save_checkpoint(str(folder), tag=incomplete.name, save_latest=False)
+    engine.barrier()
+    if topology.is_main:
+        with disk_errors(folder):
+            (incomplete / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            state = CheckpointState(
+                step=step,
+                samples=step * config.training.global_batch_size,
+                data=data,
+                sequence_length=config.sequence_length,
+                seed=config.training.seed,
+                data_size=topology.data_size,
+                zero_stage=config.parallel.zero_stage,
+                compute=config.precision.compute,
+                files=_sync_files(incomplete),
+            )
+            write_atomically(incomplete / STATE_FILE, (state.model_dump_json(indent=2) + "\n").encode())
+            _replace_folder(incomplete, final)
+        _remove_oldest(folder, keep)
+    engine.barrier()
+    return final
+
+
+def resume(engine: Engine, checkpoint: Path, data: list[DataRecord]) -> CheckpointState:
+    """Load weights, optimizer and loss scale; returns the record with the position to go on from.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another model, of other data, or of another layout.
+    """
+    state = read_state(checkpoint)
+    saved = load_config(checkpoint / CONFIG_FILE)
+    check_same_model(checkpoint, saved.model, engine.config.model)
+    _check_same_data(checkpoint, state, engine.config, data)
+    _check_same_layout(checkpoint, state, engine.config, engine.topology)
+    with contextlib.redirect_stdout(io.StringIO()), _torch_read_errors(checkpoint):
+        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if loaded is None:
+        raise UserError(
+            checkpoint, "DeepSpeed found nothing to load", "remove this folder to fall back to an older one"
+        )
+    return state
+
+
+def load_weights(checkpoint: Path, model: ChiarFormer) -> None:
+    """Fill ``model`` with the weights of a checkpoint, fp32 master weights where there are some.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, model.config)
+    model.load_state_dict(read_weights(checkpoint))
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint of any ZeRO stage by parameter name, on the CPU."""
+    state = read_state(checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()), _torch_read_errors(checkpoint):
+        if state.zero_stage == 0:
+            whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+            return whole["module"]
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+
+
+def load_for_inference(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[RunConfig, ChiarFormer, CheckpointState]:
+    """Config, model (in evaluation mode) and record of a checkpoint or of a run folder's newest one.
+
+    Args:
+        path: run folder or checkpoint folder.
+        device: where the model goes.
+        dtype: of its weights; by default the type the run computed in.
+    """
+    checkpoint = find_checkpoint(path)
+    config = load_config(checkpoint / CONFIG_FILE)
+    model = build_model(config.model, seed=config.training.seed)
+    load_weights(checkpoint, model)
+    dtype = dtype or compute_dtype(config)
+    return config, model.to(device=device, dtype=dtype).eval(), read_state(checkpoint)
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+
+
+def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
+    """Check that weights of ``saved`` mean the same in ``wanted``.
+
+    Raises:
+        UserError: names every key that differs, with both values.
+    """
+    before, now = _binding_keys(saved), _binding_keys(wanted)
+    different = [key for key in now if before.get(key) != now[key]]
+    if different:
+        raise LaunchError(
+            checkpoint,
+            "is of another model: "
+            + ", ".join(f"model.{k} {before.get(k)!r} there, {now[k]!r} here" for k in different),
+            "use the config the checkpoint was written with (config.yaml beside it), or another logging.folder",
+        )
+
+
+def _binding_keys(model: ModelConfig) -> dict[str, Any]:
+    flat = {"ffn_hidden_size": model.ffn_size}
+    for key, value in model.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            free = _FREE_ROUTER_KEYS if key == "router" else {"init"} if key == "meta_router" else set()
+            flat.update({f"{key}.{name}": v for name, v in value.items() if name not in free})
+        elif key not in _FREE_MODEL_KEYS | set(flat):
+            flat[key] = value
+    return flat
+
+
+def _check_same_data(checkpoint: Path, state: CheckpointState, config: RunConfig, data: list[DataRecord]) -> None:
+    pairs = [
+        ("data.train", state.data, data),
+        ("data.sequence_length", state.sequence_length, config.sequence_length),
+        ("training.seed", state.seed, config.training.seed),
+        ("training.global_batch_size", state.samples, state.step * config.training.global_batch_size),
+    ]
+    for key, before, now in pairs:
+        if before != now:
+            raise LaunchError(
+                f"{checkpoint}: {key}",
+                f"was {_brief(before)} when it was saved and is {_brief(now)} now: the order of samples would change",
+                "go on with the same data and batch, or start a new run with checkpoint.load_from",
+            )
+
+
+def _check_same_layout(checkpoint: Path, state: CheckpointState, config: RunConfig, topology: Topology) -> None:
+    before = (state.data_size, state.zero_stage, state.compute)
+    now = (topology.data_size, config.parallel.zero_stage, config.precision.compute)
+    whole = before[1] == now[1] == 0 and before[2] == now[2]
+    if before != now and not whole:
+        describe = "{} data-parallel ranks, ZeRO {}, {}".format
+        raise LaunchError(
+            checkpoint,
+            f"was saved by {describe(*before)}; this run has {describe(*now)}",
+            "start with the saved layout, or start a new run from its weights with checkpoint.load_from",
+        )
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(f"{d.tokens:,} tokens {(d.checksum or '')[:15]} weight {d.weight}" for d in value) + "]"
+    return repr(value)
+
+
+def _step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _sync_files(folder: Path) -> dict[str, int]:
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
+
+
+def _replace_folder(incomplete: Path, final: Path) -> None:
+    if final.exists():  # the same step once more, after falling back to an older checkpoint
+        shutil.rmtree(final)
+    os.replace(incomplete, final)
+    sync_folder(final.parent)
+
+
+def _remove_oldest(folder: Path, keep: int | None) -> None:
+    if keep is not None:
+        for path in whole_checkpoints(folder)[:-keep]:
+            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
+            doomed = path.with_name(path.name + ".incomplete")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob("step_*.incomplete"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _torch_write_errors(folder: Path) -> Iterator[None]:
+    """torch.save hides the disk's error in a RuntimeError: find it again."""
+    try:
+        with disk_errors(folder):
+            yield
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except RuntimeError as error:
+        if not re.search(r"PytorchStreamWriter|unexpected pos|failed writing|iostream", str(error)):
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            folder,
+            f"the checkpoint could not be written ({free / 2**20:,.0f} MiB free): {str(error).splitlines()[0]}",
+            "free some space, lower checkpoint.keep, or move logging.folder; the run resumes from its last checkpoint",
+        ) from error
+
+
+@contextlib.contextmanager
+def _torch_read_errors(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise UserError(
+            checkpoint,
+            f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            "remove this folder to fall back to an older checkpoint",
+        ) from error

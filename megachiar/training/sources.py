@@ -1,0 +1,108 @@
+"""The data of a run, opened and checked against its config before any rank waits for another."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megachiar.config import RunConfig
+from megachiar.data.dataset import SampleStream, ValidationSet, build_training_samples, check_same_tokenizer
+from megachiar.data.manifest import check_tokenizer
+from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError, disk_errors
+from megachiar.topology import LaunchError
+from megachiar.training.checkpoint import DataRecord
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        training: its samples by position.
+        validation: by name.
+        records: the sources as checkpoints refer to them.
+        tokenizer: None where neither config nor manifest names one.
+    """
+
+    training: SampleStream
+    validation: dict[str, ValidationSet]
+    records: list[DataRecord]
+    tokenizer: Tokenizer | None
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Open every dataset of ``config``.
+
+    Raises:
+        LaunchError: one of them is missing, damaged, too short, or of another vocabulary than the model or the others.
+    """
+    try:
+        vocab_size, length = config.model.vocab_size, config.sequence_length
+        sources = [(source.path, source.weight) for source in config.data.train]
+        training = build_training_samples(sources, length, config.training.seed, vocab_size=vocab_size)
+        validation = {
+            name: ValidationSet(prefix, length, vocab_size=vocab_size)
+            for name, prefix in config.data.validation.items()
+        }
+        everything = [*training.sources, *(v.source for v in validation.values())]
+        check_same_tokenizer([(source.prefix, source.manifest) for source in everything])
+        tokenizer = find_tokenizer(config, training)
+    except UserError as error:  # every rank reads the same files
+        raise LaunchError(error.where, error.problem, error.remedy) from error
+    records = [
+        DataRecord(
+            tokens=source.dataset.tokens.size,
+            checksum=source.manifest.checksums.get("bin") if source.manifest else None,
+            weight=weight,
+        )
+        for source, (_, weight) in zip(training.sources, sources, strict=True)
+    ]
+    return RunData(training, validation, records, tokenizer)
+
+
+def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | None:
+    """The tokenizer that ``data.tokenizer`` or the first source's manifest names; None if there is neither.
+
+    Raises:
+        UserError: the one in the config is missing, has more ids than the model, or did not make the datasets.
+    """
+    path = config.data.tokenizer
+    manifest = training.sources[0].manifest
+    if path is None:
+        found = manifest and _recorded_tokenizer(training.sources[0].prefix, manifest.tokenizer.file)
+        if not found:
+            return None
+        path = found
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer {path}",
+            f"has {tokenizer.vocab_size:,} ids, but model.vocab_size is {config.model.vocab_size:,}",
+            f"set model.vocab_size to at least {tokenizer.vocab_size:,}",
+        )
+    if manifest is not None:
+        check_tokenizer(training.sources[0].prefix, manifest, tokenizer.fingerprint)
+    return tokenizer
+
+
+def _recorded_tokenizer(prefix: Path, recorded: str) -> Path | None:
+    """Where a manifest's tokenizer is now: as recorded, or beside the dataset; None if at neither place."""
+    for candidate in (prefix.parent / recorded, prefix.parent / Path(recorded).name):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def keep_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Copy the tokenizer's file or folder into the run folder, so that the run can be sampled from by itself."""
+    if tokenizer is None:
+        return
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        source = Path(tokenizer.path)
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, folder / source.name)
