@@ -46,6 +46,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             errno.EROFS: "write to a folder that is not mounted read-only",
             errno.EACCES: "change the permissions or write somewhere else",
             errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
+            errno.EEXIST: "a file stands where a folder is needed: move it or choose another path",
+            errno.EISDIR: "a folder stands where a file is needed: move it or choose another path",
             errno.EFBIG: "raise the file size limit (ulimit -f) or write smaller files",
         }
         if error.errno not in remedies:

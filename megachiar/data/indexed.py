@@ -440,9 +440,10 @@ def _read_header(index: np.ndarray, path: Path) -> tuple[int, int, int]:
             "check that .bin and .idx are not swapped, and that the dataset is of Megatron's MMIDIDX kind",
         )
     if version != VERSION:
-        raise UserError(path, f"version {version} of the format, only version {VERSION} is known", "convert it")
+        raise UserError(path, f"version {version} of the format, only {VERSION} is known", "preprocess again")
     if code not in DTYPE_CODES:
-        raise UserError(path, f"type code {code} at byte 17, known are {min(DTYPE_CODES)} to {max(DTYPE_CODES)}")
+        known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPE_CODES.items())
+        raise UserError(path, f"type code {code} at byte 17; known are {known}", "copy it again or preprocess again")
     return code, sequences, starts
 
 
