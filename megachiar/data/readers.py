@@ -15,6 +15,7 @@ ends the run.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import sys
 import zlib
@@ -170,8 +171,8 @@ def find_sources(patterns: Iterable[str | Path], format: str | None = None) -> l
     """Sources named by ``patterns``, in their order; what one glob or folder matches is sorted by name.
 
     Args:
-        patterns: files, globs (``**`` too), folders (all files in them, at any depth, whose suffix is known) or ``-``
-            for standard input.
+        patterns: files, globs (``**`` too), folders (all files in them, at any depth, whose suffix is known and not
+            ``.json``) or ``-`` for standard input.
         format: one of FORMATS, for all of them; None tells by the suffix, and takes standard input for jsonl.
 
     Raises:
@@ -244,7 +245,7 @@ def _expand(pattern: str, format: str | None) -> Iterator[Source]:
             raise UserError("standard input", "parquet is read from its end, which a pipe has not", "give the file")
         yield Source(None, kind, compression)
     elif path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and (format or _format_of(file)))
+        found = sorted(file for file in path.rglob("*") if _belongs_to_corpus(file, path, format))
         if not found:
             raise UserError(path, "holds no file of a known format", f"known suffixes: {_known_suffixes()}")
         yield from (_source(file, format) for file in found)
@@ -256,6 +257,13 @@ def _expand(pattern: str, format: str | None) -> Iterator[Source]:
             problem = "the glob matches no file" if glob.has_magic(pattern) else "there is no such file"
             raise UserError(pattern, problem, "check the path; quote globs so that they reach this program")
         yield from (_source(file, format) for file in found)
+
+
+def _belongs_to_corpus(file: Path, folder: Path, format: str | None) -> bool:
+    """Whether a file found in a folder is taken: hidden ones and ``.json``, mostly metadata, must be named."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    known = format is not None or (_format_of(file) is not None and ".json" not in file.suffixes)
+    return known and not hidden and file.is_file()
 
 
 def _source(path: Path, format: str | None) -> Source:
@@ -351,23 +359,21 @@ def _decompressed(
 
 
 def _damaged(source: Source, problem: str) -> UserError:
-    return UserError(source.name, problem, f"test it (gzip -t, zstd -t) and fetch or compress it again as {FORMATS}")
+    tool = {"gz": "gzip -t", "zst": "zstd -t"}[source.compression]
+    return UserError(source.name, problem, f"fetch it again; `{tool}` tells when it is whole")
 
 
-def _text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
-    """``_blocks`` without a byte order mark, refusing what is not text at all."""
-    head, consumed, started = b"", 0, False
-    for block, size in _blocks(source):
-        if started:
-            yield block, size
-            continue
+def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
+    """(length of the byte order mark, ``_blocks`` without it); refuses what is not text at all."""
+    blocks = _blocks(source)
+    head, consumed = b"", 0
+    for block, size in blocks:
         head, consumed = head + block, consumed + size
-        if len(head) >= len(BYTE_ORDER_MARK) + 1:
-            started = True
-            _refuse_binary(source, head)
-            yield head.removeprefix(BYTE_ORDER_MARK), consumed
-    if not started:
-        yield head.removeprefix(BYTE_ORDER_MARK), consumed
+        if len(head) >= max(map(len, MAGIC)):
+            break
+    _refuse_binary(source, head)
+    mark = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
+    return mark, itertools.chain([(head[mark:], consumed)], blocks)
 
 
 def _refuse_binary(source: Source, head: bytes) -> None:
@@ -382,24 +388,27 @@ def _refuse_binary(source: Source, head: bytes) -> None:
 
 def _whole_file(source: Source, options: ReadOptions) -> Chunk:
     parts, total, consumed = [], 0, 0
-    for block, size in _text_blocks(source):
+    mark, blocks = _open_text(source)
+    for block, size in blocks:
         parts.append(block)
         total, consumed = total + len(block), consumed + size
         if total > options.max_document_bytes:
             raise _too_large(source, "file", total, options, "split it with --txt-documents line or blank-line, or ")
-    return Chunk(source.name, "documents", [b"".join(parts)], consumed=consumed, compressed=bool(source.compression))
+    data = [b"".join(parts)]
+    return Chunk(source.name, "documents", data, 1, mark, consumed, bool(source.compression))
 
 
 def _line_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     """Cut a source of lines or paragraphs into chunks of whole ones."""
     layout = "jsonl" if source.format == "jsonl" else options.txt_documents
     last_cut = _last_paragraph_end if layout == "blank-line" else _last_line_end
-    buffer, searched, consumed, line, offset = bytearray(), 0, 0, 1, 0
+    offset, blocks = _open_text(source)
+    buffer, searched, consumed, line = bytearray(), 0, 0, 1
 
     def chunk(data: bytes) -> Chunk:
         return Chunk(source.name, layout, data, line, offset, consumed, bool(source.compression))
 
-    for block, size in _text_blocks(source):
+    for block, size in blocks:
         buffer += block
         consumed += size
         if len(buffer) < options.chunk_bytes:
@@ -553,7 +562,7 @@ def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | Trou
     place = f"{chunk.source}: document {number}" if many else chunk.source
     if data is None:
         return Trouble("not_a_string", place, "the text is null")
-    return _decode(place, chunk, 0, data)
+    return _decode(place, chunk, chunk.offset, data)
 
 
 def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | Trouble:

@@ -1,0 +1,185 @@
+"""Map a function over a stream with many processes: results in order, memory bounded, and never a hang.
+
+    items --> [one in the hands of each worker] --> results, held back until their turn --> caller
+
+The standard pools do not do: ``Pool`` waits for ever when a worker is killed, and the workers of both it and
+``ProcessPoolExecutor`` outlive a parent that is killed. Here each worker hangs on a pipe of its own, so that either end
+sees at once when the other is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TypeVar
+
+from megachiar.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WINDOW = 4  # results per worker that may be under way or held back
+PATIENCE = 5.0  # seconds a worker has to go away by itself
+
+
+class WorkerError(RuntimeError):
+    """The function raised something that is not a ``UserError``; holds the worker's traceback."""
+
+
+class Outcome(NamedTuple):
+    """What became of one item: a result, or the error that stands in its place."""
+
+    result: Any = None
+    error: Exception | None = None
+
+
+def ordered_map(
+    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """``function(item)`` for every item, in the order of the items.
+
+    Close the iterator (``contextlib.closing``) to stop early; no worker is left behind.
+
+    Args:
+        make_function: called once in each worker to make the function; picklable.
+        items: read one by one, at most ``WINDOW * workers`` ahead of the results.
+        workers: processes; 1 works in this process.
+
+    Raises:
+        UserError: the function raised it for the item whose turn it is, or a worker died.
+        WorkerError: the function raised anything else.
+    """
+    if workers < 1:
+        raise UserError("--workers", f"{workers} workers", "use at least 1")
+    if workers == 1:
+        yield from map(make_function(), items)
+        return
+    crew: list[_Worker] = []
+    try:
+        with _ignoring_interrupts():
+            crew.extend(_Worker(make_function, number) for number in range(workers))
+        yield from _serve(crew, enumerate(items))
+    except BaseException:
+        for worker in crew:
+            worker.process.kill()
+        raise
+    finally:
+        for worker in crew:
+            worker.leave()
+
+
+class _Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, make_function: Callable[[], Callable], number: int):
+        context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit locks of its threads
+        self.number = number
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(make_function, theirs), daemon=True, name=f"worker-{number}")
+        self.process.start()
+        theirs.close()  # or the pipe would stay open when the worker dies
+
+    def send(self, item: object) -> None:
+        try:
+            self.connection.send(item)
+        except OSError as error:
+            raise self._death() from error
+
+    def receive(self) -> Outcome:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+
+    def leave(self) -> None:
+        self.connection.close()
+        self.process.join(PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def _death(self) -> UserError:
+        self.process.join(PATIENCE)
+        code = self.process.exitcode
+        killed = code is not None and code < 0
+        how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with code {code}"
+        return UserError(
+            f"worker {self.number} (process {self.process.pid})",
+            f"{how} in the middle of its work",
+            "if memory ran out, use fewer --workers or a machine with more; nothing was written",
+        )
+
+
+def _serve(crew: list[_Worker], numbered: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    """Keep every worker busy and give the results in order."""
+    idle, busy = list(crew), {}
+    outcomes: dict[int, Outcome] = {}
+    sent, given, exhausted = 0, 0, False
+    while True:
+        while idle and not exhausted and sent - given < WINDOW * len(crew):
+            entry = next(numbered, None)
+            if entry is None:
+                exhausted = True
+            else:
+                worker = idle.pop()
+                worker.send(entry[1])
+                busy[worker.connection] = (worker, entry[0])
+                sent += 1
+        if given in outcomes:
+            yield _unwrap(outcomes.pop(given))
+            given += 1
+        elif given == sent:
+            return
+        else:
+            for connection in wait(list(busy)):
+                worker, number = busy.pop(connection)
+                outcomes[number] = worker.receive()
+                idle.append(worker)
+
+
+def _unwrap(outcome: Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.result
+
+
+def _work(make_function: Callable[[], Callable], connection: Connection) -> None:
+    """A worker's life: until its parent closes the pipe, by will or by death."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    function = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            item = connection.recv()
+            try:
+                function = function or make_function()
+                outcome = Outcome(result=function(item))
+            except Exception as error:
+                outcome = Outcome(error=_portable(error))
+            connection.send(outcome)
+
+
+def _portable(error: Exception) -> Exception:
+    """``error`` if it survives the pipe, else one that tells its traceback."""
+    if isinstance(error, UserError):
+        with contextlib.suppress(Exception):
+            return pickle.loads(pickle.dumps(error))
+    return WorkerError(f"a worker failed:\n{traceback.format_exc()}")
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Let processes that start in here begin with Ctrl-C ignored, so that none dies of it half-way through imports."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which alone may do this and gets the signal
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

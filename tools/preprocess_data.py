@@ -1,0 +1,79 @@
+"""Tokenize a corpus into Megatron's indexed format: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
+
+    python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \
+        --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
+
+Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
+input. The output does not depend on --workers. Exit code 2: a problem you can mend, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megachiar.console import make_console, run
+from megachiar.data.preprocess import PreprocessSettings, Split, preprocess
+from megachiar.data.readers import FORMATS, ReadOptions, find_sources
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
+    add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
+    add("--text-key", default="text", help="JSON key or parquet column of the text (default: text)")
+    add(
+        "--txt-documents",
+        choices=("file", "line", "blank-line"),
+        default="file",
+        help="a document of a text file is the whole file, a line, or what blank lines separate (default: file)",
+    )
+    add(
+        "--max-document-mib", type=int, default=64, help="refuse larger documents, which memory must hold (default: 64)"
+    )
+    add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
+    add("--tokenizer-kind", choices=("auto", "sentencepiece", "huggingface", "gpt2"), default="auto")
+    add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
+    add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
+    add(
+        "--on-error",
+        choices=("skip", "refuse"),
+        default="refuse",
+        help="a broken or empty document: leave it out and count it, or stop (default: refuse)",
+    )
+    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (default: one per usable core)")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = PreprocessSettings(
+        sources=find_sources(arguments.input, arguments.format),
+        tokenizer=arguments.tokenizer,
+        tokenizer_kind=arguments.tokenizer_kind,
+        eod_token=arguments.eod_token,
+        output_prefix=arguments.output_prefix,
+        read=ReadOptions(arguments.text_key, arguments.txt_documents, arguments.max_document_mib << 20),
+        append_eod=arguments.append_eod,
+        split=Split.parse(arguments.split) if arguments.split is not None else None,
+        on_error=arguments.on_error,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    console = make_console()
+    for line in preprocess(settings).lines():
+        console.print(line, markup=False)
+
+
+if __name__ == "__main__":
+    run(main)
