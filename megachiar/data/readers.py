@@ -48,7 +48,7 @@ COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 MAGIC = {b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "Zstandard data", b"PAR1": "a parquet file"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 18  # of a plain file at once
-COMPRESSED_READ_BYTES = 1 << 16  # at once; bounds what one read can grow to
+COMPRESSED_READ_BYTES = 1 << 14  # at once; small, because one read may grow a thousandfold
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
 PARQUET_ROWS = 256  # decoded at once
 EXAMPLES_PER_KIND = 3
@@ -458,7 +458,7 @@ def _parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(source.path, buffer_size=READ_BYTES) as file:
+        with parquet.ParquetFile(source.path, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
             _check_column(source, file.schema_arrow, options.text_key)
             yield from _row_chunks(source, file, options)
     except pyarrow.ArrowException as error:
