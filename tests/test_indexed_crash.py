@@ -161,7 +161,7 @@ def test_a_file_where_a_folder_is_needed_and_the_reverse_are_one_error(tmp_path)
         IndexedDatasetBuilder(tmp_path / "file" / "a", "uint16")
     (tmp_path / "b.bin").mkdir()
     with (
-        pytest.raises(UserError, match="b.bin.tmp: cannot write: Is a directory"),
+        pytest.raises(UserError, match=r"b\.bin\.tmp: cannot write: Is a directory"),
         IndexedDatasetBuilder(tmp_path / "b", "uint16") as builder,
     ):
         builder.add_document([1])

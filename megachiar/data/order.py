@@ -8,7 +8,8 @@
       v
     first token of the sample in the source's stream
 
-Everything is O(1) in memory and start-up, and the same for any number of readers and any place to begin.
+Memory and start-up do not depend on the size of the sources, and the order is the same for any number of readers and
+any place to begin.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megachiar.errors import UserError
 
 ROUNDS = 8  # of the Feistel network; 4 suffice for pseudo-randomness in theory, 8 is cheap beside reading a sample
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finaliser
-BLOCK_SIZES = (1, 100, 1_000, 10_000, 100_000, 1_000_000)  # positions of a blend's block, the smallest that fits
+BLOCK_SIZES = (1, 100, 1_000, 10_000, 100_000)  # positions of a blend's block, the smallest that fits
 QUOTA_TOLERANCE = 1e-3  # relative error of a source's share that is taken for a smaller block
 
 
@@ -158,9 +159,12 @@ class Draws(NamedTuple):
 class Blend:
     """Which source each position of the run draws from: exact quotas in every block of positions, permuted by key.
 
-    Positions are cut into blocks of B. Source i has ``quotas[i]`` positions in every block, sum B, in an order that
-    differs from block to block; so its share is exact after every block, and the samples that position p uses up of
-    each source are known without counting.
+    Positions are cut into blocks of B. Source i has ``quotas[i]`` positions in every block, sum B, at places that
+    differ from block to block; so its share is exact after every block. Each source's samples come strictly in turn:
+    after any position the samples used up are the first ``counts`` of each, without a gap, which is what makes an
+    epoch an epoch and lets another blend go on from there.
+
+    One block of at most ``BLOCK_SIZES[-1]`` positions is kept in memory, whichever was asked for last.
 
     Args:
         weights: of the sources, positive, any sum.
@@ -179,27 +183,43 @@ class Blend:
         self.shares = shares / shares.sum()
         self.quotas = _quotas(self.shares)
         self.block = int(self.quotas.sum())
-        self._ends = np.cumsum(self.quotas)
         self._seed = seed
+        self._last_block = (0, self._draws_of_block(0))
 
     def draws(self, positions: np.ndarray) -> Draws:
         """Source and sample of the source for each position of the run, int64 (n,)."""
         positions = np.asarray(positions, dtype=np.int64)
         blocks = positions // self.block
-        slots = np.empty_like(positions)
+        sources, samples = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
             chosen = blocks == block
-            keys = round_keys("blend", self._seed, int(block))
-            slots[chosen] = permute(positions[chosen] - block * self.block, self.block, keys)
-        sources = np.searchsorted(self._ends, slots, side="right")
-        begins = self._ends - self.quotas
-        return Draws(sources, blocks * self.quotas[sources] + slots - begins[sources])
+            slots = positions[chosen] - block * self.block
+            drawn = self._block(int(block))
+            sources[chosen], samples[chosen] = drawn.sources[slots], drawn.samples[slots]
+        return Draws(sources, samples)
 
     def counts(self, positions: int) -> np.ndarray:
         """Samples drawn from each source by the first ``positions`` positions of the run, int64 (sources,)."""
         whole, rest = divmod(positions, self.block)
-        begun = self.draws(whole * self.block + np.arange(rest)).sources
+        begun = self._block(whole).sources[:rest]
         return whole * self.quotas + np.bincount(begun, minlength=self.quotas.size)
+
+    def _block(self, number: int) -> Draws:
+        known, drawn = self._last_block  # one read and one write of one name: threads may share a blend
+        if known != number:
+            drawn = self._draws_of_block(number)
+            self._last_block = (number, drawn)
+        return drawn
+
+    def _draws_of_block(self, number: int) -> Draws:
+        """The draws of all positions of a block, in order."""
+        ends = np.cumsum(self.quotas)
+        slots = permute(np.arange(self.block), self.block, round_keys("blend", self._seed, number))
+        sources = np.searchsorted(ends, slots, side="right")
+        by_source = np.argsort(sources, kind="stable")
+        turn = np.empty_like(sources)  # of a draw among its source's draws in this block
+        turn[by_source] = np.arange(self.block) - (ends - self.quotas)[sources[by_source]]
+        return Draws(sources, number * self.quotas[sources] + turn)
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:
