@@ -71,6 +71,7 @@ def configure_torch(threads: int | None) -> None:
 
     if not torch.cuda.is_available():
         keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found no GPU
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // _int("LOCAL_WORLD_SIZE"))
     if threads is not None:

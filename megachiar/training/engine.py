@@ -10,6 +10,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megachiar.config import RunConfig
@@ -75,6 +76,8 @@ class Engine:
         built = build_optimizer(model, config.optimizer)
         self.optimizer_implementation = built.implementation
         self.config, self.topology, self.device = config, topology, device
+        if device.type == "cpu" and config.precision.compute == "fp16":
+            allow_fp16_on_cpu()
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
         )
@@ -146,6 +149,13 @@ class Engine:
             return None
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).item()
+
+
+def allow_fp16_on_cpu() -> None:
+    """Let DeepSpeed run fp16 on a CPU without fp16 instructions: slowly, but a config can be tried before the GPUs."""
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
 
 
 def seed_dropout(seed: int, first_sample: int) -> None:
