@@ -73,6 +73,15 @@ def test_a_blend_takes_each_sample_of_each_source_once_an_epoch(tmp_path):
                 assert len(np.unique(targets)) == targets.size
 
 
+def test_sources_of_the_same_size_are_read_in_different_orders(tmp_path):
+    """Parallel texts would otherwise come in pairs."""
+    sources = [(write_stream(tmp_path / name, np.arange(5_000)), 1.0) for name in "ab"]
+    places = build_training_samples(sources, 10, seed=1).locate(range(400))
+    first, second = ([place.token for place in places if place.source == number] for number in (0, 1))
+    assert len(first) == len(second) == 200
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 5
+
+
 def test_describe_tells_shares_and_epochs(tmp_path):
     large = write_stream(tmp_path / "large", np.zeros(10_001, int))
     small = write_stream(tmp_path / "small", np.zeros(101, int))

@@ -84,6 +84,25 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_dataset_or_none(tmp_path):
     assert opened > 0
 
 
+def test_no_moment_joins_the_tokens_of_one_dataset_with_the_index_of_another(tmp_path, monkeypatch):
+    """Stopped between the two renames, over a dataset of the same sizes: the old index must not open the new tokens."""
+    prefix = tmp_path / "a"
+    with IndexedDatasetBuilder(prefix, "uint16") as builder:
+        builder.add_documents([1, 2, 3], [1, 2])
+    real = os.replace
+
+    def stop_before_index(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(indexed.os, "replace", stop_before_index)
+    with pytest.raises(KeyboardInterrupt), IndexedDatasetBuilder(prefix, "uint16") as builder:
+        builder.add_documents([7, 8, 9], [2, 1])
+    with pytest.raises(UserError, match=r"a\.idx: the file does not exist"):
+        IndexedDataset(prefix)
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk; the file size limit below is tested for everyone")

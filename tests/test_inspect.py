@@ -12,6 +12,7 @@ import indexed_oracle as oracle
 import numpy as np
 import pytest
 
+from megachiar.data import indexed
 from megachiar.data.dataset import build_training_samples
 from megachiar.data.indexed import IndexedDatasetBuilder
 from megachiar.data.inspection import find_tokenizer, show_document, show_sample, summarise
@@ -91,6 +92,17 @@ def test_verifying_finds_what_opening_cannot(tmp_path):
     oracle.write(tmp_path / "b", [[[1, -2, 3]]], "int32")
     with pytest.raises(UserError, match="holds the id -2"):
         summarise(tmp_path / "b", verify=True)
+
+
+def test_verifying_checks_every_row_of_a_long_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "ROWS_CHECKED_ON_OPEN", 256)
+    prefix = oracle.write(tmp_path / "a", [[[1]]] * 2_000)
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(34 + 4 * 2_000 + 8 * 3)  # the pointer of sequence 3; the blocks checked begin at 0, 7, 15, ...
+        file.write(b"\x09")
+    summarise(prefix)
+    with pytest.raises(UserError, match="sequence 3 has length 1 and begins at byte 9"):
+        summarise(prefix, verify=True)
 
 
 def test_documents_come_out_as_they_went_in(folder, tokenizer):

@@ -128,7 +128,7 @@ class StreamOrder:
             samples: int64 (n,), 0 is the first sample of epoch 0.
 
         Returns:
-            int64 (n,), each in ``range(tokens)``; the T + 1 tokens from there on are taken modulo the stream's length.
+            int64 (n,), each below N; the T + 1 tokens from there on go on at the stream's beginning after its end.
         """
         samples = np.asarray(samples, dtype=np.int64)
         epochs = self.epochs(samples)
@@ -140,7 +140,7 @@ class StreamOrder:
                 self.samples_per_epoch,
                 round_keys("epoch", *self._key, int(epoch)),
             )
-            starts[chosen] = (place * self.sequence_length + self.shift(int(epoch))) % self.tokens
+            starts[chosen] = place * self.sequence_length + self.shift(int(epoch))
         return starts
 
 
