@@ -118,12 +118,15 @@ def test_the_fingerprint_is_that_of_the_content(models, tmp_path, kind):
     fingerprint = load_tokenizer(source).fingerprint
     assert fingerprint.startswith("sha256:") and len(fingerprint) == 7 + 64
     assert load_tokenizer(copy).fingerprint == fingerprint
-    if kind == "sentencepiece":
-        content = source.read_bytes()
-        assert fingerprint[7:] == hashlib.sha256(len(content).to_bytes(8, "little") + content).hexdigest()
     if kind == "gpt2":
-        with open(copy / "merges.txt", "a") as file:
-            file.write("\n")
+        changed = copy / "merges.txt"
+        parts = [hashlib.sha256((copy / name).read_bytes()).digest() for name in ("vocab.json", "merges.txt")]
+        assert fingerprint[7:] == hashlib.sha256(b"".join(parts)).hexdigest()
+    else:
+        changed = copy
+        assert fingerprint[7:] == hashlib.sha256(copy.read_bytes()).hexdigest()
+    if kind != "sentencepiece":  # a protobuf has no harmless byte to add
+        changed.write_bytes(changed.read_bytes() + b"\n")
         assert load_tokenizer(copy).fingerprint != fingerprint
 
 
@@ -215,6 +218,16 @@ def test_a_user_defined_end_of_document_piece_stays_out_of_text(tmp_path):
     tokenizer = load_tokenizer(path, eod_token="<|endoftext|>")
     assert tokenizer.eod_id == eod
     assert eod not in tokenizer.encode("fox<|endoftext|>dog")
+
+
+def test_a_model_without_end_of_sentence_has_no_end_of_document(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with open(path, "wb") as file:
+        texts = iter(numbered_documents(100))
+        options = {"vocab_size": 330, "byte_fallback": True, "minloglevel": 4, "model_type": "bpe"}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, eos_id=-1, **options)
+    assert load_tokenizer(path).eod_id is None
+    assert load_tokenizer(path, eod_token="<s>").eod_id == 1
 
 
 def test_what_a_tokenizer_file_asks_for_does_not_change_documents(models, tmp_path):

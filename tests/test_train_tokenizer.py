@@ -69,6 +69,19 @@ def test_a_new_line_is_one_token_and_spaces_are_kept(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_the_mark_for_a_space_is_the_only_character_that_does_not_come_back(tmp_path):
+    train(prepare(tmp_path))
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    lost = [
+        character
+        for character in characters
+        if tokenizer.decode(tokenizer.encode(f"a{character}b")) != f"a{character}b"
+    ]
+    assert lost == ["\u2581"]
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+
+
 def test_long_lines_are_learned_from_too(tmp_path):
     """SentencePiece leaves out sentences above 4,192 bytes without a word."""
     line = "unmistakable " * 2000

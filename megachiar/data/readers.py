@@ -51,6 +51,7 @@ READ_BYTES = 1 << 18  # of a plain file at once
 COMPRESSED_READ_BYTES = 1 << 14  # at once; small, because one read may grow a thousandfold
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
 PARQUET_ROWS = 256  # decoded at once
+TEXT_COLUMNS = {"string", "large_string", "string_view", "binary", "large_binary"}  # types of parquet columns
 EXAMPLES_PER_KIND = 3
 
 
@@ -477,8 +478,7 @@ def _check_column(source: Source, schema: Any, text_key: str) -> None:
         )
     kind = schema.field(text_key).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
-    if not any(test(kind) for test in tests):
+    if str(kind) not in TEXT_COLUMNS:
         raise UserError(source.name, f"column {text_key!r} holds {kind}, not text", "name the column with --text-key")
 
 

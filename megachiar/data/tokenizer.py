@@ -373,9 +373,7 @@ def _read(path: Path) -> bytes:
 
 
 def _fingerprint(contents: list[bytes]) -> str:
-    """``sha256:...`` over the files' contents, each with its length so that a boundary cannot move."""
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return f"sha256:{digest.hexdigest()}"
+    """``sha256:...`` of one file as ``sha256sum`` prints it; of several, the hash of their hashes."""
+    digests = [hashlib.sha256(content) for content in contents]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digest.digest() for digest in digests))
+    return f"sha256:{whole.hexdigest()}"
