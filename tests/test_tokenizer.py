@@ -144,6 +144,16 @@ def test_a_folder_is_recognised_by_what_it_holds(models, tmp_path):
     assert load_tokenizer(tmp_path / "b").path == tmp_path / "b" / "tokenizer.model"
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "my.8k.model"])
+def test_a_sentencepiece_model_is_recognised_by_its_name(models, tmp_path, name):
+    shutil.copy(models["sentencepiece"], tmp_path / name)
+    assert load_tokenizer(tmp_path / name).kind == "sentencepiece"
+    shutil.copy(models["sentencepiece"], tmp_path / "tokenizer.bin")
+    with pytest.raises(UserError, match=r"tokenizer\.bin: cannot tell what kind"):
+        load_tokenizer(tmp_path / "tokenizer.bin")
+    assert load_tokenizer(tmp_path / "tokenizer.bin", "sentencepiece").vocab_size == 400
+
+
 def test_the_end_of_document_token_can_be_named(models):
     for kind in ("huggingface", "gpt2", "sentencepiece"):
         vocabulary_token = "a"

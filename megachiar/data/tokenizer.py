@@ -274,8 +274,10 @@ def _kind_of(path: Path) -> str:
             return "sentencepiece"
     elif path.name in {name for pair in GPT2_FILES for name in pair}:
         return "gpt2"
-    elif path.suffix in {".model", ".json"}:
-        return "sentencepiece" if path.suffix == ".model" else "huggingface"
+    elif ".model" in path.suffixes:  # also tokenizer.model.v3
+        return "sentencepiece"
+    elif path.suffix == ".json":
+        return "huggingface"
     raise UserError(
         path,
         "cannot tell what kind of tokenizer this is",
