@@ -189,6 +189,37 @@ def test_a_pickled_dataset_opens_the_files_again(tmp_path):
     assert len(pickle.dumps(dataset)) < 1000
 
 
+def kernel_flags(path: Path) -> list[str]:
+    """What the kernel knows of this process's map of ``path``."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{path} is not mapped")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks the Linux kernel")
+def test_random_access_is_told_to_the_kernel_and_survives_pickling(tmp_path):
+    for random_access in (False, True):
+        prefix = oracle.write(tmp_path / str(random_access), [[[7] * 1_000]])
+        dataset = IndexedDataset(prefix, random_access=random_access)
+        assert ("rr" in kernel_flags(tmp_path / f"{random_access}.bin")) == random_access
+        copy = pickle.loads(pickle.dumps(dataset))
+        del dataset
+        gc.collect()
+        assert ("rr" in kernel_flags(tmp_path / f"{random_access}.bin")) == random_access
+        assert copy.tokens[500] == 7
+
+
+def test_announcing_any_part_changes_nothing(tmp_path):
+    dataset = IndexedDataset(oracle.write(tmp_path / "a", [[list(range(9_000))]]), random_access=True)
+    for token, length in ((0, 1), (0, 9_000), (5_000, 10), (8_999, 1), (8_990, 500)):
+        dataset.announce(token, length)
+    assert dataset[0].tolist() == list(range(9_000))
+
+
 def test_a_prefix_may_hold_dots_and_its_folder_is_made(tmp_path):
     build(tmp_path / "new" / "v1.5", [[[1]]], "uint16")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["v1.5.bin", "v1.5.idx"]

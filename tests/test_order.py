@@ -157,7 +157,7 @@ def test_a_blend_restarts_anywhere():
 
 def test_blocks_are_as_small_as_the_weights_allow_and_differ():
     assert [Blend(weights, 0).block for weights in ([5], [1, 1], [0.7, 0.3], [1, 1, 1], [0.999, 0.001])] == [
-        1,
+        100,
         100,
         100,
         10_000,

@@ -31,15 +31,16 @@ class TokenSource:
     Args:
         prefix: path of the dataset without ``.bin``.
         vocab_size: rows of the model's embedding; None leaves ids unchecked.
+        random_access: it will be read in random order, see ``IndexedDataset``.
 
     Raises:
         UserError: the dataset is damaged, holds floats, does not fit its manifest, or its tokenizer has more ids than
             the model.
     """
 
-    def __init__(self, prefix: Path | str, vocab_size: int | None = None):
+    def __init__(self, prefix: Path | str, vocab_size: int | None = None, *, random_access: bool = False):
         self.prefix = Path(prefix)
-        self.dataset = IndexedDataset(prefix)
+        self.dataset = IndexedDataset(prefix, random_access=random_access)
         self.vocab_size = vocab_size
         if self.dataset.dtype.kind not in "iu":
             raise UserError(
@@ -135,6 +136,8 @@ class SampleStream:
         """Samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
         places = self.locate(positions)
         batch = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for place in places:  # all reads of the batch are under way before the first is waited for
+            self.sources[place.source].dataset.announce(place.token, self.sequence_length + 1)
         for row, place in zip(batch, places, strict=True):
             self.sources[place.source].read(place.token, row)
         return batch
@@ -187,7 +190,7 @@ def build_training_samples(
     if not sources:
         raise UserError("data.train", "no source is given", "name at least one dataset")
     _refuse_duplicates([prefix for prefix, _ in sources])
-    opened = [TokenSource(prefix, vocab_size) for prefix, _ in sources]
+    opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix, _ in sources]
     check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
     return SampleStream(opened, [weight for _, weight in sources], sequence_length, seed)
 

@@ -299,15 +299,17 @@ class IndexedDataset:
 
     Args:
         prefix: path of the dataset without ``.bin``.
+        random_access: tokens will be read here and there: the kernel then reads only what is touched, instead of
+            hundreds of kilobytes around it. Give ``announce`` the places beforehand.
 
     Raises:
         UserError: one of the checks failed; it names the file and what does not fit.
     """
 
-    def __init__(self, prefix: Path | str):
+    def __init__(self, prefix: Path | str, *, random_access: bool = False):
         self.prefix = Path(prefix)
         idx, bin_ = idx_path(prefix), bin_path(prefix)
-        index = _map_file(idx, self.prefix)
+        index = np.frombuffer(_map_file(idx, self.prefix), np.uint8)
         code, sequences, starts = _read_header(index, idx)
         self.dtype = DTYPE_CODES[code]
         index_bytes = HEADER.size + 12 * sequences + 8 * starts
@@ -317,11 +319,14 @@ class IndexedDataset:
         self.pointers = index[first_pointer:first_start].view("<i8")
         self.document_starts = index[first_start:index_bytes].view("<i8")
         self.documents = starts - 1
-        stream = _map_file(bin_, self.prefix)
-        self._check_stream_size(stream, bin_)
+        self._map = _map_file(bin_, self.prefix)
+        self._random_access = random_access
+        if random_access:
+            self._map.madvise(mmap.MADV_RANDOM)
+        self._check_stream_size(len(self._map), bin_)
         self._check_rows(_spread_rows(sequences))
         self._check_starts(_spread_rows(self.documents))
-        self.tokens = stream.view(self.dtype)
+        self.tokens = np.frombuffer(self._map, self.dtype)
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -335,7 +340,14 @@ class IndexedDataset:
         return self.tokens[first : first + int(self.lengths[sequence])]
 
     def __reduce__(self):  # another process maps the files itself
-        return type(self), (self.prefix,)
+        return _open_again, (self.prefix, self._random_access)
+
+    def announce(self, token: int, length: int) -> None:
+        """Have the kernel begin to read ``length`` tokens from ``token`` on, which are wanted soon; does not wait."""
+        begin = token * self.dtype.itemsize
+        page = begin - begin % mmap.PAGESIZE
+        end = min(begin + length * self.dtype.itemsize, len(self._map))
+        self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of all sequences of document ``number``, a read-only view, (length,) of ``dtype``."""
@@ -364,13 +376,13 @@ class IndexedDataset:
         self._check_rows(_all_rows(len(self)))
         self._check_starts(_all_rows(self.documents))
 
-    def _check_stream_size(self, stream: np.ndarray, path: Path) -> None:
+    def _check_stream_size(self, size: int, path: Path) -> None:
         length, pointer = int(self.lengths[-1]), int(self.pointers[-1])
         expected = pointer + length * self.dtype.itemsize
-        if stream.size != expected:
+        if size != expected:
             raise UserError(
                 path,
-                f"{stream.size:,} bytes, but {idx_path(self.prefix).name} describes {expected:,} bytes of "
+                f"{size:,} bytes, but {idx_path(self.prefix).name} describes {expected:,} bytes of "
                 f"{self.dtype.name} in {len(self):,} sequences",
                 "the file was cut short or belongs to another index: copy both again or preprocess again",
             )
@@ -406,14 +418,18 @@ class IndexedDataset:
                 raise _broken_index(self.prefix, f"document {row + 1:,} begins before document {row:,}")
 
 
-def _map_file(path: Path, prefix: Path) -> np.ndarray:
-    """The bytes of a file, uint8, read-only, read when touched; the array keeps the map alive."""
+def _open_again(prefix: Path, random_access: bool) -> IndexedDataset:
+    return IndexedDataset(prefix, random_access=random_access)
+
+
+def _map_file(path: Path, prefix: Path) -> mmap.mmap:
+    """A file's bytes, read-only, read when touched; arrays made from the map keep it alive."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise UserError(path, "the file is empty", "copy it again or preprocess again")
-            return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise UserError(path, "the file does not exist", _remedy_for_missing(path, prefix)) from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:

@@ -24,7 +24,7 @@ from megachiar.errors import UserError
 
 ROUNDS = 8  # of the Feistel network; 4 suffice for pseudo-randomness in theory, 8 is cheap beside reading a sample
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finaliser
-BLOCK_SIZES = (1, 100, 1_000, 10_000, 100_000)  # positions of a blend's block, the smallest that fits
+BLOCK_SIZES = (100, 1_000, 10_000, 100_000)  # positions of a blend's block, the smallest that fits
 QUOTA_TOLERANCE = 1e-3  # relative error of a source's share that is taken for a smaller block
 
 
