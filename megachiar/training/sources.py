@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megachiar.config import RunConfig
 from megachiar.data.dataset import SampleStream, ValidationSet, build_training_samples, check_same_tokenizer
-from megachiar.data.manifest import check_tokenizer
+from megachiar.data.manifest import check_tokenizer, read_manifest
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
@@ -68,13 +68,10 @@ def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | Non
     Raises:
         UserError: the one in the config is missing, has more ids than the model, or did not make the datasets.
     """
-    path = config.data.tokenizer
     manifest = training.sources[0].manifest
+    path = config.data.tokenizer or recorded_tokenizer(training.sources[0].prefix)
     if path is None:
-        found = manifest and _recorded_tokenizer(training.sources[0].prefix, manifest.tokenizer.file)
-        if not found:
-            return None
-        path = found
+        return None
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -87,12 +84,14 @@ def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | Non
     return tokenizer
 
 
-def _recorded_tokenizer(prefix: Path, recorded: str) -> Path | None:
-    """Where a manifest's tokenizer is now: as recorded, or beside the dataset; None if at neither place."""
-    for candidate in (prefix.parent / recorded, prefix.parent / Path(recorded).name):
-        if candidate.exists():
-            return candidate
-    return None
+def recorded_tokenizer(prefix: Path) -> Path | None:
+    """Where the tokenizer that dataset ``prefix`` was made with is now: as recorded, or beside it; None if nowhere."""
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return None
+    recorded = manifest.tokenizer.file
+    candidates = (prefix.parent / recorded, prefix.parent / Path(recorded).name)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def keep_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:

@@ -1,0 +1,96 @@
+"""Causal attention for all tokens, or for the routed ones alone.
+
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence (the newest S of the T positions when nothing
+is routed), n = routed rows, h = heads, c = channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+QUERY_CHUNK = 512
+"""Queries that share one product: each chunk sees only the keys up to its last position."""
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, scale: float | None = None
+):
+    """Attention of the newest S positions to all keys up to their own.
+
+    Args:
+        q: (B, h, S, c).
+        k, v: (B, h, T, c) with T >= S.
+        dropout: of attention probabilities.
+        scale: of the products; 1 / sqrt(c) if not given.
+
+    Returns:
+        (B, h, S, c).
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    positions = torch.arange(keys - queries, keys, device=q.device)
+    mask = torch.arange(keys, device=q.device) <= positions[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def routed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    queries: int,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of chosen rows alone to all keys of their sequence up to their own position.
+
+    Args:
+        q: (n, h, c), queries of the chosen rows.
+        k, v: (B, h, T, c).
+        rows: (n,) int64, ascending: which of the B * queries rows (sequence by sequence) were chosen.
+        queries: S, rows a sequence has. They stand at the newest S of its T positions.
+        dropout: of attention probabilities.
+        scale: of the products; 1 / sqrt(c) if not given.
+
+    Returns:
+        (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that were not chosen.
+    """
+    if len(rows) == 0:
+        return q
+    sequences, keys = k.shape[0], k.shape[2]
+    sequence = rows // queries
+    position = rows % queries + (keys - queries)
+    counts = torch.bincount(sequence, minlength=sequences)
+    widest = int(counts.max())
+    if len(rows) == sequences * queries:
+        packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
+        return causal_attention(packed, k, v, dropout, scale).transpose(1, 2).flatten(0, 1)
+    # Row r of the chosen goes to slot (its sequence, its number within it) of a (B, widest) grid; the rest is padding.
+    slot = sequence * widest + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
+    full = len(rows) == sequences * widest
+    grid = q if full else q.new_zeros(sequences * widest, *q.shape[1:]).index_copy(0, slot, q)
+    at = torch.zeros(sequences * widest, dtype=torch.long, device=rows.device).index_copy_(0, slot, position)
+    grid = grid.unflatten(0, (sequences, widest)).transpose(1, 2)  # (B, h, widest, c)
+    mixed = _by_position(grid, k, v, at.view(sequences, widest), dropout, scale)
+    mixed = mixed.transpose(1, 2).flatten(0, 1)  # (B * widest, h, c)
+    return mixed if full else mixed.index_select(0, slot)
+
+
+def _by_position(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, dropout: float, scale: float | None
+) -> torch.Tensor:
+    """Queries (B, h, S, c) at positions ``at`` (B, S), ascending but for padding; chunked by keys they can see."""
+    outputs = []
+    for start in range(0, q.shape[2], QUERY_CHUNK):
+        chunk = at[:, start : start + QUERY_CHUNK]
+        seen = int(chunk.max()) + 1
+        mask = torch.arange(seen, device=q.device) <= chunk[:, None, :, None]  # (B, 1, s, seen)
+        part = q[:, :, start : start + QUERY_CHUNK]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, dropout_p=dropout, scale=scale
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

@@ -1,0 +1,72 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+Shapes: N = rows, d = channels, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORED_TARGET = -100
+CHUNK_BYTES = 128 * 2**20
+"""Most that the fp32 logits of one chunk of rows take."""
+
+
+class CrossEntropy(NamedTuple):
+    """``loss``: scalar fp32, mean over targets that count. ``token_losses``: (N,) fp32, no gradient, 0 elsewhere."""
+
+    loss: torch.Tensor
+    token_losses: torch.Tensor
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
+    """Cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+
+    Args:
+        hidden: (N, d).
+        weight: (V, d).
+        targets: (N,) int64 in [0, V), or -100 for rows that do not count. With none that counts the loss is 0.
+
+    The gradients are computed in the forward pass, chunk by chunk while the logits are at hand, so that neither pass
+    keeps them; fp32 logits (fp64 for fp64 input) whatever the type of the weights.
+    """
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        needed = any(ctx.needs_input_grad[:2])
+        counted = targets != IGNORED_TARGET
+        count = counted.sum().clamp_min(1)
+        losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        of_hidden = torch.zeros_like(hidden) if needed else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
+        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part] @ weight.mT).to(wide)
+            target = targets[part].clamp_min(0)[:, None]
+            scale = logits.logsumexp(-1, keepdim=True)
+            losses[part] = (scale - logits.gather(-1, target)).squeeze(-1).masked_fill_(~counted[part], 0)
+            if needed:
+                # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
+                slope = logits.sub_(scale).exp_()
+                slope.scatter_add_(-1, target, slope.new_full(target.shape, -1))
+                slope = slope.masked_fill_(~counted[part, None], 0).to(hidden.dtype)
+                of_hidden[part] = slope @ weight
+                of_weight += slope.mT @ hidden[part]
+        ctx.save_for_backward(of_hidden, of_weight, count)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / count, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_loss, _):
+        of_hidden, of_weight, count = ctx.saved_tensors
+        factor = of_loss / count
+        return (of_hidden * factor).to(of_hidden.dtype), (of_weight * factor).to(of_hidden.dtype), None

@@ -1,0 +1,73 @@
+"""Sampling from a model, one token at a time with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megachiar.model.cache import DecodingCache
+from megachiar.model.transformer import ChiarFormer
+
+
+@torch.inference_mode()
+def generate(
+    model: ChiarFormer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eod_id: int | None = None,
+) -> list[int]:
+    """Continue ``prompt``.
+
+    Args:
+        model: in evaluation mode, trained with ``meta_router.pool`` causal or none.
+        prompt: at least one token id. Of a prompt longer than the model's longest sequence the end is read.
+        max_new_tokens: at most so many.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: of the samples.
+        eod_id: token that ends the text.
+
+    Returns:
+        The new ids, without the prompt and without ``eod_id``.
+
+    Past ``max_sequence_length`` the last half of it is read anew and generation goes on from there.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    longest = model.config.max_sequence_length
+    text, new = list(prompt), []
+    cache, unread = DecodingCache(), text[-longest:]
+    while len(new) < max_new_tokens:
+        if cache.length + len(unread) > longest:
+            cache, unread = DecodingCache(), text[-max(1, longest // 2) :]
+        logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if token == eod_id:
+            break
+        new.append(token)
+        text.append(token)
+        unread = [token]
+    return new
+
+
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
+    """One token id from logits (V,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    probabilities, order = torch.softmax(logits, -1).sort(descending=True)
+    if top_p is not None:
+        # A token stays while those before it have less than top_p together: the likeliest one always does.
+        probabilities = probabilities.masked_fill(probabilities.cumsum(0) - probabilities >= top_p, 0)
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,117 @@
+"""Which operator each row takes.
+
+Shapes: N rows, d channels, O operators of the layer (in the config's order, by rising entropy).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megachiar.config.model import ModelConfig
+from megachiar.kernels.dct import dct
+from megachiar.kernels.spectral import spectral_entropy
+from megachiar.model.grid import Grid
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a router says of N rows.
+
+    Attributes:
+        operator: (N,) int64, index into the layer's operators.
+        entropy: (N,) H without gradient.
+        spectrum: (N, d) DCT of the rows without gradient.
+        gates: (N, O) softmax weights with gradient for soft and hard routers, else None.
+        utilisation: (O,) mean use of each operator with a gradient, where the collapse regulariser wants it.
+    """
+
+    operator: torch.Tensor
+    entropy: torch.Tensor
+    spectrum: torch.Tensor
+    gates: torch.Tensor | None
+    utilisation: torch.Tensor | None
+
+
+class Router(nn.Module):
+    """Decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        router = config.router
+        self.kind, self.operators, self.layer, self.seed = router.kind, router.operators, layer, router.seed
+        self.dc_weight, self.epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
+        self.regularised, self.temperature = router.collapse_weight > 0, router.collapse_temperature
+        self.bounds = self._bounds(config, layer)
+        if self.kind in ("soft", "hard"):
+            self.gate = nn.Linear(config.hidden_size + 1, len(self.operators))
+
+    @staticmethod
+    def _bounds(config: ModelConfig, layer: int) -> tuple[float, ...]:
+        """Increasing bounds between the operators: on H (threshold) or on a uniform hash (random)."""
+        router = config.router
+        three = len(router.operators) == 3
+        if router.kind == "threshold":
+            return tuple(config.threshold(n, layer) for n in (("tau_low", "tau_high") if three else ("tau",)))
+        if router.kind == "random":
+            below = 1 - router.attention_share
+            return (below - router.rbf_share, below) if three else (below,)
+        return ()
+
+    def forward(self, x: torch.Tensor, grid: Grid) -> Decision:
+        with torch.no_grad():
+            spectrum = dct(x)
+            entropy = spectral_entropy(spectrum, self.dc_weight, self.epsilon)
+        gates = utilisation = None
+        if self.kind == "threshold":
+            operator = self._by_bounds(entropy)
+            if self.regularised:
+                utilisation = self._soft_thresholds(self._differentiable_entropy(x))
+        elif self.kind == "random":
+            operator = self._by_bounds(self._hash(grid, x.device)).repeat(grid.sequences)
+        else:
+            feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
+            gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(spectrum.dtype), -1)
+            operator = gates.argmax(-1)
+            utilisation = gates.mean(0) if self.regularised else None
+        return Decision(operator, entropy, spectrum, gates, utilisation)
+
+    def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
+        """Operator 0 up to the first bound, the last one above the last: at a bound the cheaper operator is taken."""
+        bounds = torch.tensor(self.bounds, dtype=value.dtype, device=value.device)
+        return torch.bucketize(value, bounds)
+
+    def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
+        return spectral_entropy(dct(x), self.dc_weight, self.epsilon)
+
+    def _soft_thresholds(self, entropy: torch.Tensor) -> torch.Tensor:
+        """Mean use (O,) of the operators through sigmoids of width ``collapse_temperature`` around the thresholds."""
+        above = [torch.sigmoid((entropy - bound) / self.temperature).mean() for bound in self.bounds]
+        edges = [torch.ones_like(above[0]), *above, torch.zeros_like(above[0])]
+        return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
+
+    def _hash(self, grid: Grid, device: torch.device) -> torch.Tensor:
+        """A number in [0, 1) for each position (length,), fp64: a function of seed, layer and position alone."""
+        key = (self.seed * 1_000_003 + self.layer) * 0x9E3779B97F4A7C15 % 2**62
+        return uniform_hash(grid.positions(device) + key)
+
+
+def uniform_hash(numbers: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 on int64 ``numbers``, as fp64 in [0, 1): the same on every device."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        numbers = (numbers ^ _shift_right(numbers, shift)) * factor
+    return _shift_right(numbers, 11).double() * 2.0**-53
+
+
+def _shift_right(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: int64's own one copies the sign."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:
+    """``-weight * U`` with ``U = -sum q log q`` over mean operator use ``q`` (O,): least where all are used alike."""
+    return weight * torch.xlogy(utilisation, utilisation).sum()
