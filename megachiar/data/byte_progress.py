@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 LINE_EVERY = 10.0  # seconds
@@ -25,7 +26,7 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """
     if sys.stderr.isatty():
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn(what), *columns, transient=True) as bar:
+        with Progress(TextColumn(what), *columns, console=Console(file=sys.stderr), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda size: bar.advance(task, size)
     else:
