@@ -56,7 +56,7 @@ def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 @lru_cache(maxsize=32)
 def _fft_tables(d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Makhoul's permutation, its inverse, and the scaled twiddles (d // 2 + 1,) of the half spectrum."""
-    order = torch.cat([torch.arange(0, d, 2), torch.arange(d - 1 - d % 2, 0, -2)])
+    order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
     k = torch.arange(d // 2 + 1, dtype=torch.float64)
     scale = torch.full_like(k, math.sqrt(2 / d))
     scale[0] = math.sqrt(1 / d)
