@@ -41,28 +41,30 @@ def _computable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_fft(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.shape[-1] >= FFT_FROM
+    return x.device.type == "cpu" and x.shape[-1] >= FFT_FROM and x.numel() > 0  # MKL refuses to transform nothing
 
 
 @lru_cache(maxsize=32)
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """``C`` (d, d) with ``X = C x``; computed in float64, kept per size, device and type."""
-    n = torch.arange(d, dtype=torch.float64)
-    c = torch.cos(math.pi / d * (n + 0.5) * n[:, None]) * math.sqrt(2 / d)
-    c[0] /= math.sqrt(2)
-    return c.to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # training may use a table that was first asked for in inference
+        n = torch.arange(d, dtype=torch.float64)
+        c = torch.cos(math.pi / d * (n + 0.5) * n[:, None]) * math.sqrt(2 / d)
+        c[0] /= math.sqrt(2)
+        return c.to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=32)
 def _fft_tables(d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Makhoul's permutation, its inverse, and the scaled twiddles (d // 2 + 1,) of the half spectrum."""
-    order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
-    k = torch.arange(d // 2 + 1, dtype=torch.float64)
-    scale = torch.full_like(k, math.sqrt(2 / d))
-    scale[0] = math.sqrt(1 / d)
-    twiddle = torch.polar(scale, -math.pi / (2 * d) * k)
-    complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return order, torch.argsort(order), twiddle.to(complex_type)
+    with torch.inference_mode(False):
+        order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
+        k = torch.arange(d // 2 + 1, dtype=torch.float64)
+        scale = torch.full_like(k, math.sqrt(2 / d))
+        scale[0] = math.sqrt(1 / d)
+        twiddle = torch.polar(scale, -math.pi / (2 * d) * k)
+        complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
+        return order, torch.argsort(order), twiddle.to(complex_type)
 
 
 def _dct_fft(x: torch.Tensor) -> torch.Tensor:

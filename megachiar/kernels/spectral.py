@@ -24,14 +24,16 @@ def spectral_entropy(spectrum: torch.Tensor, dc_weight: float = 1.0, epsilon: fl
         epsilon: added inside the logarithm.
 
     Returns:
-        H (N,) in [0, 1] (with epsilon 0), in the type of ``spectrum``. An all-zero token has H = 0.
+        H (N,) in [0, 1] (with epsilon 0), in the type of ``spectrum``. An all-zero token has H = 0. The gradient is
+        finite where frequencies or whole tokens are empty.
     """
     power = spectrum.square()
     if dc_weight != 1.0:
         power = torch.cat([power[..., :1] * dc_weight, power[..., 1:]], -1)
-    p = power / power.sum(-1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
-    logs = torch.xlogy(p, p + epsilon)
-    return -logs.sum(-1) / math.log(spectrum.shape[-1])
+    total = power.sum(-1, keepdim=True)
+    p = power / total.masked_fill(total == 0, 1)
+    logs = torch.log(p.clamp_min(torch.finfo(p.dtype).tiny) + epsilon)  # 0 log 0 = 0
+    return (p * logs).sum(-1) / -math.log(spectrum.shape[-1])
 
 
 def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spectrum: torch.Tensor | None = None):
