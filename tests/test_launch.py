@@ -1,0 +1,113 @@
+"""Every way to start ends in the same environment."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from megachiar import launch
+from megachiar.errors import UserError
+from support import python, small_config, write_config, write_tokens
+
+
+def test_alone_is_a_world_of_one():
+    env = launch._rank_environment({})
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("0", "1", "0", "1")
+    assert env["MASTER_ADDR"] == "127.0.0.1" and 1024 < int(env["MASTER_PORT"]) < 65536
+
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "1234",
+}
+
+
+def test_srun_tasks_become_ranks():
+    env = launch._rank_environment(SLURM)
+    assert env == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+
+
+def test_srun_without_a_rendezvous_is_refused():
+    with pytest.raises(UserError, match="MASTER_ADDR or MASTER_PORT is not set"):
+        launch._rank_environment({k: v for k, v in SLURM.items() if k != "MASTER_PORT"})
+
+
+def test_the_shell_of_an_allocation_is_no_rank():
+    shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
+    assert launch._rank_environment(shell)["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(("spec", "counts"), [("4(x2),3", [4, 4, 3]), ("2", [2, 2]), ("1,2,3(x2)", [1, 2, 3, 3])])
+def test_tasks_per_node_of_slurm(spec, counts):
+    assert [launch._tasks_on_node(spec, node) for node in range(len(counts))] == counts
+
+
+def test_the_launchers_extra_argument_is_dropped():
+    arguments = ["--local_rank=3", "--config", "a.yaml", "--set", "training.steps=1"]
+    assert launch.drop_launcher_arguments(arguments) == arguments[1:]
+
+
+def test_contradictory_ranks_are_refused(tmp_path):
+    done = python("-m", "megachiar.pretrain", "--config", "configs/tiny.yaml", RANK="2", WORLD_SIZE="2")
+    assert done.returncode == 2 and "RANK is 2 with WORLD_SIZE 2" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_tokens(tmp_path / "train")
+    return write_config(
+        tmp_path / "config.yaml",
+        small_config(tmp_path, data={"validation": {}}, training={"steps": 2}, checkpoint={"every": None}),
+    )
+
+
+LAUNCHERS = {
+    "python -m": ["-m", "megachiar.pretrain"],
+    "python file": ["megachiar/pretrain.py"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "megachiar/pretrain.py"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "megachiar/pretrain.py"],
+    "deepspeed, 2 ranks": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "megachiar/pretrain.py"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_trains(config, name):
+    done = python(*LAUNCHERS[name], "--config", config)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    ranks = 2 if "2" in name or name == "torchrun" else 1
+    assert f"{ranks} x CPU" in output and "step 2/2" in output
+    assert "FutureWarning" not in output
+
+
+def test_mpirun_trains(config):
+    mpirun = _mpirun()
+    if mpirun is None:
+        pytest.skip("mpi4py and mpirun are not installed (extra: mpi)")
+    from support import run_command
+
+    done = run_command(mpirun, "-n", "2", sys.executable, "megachiar/pretrain.py", "--config", config)
+    assert done.returncode == 0 and "2 x CPU" in done.stderr + done.stdout, done.stderr + done.stdout
+
+
+def _mpirun() -> str | None:
+    import importlib.util
+    import shutil
+    from pathlib import Path
+
+    if importlib.util.find_spec("mpi4py") is None:
+        return None
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def test_a_user_error_ends_deepspeed_with_exit_code_2(tmp_path):
+    done = python("-m", "deepspeed.launcher.runner", "megachiar/pretrain.py", "--config", tmp_path / "none.yaml")
+    assert done.returncode == 2 and "no such config file" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
