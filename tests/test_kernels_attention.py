@@ -1,4 +1,4 @@
-"""Attention of all and of chosen rows against the dense formula in float64; rotary embedding against complex numbers."""
+"""Attention of all and of chosen rows against the dense formula; rotary embedding against complex numbers."""
 
 from __future__ import annotations
 

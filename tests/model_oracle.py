@@ -1,0 +1,188 @@
+"""The model written a second time, the slow way: every operator for every token, then a choice. float64 throughout.
+
+It shares nothing with the package but the names of the weights. Shapes: B sequences, T tokens, d channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.fft
+import torch
+from torch import Tensor
+
+from megachiar.config.model import ModelConfig
+
+
+@dataclass
+class OracleResult:
+    """Logits (B, T, V), what is added to the loss, and per routed layer each token's operator and entropy (B, T)."""
+
+    logits: Tensor
+    regulariser: Tensor
+    operators: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+
+
+class Oracle:
+    """``weights``: parameters and buffers by name, float64."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
+        self.config, self.w = config, weights
+        d = config.hidden_size
+        self.c = torch.from_numpy(scipy.fft.dct(np.eye(d), axis=0, norm="ortho"))
+
+    def __call__(self, tokens: Tensor) -> OracleResult:
+        config = self.config
+        result = OracleResult(torch.empty(0), torch.zeros((), dtype=torch.float64))
+        x = self.w["embedding.weight"][tokens]
+        for index in range(config.num_layers):
+            name = f"layers.{index}"
+            if config.kind == "baseline" or index == config.num_layers - 1:
+                x = self.feed_forward(self.attention(x, f"{name}.operator"), name)
+            elif index == 0:
+                after = self.feed_forward(self.dct(x, f"{name}.operator"), name)
+                g = self.gate(x)
+                x = g * after + (1 - g) * x
+            else:
+                x = self.routed(x, index, result)
+        result.logits = self.norm(x, "norm") @ self.w["embedding.weight"].T
+        return result
+
+    # Sub-layers ------------------------------------------------------------------------------------------------------
+
+    def routed(self, x: Tensor, index: int, result: OracleResult) -> Tensor:
+        name, router = f"layers.{index}", self.config.router
+        entropy = self.entropy(x)
+        functions = {"dct": self.dct, "rbf": self.rbf, "attention": self.attention}
+        every = torch.stack([functions[o](x, f"{name}.{o}") for o in router.operators], -1)  # (B, T, d, O)
+        gates = None
+        if router.kind in ("soft", "hard"):
+            weight, bias = self.w[f"{name}.router.gate.weight"], self.w[f"{name}.router.gate.bias"]
+            gates = (torch.cat([x, entropy[..., None]], -1) @ weight.T + bias).softmax(-1)
+            operator = gates.argmax(-1)
+        elif router.kind == "threshold":
+            operator = sum((entropy > bound).long() for bound in self.bounds(index))
+        else:
+            below = 1 - router.attention_share
+            bounds = [below - router.rbf_share, below] if "rbf" in router.operators else [below]
+            draws = [splitmix(router.seed, index, t) for t in range(x.shape[1])]
+            operator = torch.tensor([sum(draw > bound for bound in bounds) for draw in draws]).expand(len(x), -1)
+        if router.kind == "soft":
+            y = (every * gates[:, :, None]).sum(-1)
+        else:
+            y = every.gather(-1, operator[..., None, None].expand(*x.shape, 1)).squeeze(-1)
+        if router.kind == "hard":
+            chosen = gates.gather(-1, operator[..., None])
+            y = y * (1 + chosen - chosen.detach())
+        result.operators.append(operator)
+        result.entropies.append(entropy.detach())
+        if router.collapse_weight:
+            use = gates.mean((0, 1)) if gates is not None else self.soft_use(entropy, index)
+            result.regulariser = result.regulariser + router.collapse_weight * sum(q * torch.log(q) for q in use)
+        return self.feed_forward(y, name)
+
+    def bounds(self, index: int) -> list[float]:
+        router = self.config.router
+        names = ("tau",) if len(router.operators) == 2 else ("tau_low", "tau_high")
+        values = [getattr(router, n) for n in names]
+        return [v[index - 1] if isinstance(v, tuple) else v for v in values]
+
+    def soft_use(self, entropy: Tensor, index: int) -> list[Tensor]:
+        width = self.config.router.collapse_temperature
+        above = [torch.sigmoid((entropy - bound) / width).mean() for bound in self.bounds(index)]
+        edges = [torch.ones(()), *above, torch.zeros(())]
+        return [edges[i] - edges[i + 1] for i in range(len(edges) - 1)]
+
+    def entropy(self, x: Tensor) -> Tensor:
+        settings = self.config.dct
+        power = (x @ self.c.T) ** 2
+        power = power * torch.tensor([settings.entropy_dc_weight] + [1.0] * (x.shape[-1] - 1), dtype=torch.float64)
+        p = power / power.sum(-1, keepdim=True)
+        return -(p * torch.log(p + settings.entropy_epsilon)).sum(-1) / math.log(x.shape[-1])
+
+    def dct(self, x: Tensor, name: str) -> Tensor:
+        def operator(y: Tensor) -> Tensor:
+            return self.config.dct.gain * (y @ self.c.T * self.w[f"{name}.filter"]) @ self.c
+
+        return self.sub_layer(x, operator, f"{name}.norm")
+
+    def attention(self, x: Tensor, name: str) -> Tensor:
+        heads, size = self.config.num_attention_heads, self.config.head_size
+
+        def operator(y: Tensor) -> Tensor:
+            q = self.linear(y, f"{name}.query")
+            k, v = self.linear(y, f"{name}.key_value").chunk(2, -1)
+            out = []
+            for h in range(heads):
+                part = slice(h * size, (h + 1) * size)
+                qh, kh = self.turned(q[..., part]), self.turned(k[..., part])
+                products = (qh @ kh.conj().mT).real / math.sqrt(size)
+                out.append(causal_softmax(products) @ v[..., part])
+            return self.linear(torch.cat(out, -1), f"{name}.output")
+
+        return self.sub_layer(x, operator, f"{name}.norm")
+
+    def turned(self, y: Tensor) -> Tensor:
+        """Channels i and i + size/2 as one complex number, turned by its position."""
+        half = y.shape[-1] // 2
+        frequency = self.config.attention.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(y.shape[1], dtype=torch.float64)[:, None] * frequency
+        return torch.complex(y[..., :half], y[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+
+    def rbf(self, x: Tensor, name: str) -> Tensor:
+        def operator(y: Tensor) -> Tensor:
+            angle = y @ self.w[f"{name}.frequencies"] / math.sqrt(self.config.rbf.features)
+            phi = torch.cat([angle.cos(), angle.sin()], -1)
+            return self.linear(causal_softmax(phi @ phi.mT) @ phi, f"{name}.output")
+
+        return self.sub_layer(x, operator, f"{name}.norm")
+
+    def feed_forward(self, x: Tensor, layer: str) -> Tensor:
+        name = f"{layer}.feed_forward"
+
+        def operator(y: Tensor) -> Tensor:
+            hidden = self.linear(y, f"{name}.up")
+            return self.linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), f"{name}.down")
+
+        return self.sub_layer(x, operator, f"{name}.norm")
+
+    def gate(self, x: Tensor) -> Tensor | float:
+        pool = self.config.meta_router.pool
+        if pool == "none":
+            return 1.0
+        if pool == "batch":
+            mean = x.mean((0, 1)).expand_as(x)
+        else:
+            mean = torch.stack([x[:, : t + 1].mean(1) for t in range(x.shape[1])], 1)
+        return torch.sigmoid(self.linear(mean, "meta_router.gate"))
+
+    def sub_layer(self, x: Tensor, operator, norm: str) -> Tensor:
+        if self.config.norm == "pre":
+            return x + operator(self.norm(x, norm))
+        return self.norm(x + operator(x), norm)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + self.config.norm_epsilon).sqrt()
+        return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+
+def causal_softmax(products: Tensor) -> Tensor:
+    later = torch.ones(products.shape[-2:], dtype=torch.bool).triu(1)
+    return products.masked_fill(later, -math.inf).softmax(-1)
+
+
+def splitmix(seed: int, layer: int, position: int) -> float:
+    """The random router's number in [0, 1), in Python's own integers."""
+    mask = 2**64 - 1
+    z = ((seed * 1_000_003 + layer) * 0x9E3779B97F4A7C15 % 2**62 + position) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z = z ^ (z >> 31)
+    return (z >> 11) * 2.0**-53
