@@ -30,9 +30,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "random all attention": {"kind": "random", "attention_share": 1.0},
     "random three": {"kind": "random", "operators": THREE, "attention_share": 0.3, "rbf_share": 0.4},
 }
-VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}} | {
-    n: {"router": r} for n, r in ROUTERS.items()
-}
+VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}}
+VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}
 
 
 def small_model_config(**fields: Any) -> ModelConfig:
