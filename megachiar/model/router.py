@@ -113,5 +113,9 @@ def _shift_right(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:
-    """``-weight * U`` with ``U = -sum q log q`` over mean operator use ``q`` (O,): least where all are used alike."""
-    return weight * torch.xlogy(utilisation, utilisation).sum()
+    """``-weight * U`` with ``U = -sum q log q`` over mean operator use ``q`` (O,): least where all are used alike.
+
+    The gradient is finite where an operator is not used at all.
+    """
+    used = utilisation.clamp_min(torch.finfo(utilisation.dtype).tiny)
+    return weight * (used * used.log()).sum()
