@@ -1,0 +1,139 @@
+"""The FLOP and memory formulas against counters that watch the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import ROUTERS, THREE, small_model_config, token_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megachiar.config import load_config
+from megachiar.config.model import ModelConfig
+from megachiar.model import build_model
+from megachiar.model.flops import activation_values_per_token, forward_flops_per_token, training_flops_per_token
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SEQUENCES, LENGTH = 2, 96
+WIDE = {"hidden_size": 64, "ffn_hidden_size": None, "num_layers": 6, "vocab_size": 300, "max_sequence_length": LENGTH}
+
+
+def wide_config(**fields) -> ModelConfig:
+    return small_model_config(**WIDE | fields)
+
+
+def counted_flops(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs a token of a forward and backward pass as PyTorch counts them, and the attention share of all layers.
+
+    The counter sees matrix products and not FFTs. Attention is made to run as two plain matrix products, of which it
+    counts all T keys of every query: masked ones too.
+    """
+    model = build_model(config, seed=0)
+    tokens = token_batch(SEQUENCES, LENGTH + 1, config.vocab_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(tokens[:, :-1], tokens[:, 1:])
+        output.loss.backward()
+    return counter.get_total_flops() / (SEQUENCES * LENGTH), output.statistics.attention_share.mean().item()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "baseline"},
+        {"router": {"kind": "random", "attention_share": 0.5}},
+        {"router": {"kind": "random", "attention_share": 0.1, "seed": 2}},
+        {"router": {"tau": 1.0}},
+        {"router": {"tau": 0.0}},
+    ],
+    ids=str,
+)
+def test_flops_are_those_a_counter_sees(fields):
+    """The random router's rows lie alike in all sequences: nothing is padded."""
+    config = wide_config(**fields)
+    counted, share = counted_flops(config)
+    formula = forward_flops_per_token(config, LENGTH, share, count_masked=True)
+    assert counted == pytest.approx(3 * (formula.total - formula.spectral), rel=0.02)
+
+
+def test_causal_counting_leaves_out_the_masked_half():
+    config = wide_config(kind="baseline")
+    seen, all_keys = (forward_flops_per_token(config, LENGTH, 1.0, count_masked=m) for m in (False, True))
+    assert seen.products / all_keys.products == pytest.approx((LENGTH + 1) / 2 / LENGTH)
+    assert all_keys.total - seen.total == pytest.approx(all_keys.products - seen.products)
+    assert training_flops_per_token(config, LENGTH, 1.0) == 3 * seen.total
+
+
+@pytest.mark.parametrize(
+    ("count_masked", "savings"), [(True, (9.1, 13.0, 23.2, 37.3)), (False, (8.4, 10.5, 17.2, 30.4))]
+)
+def test_savings_of_the_400m_model_when_half_of_all_tokens_take_attention(count_masked, savings):
+    """Whole model, in percent of the baseline, at T = 256, 1024, 4096 and 16384."""
+    model, baseline = (load_config(CONFIGS / f"{name}.yaml").model for name in ("400m", "400m_baseline"))
+    for length, expected in zip((256, 1024, 4096, 16384), savings, strict=True):
+        routed = forward_flops_per_token(model, length, 0.5, count_masked=count_masked).total
+        dense = forward_flops_per_token(baseline, length, 1.0, count_masked=count_masked).total
+        assert 100 * (1 - routed / dense) == pytest.approx(expected, abs=0.06)
+
+
+def test_flops_fall_with_the_attention_share_and_parts_add_up():
+    config = wide_config()
+    flops = [forward_flops_per_token(config, LENGTH, share) for share in (0.2, 0.5, 0.9)]
+    assert flops[0].total < flops[1].total < flops[2].total
+    assert flops[0].spectral > flops[1].spectral > flops[2].spectral
+    for f in flops:
+        assert f.total == f.attention + f.spectral + f.feed_forward + f.head
+        assert f.operators == f.attention + f.spectral
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def kept_values(config: ModelConfig) -> tuple[float, float]:
+    """Values a token that autograd keeps, each storage once and weights not, and the routed layers' attention share."""
+    model = build_model(config, seed=0)
+    for module in model.modules():  # a fused kernel keeps no probabilities: see activation_values_per_token
+        if hasattr(module, "key_value"):
+            module.dropout = 0.0
+    left_out = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out and tensor.shape != model.embedding.weight.shape:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = token_batch(8, LENGTH + 1, config.vocab_size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(tokens[:, :-1], tokens[:, 1:])
+    share = output.statistics.attention_share[1:-1].mean().item()
+    return sum(storage.nbytes() for storage in kept.values()) / 4 / (8 * LENGTH), share
+
+
+MEMORY_CASES = {
+    "baseline": {"kind": "baseline"},
+    "share 0.5": {"router": {"kind": "random", "attention_share": 0.5}},
+    "share 0": {"router": {"tau": 1.0}},
+    "share 1": {"router": {"tau": 0.0}},
+    "threshold": {"router": {"tau": 0.82}},
+    "three": {"router": {"operators": THREE, "tau_low": 0.8, "tau_high": 0.84}},
+    "three without rbf rows": {"router": {"operators": THREE, "tau_low": 0.82, "tau_high": 0.82}},
+    "soft": {"router": ROUTERS["soft"]},
+    "hard": {"router": ROUTERS["hard"]},
+    "regularised": {"router": {"tau": 0.82, "collapse_weight": 0.1}},
+    "gate over the batch": {"router": {"tau": 0.82}, "meta_router": {"pool": "batch"}},
+    "no gate": {"router": {"tau": 0.82}, "meta_router": {"pool": "none"}},
+    "pre": {"router": {"tau": 0.82}, "norm": "pre"},
+    "narrow feed-forward": {"router": {"tau": 0.82}, "ffn_hidden_size": 64},
+}
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+@pytest.mark.parametrize("case", MEMORY_CASES)
+def test_kept_values_are_those_autograd_keeps(case, dropout):
+    config = wide_config(**MEMORY_CASES[case], dropout=dropout)
+    kept, share = kept_values(config)
+    formula = activation_values_per_token(config, share)
+    assert formula == pytest.approx(kept, rel=0.2), f"{formula / kept:.3f} of what is kept at share {share:.2f}"
