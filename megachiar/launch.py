@@ -71,12 +71,21 @@ def configure_torch(threads: int | None) -> None:
 
     if not torch.cuda.is_available():
         keep_freed_memory()
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found no GPU
+    quiet_deepspeed()
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // _int("LOCAL_WORLD_SIZE"))
     if threads is not None:
         torch.set_num_threads(threads)
     skip_compiled_collectives()
+
+
+def quiet_deepspeed() -> None:
+    """Before DeepSpeed is imported: no lines of its own on start-up, nor a warning that there is no GPU."""
+    import torch
+
+    _quiet()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def skip_compiled_collectives() -> None:

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,9 +28,12 @@ from megachiar import __version__
 from megachiar.config import ModelConfig, RunConfig, load_config
 from megachiar.data.files import sync_folder, write_atomically
 from megachiar.errors import UserError, disk_errors
+from megachiar.launch import quiet_deepspeed
 from megachiar.model import ChiarFormer, build_model
 from megachiar.topology import LaunchError, Topology
-from megachiar.training.engine import Engine
+
+if TYPE_CHECKING:  # reading a checkpoint needs no engine
+    from megachiar.training.engine import Engine
 
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -146,7 +149,7 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
             folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
     engine.barrier()
-    with _torch_write_errors(incomplete), contextlib.redirect_stdout(io.StringIO()):
+    with _torch_write_errors(incomplete), _silence():
         engine.deepspeed.save_checkpoint(str(folder), tag=incomplete.name, save_latest=False)
     engine.barrier()
     if topology.is_main:
@@ -181,7 +184,7 @@ def resume(engine: Engine, checkpoint: Path, data: list[DataRecord]) -> Checkpoi
     check_same_model(checkpoint, saved.model, engine.config.model)
     _check_same_data(checkpoint, state, engine.config, data)
     _check_same_layout(checkpoint, state, engine.config, engine.topology)
-    with contextlib.redirect_stdout(io.StringIO()), _torch_read_errors(checkpoint):
+    with _silence(), _torch_read_errors(checkpoint):
         loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(
@@ -203,7 +206,8 @@ def load_weights(checkpoint: Path, model: ChiarFormer) -> None:
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint of any ZeRO stage by parameter name, on the CPU."""
     state = read_state(checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()), _torch_read_errors(checkpoint):
+    quiet_deepspeed()
+    with _silence(), _torch_read_errors(checkpoint):
         if state.zero_stage == 0:
             whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return whole["module"]
@@ -330,6 +334,13 @@ def _remove_oldest(folder: Path, keep: int | None) -> None:
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("step_*.incomplete"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what DeepSpeed prints and its bars while it reads and writes files."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager
