@@ -20,30 +20,6 @@ from megachiar.training.metrics import read_metrics
 
 TEXT = "the moon and the sun go round in the night of a day when all men sleep but one who counts the stars"
 WORDS = TEXT.split()
-    "the",
-    "moon",
-    "and",
-    "the",
-    "sun",
-    "go",
-    "round",
-    "in",
-    "the",
-    "night",
-    "of",
-    "a",
-    "day",
-    "when",
-    "all",
-    "men",
-    "sleep",
-    "but",
-    "one",
-    "who",
-    "counts",
-    "the",
-    "stars",
-]
 
 
 def write_corpus(path: Path, documents: int, seed: int) -> Path:
