@@ -1,6 +1,6 @@
 """Write the JSON schema of a run's config, for editors that complete and check YAML.
 
-    python tools/config_schema.py > configs/schema.json
+python tools/config_schema.py > configs/schema.json
 """
 
 from __future__ import annotations
