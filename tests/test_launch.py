@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+from support import python, small_config, write_config, write_tokens
 
 from megachiar import launch
 from megachiar.errors import UserError
-from support import python, small_config, write_config, write_tokens
 
 
 def test_alone_is_a_world_of_one():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT, pretrain, process_environment, small_config, write_config, write_tokens
 
 from megachiar.data.indexed import IndexedDatasetBuilder
 from megachiar.training.checkpoint import whole_checkpoints
-from support import ROOT, pretrain, process_environment, small_config, write_config, write_tokens
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support import run_ranks, small_config, write_config, write_tokens
 
 STEPS, TOLERANCE = 20, 1e-6

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.launch import EXIT_STOPPED
 from megachiar.training.checkpoint import checkpoint_name, damage, whole_checkpoints
 from megachiar.training.metrics import read_metrics
-from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
 STEPS = 10
 

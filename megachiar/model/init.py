@@ -17,7 +17,7 @@ INTENDED_GATE_BIAS = 2.0
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill ``model``: normal(0, initializer_std) for linear and embedding weights, zero biases; the rest is as built."""
+    """Fill ``model``: normal(0, initializer_std) for linear and embedding weights, zero biases."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, TiedEmbedding)):
             _draw(module.weight, config.initializer_std, seed, f"{name}.weight")

@@ -1,8 +1,11 @@
 """An interpolated bigram model: what a language model must beat to have learned more than word pairs.
 
-Interpolated Kneser-Ney: ``p(b | a) = max(c(a, b) - D, 0) / c(a) + D t(a) / c(a) * q(b)`` with counts ``c``, ``t(a)`` the number
-of distinct followers of ``a``, and ``q(b)`` proportional to the number of distinct tokens before ``b`` plus one. The
-discount ``D`` is the best of a grid on the validation set.
+Interpolated Kneser-Ney with counts ``c``::
+
+    p(b | a) = max(c(a, b) - D, 0) / c(a) + D t(a) / c(a) * q(b)
+
+``t(a)`` is the number of distinct followers of ``a``; ``q(b)`` is proportional to the number of distinct tokens before
+``b`` plus one. The discount ``D`` is the best of a grid on the validation set.
 """
 
 from __future__ import annotations

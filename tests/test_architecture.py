@@ -1,0 +1,111 @@
+"""The floors of the house, proved from the imports: an import points down, never up or to a neighbour's room.
+
+5  pretrain
+4  training/
+3  model/
+2  kernels/   parallel/   data/
+1  topology
+0  config/  console  errors  launch
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megachiar"
+ROOT_ROOMS = {"__init__": 0, "errors": 0, "console": 0, "launch": 0, "config": 0}
+FLOORS = {**ROOT_ROOMS, "topology": 1, "kernels": 2, "parallel": 2, "data": 2, "model": 3, "training": 4, "pretrain": 5}
+# Narrower than the floors: what a room may import of ours. errors is a word that every room may use.
+MAY_IMPORT = {
+    "config": {"errors"},
+    "console": {"errors"},
+    "launch": {"errors"},
+    "errors": set(),
+    "topology": {"config", "errors"},
+    "kernels": {"errors"},
+    "parallel": {"topology", "errors"},
+    "data": {"config", "errors", "console", "__init__"},
+    "model": {"config", "topology", "parallel", "kernels", "errors"},
+}
+DEEPSPEED_ROOMS = {"training", "launch"}
+"""launch switches one of DeepSpeed's compiled ops off before anything else imports it."""
+
+
+def room_of(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return parts[0]
+
+
+def imports(source: str) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import statement, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "megachiar":
+                found += [(node.lineno, f"megachiar.{alias.name}") for alias in node.names]
+            else:
+                found.append((node.lineno, node.module))
+    return found
+
+
+def violations(package: Path) -> list[str]:
+    """What breaks the floors, as ``file:line: room imports module``."""
+    broken = []
+    for path in sorted(package.rglob("*.py")):
+        room = room_of(path, package)
+        assert room in FLOORS, f"{path} is in no room: add it to the map here and in the README"
+        for line, module in imports(path.read_text()):
+            place = f"{path.relative_to(package.parent)}:{line}: {room} imports {module}"
+            top, _, rest = module.partition(".")
+            if top == "megachiar":
+                target = rest.split(".")[0] if rest.split(".")[0] in FLOORS else "__init__"
+                up = FLOORS[target] > FLOORS[room]
+                neighbour = FLOORS[target] == FLOORS[room] and target != room and target not in ROOT_ROOMS
+                refused = target != room and target not in MAY_IMPORT.get(room, set(FLOORS))
+                if up or neighbour or refused:
+                    broken.append(place)
+            elif top == "deepspeed" and room not in DEEPSPEED_ROOMS:
+                broken.append(f"{place}: only {sorted(DEEPSPEED_ROOMS)} may")
+            elif top in {"tools", "tests", "slurm"}:
+                broken.append(f"{place}: nothing imports it")
+    return broken
+
+
+def test_imports_point_down():
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("kernels", "from megachiar.model.layer import RoutedLayer"),
+        ("kernels", "from megachiar.config import RunConfig"),
+        ("data", "import megachiar.training.loop"),
+        ("data", "from megachiar.kernels.dct import dct"),
+        ("model", "from megachiar import training"),
+        ("model", "def f():\n    import deepspeed"),
+        ("config", "from megachiar.topology import Topology"),
+        ("training", "import tools.evaluate"),
+    ],
+)
+def test_a_wrong_import_is_caught(tmp_path, room, line):
+    folder = tmp_path / "megachiar" / room
+    folder.mkdir(parents=True)
+    (folder / "planted.py").write_text(f"import os\n{line}\n")
+    (broken,) = violations(tmp_path / "megachiar")
+    assert broken.startswith(f"megachiar/{room}/planted.py:{3 if 'def' in line else 2}: {room} imports ")
+
+
+def test_no_module_hides_another():
+    """Started as a file, ``megachiar/`` is first on the path: its names must not hide modules or packages."""
+    ours = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    others = set(sys.stdlib_module_names) | set(packages_distributions()) - {"megachiar", "tests"}
+    assert not (ours - {"__init__"}) & others
