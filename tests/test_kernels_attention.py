@@ -158,6 +158,11 @@ def test_angles_are_exact_at_far_positions_in_fp32():
     assert cos[-1, 0].item() == pytest.approx(math.cos(2**17 - 1), abs=1e-6)
 
 
+def test_gradient_of_the_rotation():
+    cos, sin = rotary_table(5, 6, 100.0, torch.device("cpu"), torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos[:, None], sin[:, None]), noise(2, 5, 3, 6).requires_grad_())
+
+
 # Permutation ---------------------------------------------------------------------------------------------------------
 
 

@@ -60,13 +60,13 @@ def routed_attention(
     if len(rows) == 0:  # keys and values get a gradient of zeros, for ranks reduce alike
         return q + (k[:, :, :0].sum() + v[:, :, :0].sum())
     sequences, keys = k.shape[0], k.shape[2]
+    if len(rows) == sequences * queries:
+        packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
+        return causal_attention(packed, k, v, dropout, scale).transpose(1, 2).flatten(0, 1)
     sequence = rows // queries
     position = rows % queries + (keys - queries)
     counts = torch.bincount(sequence, minlength=sequences)
     widest = int(counts.max())
-    if len(rows) == sequences * queries:
-        packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
-        return causal_attention(packed, k, v, dropout, scale).transpose(1, 2).flatten(0, 1)
     # Row r of the chosen goes to slot (its sequence, its number within it) of a (B, widest) grid; the rest is padding.
     slot = sequence * widest + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
     full = len(rows) == sequences * widest
@@ -82,15 +82,15 @@ def _by_position(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, dropout: float, scale: float | None
 ) -> torch.Tensor:
     """Queries (B, h, S, c) at positions ``at`` (B, S), ascending but for padding; chunked by keys they can see."""
+    chunks = at.split(QUERY_CHUNK, 1)
+    # One copy from the device for all chunks; a single chunk sees (nearly) all keys anyway.
+    seen = [k.shape[2]] if len(chunks) == 1 else (torch.stack([c.max() for c in chunks]) + 1).tolist()
     outputs = []
-    for start in range(0, q.shape[2], QUERY_CHUNK):
-        chunk = at[:, start : start + QUERY_CHUNK]
-        seen = int(chunk.max()) + 1
-        mask = torch.arange(seen, device=q.device) <= chunk[:, None, :, None]  # (B, 1, s, seen)
-        part = q[:, :, start : start + QUERY_CHUNK]
+    for part, chunk, keys in zip(q.split(QUERY_CHUNK, 2), chunks, seen, strict=True):
+        mask = torch.arange(keys, device=q.device) <= chunk[:, None, :, None]  # (B, 1, s, keys)
         outputs.append(
             F.scaled_dot_product_attention(
-                part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, dropout_p=dropout, scale=scale
+                part, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, dropout_p=dropout, scale=scale
             )
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

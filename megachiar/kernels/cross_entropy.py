@@ -49,17 +49,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = (hidden[part] @ weight.mT).to(wide)
+            ignored = ~counted[part, None]
+            logits = hidden[part] @ weight.mT
             target = targets[part].clamp_min(0)[:, None]
-            scale = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (scale - logits.gather(-1, target)).squeeze(-1).masked_fill_(~counted[part], 0)
+            slope = torch.softmax(logits, -1, dtype=wide)
+            # The logarithm of the sum, from the likeliest token: of rarer ones the softmax may have vanished.
+            scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
+            losses[part] = (scale - logits.gather(-1, target)).masked_fill_(ignored, 0).squeeze(-1)
             if needed:
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
-                slope = logits.sub_(scale).exp_()
                 slope.scatter_add_(-1, target, slope.new_full(target.shape, -1))
-                slope = slope.masked_fill_(~counted[part, None], 0).to(hidden.dtype)
-                of_hidden[part] = slope @ weight
-                of_weight += slope.mT @ hidden[part]
+                slope = slope.to(hidden.dtype)
+                of_hidden[part] = (slope @ weight).masked_fill_(ignored, 0)
+                of_weight += slope.mT @ hidden[part].masked_fill(ignored, 0)
         ctx.save_for_backward(of_hidden, of_weight, count)
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses

@@ -16,8 +16,9 @@ from functools import lru_cache
 
 import torch
 
-FFT_FROM = 64
-"""Channels from which the FFT beats the matrix product on a CPU."""
+FFT_FROM = 128
+"""Channels from which the FFT beats the matrix product on a CPU (2048 rows there and back: 1.5 against 1.8 ms at 128,
+1.2 against 0.9 ms at 96)."""
 
 
 def dct(x: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,47 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 @lru_cache(maxsize=32)
 def rotary_table(
     length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (length, head_size) of positions 0..length-1; angles in float64, kept per size, device and type."""
+    """What ``rotate`` needs for positions 0..length-1: cos and [-sin | sin], both (length, head_size).
+
+    Angles are computed in float64; tables are kept per size, device and type.
+    """
     with torch.inference_mode(False):  # training may use a table that was first asked for in inference
         frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency).repeat(1, 2)
-        return angle.cos().to(device=device, dtype=dtype), angle.sin().to(device=device, dtype=dtype)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+        return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels of ``x`` (..., head_size); ``cos`` and ``sin`` broadcast against it."""
+    """Rotate pairs of channels (i, i + head_size / 2) of ``x`` (..., head_size).
+
+    ``cos`` and ``sin`` are rows of ``rotary_table`` that broadcast against ``x``; they get no gradient.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is turned back by the same angles: half the time of what autograd would derive."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([second, first], -1).mul_(sin).addcmul_(x, cos)

@@ -82,8 +82,10 @@ class Router(nn.Module):
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
         """Operator 0 up to the first bound, the last one above the last: at a bound the cheaper operator is taken."""
-        bounds = torch.tensor(self.bounds, dtype=value.dtype, device=value.device)
-        return torch.bucketize(value, bounds)
+        operator = torch.zeros(value.shape, dtype=torch.long, device=value.device)
+        for bound in self.bounds:
+            operator += value > bound
+        return operator
 
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
         return spectral_entropy(dct(x), self.dc_weight, self.epsilon)
