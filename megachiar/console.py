@@ -5,10 +5,12 @@ Standard output is kept for results (``--json``, a sample); everything else goes
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +29,13 @@ def make_console() -> Console:
     """A console on standard error that does not break lines in log files; silent on ranks other than 0."""
     width = None if sys.stderr.isatty() else 200
     return Console(stderr=True, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Without what a library prints: memory tables, progress bars of its own. Errors are raised as ever."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def report(error: UserError) -> None:

@@ -131,7 +131,7 @@ CROSS_CHECKS = [
         "nothing to regularise",
     ),
     (["data.sequence_length=129"], "data.sequence_length", "above model.max_sequence_length 128"),
-    (["training.micro_batch_size=5"], "training.global_batch_size", "use 15 or 20"),
+    (["training.micro_batch_size=5"], "training.global_batch_size", "use 5 or 10"),
     (["parallel.data_size=3"], "training.global_batch_size", "no multiple"),
     (["parallel.pipeline_size=2", "parallel.zero_stage=2"], "parallel.zero_stage", "pipeline"),
     (["parallel.pipeline_size=5"], "parallel.pipeline_size", "5 stages for 4 layers"),

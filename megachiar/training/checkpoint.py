@@ -12,7 +12,6 @@ A killed run leaves such a folder behind; it is never read, and the next run rem
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megachiar import __version__
 from megachiar.config import ModelConfig, RunConfig, load_config
+from megachiar.console import silence
 from megachiar.data.files import sync_folder, write_atomically
 from megachiar.errors import UserError, disk_errors
 from megachiar.launch import quiet_deepspeed
@@ -149,7 +149,7 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
             folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
     engine.barrier()
-    with _torch_write_errors(incomplete), _silence():
+    with _torch_write_errors(incomplete), silence():
         engine.deepspeed.save_checkpoint(str(folder), tag=incomplete.name, save_latest=False)
     engine.barrier()
     if topology.is_main:
@@ -184,7 +184,7 @@ def resume(engine: Engine, checkpoint: Path, data: list[DataRecord]) -> Checkpoi
     check_same_model(checkpoint, saved.model, engine.config.model)
     _check_same_data(checkpoint, state, engine.config, data)
     _check_same_layout(checkpoint, state, engine.config, engine.topology)
-    with _silence(), _torch_read_errors(checkpoint):
+    with silence(), _torch_read_errors(checkpoint):
         loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(
@@ -207,7 +207,7 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint of any ZeRO stage by parameter name, on the CPU."""
     state = read_state(checkpoint)
     quiet_deepspeed()
-    with _silence(), _torch_read_errors(checkpoint):
+    with silence(), _torch_read_errors(checkpoint):
         if state.zero_stage == 0:
             whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return whole["module"]
@@ -334,13 +334,6 @@ def _remove_oldest(folder: Path, keep: int | None) -> None:
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("step_*.incomplete"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without what DeepSpeed prints and its bars while it reads and writes files."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 @contextlib.contextmanager

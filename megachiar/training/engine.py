@@ -15,6 +15,7 @@ from torch import nn
 
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
+from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.model import ChiarFormer
 from megachiar.topology import Topology
@@ -78,9 +79,10 @@ class Engine:
         self.config, self.topology, self.device = config, topology, device
         if device.type == "cpu" and config.precision.compute == "fp16":
             allow_fp16_on_cpu()
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
-        )
+        with silence():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
+            )
         # Scalars travel over gloo in float64: no GPU stream waits for them.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
