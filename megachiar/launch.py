@@ -73,10 +73,15 @@ def configure_torch(threads: int | None) -> None:
         keep_freed_memory()
     quiet_deepspeed()
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // _int("LOCAL_WORLD_SIZE"))
+        threads = max(1, _usable_cores() // _int("LOCAL_WORLD_SIZE"))
     if threads is not None:
         torch.set_num_threads(threads)
     skip_compiled_collectives()
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine has inside a container or a Slurm job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quiet_deepspeed() -> None:
