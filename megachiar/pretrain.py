@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from megachiar import launch
-from megachiar.console import make_console, run
+from megachiar.console import global_rank, make_console, run
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -55,7 +55,8 @@ def main() -> int:
     if options.dry_run:
         from megachiar.training.plan import print_plan
 
-        print_plan(config, options.world_size)
+        if global_rank() == 0:
+            print_plan(config, options.world_size)
         return 0
 
     from megachiar.topology import build_topology

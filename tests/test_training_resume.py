@@ -189,3 +189,15 @@ def test_weights_alone_start_a_new_run(tmp_path):
     assert "optimizer, schedule and data start anew" in output
     first_old, first_new = losses(tmp_path / "run")[1][0], losses(new)[1][0]
     assert first_new < first_old - 0.1
+
+
+def test_an_fp16_overflow_is_told_at_its_own_step_alone(tmp_path):
+    fp16 = {"compute": "fp16", "initial_loss_scale": 2.0**40, "loss_scale_window": 1000}
+    config = make_run(tmp_path, precision=fp16)
+    pretrain(config, "training.steps=30")
+    skipped = {r["step"]: r["skipped"] for r in read_metrics(tmp_path / "run", "train")}
+    assert skipped[1] and not skipped[30]
+    first = min(step for step, was in skipped.items() if not was)
+    assert all(skipped[step] == (step < first) for step in skipped)
+    pretrain(config, "training.steps=31", "schedule.kind=constant")
+    assert not read_metrics(tmp_path / "run", "train")[-1]["skipped"]

@@ -17,7 +17,7 @@ from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.console import silence
 from megachiar.errors import UserError
-from megachiar.model import ChiarFormer
+from megachiar.model import ChiarFormer, ModelOutput
 from megachiar.topology import Topology
 from megachiar.training.optimizer import build_optimizer
 
@@ -105,6 +105,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
+        skipped_before = self.deepspeed.skipped_steps
         totals: list[torch.Tensor] = []
         for first_sample, batch in micro_batches:
             seed_dropout(self.config.training.seed, first_sample)
@@ -114,16 +115,12 @@ class Engine:
             totals.append(_flatten(output))
             norm = self._unclipped_norm()
             self.deepspeed.step()
-        skipped_before = self._skipped
-        self._skipped = self.deepspeed.skipped_steps
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         mean = torch.stack(totals).double().mean(0).cpu()
-        skipped = float(self._skipped > skipped_before)
+        skipped = float(self.deepspeed.skipped_steps > skipped_before)
         values = self.mean_over_ranks([*mean.tolist(), float(norm or 0.0), skipped, float(stop)])
         return _unflatten(values, self.config.model.num_layers)
-
-    _skipped = 0
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Summed cross-entropy (nats) and number of targets (those not -100) of this rank's ``(n, T)`` windows."""
@@ -169,7 +166,7 @@ def seed_dropout(seed: int, first_sample: int) -> None:
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + first_sample) % 2**63)
 
 
-def _flatten(output: object) -> torch.Tensor:
+def _flatten(output: ModelOutput) -> torch.Tensor:
     """Loss, regulariser and statistics as one fp32 vector on the model's device, to be read once a step."""
     s = output.statistics
     parts = (output.loss, output.regulariser, s.gate, s.attention_share, s.rbf_share, s.entropy)

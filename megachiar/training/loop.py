@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Progress:
     saved_step: int | None = None
 
 
-def resume_if_possible(engine: Engine, data: RunData, display_line) -> Progress:
+def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[str], None]) -> Progress:
     """Go on from the newest whole checkpoint of the run folder, as ``checkpoint.resume`` says.
 
     Raises:
@@ -65,7 +66,7 @@ def resume_if_possible(engine: Engine, data: RunData, display_line) -> Progress:
     return Progress(state.step, state.samples, state.step)
 
 
-def _newest(folder: Path, display_line) -> Path | None:
+def _newest(folder: Path, display_line: Callable[[str], None]) -> Path | None:
     for path in sorted(folder.glob("step_*")):
         if not path.name.endswith(".incomplete") and (problem := checkpoints.damage(path)):
             display_line(f"[yellow]passing over {path}: {problem}[/]")
