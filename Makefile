@@ -1,5 +1,10 @@
-# make quickstart   everything from an empty machine to a trained model and a sample
-# make test         the tests            make test-slow   the long ones
+# make quickstart   everything, from an empty machine to a trained model and a sample
+# make test         the tests
+# make test-slow    the long ones
+#
+# PYTHON: the interpreter to start from, 3.10 or newer.   VENV: where the virtual environment lies.
+# pip takes the default torch of your platform; a torch that VENV has already, in the pinned version, stays.
+
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -8,7 +13,7 @@ RUN = $(VENV)/bin/python
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
-	$(RUN) tools/quickstart.py
+	@$(RUN) tools/quickstart.py
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
@@ -17,15 +22,18 @@ test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
 
 $(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null \
+		|| { echo "error: there is no $(PYTHON); name a Python >= 3.10 with: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "error: $(PYTHON) is older than 3.10; try make PYTHON=python3.11 ..." >&2; exit 2; }
-	@$(PYTHON) -m venv $(VENV) \
-		|| { echo "error: cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
+		|| { echo "error: $(PYTHON) is older than 3.10 ($$($(PYTHON) --version 2>&1)); try: make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install -q -c constraints.txt -e .
+	$(RUN) -m pip install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/installed

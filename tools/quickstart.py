@@ -1,11 +1,15 @@
 """From nothing to a trained model: the commands a newcomer would type, run one after the other (`make quickstart`).
 
-A step whose result is there already is skipped, so that a quickstart that was interrupted goes on where it stopped.
+A step whose result is there and newer than what it is made from is skipped, so that a quickstart that was interrupted
+goes on where it stopped. Exit code: 0; that of the first command that failed; 1 if the model is no better than an
+interpolated bigram.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shlex
 import subprocess
 import sys
@@ -14,13 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from megachiar.config import load_config
 from megachiar.console import make_console, run
 from megachiar.data.files import bin_path, idx_path, manifest_path
+from megachiar.errors import UserError
 
-CONFIG, DATA = "configs/tiny.yaml", Path("data/shakespeare")
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Path("configs/tiny.yaml")
+DATA = Path("data/shakespeare")
+PARTS = ("train", "valid", "test")
 TOKENIZER = DATA / "tokenizer.model"
-PROMPT = "ROMEO.\nWhat light is this"
+PROMPT = "To be, or not to be"
 
 
 @dataclass(frozen=True)
@@ -31,107 +42,161 @@ class Step:
         title: what it does.
         arguments: after ``python``.
         made: files that say it has been done; none for a step that is always run.
-        reads: whether its standard output is a JSON object or text that the summary needs.
+        source: files it reads; it is done again where one of them is newer than what was made.
+        reads: whether the summary needs its standard output.
     """
 
     title: str
     arguments: Sequence[str]
     made: Sequence[Path] = ()
+    source: Sequence[Path] = ()
     reads: bool = False
 
     @property
     def done(self) -> bool:
-        return bool(self.made) and all(path.exists() for path in self.made)
+        if not self.made or not all(path.exists() for path in self.made):
+            return False
+        newest = max((path.stat().st_mtime_ns for path in self.source if path.exists()), default=0)
+        return min(path.stat().st_mtime_ns for path in self.made) >= newest
+
+    @property
+    def command(self) -> str:
+        """As one would type it."""
+        return shlex.join(["python", *self.arguments])
 
 
 class StepFailed(Exception):
-    """A command ended with an exit code other than 0."""
+    """A command failed.
+
+    Args:
+        code: to exit with: the command's own, or 128 + the signal that ended it.
+    """
 
     def __init__(self, code: int):
+        super().__init__(code)
         self.code = code
 
 
-def steps() -> list[Step]:
-    """The quickstart, in order."""
-    config = load_config(CONFIG)
-    folder = str(config.logging.folder)
-    corpus = [DATA / f"{part}.jsonl" for part in ("train", "valid", "test")]
-    vocabulary = str(config.model.vocab_size)
-    train_tokenizer = ["tools/train_tokenizer.py", "--input", str(corpus[0]), "--vocab-size", vocabulary]
-    baseline = ["tools/bigram_baseline.py", "--json"]
-    for part in ("train", "valid", "test"):
-        baseline += [f"--{part}", str(DATA / part)]
+def steps(vocab_size: int, run_folder: Path) -> list[Step]:
+    """The quickstart, in order, for a config with this vocabulary and run folder."""
+    corpus = [DATA / f"{part}.jsonl" for part in PARTS]
+    tokenizer = ["tools/train_tokenizer.py", "--input", str(corpus[0]), "--vocab-size", str(vocab_size)]
+    bigram = ["tools/bigram_baseline.py", "--vocab-size", str(vocab_size), "--json"]
+    for part in PARTS:
+        bigram += [f"--{part}", str(DATA / part)]
+    evaluate = ["tools/evaluate.py", str(run_folder), "--data", str(DATA / "test"), "--json"]
+    sample = ["tools/generate.py", str(run_folder), "--prompt", PROMPT, "--max-new-tokens", "120"]
     return [
         Step("corpus", ["tools/get_corpus.py", "--output", str(DATA)], made=corpus),
-        Step("tokenizer", [*train_tokenizer, "--output", str(TOKENIZER)], made=[TOKENIZER]),
-        *(preprocess(part) for part in ("train", "valid", "test")),
-        Step("training", ["-m", "megachiar.pretrain", "--config", CONFIG]),
-        Step("bigram", baseline, reads=True),
-        Step("evaluation", ["tools/evaluate.py", folder, "--data", str(DATA / "test"), "--json"], reads=True),
-        Step("sample", ["tools/generate.py", folder, "--prompt", PROMPT, "--max-new-tokens", "120"], reads=True),
+        Step(
+            "tokenizer",
+            [*tokenizer, "--output", str(TOKENIZER), "--overwrite"],
+            made=[TOKENIZER],
+            source=corpus[:1],
+        ),
+        *(preprocess(part) for part in PARTS),
+        Step("training", ["-m", "megachiar.pretrain", "--config", str(CONFIG)]),
+        Step("bigram", bigram, reads=True),
+        Step("evaluation", evaluate, reads=True),
+        Step("sample", sample, reads=True),
     ]
 
 
 def preprocess(part: str) -> Step:
-    prefix = DATA / part
-    arguments = ["tools/preprocess_data.py", "--input", f"{prefix}.jsonl", "--tokenizer", str(TOKENIZER)]
-    arguments += ["--append-eod", "--workers", "2", "--overwrite", "--output-prefix", str(prefix)]
-    return Step(f"{part} data", arguments, made=[bin_path(prefix), idx_path(prefix), manifest_path(prefix)])
+    prefix, text = DATA / part, DATA / f"{part}.jsonl"
+    arguments = ["tools/preprocess_data.py", "--input", str(text), "--tokenizer", str(TOKENIZER), "--append-eod"]
+    return Step(
+        f"{part} data",
+        [*arguments, "--overwrite", "--output-prefix", str(prefix)],
+        made=[bin_path(prefix), idx_path(prefix), manifest_path(prefix)],
+        source=[text, TOKENIZER],
+    )
 
 
-def run_steps(todo: Sequence[Step], console) -> dict[str, str]:
-    """Run each step that is not done; returns the standard output of those that are read, by title.
+def run_steps(todo: Sequence[Step], console: Console) -> tuple[dict[str, str], dict[str, float]]:
+    """Run each step that is not done.
+
+    Returns:
+        standard output of the steps that are read, and seconds of the steps that ran, by title.
 
     Raises:
         StepFailed: a command failed; nothing after it was run.
     """
-    outputs = {}
+    outputs, seconds = {}, {}
     for number, step in enumerate(todo, 1):
-        head = f"[bold][{number}/{len(todo)}] {step.title}[/]"
+        head = f"[{number}/{len(todo)}] {step.title}"
         if step.done:
-            console.print(f"{head}: there already ({', '.join(map(str, step.made))})")
+            console.print(f"{head}: there already, skipped ({', '.join(map(str, step.made))})", markup=False)
             continue
-        console.print(f"{head}\n$ python {shlex.join(step.arguments)}", markup=True)
+        console.print(head, style="bold", markup=False)
+        console.print(f"$ {step.command}", markup=False)
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, *step.arguments], stdout=subprocess.PIPE if step.reads else None, text=True
         )
         if done.returncode:
-            console.print(f"[bold red]{step.title} failed with exit code {done.returncode}[/]")
-            raise StepFailed(done.returncode)
-        console.print(f"  {time.monotonic() - began:.0f} s")
+            code = done.returncode if done.returncode > 0 else 128 - done.returncode
+            console.print(f"{head} failed with exit code {code}: {step.command}", style="bold red", markup=False)
+            console.print("When that is mended, `make quickstart` goes on from here.", markup=False)
+            raise StepFailed(code)
+        seconds[step.title] = time.monotonic() - began
+        console.print(f"{step.title}: {seconds[step.title]:.0f} s", style="dim", markup=False)
         if step.reads:
             outputs[step.title] = done.stdout
-    return outputs
+    return outputs, seconds
 
 
-def summarise(outputs: dict[str, str], folder: Path, console) -> int:
+def summarise(outputs: dict[str, str], seconds: dict[str, float], run_folder: Path, console: Console) -> int:
     """Print what came out; 0 if the model beats the bigram model, else 1."""
     bigram, model = json.loads(outputs["bigram"]), json.loads(outputs["evaluation"])
-    console.print(f"\n[bold]sample[/]\n{outputs['sample']}", markup=True)
-    better = model["token_ppl"] < bigram["token_ppl"]
-    console.print("[bold]on plays it has never seen[/]")
-    console.print(f"  CHIAR-Former         test token PPL {model['token_ppl']:8.2f}   (step {model['step']})")
-    console.print(f"  interpolated bigram  test token PPL {bigram['token_ppl']:8.2f}   the same tokens")
-    console.print(f"  word PPL {model['word_ppl']:.1f}, {model['bits_per_byte']:.3f} bits per byte")
-    console.print("[bold]where to look next[/]")
-    console.print(f"  {folder}/metrics.jsonl, and curves: tensorboard --logdir {folder}")
-    console.print(f"  sample more: python tools/generate.py {folder} --prompt 'To be, or'")
-    console.print("  your own text and bigger models: README.md")
-    if not better:
-        console.print(
-            "[bold red]the model is no better than the bigram model: this should not happen, please tell us[/]"
+    if bigram["tokens"] != model["tokens"]:
+        raise UserError(
+            DATA / "test",
+            f"the bigram was scored on {bigram['tokens']:,} tokens, the model on {model['tokens']:,}",
+            "did the data change while this ran? start it again",
         )
-    return 0 if better else 1
+    console.print("\nA sample", style="bold")
+    console.print(outputs["sample"], markup=False)
+    console.print(results_table(bigram, model))
+    console.print("Time: " + ", ".join(f"{title} {time:.0f} s" for title, time in seconds.items()), markup=False)
+    console.print("Where to look next", style="bold")
+    for line in (
+        f"tensorboard --logdir {run_folder.parent}      curves; the same numbers as text: {run_folder}/metrics.jsonl",
+        f"python tools/generate.py {run_folder} --prompt 'Shall I'      more samples",
+        f"{CONFIG}      the whole run in one file; a baseline: --set model.kind=baseline logging.folder=runs/baseline",
+        'README.md, "Train on your own text"',
+    ):
+        console.print(f"  {line}", markup=False)
+    if model["token_ppl"] < bigram["token_ppl"]:
+        return 0
+    console.print("The model is no better than the bigram model: it did not learn what it should.", style="bold red")
+    return 1
+
+
+def results_table(bigram: dict, model: dict) -> Table:
+    """Both models on the test set; as they score the same tokens, the bigram's other numbers follow from its PPL."""
+    ratio = math.log(bigram["token_ppl"]) / math.log(model["token_ppl"])
+    table = Table(title=f"Held-out text ({model['tokens']:,} tokens, {DATA / 'test'})", title_justify="left")
+    for name in ("model", "token PPL", "bits/byte", "word PPL"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, values, power in (
+        (f"CHIAR-Former, step {model['step']:,}", model, 1.0),
+        ("interpolated bigram", bigram, ratio),
+    ):
+        bits, word = model["bits_per_byte"] * power, model["word_ppl"] ** power
+        table.add_row(name, f"{values['token_ppl']:.2f}", f"{bits:.3f}", f"{word:,.0f}")
+    return table
 
 
 def main() -> int:
-    console = make_console()
+    os.chdir(ROOT)
+    console, config = make_console(), load_config(CONFIG)
+    folder = Path(config.logging.folder)
     try:
-        outputs = run_steps(steps(), console)
+        outputs, seconds = run_steps(steps(config.model.vocab_size, folder), console)
     except StepFailed as failure:
         return failure.code
-    return summarise(outputs, load_config(CONFIG).logging.folder, console)
+    return summarise(outputs, seconds, folder, console)
 
 
 if __name__ == "__main__":
