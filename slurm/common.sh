@@ -4,52 +4,64 @@
 #        |                                                                                            |
 #        '--- wait <----------------------------- highest exit code of the tasks <--------------------'
 #
-#   0  finished               75  saved after a signal: requeue
-#   2  something to mend      other  killed or crashed: requeue, at most MAX_RESTARTS times; resume from the last save
+#   0  finished               75  saved after a signal: requeue, unless Slurm is ending the job itself (SIGTERM)
+#   2  something to mend      other  killed or crashed: requeue while crashes <= MAX_RESTARTS; resumes from the last save
 
 EXIT_USER_ERROR=2
 EXIT_STOPPED=75
 
-# Go to the checkout. sbatch runs a copy of the script from its spool folder, so only the submit folder tells.
-enter_checkout() {
-    cd "${SLURM_SUBMIT_DIR:-.}" || exit $EXIT_USER_ERROR
-    if [ ! -f slurm/common.sh ] || [ ! -f megachiar/pretrain.py ]; then
-        echo "error: $PWD is not the megachiar checkout: submit from its top folder (sbatch slurm/...)" >&2
-        exit $EXIT_USER_ERROR
-    fi
+fail() {
+    echo "error: $1" >&2
+    exit $EXIT_USER_ERROR
 }
 
-# Where the ranks meet: the first host of the job, a port that two jobs on one host do not share.
+# Source env.sh, make its folders, and activate its virtual environment.
+load_environment() {
+    source slurm/env.sh
+    link_folder data "$DATA_FOLDER"
+    link_folder runs "$RUNS_FOLDER"
+    [ -f "$VENV/bin/activate" ] || fail "no virtual environment in '$VENV' on $(hostname): set VENV in slurm/env.sh"
+    source "$VENV/bin/activate"
+}
+
+# link_folder NAME TARGET: make NAME in the checkout a link to the folder TARGET, unless that is empty.
+link_folder() {
+    local name=$1 target=$2
+    [ -n "$target" ] || return 0
+    mkdir -p "$target" || fail "cannot make the folder '$target' of slurm/env.sh"
+    if [ -e "$name" ] && [ ! "$name" -ef "$target" ] && [ ! -L "$name" ]; then
+        fail "$PWD/$name is a folder, but slurm/env.sh says $target: move what it holds there, then remove it"
+    fi
+    [ "$name" -ef "$target" ] || ln -sfn "$(realpath "$target")" "$name"
+}
+
+# Where the ranks meet: the first host of the job, a port that two jobs on one host do not share and no system hands out.
 export_rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    [ -n "$MASTER_ADDR" ] || fail "no host in SLURM_JOB_NODELIST '$SLURM_JOB_NODELIST'"
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT
-    if [ -z "$MASTER_ADDR" ]; then
-        echo "error: no host in SLURM_JOB_NODELIST '$SLURM_JOB_NODELIST'" >&2
-        exit $EXIT_USER_ERROR
-    fi
 }
 
-# run_step COMMAND...: run COMMAND as one task per rank; its exit code is the highest of the tasks, but 2
-# where any task had a user error.
+# run_step COMMAND...: run COMMAND as one task per rank. Returns the highest exit code of the tasks, but 2 where any
+# task had a user error. Sets `ending` to 1 if Slurm said that it ends the job (cancelled, preempted, out of time).
 run_step() {
-    local step_pid code=0 signalled=0
-    export USER_ERROR_MARK="$PWD/.slurm-user-error-$SLURM_JOB_ID"
+    local step_pid='' code=0 signalled
+    ending=0
+    export USER_ERROR_MARK="$PWD/.slurm-$SLURM_JOB_ID.user-error"
     rm -f "$USER_ERROR_MARK"
+    # `--signal=B:USR1` reaches this shell alone: pass it on.
+    trap 'signalled=1; pass_on_signal $step_pid' USR1
+    trap 'signalled=1; ending=1; pass_on_signal $step_pid' TERM
     # srun does not inherit --cpus-per-task; the first rank that fails ends the others.
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash slurm/task.sh "$@" &
     step_pid=$!
-    # `--signal=B:USR1` reaches this shell alone: pass it on. A signal ends `wait`, hence the loop.
-    trap 'signalled=1; kill -USR1 $step_pid 2>/dev/null' USR1 TERM
-    while :; do
-        wait "$step_pid" && code=0 || code=$?
-        kill -0 "$step_pid" 2>/dev/null || break
+    while :; do # a signal ends `wait` early, with a code of its own
+        signalled=0 code=0
+        wait "$step_pid" || code=$?
+        [ $signalled = 1 ] || break
     done
-    trap '' USR1 TERM
-    # The exit code of the last `wait` may be that of the signal: ask once more for the step's own.
-    if [ $signalled = 1 ] && [ $code -gt 128 ]; then
-        wait "$step_pid" && code=0 || code=$?
-    fi
+    trap '' USR1
     if [ -e "$USER_ERROR_MARK" ]; then
         rm -f "$USER_ERROR_MARK"
         code=$EXIT_USER_ERROR
@@ -57,35 +69,53 @@ run_step() {
     return $code
 }
 
+pass_on_signal() {
+    [ $# = 0 ] || kill -USR1 "$1" 2>/dev/null
+}
+
 # finish CODE: end the job as CODE asks for, see the table at the top.
 finish() {
-    local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
+    local code=$1 crashes_file=".slurm-$SLURM_JOB_ID.crashes" crashes=0
+    # Counted here: SLURM_RESTART_COUNT counts orderly stops too. A job id that comes back starts anew.
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$crashes_file" ]; then
+        crashes=$(<"$crashes_file")
+    fi
     case $code in
-        0) echo "finished" ;;
-        "$EXIT_USER_ERROR") echo "not requeued: see the error above" >&2 ;;
-        "$EXIT_STOPPED")
-            echo "saved after a signal; requeued"
-            scontrol requeue "$SLURM_JOB_ID"
-            ;;
-        *)
-            if [ "$restarts" -lt "$MAX_RESTARTS" ]; then
-                echo "a rank ended with exit code $code; requeued (restart $((restarts + 1)) of $MAX_RESTARTS)" >&2
-                scontrol requeue "$SLURM_JOB_ID"
-            else
-                echo "a rank ended with exit code $code after $restarts restarts: giving up" >&2
-            fi
-            ;;
+        0 | "$EXIT_USER_ERROR" | "$EXIT_STOPPED") rm -f "$crashes_file" ;;
+        *) crashes=$((crashes + 1)) ;;
     esac
+    if [ "$code" = 0 ]; then
+        echo "finished"
+    elif [ "$code" = "$EXIT_USER_ERROR" ]; then
+        echo "not requeued: see the error above" >&2
+    elif [ "$ending" = 1 ]; then
+        echo "ended by Slurm (cancelled, preempted or out of time) with exit code $code: not requeued from here" >&2
+    elif [ "$code" = "$EXIT_STOPPED" ]; then
+        requeue "saved after a signal"
+    elif [ "$crashes" -gt "$MAX_RESTARTS" ]; then
+        rm -f "$crashes_file"
+        echo "a rank ended with exit code $code, crash $crashes since the last orderly stop: giving up" >&2
+    else
+        echo "$crashes" >"$crashes_file"
+        requeue "a rank ended with exit code $code, crash $crashes of at most $MAX_RESTARTS"
+    fi
     exit "$code"
+}
+
+requeue() {
+    echo "$1; requeued"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "error: Slurm did not requeue job $SLURM_JOB_ID: submit it again, it resumes from the last save" >&2
 }
 
 # pretrain CONFIG ARGUMENT...: train CONFIG on every task of this job.
 pretrain() {
-    local config=$1 code=0
+    local config=$1 code=0 ending=0
     shift
-    enter_checkout
-    source slurm/env.sh
+    load_environment
     export_rendezvous
+    # Cores of one rank: torch would share out again what Slurm has shared out already.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
     echo "job $SLURM_JOB_ID: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"
     run_step python -u -m megachiar.pretrain --config "$config" "$@" || code=$?
     finish "$code"

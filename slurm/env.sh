@@ -1,15 +1,19 @@
-# The one file to edit for your cluster. Every slurm/*.sh sources it, on the node where the batch script runs and, through
-# srun, on every node of the job. Paths are relative to the folder you submit from (the checkout).
+# The one file to edit for your cluster. The batch scripts source it on the first node of a job; srun carries the environment
+# to the others. Relative paths start at the checkout.
 
-# Software: modules to load, and the virtual environment that `pip install -c constraints.txt -e .` was run in.
+# Software: modules to load, and the virtual environment where `pip install -c constraints.txt -e .` was run. Every node
+# must see it, and the checkout, under the same path.
 # module load cuda/13.0
 VENV="${VENV:-.venv}"
-source "$VENV/bin/activate"
 
-# Network: NCCL and gloo must find the interface that joins the nodes. `ip addr` on a compute node lists them.
-# export NCCL_SOCKET_IFNAME=ib0
-# export GLOO_SOCKET_IFNAME=ib0
+# Data and runs: what the configs call data/ and runs/ lies in these folders of a file system that every node shares; the
+# scripts make data and runs links to them. Empty: plain folders of the checkout.
+DATA_FOLDER="${DATA_FOLDER:-}" # such as /scratch/$USER/megachiar/data
+RUNS_FOLDER="${RUNS_FOLDER:-}"
 
-# A run that was killed (node failure, dead rank) is requeued so many times before it is left as failed. Stops by the
-# time limit or by preemption are saved, requeued and not counted.
+# Network: the interface that joins the nodes, for NCCL (GPUs) and gloo (CPUs). `ip addr` on a compute node lists them.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# Crashes (a dead rank, a lost node) after which a job is still requeued, counted since its last orderly stop. Stops by the
+# time limit, which save first, are requeued always.
 MAX_RESTARTS="${MAX_RESTARTS:-5}"

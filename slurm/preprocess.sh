@@ -1,11 +1,13 @@
 #!/bin/bash
-# Turn many files into one dataset: an array of tasks makes a shard each, a dependent job merges them.
+# Turn many files into one dataset: an array of jobs makes a shard each, a dependent job merges the shards.
 #
-#   bash slurm/preprocess.sh submit OUTPUT_PREFIX TOKENIZER SHARDS FILE... [-- FLAG OF tools/preprocess_data.py ...]
-#   bash slurm/preprocess.sh submit data/web/train gpt2 64 raw/web-*.jsonl.zst -- --on-error skip
+#   bash slurm/preprocess.sh OUTPUT_PREFIX TOKENIZER SHARDS FILE... [-- FLAG of tools/preprocess_data.py ...]
+#   bash slurm/preprocess.sh data/web gpt2 64 raw/web-*.jsonl.zst -- --on-error skip --split train=99,valid=1
 #
-# Shard number i takes the files i, i + SHARDS, i + 2 * SHARDS, ... in the order given. A shard that is whole already is
-# skipped, so that a requeued or resubmitted array does only what is missing. The shards stay until the merge is whole.
+# From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_* variables
+# (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order, so that the
+# result is, byte for byte, what one process would write. The shards lie in OUTPUT_PREFIX.shards until the merge is whole.
+# After a failure run the same command again: shards that are whole already are skipped.
 
 #SBATCH --job-name=megachiar-preprocess
 #SBATCH --nodes=1
@@ -14,72 +16,118 @@
 #SBATCH --time=12:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%x-%A_%a.out
+#SBATCH --output=slurm-%x-%A-%a.out
 
-set -euo pipefail
+USAGE="usage: bash slurm/preprocess.sh OUTPUT_PREFIX TOKENIZER SHARDS FILE... [-- FLAG ...]"
 
-shard_prefix() { printf '%s.shards/%05d' "$1" "$2"; }
-
+# submit OUTPUT TOKENIZER SHARDS FILE... [-- FLAG...]: check the call, write the plan, queue the array and the merge.
 submit() {
-    local output=$1 tokenizer=$2 shards=$3 array
+    [ $# -ge 4 ] || fail "$USAGE"
+    local output=$1 tokenizer=$2 shards=$3 files=() flags=() parts=()
     shift 3
-    if ! [[ $shards =~ ^[1-9][0-9]*$ ]]; then
-        echo "error: SHARDS is '$shards', not a number of at least 1" >&2
-        exit 2
+    split_at_dashes "$@"
+    check_call
+    mkdir -p "$output.shards" || exit $EXIT_USER_ERROR
+    write_plan "$output.shards/plan"
+    local array merge jobs="$output.shards/jobs"
+    if [ -f "$jobs" ] && [ -n "$(squeue --noheader --jobs="$(<"$jobs")" 2>/dev/null)" ]; then
+        fail "jobs $(<"$jobs") still work on $output: wait for them, or scancel them first"
     fi
-    local files=0
-    for argument in "$@"; do
-        [ "$argument" = -- ] && break
-        [ -f "$argument" ] || { echo "error: $argument: no such file" >&2; exit 2; }
-        files=$((files + 1))
-    done
-    if [ "$files" -lt "$shards" ]; then
-        echo "error: $files files for $shards shards: use at most as many shards as files" >&2
-        exit 2
-    fi
-    mkdir -p "$output.shards"
-    array=$(sbatch --parsable --array="0-$((shards - 1))" slurm/preprocess.sh shard "$output" "$tokenizer" "$shards" "$@")
-    sbatch --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes --job-name=megachiar-merge \
-        slurm/preprocess.sh merge "$output" "$shards"
+    array=$(sbatch --parsable --array="0-$((shards - 1))" slurm/preprocess.sh --shard "$output.shards") || exit 1
+    merge=$(sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes \
+        --job-name=megachiar-merge --output=slurm-%x-%j.out slurm/preprocess.sh --merge "$output.shards") || exit 1
+    echo "${array%%;*},${merge%%;*}" >"$jobs"
+    echo "job array ${array%%;*} makes $shards shards of ${#files[@]} files; job ${merge%%;*} merges them"
 }
 
+# Sort "$@" into files, flags, and the parts that --split names (one nameless part without).
+split_at_dashes() {
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        files+=("$1")
+        shift
+    done
+    flags=("${@:2}")
+    local value='' i
+    for ((i = 0; i < ${#flags[@]}; i++)); do
+        case ${flags[i]} in
+            --split) value=${flags[i + 1]:-} ;;
+            --split=*) value=${flags[i]#*=} ;;
+        esac
+    done
+    parts=("")
+    if [ -n "$value" ]; then
+        IFS=, read -r -a parts <<<"$value"
+        parts=("${parts[@]%%=*}")
+        parts=("${parts[@]/#/_}")
+    fi
+}
+
+check_call() {
+    local file part
+    [[ $shards =~ ^[1-9][0-9]{0,4}$ ]] || fail "SHARDS is '$shards', not a number from 1 to 99999"
+    for file in "${files[@]}"; do
+        [ -f "$file" ] || fail "$file: no such file"
+    done
+    [ "${#files[@]}" -ge "$shards" ] || fail "${#files[@]} files for $shards shards: use at most as many shards as files"
+    [ -e "$tokenizer" ] || fail "$tokenizer: no such tokenizer"
+    for part in "${parts[@]}"; do
+        [ ! -e "$output$part.bin" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
+            fail "$output$part.bin exists already: choose another OUTPUT_PREFIX, or add -- --overwrite"
+    done
+}
+
+# What the jobs read: the call as bash variables. Shards of another call must not end in this dataset.
+write_plan() {
+    declare -p output tokenizer shards files flags parts >"$1.new" || exit $EXIT_USER_ERROR
+    if [ -f "$1" ] && ! cmp -s "$1" "$1.new"; then
+        rm "$1.new"
+        fail "${1%/plan} holds shards of another call (see $1): remove that folder, or choose another OUTPUT_PREFIX"
+    fi
+    mv "$1.new" "$1"
+}
+
+# shard FOLDER: make shard number SLURM_ARRAY_TASK_ID of the plan in FOLDER, unless it is whole.
 shard() {
-    local output=$1 tokenizer=$2 shards=$3 number=$SLURM_ARRAY_TASK_ID prefix
-    shift 3
-    prefix=$(shard_prefix "$output" "$number")
-    if [ -f "$prefix.json" ] && python tools/inspect_dataset.py "$prefix" >/dev/null 2>&1; then
+    local output tokenizer shards files flags parts
+    source "$1/plan"
+    local number=$SLURM_ARRAY_TASK_ID prefix
+    prefix=$(shard_prefix "$1" "$number")
+    if [ -f "$prefix.done" ]; then
         echo "$prefix is whole: skipped"
         return
     fi
-    local files=() index=0
-    while [ $# -gt 0 ] && [ "$1" != -- ]; do
-        [ $((index % shards)) = "$number" ] && files+=("$1")
-        index=$((index + 1))
-        shift
-    done
-    [ $# -gt 0 ] && shift # the --
-    python tools/preprocess_data.py --input "${files[@]}" --tokenizer "$tokenizer" --append-eod --overwrite \
-        --workers "${SLURM_CPUS_PER_TASK:-1}" --output-prefix "$prefix" "$@"
+    local first=$((number * ${#files[@]} / shards)) end=$(((number + 1) * ${#files[@]} / shards))
+    python tools/preprocess_data.py --input "${files[@]:first:end - first}" --tokenizer "$tokenizer" --append-eod \
+        --workers "${SLURM_CPUS_PER_TASK:-1}" --overwrite --output-prefix "$prefix" "${flags[@]}" &&
+        touch "$prefix.done"
 }
 
+# merge FOLDER: join the shards in FOLDER to the dataset of its plan, then remove them.
 merge() {
-    local output=$1 shards=$2 prefixes=() number
-    for ((number = 0; number < shards; number++)); do
-        prefixes+=("$(shard_prefix "$output" "$number")")
+    local output tokenizer shards files flags parts
+    source "$1/plan"
+    local part number prefixes
+    for part in "${parts[@]}"; do
+        prefixes=()
+        for ((number = 0; number < shards; number++)); do
+            prefixes+=("$(shard_prefix "$1" "$number")$part")
+        done
+        python tools/merge_datasets.py "${prefixes[@]}" --output "$output$part" || return
     done
-    python tools/merge_datasets.py "${prefixes[@]}" --output "$output"
-    rm -r "$output.shards"
+    rm -r "$1"
 }
 
-source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh" || exit 2
-enter_checkout
-if [ "${1:-}" != submit ]; then
-    source slurm/env.sh
-fi
+shard_prefix() { printf '%s/%05d' "$1" "$2"; }
+
+# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout.
+cd "${SLURM_SUBMIT_DIR:-.}" && source slurm/common.sh && [ -f megachiar/pretrain.py ] || {
+    echo "error: $PWD is not the megachiar checkout: cd there, then bash slurm/..." >&2
+    exit 2
+}
 case "${1:-}" in
-    submit | shard | merge) "$@" ;;
-    *)
-        echo "usage: bash slurm/preprocess.sh submit OUTPUT_PREFIX TOKENIZER SHARDS FILE... [-- FLAG ...]" >&2
-        exit 2
+    --shard | --merge)
+        load_environment
+        "${1#--}" "$2"
         ;;
+    *) submit "$@" ;;
 esac

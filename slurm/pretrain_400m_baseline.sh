@@ -1,9 +1,11 @@
 #!/bin/bash
-# Pretrain the attention-only baseline (404M): sbatch slurm/pretrain_400m_baseline.sh [--set KEY=VALUE ...]
+# Pretrain the attention-only baseline of CHIAR-Former 400M: sbatch slurm/pretrain_400m_baseline.sh [--set KEY=VALUE ...]
 #
-# One task per GPU. Change the size on the command line (sbatch --nodes=4 slurm/pretrain_400m_baseline.sh); the batch of the config
-# must divide over the ranks. On nodes without GPUs: sbatch --gres=none --ntasks-per-node=2 ...; ranks are CPU processes.
-# Two minutes before the time limit, or when the job is preempted, the ranks save, and the job is requeued and goes on.
+# From the top folder of the checkout, after editing slurm/env.sh. One task per GPU; sbatch's own flags change the size:
+#   sbatch --nodes=4 slurm/pretrain_400m_baseline.sh                                    32 GPUs (the batch must divide over them)
+#   sbatch --nodes=2 --gres=none --ntasks-per-node=2 slurm/pretrain_400m_baseline.sh    4 ranks on CPUs
+# Two minutes before the time limit the ranks save, and the job is requeued and goes on where it was. To make a job save
+# and start again at once: scancel --batch --signal=USR1 JOB.
 
 #SBATCH --job-name=megachiar-400m_baseline
 #SBATCH --nodes=1
@@ -16,5 +18,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 
-source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh" || exit 2
+# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout.
+cd "${SLURM_SUBMIT_DIR:-.}" && source slurm/common.sh && [ -f megachiar/pretrain.py ] || {
+    echo "error: $PWD is not the megachiar checkout: cd there, then sbatch slurm/..." >&2
+    exit 2
+}
 pretrain configs/400m_baseline.yaml "$@"

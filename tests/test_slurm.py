@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,13 @@ from support import ROOT, process_environment
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 STUBS = {
-    # Runs the task once, as rank 0 would be.
-    "srun": 'echo "srun $*" >>"$CALLS"; echo "rendezvous $MASTER_ADDR $MASTER_PORT" >>"$CALLS"\n'
-    'while [ "$1" != bash ]; do shift; done\nexec "$@"\n',
-    "scontrol": 'echo "scontrol $*" >>"$CALLS"\nif [ "$1" = show ]; then printf "nodea\\nnodeb\\n"; fi\n',
+    # Runs the task once, as rank 0 would be, and passes signals on to it.
+    "srun": 'echo "srun $*" >>"$CALLS"; echo "rendezvous $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS" >>"$CALLS"\n'
+    'while [ "$1" != bash ]; do shift; done\nset -m; "$@" & trap "kill -USR1 -- -$!" USR1\n'
+    "while :; do wait $!; code=$?; kill -0 $! 2>/dev/null || exit $code; done\n",
+    "scontrol": 'echo "scontrol $*" >>"$CALLS"\nif [ "$1" = show ]; then printf "nodea\\nnodeb\\n"; fi\n'
+    'if [ "$1" = requeue ]; then exit ${REQUEUE_CODE:-0}; fi\n',
+    "squeue": '[ -z "$QUEUED" ] || echo "$QUEUED"\n',
     "sbatch": 'echo "sbatch $*" >>"$CALLS"\necho 77\n',
     "python": 'echo "python $*" >>"$CALLS"\n[ -z "$PROGRAM" ] || exec bash -c "$PROGRAM"\n',
 }
@@ -28,6 +30,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, folder / "calls"
+        self.crashes = folder / ".slurm-4242.crashes"
         for name in ("slurm", "megachiar", "tools"):
             (folder / name).symlink_to(ROOT / name)
         stubs = folder / "venv" / "bin"
@@ -40,6 +43,8 @@ class Cluster:
             PATH=f"{stubs}:{os.environ['PATH']}",
             CALLS=str(self.calls),
             PROGRAM="",
+            QUEUED="",
+            OMP_NUM_THREADS="",
             VENV=str(folder / "venv"),
             SLURM_SUBMIT_DIR=str(folder),
             SLURM_JOB_ID="4242",
@@ -89,108 +94,212 @@ def test_a_job_starts_every_rank_with_its_arguments(cluster, name):
         f"python -u -m megachiar.pretrain --config configs/{name}.yaml --set training.steps=10 logging.folder=my runs"
         in calls
     )
-    assert f"rendezvous nodea {20000 + 4242}" in calls
+    assert f"rendezvous nodea {20000 + 4242} 3" in calls
     assert "requeue" not in calls
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "restarts", "requeued"),
+    ("exit_code", "crashes", "requeued"),
     [
         (0, 0, False),
         (2, 0, False),
         (75, 0, True),
-        (75, 99, True),
+        (75, 5, True),
         (1, 0, True),
         (1, 4, True),
         (1, 5, False),
         (137, 5, False),
     ],
 )
-def test_what_is_requeued(cluster, exit_code, restarts, requeued):
-    code, output, calls = cluster.run(
-        "pretrain_400m.sh", PROGRAM=f"exit {exit_code}", SLURM_RESTART_COUNT=str(restarts)
-    )
+def test_what_is_requeued(cluster, exit_code, crashes, requeued):
+    cluster.crashes.write_text(f"{crashes}\n")
+    code, output, calls = cluster.run("pretrain_400m.sh", PROGRAM=f"exit {exit_code}", SLURM_RESTART_COUNT="9")
     assert code == exit_code, output
     assert ("scontrol requeue 4242" in calls) == requeued, output
 
 
+def test_crashes_count_since_the_last_orderly_stop(cluster):
+    def crash(exit_code: int, restarts: int) -> str:
+        cluster.calls.unlink(missing_ok=True)
+        more = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+        return cluster.run("pretrain_400m.sh", PROGRAM=f"exit {exit_code}", MAX_RESTARTS="1", **more)[2]
+
+    assert "requeue" in crash(1, 0)
+    assert "requeue" in crash(75, 1), "the time limit came"
+    assert "requeue" in crash(1, 2)
+    assert "requeue" not in crash(1, 3)
+    assert not cluster.crashes.exists()
+    cluster.crashes.write_text("99\n")
+    assert "requeue" in crash(1, 0), "what an older job of this number left does not count"
+
+
+def test_a_requeue_that_slurm_refuses_is_said(cluster):
+    code, output, _ = cluster.run("pretrain_400m.sh", PROGRAM="exit 75", REQUEUE_CODE="1")
+    assert code == 75 and "did not requeue job 4242: submit it again" in output
+
+
 def test_a_user_error_counts_even_if_other_ranks_were_killed_for_it(cluster):
     srun = cluster.folder / "venv" / "bin" / "srun"
-    srun.write_text(srun.read_text().replace('exec "$@"', '"$@"; exit 137'))
+    srun.write_text(srun.read_text().replace("exit $code", "exit 137"))
     code, output, calls = cluster.run("pretrain_400m.sh", PROGRAM="exit 2")
     assert code == 2 and "requeue" not in calls, output
-    assert not list(cluster.folder.glob(".slurm-user-error*"))
+    assert not list(cluster.folder.glob(".slurm-*"))
 
 
-def test_the_signal_reaches_the_ranks_and_the_job_is_requeued(cluster):
+RANK = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: (print("saving", flush=True), time.sleep(0.5), sys.exit(int(sys.argv[1]))))
+print("ready", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "said", "requeued"),
+    [
+        (signal.SIGUSR1, 75, "saved after a signal; requeued", True),
+        (signal.SIGUSR1, 0, "finished", False),
+        (signal.SIGTERM, 75, "ended by Slurm (cancelled, preempted or out of time)", False),
+        (signal.SIGTERM, 1, "ended by Slurm (cancelled, preempted or out of time)", False),
+    ],
+)
+def test_a_signal_reaches_the_ranks(cluster, number, exit_code, said, requeued):
     rank = cluster.folder / "rank.py"
-    rank.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: (print('saving', flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\ntime.sleep(30)\n"
-    )
-    process = cluster.start("pretrain_400m.sh", PROGRAM=f"exec {sys.executable} {rank}")
+    rank.write_text(RANK)
+    process = cluster.start("pretrain_400m.sh", PROGRAM=f"exec {sys.executable} {rank} {exit_code}")
     lines = []
     while "ready" not in "".join(lines):
         lines.append(process.stdout.readline())
-    os.kill(process.pid, signal.SIGUSR1)  # the batch shell alone, as --signal=B: does
-    # A real srun passes the signal on to its tasks; the stub became the task, and bash waits for its child.
-    time.sleep(0.3)
-    subprocess.run(["pkill", "-USR1", "-f", str(rank)], check=True)
+        assert lines[-1], "".join(lines)
+    os.kill(process.pid, number)  # the batch shell alone, as --signal=B: does
     output = "".join(lines) + process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
-    assert "saving" in output and "saved after a signal; requeued" in output
-    assert "scontrol requeue 4242" in cluster.calls.read_text()
+    assert process.returncode == exit_code, output
+    assert "saving" in output and said in output, output
+    assert ("scontrol requeue 4242" in cluster.calls.read_text()) == requeued
 
 
-@pytest.mark.parametrize("script", ["pretrain_400m.sh", "preprocess.sh"])
+@pytest.mark.parametrize("script", ["pretrain_400m.sh", "pretrain_400m_baseline.sh", "preprocess.sh"])
 def test_submitted_from_elsewhere_it_says_so(cluster, script):
-    code, output, _ = cluster.run(script, SLURM_SUBMIT_DIR=str(cluster.folder / "spool"))
+    code, output, calls = cluster.run(script, SLURM_SUBMIT_DIR=str(cluster.folder / "spool"))
     assert code == 2, output
-    assert "common.sh" in output
+    assert f"error: {cluster.folder}/spool is not the megachiar checkout" in output
+    assert calls == ""
 
 
-@pytest.mark.parametrize("name", ["pretrain_400m.sh", "pretrain_400m_baseline.sh"])
+def test_a_missing_virtual_environment_is_no_crash(cluster):
+    code, output, calls = cluster.run("pretrain_400m.sh", VENV="nowhere")
+    assert code == 2 and "no virtual environment in 'nowhere'" in output and "requeue" not in calls
+
+
+def test_data_and_runs_may_lie_elsewhere(cluster):
+    far = cluster.folder / "far"
+    code, output, _ = cluster.run("pretrain_400m.sh", DATA_FOLDER=f"{far}/data", RUNS_FOLDER=f"{far}/my runs")
+    assert code == 0, output
+    assert (cluster.folder / "data").resolve() == far / "data"
+    assert (cluster.folder / "runs").resolve() == far / "my runs"
+    assert cluster.run("pretrain_400m.sh", RUNS_FOLDER=f"{far}/other")[0] == 0
+    assert (cluster.folder / "runs").resolve() == far / "other"
+
+
+def test_a_folder_with_something_in_it_is_not_replaced_by_a_link(cluster):
+    (cluster.folder / "runs").mkdir()
+    code, output, _ = cluster.run("pretrain_400m.sh", RUNS_FOLDER=str(cluster.folder / "far"))
+    assert code == 2 and f"{cluster.folder}/runs is a folder, but slurm/env.sh says" in output
+
+
+@pytest.mark.parametrize("name", ["400m", "400m_baseline"])
 def test_job_scripts_ask_for_what_a_requeue_needs(name):
-    text = (ROOT / "slurm" / name).read_text()
+    text = (ROOT / "slurm" / f"pretrain_{name}.sh").read_text()
     for line in ("--signal=B:USR1@120", "--requeue", "--open-mode=append", "--ntasks-per-node=8"):
         assert f"#SBATCH {line}\n" in text
-    assert "--gpus-per-task" not in text.replace("#", "")
+    assert "gpus-per-task" not in text
 
 
-def test_preprocessing_is_an_array_and_a_merge(cluster):
-    files = []
-    for number in range(5):
-        files.append(str(cluster.folder / f"in{number}.jsonl"))
-        Path(files[-1]).write_text("{}\n")
-    done = cluster.run("preprocess.sh", "submit", "out/web", "tok", "2", *files, "--", "--on-error", "skip")
-    assert done[0] == 0, done[1]
-    first, second = [line for line in done[2].splitlines() if line.startswith("sbatch")]
-    assert "--array=0-1 slurm/preprocess.sh shard out/web tok 2" in first
-    assert "--dependency=afterok:77" in second and "merge out/web 2" in second
-    shard = cluster.run("preprocess.sh", *first.split("preprocess.sh ")[1].split(), SLURM_ARRAY_TASK_ID="1")
-    assert shard[0] == 0, shard[1]
-    call = shard[2].splitlines()[-1]
-    assert f"--input {files[1]} {files[3]} --tokenizer tok" in call
-    assert "--output-prefix out/web.shards/00001 --on-error skip" in call
-    merge = cluster.run("preprocess.sh", "merge", "out/web", "2")
-    assert merge[0] == 0, merge[1]
-    assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --output out/web" in merge[2]
+@pytest.fixture
+def inputs(cluster):
+    """Five input files, one with a blank in its name, and a tokenizer."""
+    (cluster.folder / "tok.json").write_text("")
+    files = [str(cluster.folder / name) for name in ("a.txt", "b c.txt", "d.txt", "e.txt", "f.txt")]
+    for file in files:
+        Path(file).write_text("text\n")
+    return files
+
+
+def submitted(calls: str) -> list[list[str]]:
+    """The arguments of each sbatch."""
+    return [line.split()[1:] for line in calls.splitlines() if line.startswith("sbatch")]
+
+
+def test_preprocessing_is_an_array_and_a_merge(cluster, inputs):
+    code, output, calls = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", "--on-error", "skip")
+    assert code == 0 and "makes 2 shards of 5 files" in output, output
+    array, merge = submitted(calls)
+    assert array[1:] == ["--array=0-1", "slurm/preprocess.sh", "--shard", "out/web.shards"]
+    assert "--dependency=afterok:77" in merge and merge[-2:] == ["--merge", "out/web.shards"]
+    for number, share in enumerate((inputs[:2], inputs[2:])):
+        code, output, calls = cluster.run("preprocess.sh", *array[-2:], SLURM_ARRAY_TASK_ID=str(number))
+        assert code == 0, output
+        assert calls.splitlines()[-1] == (
+            f"python tools/preprocess_data.py --input {' '.join(share)} --tokenizer tok.json --append-eod --workers 3 "
+            f"--overwrite --output-prefix out/web.shards/0000{number} --on-error skip"
+        )
+    before = len(calls)
+    code, output, calls = cluster.run("preprocess.sh", *array[-2:], SLURM_ARRAY_TASK_ID="1")
+    assert code == 0 and "is whole: skipped" in output and len(calls) == before
+    code, output, calls = cluster.run("preprocess.sh", *merge[-2:])
+    assert code == 0, output
+    assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --output out/web\n" in calls
     assert not (cluster.folder / "out" / "web.shards").exists()
 
 
-def test_a_failed_merge_keeps_the_shards(cluster):
-    (cluster.folder / "out" / "web.shards").mkdir(parents=True)
-    code, _, _ = cluster.run("preprocess.sh", "merge", "out/web", "2", PROGRAM="exit 2")
+@pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9,valid=1"]])
+def test_each_part_of_a_split_is_merged(cluster, inputs, split):
+    cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", *split)
+    code, output, calls = cluster.run("preprocess.sh", "--merge", "out/web.shards")
+    assert code == 0, output
+    for part in ("train", "valid"):
+        shards = f"out/web.shards/00000_{part} out/web.shards/00001_{part}"
+        assert f"merge_datasets.py {shards} --output out/web_{part}\n" in calls
+
+
+def test_a_failed_shard_is_made_again_and_a_failed_merge_keeps_the_shards(cluster, inputs):
+    cluster.run("preprocess.sh", "out/web", "tok.json", "1", *inputs)
+    shard = ("preprocess.sh", "--shard", "out/web.shards")
+    assert cluster.run(*shard, SLURM_ARRAY_TASK_ID="0", PROGRAM="exit 2")[0] == 2
+    assert "skipped" not in cluster.run(*shard, SLURM_ARRAY_TASK_ID="0")[1]
+    code, _, _ = cluster.run("preprocess.sh", "--merge", "out/web.shards", PROGRAM="exit 2")
     assert code == 2 and (cluster.folder / "out" / "web.shards").exists()
+
+
+def test_the_same_call_goes_on_and_another_is_refused(cluster, inputs):
+    call = ("preprocess.sh", "out/web", "tok.json", "2", *inputs)
+    assert cluster.run(*call)[0] == 0
+    assert cluster.run(*call)[0] == 0
+    code, output, calls = cluster.run("preprocess.sh", "out/web", "tok.json", "3", *inputs)
+    assert code == 2 and "holds shards of another call" in output, output
+    assert len(submitted(calls)) == 4
+    code, output, calls = cluster.run(*call, QUEUED="77 PENDING")
+    assert code == 2 and "jobs 77,77 still work on out/web" in output
+    assert len(submitted(calls)) == 4
+
+
+def test_a_dataset_that_exists_is_kept_unless_told(cluster, inputs):
+    (cluster.folder / "out").mkdir()
+    (cluster.folder / "out" / "web.bin").write_text("")
+    code, output, _ = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs)
+    assert code == 2 and "out/web.bin exists already" in output
+    assert cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["submit", "out", "tok", "two", "README.md"], "not a number"),
-        (["submit", "out", "tok", "1", "nothing.jsonl"], "no such file"),
-        (["submit", "out", "tok", "3", "slurm/env.sh"], "1 files for 3 shards"),
+        (["out", "tools", "two", "slurm/env.sh"], "not a number"),
+        (["out", "tools", "0", "slurm/env.sh"], "not a number"),
+        (["out", "tools", "1", "nothing.jsonl"], "no such file"),
+        (["out", "tools", "3", "slurm/env.sh"], "1 files for 3 shards"),
+        (["out", "none.json", "1", "slurm/env.sh"], "none.json: no such tokenizer"),
+        (["out", "tools", "1"], "usage:"),
         ([], "usage:"),
     ],
 )
