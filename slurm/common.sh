@@ -104,7 +104,9 @@ finish() {
 
 requeue() {
     echo "$1; requeued"
-    scontrol requeue "$SLURM_JOB_ID" ||
+    scontrol requeue "$SLURM_JOB_ID" && return
+    # After a lost node Slurm may have requeued the job itself.
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = PENDING ] ||
         echo "error: Slurm did not requeue job $SLURM_JOB_ID: submit it again, it resumes from the last save" >&2
 }
 

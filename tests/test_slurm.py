@@ -136,6 +136,8 @@ def test_crashes_count_since_the_last_orderly_stop(cluster):
 def test_a_requeue_that_slurm_refuses_is_said(cluster):
     code, output, _ = cluster.run("pretrain_400m.sh", PROGRAM="exit 75", REQUEUE_CODE="1")
     assert code == 75 and "did not requeue job 4242: submit it again" in output
+    output = cluster.run("pretrain_400m.sh", PROGRAM="exit 75", REQUEUE_CODE="1", QUEUED="PENDING")[1]
+    assert "did not requeue" not in output, "after a lost node Slurm did it itself"
 
 
 def test_a_user_error_counts_even_if_other_ranks_were_killed_for_it(cluster):
