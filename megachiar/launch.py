@@ -53,9 +53,6 @@ def prepare_environment() -> None:
         UserError: started by several MPI ranks without mpi4py, or with contradictory ranks.
     """
     _quiet()
-    # Threads that wait for each other spin briefly, then sleep. Where cores are shared, with other ranks or whatever
-    # else a laptop does, long spinning keeps the thread that all wait for from running: a step takes many times longer.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if "RANK" not in os.environ:
         os.environ.update(_rank_environment(os.environ))
     os.environ.setdefault("LOCAL_RANK", "0")

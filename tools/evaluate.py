@@ -11,18 +11,15 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 from rich.table import Table
 
 from megachiar.console import make_console, run
 from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
-from megachiar.training.checkpoint import find_checkpoint, load_for_inference
+from megachiar.training.checkpoint import DTYPES, find_checkpoint, load_for_inference
 from megachiar.training.evaluation import Evaluation, evaluate
 from megachiar.training.inference import default_device, model_score, with_progress
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_arguments() -> argparse.Namespace:

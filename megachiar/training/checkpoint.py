@@ -35,6 +35,7 @@ from megachiar.topology import LaunchError, Topology
 if TYPE_CHECKING:  # reading a checkpoint needs no engine
     from megachiar.training.engine import Engine
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
 # Model keys that may differ between a checkpoint and the run that loads it: they change no weight's meaning.
@@ -235,7 +236,7 @@ def load_for_inference(
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+    return DTYPES[config.precision.compute]
 
 
 def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
