@@ -5,7 +5,7 @@
 #        '--- wait <----------------------------- highest exit code of the tasks <--------------------'
 #
 #   0  finished               75  saved after a signal: requeue, unless Slurm is ending the job itself (SIGTERM)
-#   2  something to mend      other  killed or crashed: requeue while crashes <= MAX_RESTARTS; resumes from the last save
+#   2  something to mend      other  killed or crashed: requeue while crashes <= MAX_RESTARTS, from the last save
 
 EXIT_USER_ERROR=2
 EXIT_STOPPED=75
@@ -15,11 +15,16 @@ fail() {
     exit $EXIT_USER_ERROR
 }
 
-# Source env.sh, make its folders, and activate its virtual environment.
-load_environment() {
+# Source env.sh and make its folders.
+load_settings() {
     source slurm/env.sh
     link_folder data "$DATA_FOLDER"
     link_folder runs "$RUNS_FOLDER"
+}
+
+# Load the settings and activate their virtual environment.
+load_environment() {
+    load_settings
     [ -f "$VENV/bin/activate" ] || fail "no virtual environment in '$VENV' on $(hostname): set VENV in slurm/env.sh"
     source "$VENV/bin/activate"
 }
@@ -35,7 +40,7 @@ link_folder() {
     [ "$name" -ef "$target" ] || ln -sfn "$(realpath "$target")" "$name"
 }
 
-# Where the ranks meet: the first host of the job, a port that two jobs on one host do not share and no system hands out.
+# Where the ranks meet: the first host of the job, a port that two jobs on one host do not share, nor a system hands out.
 export_rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     [ -n "$MASTER_ADDR" ] || fail "no host in SLURM_JOB_NODELIST '$SLURM_JOB_NODELIST'"

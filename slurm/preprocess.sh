@@ -4,10 +4,10 @@
 #   bash slurm/preprocess.sh OUTPUT_PREFIX TOKENIZER SHARDS FILE... [-- FLAG of tools/preprocess_data.py ...]
 #   bash slurm/preprocess.sh data/web gpt2 64 raw/web-*.jsonl.zst -- --on-error skip --split train=99,valid=1
 #
-# From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_* variables
-# (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order, so that the
-# result is, byte for byte, what one process would write. The shards lie in OUTPUT_PREFIX.shards until the merge is whole.
-# After a failure run the same command again: shards that are whole already are skipped.
+# From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_*
+# variables (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order,
+# so that the result is, byte for byte, what one process would write. The shards lie in OUTPUT_PREFIX.shards until the
+# merge is whole. After a failure run the same command again: shards that are whole already are skipped.
 
 #SBATCH --job-name=megachiar-preprocess
 #SBATCH --nodes=1
@@ -25,6 +25,7 @@ submit() {
     [ $# -ge 4 ] || fail "$USAGE"
     local output=$1 tokenizer=$2 shards=$3 files=() flags=() parts=()
     shift 3
+    load_settings # before a folder is made under data/, which may have to become a link
     split_at_dashes "$@"
     check_call
     mkdir -p "$output.shards" || exit $EXIT_USER_ERROR
@@ -35,7 +36,10 @@ submit() {
     fi
     array=$(sbatch --parsable --array="0-$((shards - 1))" slurm/preprocess.sh --shard "$output.shards") || exit 1
     merge=$(sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes \
-        --job-name=megachiar-merge --output=slurm-%x-%j.out slurm/preprocess.sh --merge "$output.shards") || exit 1
+        --job-name=megachiar-merge --output=slurm-%x-%j.out slurm/preprocess.sh --merge "$output.shards") || {
+        scancel "${array%%;*}" # or the next call would start a second array beside it
+        exit 1
+    }
     echo "${array%%;*},${merge%%;*}" >"$jobs"
     echo "job array ${array%%;*} makes $shards shards of ${#files[@]} files; job ${merge%%;*} merges them"
 }
@@ -68,7 +72,8 @@ check_call() {
     for file in "${files[@]}"; do
         [ -f "$file" ] || fail "$file: no such file"
     done
-    [ "${#files[@]}" -ge "$shards" ] || fail "${#files[@]} files for $shards shards: use at most as many shards as files"
+    [ "${#files[@]}" -ge "$shards" ] ||
+        fail "${#files[@]} files for $shards shards: use at most as many shards as files"
     [ -e "$tokenizer" ] || fail "$tokenizer: no such tokenizer"
     for part in "${parts[@]}"; do
         [ ! -e "$output$part.bin" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
@@ -119,8 +124,10 @@ merge() {
 
 shard_prefix() { printf '%s/%05d' "$1" "$2"; }
 
-# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout.
-cd "${SLURM_SUBMIT_DIR:-.}" && source slurm/common.sh && [ -f megachiar/pretrain.py ] || {
+# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout. A call inside
+# a salloc is in the checkout already, wherever that was submitted.
+[ -f megachiar/pretrain.py ] || cd "${SLURM_SUBMIT_DIR:-.}"
+[ -f megachiar/pretrain.py ] && source slurm/common.sh || {
     echo "error: $PWD is not the megachiar checkout: cd there, then bash slurm/..." >&2
     exit 2
 }
