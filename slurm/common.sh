@@ -40,7 +40,7 @@ link_folder() {
     [ "$name" -ef "$target" ] || ln -sfn "$(realpath "$target")" "$name"
 }
 
-# Where the ranks meet: the first host of the job, a port that two jobs on one host do not share, nor a system hands out.
+# Where the ranks meet: the first host of the job, a port that no two jobs on one host share and no system hands out.
 export_rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     [ -n "$MASTER_ADDR" ] || fail "no host in SLURM_JOB_NODELIST '$SLURM_JOB_NODELIST'"

@@ -6,8 +6,8 @@
 # module load cuda/13.0
 VENV="${VENV:-.venv}"
 
-# Data and runs: what the configs call data/ and runs/ lies in these folders of a file system that every node shares; the
-# scripts make data and runs links to them. Empty: plain folders of the checkout.
+# Data and runs: what the configs call data/ and runs/ lies in these folders of a file system that every node shares;
+# the scripts make data and runs links to them. Empty: plain folders of the checkout.
 DATA_FOLDER="${DATA_FOLDER:-}" # such as /scratch/$USER/megachiar/data
 RUNS_FOLDER="${RUNS_FOLDER:-}"
 

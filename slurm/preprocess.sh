@@ -124,8 +124,8 @@ merge() {
 
 shard_prefix() { printf '%s/%05d' "$1" "$2"; }
 
-# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout. A call inside
-# a salloc is in the checkout already, wherever that was submitted.
+# sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout. A call
+# inside a salloc is in the checkout already, wherever that was submitted.
 [ -f megachiar/pretrain.py ] || cd "${SLURM_SUBMIT_DIR:-.}"
 [ -f megachiar/pretrain.py ] && source slurm/common.sh || {
     echo "error: $PWD is not the megachiar checkout: cd there, then bash slurm/..." >&2

@@ -20,7 +20,8 @@ STUBS = {
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\nif [ "$1" = show ]; then printf "nodea\\nnodeb\\n"; fi\n'
     'if [ "$1" = requeue ]; then exit ${REQUEUE_CODE:-0}; fi\n',
     "squeue": '[ -z "$QUEUED" ] || echo "$QUEUED"\n',
-    "sbatch": 'echo "sbatch $*" >>"$CALLS"\necho 77\n',
+    "sbatch": 'echo "sbatch $*" >>"$CALLS"\n[ "$*" = "${*#*$REFUSED}" ] || exit 1\necho 77\n',
+    "scancel": 'echo "scancel $*" >>"$CALLS"\n',
     "python": 'echo "python $*" >>"$CALLS"\n[ -z "$PROGRAM" ] || exec bash -c "$PROGRAM"\n',
 }
 
@@ -44,6 +45,7 @@ class Cluster:
             CALLS=str(self.calls),
             PROGRAM="",
             QUEUED="",
+            REFUSED="nothing",
             OMP_NUM_THREADS="",
             VENV=str(folder / "venv"),
             SLURM_SUBMIT_DIR=str(folder),
@@ -252,6 +254,28 @@ def test_preprocessing_is_an_array_and_a_merge(cluster, inputs):
     assert code == 0, output
     assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --output out/web\n" in calls
     assert not (cluster.folder / "out" / "web.shards").exists()
+
+
+def test_preprocessing_goes_where_the_settings_say(cluster, inputs):
+    far = str(cluster.folder / "far")
+    code, output, _ = cluster.run("preprocess.sh", "data/web", "tok.json", "2", *inputs, DATA_FOLDER=far)
+    assert code == 0 and (cluster.folder / "far" / "web.shards" / "plan").exists(), output
+    shard = ("preprocess.sh", "--shard", "data/web.shards")
+    code, output, _ = cluster.run(*shard, DATA_FOLDER=far, SLURM_ARRAY_TASK_ID="0")
+    assert code == 0, output
+
+
+def test_preprocessing_from_within_an_allocation_of_another_folder(cluster, inputs):
+    script = str(ROOT / "slurm" / "preprocess.sh")
+    call = ["bash", script, "out/web", "tok.json", "2", *inputs]
+    env = {**cluster.env, "SLURM_SUBMIT_DIR": str(cluster.folder / "venv")}
+    done = subprocess.run(call, cwd=cluster.folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "makes 2 shards" in done.stdout, done.stderr
+
+
+def test_an_array_whose_merge_is_refused_does_not_run_alone(cluster, inputs):
+    code, _, calls = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, REFUSED="--merge")
+    assert code == 1 and calls.splitlines()[-1] == "scancel 77"
 
 
 @pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9,valid=1"]])
