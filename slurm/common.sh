@@ -67,6 +67,7 @@ run_step() {
         [ $signalled = 1 ] || break
     done
     trap '' USR1
+    ls -a "$PWD" >/dev/null # a network file system may still show this node an older listing
     if [ -e "$USER_ERROR_MARK" ]; then
         rm -f "$USER_ERROR_MARK"
         code=$EXIT_USER_ERROR
