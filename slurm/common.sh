@@ -94,7 +94,7 @@ finish() {
         echo "finished"
     elif [ "$code" = "$EXIT_USER_ERROR" ]; then
         echo "not requeued: see the error above" >&2
-    elif [ "$ending" = 1 ]; then
+    elif slurm_ends_the_job; then
         echo "ended by Slurm (cancelled, preempted or out of time) with exit code $code: not requeued from here" >&2
     elif [ "$code" = "$EXIT_STOPPED" ]; then
         requeue "saved after a signal"
@@ -108,10 +108,19 @@ finish() {
     exit "$code"
 }
 
+# A job that is cancelled as it starts ends before there is a trap for SIGTERM, and `scontrol requeue` would revive it.
+# After a lost node Slurm requeues the job itself. Neither is RUNNING; if squeue knows nothing, the job is not ending.
+slurm_ends_the_job() {
+    local state
+    [ "$ending" = 1 ] && return
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    [ -n "$state" ] && [ "$state" != RUNNING ]
+}
+
 requeue() {
     echo "$1; requeued"
     scontrol requeue "$SLURM_JOB_ID" && return
-    # After a lost node Slurm may have requeued the job itself.
+    # A node may have been lost since, and Slurm have requeued the job itself.
     [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = PENDING ] ||
         echo "error: Slurm did not requeue job $SLURM_JOB_ID: submit it again, it resumes from the last save" >&2
 }

@@ -138,8 +138,25 @@ def test_crashes_count_since_the_last_orderly_stop(cluster):
 def test_a_requeue_that_slurm_refuses_is_said(cluster):
     code, output, _ = cluster.run("pretrain_400m.sh", PROGRAM="exit 75", REQUEUE_CODE="1")
     assert code == 75 and "did not requeue job 4242: submit it again" in output
-    output = cluster.run("pretrain_400m.sh", PROGRAM="exit 75", REQUEUE_CODE="1", QUEUED="PENDING")[1]
-    assert "did not requeue" not in output, "after a lost node Slurm did it itself"
+
+
+@pytest.mark.parametrize("exit_code", [1, 75, 137])
+@pytest.mark.parametrize(
+    ("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False), ("PENDING", False)]
+)
+def test_only_a_running_job_is_requeued(cluster, state, requeued, exit_code):
+    # Cancelled before there was a trap for SIGTERM, or requeued by Slurm itself after a lost node.
+    cluster.crashes.write_text("2\n")
+    env = {"PROGRAM": f"exit {exit_code}", "QUEUED": state, "SLURM_RESTART_COUNT": "2"}
+    code, output, calls = cluster.run("pretrain_400m.sh", **env)
+    assert code == exit_code and ("scontrol requeue" in calls) == requeued, output
+    assert ("ended by Slurm" in output) != requeued
+    if exit_code == 75:
+        assert not cluster.crashes.exists()
+    else:
+        assert cluster.crashes.read_text() == ("3\n" if requeued else "2\n"), (
+            "a lost node does not start the count anew"
+        )
 
 
 def test_a_user_error_counts_even_if_other_ranks_were_killed_for_it(cluster):
