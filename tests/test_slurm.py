@@ -91,7 +91,10 @@ def test_scripts_parse(script):
 def test_a_job_starts_every_rank_with_its_arguments(cluster, name):
     code, output, calls = cluster.run(f"pretrain_{name}.sh", "--set", "training.steps=10", "logging.folder=my runs")
     assert code == 0 and "finished" in output, output
-    assert "srun --cpus-per-task=3 --kill-on-bad-exit=1 bash slurm/task.sh python -u -m megachiar.pretrain" in calls
+    assert (
+        "srun --cpus-per-task=3 --kill-on-bad-exit=1 --wait=600 bash slurm/task.sh python -u -m megachiar.pretrain"
+        in calls
+    )
     assert (
         f"python -u -m megachiar.pretrain --config configs/{name}.yaml --set training.steps=10 logging.folder=my runs"
         in calls
