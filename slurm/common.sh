@@ -58,8 +58,8 @@ run_step() {
     # `--signal=B:USR1` reaches this shell alone: pass it on.
     trap 'signalled=1; pass_on_signal $step_pid' USR1
     trap 'signalled=1; ending=1; pass_on_signal $step_pid' TERM
-    # srun does not inherit --cpus-per-task; the first rank that fails ends the others. Ranks of a lost node never report
-    # their end: without a limit, in seconds since the first rank ended, srun may wait for them until the job's time is up.
+    # srun does not inherit --cpus-per-task; the first rank that fails ends the others. Ranks of a lost node never say
+    # that they ended: without a limit (seconds since the first rank's end) srun may wait until the job's time is up.
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-600}" \
         bash slurm/task.sh "$@" &
     step_pid=$!
