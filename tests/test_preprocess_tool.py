@@ -97,7 +97,10 @@ def waiting_run(folder: Path, model: Path, workers: int) -> Iterator[subprocess.
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", "-", "--tokenizer", str(model)]
     command += ["--output-prefix", str(folder / "out"), "--workers", str(workers)]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    # Tests that were started in the background (nohup, a job of CI) ignore SIGINT and would pass that on.
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
+    )
     line = write_jsonl(folder / "in.jsonl", ["one two three four " * 60]).read_bytes()
     try:
         process.stdin.write(line * 6000)  # 7 MB, many chunks

@@ -13,7 +13,7 @@ STAGES = (0, 1, 2, 3)
 WORKER = Path(__file__).with_name("layouts_worker.py")
 
 
-@pytest.fixture(scope="module", params=["chiar", "baseline"])
+@pytest.fixture(scope="module", params=["chiar", pytest.param("baseline", marks=pytest.mark.slow)])
 def runs(request, tmp_path_factory):
     """(ranks, stage) -> recording of the run, all from the same config."""
     folder = tmp_path_factory.mktemp(request.param)
