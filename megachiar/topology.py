@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
 
 from megachiar.config import RunConfig
 from megachiar.errors import UserError
 
 
 @dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share each layer's matrices, as layers see them.
+
+    Attributes:
+        rank, size: of this process among them.
+        sequence: rows outside attention and feed-forward are sharded over them (sequence parallelism).
+        handle: process group; None where ``size`` is 1.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sequence: bool = False
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def shards_rows(self) -> bool:
+        """Whether this rank holds a block of a micro-batch's rows instead of all of them."""
+        return self.sequence and self.size > 1
+
+
+ALONE = TensorGroup()
+"""Of a model on one rank."""
+
+
+@dataclass(frozen=True)
 class Topology:
     """The pp x dp x tp grid and this process's place in it.
+
+    Ranks are numbered ``(pipeline_rank * dp + data_rank) * tp + tensor_rank``: the ranks of a tensor group, which talk
+    most, are neighbours on one node.
 
     Attributes:
         rank, world_size: over all processes.
         local_rank, local_world_size: over the processes of this machine.
-        data_rank, data_size: among data-parallel replicas.
+        pipeline_rank, pipeline_size: stages.
+        data_rank, data_size: data-parallel replicas.
+        tensor: the ranks that share this rank's layers; its ``handle`` is None until ``with_groups``.
+        model_group, data_group: process groups of one replica's ranks (pp x tp), and of one shard's replicas (dp);
+            None until ``with_groups``.
     """
 
     rank: int
@@ -25,11 +60,43 @@ class Topology:
     local_world_size: int
     data_rank: int
     data_size: int
+    pipeline_rank: int = 0
+    pipeline_size: int = 1
+    tensor: TensorGroup = ALONE
+    model_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that share one replica of the model: pp x tp."""
+        return self.pipeline_size * self.tensor.size
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def with_groups(self) -> Topology:
+        """The same place with its process groups; every rank calls it, after the default group has started."""
+        grid = torch.arange(self.world_size).view(self.pipeline_size, self.data_size, self.tensor.size)
+        tensor = _own_group(grid.flatten(0, 1), self.rank)
+        data = _own_group(grid.transpose(1, 2).flatten(0, 1), self.rank)
+        model = _own_group(grid.transpose(0, 1).flatten(1), self.rank)
+        return replace(self, tensor=replace(self.tensor, handle=tensor), data_group=data, model_group=model)
+
+
+def _own_group(groups: torch.Tensor, rank: int) -> dist.ProcessGroup:
+    """Of process groups (number of groups, ranks each) the one that ``rank`` is in; all ranks make all of them."""
+    handles = {tuple(ranks): dist.new_group(ranks) for ranks in groups.tolist()}
+    return next(handle for ranks, handle in handles.items() if rank in ranks)
 
 
 class LaunchError(UserError):
@@ -75,17 +142,15 @@ def build_topology(config: RunConfig) -> Topology:
     """The place of this process, from the environment that ``launch.prepare_environment`` made."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     data_size = data_parallel_size(config, world_size)
-    if config.parallel.pipeline_size * config.parallel.tensor_size > 1:
-        raise LaunchError(
-            "parallel",
-            "this version trains data-parallel with ZeRO; pipeline_size and tensor_size above 1 only plan (--dry-run)",
-            "set both to 1 and use zero_stage 2 or 3 to save memory",
-        )
+    parallel = config.parallel
     return Topology(
         rank=rank,
         world_size=world_size,
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-        data_rank=rank,
+        data_rank=rank // parallel.tensor_size % data_size,
         data_size=data_size,
+        pipeline_rank=rank // (parallel.tensor_size * data_size),
+        pipeline_size=parallel.pipeline_size,
+        tensor=TensorGroup(rank % parallel.tensor_size, parallel.tensor_size, parallel.sequence),
     )

@@ -157,7 +157,7 @@ class Oracle:
             mean = x.mean((0, 1)).expand_as(x)
         else:
             mean = torch.stack([x[:, : t + 1].mean(1) for t in range(x.shape[1])], 1)
-        return torch.sigmoid(self.linear(mean, "meta_router.gate"))
+        return torch.sigmoid(self.linear(mean, "layers.0.meta_router.gate"))
 
     def sub_layer(self, x: Tensor, operator, norm: str) -> Tensor:
         if self.config.norm == "pre":

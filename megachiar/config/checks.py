@@ -142,12 +142,14 @@ def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
             f"{parallel.zero_stage} with pipeline_size {pp}: pipeline stages keep gradients and parameters whole",
             "use zero_stage 1, or pipeline_size 1",
         )
-    if pp > model.num_layers:
+    if pp * tp > 1 and parallel.zero_stage == 0:
         yield Problem(
-            "parallel.pipeline_size",
-            f"{pp} stages for {model.num_layers} layers",
-            f"use at most {model.num_layers}",
+            "parallel.zero_stage",
+            f"0 with pipeline_size {pp} * tensor_size {tp}",
+            "use zero_stage 1 (on one replica it shards nothing)",
         )
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        yield Problem("parallel.offload_optimizer", "is true with zero_stage 0", "use zero_stage 1, 2 or 3")
     sizes = (("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_size))
     for name, size in (*sizes, ("vocab_size", model.vocab_size)):
         if size % tp:
@@ -158,6 +160,35 @@ def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
             )
     if parallel.sequence and tp == 1:
         yield Problem("parallel.sequence", "is true with tensor_size 1", "raise tensor_size or set it to false")
+
+
+def stages(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    pp, interval = parallel.pipeline_size, training.activation_checkpoint_interval
+    if pp > model.num_layers:
+        yield Problem(
+            "parallel.pipeline_size",
+            f"{pp} stages for {model.num_layers} layers",
+            f"use at most {model.num_layers}",
+        )
+    elif interval and pp > (groups := -(-model.num_layers // interval)):
+        yield Problem(
+            "training.activation_checkpoint_interval",
+            f"{interval} makes {groups} groups of {model.num_layers} layers, fewer than {pp} stages",
+            f"use at most {max(i for i in range(1, interval) if -(-model.num_layers // i) >= pp)}",
+        )
+
+
+def sequence_rows(
+    model: ModelConfig, data: DataConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> Iterator[Problem]:
+    length = data.sequence_length or model.max_sequence_length
+    rows, tp = training.micro_batch_size * length, parallel.tensor_size
+    if parallel.sequence and rows % tp:
+        yield Problem(
+            "parallel.sequence",
+            f"{tp} ranks cannot share micro_batch_size {training.micro_batch_size} * {length} = {rows} rows evenly",
+            f"make training.micro_batch_size a multiple of {tp}, or change data.sequence_length",
+        )
 
 
 def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -218,6 +249,8 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     sequence_length,
     batch,
     layout,
+    stages,
+    sequence_rows,
     precision,
     schedule,
     evaluation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -38,19 +39,28 @@ REPLACED = {
     "tensorboard": "logging.tensorboard",
     "pipeline": "parallel.pipeline_size",
     "amp": "precision.compute",
+    "activation_checkpointing": "training.activation_checkpoint_interval",
 }
-DEFAULTS = {"steps_per_print": 2**31 - 1, "wall_clock_breakdown": False, "zero_allow_untested_optimizer": True}
+DEFAULTS = {
+    "steps_per_print": 2**31 - 1,
+    "wall_clock_breakdown": False,
+    "zero_allow_untested_optimizer": True,
+    # Rows between stages are sharded by sequence parallelism or not at all, never by DeepSpeed.
+    "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+}
+# With offload, AdamW on the host is torch's own fused one: DeepSpeed's needs a compiler.
+OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 def to_deepspeed(config: RunConfig) -> dict[str, Any]:
     """The dict that ``deepspeed.initialize`` is given: typed keys, then the raw keys of ``deepspeed:``."""
-    result: dict[str, Any] = dict(DEFAULTS)
+    result: dict[str, Any] = copy.deepcopy(DEFAULTS)
     for key, (_, value) in OWNED.items():
         _put(result, key.split("."), value(config))
     for section in ("bf16", "fp16"):
         if not result[section]["enabled"]:
             del result[section]
-    for path, value in _leaves(config.deepspeed):
+    for path, value in (*_leaves(OFFLOAD if config.parallel.offload_optimizer else {}), *_leaves(config.deepspeed)):
         _put(result, list(path), value)
     return result
 

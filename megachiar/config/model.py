@@ -114,6 +114,11 @@ class ModelConfig(Section):
         """Indices (from 0) of the layers that route; empty for the baseline."""
         return range(1, self.num_layers - 1) if self.kind == "chiar" else range(0)
 
+    @property
+    def expected_attention_share(self) -> float:
+        """Share of a routed layer's tokens that take attention, as far as a config tells: random's, else one half."""
+        return self.router.attention_share if self.router.kind == "random" else 0.5
+
     def threshold(self, name: Literal["tau", "tau_low", "tau_high"], layer: int) -> float:
         """The threshold of routed layer ``layer`` (index from 0 in the whole stack)."""
         value = getattr(self.router, name)

@@ -40,9 +40,12 @@ class ParallelConfig(Section):
     data_size: PositiveInt | None = None
     """Data-parallel ranks (dp). When not given: world size / (pp * tp)."""
     sequence: bool = False
-    """Sequence parallelism: rows outside attention are sharded over the tensor-parallel ranks."""
+    """Sequence parallelism: rows outside attention and feed-forward are sharded over the tensor-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients as well, 3 parameters as well."""
+    """ZeRO over the data-parallel ranks: 0 replicates all, 1 shards optimizer state, 2 gradients as well, 3 parameters
+    as well. 0 is for a whole model a rank; with pipeline stages 1."""
+    offload_optimizer: bool = False
+    """ZeRO-Offload: fp32 master weights and optimizer state live in the host's memory, and AdamW runs there."""
 
 
 class PrecisionConfig(Section):
@@ -104,6 +107,9 @@ class TrainingConfig(Section):
     """Windows of sequence_length tokens read of each validation set during training; null: all."""
     threads: PositiveInt | None = None
     """CPU threads of each rank; when not given, OMP_NUM_THREADS, else the cores shared out among ranks."""
+    activation_checkpoint_interval: PositiveInt | None = None
+    """Keep only the input of each so many layers in the forward pass and compute the rest once more in the backward
+    pass; null keeps all activations."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a collective waits for the other ranks before the run stops."""
 

@@ -5,7 +5,7 @@ Shapes: N = rows, d = channels, V = vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -15,6 +15,19 @@ CHUNK_BYTES = 128 * 2**20
 """Most that the fp32 logits of one chunk of rows take."""
 
 
+class Vocabulary(Protocol):
+    """The part of a vocabulary whose weights are at hand, and how the parts become one.
+
+    Attributes:
+        first: id of the first row of the weight.
+    """
+
+    first: int
+
+    def merge(self, scale: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-sum-exp (n,) and target's logit (n,) (0 where it is in another part) of this part to those of all."""
+
+
 class CrossEntropy(NamedTuple):
     """``loss``: scalar fp32, mean over targets that count. ``token_losses``: (N,) fp32, no gradient, 0 elsewhere."""
 
@@ -22,23 +35,26 @@ class CrossEntropy(NamedTuple):
     token_losses: torch.Tensor
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, part: Vocabulary | None = None
+) -> CrossEntropy:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
 
     Args:
         hidden: (N, d).
-        weight: (V, d).
+        weight: (V, d), or its rows of ``part``.
         targets: (N,) int64 in [0, V), or -100 for rows that do not count. With none that counts the loss is 0.
+        part: where ``weight`` is only a part of the vocabulary. The gradient of ``hidden`` is then this part's addend.
 
     The gradients are computed in the forward pass, chunk by chunk while the logits are at hand, so that neither pass
     keeps them; fp32 logits (fp64 for fp64 input) whatever the type of the weights.
     """
-    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets))
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets, part))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, part_of):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needed = any(ctx.needs_input_grad[:2])
         counted = targets != IGNORED_TARGET
@@ -47,18 +63,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden) if needed else None
         of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+        first = part_of.first if part_of is not None else 0
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             ignored = ~counted[part, None]
             logits = hidden[part] @ weight.mT
-            target = targets[part].clamp_min(0)[:, None]
+            target = targets[part, None] - first
+            elsewhere = (target < 0) | (target >= len(weight))
+            target = target.masked_fill(elsewhere, 0)
             slope = torch.softmax(logits, -1, dtype=wide)
             # The logarithm of the sum, from the likeliest token: of rarer ones the softmax may have vanished.
             scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
-            losses[part] = (scale - logits.gather(-1, target)).masked_fill_(ignored, 0).squeeze(-1)
+            at_target = logits.gather(-1, target).to(wide).masked_fill_(elsewhere, 0)
+            if part_of is not None:
+                own = scale
+                scale, at_target = (t[:, None] for t in part_of.merge(scale[:, 0], at_target[:, 0]))
+                slope *= (own - scale).exp()
+            losses[part] = (scale - at_target).masked_fill_(ignored, 0).squeeze(-1)
             if needed:
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
-                slope.scatter_add_(-1, target, slope.new_full(target.shape, -1))
+                slope.scatter_add_(-1, target, elsewhere.to(wide) - 1)
                 slope = slope.to(hidden.dtype)
                 of_hidden[part] = (slope @ weight).masked_fill_(ignored, 0)
                 of_weight += slope.mT @ hidden[part].masked_fill(ignored, 0)
@@ -71,4 +95,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, of_loss, _):
         of_hidden, of_weight, count = ctx.saved_tensors
         factor = of_loss / count
-        return (of_hidden * factor).to(of_hidden.dtype), (of_weight * factor).to(of_hidden.dtype), None
+        return (of_hidden * factor).to(of_hidden.dtype), (of_weight * factor).to(of_hidden.dtype), None, None

@@ -8,19 +8,49 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
+from megachiar.kernels.dropout import dropout
+from megachiar.model.grid import Grid, dropout_of
+from megachiar.parallel.collectives import all_gather, enter, leave
+from megachiar.parallel.loss import VocabularyShard
+from megachiar.parallel.shard import Shard, sharded
+from megachiar.topology import TensorGroup
 
 
 class TiedEmbedding(nn.Module):
-    """Embedding (V, d) of tokens, and logits or loss of hidden rows with the same weight."""
+    """Embedding (V, d) of tokens, and logits or loss of hidden rows with the same weight; a tensor group shares V."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, group: TensorGroup):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.group, self.dropout = group, config.dropout
+        self.weight = nn.Parameter(torch.empty(config.vocab_size // group.size, config.hidden_size))
+        sharded(self.weight, Shard(0), group)
+        self.part = VocabularyShard(group, len(self.weight)) if group.size > 1 else None
 
-    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | CrossEntropy:
-        """Integer tokens (...) to rows (..., d); floating rows (N, d) to logits (N, V), or with targets to losses."""
+    def forward(
+        self, x: torch.Tensor, targets: torch.Tensor | None = None, grid: Grid | None = None
+    ) -> torch.Tensor | CrossEntropy:
+        """Integer tokens (N,) to rows (m, d); rows (m, d) to logits (N, V), or with targets (N,) to losses."""
         if not x.is_floating_point():
-            return F.embedding(x, self.weight)
+            return self._embed(x, grid)
         if targets is None:
-            return F.linear(x, self.weight)
-        return linear_cross_entropy(x, self.weight, targets)
+            return self._logits(x)
+        return CrossEntropy(*linear_cross_entropy(enter(x, self.group), self.weight, targets, self.part))
+
+    def _embed(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        if self.part is None:
+            rows = F.embedding(tokens, self.weight)
+        else:
+            ids = tokens - self.part.first
+            elsewhere = (ids < 0) | (ids >= len(self.weight))
+            rows = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)
+            rows = leave(rows, self.group)
+        if not (self.training and self.dropout and grid.keys is not None):
+            return rows
+        return dropout(rows, dropout_of(self.dropout, grid.keys.own, -1, 0))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """For reading alone: no gradient flows back over ranks."""
+        logits = F.linear(enter(x, self.group), self.weight)
+        if self.part is None:
+            return logits
+        return all_gather(logits.mT.contiguous(), self.group).mT

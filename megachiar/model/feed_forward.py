@@ -7,21 +7,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.norm import residual_norm
+from megachiar.kernels.dropout import dropout
+from megachiar.model.grid import RowKeys, dropout_of
+from megachiar.model.norm import RowNorm, residual_norm
+from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megachiar.topology import TensorGroup
 
 
 class FeedForward(nn.Module):
     """``LN_ff(y + W2 gelu(W1 y))`` (norm: post) or ``y + W2 gelu(W1 LN_ff(y))`` (norm: pre)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
         super().__init__()
-        self.pre, self.dropout = config.norm == "pre", config.dropout
-        self.up = nn.Linear(config.hidden_size, config.ffn_size)
-        self.down = nn.Linear(config.ffn_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.pre, self.dropout, self.layer = config.norm == "pre", config.dropout, layer
+        self.up = ColumnParallelLinear(config.hidden_size, config.ffn_size, group)
+        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, group)
+        self.first_feature = group.rank * (config.ffn_size // group.size)
+        self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows (n, d) to rows (n, d)."""
-        hidden = F.dropout(F.gelu(self.up(self.norm(y) if self.pre else y)), self.dropout, self.training)
-        change = F.dropout(self.down(hidden), self.dropout, self.training)
+    def forward(self, y: torch.Tensor, keys: RowKeys | None) -> torch.Tensor:
+        """Rows (n, d) to rows (n, d); ``keys`` of their dropout."""
+        inner = inner_dropout = outer_dropout = None
+        if self.training and self.dropout and keys is not None:
+            inner_dropout = dropout_of(self.dropout, keys.whole, self.layer, 2)
+            outer_dropout = dropout_of(self.dropout, keys.own, self.layer, 3)
+        inner = dropout(F.gelu(self.up(self.norm(y) if self.pre else y)), inner_dropout, self.first_feature)
+        change = dropout(self.down(inner), outer_dropout)
         return residual_norm(y, change, None if self.pre else self.norm)

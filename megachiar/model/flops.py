@@ -15,7 +15,7 @@ the first (DCT) and last (attention) layer are part of it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from megachiar.config.model import ModelConfig
 
@@ -52,22 +52,30 @@ def forward_flops_per_token(
     config: ModelConfig, sequence_length: int, attention_share: float, *, count_masked: bool = False
 ) -> TokenFlops:
     """FLOPs of one token's forward pass, mean over a sequence of ``sequence_length`` tokens."""
-    d, layers = config.hidden_size, config.num_layers
+    routed = len(config.routed_layers)
+    share = (attention_share * config.num_layers - 1) / routed if routed else 1.0
+    parts = [
+        layer_flops_per_token(config, index, sequence_length, share, count_masked=count_masked)
+        for index in range(config.num_layers)
+    ]
+    stack = TokenFlops(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+    return replace(stack, head=2 * config.hidden_size * config.vocab_size)
+
+
+def layer_flops_per_token(
+    config: ModelConfig, index: int, sequence_length: int, attention_share: float, *, count_masked: bool = False
+) -> TokenFlops:
+    """FLOPs of one token's forward pass in layer ``index``; ``attention_share`` is that of routed layers' tokens."""
+    d = config.hidden_size
     transform = 2.5 * d * math.log2(d)
-    queries = layers * attention_share  # layers in which the mean token is a query
+    routed, spectral_only = index in config.routed_layers, config.kind == "chiar" and index == 0
+    share = 0.0 if spectral_only else attention_share if routed else 1.0
     keys = sequence_length if count_masked else (sequence_length + 1) / 2
-    products = queries * 2 * 2 * d * keys
-    projections = queries * 2 * 2 * d * d + _layers_with_attention(config) * 2 * 2 * d * d
+    products = share * 2 * 2 * d * keys
+    projections = share * 2 * 2 * d * d + (not spectral_only) * 2 * 2 * d * d
     # The router transforms every token of its layer; mixing then needs the inverse alone. Layer 1 needs both.
-    mixed = layers - queries
-    spectral = (len(config.routed_layers) + mixed + (config.kind == "chiar")) * transform
-    return TokenFlops(
-        attention=projections + products,
-        products=products,
-        spectral=spectral,
-        feed_forward=layers * 2 * 2 * d * config.ffn_size,
-        head=2 * d * config.vocab_size,
-    )
+    spectral = (routed + (1 - share) + spectral_only) * transform
+    return TokenFlops(projections + products, products, spectral, 2 * 2 * d * config.ffn_size, 0.0)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, attention_share: float) -> float:
@@ -108,8 +116,3 @@ def activation_values_per_token(config: ModelConfig, attention_share: float) -> 
     if "rbf" in config.router.operators:
         routed += 3 * features + mixed * 4 * features
     return ends + first + len(config.routed_layers) * routed + fixed_attention
-
-
-def _layers_with_attention(config: ModelConfig) -> int:
-    """Layers that make keys and values of every token."""
-    return config.num_layers - 1 if config.kind == "chiar" else config.num_layers

@@ -1,4 +1,4 @@
-"""How the rows of a micro-batch lie: sequence by sequence, position by position."""
+"""How the rows of a micro-batch lie: sequence by sequence, position by position, in blocks over ranks."""
 
 from __future__ import annotations
 
@@ -6,24 +6,72 @@ from typing import NamedTuple
 
 import torch
 
+from megachiar.kernels.dropout import KeyedDropout, row_keys
+from megachiar.topology import ALONE, TensorGroup
+
+
+class RowKeys(NamedTuple):
+    """What keys the dropout of rows: int64 numbers, one a row.
+
+    Attributes:
+        whole: (N,) of all rows, as they lie between column- and row-parallel products.
+        own: (N / p,) of this rank's rows with sequence parallelism; ``whole`` without.
+    """
+
+    whole: torch.Tensor
+    own: torch.Tensor
+
+    def reordered(self, whole: torch.Tensor, own: torch.Tensor) -> RowKeys:
+        """Of rows in another order (both given as indices)."""
+        return RowKeys(self.whole.index_select(0, whole), self.own.index_select(0, own))
+
 
 class Grid(NamedTuple):
     """Row ``b * length + t`` is the token at position ``past + t`` of sequence ``b``.
+
+    With sequence parallelism each rank of the tensor group has a block of N / p consecutive rows.
 
     Attributes:
         sequences: B.
         length: tokens of each sequence in this pass.
         past: positions before them that a decoding cache holds.
+        group: the ranks that share the rows or the layers.
+        keys: of the rows' dropout; None where there is none.
     """
 
     sequences: int
     length: int
     past: int = 0
+    group: TensorGroup = ALONE
+    keys: RowKeys | None = None
 
     @property
     def rows(self) -> int:
+        """N, of all ranks together."""
         return self.sequences * self.length
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows among all."""
+        if not self.group.shards_rows:
+            return slice(0, self.rows)
+        block = self.rows // self.group.size
+        return slice(self.group.rank * block, (self.group.rank + 1) * block)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position (length,) of each token within its sequence."""
         return torch.arange(self.past, self.past + self.length, device=device)
+
+    def own_positions(self, device: torch.device) -> torch.Tensor:
+        """Position of each of this rank's rows within its sequence."""
+        return self.past + torch.arange(self.own.start, self.own.stop, device=device) % self.length
+
+    def keyed(self, seed: int, samples: torch.Tensor) -> Grid:
+        """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
+        whole = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
+        return self._replace(keys=RowKeys(whole, whole[self.own]))
+
+
+def dropout_of(probability: float, keys: torch.Tensor, layer: int, place: int) -> KeyedDropout:
+    """Dropout at a place of a layer, both counted from 0; the embedding's is layer -1."""
+    return KeyedDropout(probability, keys, (layer + 1) * 8 + place)

@@ -11,28 +11,45 @@ from megachiar.config.model import ModelConfig
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf import RbfMixing
+from megachiar.parallel.shard import shard_of
+from megachiar.topology import TensorGroup
 
 INTENDED_GATE_BIAS = 2.0
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill ``model``: normal(0, initializer_std) for linear and embedding weights, zero biases."""
-    for name, module in model.named_modules():
+def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorGroup, prefix: str = "") -> None:
+    """Fill ``root``: normal(0, initializer_std) for linear and embedding weights, zero biases.
+
+    Args:
+        root: the model or a part of it.
+        config: of the model.
+        seed: of the run.
+        group: the ranks that share its parameters; each takes its part of the whole parameter's numbers.
+        prefix: what goes before names within ``root`` to make them the model's.
+    """
+
+    def draw(tensor: torch.Tensor, std: float, name: str) -> None:
+        _draw(tensor, std, seed, f"{prefix}{name}".strip("."), group)
+
+    for name, module in root.named_modules():
         if isinstance(module, (nn.Linear, TiedEmbedding)):
-            _draw(module.weight, config.initializer_std, seed, f"{name}.weight")
+            draw(module.weight, config.initializer_std, f"{name}.weight")
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
         elif isinstance(module, RbfMixing):
-            _draw(module.frequencies, module.spread, seed, f"{name}.frequencies")
-    for module in model.modules():  # after its nn.Linear has been filled
+            draw(module.frequencies, module.spread, f"{name}.frequencies")
+    for module in root.modules():  # after its nn.Linear has been filled
         if isinstance(module, MetaRouter) and config.meta_router.init == "intended":
             module.gate.weight.zero_()
             module.gate.bias.fill_(INTENDED_GATE_BIAS)
 
 
-def _draw(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    """Fill with normal(0, std) at full shape, drawn on the CPU in fp32: the same on every device and in every type."""
+def _draw(tensor: torch.Tensor, std: float, seed: int, name: str, group: TensorGroup) -> None:
+    """Fill with normal(0, std), drawn at whole shape on the CPU in fp32: the same on every device and in every type."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0, std, generator=generator))
+    shard = shard_of(tensor)
+    shape = tensor.shape if shard is None else shard.whole_shape(tensor.shape, group.size)
+    whole = torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)
+    tensor.copy_(whole if shard is None else shard.part(whole, group.rank, group.size))

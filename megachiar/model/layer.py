@@ -17,21 +17,26 @@ from megachiar.config.model import ModelConfig
 from megachiar.kernels.permute import permute_rows
 from megachiar.model.attention import SelfAttention
 from megachiar.model.cache import DecodingCache
+from megachiar.model.choice import Choice, agree, sort_rows
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.grid import Grid
+from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf import RbfMixing
 from megachiar.model.router import Decision, Router, collapse_regulariser
 from megachiar.model.spectral import DctMixing
+from megachiar.topology import TensorGroup
 
 
 class LayerOutput(NamedTuple):
     """What a layer gives besides its rows; all but ``regulariser`` without gradient.
 
     Attributes:
-        rows: (N, d).
+        rows: (m, d).
         regulariser: scalar to add to the loss; None if there is none.
-        attention_share, rbf_share: scalars, share of rows that took the operator (mean gate of a soft router).
+        attention_share, rbf_share: scalars, share of this rank's rows that took the operator (mean gate of a soft
+            router).
         entropy: scalar, mean H; nan where the layer does not route.
+        gate: scalar, mean g of the MetaRouter; nan without one.
     """
 
     rows: torch.Tensor
@@ -39,81 +44,95 @@ class LayerOutput(NamedTuple):
     attention_share: torch.Tensor
     rbf_share: torch.Tensor
     entropy: torch.Tensor
+    gate: torch.Tensor
+
+
+Routes = dict[str, torch.Tensor]
+"""Routes (N,) by layer, which a layer reads instead of deciding, or writes: recomputed activations take the same."""
 
 
 class FixedLayer(nn.Module):
-    """A layer whose rows all take one operator: DCT mixing (layer 1) or attention (layer L, the baseline)."""
+    """A layer whose rows all take one operator: DCT mixing (layer 1, with the MetaRouter's gate) or attention."""
 
-    def __init__(self, config: ModelConfig, operator: str, name: str):
+    def __init__(self, config: ModelConfig, index: int, operator: str, group: TensorGroup):
         super().__init__()
-        self.name, self.is_attention = name, operator == "attention"
-        self.operator = SelfAttention(config) if self.is_attention else DctMixing(config)
-        self.feed_forward = FeedForward(config)
+        self.name, self.is_attention = f"layers.{index}", operator == "attention"
+        has_gate = not self.is_attention and config.meta_router.pool != "none"
+        self.meta_router = MetaRouter(config, group) if has_gate else None
+        self.operator = SelfAttention(config, index, group) if self.is_attention else DctMixing(config, group)
+        self.feed_forward = FeedForward(config, index, group)
 
-    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None) -> LayerOutput:
+    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None) -> LayerOutput:
         if self.is_attention:
             y = self.operator(x, x, None, grid, cache and cache.layer(f"{self.name}.attention"))
         else:
             y = self.operator(x)
+        rows = self.feed_forward(y, grid.keys)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
-        return LayerOutput(self.feed_forward(y), None, share, zero, nan)
+        mean_gate = nan
+        if self.meta_router is not None:
+            gate = self.meta_router(x, grid, cache and cache.layer(f"{self.name}.meta_router"))
+            rows, mean_gate = gate * rows + (1 - gate) * x, gate.detach().float().mean()
+        return LayerOutput(rows, None, share, zero, nan, mean_gate)
 
 
 class RoutedLayer(nn.Module):
     """A layer whose router chooses an operator for each row."""
 
-    def __init__(self, config: ModelConfig, index: int, name: str):
+    def __init__(self, config: ModelConfig, index: int, group: TensorGroup):
         super().__init__()
-        self.name, self.names = name, config.router.operators
+        self.name, self.names = f"layers.{index}", config.router.operators
         self.collapse_weight = config.router.collapse_weight
-        self.router = Router(config, index)
-        self.attention = SelfAttention(config)
-        self.dct = DctMixing(config)
+        self.router = Router(config, index, group)
+        self.attention = SelfAttention(config, index, group)
+        self.dct = DctMixing(config, group)
         if "rbf" in self.names:
-            self.rbf = RbfMixing(config)
-        self.feed_forward = FeedForward(config)
+            self.rbf = RbfMixing(config, index, group)
+        self.feed_forward = FeedForward(config, index, group)
 
-    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None) -> LayerOutput:
+    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None) -> LayerOutput:
         decision = self.router(x, grid)
         if self.router.kind == "soft":
-            rows = self.feed_forward(self._blend(x, decision, grid, cache))
+            rows = self.feed_forward(self._blend(x, decision, grid, cache), grid.keys)
             use = decision.gates.detach().mean(0)
         else:
-            rows, use = self._route(x, decision, grid, cache)
+            rows, use = self._route(x, decision, grid, cache, routes)
         share = dict(zip(self.names, use.float(), strict=True))
         regulariser = None
         if decision.utilisation is not None:
             regulariser = collapse_regulariser(decision.utilisation, self.collapse_weight)
-        nothing = torch.zeros((), dtype=torch.float32, device=x.device)
-        return LayerOutput(
-            rows, regulariser, share["attention"], share.get("rbf", nothing), decision.entropy.float().mean()
-        )
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
+        entropy, rbf = decision.entropy.float().mean(), share.get("rbf", zero)
+        return LayerOutput(rows, regulariser, share["attention"], rbf, entropy, torch.full_like(zero, torch.nan))
 
     def _route(
-        self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None
+        self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None, routes: Routes | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (N, d) after both sub-layers, each row through its own operator, and the operators' shares (O,)."""
-        # Last operator first: attention rows lead. A stable sort keeps rows of one operator in ascending order.
-        order = torch.argsort(decision.operator, descending=True, stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        counts = torch.bincount(decision.operator, minlength=len(self.names))
-        sizes = counts.tolist()[::-1]
-        ordered = permute_rows(x, order, inverse)
+        """Rows (m, d) after both sub-layers, each row through its own operator, and the operators' shares (O,)."""
+        operator = routes.get(self.name) if routes is not None else None
+        if operator is None:
+            operator = agree(decision.operator, grid)
+            if routes is not None:
+                routes[self.name] = operator
+        by = sort_rows(operator, len(self.names), grid)
+        ordered = permute_rows(x, by.order, by.inverse)
         results = [
-            self._operate(name, x, chosen, rows, decision.spectrum, grid, cache)
-            for name, chosen, rows in zip(reversed(self.names), ordered.split(sizes), order.split(sizes), strict=True)
+            self._operate(name, x, chosen, choice, decision.spectrum, grid, cache)
+            for name, chosen, choice in zip(reversed(self.names), ordered.split(by.sizes), by.choices, strict=True)
         ]
         y = torch.cat(results)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
-            gate = decision.gates.gather(-1, decision.operator[:, None])[order].to(y.dtype)
+            gate = decision.gates.gather(-1, operator[grid.own, None])[by.order].to(y.dtype)
             y = y * (1 + gate - gate.detach())
-        return permute_rows(self.feed_forward(y), inverse, order), counts / len(order)
+        use = torch.tensor(by.sizes[::-1], dtype=torch.float32, device=x.device) / len(x)
+        return permute_rows(self.feed_forward(y, by.keys), by.inverse, by.order), use
 
     def _blend(self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None) -> torch.Tensor:
         """soft: every operator for every row, weighted by the gates."""
-        rows = torch.arange(len(x), device=x.device)
-        results = [self._operate(name, x, x, rows, decision.spectrum, grid, cache) for name in self.names]
+        own = torch.arange(len(x), device=x.device)
+        everything = Choice(torch.arange(grid.rows, device=x.device), None, own)
+        results = [self._operate(name, x, x, everything, decision.spectrum, grid, cache) for name in self.names]
         gates = decision.gates.to(x.dtype)
         return sum(gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
 
@@ -122,13 +141,13 @@ class RoutedLayer(nn.Module):
         name: str,
         x: torch.Tensor,
         chosen: torch.Tensor,
-        rows: torch.Tensor,
+        choice: Choice,
         spectrum: torch.Tensor,
         grid: Grid,
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
         if name == "dct":
-            return self.dct(chosen, spectrum.index_select(0, rows))
+            return self.dct(chosen, spectrum.index_select(0, choice.own))
         operator = self.attention if name == "attention" else self.rbf
-        return operator(x, chosen, rows, grid, cache and cache.layer(f"{self.name}.{name}"))
+        return operator(x, chosen, choice, grid, cache and cache.layer(f"{self.name}.{name}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -9,6 +11,9 @@ from megachiar.config.model import ModelConfig
 from megachiar.errors import UserError
 from megachiar.model.cache import LayerCache
 from megachiar.model.grid import Grid
+from megachiar.parallel.collectives import gather_rows
+from megachiar.parallel.linear import SharedLinear
+from megachiar.topology import TensorGroup
 
 
 class MetaRouter(nn.Module):
@@ -19,29 +24,58 @@ class MetaRouter(nn.Module):
     reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, group: TensorGroup):
         super().__init__()
-        self.pool = config.meta_router.pool
-        self.gate = nn.Linear(config.hidden_size, 1)
+        self.pool, self.group = config.meta_router.pool, group
+        self.gate = SharedLinear(config.hidden_size, 1, group)
 
     def forward(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
-        """Gate (N, 1) of rows x (N, d), or (1, 1) for all of them with ``pool: batch``.
+        """Gate (m, 1) of this rank's rows x (m, d), or (1, 1) for all of them with ``pool: batch``.
 
         Raises:
             UserError: incremental decoding with ``pool: batch``, whose mean would need the tokens to come.
         """
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.pool == "batch":
-            if cache is not None:
-                raise UserError(
-                    "model.meta_router.pool",
-                    "is batch: its gate depends on tokens that are not generated yet",
-                    "sample from a model trained with pool: causal or none",
-                )
-            return torch.sigmoid(self.gate(wide.mean(0, keepdim=True).to(x.dtype)))
-        total = wide.view(grid.sequences, grid.length, -1).cumsum(1)
+        mean = self._of_batch(wide, grid, cache) if self.pool == "batch" else self._of_prefix(wide, grid, cache)
+        return torch.sigmoid(self.gate(mean.to(x.dtype)))
+
+    def _of_batch(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
         if cache is not None:
-            total = total if cache.total is None else total + cache.total[:, None]
-            cache.total = total[:, -1]
-        mean = total / (grid.positions(x.device)[:, None] + 1)
-        return torch.sigmoid(self.gate(mean.flatten(0, 1).to(x.dtype)))
+            raise UserError(
+                "model.meta_router.pool",
+                "is batch: its gate depends on tokens that are not generated yet",
+                "sample from a model trained with pool: causal or none",
+            )
+        total = x.sum(0, keepdim=True)
+        if self.group.shards_rows:  # (p, d) of the ranks' sums: their gradients come back from all ranks
+            total = gather_rows(total, self.group).sum(0, keepdim=True)
+        return total / grid.rows
+
+    def _of_prefix(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+        if self.group.shards_rows:
+            total = self._sharded_prefix_sum(x, grid)
+        else:
+            total = x.view(grid.sequences, grid.length, -1).cumsum(1)
+            if cache is not None:
+                total = total if cache.total is None else total + cache.total[:, None]
+                cache.total = total[:, -1]
+            total = total.flatten(0, 1)
+        return total / (grid.own_positions(x.device)[:, None] + 1)
+
+    def _sharded_prefix_sum(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Sums (m, d) over the prefix of each row's own sequence, where earlier ranks may have its beginning.
+
+        rank 0    a a a b b b | rank 1    b b b b c c      tail of rank 0: its rows of b, which go before rank 1's
+        """
+        first, block = grid.own.start, grid.rows // self.group.size
+        # Rows of one sequence make one run; cumulate each by itself.
+        edges = list(range(-(-first // grid.length) * grid.length, first + block, grid.length))
+        starts = sorted({first, *edges}) + [first + block]
+        sums = [x[a - first : b - first].cumsum(0) for a, b in pairwise(starts)]
+        tails = gather_rows(sums[-1][-1:], self.group)  # (p, d): sum of each rank's rows of the last sequence it has
+        last_sequence = [(rank * block + block - 1) // grid.length for rank in range(self.group.size)]
+        before = [rank for rank in range(self.group.rank) if last_sequence[rank] == first // grid.length]
+        # Every rank uses all tails, if only with weight 0: the gradient's reduction is for all ranks.
+        weights = torch.zeros(self.group.size, dtype=x.dtype, device=x.device)
+        weights[before] = 1
+        return torch.cat([sums[0] + weights @ tails, *sums[1:]])

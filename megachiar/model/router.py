@@ -1,6 +1,6 @@
 """Which operator each row takes.
 
-Shapes: N rows, d channels, O operators of the layer (in the config's order, by rising entropy).
+Shapes: m = this rank's rows, d channels, O operators of the layer (in the config's order, by rising entropy).
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.dct import dct
+from megachiar.kernels.hash import uniform_hash
 from megachiar.kernels.spectral import spectral_entropy
 from megachiar.model.grid import Grid
+from megachiar.parallel.collectives import sum_over_ranks
+from megachiar.parallel.linear import SharedLinear
+from megachiar.topology import TensorGroup
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a router says of N rows.
+    """What a router says of this rank's rows.
 
     Attributes:
-        operator: (N,) int64, index into the layer's operators.
-        entropy: (N,) H without gradient.
-        spectrum: (N, d) DCT of the rows without gradient.
-        gates: (N, O) softmax weights with gradient for soft and hard routers, else None.
+        operator: (m,) int64, index into the layer's operators.
+        entropy: (m,) H without gradient.
+        spectrum: (m, d) DCT of the rows without gradient.
+        gates: (m, O) softmax weights with gradient for soft and hard routers, else None.
         utilisation: (O,) mean use of each operator with a gradient, where the collapse regulariser wants it.
     """
 
@@ -40,15 +44,16 @@ class Decision:
 class Router(nn.Module):
     """Decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
         super().__init__()
         router = config.router
+        self.group = group
         self.kind, self.operators, self.layer, self.seed = router.kind, router.operators, layer, router.seed
         self.dc_weight, self.epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
         self.regularised, self.temperature = router.collapse_weight > 0, router.collapse_temperature
         self.bounds = self._bounds(config, layer)
         if self.kind in ("soft", "hard"):
-            self.gate = nn.Linear(config.hidden_size + 1, len(self.operators))
+            self.gate = SharedLinear(config.hidden_size + 1, len(self.operators), group)
 
     @staticmethod
     def _bounds(config: ModelConfig, layer: int) -> tuple[float, ...]:
@@ -72,12 +77,14 @@ class Router(nn.Module):
             if self.regularised:
                 utilisation = self._soft_thresholds(self._differentiable_entropy(x))
         elif self.kind == "random":
-            operator = self._by_bounds(self._hash(grid, x.device)).repeat(grid.sequences)
+            operator = self._by_bounds(self._hash(grid, x.device))
         else:
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
             gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(spectrum.dtype), -1)
             operator = gates.argmax(-1)
             utilisation = gates.mean(0) if self.regularised else None
+        if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
+            utilisation = sum_over_ranks(utilisation, self.group) / self.group.size
         return Decision(operator, entropy, spectrum, gates, utilisation)
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
@@ -97,21 +104,9 @@ class Router(nn.Module):
         return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
 
     def _hash(self, grid: Grid, device: torch.device) -> torch.Tensor:
-        """A number in [0, 1) for each position (length,), fp64: a function of seed, layer and position alone."""
+        """A number in [0, 1) for each of this rank's rows, fp64: a function of seed, layer and position alone."""
         key = (self.seed * 1_000_003 + self.layer) * 0x9E3779B97F4A7C15 % 2**62
-        return uniform_hash(grid.positions(device) + key)
-
-
-def uniform_hash(numbers: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 on int64 ``numbers``, as fp64 in [0, 1): the same on every device."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        numbers = (numbers ^ _shift_right(numbers, shift)) * factor
-    return _shift_right(numbers, 11).double() * 2.0**-53
-
-
-def _shift_right(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: int64's own one copies the sign."""
-    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+        return uniform_hash(grid.own_positions(device) + key)
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:

@@ -7,17 +7,22 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.spectral import spectral_mix
-from megachiar.model.norm import residual_norm
+from megachiar.model.norm import RowNorm, residual_norm
+from megachiar.parallel.collectives import shared_parameter
+from megachiar.topology import TensorGroup
 
 
 class DctMixing(nn.Module):
-    """``LN_dct(x + C^T diag(w) C x)`` (norm: post) or ``x + C^T diag(w) C LN_dct(x)`` (norm: pre)."""
+    """``LN_dct(x + C^T diag(w) C x)`` (norm: post) or ``x + C^T diag(w) C LN_dct(x)`` (norm: pre).
 
-    def __init__(self, config: ModelConfig):
+    It works on the rows that a rank has: with sequence parallelism it communicates nothing.
+    """
+
+    def __init__(self, config: ModelConfig, group: TensorGroup):
         super().__init__()
-        self.pre, self.gain = config.norm == "pre", config.dct.gain
+        self.pre, self.gain, self.group = config.norm == "pre", config.dct.gain, group
         self.filter = nn.Parameter(torch.ones(config.hidden_size))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
     def forward(self, chosen: torch.Tensor, spectrum: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -28,6 +33,7 @@ class DctMixing(nn.Module):
         Returns:
             (n, d), residual and norm included.
         """
+        weight = shared_parameter(self.filter, self.group)
         if self.pre:
-            return residual_norm(chosen, spectral_mix(self.norm(chosen), self.filter, self.gain), None)
-        return residual_norm(chosen, spectral_mix(chosen, self.filter, self.gain, spectrum), self.norm)
+            return residual_norm(chosen, spectral_mix(self.norm(chosen), weight, self.gain), None)
+        return residual_norm(chosen, spectral_mix(chosen, weight, self.gain, spectrum), self.norm)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megachiar.config.model import ModelConfig
@@ -16,24 +15,9 @@ from megachiar.model.cache import DecodingCache
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.grid import Grid
 from megachiar.model.init import initialise
-from megachiar.model.layer import LayerOutput
-from megachiar.model.meta_router import MetaRouter
-from megachiar.model.stages import build_layers
-
-
-class RoutingStatistics(NamedTuple):
-    """What the routers did in a forward pass; fp32, without gradient.
-
-    Attributes:
-        attention_share, rbf_share: (L,) share of tokens that took the operator.
-        entropy: (L,) mean spectral entropy H; nan where a layer does not route.
-        gate: () mean g of the MetaRouter; nan without one.
-    """
-
-    attention_share: torch.Tensor
-    rbf_share: torch.Tensor
-    entropy: torch.Tensor
-    gate: torch.Tensor
+from megachiar.model.norm import RowNorm
+from megachiar.model.stages import RoutingStatistics, build_layer, run_layers, statistics
+from megachiar.topology import ALONE, TensorGroup
 
 
 class ModelOutput(NamedTuple):
@@ -56,75 +40,75 @@ class ModelOutput(NamedTuple):
 
 
 class ChiarFormer(nn.Module):
-    """Embedding, layers, final LayerNorm and a head tied to the embedding. No absolute position embedding."""
+    """Embedding, layers, final LayerNorm and a head tied to the embedding. No absolute position embedding.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        config: of the model.
+        seed: of the run, for dropout.
+        group: the ranks that share its layers.
+        checkpoint_interval: layers whose activations are recomputed together in the backward pass; None keeps all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, group: TensorGroup = ALONE, checkpoint_interval: int | None = None
+    ):
         super().__init__()
-        self.config = config
-        self.embedding = TiedEmbedding(config)
-        has_gate = config.kind == "chiar" and config.meta_router.pool != "none"
-        self.meta_router = MetaRouter(config) if has_gate else None
-        self.layers = nn.ModuleList(build_layers(config))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.config, self.seed, self.group, self.checkpoint_interval = config, seed, group, checkpoint_interval
+        self.embedding = TiedEmbedding(config, group)
+        self.layers = nn.ModuleList(build_layer(config, index, group) for index in range(config.num_layers))
+        self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: DecodingCache | None = None
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
+        *,
+        cache: DecodingCache | None = None,
     ) -> ModelOutput:
         """
         Args:
-            tokens: (B, T) int64.
+            tokens: (B, T) int64, the same on all ranks of the group.
             targets: (B, T) int64, -100 where there is none; with them the result has losses, else logits.
+            samples: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
             cache: of earlier positions; it is extended by these.
         """
-        grid = Grid(*tokens.shape, past=cache.length if cache is not None else 0)
-        x = F.dropout(self.embedding(tokens.flatten()), self.config.dropout, self.training)  # (N, d)
-        x, outputs, gate = self._stack(x, grid, cache)
+        grid = Grid(*tokens.shape, past=cache.length if cache is not None else 0, group=self.group)
+        if self.training and self.config.dropout:
+            if samples is None:
+                samples = torch.arange(len(tokens), device=tokens.device)
+            grid = grid.keyed(self.seed, samples)
+        x = self.embedding(tokens.flatten(), grid=grid)  # (m, d)
+        x, outputs = run_layers(self.layers, x, grid, cache, self.checkpoint_interval if self.training else None)
         if cache is not None:
             cache.length += grid.length
-        statistics = _statistics(outputs, gate)
         added = [output.regulariser for output in outputs if output.regulariser is not None]
         regulariser = sum(added) if added else torch.zeros((), dtype=torch.float32, device=x.device)
+        report = statistics(outputs)
         x = self.norm(x)
         if targets is None:
-            return ModelOutput(None, regulariser, None, self.embedding(x).view(*tokens.shape, -1), statistics)
+            return ModelOutput(None, regulariser, None, self.embedding(x).view(*tokens.shape, -1), report)
         result = self.embedding(x, targets.flatten())
-        return ModelOutput(result.loss, regulariser, result.token_losses.view(tokens.shape), None, statistics)
-
-    def _stack(
-        self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None
-    ) -> tuple[torch.Tensor, list[LayerOutput], torch.Tensor | None]:
-        """Rows after all layers, what each layer reported, and the gate of layer 1."""
-        outputs, gate = [], None
-        for index, layer in enumerate(self.layers):
-            output = layer(x, grid, cache)
-            if index == 0 and self.meta_router is not None:
-                gate = self.meta_router(x, grid, cache and cache.layer("meta_router"))
-                x = gate * output.rows + (1 - gate) * x
-            else:
-                x = output.rows
-            outputs.append(output)
-        return x, outputs, gate
+        return ModelOutput(result.loss, regulariser, result.token_losses.view(tokens.shape), None, report)
 
     def parameter_count(self) -> int:
-        """Trained numbers; the tied head counts once."""
+        """Trained numbers of this rank; the tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def build_model(
-    config: ModelConfig, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    group: TensorGroup = ALONE,
+    checkpoint_interval: int | None = None,
 ) -> ChiarFormer:
-    """A model with initial weights; ``device="meta"`` gives shapes alone."""
+    """A model with initial weights (this rank's part of them); ``device="meta"`` gives shapes alone."""
     device = torch.device(device)
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        model = ChiarFormer(config)
+        model = ChiarFormer(config, seed, group, checkpoint_interval)
     if device.type != "meta":
-        initialise(model, config, seed)
+        initialise(model, config, seed, group)
     return model.to(device=device, dtype=dtype)
-
-
-def _statistics(outputs: list[LayerOutput], gate: torch.Tensor | None) -> RoutingStatistics:
-    shares, rbf, entropy = zip(*((o.attention_share, o.rbf_share, o.entropy) for o in outputs), strict=True)
-    mean_gate = torch.full_like(shares[0], torch.nan) if gate is None else gate.detach().float().mean()
-    return RoutingStatistics(
-        torch.stack(shares).detach(), torch.stack(rbf).detach(), torch.stack(entropy).detach(), mean_gate
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import deepspeed
@@ -14,12 +14,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megachiar.config import RunConfig
-from megachiar.config.deepspeed import to_deepspeed
 from megachiar.console import silence
 from megachiar.errors import UserError
-from megachiar.model import ChiarFormer, ModelOutput
 from megachiar.topology import Topology
-from megachiar.training.optimizer import build_optimizer
+from megachiar.training.pipeline import PipelineReplica
+from megachiar.training.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -71,25 +70,34 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
 
 
 class Engine:
-    """A model, its optimizer and the ranks it is trained on."""
+    """A model, its optimizer and the ranks it is trained on.
 
-    def __init__(self, config: RunConfig, topology: Topology, model: ChiarFormer, device: torch.device):
-        built = build_optimizer(model, config.optimizer)
-        self.optimizer_implementation = built.implementation
+    One rank or tensor group runs a whole ``Replica`` of the model; with several stages each runs its piece of a
+    ``PipelineReplica``. Both take micro-batches and report alike.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
         self.config, self.topology, self.device = config, topology, device
         if device.type == "cpu" and config.precision.compute == "fp16":
             allow_fp16_on_cpu()
         with silence():
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
-            )
+            kind = PipelineReplica if topology.pipeline_size > 1 else Replica
+            self.replica = kind(config, topology, device)
         # Scalars travel over gloo in float64: no GPU stream waits for them.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
     @property
+    def deepspeed(self) -> deepspeed.DeepSpeedEngine:
+        return self.replica.deepspeed
+
+    @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of one step on each rank."""
+        """Micro-batches of one step on each replica."""
         return self.deepspeed.gradient_accumulation_steps()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters, or its parts of them, by their names in the model."""
+        return self.replica.named_parameters()
 
     def train_step(
         self, micro_batches: Iterable[tuple[int, np.ndarray]], learning_rate: float, stop: bool = False
@@ -98,56 +106,56 @@ class Engine:
 
         Args:
             micro_batches: ``accumulation_steps`` pairs of (global number of its first sample, tokens
-                (micro-batch, T + 1) int64).
+                (micro-batch, T + 1) int64). Inner stages of a pipeline read none.
             learning_rate: for this step.
             stop: whether this rank was asked to stop; the result says whether any was.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.deepspeed.train()
         skipped_before = self.deepspeed.skipped_steps
-        totals: list[torch.Tensor] = []
-        for first_sample, batch in micro_batches:
-            seed_dropout(self.config.training.seed, first_sample)
-            tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
-            output = self.deepspeed(tokens[:, :-1], tokens[:, 1:])
-            self.deepspeed.backward(output.loss + output.regulariser)
-            totals.append(_flatten(output))
-            norm = self._unclipped_norm()
-            self.deepspeed.step()
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        mean = torch.stack(totals).double().mean(0).cpu()
+        report = self.replica.step(self._on_device(micro_batches))
         skipped = float(self.deepspeed.skipped_steps > skipped_before)
-        values = self.mean_over_ranks([*mean.tolist(), float(norm or 0.0), skipped, float(stop)])
-        return _unflatten(values, self.config.model.num_layers)
+        whole = self.topology.is_last_stage  # of what every stage knows, one of them tells
+        values = [*report.values, report.gradient_norm if whole else 0.0, skipped, float(stop)]
+        return _unflatten(self.mean_over_ranks(values), self.config.model.num_layers)
+
+    def _on_device(
+        self, micro_batches: Iterable[tuple[int, np.ndarray]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Inputs (B, T), targets (B, T) and sample numbers (B,)."""
+        for first_sample, batch in micro_batches:
+            tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
+            samples = torch.arange(first_sample, first_sample + len(batch), device=self.device)
+            yield tokens[:, :-1], tokens[:, 1:], samples
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        """Summed cross-entropy (nats) and number of targets (those not -100) of this rank's ``(n, T)`` windows."""
-        self.deepspeed.eval()
-        with torch.no_grad():
-            output = self.deepspeed(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device))
-        return output.token_losses.double().sum().item(), int((targets != -100).sum())
+        """Summed cross-entropy (nats) and number of targets (those not -100) of this replica's ``(n, T)`` windows.
+
+        Ranks that share a replica tell a part of it: summed over all ranks it is counted once.
+        """
+        missing = self.config.training.micro_batch_size - len(inputs)
+        if missing and self.topology.model_size > 1:  # stages and shards of rows are of one size
+            inputs = np.pad(inputs, ((0, missing), (0, 0)))
+            targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
+        nats = self.replica.evaluate(
+            torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
+        )
+        if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
+            return 0.0, 0
+        return nats, int((targets != -100).sum())
 
     def mean_over_ranks(self, values: list[float]) -> list[float]:
-        """Mean of each value over the data-parallel ranks, in float64."""
-        summed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(summed, group=self.control)
-        return (summed / self.topology.data_size).tolist()
+        """Mean of each value over replicas and the ranks that share their rows; stages add theirs up. In float64."""
+        return [value / (self.topology.data_size * self.topology.tensor.size) for value in self.sum_over_ranks(values)]
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Sum of each value over the data-parallel ranks, in float64."""
-        return [value * self.topology.data_size for value in self.mean_over_ranks(values)]
+        """Sum of each value over all ranks, in float64."""
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed, group=self.control)
+        return summed.tolist()
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
-
-    def _unclipped_norm(self) -> float | None:
-        """Gradient norm before clipping where DeepSpeed does not tell it (ZeRO 0); gradients are reduced by now."""
-        if self.config.parallel.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
-            return None
-        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).item()
 
 
 def allow_fp16_on_cpu() -> None:
@@ -157,26 +165,10 @@ def allow_fp16_on_cpu() -> None:
     accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
 
 
-def seed_dropout(seed: int, first_sample: int) -> None:
-    """Key the dropout of a micro-batch by its first sample's number in the run.
-
-    Masks are then a pure function of the position in the data: they do not depend on the number of data-parallel
-    ranks or accumulation steps, and a resumed run needs no saved generator state.
-    """
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + first_sample) % 2**63)
-
-
-def _flatten(output: ModelOutput) -> torch.Tensor:
-    """Loss, regulariser and statistics as one fp32 vector on the model's device, to be read once a step."""
-    s = output.statistics
-    parts = (output.loss, output.regulariser, s.gate, s.attention_share, s.rbf_share, s.entropy)
-    return torch.cat([part.detach().float().reshape(-1) for part in parts])
-
-
 def _unflatten(values: list[float], layers: int) -> StepResult:
-    (loss, regulariser, gate), values = values[:3], values[3:]
-    attention_share, rbf_share, entropy = (values[i * layers : (i + 1) * layers] for i in range(3))
-    norm, skipped, stop = values[3 * layers :]
+    (loss, regulariser), values = values[:2], values[2:]
+    attention_share, rbf_share, entropy, gates = (values[i * layers : (i + 1) * layers] for i in range(4))
+    norm, skipped, stop = values[4 * layers :]
     return StepResult(
         loss=loss,
         regulariser=regulariser,
@@ -186,5 +178,5 @@ def _unflatten(values: list[float], layers: int) -> StepResult:
         attention_share=attention_share,
         rbf_share=rbf_share,
         entropy=entropy,
-        gate=gate,
+        gate=gates[0],
     )

@@ -9,7 +9,6 @@ from rich.console import Console
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
 from megachiar.launch import StopSignals
-from megachiar.model import ChiarFormer, build_model
 from megachiar.topology import Topology
 from megachiar.training.checkpoint import find_checkpoint, load_weights, whole_checkpoints
 from megachiar.training.engine import Engine, start_process_group
@@ -23,7 +22,8 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     data = open_data(config)
     device = start_process_group(config, topology)
     try:
-        engine = Engine(config, topology, starting_model(config, console), device)
+        topology = topology.with_groups()
+        engine = Engine(config, topology, device)
         introduce(config, engine, data, console)
         progress = resume_if_possible(engine, data, console.print)
         display = Display(console, config.training.steps, progress.step)

@@ -1,0 +1,166 @@
+"""Collectives over a tensor group, with what each does to gradients on the way back.
+
+    function             forward             backward
+    copy_to_ranks        -                   all-reduce       into a computation that each rank does for its shard
+    sum_over_ranks       all-reduce          -                out of it
+    gather_rows          all-gather          reduce-scatter   the same two where rows are sharded outside
+    scatter_rows         reduce-scatter      all-gather
+    shared_parameter     -                   all-reduce       a whole parameter that each rank uses for its own rows
+
+``enter`` and ``leave`` choose between the first two pairs. Groups of one rank communicate nothing.
+Shapes: N = rows of a micro-batch, n = rows chosen of them, d = channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megachiar.topology import TensorGroup
+
+
+def enter(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Rows as they lie outside to all rows (N, d), for a computation that each rank does for its shard."""
+    if group.size == 1:
+        return x
+    return gather_rows(x, group) if group.sequence else copy_to_ranks(x, group)
+
+
+def leave(partial: torch.Tensor, group: TensorGroup, counts: Sequence[int] | None = None) -> torch.Tensor:
+    """Sum the ranks' ``partial`` rows (n, d); rows as they lie outside come back.
+
+    Args:
+        partial: this rank's addend of all n rows.
+        group: the ranks.
+        counts: with sequence parallelism, how many of the n rows each rank owns, in order; n / size each if not given.
+    """
+    if group.size == 1:
+        return partial
+    if not group.sequence:
+        return sum_over_ranks(partial, group)
+    if counts is None or len(set(counts)) == 1:
+        return scatter_rows(partial, group)
+    # Blocks of one size are what collectives know: pad each rank's to the widest.
+    widest = max(counts)
+    padded = torch.cat([_padded(block, widest) for block in partial.split(list(counts))])
+    return scatter_rows(padded, group)[: counts[group.rank]]
+
+
+def copy_to_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    return _Copy.apply(x, group)
+
+
+def sum_over_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    return x if group.size == 1 else _Sum.apply(x, group)
+
+
+def gather_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Blocks (N / size, ...) of all ranks, one after another: (N, ...)."""
+    return x if group.size == 1 else _Gather.apply(x, group)
+
+
+def scatter_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """The sum of the ranks' x (N, ...), of which this rank gets its block (N / size, ...)."""
+    return _Scatter.apply(x, group)
+
+
+def shared_parameter(parameter: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """``parameter``, whose gradient is summed over the ranks where each of them uses it for its own rows alone."""
+    return copy_to_ranks(parameter, group) if group.shards_rows else parameter
+
+
+def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Sum over ranks, without gradient; ``x`` stays as it is."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group.handle)
+    return total
+
+
+def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Blocks of all ranks along the first dimension, without gradient."""
+    return start_gather(x, group).wait_for()
+
+
+def first_rank_says(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """The first rank's ``x`` on every rank, without gradient."""
+    said = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(said, group=group.handle, group_src=0)
+    return said
+
+
+class Pending:
+    """The result of a collective that runs while others compute."""
+
+    def __init__(self, work: dist.Work, result: torch.Tensor):
+        self._work, self._result = work, result
+
+    def wait_for(self) -> torch.Tensor:
+        self._work.wait()
+        return self._result
+
+
+def start_gather(x: torch.Tensor, group: TensorGroup) -> Pending:
+    x = x.contiguous()
+    whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    return Pending(dist.all_gather_into_tensor(whole, x, group=group.handle, async_op=True), whole)
+
+
+def start_scatter(x: torch.Tensor, group: TensorGroup) -> Pending:
+    x = x.contiguous()
+    block = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
+    return Pending(dist.reduce_scatter_tensor(block, x, group=group.handle, async_op=True), block)
+
+
+def start_all_reduce(x: torch.Tensor, group: TensorGroup) -> Pending:
+    """``x`` itself becomes the sum."""
+    x = x.contiguous()
+    return Pending(dist.all_reduce(x, group=group.handle, async_op=True), x)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduce(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return start_scatter(gradient, ctx.group).wait_for(), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return start_scatter(x, group).wait_for()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_gather(gradient, ctx.group), None
+
+
+def _padded(block: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([block, block.new_zeros(rows - len(block), *block.shape[1:])])

@@ -1,0 +1,131 @@
+"""Linear layers over shards. Column-parallel: a rank has some outputs; row-parallel: some inputs; shared: all.
+
+Shapes: N = rows of a micro-batch, n = rows chosen of them, i = inputs, o = outputs, p = ranks of the group.
+
+Between the two a rank works on all rows with its shard of the features; outside, rows are whole on every rank or, with
+sequence parallelism, sharded. What the backward pass needs of the gathered rows is gathered once more then, not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from megachiar.parallel.collectives import (
+    Pending,
+    leave,
+    shared_parameter,
+    start_all_reduce,
+    start_gather,
+    start_scatter,
+)
+from megachiar.parallel.shard import Shard, sharded
+from megachiar.topology import TensorGroup
+
+
+class ColumnParallelLinear(nn.Linear):
+    """``nn.Linear(i, o)`` of which this rank computes o / p outputs for all rows.
+
+    Args:
+        inputs, outputs: of the whole layer.
+        group: the ranks it is shared over.
+        blocks: parts of the outputs that are each cut by themselves (keys and values: 2).
+    """
+
+    def __init__(self, inputs: int, outputs: int, group: TensorGroup, blocks: int = 1):
+        super().__init__(inputs, outputs // group.size)
+        self.group = group
+        sharded(self.weight, Shard(0, blocks), group)
+        sharded(self.bias, Shard(0, blocks), group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows as they lie outside to (N, o / p) of all rows."""
+        if self.group.size == 1:
+            return super().forward(x)
+        return _ColumnParallel.apply(x, None, self.group, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Linear):
+    """``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
+
+    def __init__(self, inputs: int, outputs: int, group: TensorGroup):
+        super().__init__(inputs // group.size, outputs)
+        self.group = group
+        sharded(self.weight, Shard(1), group)
+
+    def forward(self, x: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
+        """(n, i / p) of all rows to (n, o), rows as they lie outside; ``counts`` as in ``collectives.leave``."""
+        if self.group.size == 1:
+            return super().forward(x)
+        return leave(F.linear(x, self.weight), self.group, counts) + shared_parameter(self.bias, self.group)
+
+
+class SharedLinear(nn.Linear):
+    """``nn.Linear(i, o)``, whole on every rank, for the rows that a rank has."""
+
+    def __init__(self, inputs: int, outputs: int, group: TensorGroup):
+        super().__init__(inputs, outputs)
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, shared_parameter(self.weight, self.group), shared_parameter(self.bias, self.group))
+
+
+def query_key_value(
+    x: torch.Tensor, rows: torch.Tensor | None, query: ColumnParallelLinear, key_value: ColumnParallelLinear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries (n, o / p) of the chosen rows and keys and values (N, 2 o / p) of all, from one gathering of the rows.
+
+    Args:
+        x: rows as they lie outside.
+        rows: numbers (n,) of the chosen ones among all N; None if they are all.
+        query, key_value: of the same group, of more than one rank.
+    """
+    return _ColumnParallel.apply(x, rows, query.group, query.weight, query.bias, key_value.weight, key_value.bias)
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """Products of all rows with this rank's shard of one or two weights; of the first, for chosen rows if given.
+
+    With sequence parallelism rows are gathered in both directions, and the gradient's sum is scattered while the
+    gradients of the weights are computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rows, group, *weights_and_biases):
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
+        ctx.group = group
+        ctx.save_for_backward(x, rows, *weights)
+        whole = start_gather(x, group).wait_for() if group.sequence else x
+        results = tuple(
+            F.linear(_chosen(whole, rows, i), weight, bias)
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+        )
+        return results[0] if len(results) == 1 else results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        x, rows, *weights = ctx.saved_tensors
+        group = ctx.group
+        gathering = start_gather(x, group) if group.sequence else None
+        of_whole = gradients[-1] @ weights[-1]
+        if len(weights) == 2:
+            of_first = gradients[0] @ weights[0]
+            of_whole = of_whole + of_first if rows is None else of_whole.index_add_(0, rows, of_first)
+        elif rows is not None:
+            raise AssertionError("rows are chosen for the first of two products only")
+        whole = gathering.wait_for() if gathering is not None else x
+        reducing: Pending = start_scatter(of_whole, group) if group.sequence else start_all_reduce(of_whole, group)
+        of_parameters = []
+        for i, gradient in enumerate(gradients):
+            of_parameters += [gradient.mT @ _chosen(whole, rows, i), gradient.sum(0)]
+        return reducing.wait_for(), None, None, *of_parameters
+
+
+def _chosen(whole: torch.Tensor, rows: torch.Tensor | None, product: int) -> torch.Tensor:
+    return whole if rows is None or product > 0 else whole.index_select(0, rows)
