@@ -71,6 +71,11 @@ class Topology:
         """Ranks that share one replica of the model: pp x tp."""
         return self.pipeline_size * self.tensor.size
 
+    def describe(self) -> str:
+        """In words, for logs and records."""
+        rows = " with sequence parallelism" if self.tensor.shards_rows else ""
+        return f"pp {self.pipeline_size} x tp {self.tensor.size}{rows} x dp {self.data_size}"
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""

@@ -175,9 +175,7 @@ class StageEmbedding(TiedEmbedding):
         return rows
 
 
-def pipeline_parts(
-    config: ModelConfig, seed: int, group: TensorGroup, interval: int | None, length: int
-) -> list:
+def pipeline_parts(config: ModelConfig, seed: int, group: TensorGroup, interval: int | None, length: int) -> list:
     """The list for a pipeline: specifications that the stage which owns a part builds."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 

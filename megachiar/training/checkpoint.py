@@ -1,9 +1,12 @@
 """Checkpoints that are whole or not there.
 
     RUN/checkpoints/step_00000250/      one folder a checkpoint
-        state.json                      what it is, with the size of every other file: written last
-        config.yaml                     the resolved config of the run that wrote it
-        mp_rank_00_model_states.pt ...  DeepSpeed's files, one per rank
+        state.json                          what it is, with the size of every other file: written last
+        config.yaml                         the resolved config of the run that wrote it
+        weights-p00-t00-d00.safetensors     fp32 weights by name, and
+        optimizer-p00-t00-d00.safetensors   AdamW's moments, shared out over ranks as store.py says
+
+A run of any layout (pipeline, tensor and data ranks, ZeRO stage, micro-batch size) goes on from it.
 
 Everything is written to ``step_00000250.incomplete`` and renamed when all ranks are done and the files are on disk.
 A killed run leaves such a folder behind; it is never read, and the next run removes it.
@@ -12,7 +15,6 @@ A killed run leaves such a folder behind; it is never read, and the next run rem
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -22,15 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from megachiar import __version__
 from megachiar.config import ModelConfig, RunConfig, load_config
-from megachiar.console import silence
 from megachiar.data.files import sync_folder, write_atomically
 from megachiar.errors import UserError, disk_errors
-from megachiar.launch import quiet_deepspeed
 from megachiar.model import ChiarFormer, build_model
-from megachiar.topology import LaunchError, Topology
+from megachiar.topology import LaunchError
+from megachiar.training.store import MOMENTS, Store
 
 if TYPE_CHECKING:  # reading a checkpoint needs no engine
     from megachiar.training.engine import Engine
@@ -61,22 +63,24 @@ class CheckpointState(BaseModel):
         step: optimizer steps taken.
         samples: training samples consumed by all ranks together: the position in the data.
         data: the sources these samples were drawn from; ``sequence_length`` and ``seed`` fix their order.
-        data_size, zero_stage, compute: the layout that wrote the files.
+        optimizer_steps: of them, those that changed weights: fp16 overflows are left out.
+        loss_scale: of fp16, with its counters; else None.
+        layout: what wrote the files, for the reader's eye.
         files: size in bytes of each file of the folder, by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     created_by: str = f"megachiar {__version__}"
     step: int
     samples: int
     data: list[DataRecord]
     sequence_length: int
     seed: int
-    data_size: int
-    zero_stage: int
-    compute: str
+    optimizer_steps: int
+    loss_scale: dict[str, float] | None
+    layout: str
     files: dict[str, int]
 
 
@@ -142,6 +146,8 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
     Raises:
         UserError: the disk is full or read-only; no folder that looks whole is left.
     """
+    from megachiar.training.state import loss_scale_state, write_state
+
     config, topology = engine.config, engine.topology
     folder = config.checkpoint_folder
     final, incomplete = folder / checkpoint_name(step), folder / f"{checkpoint_name(step)}.incomplete"
@@ -150,8 +156,9 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
             folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
     engine.barrier()
-    with _torch_write_errors(incomplete), silence():
-        engine.deepspeed.save_checkpoint(str(folder), tag=incomplete.name, save_latest=False)
+    with _write_errors(incomplete):
+        incomplete.mkdir(exist_ok=True)
+        write_state(engine, incomplete)
     engine.barrier()
     if topology.is_main:
         with disk_errors(folder):
@@ -162,9 +169,9 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
                 data=data,
                 sequence_length=config.sequence_length,
                 seed=config.training.seed,
-                data_size=topology.data_size,
-                zero_stage=config.parallel.zero_stage,
-                compute=config.precision.compute,
+                optimizer_steps=step - engine.skipped_steps,
+                loss_scale=loss_scale_state(engine),
+                layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
                 files=_sync_files(incomplete),
             )
             write_atomically(incomplete / STATE_FILE, (state.model_dump_json(indent=2) + "\n").encode())
@@ -175,46 +182,48 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
 
 
 def resume(engine: Engine, checkpoint: Path, data: list[DataRecord]) -> CheckpointState:
-    """Load weights, optimizer and loss scale; returns the record with the position to go on from.
+    """Set weights, optimizer and loss scale; returns the record with the position to go on from.
 
     Raises:
-        UserError: the checkpoint is damaged, of another model, of other data, or of another layout.
+        UserError: the checkpoint is damaged, of another model or of other data.
     """
+    from megachiar.training.state import read_optimizer_into, read_weights_into, set_loss_scale_state
+
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
     check_same_model(checkpoint, saved.model, engine.config.model)
     _check_same_data(checkpoint, state, engine.config, data)
-    _check_same_layout(checkpoint, state, engine.config, engine.topology)
-    with silence(), _torch_read_errors(checkpoint):
-        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(
-            checkpoint, "DeepSpeed found nothing to load", "remove this folder to fall back to an older one"
-        )
+    store = Store(checkpoint)
+    read_weights_into(engine, store)
+    read_optimizer_into(engine, store, state.optimizer_steps)
+    engine.skipped_steps = state.step - state.optimizer_steps
+    if state.loss_scale is not None:
+        set_loss_scale_state(engine, state.loss_scale)
     return state
 
 
-def load_weights(checkpoint: Path, model: ChiarFormer) -> None:
-    """Fill ``model`` with the weights of a checkpoint, fp32 master weights where there are some.
+def start_from(engine: Engine, checkpoint: Path) -> None:
+    """Set the weights alone, for a new run.
 
     Raises:
         UserError: the checkpoint is damaged or of another model.
     """
-    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, model.config)
-    model.load_state_dict(read_weights(checkpoint))
+    from megachiar.training.state import read_weights_into
+
+    read_state(checkpoint)
+    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)
+    read_weights_into(engine, Store(checkpoint))
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint of any ZeRO stage by parameter name, on the CPU."""
-    state = read_state(checkpoint)
-    quiet_deepspeed()
-    with silence(), _torch_read_errors(checkpoint):
-        if state.zero_stage == 0:
-            whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-            return whole["module"]
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    """Whole fp32 weights and buffers of a checkpoint of any layout by name, on the CPU.
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    read_state(checkpoint)
+    store = Store(checkpoint)
+    return {name: store.whole(name) for name in store.names() if not name.endswith(MOMENTS)}
 
 
 def load_for_inference(
@@ -230,7 +239,7 @@ def load_for_inference(
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / CONFIG_FILE)
     model = build_model(config.model, seed=config.training.seed)
-    load_weights(checkpoint, model)
+    model.load_state_dict(read_weights(checkpoint))
     dtype = dtype or compute_dtype(config)
     return config, model.to(device=device, dtype=dtype).eval(), read_state(checkpoint)
 
@@ -283,19 +292,6 @@ def _check_same_data(checkpoint: Path, state: CheckpointState, config: RunConfig
             )
 
 
-def _check_same_layout(checkpoint: Path, state: CheckpointState, config: RunConfig, topology: Topology) -> None:
-    before = (state.data_size, state.zero_stage, state.compute)
-    now = (topology.data_size, config.parallel.zero_stage, config.precision.compute)
-    whole = before[1] == now[1] == 0 and before[2] == now[2]
-    if before != now and not whole:
-        describe = "{} data-parallel ranks, ZeRO {}, {}".format
-        raise LaunchError(
-            checkpoint,
-            f"was saved by {describe(*before)}; this run has {describe(*now)}",
-            "start with the saved layout, or start a new run from its weights with checkpoint.load_from",
-        )
-
-
 def _brief(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(f"{d.tokens:,} tokens {(d.checksum or '')[:15]} weight {d.weight}" for d in value) + "]"
@@ -338,33 +334,19 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _torch_write_errors(folder: Path) -> Iterator[None]:
-    """torch.save hides the disk's error in a RuntimeError: find it again."""
+def _write_errors(folder: Path) -> Iterator[None]:
+    """safetensors wraps the disk's error in its own: find it again."""
     try:
         with disk_errors(folder):
             yield
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    except RuntimeError as error:
-        if not re.search(r"PytorchStreamWriter|unexpected pos|failed writing|iostream", str(error)):
-            raise
+    except SafetensorError as error:
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             folder,
             f"the checkpoint could not be written ({free / 2**20:,.0f} MiB free): {str(error).splitlines()[0]}",
             "free some space, lower checkpoint.keep, or move logging.folder; the run resumes from its last checkpoint",
-        ) from error
-
-
-@contextlib.contextmanager
-def _torch_read_errors(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, EOFError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise UserError(
-            checkpoint,
-            f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "remove this folder to fall back to an older checkpoint",
         ) from error

@@ -83,6 +83,7 @@ class Engine:
         with silence():
             kind = PipelineReplica if topology.pipeline_size > 1 else Replica
             self.replica = kind(config, topology, device)
+        self._skipped_before = 0
         # Scalars travel over gloo in float64: no GPU stream waits for them.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
@@ -98,6 +99,19 @@ class Engine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters, or its parts of them, by their names in the model."""
         return self.replica.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``named_parameters``, of what is drawn and never trained."""
+        return self.replica.named_buffers()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run whose gradients overflowed in fp16."""
+        return self._skipped_before + self.deepspeed.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._skipped_before = count - self.deepspeed.skipped_steps
 
     def train_step(
         self, micro_batches: Iterable[tuple[int, np.ndarray]], learning_rate: float, stop: bool = False

@@ -62,7 +62,7 @@ def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[st
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
     state = checkpoints.resume(engine, found, data.records)
-    display_line(f"resumed from {found}: step {state.step}, {state.samples:,} samples")
+    display_line(f"resumed from {found} ({state.layout}): step {state.step}, {state.samples:,} samples")
     return Progress(state.step, state.samples, state.step)
 
 
@@ -134,7 +134,7 @@ class Trainer:
         stop = self.signals.received is not None
         result = self.engine.train_step(micro_batches, learning_rate(self.config, self.progress.step), stop)
         self.progress.step += 1
-        self.progress.samples = loader.position
+        self.progress.samples += self.config.training.global_batch_size
         if not math.isfinite(result.loss):
             raise Diverged(
                 f"step {self.progress.step}",

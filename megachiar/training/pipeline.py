@@ -9,7 +9,7 @@ What travels between stages is one floating tensor, the rows, and the sample num
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import deepspeed
 import torch
@@ -68,8 +68,10 @@ class PipelineReplica:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names without the number that DeepSpeed puts before a part's."""
-        for name, parameter in self.deepspeed.module.named_parameters():
-            yield re.sub(r"^(\d+|tied_modules)\.", "", name), parameter
+        return _in_the_model(self.deepspeed.module.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return _in_the_model(self.deepspeed.module.named_buffers())
 
     def step(self, micro_batches: MicroBatches) -> StepReport:
         """All micro-batches of the step through the pipeline, and the optimizer step."""
@@ -102,3 +104,8 @@ class PipelineReplica:
     def _loss_scale(self) -> float:
         """What gradients are scaled by in fp16; 1 otherwise."""
         return float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0)) if self.deepspeed.fp16_enabled() else 1.0
+
+
+def _in_the_model(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in named:
+        yield re.sub(r"^(\d+|tied_modules)\.", "", name), tensor

@@ -57,6 +57,9 @@ class Replica:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.deepspeed.module.named_parameters()
 
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.deepspeed.module.named_buffers()
+
     def step(self, micro_batches: MicroBatches) -> StepReport:
         """Forward, backward and optimizer step over all micro-batches of the step."""
         self.deepspeed.train()

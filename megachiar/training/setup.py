@@ -9,8 +9,9 @@ from rich.console import Console
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
 from megachiar.launch import StopSignals
+from megachiar.model import build_model
 from megachiar.topology import Topology
-from megachiar.training.checkpoint import find_checkpoint, load_weights, whole_checkpoints
+from megachiar.training.checkpoint import find_checkpoint, start_from, whole_checkpoints
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
@@ -25,6 +26,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
         topology = topology.with_groups()
         engine = Engine(config, topology, device)
         introduce(config, engine, data, console)
+        start_from_another_run(engine, console)
         progress = resume_if_possible(engine, data, console.print)
         display = Display(console, config.training.steps, progress.step)
         if progress.step >= config.training.steps:
@@ -44,15 +46,13 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
             dist.destroy_process_group()
 
 
-def starting_model(config: RunConfig, console: Console) -> ChiarFormer:
-    """A model with initial weights, or those of ``checkpoint.load_from`` for a run that has no checkpoint yet."""
-    model = build_model(config.model, seed=config.training.seed)
-    source = config.checkpoint.load_from
-    if source is not None and not whole_checkpoints(config.checkpoint_folder):
+def start_from_another_run(engine: Engine, console: Console) -> None:
+    """The weights of ``checkpoint.load_from``, for a run that has no checkpoint yet."""
+    source = engine.config.checkpoint.load_from
+    if source is not None and not whole_checkpoints(engine.config.checkpoint_folder):
         checkpoint = find_checkpoint(source)
-        load_weights(checkpoint, model)
+        start_from(engine, checkpoint)
         console.print(f"weights from {checkpoint}; optimizer, schedule and data start anew")
-    return model
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
@@ -66,12 +66,13 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
 def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
     """The first lines of the log: what runs, on what, from what."""
     topology, training = engine.topology, config.training
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.deepspeed.module.parameters())
+    count = build_model(config.model, seed=0, device="meta").parameter_count()
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     console.print(f"[bold]megachiar[/] {config.model.kind}, {count:,} parameters, run folder {config.logging.folder}")
     console.print(
-        f"{topology.world_size} x {device} ({torch.get_num_threads()} threads), data parallel {topology.data_size}, "
-        f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, optimizer: {engine.optimizer_implementation}"
+        f"{topology.world_size} x {device} ({torch.get_num_threads()} threads), {topology.describe()}, "
+        f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
+        f"optimizer: {engine.replica.optimizer_implementation}"
     )
     tokens = training.global_batch_size * config.sequence_length
     console.print(
