@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
+from megachiar.data.interrupts import interrupts_go_to
 from megachiar.errors import UserError
 
 Item = TypeVar("Item")
@@ -61,7 +62,8 @@ def ordered_map(
         return
     crew: list[_Worker] = []
     try:
-        with _ignoring_interrupts():
+        # A worker begins with Ctrl-C ignored as its parent has it, or it could die of it half-way through its imports.
+        with interrupts_go_to(signal.SIG_IGN):
             crew.extend(_Worker(make_function, number) for number in range(workers))
         yield from _serve(crew, enumerate(items))
     except BaseException:
@@ -169,17 +171,3 @@ def _portable(error: Exception) -> Exception:
         with contextlib.suppress(Exception):
             return pickle.loads(pickle.dumps(error))
     return WorkerError(f"a worker failed:\n{traceback.format_exc()}")
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Let processes that start in here begin with Ctrl-C ignored, so that none dies of it half-way through imports."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which alone may do this and gets the signal
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

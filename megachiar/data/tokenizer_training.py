@@ -12,7 +12,6 @@ The same input and options give the same file, byte for byte.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import heapq
 import io
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
 from megachiar.data.files import write_atomically
+from megachiar.data.interrupts import interrupts_go_to
 from megachiar.data.progress import TextProgress
 from megachiar.data.readers import OnError, ReadOptions, Source, TroubleLog, read_documents
 from megachiar.data.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
@@ -97,7 +97,8 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         raise UserError("--input", "held no usable document", "check the input and --text-key")
     print(f"training on {len(sample):,} of {progress.documents:,} documents", file=stream or sys.stderr)
     train = _train_sentencepiece if settings.kind == "sentencepiece" else _train_huggingface
-    with _interruptible():
+    # Ctrl-C ends the process at once: the trainers run for minutes without looking, and nothing is written yet.
+    with interrupts_go_to(signal.SIG_DFL):
         content = train(settings, sample)
     write_atomically(settings.output, content)
     used = sum(len(text.encode()) for text in sample)
@@ -207,17 +208,3 @@ def _train_huggingface(settings: TrainingSettings, texts: list[str]) -> bytes:
     if tokenizer.get_vocab_size() != settings.vocab_size:
         raise _too_little_text(settings.vocab_size, tokenizer.get_vocab_size())
     return tokenizer.to_str(pretty=True).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: the trainers run for minutes without looking, and nothing is written yet."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
