@@ -1,6 +1,6 @@
 """Tokenize a corpus into Megatron's indexed format: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
 
-    python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \
+    python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
 Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 
 from megachiar.console import make_console, run
+from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.preprocess import PreprocessSettings, Split, preprocess
-from megachiar.data.readers import FORMATS, ReadOptions, find_sources
 
 
 def usable_cores() -> int:
@@ -25,31 +25,14 @@ def usable_cores() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_input_options(parser)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
-    add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
-    add("--text-key", default="text", help="JSON key or parquet column of the text (default: text)")
-    add(
-        "--txt-documents",
-        choices=("file", "line", "blank-line"),
-        default="file",
-        help="a document of a text file is the whole file, a line, or what blank lines separate (default: file)",
-    )
-    add(
-        "--max-document-mib", type=int, default=64, help="refuse larger documents, which memory must hold (default: 64)"
-    )
     add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
     add("--tokenizer-kind", choices=("auto", "sentencepiece", "huggingface", "gpt2"), default="auto")
     add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
     add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
-    add(
-        "--on-error",
-        choices=("skip", "refuse"),
-        default="refuse",
-        help="a broken or empty document: leave it out and count it, or stop (default: refuse)",
-    )
     add("--workers", type=int, default=usable_cores(), help="tokenizing processes (default: one per usable core)")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     return parser.parse_args()
@@ -58,12 +41,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     settings = PreprocessSettings(
-        sources=find_sources(arguments.input, arguments.format),
+        sources=named_sources(arguments),
         tokenizer=arguments.tokenizer,
         tokenizer_kind=arguments.tokenizer_kind,
         eod_token=arguments.eod_token,
         output_prefix=arguments.output_prefix,
-        read=ReadOptions(arguments.text_key, arguments.txt_documents, arguments.max_document_mib << 20),
+        read=read_options(arguments),
         append_eod=arguments.append_eod,
         split=Split.parse(arguments.split) if arguments.split is not None else None,
         on_error=arguments.on_error,

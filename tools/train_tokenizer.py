@@ -12,21 +12,14 @@ import argparse
 from pathlib import Path
 
 from megachiar.console import make_console, run
-from megachiar.data.readers import FORMATS, ReadOptions, find_sources
+from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, TrainingSettings, train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_input_options(parser)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
-    add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
-    add("--text-key", default="text", help="JSON key or parquet column of the text (default: text)")
-    add("--txt-documents", choices=("file", "line", "blank-line"), default="file", help="what a document is in text")
-    add(
-        "--max-document-mib", type=int, default=64, help="refuse larger documents, which memory must hold (default: 64)"
-    )
-    add("--on-error", choices=("skip", "refuse"), default="refuse", help="broken or empty documents (default: refuse)")
     add("--output", type=Path, required=True, help="file to write, *.model or *.json")
     add("--vocab-size", type=int, required=True, help="tokens of the vocabulary, everything included")
     add("--kind", choices=tuple(SUFFIXES), help="default: by the suffix of --output")
@@ -40,12 +33,12 @@ def main() -> None:
     arguments = parse_arguments()
     by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
     settings = TrainingSettings(
-        sources=find_sources(arguments.input, arguments.format),
+        sources=named_sources(arguments),
         output=arguments.output,
         vocab_size=arguments.vocab_size,
         kind=arguments.kind or by_suffix,
         algorithm=arguments.algorithm,
-        read=ReadOptions(arguments.text_key, arguments.txt_documents, arguments.max_document_mib << 20),
+        read=read_options(arguments),
         max_text_bytes=arguments.max_text_mib << 20,
         on_error=arguments.on_error,
         overwrite=arguments.overwrite,
