@@ -19,7 +19,6 @@ from text_helpers import DOCUMENTS, expected_index, numbered_documents, train, w
 
 from megachiar.data.manifest import check_manifest, read_manifest
 from megachiar.data.preprocess import ChunkEncoder, PreprocessSettings, Split, narrow, preprocess
-from megachiar.data.progress import TextProgress
 from megachiar.data.readers import ReadOptions, find_sources
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError
@@ -164,6 +163,11 @@ def test_a_tokenizer_beside_the_dataset_is_recorded_relative_to_it(tmp_path, mod
     (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
     run_quietly(prepare(tmp_path, tmp_path / "tokenizer.model"))
     assert read_manifest(tmp_path / "out").tokenizer.file == "tokenizer.model"
+
+
+def test_the_manifest_is_json_that_people_can_read(tmp_path, model):
+    run_quietly(prepare(tmp_path, model))
+    assert json.loads((tmp_path / "out.json").read_text())["documents"] == len(TEXTS)
 
 
 # --- split ------------------------------------------------------------------------------------------------------------
@@ -351,50 +355,3 @@ def test_zero_workers_are_refused(tmp_path, model):
     with pytest.raises(UserError, match="0 workers"):
         run_quietly(prepare(tmp_path, model, workers=0))
     assert written(tmp_path) == []
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_log_file_gets_a_line_with_rates_and_the_time_left():
-    stream = io.StringIO()
-    with TextProgress("preprocessing", 4_000_000, stream, every=0.0) as progress:
-        progress.advance(consumed=1_000_000, text_bytes=2_000_000, documents=1234)
-    line = stream.getvalue()
-    assert line.count("\n") == 1
-    assert line.startswith("preprocessing: 1,234 documents, 2.0 MB, ")
-    assert " MB/s, " in line and " documents/s, 25 %, 0:00:0" in line and line.endswith(" left\n")
-
-
-def test_without_known_sizes_there_is_no_time_left():
-    stream = io.StringIO()
-    with TextProgress("reading", None, stream, every=0.0) as progress:
-        progress.advance(1, 1, 1)
-    assert "left" not in stream.getvalue() and "%" not in stream.getvalue()
-
-
-def test_lines_are_rare():
-    stream = io.StringIO()
-    with TextProgress("reading", 100, stream, every=3600.0) as progress:
-        for _ in range(100):
-            progress.advance(1, 1, 1)
-    assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize("total", [100, None])
-def test_a_terminal_gets_a_bar(total):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    with TextProgress("preprocessing", total, stream) as progress:
-        progress.advance(50, 5_000_000, 7)
-        progress._bar.refresh()
-    assert "preprocessing" in stream.getvalue() and "MB/s" in stream.getvalue()
-    assert ("50%" in stream.getvalue()) == (total is not None)
-
-
-def test_the_manifest_is_json_that_people_can_read(tmp_path, model):
-    run_quietly(prepare(tmp_path, model))
-    assert json.loads((tmp_path / "out.json").read_text())["documents"] == len(TEXTS)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.console import run
-from megachiar.data.byte_progress import byte_progress
 from megachiar.data.files import bin_path, idx_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.inspection import find_tokenizer, show_document, show_sample, summarise
+from megachiar.data.progress import ByteProgress
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,8 +47,8 @@ def main() -> None:
     if arguments.verify:
         IndexedDataset(arguments.prefix)  # a missing file is reported before its size is asked for
         total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
-        with byte_progress("verifying", total) as on_bytes:
-            summary = summarise(arguments.prefix, verify=True, on_bytes=on_bytes)
+        with ByteProgress("verifying", total) as progress:
+            summary = summarise(arguments.prefix, verify=True, on_bytes=progress.advance)
     else:
         summary = summarise(arguments.prefix)
     shown = look_inside(arguments)

@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from megachiar.console import run
-from megachiar.data.byte_progress import byte_progress
 from megachiar.data.files import bin_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.merge import merge_datasets
+from megachiar.data.progress import ByteProgress
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,12 +33,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     total = sum(IndexedDataset(prefix).tokens.nbytes for prefix in arguments.inputs)
-    with byte_progress("merging", total) as on_bytes:
+    with ByteProgress("merging", total) as progress:
         merge_datasets(
             arguments.inputs,
             arguments.output,
             allow_missing_manifest=arguments.allow_missing_manifest,
-            on_bytes=on_bytes,
+            on_bytes=progress.advance,
         )
     merged = IndexedDataset(arguments.output)
     print(f"{bin_path(arguments.output)}: {merged.documents:,} documents, {merged.tokens.size:,} tokens")

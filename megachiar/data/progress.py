@@ -1,42 +1,43 @@
-"""How far a long job over text has come: a live bar on a terminal, a plain line now and then in a log file."""
+"""How far a long job has come: a live bar on a terminal, a plain line now and then in a log file."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 MEGA = 1_000_000
 
+Shown = TypeVar("Shown", bound="ByteProgress")
 
-class TextProgress:
-    """Shows megabytes and documents per second and the time left of a job whose input is ``total`` bytes.
+
+class ByteProgress:
+    """Shows rate and time left of a job over ``total`` bytes while a ``with`` block runs.
 
     Attributes:
-        text_bytes, documents: done so far.
-        elapsed: seconds since the ``with`` block began.
+        consumed: bytes done so far.
+        elapsed: seconds since the block began.
 
     Args:
         label: what is being done, in a word.
         total: bytes of all inputs as they lie on the disk, None where unknown: no time left is shown then.
-        stream: where to write; a bar if it is a terminal, plain lines if not.
+        stream: where to write, standard error if None; a bar if it is a terminal, plain lines if not.
         every: seconds between plain lines.
     """
 
     def __init__(
         self, label: str, total: int | None, stream: TextIO | None = None, every: float = SECONDS_BETWEEN_LINES
     ):
-        self.label, self.total = label, total
-        self.consumed = self.text_bytes = self.documents = 0
+        self.label, self.total, self.consumed = label, total, 0
         self._stream, self._every = stream or sys.stderr, every
         self._bar: Progress | None = None
 
-    def __enter__(self) -> TextProgress:
+    def __enter__(self: Shown) -> Shown:
         self._start = self._last_line = time.monotonic()
         if self._stream.isatty():
             self._bar = _make_bar(Console(file=self._stream), self.total is not None)
@@ -54,39 +55,74 @@ class TextProgress:
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
-    def advance(self, consumed: int, text_bytes: int, documents: int) -> None:
-        """Add to what is done: bytes of input read, bytes of text and documents made of them."""
+    def advance(self, consumed: int) -> None:
+        """Add to the bytes that are done."""
         self.consumed += consumed
-        self.text_bytes += text_bytes
-        self.documents += documents
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.consumed, rates=self.rates())
+            self._bar.update(self._task, completed=self.consumed, rates=_joined(self.rates(), self._left()))
         elif time.monotonic() - self._last_line >= self._every:
             self._last_line = time.monotonic()
             print(self.line(), file=self._stream, flush=True)
 
-    def rates(self) -> str:
-        """Such as ``4.2 MB/s, 1,021 documents/s``."""
-        seconds = max(self.elapsed, 1e-9)
-        return f"{self.text_bytes / seconds / MEGA:.1f} MB/s, {self.documents / seconds:,.0f} documents/s"
-
     def line(self) -> str:
         """The whole state in one line."""
-        line = f"{self.label}: {self.documents:,} documents, {self.text_bytes / MEGA:,.1f} MB, {self.rates()}"
-        if self.total and self.consumed:
-            left = self.elapsed * max(0, self.total - self.consumed) / self.consumed
-            line += f", {100 * self.consumed / self.total:.0f} %, {_clock(left)} left"
-        return line
+        share = f"{100 * self.consumed / self.total:.0f} %" if self.total else ""
+        return f"{self.label}: {_joined(self.amount(), self.rates(), share, self._left())}"
+
+    def amount(self) -> str:
+        """What is done, such as ``11.0 MB``."""
+        return _megabytes(self.consumed)
+
+    def rates(self) -> str:
+        """Such as ``4.2 MB/s``."""
+        return f"{_megabytes(self.per_second(self.consumed))}/s"
+
+    def per_second(self, amount: int) -> float:
+        """``amount`` over the seconds so far."""
+        return amount / max(self.elapsed, 1e-9)
+
+    def _left(self) -> str:
+        """Such as ``0:01:30 left``; empty where it cannot be told."""
+        if not self.total or not self.consumed:
+            return ""
+        seconds = round(self.elapsed * max(0, self.total - self.consumed) / self.consumed)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+class TextProgress(ByteProgress):
+    """The same for a job that makes documents of its input: shows the text's megabytes, and documents.
+
+    Attributes:
+        text_bytes, documents: done so far.
+    """
+
+    text_bytes = documents = 0
+
+    def advance(self, consumed: int, text_bytes: int = 0, documents: int = 0) -> None:
+        """Add to what is done: bytes of input read, bytes of text and documents made of them."""
+        self.text_bytes += text_bytes
+        self.documents += documents
+        super().advance(consumed)
+
+    def amount(self) -> str:
+        """Such as ``1,021 documents, 4.2 MB``."""
+        return f"{self.documents:,} documents, {_megabytes(self.text_bytes)}"
+
+    def rates(self) -> str:
+        """Such as ``4.2 MB/s, 1,021 documents/s``."""
+        documents = self.per_second(self.documents)
+        return f"{_megabytes(self.per_second(self.text_bytes))}/s, {documents:,.0f} documents/s"
 
 
 def _make_bar(console: Console, total_known: bool) -> Progress:
-    start = [SpinnerColumn(), TextColumn("{task.description}")]
-    end = [TextColumn("{task.fields[rates]}")]
-    known = [BarColumn(), TaskProgressColumn()], [TextColumn("left"), TimeRemainingColumn()]
-    columns = [*start, *known[0], *end, *known[1]] if total_known else [*start, *end]
+    share = [BarColumn(), TaskProgressColumn()] if total_known else []
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), *share, TextColumn("{task.fields[rates]}")]
     return Progress(*columns, console=console, transient=True)
 
 
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / MEGA:,.1f} MB"
