@@ -1,11 +1,12 @@
 #!/bin/bash
-# Pretrain the attention-only baseline of it: sbatch slurm/pretrain_400m_baseline.sh [--set KEY=VALUE ...]
+# Pretrain the attention-only baseline of the 400M model: sbatch slurm/pretrain_400m_baseline.sh [--set KEY=VALUE ...]
 #
 # From the top folder of the checkout, after editing slurm/env.sh. One task per GPU; sbatch's own flags change the size:
-#   sbatch --nodes=4 slurm/pretrain_400m_baseline.sh                     32 GPUs (the batch must divide over them)
-#   sbatch --nodes=2 --gres=none --ntasks-per-node=2 slurm/pretrain_400m_baseline.sh             4 ranks on CPUs
-# Two minutes before the time limit the ranks save, and the job is requeued and goes on where it was. A step and a save must
-# fit into that time: sbatch --signal=B:USR1@600 gives ten minutes. To make a running job save and start again at once:
+#   sbatch --nodes=4 slurm/pretrain_400m_baseline.sh    32 GPUs (the batch must divide over them)
+#   sbatch --nodes=2 --gres=none --ntasks-per-node=2 slurm/pretrain_400m_baseline.sh    4 ranks on CPUs
+# Two minutes before the time limit the ranks save, and the job is requeued and goes on where it was. A step and a save
+# must fit into that time: sbatch --signal=B:USR1@600 gives ten minutes. To make a running job save and start again at
+# once:
 #   scancel --batch --signal=USR1 JOB
 
 #SBATCH --job-name=megachiar-400m_baseline

@@ -87,6 +87,11 @@ def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_no_line_is_longer_than_those_of_the_python_code(script):
+    assert [line for line in script.read_text().splitlines() if len(line) > 120] == []
+
+
 @pytest.mark.parametrize("name", ["400m", "400m_baseline"])
 def test_a_job_starts_every_rank_with_its_arguments(cluster, name):
     code, output, calls = cluster.run(f"pretrain_{name}.sh", "--set", "training.steps=10", "logging.folder=my runs")
