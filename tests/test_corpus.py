@@ -231,3 +231,9 @@ def test_no_held_out_text_is_in_the_real_corpus(tmp_path):
     assert sizes["train"] > 5_900_000 and 220_000 < sizes["test"] < sizes["valid"] < 280_000
     assert copied_share(works, "valid") < 0.002 and copied_share(works, "test") < 0.002
     assert not any("\r" in w.text or "\ufeff" in w.text or "\x1a" in w.text for w in works)
+    texts = {w.name: w.text for w in works if w.part == "train"}
+    twice = texts.pop("lallegro_il_penseroso_comus_and_lycidas")
+    assert len(twice.encode()) == 65_447
+    own = shingles([twice])
+    shares = [len(own & shingles(others)) / len(own) for others in (texts.values(), [texts["comus"]])]
+    assert shares == pytest.approx([0.605, 0.556], abs=0.001)

@@ -4,6 +4,10 @@
 plain text. It has two editions of most plays; only those in modern spelling are taken. With the First Folio's old
 spelling added (4 MB, the held-out plays left out of it too) an interpolated bigram needs 1.7 % more bits a byte on the
 test plays than without, and a held-out play would have to be kept out of training under two names.
+
+Most of one text that is taken is in training twice: 60 % of the runs of eight words of Milton's
+``lallegro_il_penseroso_comus_and_lycidas_gut.txt`` (65,447 bytes, 1.1 % of training) are in other works of it, 56 % in
+``comus``. It stays, as all that is measured on this corpus is measured with it; nothing held out is concerned.
 """
 
 from __future__ import annotations
