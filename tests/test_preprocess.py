@@ -313,6 +313,18 @@ def test_an_input_is_never_an_output(tmp_path, model):
     assert (tmp_path / "in.json").read_text() == '{"text": "a"}\n'
 
 
+def test_the_tokenizer_is_never_an_output(tmp_path, model):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    for path, given in ((tmp_path / "words.json",) * 2, (tmp_path / "t" / "tokenizer.json", tmp_path / "t")):
+        path.parent.mkdir(exist_ok=True)
+        words.save(str(path))
+        before = path.read_bytes()
+        settings = prepare(tmp_path, given, ["a"], append_eod=False, overwrite=True)
+        with pytest.raises(UserError, match=rf"{path.name}: is an input"):
+            run_quietly(dataclasses.replace(settings, output_prefix=path.with_suffix("")))
+        assert path.read_bytes() == before
+
+
 def test_no_documents_at_all_are_refused(tmp_path, model):
     with pytest.raises(UserError, match=r"held no usable document \(skipped: none\)"):
         run_quietly(prepare(tmp_path, model, []))

@@ -28,6 +28,11 @@ def manifest_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.json")
 
 
+def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
+    """All files of dataset ``prefix``, the index first: without it nothing is a dataset."""
+    return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
+
+
 def temporary_path(path: Path) -> Path:
     """Where ``path`` is written before it is whole: the same folder, so that the rename is atomic.
 

@@ -25,7 +25,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 import megachiar
-from megachiar.data.files import bin_path, idx_path, manifest_path
+from megachiar.data.files import dataset_files
 from megachiar.data.indexed import IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.manifest import Manifest, TokenizerRecord, write_manifest
 from megachiar.data.ordered_pool import ordered_map
@@ -291,13 +291,15 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
 
 
 def check_outputs(settings: PreprocessSettings) -> None:
-    """Refuse outputs that exist, unless they may be replaced, and those that are inputs in any case.
+    """Refuse outputs that exist, unless they may be replaced, and those that are read (text, tokenizer) in any case.
 
     Raises:
         UserError: names the file.
     """
-    inputs = {source.path.resolve() for source in settings.sources if source.path is not None}
-    for path in itertools.chain.from_iterable(map(_files, settings.prefixes)):
+    read = [source.path for source in settings.sources if source.path is not None]
+    read += [settings.tokenizer, *settings.tokenizer.glob("*")]  # tok.json would be the manifest of the prefix tok
+    inputs = {path.resolve() for path in read}
+    for path in itertools.chain.from_iterable(map(dataset_files, settings.prefixes)):
         if path.resolve() in inputs:
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:
@@ -306,11 +308,6 @@ def check_outputs(settings: PreprocessSettings) -> None:
 
 def _load(settings: PreprocessSettings) -> Tokenizer:
     return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
-
-
-def _files(prefix: Path) -> tuple[Path, Path, Path]:
-    """The index first: without it nothing is a dataset."""
-    return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
 def _total_size(sources: list[Source]) -> int | None:
@@ -330,7 +327,7 @@ def _outputs(settings: PreprocessSettings, dtype: np.dtype) -> Iterator[list[Out
         for output in outputs:
             output.builder.abort()
             if output.builder.checksums:  # was completed before a later part failed
-                for path in _files(output.builder.prefix):
+                for path in dataset_files(output.builder.prefix):
                     path.unlink(missing_ok=True)
         raise
 
