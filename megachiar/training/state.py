@@ -30,6 +30,7 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def write_state(engine: Engine, folder: Path) -> None:
     """Write this rank's share of parameters, moments and buffers; every rank calls it."""
     writer = ShardWriter(engine.topology)
+    _complete_states(engine)
     for name, parameter in _own_parameters(engine):
         shard = shard_of(parameter)
         mine = writer.is_mine(shard)
@@ -55,7 +56,8 @@ def read_weights_into(engine: Engine, store: Store) -> None:
 
 def read_optimizer_into(engine: Engine, store: Store, steps: int) -> None:
     """Set AdamW's moments, and ``steps`` as the number of steps it has taken."""
-    _make_states(engine, steps)
+    _complete_states(engine)
+    _count_steps(engine, steps)
     for name, parameter in engine.named_parameters():
         for key in MOMENTS:
             value = store.part(f"{name}.{key}", shard_of(parameter), engine.topology.tensor).to(engine.device)
@@ -120,26 +122,43 @@ def _set(engine: Engine, parameter: nn.Parameter, key: str | None, value: torch.
         parameter.set_full_hp_param(value, key)
 
 
-def _make_states(engine: Engine, steps: int) -> None:
-    """Make AdamW's states, which it would make in its first step, and tell it how many steps it has taken."""
-    optimizer, stage = engine.deepspeed.optimizer, engine.config.parallel.zero_stage
-    base = optimizer if stage == 0 else optimizer.optimizer
-    flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else _grouped(base)
-    for tensor in flat:
+def _complete_states(engine: Engine) -> None:
+    """Make AdamW's states, which it would make in its first step, and let each parameter find its own.
+
+    DeepSpeed links them once, after the first group's first step, and misses those of other groups.
+    """
+    base, stage = _adamw(engine), engine.config.parallel.zero_stage
+    for tensor in _flat_tensors(engine):
         state: dict[str, Any] = base.state[tensor]
+        state.setdefault("step", torch.zeros((), device=tensor.device))
         for key in MOMENTS:
             state.setdefault(key, torch.zeros_like(tensor))
-        state["step"] = torch.tensor(float(steps), device=tensor.device)
-    for group in base.param_groups:  # apex counts here
-        if "step" in group:
-            group["step"] = steps
     if stage in (1, 2):
         for _, parameter in engine.named_parameters():
             mapping = parameter._hp_mapping
             if mapping is not None:
-                whole = base.param_groups[mapping.param_group_index]["params"][0]
-                mapping.set_optim_state_fragment(whole, base.state[whole])
+                flat = base.param_groups[mapping.param_group_index]["params"][0]
+                mapping.set_optim_state_fragment(flat, base.state[flat])
 
 
-def _grouped(base: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [tensor for group in base.param_groups for tensor in group["params"]]
+def _count_steps(engine: Engine, steps: int) -> None:
+    """Tell AdamW how many steps it has taken."""
+    base = _adamw(engine)
+    for tensor in _flat_tensors(engine):
+        base.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
+    for group in base.param_groups:  # apex counts here
+        if "step" in group:
+            group["step"] = steps
+
+
+def _adamw(engine: Engine) -> torch.optim.Optimizer:
+    """The optimizer within DeepSpeed's."""
+    optimizer = engine.deepspeed.optimizer
+    return optimizer if engine.config.parallel.zero_stage == 0 else optimizer.optimizer
+
+
+def _flat_tensors(engine: Engine) -> list[torch.Tensor]:
+    """What AdamW steps: this rank's shards of flattened parameters, or with ZeRO 0 the parameters."""
+    if engine.config.parallel.zero_stage == 3:
+        return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
+    return [tensor for group in _adamw(engine).param_groups for tensor in group["params"]]
