@@ -1,63 +1,185 @@
-"""The losses of a run do not depend on how many ranks share it, nor on the ZeRO stage."""
+"""The losses of a run do not depend on its layout: the table of layouts in the README, and the proof of it.
+
+``pytest tests/test_training_layouts.py -m "slow or not slow" -s`` prints the table.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import run_ranks, small_config, write_config, write_tokens
 
-STEPS, TOLERANCE = 20, 1e-6
-STAGES = (0, 1, 2, 3)
+STEPS = 20
 WORKER = Path(__file__).with_name("layouts_worker.py")
+TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel.sequence=true", "parallel.zero_stage="
+RECOMPUTE, MICRO, BF16 = (
+    "training.activation_checkpoint_interval=",
+    "training.micro_batch_size=",
+    "precision.compute=bf16",
+)
+
+# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1 process, 1 micro-batch of 8": (1, [MICRO + "8"]),
+    "1 process, recompute 2": (1, [RECOMPUTE + "2"]),
+    "tp 2": (2, [TP + "2"]),
+    "tp 2, sequence": (2, [TP + "2", SP]),
+    "pp 2": (2, [PP + "2"]),
+    "pp 2, recompute 1": (2, [PP + "2", RECOMPUTE + "1"]),
+    "dp 2, ZeRO 0": (2, [ZERO + "0"]),
+    "dp 2, ZeRO 1": (2, []),
+    "dp 2, ZeRO 2": (2, [ZERO + "2"]),
+    "dp 2, ZeRO 3": (2, [ZERO + "3"]),
+    "tp 4": (4, [TP + "4"]),
+    "tp 4, sequence": (4, [TP + "4", SP]),
+    "pp 4": (4, [PP + "4"]),
+    "tp 2, pp 2": (4, [TP + "2", PP + "2"]),
+    "tp 2, pp 2, sequence": (4, [TP + "2", PP + "2", SP]),
+    "tp 2, dp 2": (4, [TP + "2"]),
+    "tp 2, dp 2, sequence, recompute 1": (4, [TP + "2", SP, RECOMPUTE + "1"]),
+    "tp 2, dp 2, ZeRO 3": (4, [TP + "2", ZERO + "3"]),
+    "pp 2, dp 2": (4, [PP + "2"]),
+    "dp 4, ZeRO 2": (4, [ZERO + "2", MICRO + "1"]),
+    "tp 2, pp 2, dp 2, sequence": (8, [TP + "2", PP + "2", SP]),
+}
+# bf16 against one bf16 process: routes of tokens near tau differ, and losses with them.
+BF16_LAYOUTS = {
+    "bf16: tp 2, sequence": (2, [BF16, TP + "2", SP]),
+    "bf16: pp 2": (2, [BF16, PP + "2"]),
+    "bf16: dp 2, ZeRO 2": (2, [BF16, ZERO + "2"]),
+    "bf16: tp 2, pp 2": (4, [BF16, TP + "2", PP + "2"]),
+}
+SINGLE, SINGLE_BF16 = "1 process", "bf16: 1 process"
 
 
-@pytest.fixture(scope="module", params=["chiar", pytest.param("baseline", marks=pytest.mark.slow)])
+class Runs:
+    """Recordings by layout, made when they are first asked for; ranks of one number do all their layouts in one go."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = folder, kind
+        write_tokens(folder / "train")
+        write_tokens(folder / "valid", seed=1, documents=4)
+        config = small_config(folder)
+        config["model"] |= {"kind": kind, "dropout": 0.1, "num_attention_heads": 4}
+        config["training"]["steps"] = STEPS
+        self.config = write_config(folder / "config.yaml", config)
+        self.recordings: dict[str, dict[str, np.ndarray]] = {}
+        self._run(1, {SINGLE: [ZERO + "0"], SINGLE_BF16: [BF16]})
+        self.lines: list[str] = []
+
+    def of(self, name: str) -> dict[str, np.ndarray]:
+        if name not in self.recordings:
+            ranks = (LAYOUTS | BF16_LAYOUTS)[name][0]
+            same = {n: sets for n, (r, sets) in (LAYOUTS | BF16_LAYOUTS).items() if r == ranks}
+            self._run(ranks, same)
+        return self.recordings[name]
+
+    def replayed(self, name: str) -> dict[str, np.ndarray]:
+        """The run under a layout, with the single process's routes."""
+        ranks, sets = LAYOUTS[name]
+        key = f"{name}, replayed"
+        self._run(ranks, {key: sets}, replay=self.folder / f"{SINGLE}.npz")
+        return self.recordings[key]
+
+    def _run(self, ranks: int, layouts: dict[str, list[str]], replay: Path | None = None) -> None:
+        described = {n: {"set": sets, "replay": replay and str(replay)} for n, sets in layouts.items()}
+        run_ranks(ranks, WORKER, self.config, self.folder, json.dumps(described), timeout=570)
+        for name in layouts:
+            self.recordings[name] = dict(np.load(self.folder / f"{name}.npz"))
+
+
+@pytest.fixture(scope="module", params=["chiar", "baseline"])
 def runs(request, tmp_path_factory):
-    """(ranks, stage) -> recording of the run, all from the same config."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tokens(folder / "train")
-    write_tokens(folder / "valid", seed=1, documents=4)
-    config = small_config(folder)
-    config["model"] |= {"kind": request.param, "dropout": 0.1}
-    path = write_config(folder / "config.yaml", config)
-    recordings = {}
-    for ranks in (1, 2, 4):
-        run_ranks(ranks, WORKER, path, folder / f"ranks{ranks}", *map(str, STAGES))
-        for stage in STAGES:
-            recordings[ranks, stage] = dict(np.load(folder / f"ranks{ranks}" / f"stage{stage}.npz"))
-    return recordings
+    made = Runs(tmp_path_factory.mktemp(request.param), request.param)
+    yield made
+    print(
+        "\n".join(
+            ["", f"| {made.kind} | loss | gradient norm | parameters | routes that flipped |", "|---|---|---|---|---|"]
+        )
+    )
+    print("\n".join(made.lines))
 
 
-LAYOUTS = [(ranks, stage) for ranks in (1, 2, 4) for stage in STAGES if (ranks, stage) != (1, 0)]
+def _marked(name: str, ranks: int):
+    return pytest.param(name, marks=pytest.mark.slow) if ranks > 4 else name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: f"{v[0]}ranks-zero{v[1]}")
-def test_losses_equal_those_of_one_process(runs, layout, record_property):
-    single, other = runs[1, 0], runs[layout]
-    assert single["loss"].shape == (STEPS,)
+@pytest.mark.parametrize("name", [_marked(name, ranks) for name, (ranks, _) in LAYOUTS.items()])
+def test_the_loss_does_not_depend_on_the_layout(runs, name):
+    single, other = runs.of(SINGLE), runs.of(name)
     flips = _flips(single, other)
-    deviation = np.abs(other["loss"] / single["loss"] - 1)
-    norm_deviation = np.abs(other["gradient_norm"] / single["gradient_norm"] - 1)
-    record_property("flips", flips)
-    record_property("largest deviation", float(deviation.max()))
-    message = f"losses deviate by {deviation.max():.2e}, gradient norms {norm_deviation.max():.2e}; flips: {flips}"
-    print(message)
-    assert deviation.max() <= TOLERANCE, message
-    assert other["evaluation"] == pytest.approx(single["evaluation"], rel=TOLERANCE), message
-    assert norm_deviation.max() <= 1e-5, message
+    for margin in flips.values():
+        assert margin < 1e-6, f"routes differ that no rounding explains: {flips}"
+    if flips:  # with the same routes the bounds hold for every run
+        other = runs.replayed(name)
+    loss, norm = (_deviation(single[key], other[key]) for key in ("loss", "gradient_norm"))
+    parameters, worst = _parameter_deviation(single, other)
+    runs.lines.append(f"| {name} | {loss:.1e} | {norm:.1e} | {parameters:.1e} | {len(flips)} |")
+    message = f"loss {loss:.1e}, gradient norm {norm:.1e}, parameters {parameters:.1e}, most in {worst}; flips {flips}"
+    assert single["loss"].shape == (STEPS,)
+    assert loss <= 2e-6, message
+    assert norm <= 2e-6, message
+    assert parameters <= 1e-5, message
+    assert other["evaluation"] == pytest.approx(single["evaluation"], rel=2e-6), message
+    for key in ("attention_share", "entropy", "gate"):
+        np.testing.assert_allclose(other[key], single[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", BF16_LAYOUTS)
+def test_bf16_losses_come_near(runs, name):
+    deviation = _deviation(runs.of(SINGLE_BF16)["loss"], runs.of(name)["loss"])
+    runs.lines.append(f"| {name} | {deviation:.1e} | | | |")
+    assert deviation <= 1e-2
+
+
+def test_replayed_routes_are_taken(runs):
+    if runs.kind == "baseline":
+        pytest.skip("the baseline routes nothing")
+    single, name = runs.of(SINGLE), "tp 2, pp 2, sequence"
+    changed = dict(single)
+    changed["routes"] = 1 - single["routes"]
+    np.savez(runs.folder / "changed.npz", **changed)
+    ranks, sets = LAYOUTS[name]
+    runs._run(ranks, {"changed": sets}, replay=runs.folder / "changed.npz")
+    recording = runs.recordings["changed"]
+    assert (recording["routes"] == changed["routes"]).all()
+    assert _deviation(single["loss"], recording["loss"]) > 1e-4
 
 
 def test_the_run_learns(runs):
-    loss = runs[1, 0]["loss"]
+    loss = runs.of(SINGLE)["loss"]
     assert loss[-5:].mean() < loss[:5].mean() - 0.3
 
 
-def _flips(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
+def _deviation(single: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(other / single - 1).max())
+
+
+def _parameter_deviation(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tuple[float, str]:
+    """Relative L2 distance over all parameters, and the one with the greatest share in it.
+
+    Single numbers whose gradient vanishes move by rounding alone: AdamW divides it by itself.
+    """
+    names = [name for name in single if name.startswith("parameter ")]
+    assert names
+    assert set(names) == {name for name in other if name.startswith("parameter ")}
+    squares: dict[str, float] = defaultdict(float)
+    for name in names:
+        assert np.isfinite(other[name]).all(), name
+        squares[name] = float(np.square(other[name].astype(np.float64) - single[name]).sum())
+    whole = sum(float(np.square(single[name].astype(np.float64)).sum()) for name in names)
+    return (sum(squares.values()) / whole) ** 0.5, max(squares, key=squares.get)
+
+
+def _flips(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
     """Tokens whose route differs, each with its distance |H - tau| in the single process."""
+    assert single["routes"].shape == other["routes"].shape
     different = np.argwhere(single["routes"] != other["routes"])
-    return [
-        f"step {step} layer {layer} token {token}: |H - tau| {single['margin'][step, layer, token]:.1e}"
-        for step, layer, token in different
-    ]
+    return {
+        f"step {step} layer {layer} token {token}": float(single["margin"][step, layer, token])
+        for step, layer, token in different[:20]
+    }
