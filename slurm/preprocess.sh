@@ -6,8 +6,9 @@
 #
 # From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_*
 # variables (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order,
-# so that the result is, byte for byte, what one process would write. The shards lie in OUTPUT_PREFIX.shards until the
-# merge is whole. After a failure run the same command again: shards that are whole already are skipped.
+# so that .bin and .idx are, byte for byte, what one process would write. With --split each shard must hold a document of
+# every part, or it is refused: use fewer SHARDS then. The shards lie in OUTPUT_PREFIX.shards until the merge is whole.
+# After a failure run the same command again: shards that are whole already are skipped.
 
 #SBATCH --job-name=megachiar-preprocess
 #SBATCH --nodes=1
@@ -58,6 +59,7 @@ split_at_dashes() {
             --split=*) value=${flags[i]#*=} ;;
         esac
     done
+    value=${value//[[:space:]]/} # which the tool ignores too
     parts=("")
     if [ -n "$value" ]; then
         IFS=, read -r -a parts <<<"$value"
@@ -67,7 +69,7 @@ split_at_dashes() {
 }
 
 check_call() {
-    local file part
+    local file part suffix
     [[ $shards =~ ^[1-9][0-9]{0,4}$ ]] || fail "SHARDS is '$shards', not a number from 1 to 99999"
     for file in "${files[@]}"; do
         [ -f "$file" ] || fail "$file: no such file"
@@ -76,8 +78,12 @@ check_call() {
         fail "${#files[@]} files for $shards shards: use at most as many shards as files"
     [ -e "$tokenizer" ] || fail "$tokenizer: no such tokenizer"
     for part in "${parts[@]}"; do
-        [ ! -e "$output$part.bin" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
-            fail "$output$part.bin exists already: choose another OUTPUT_PREFIX, or add -- --overwrite"
+        for suffix in bin idx json; do
+            file="$output$part.$suffix"
+            [ ! "$file" -ef "$tokenizer" ] || fail "$file is the tokenizer: choose another OUTPUT_PREFIX"
+            [ ! -e "$file" ] || [ -e "$output.shards/merging" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
+                fail "$file exists already: choose another OUTPUT_PREFIX, or add -- --overwrite"
+        done
     done
 }
 
@@ -94,7 +100,7 @@ write_plan() {
 # shard FOLDER: make shard number SLURM_ARRAY_TASK_ID of the plan in FOLDER, unless it is whole.
 shard() {
     local output tokenizer shards files flags parts
-    source "$1/plan"
+    source "$1/plan" || return
     local number=$SLURM_ARRAY_TASK_ID prefix
     prefix=$(shard_prefix "$1" "$number")
     if [ -f "$prefix.done" ]; then
@@ -110,14 +116,15 @@ shard() {
 # merge FOLDER: join the shards in FOLDER to the dataset of its plan, then remove them.
 merge() {
     local output tokenizer shards files flags parts
-    source "$1/plan"
+    source "$1/plan" || return # without it nothing would be merged, and then all shards removed
     local part number prefixes
+    touch "$1/merging" || return # from here on the output may be there: the next call must not take it for another one
     for part in "${parts[@]}"; do
         prefixes=()
         for ((number = 0; number < shards; number++)); do
             prefixes+=("$(shard_prefix "$1" "$number")$part")
         done
-        python tools/merge_datasets.py "${prefixes[@]}" --output "$output$part" || return
+        python tools/merge_datasets.py "${prefixes[@]}" --overwrite --output "$output$part" || return
     done
     rm -r "$1"
 }

@@ -49,7 +49,7 @@ def test_any_cut_into_blocks_gives_the_same_files(tmp_path, monkeypatch, dtype):
     for block in (1, 7, 64, 10**6):
         monkeypatch.setattr(merge, "COPY_BLOCK", block)
         copied: list[int] = []
-        merge_datasets(parts, tmp_path / "c", allow_missing_manifest=True, on_bytes=copied.append)
+        merge_datasets(parts, tmp_path / "c", overwrite=True, allow_missing_manifest=True, on_bytes=copied.append)
         expected = oracle.pack([*documents[0], *documents[1], *documents[2]], dtype)
         assert ((tmp_path / "c.bin").read_bytes(), (tmp_path / "c.idx").read_bytes()) == expected
         assert sum(copied) == len(expected[0])
@@ -87,6 +87,10 @@ def spoil_eod(a: Path, b: Path) -> None:
     oracle.make_manifest(b, append_eod=False)
 
 
+def spoil_eod_id(a: Path, b: Path) -> None:
+    oracle.make_manifest(b, eod_id=7)
+
+
 def spoil_type(a: Path, b: Path) -> None:
     oracle.write(b, B, "int32")
 
@@ -110,6 +114,7 @@ def spoil_size(a: Path, b: Path) -> None:
 SPOILED = {
     "tokenizer": (spoil_tokenizer, r"made with tokenizer vocab \(sha256:bb\)"),
     "end of document": (spoil_eod, "append_eod is False, but True"),
+    "end-of-document token": (spoil_eod_id, "documents end with id 7, but with 0 in"),
     "type": (spoil_type, r"b\.idx: holds int32, but .*a\.idx holds uint16"),
     "no manifest": (spoil_manifest, "pass --allow-missing-manifest"),
     "counts": (spoil_counts, "records documents 9, but the files hold 2"),
@@ -125,8 +130,25 @@ def test_what_does_not_fit_is_refused_and_an_older_output_stays(parts, tmp_path,
     spoil(*parts)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=problem):
-        merge_datasets(parts, tmp_path / "c")
+        merge_datasets(parts, tmp_path / "c", overwrite=True)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "json"])
+def test_what_exists_is_kept_unless_told(parts, tmp_path, suffix):
+    (tmp_path / f"c.{suffix}").write_text("precious")
+    before = contents(tmp_path)
+    done = run_tool(*parts, "--output", tmp_path / "c")
+    assert done.returncode == 2 and f"c.{suffix}: exists already" in done.stderr and "--overwrite" in done.stderr
+    assert contents(tmp_path) == before
+    assert run_tool(*parts, "--output", tmp_path / "c", "--overwrite").returncode == 0
+    check_manifest(tmp_path / "c", read_manifest(tmp_path / "c"), verify=True)
+
+
+def test_without_end_of_document_ids_it_does_not_matter_which_they_were(parts, tmp_path):
+    for prefix, eod_id in zip(parts, (0, 7), strict=True):
+        oracle.make_manifest(prefix, append_eod=False, eod_id=eod_id)
+    assert merge_datasets(parts, tmp_path / "c").documents == 4
 
 
 def test_an_index_that_is_valid_but_not_the_one_recorded_is_refused(parts, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT, process_environment
+from text_helpers import DOCUMENTS, numbered_documents, run_tool, train, write_jsonl
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 STUBS = {
@@ -277,7 +278,7 @@ def test_preprocessing_is_an_array_and_a_merge(cluster, inputs):
     assert code == 0 and "is whole: skipped" in output and len(calls) == before
     code, output, calls = cluster.run("preprocess.sh", *merge[-2:])
     assert code == 0, output
-    assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --output out/web\n" in calls
+    assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --overwrite --output out/web\n" in calls
     assert not (cluster.folder / "out" / "web.shards").exists()
 
 
@@ -303,14 +304,14 @@ def test_an_array_whose_merge_is_refused_does_not_run_alone(cluster, inputs):
     assert code == 1 and calls.splitlines()[-1] == "scancel 77"
 
 
-@pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9,valid=1"]])
+@pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9, valid = 1"]])
 def test_each_part_of_a_split_is_merged(cluster, inputs, split):
     cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", *split)
     code, output, calls = cluster.run("preprocess.sh", "--merge", "out/web.shards")
     assert code == 0, output
     for part in ("train", "valid"):
         shards = f"out/web.shards/00000_{part} out/web.shards/00001_{part}"
-        assert f"merge_datasets.py {shards} --output out/web_{part}\n" in calls
+        assert f"merge_datasets.py {shards} --overwrite --output out/web_{part}\n" in calls
 
 
 def test_a_failed_shard_is_made_again_and_a_failed_merge_keeps_the_shards(cluster, inputs):
@@ -320,6 +321,50 @@ def test_a_failed_shard_is_made_again_and_a_failed_merge_keeps_the_shards(cluste
     assert "skipped" not in cluster.run(*shard, SLURM_ARRAY_TASK_ID="0")[1]
     code, _, _ = cluster.run("preprocess.sh", "--merge", "out/web.shards", PROGRAM="exit 2")
     assert code == 2 and (cluster.folder / "out" / "web.shards").exists()
+
+
+def test_a_merge_that_failed_after_its_first_part_is_done_again(cluster, inputs):
+    call = ("preprocess.sh", "out/web", "tok.json", "1", *inputs, "--", "--split", "train=9,valid=1")
+    cluster.run(*call)
+    first_only = 'touch out/web_train.bin; [[ "$(tail -n 1 $CALLS)" != *web_valid ]]'
+    merge = ("preprocess.sh", "--merge", "out/web.shards")
+    assert cluster.run(*merge, PROGRAM=first_only)[0] == 1
+    code, output, _ = cluster.run(*call)
+    assert code == 0 and (cluster.folder / "out" / "web_train.bin").exists(), output
+    assert cluster.run(*merge)[0] == 0
+    code, output, _ = cluster.run(*call)
+    assert code == 2 and "out/web_train.bin exists already" in output, "it is whole now"
+
+
+@pytest.mark.parametrize("job", ["--shard", "--merge"])
+def test_without_the_plan_nothing_is_done(cluster, inputs, job):
+    cluster.run("preprocess.sh", "out/web", "tok.json", "1", *inputs)
+    shards = cluster.folder / "out" / "web.shards"
+    (shards / "00000.bin").write_text("hours of work")
+    (shards / "plan").unlink()
+    code, output, calls = cluster.run("preprocess.sh", job, "out/web.shards", SLURM_ARRAY_TASK_ID="0")
+    assert code == 1 and "out/web.shards/plan: No such file" in output
+    assert (shards / "00000.bin").exists() and "python" not in calls
+
+
+def test_shards_and_merge_give_the_files_of_one_process(cluster, tmp_path):
+    model = train(tmp_path, "huggingface")
+    texts = [*DOCUMENTS, *numbered_documents(60)]
+    files = [str(write_jsonl(tmp_path / f"{n}.jsonl", texts[n::5])) for n in range(5)]
+    flags = ["--split", "train=2, valid=1", "--txt-documents", "line"]
+    (cluster.folder / "venv" / "bin" / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    code, output, _ = cluster.run("preprocess.sh", "out/web", str(model), "3", *files, "--", *flags)
+    assert code == 0, output
+    for number in range(3):
+        code, output, _ = cluster.run("preprocess.sh", "--shard", "out/web.shards", SLURM_ARRAY_TASK_ID=str(number))
+        assert code == 0, output
+    code, output, _ = cluster.run("preprocess.sh", "--merge", "out/web.shards")
+    assert code == 0, output
+    whole = ("--output-prefix", tmp_path / "one" / "web", "--append-eod", *flags)
+    done = run_tool("preprocess_data", "--input", *files, "--tokenizer", model, "--workers", 1, *whole)
+    assert done.returncode == 0, done.stderr
+    for name in ("web_train.bin", "web_train.idx", "web_valid.bin", "web_valid.idx"):
+        assert (cluster.folder / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_the_same_call_goes_on_and_another_is_refused(cluster, inputs):
@@ -336,10 +381,16 @@ def test_the_same_call_goes_on_and_another_is_refused(cluster, inputs):
 
 def test_a_dataset_that_exists_is_kept_unless_told(cluster, inputs):
     (cluster.folder / "out").mkdir()
-    (cluster.folder / "out" / "web.bin").write_text("")
-    code, output, _ = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs)
-    assert code == 2 and "out/web.bin exists already" in output
+    for name in ("web.json", "web.idx", "web.bin"):  # looked for in the other order
+        (cluster.folder / "out" / name).write_text("")
+        code, output, _ = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs)
+        assert code == 2 and f"out/{name} exists already" in output
     assert cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", "--overwrite")[0] == 0
+
+
+def test_the_tokenizer_is_never_an_output(cluster, inputs):
+    code, output, _ = cluster.run("preprocess.sh", "tok", "tok.json", "2", *inputs, "--", "--overwrite")
+    assert code == 2 and "tok.json is the tokenizer" in output
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument(
         "--allow-missing-manifest",
         action="store_true",
@@ -37,6 +38,7 @@ def main() -> None:
         merge_datasets(
             arguments.inputs,
             arguments.output,
+            overwrite=arguments.overwrite,
             allow_missing_manifest=arguments.allow_missing_manifest,
             on_bytes=progress.advance,
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from megachiar import __version__
 from megachiar.data.dataset import check_same_tokenizer
-from megachiar.data.files import bin_path, checksum, idx_path, manifest_path
+from megachiar.data.files import bin_path, checksum, dataset_files, idx_path, manifest_path
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.manifest import Manifest, TokenizerRecord, check_manifest, read_manifest, write_manifest
 from megachiar.errors import UserError
@@ -23,6 +23,7 @@ def merge_datasets(
     inputs: Sequence[Path | str],
     output: Path | str,
     *,
+    overwrite: bool = False,
     allow_missing_manifest: bool = False,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Manifest | None:
@@ -33,7 +34,8 @@ def merge_datasets(
 
     Args:
         inputs: prefixes.
-        output: prefix, none of the inputs; a dataset that stands there is replaced.
+        output: prefix, none of the inputs.
+        overwrite: replace a dataset that stands there, at the end.
         allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it is of the same
             tokenizer; the output then has none either.
         on_bytes: called with the number of bytes of each block copied.
@@ -43,11 +45,13 @@ def merge_datasets(
 
     Raises:
         UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
-            missing, the output is an input, or the disk is full.
+            missing, the output is an input or exists, or the disk is full.
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
     _refuse_own_inputs(inputs, output)
+    if not overwrite:
+        _refuse_existing(output)
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     for dataset in datasets:
         dataset.check_index()
@@ -81,6 +85,12 @@ def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None
                 raise UserError(output, f"is the input {prefix}", "write to another name")
 
 
+def _refuse_existing(output: Path | str) -> None:
+    for path in dataset_files(output):
+        if path.exists():
+            raise UserError(path, "exists already", "choose another --output, or pass --overwrite")
+
+
 def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
     first = datasets[0]
     for dataset in datasets[1:]:
@@ -106,13 +116,23 @@ def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> 
     check_same_tokenizer([(dataset.prefix, manifest) for dataset, manifest in zip(datasets, manifests, strict=True)])
     known = [(d.prefix, m) for d, m in zip(datasets, manifests, strict=True) if m is not None]
     for prefix, manifest in known[1:]:
-        if manifest.append_eod != known[0][1].append_eod:
-            raise UserError(
-                manifest_path(prefix),
-                f"append_eod is {manifest.append_eod}, but {known[0][1].append_eod} for {known[0][0]}",
-                "preprocess both with or both without --append-eod",
-            )
+        _check_same_eod(prefix, manifest, *known[0])
     return manifests
+
+
+def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first: Manifest) -> None:
+    if manifest.append_eod != first.append_eod:
+        raise UserError(
+            manifest_path(prefix),
+            f"append_eod is {manifest.append_eod}, but {first.append_eod} for {first_prefix}",
+            "preprocess both with or both without --append-eod",
+        )
+    if manifest.append_eod and manifest.tokenizer.eod_id != first.tokenizer.eod_id:
+        raise UserError(
+            manifest_path(prefix),
+            f"documents end with id {manifest.tokenizer.eod_id}, but with {first.tokenizer.eod_id} in {first_prefix}",
+            "preprocess both with the same --eod-token",
+        )
 
 
 def _append(
