@@ -6,7 +6,7 @@
 #
 # From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_*
 # variables (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order,
-# so that .bin and .idx are, byte for byte, what one process would write. With --split each shard must hold a document of
+# so that .bin and .idx are byte for byte what one process would write. With --split each shard must hold a document of
 # every part, or it is refused: use fewer SHARDS then. The shards lie in OUTPUT_PREFIX.shards until the merge is whole.
 # After a failure run the same command again: shards that are whole already are skipped.
 
