@@ -328,6 +328,13 @@ def test_a_document_too_large_for_memory_ends_the_run(tmp_path, name, options):
         read(tmp_path / name, max_document_bytes=1 << 20, chunk_bytes=1000, on_error="skip", **options)
 
 
+def test_a_row_too_large_for_memory_ends_the_run(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(["x" * (1 << 20), None, "y" * (3 << 20)]))
+    with pytest.raises(UserError, match=r"the document 3 has 3 MiB or more; documents may have 1 MiB\n.*--max-doc"):
+        read(path, max_document_bytes=1 << 20, on_error="skip")
+    assert len(read(path, max_document_bytes=3 << 20, on_error="skip")) == 2
+
+
 def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
     class Pipe:
         class buffer:

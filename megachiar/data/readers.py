@@ -449,7 +449,7 @@ def _last_paragraph_end(buffer: bytearray, searched: int) -> int:
 def _too_large(source: Source, what: str, size: int, options: ReadOptions, remedy: str) -> UserError:
     return UserError(
         source.name,
-        f"the {what} has more than {size >> 20} MiB; documents may have {options.max_document_bytes >> 20} MiB",
+        f"the {what} has {size >> 20} MiB or more; documents may have {options.max_document_bytes >> 20} MiB",
         f"{remedy}raise --max-document-mib",
     )
 
@@ -488,6 +488,8 @@ def _row_chunks(source: Source, file: Any, options: ReadOptions) -> Iterator[Chu
     share = (source.size or 0) / max(1, file.metadata.num_rows)  # bytes on disk per row, for the progress display
     for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[options.text_key], use_threads=False):
         for row in _as_bytes(batch.column(0)):
+            if row is not None and len(row) > options.max_document_bytes:
+                raise _too_large(source, f"document {first + len(rows)}", len(row), options, "split it, or ")
             rows.append(row)
             size += len(row or b"")
             if size >= options.chunk_bytes:
