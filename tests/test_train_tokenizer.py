@@ -166,6 +166,12 @@ def test_a_large_corpus_is_sampled_evenly_whatever_its_order():
     assert sample_texts(["too large for the limit"], 1) == ["too large for the limit"]
 
 
+@pytest.mark.parametrize("size", [0, -1 << 20])
+def test_a_sample_of_nothing_is_refused(tmp_path, size):
+    with pytest.raises(UserError, match=rf"--max-text-mib: {size >> 20} MiB of text"):
+        train(prepare(tmp_path, max_text_bytes=size))
+
+
 def test_the_sample_is_what_is_trained_on(tmp_path):
     report = train(prepare(tmp_path, max_text_bytes=10_000, vocab_size=310))
     assert report.used_bytes <= 10_000 < report.read_bytes

@@ -109,7 +109,8 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
 def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Texts of at most ``max_bytes`` UTF-8 bytes in all, in their order: all of them, or those of smallest hash.
 
-    One pass and bounded memory; which texts are drawn does not depend on their order.
+    One pass and bounded memory; which texts are drawn does not depend on their order. There is always one, if it be
+    larger than ``max_bytes``.
     """
     heap: list[tuple[int, int, str]] = []  # (minus hash, number, text): the largest hash goes first
     total = 0
@@ -133,6 +134,8 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError(settings.output, "exists already", "choose another --output, or pass --overwrite")
     if settings.output.resolve() in {source.path.resolve() for source in settings.sources if source.path is not None}:
         raise UserError(settings.output, "is an input and would be the output too", "choose another --output")
+    if settings.max_text_bytes < 1:
+        raise UserError("--max-text-mib", f"{settings.max_text_bytes >> 20} MiB of text to train on", "use at least 1")
     if settings.vocab_size <= BYTES:
         raise UserError(
             "--vocab-size", f"{settings.vocab_size} tokens; the {BYTES} bytes alone take as many", "use 1000 or more"
