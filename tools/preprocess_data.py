@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import get_args
 
 from megachiar.console import make_console, run
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.preprocess import PreprocessSettings, Split, preprocess
+from megachiar.data.tokenizer import TokenizerKind
 
 
 def usable_cores() -> int:
@@ -28,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add_input_options(parser)
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
-    add("--tokenizer-kind", choices=("auto", "sentencepiece", "huggingface", "gpt2"), default="auto")
+    add("--tokenizer-kind", choices=get_args(TokenizerKind), default="auto")
     add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")

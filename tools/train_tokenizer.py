@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from megachiar.console import make_console, run
 from megachiar.data.input_options import add_input_options, named_sources, read_options
-from megachiar.data.tokenizer_training import SUFFIXES, TrainingSettings, train_tokenizer
+from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="file to write, *.model or *.json")
     add("--vocab-size", type=int, required=True, help="tokens of the vocabulary, everything included")
     add("--kind", choices=tuple(SUFFIXES), help="default: by the suffix of --output")
-    add("--algorithm", choices=("bpe", "unigram"), default="bpe", help="unigram: SentencePiece only (default: bpe)")
+    add("--algorithm", choices=get_args(Algorithm), default="bpe", help="unigram: SentencePiece only (default: bpe)")
     add("--max-text-mib", type=int, default=200, help="train on an even sample of at most this (default: 200)")
     add("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()
