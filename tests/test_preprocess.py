@@ -268,6 +268,11 @@ def test_troubles_are_skipped_counted_and_reported(tmp_path, model, workers):
     assert "skipped documents: 1 broken_json, 50 empty, 1 invalid_utf8" in text
 
 
+def test_each_part_of_a_split_records_what_the_whole_run_left_out(tmp_path, model):
+    run_quietly(prepare(tmp_path, model, [*TEXTS, "", " "], on_error="skip", split=Split.parse("a=1,b=1")))
+    assert read_manifest(tmp_path / "out_a").skipped == read_manifest(tmp_path / "out_b").skipped == {"empty": 2}
+
+
 def test_text_without_tokens_is_an_empty_document(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

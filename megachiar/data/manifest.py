@@ -51,7 +51,7 @@ class Manifest(BaseModel):
         documents, tokens: how many the dataset holds.
         text_bytes: UTF-8 bytes of the documents' text: the denominator of bits per byte.
         words: whitespace-separated words of the text: the denominator of word perplexity.
-        skipped: reason -> number of documents left out.
+        skipped: reason -> number of documents left out by the whole run, whichever part of a split this dataset is.
         largest_token_id: the largest id that occurs.
         checksums: ``bin`` and ``idx`` -> ``"sha256:..."`` of the file.
         sources: the input files.

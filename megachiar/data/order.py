@@ -83,14 +83,14 @@ class StreamOrder:
     """Order of one source's samples: an endless series of epochs, each a permutation of the source's n samples.
 
     The source is one stream of N tokens. Sample j of an epoch is T + 1 tokens, the last of them the first of sample
-    j + 1, so that each token but one is a target:
+    j + 1, so that no target is left out between samples and none comes twice:
 
         tokens    0 .. shift          shift + T        shift + 2T             shift + nT
                   |-----| sample 0 |------| sample 1 |------| ...  sample n - 1 |----|
 
     n = (N - 1) // T. ``shift`` is 0 in epoch 0 and otherwise one of 0 .. T - 1 by key, so that samples are cut
     elsewhere in each epoch; the last sample of a shifted epoch may run over the end of the stream and goes on at its
-    beginning. At most T - 1 tokens are no target in an epoch, different ones in each.
+    beginning. At most T tokens are no target in an epoch, not the same ones in each.
 
     Args:
         tokens: N, length of the stream.
