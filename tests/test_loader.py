@@ -90,7 +90,10 @@ def test_position_counts_what_was_handed_out_not_what_was_read_ahead():
 def test_reading_ahead_is_bounded():
     stream = Numbers()
     with BatchLoader(stream, 1, 1, 0, 1, prefetch=3):
-        time.sleep(0.3)
+        deadline = time.monotonic() + 10
+        while stream.reads < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)  # for one more that must not come
         assert stream.reads == 4  # three in the queue and one in the thread's hand
 
 
