@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megachiar.config import load_config
 from megachiar.config.model import ModelConfig
 from megachiar.model import build_model
-from megachiar.model.flops import activation_values_per_token, forward_flops_per_token, training_flops_per_token
+from megachiar.model.activations import activation_values_per_token
+from megachiar.model.flops import forward_flops_per_token, training_flops_per_token
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SEQUENCES, LENGTH = 2, 96
@@ -94,9 +95,6 @@ def test_flops_fall_with_the_attention_share_and_parts_add_up():
 def kept_values(config: ModelConfig) -> tuple[float, float]:
     """Values a token that autograd keeps, each storage once and weights not, and the routed layers' attention share."""
     model = build_model(config, seed=0)
-    for module in model.modules():  # a fused kernel keeps no probabilities: see activation_values_per_token
-        if hasattr(module, "key_value"):
-            module.dropout = 0.0
     left_out = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

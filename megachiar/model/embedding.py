@@ -32,9 +32,11 @@ class TiedEmbedding(nn.Module):
         """Integer tokens (N,) to rows (m, d); rows (m, d) to logits (N, V), or with targets (N,) to losses."""
         if not x.is_floating_point():
             return self._embed(x, grid)
-        if targets is None:
-            return self._logits(x)
-        return CrossEntropy(*linear_cross_entropy(enter(x, self.group), self.weight, targets, self.part))
+        return self._logits(x) if targets is None else self.loss(x, self.weight, targets)
+
+    def loss(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
+        """Losses of rows (m, d) against targets (N,); ``weight`` is this module's, however it came here."""
+        return linear_cross_entropy(enter(x, self.group), weight, targets, self.part)
 
     def _embed(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
         if self.part is None:

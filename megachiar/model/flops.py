@@ -1,4 +1,4 @@
-"""How much a model computes, and what training keeps in memory of it.
+"""How much a model computes.
 
 Protocol: a multiply-add is 2 FLOPs. Matrix products, attention products and the transforms count; norms, activations,
 softmax, rotations and the router's comparisons do not. A DCT or its inverse counts 2.5 d log2 d, the FFT's number,
@@ -81,38 +81,3 @@ def layer_flops_per_token(
 def training_flops_per_token(config: ModelConfig, sequence_length: int, attention_share: float) -> float:
     """FLOPs of one token's forward and backward pass: three times the forward pass."""
     return 3 * forward_flops_per_token(config, sequence_length, attention_share).total
-
-
-def activation_values_per_token(config: ModelConfig, attention_share: float) -> float:
-    """Values that one token's forward pass keeps for the backward pass, dropout masks included.
-
-    Counted in the compute type. Left out: what does not grow with tokens (the head's gradient, V * d values in fp32,
-    is computed in the forward pass), one number per row or head, padding of attention's rows, and attention
-    probabilities: fused kernels keep none, but PyTorch's CPU attention with dropout keeps 3 h T values a query.
-
-    Args:
-        config: of the model.
-        attention_share: of the routed layers' tokens.
-    """
-    d, features, masks = config.hidden_size, config.rbf.features, config.dropout > 0
-    # Input, its product with W1, what gelu makes of it, the sum that is normed; a mask after gelu and after W2.
-    feed_forward = 2 * d + 2 * config.ffn_size + masks * (config.ffn_size + d)
-    keys_values = d + 3 * d  # input; keys, values, and keys rotated
-    fixed_attention = keys_values + 3 * d + feed_forward  # query, result, the sum that is normed
-    ends = 2 * d + masks * d  # input of the last norm, gradient at its output; mask of the embedding
-    if config.kind == "baseline":
-        return ends + config.num_layers * fixed_attention
-    has_gate = config.meta_router.pool != "none"
-    first = 2 * d + feed_forward + has_gate * (2 if config.meta_router.pool == "batch" else 3) * d
-    soft = config.router.kind == "soft"
-    queries, mixed = (1.0, 1.0) if soft else (attention_share, 1 - attention_share)
-    # Queries in order, rotated, results, results in order | spectrum | the sums that are normed.
-    routed = keys_values + queries * 3 * d + mixed * d + (queries + mixed) * d + feed_forward
-    routed += (len(config.router.operators) if soft else 1) * d  # results to blend, or rows in the operators' order
-    if config.router.kind in ("soft", "hard") or config.router.collapse_weight:
-        routed += 5 * d  # entropy with a gradient
-    if config.router.kind in ("soft", "hard"):
-        routed += d  # input of the gate
-    if "rbf" in config.router.operators:
-        routed += 3 * features + mixed * 4 * features
-    return ends + first + len(config.routed_layers) * routed + fixed_attention

@@ -170,9 +170,13 @@ class StageEmbedding(TiedEmbedding):
             grid = grid.keyed(self.seed, samples)
         return self(tokens.flatten(), grid=grid), samples
 
-    def last_part(self, rows: torch.Tensor) -> torch.Tensor:
-        """Nothing to do: the loss reads the weight."""
-        return rows
+    def last_part(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, and the weight for the loss.
+
+        It leaves through the part's outputs, as DeepSpeed's bf16 optimizer clears gradients when the first one reaches
+        an output: what the loss gave to the weight directly would be lost.
+        """
+        return rows, self.weight.view_as(self.weight)
 
 
 def pipeline_parts(config: ModelConfig, seed: int, group: TensorGroup, interval: int | None, length: int) -> list:

@@ -38,9 +38,9 @@ class Stages(PipelineModule):
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
 
-    def loss(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """Mean loss a token in training, which is kept for the log; the sum over tokens in evaluation."""
-        result = self.tied_modules["embedding"](rows, targets.flatten())
+        result = self.tied_modules["embedding"].loss(*outputs, targets.flatten())
         if not self.training:
             return result.token_losses.double().sum()
         self.losses.append(result.loss.detach())
