@@ -37,7 +37,9 @@ def main() -> None:
         data, micro = open_data(config), config.training.micro_batch_size
         alive: list[int] = []
         torch.optim.AdamW.step = watched(torch.optim.AdamW.step, alive)
-        with BatchLoader(data.training, micro, engine.accumulation_steps, topology.data_rank, topology.data_size) as loader:
+        with BatchLoader(
+            data.training, micro, engine.accumulation_steps, topology.data_rank, topology.data_size
+        ) as loader:
             for _ in range(2):
                 engine.train_step(((loader.position, next(loader)) for _ in range(engine.accumulation_steps)), 1e-3)
         everyone: list = [None] * topology.world_size

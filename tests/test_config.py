@@ -137,6 +137,24 @@ CROSS_CHECKS = [
     (["parallel.pipeline_size=5"], "parallel.pipeline_size", "5 stages for 4 layers"),
     (["parallel.tensor_size=3"], "parallel.tensor_size", "does not divide"),
     (["parallel.sequence=true"], "parallel.sequence", "tensor_size 1"),
+    (["parallel.tensor_size=8"], "parallel.tensor_size", "8 does not divide model.num_attention_heads 4"),
+    (["parallel.tensor_size=2", "parallel.zero_stage=0"], "parallel.zero_stage", "tensor_size 2"),
+    (["parallel.zero_stage=0", "parallel.offload_optimizer=true"], "parallel.offload_optimizer", "zero_stage 0"),
+    (
+        ["parallel.pipeline_size=3", "training.activation_checkpoint_interval=2"],
+        "training.activation_checkpoint_interval",
+        "2 makes 2 groups of 4 layers, fewer than 3 stages",
+    ),
+    (
+        [
+            "parallel.tensor_size=2",
+            "parallel.sequence=true",
+            "training.micro_batch_size=1",
+            "data.sequence_length=127",
+        ],
+        "parallel.sequence",
+        "2 ranks cannot share micro_batch_size 1 * 127 = 127 rows evenly",
+    ),
     (["precision.gradient_accumulation=bf16"], "precision.gradient_accumulation", "is bf16 with compute fp32"),
     (["precision.compute=bf16", "parallel.zero_stage=0"], "parallel.zero_stage", "is 0 with compute bf16"),
     (["precision.initial_loss_scale=3.0"], "precision.initial_loss_scale", "power of two"),
@@ -243,7 +261,8 @@ def test_raw_deepspeed_keys_pass_through_and_may_repeat_a_typed_value():
     config = load_config(
         TINY, ["deepspeed.zero_optimization.reduce_bucket_size=1000", "deepspeed.zero_optimization.stage=1"]
     )
-    assert to_deepspeed(config)["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    made = to_deepspeed(config)["zero_optimization"]
+    assert (made["stage"], made["reduce_bucket_size"]) == (1, 1000)
 
 
 def test_owned_table_names_real_keys():

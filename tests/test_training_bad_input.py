@@ -69,8 +69,13 @@ def test_a_config_problem_is_told_once_by_several_ranks(folder):
     assert "training.steps: is 0" in refused(folder, "training.steps=0", ranks=2)
 
 
-def test_pipeline_parallelism_is_planned_only(folder):
-    assert "--dry-run" in refused(folder, "parallel.pipeline_size=2", ranks=2)
+def test_ranks_that_make_no_replica(folder):
+    assert "3 ranks are no multiple of pipeline_size 2" in refused(folder, "parallel.pipeline_size=2", ranks=3)
+
+
+def test_heads_that_do_not_divide_are_refused_before_ranks_meet(folder):
+    message = refused(folder, "parallel.tensor_size=4", ranks=4)
+    assert "parallel.tensor_size: 4 does not divide model.num_attention_heads 2" in message
 
 
 def test_apex_that_is_not_there(folder):

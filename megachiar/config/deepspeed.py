@@ -47,6 +47,8 @@ DEFAULTS = {
     "zero_allow_untested_optimizer": True,
     # Rows between stages are sharded by sequence parallelism or not at all, never by DeepSpeed.
     "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    # Elements that gradients are reduced by. DeepSpeed's own 5e8 are 2 GB of fp32 that ZeRO 3 holds all the time.
+    "zero_optimization": {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
 }
 # With offload, AdamW on the host is torch's own fused one: DeepSpeed's needs a compiler.
 OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}

@@ -44,7 +44,7 @@ class Traffic:
 
 
 def layer_traffic(config: ModelConfig, index: int, attention_share: float, sequence: bool) -> Traffic:
-    """Of layer ``index`` (from 0), operator and feed-forward; ``attention_share`` is that of the routed layers' tokens."""
+    """Of layer ``index`` (from 0), both sub-layers; ``attention_share`` is that of the routed layers' tokens."""
     d = config.hidden_size
     feed_forward = Traffic(2 * d, (3 if sequence else 2) * d)
     if config.kind == "chiar" and index == 0:

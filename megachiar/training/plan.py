@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -16,69 +15,8 @@ from megachiar.errors import UserError
 from megachiar.model import build_model
 from megachiar.model.flops import training_flops_per_token
 from megachiar.topology import data_parallel_size
+from megachiar.training.layout import RankPlan, plan_ranks
 from megachiar.training.sources import open_data
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank: weights and what training keeps beside them. Without allocator overhead and buffers.
-
-    Attributes:
-        parameters: weights in the compute type.
-        gradients: of the weights, and their fp32 sums where the compute type is smaller.
-        optimizer: fp32 master weights (where the compute type is smaller) and AdamW's two moments.
-        activations: kept by the forward pass of one micro-batch for its backward pass.
-    """
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def estimate_memory(config: RunConfig, parameters: int, data_size: int, attention_share: float) -> MemoryEstimate:
-    """Memory of one rank.
-
-    Args:
-        config: of the run.
-        parameters: of the whole model.
-        data_size: data-parallel ranks that ZeRO shards over.
-        attention_share: of the routed layers' tokens.
-    """
-    parallel, width = config.parallel, _BYTES[config.precision.compute]
-    own = parameters / (parallel.pipeline_size * parallel.tensor_size)
-    shard = {stage: 1 if parallel.zero_stage < stage else data_size for stage in (1, 2, 3)}
-    mixed = config.precision.compute != "fp32"
-    summed = _BYTES[config.precision.gradient_accumulation] if mixed else 0
-    return MemoryEstimate(
-        parameters=own * width / shard[3],
-        gradients=own * (width + summed) / shard[2],
-        optimizer=own * (8 + (4 if mixed else 0)) / shard[1],
-        activations=activation_bytes(config, attention_share),
-    )
-
-
-def activation_bytes(config: RunConfig, attention_share: float) -> float:
-    """Bytes that one micro-batch's forward pass keeps for the backward pass on one rank."""
-    from megachiar.model.flops import activation_values_per_token
-
-    tokens = config.training.micro_batch_size * config.sequence_length
-    parallel = config.parallel
-    values = activation_values_per_token(config.model, attention_share)
-    # 1F1B keeps up to pipeline_size micro-batches of its own layers: as much as one of all layers.
-    return tokens * values * _BYTES[config.precision.compute] / parallel.tensor_size
-
-
-def expected_attention_share(config: RunConfig) -> float:
-    """Share of a routed layer's tokens that take attention, for planning: as configured, else one half."""
-    router = config.model.router
-    return router.attention_share if router.kind == "random" else 0.5
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
@@ -87,40 +25,65 @@ def print_plan(config: RunConfig, world_size: int | None) -> None:
     data_size = data_parallel_size(config, ranks)
     sys.stdout.write(config.to_yaml())
     sys.stdout.flush()
-    model = build_model(config.model, seed=0, device="meta")
-    count, share = model.parameter_count(), expected_attention_share(config)
-    memory = estimate_memory(config, count, data_size, share)
-    table = Table(title=f"plan of {config.logging.folder}", show_header=False, title_justify="left")
-    for name, value in _rows(config, ranks, data_size, count, share, memory):
-        table.add_row(name, value)
     console = Console(width=110)
+    table = Table(title=f"plan of {config.logging.folder}", show_header=False, title_justify="left")
+    for name, value in _rows(config, ranks, data_size):
+        table.add_row(name, value)
     console.print(table)
+    console.print(_ranks_table(plan_ranks(config, data_size)))
     console.print(_data_note(config))
 
 
-def _rows(
-    config: RunConfig, ranks: int, data_size: int, count: int, share: float, memory: MemoryEstimate
-) -> list[tuple[str, str]]:
+def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]]:
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.sequence_length
+    share = config.model.expected_attention_share
     per_token = training_flops_per_token(config.model, config.sequence_length, _mean_share(config, share))
     dense = config.model.model_copy(update={"kind": "baseline"})
     baseline = training_flops_per_token(dense, config.sequence_length, 1.0)
-    layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size} x dp {data_size} = {ranks} ranks"
+    rows = " with sequence parallelism" if parallel.sequence else ""
+    layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size}{rows} x dp {data_size} = {ranks} ranks"
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
     return [
-        ("parameters", f"{count:,}"),
+        ("parameters", f"{build_model(config.model, seed=0, device='meta').parameter_count():,}"),
         ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
         ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
         ("tokens in all", f"{tokens * training.steps:,} in {training.steps:,} steps"),
         ("FLOPs a step", f"{per_token * tokens:.3e} at attention share {share:.2f} of routed layers"),
         ("  against all attention", f"{per_token / baseline:.1%} of {baseline * tokens:.3e}"),
-        ("memory a rank", f"{_gib(memory.total)} (estimate, without buffers)"),
-        ("  parameters", _gib(memory.parameters)),
-        ("  gradients", _gib(memory.gradients)),
-        ("  optimizer", _gib(memory.optimizer)),
-        ("  activations", f"{_gib(memory.activations)} for one micro-batch"),
     ]
+
+
+def _ranks_table(stages: list[RankPlan]) -> Table:
+    """Memory and traffic of one rank of each stage; of many stages, the first, the fullest and the last."""
+    fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
+    shown = range(len(stages)) if len(stages) <= 4 else sorted({0, fullest, len(stages) - 1})
+    table = Table(title="one rank of a stage, without what libraries hold (estimate)", title_justify="left")
+    table.add_column("")
+    for number in shown:
+        layers = stages[number].layers
+        table.add_column(f"stage {number}: layers {layers.start + 1} to {layers.stop}", justify="right")
+    plans = [stages[number] for number in shown]
+    memory, traffic = [plan.memory for plan in plans], [plan.traffic for plan in plans]
+    rows = [
+        ("parameters", [f"{plan.parameters:,}" for plan in plans]),
+        ("memory", [gib(m.total) for m in memory]),
+        ("  weights", [gib(m.parameters) for m in memory]),
+        ("  gradients", [gib(m.gradients) for m in memory]),
+        ("  optimizer", [gib(m.optimizer) for m in memory]),
+        ("  buffers", [gib(m.buffers) for m in memory]),
+        ("  activations, all kept", [gib(m.activations_kept) + (" (not this run)" * m.recomputes) for m in memory]),
+        (
+            "  activations, recomputed",
+            [gib(m.activations_recomputed) + " (not this run)" * (not m.recomputes) for m in memory],
+        ),
+        ("sent a step in the tensor group", [gib(t.tensor) for t in traffic]),
+        ("  to other stages", [gib(t.pipeline) for t in traffic]),
+        ("  to other replicas", [gib(t.data) for t in traffic]),
+    ]
+    for name, values in rows:
+        table.add_row(name, *values)
+    return table
 
 
 def _mean_share(config: RunConfig, routed_share: float) -> float:
@@ -154,5 +117,6 @@ def _data_note(config: RunConfig) -> str:
     return "\n".join(f"{u.prefix}: {u.tokens:,} tokens, {u.share:.1%} of samples, {u.epochs:.2f} epochs" for u in uses)
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes for the reader."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
