@@ -16,6 +16,7 @@ from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
 from megachiar.training.sources import RunData, keep_tokenizer, open_data
+from megachiar.training.watch import PeerWatch
 
 
 def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
@@ -23,27 +24,37 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     data = open_data(config)
     device = start_process_group(config, topology)
     try:
-        topology = topology.with_groups()
-        engine = Engine(config, topology, device)
-        introduce(config, engine, data, console)
-        start_from_another_run(engine, console)
-        progress = resume_if_possible(engine, data, console.print)
-        display = Display(console, config.training.steps, progress.step)
-        if progress.step >= config.training.steps:
-            console.print(
-                f"nothing to do: {config.logging.folder} is at step {progress.step} of {config.training.steps}"
-            )
-            return 0
-        writer = open_run_folder(config, data, progress) if topology.is_main else None
-        try:
-            return Trainer(engine, data, progress, writer, display, signals).run()
-        finally:
-            if writer is not None:
-                writer.close()
+        with PeerWatch(topology, config.training.communication_timeout_s):
+            return train(config, topology.with_groups(), device, data, signals, console)
     finally:
         signals.ignore()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def train(
+    config: RunConfig,
+    topology: Topology,
+    device: torch.device,
+    data: RunData,
+    signals: StopSignals,
+    console: Console,
+) -> int:
+    """As ``pretrain``, among ranks that have met."""
+    engine = Engine(config, topology, device)
+    introduce(config, engine, data, console)
+    start_from_another_run(engine, console)
+    progress = resume_if_possible(engine, data, console.print)
+    display = Display(console, config.training.steps, progress.step)
+    if progress.step >= config.training.steps:
+        console.print(f"nothing to do: {config.logging.folder} is at step {progress.step} of {config.training.steps}")
+        return 0
+    writer = open_run_folder(config, data, progress) if topology.is_main else None
+    try:
+        return Trainer(engine, data, progress, writer, display, signals).run()
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def start_from_another_run(engine: Engine, console: Console) -> None:
