@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from test_kernels_dropout import numpy_head_keys, numpy_mask, some_keys
 
 from megachiar.kernels import attention as attention_module
+from megachiar.kernels import keyed_attention as keyed_module
 from megachiar.kernels.attention import causal_attention, routed_attention
+from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.permute import permute_rows
 from megachiar.kernels.rope import rotary_table, rotate
 
@@ -19,12 +23,23 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Every query (B, h, S, c) at the newest S of T positions against every key, later ones masked."""
+def dense_oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    stays: torch.Tensor | None = None,
+    rate: float = 0.0,
+) -> torch.Tensor:
+    """Every query (B, h, S, c) at the newest S of T positions against every key, later ones masked.
+
+    ``stays`` (B, h, S, T): probabilities that dropout at this rate leaves.
+    """
     queries, keys = q.shape[2], k.shape[2]
     products = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    return products.masked_fill(later, -math.inf).softmax(-1) @ v
+    probabilities = products.masked_fill(later, -math.inf).softmax(-1)
+    return (probabilities if stays is None else probabilities * stays / (1 - rate)) @ v
 
 
 def inputs(sequences: int, queries: int, keys: int) -> list[torch.Tensor]:
@@ -117,15 +132,180 @@ def test_routed_attention_in_16_bits_is_near_the_dense_formula(dtype):
     torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
 
 
+# Dropout of probabilities --------------------------------------------------------------------------------------------
+
+RATE, SITE = 0.3, 11
+
+
+def masks(sequences: int, queries: int, keys: int, first_head: int = 0, heads: int = HEADS) -> torch.Tensor:
+    """(B, h, S, T), True where a probability stays: from NumPy's transcription of the hash."""
+    of_rows = some_keys(sequences * queries).view(sequences, queries).numpy().astype("uint64")
+    of_heads = numpy_head_keys(of_rows, first_head, heads).swapaxes(1, 2)
+    return numpy_mask(of_heads, SITE, RATE, keys)
+
+
+def keyed(sequences: int, queries: int) -> KeyedDropout:
+    return KeyedDropout(RATE, some_keys(sequences * queries), SITE)
+
+
+@pytest.fixture(params=("one block", "small blocks", "few probabilities", "all sequences", "all sequences, in blocks"))
+def blocks(request, monkeypatch) -> str:
+    """How queries are put together."""
+    name = request.param
+    if name == "small blocks":
+        monkeypatch.setattr(keyed_module, "CPU_QUERIES", 3)
+    if "sequences" in name:
+        monkeypatch.setattr(keyed_module, "_at_once", lambda at, device: tuple(at.shape))
+    if name in ("few probabilities", "all sequences, in blocks"):
+        monkeypatch.setattr(keyed_module, "PROBABILITIES", 150)
+    return name
+
+
+@pytest.mark.parametrize(("first_head", "scale"), [(0, None), (6, 1.0)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (3, 7), (1, 9)])
+def test_causal_attention_with_dropout_is_the_dense_formula(blocks, queries, keys, first_head, scale):
+    tensors = inputs(3, queries, keys)
+    expected = dense_oracle(*tensors, scale, masks(3, queries, keys, first_head), RATE)
+    got = causal_attention(*tensors, keyed(3, queries), first_head, scale)
+    assert_same(got, expected, tensors)
+
+
+@pytest.mark.parametrize(("first_head", "scale"), [(0, None), (6, 1.0)])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (5, 12)])
+def test_routed_attention_with_dropout_is_the_chosen_rows_of_the_dense_formula(
+    blocks, queries, keys, choice, first_head, scale
+):
+    sequences = 3
+    tensors = inputs(sequences, queries, keys)
+    q, k, v = tensors
+    rows = chosen_rows(choice, sequences, queries)
+    flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    expected = dense_oracle(*tensors, scale, masks(sequences, queries, keys, first_head), RATE)
+    expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    how = keyed(sequences, queries).select(rows)
+    got = routed_attention(flat, k, v, rows, queries, how, first_head, scale)
+    assert got.shape == (len(rows), HEADS, CHANNELS)
+    assert_same(got, expected, tensors)
+
+
+@pytest.mark.parametrize("choice", ("some", "all"))
+def test_dropout_beyond_one_block_of_the_real_size(choice):
+    queries = keyed_module.CPU_QUERIES * 2 + 37
+    tensors = inputs(2, queries, queries)
+    q, k, v = tensors
+    rows = chosen_rows(choice, 2, queries)
+    flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    expected = dense_oracle(*tensors, None, masks(2, queries, queries), RATE)
+    expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    assert len(rows) / 2 > keyed_module.CPU_QUERIES / 2
+    got = routed_attention(flat, k, v, rows, queries, keyed(2, queries).select(rows))
+    assert_same(got, expected, tensors)
+
+
+@pytest.mark.parametrize("choice", ("some", "all"))
+def test_ranks_that_share_the_heads_compute_parts_of_the_whole(choice):
+    queries, heads = 11, 6
+    q, k, v = (noise(2, heads, queries, CHANNELS, seed=s).requires_grad_() for s in range(3))
+    rows = chosen_rows(choice, 2, queries)
+    how = keyed(2, queries).select(rows)
+
+    def attention(of_rank: slice) -> torch.Tensor:
+        flat = q[:, of_rank].transpose(1, 2).flatten(0, 1).index_select(0, rows)
+        return routed_attention(flat, k[:, of_rank], v[:, of_rank], rows, queries, how, of_rank.start)
+
+    parts = torch.cat([attention(slice(first, first + 2)) for first in range(0, heads, 2)], 1)
+    assert_same(parts, attention(slice(0, heads)), [q, k, v])
+
+
+def test_a_sequence_alone_has_the_dropout_it_has_in_a_micro_batch():
+    tensors, how = inputs(4, 9, 9), keyed(4, 9)
+    whole = causal_attention(*tensors, how)
+    for i in range(4):
+        alone = causal_attention(*(t[i : i + 1] for t in tensors), how.select(torch.arange(i * 9, i * 9 + 9)))
+        torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-12)
+
+
+def test_dropout_at_rate_0_is_none():
+    tensors = inputs(2, 7, 7)
+    assert causal_attention(*tensors, KeyedDropout(0.0, some_keys(14), 1)).equal(causal_attention(*tensors))
+    rows = chosen_rows("some", 2, 7)
+    flat = tensors[0].transpose(1, 2).flatten(0, 1)[rows]
+    how = KeyedDropout(0.0, some_keys(14)[rows], 1)
+    got, expected = (routed_attention(flat, *tensors[1:], rows, 7, d) for d in (how, None))
+    assert got.equal(expected)
+
+
+def test_gradcheck_of_attention_with_dropout():
+    q, k, v = inputs(2, 5, 5)
+    rows = torch.tensor([1, 2, 4, 8])
+    flat = q.detach().transpose(1, 2).flatten(0, 1).index_select(0, rows).requires_grad_()
+    how = keyed(2, 5).select(rows)
+    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5, how, 1), (flat, k, v))
+
+
+def test_probabilities_of_far_apart_scores_stay_finite():
+    q, k, v = (t.detach() for t in inputs(1, 9, 9))
+    tensors = [t.float().requires_grad_() for t in (q * 1e4, k, v)]
+    got = causal_attention(*tensors, keyed(1, 9))
+    expected = dense_oracle(*(t.double() for t in tensors), None, masks(1, 9, 9), RATE)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-2)  # scores of 10^4 are exact to 10^-3
+    got.sum().backward()
+    assert all(t.grad.isfinite().all() for t in tensors)
+
+
+@pytest.mark.parametrize("products", ("wide", "16 bits"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_dropout_in_16_bits_is_near_the_dense_formula(monkeypatch, dtype, products):
+    if products == "16 bits":  # as on a GPU
+        monkeypatch.setattr(keyed_module, "_types", lambda q: (q.dtype, torch.float32))
+    tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    expected = dense_oracle(*doubles, None, masks(2, 16, 16), RATE)
+    got = causal_attention(*tensors, keyed(2, 16))
+    assert got.dtype == dtype
+    direction = noise(*got.shape, seed=9).to(dtype)
+    pairs = [(got, expected)]
+    pairs += zip(
+        torch.autograd.grad(got, tensors, direction),
+        torch.autograd.grad(expected, doubles, direction.double()),
+        strict=True,
+    )
+    step = torch.finfo(dtype).eps
+    for g, e in pairs:
+        assert g.dtype == dtype
+        assert (g.double() - e).norm() < (1 if products == "wide" else 4) * step * e.norm()
+
+
+def test_no_probabilities_are_kept_for_the_backward_pass():
+    queries = 300
+    q, k, v = inputs(1, queries, queries)
+    rows = chosen_rows("some", 1, queries)
+    flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    how = keyed(1, queries)
+
+    def largest_kept(function, *arguments, **options) -> int:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
+        ):
+            function(*arguments, **options)
+        return max(kept) // q.element_size()
+
+    assert largest_kept(F.scaled_dot_product_attention, q, k, v, dropout_p=RATE) >= queries * queries  # it is seen
+    assert largest_kept(causal_attention, q, k, v, how) == q.numel()
+    assert largest_kept(routed_attention, flat, k, v, rows, queries, how.select(rows)) == q.numel()
+
+
 @pytest.mark.parametrize("choice", ("some", "all"))
 def test_dropout_leaves_out_attention_probabilities_at_its_rate(choice):
-    queries, rate = 64, 0.25
-    q, k = (torch.zeros(1, 1, queries, 2) for _ in range(2))
-    v = torch.ones(1, 1, queries, 2)
+    queries, rate, heads = 64, 0.25, 2000
+    q, k = (torch.zeros(1, heads, queries, 1) for _ in range(2))
+    v = torch.ones(1, heads, queries, 1)
     rows = chosen_rows(choice, 1, queries)
-    torch.manual_seed(0)
-    flat = q.flatten(0, 2)[:, None].index_select(0, rows)
-    runs = torch.stack([routed_attention(flat, k, v, rows, queries, dropout=rate)[:, 0, 0] for _ in range(2000)])
+    how = KeyedDropout(rate, some_keys(queries)[rows], SITE)
+    # Every head is a run of its own.
+    runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, rows, queries, how)[..., 0].T
     assert not runs[0].equal(runs[1])
     seen = (rows + 1).double()  # equal probabilities: the kept share of them, scaled up
     deviation = (rate / (1 - rate) / seen).sqrt()

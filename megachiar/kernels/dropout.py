@@ -3,9 +3,12 @@
 A mask then does not depend on how rows and columns are shared out over micro-batches and ranks, a resumed run needs no
 generator's state, and a recomputed activation gets the mask it had.
 
-    row key (64 bits)     of seed, sample and position; mixed with the site, 32 bits of it are taken
-    column key (32 bits)  of the column's number in the whole matrix
-    kept                  where a hash of (row key XOR column key) is at least p * 2^32
+    row key (64 bits)      mix64 of seed, sample and position; mixed once more with the site: halves r (high), s (low)
+    column key (32 bits)   c, the high half of mix64 of the column's number in the whole matrix
+    number (32 bits)       z = (r XOR c) * 0x7FEB352D;  number = (z XOR z >> 15) * (s OR 1)
+    kept                   where the number, as int32, is at least p * 2^32 - 2^31
+
+The second factor belongs to the row: two columns with unlucky keys are not alike in all rows.
 
 Shapes: n rows, m columns.
 """
@@ -18,10 +21,14 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels import gpu, triton_dropout
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
 
-CHUNK = 2**16
-"""Elements that are hashed at once: they and their 32-bit numbers stay in a core's cache."""
+CHUNK = 2**18
+"""Elements a CPU hashes at once: with their 32-bit numbers they stay in a core's cache."""
+DEVICE_CHUNK = 2**24
+"""Elements another device hashes at once, where it has no triton."""
+FACTOR = 0x7FEB352D
 
 
 class KeyedDropout(NamedTuple):
@@ -37,47 +44,97 @@ class KeyedDropout(NamedTuple):
     keys: torch.Tensor
     site: int
 
+    def select(self, rows: torch.Tensor) -> KeyedDropout:
+        """Of the rows with these numbers (int64)."""
+        return self._replace(keys=self.keys.index_select(0, rows))
+
 
 def row_keys(seed: int, samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Key of each row: int64, as ``samples`` and ``positions`` (int64) broadcast."""
     return mix64(mix64(samples + wrap64((seed + 1) * GOLDEN)) + positions * GOLDEN)
 
 
+def head_keys(keys: torch.Tensor, first_head: int, heads: int) -> torch.Tensor:
+    """``keys`` (...) as those of a row of each head: (..., heads)."""
+    numbers = torch.arange(first_head + 1, first_head + heads + 1, device=keys.device)
+    return mix64(keys[..., None] + numbers * GOLDEN)
+
+
 def dropout(x: torch.Tensor, how: KeyedDropout | None, first_column: int = 0) -> torch.Tensor:
-    """``x`` (n, m) with elements dropped; ``x`` itself without ``how``.
+    """``x`` (n, m) with elements dropped; ``x`` itself without ``how`` or with probability 0.
 
     ``first_column`` is the number of x's first column in the whole matrix, where ranks share its columns.
     """
     if how is None or how.probability == 0:
         return x
-    return _Dropout.apply(x, how, first_column)
+    return _Dropout.apply(x, how.keys, how.probability, how.site, first_column)
 
 
 class _Dropout(torch.autograd.Function):
+    """The mask is computed again in the backward pass, not kept."""
+
     @staticmethod
-    def forward(ctx, x, how, first_column):
-        ctx.how, ctx.first_column = how, first_column
-        return _dropped(x, how, first_column)
+    def forward(ctx, x, keys, *place):
+        ctx.save_for_backward(keys)
+        ctx.place = place
+        return _dropped(x, keys, *place)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return _dropped(gradient, ctx.how, ctx.first_column), None, None
+        return _dropped(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
 
 
-def _dropped(x: torch.Tensor, how: KeyedDropout, first_column: int) -> torch.Tensor:
-    rows, columns = site_keys(how), column_keys(first_column, x.shape[1], x.device)
-    result, scale = torch.empty_like(x), 1 / (1 - how.probability)
-    step = max(1, CHUNK // x.shape[1])
-    for start in range(0, len(x), step):
-        part = slice(start, start + step)
-        torch.mul(x[part], kept(rows[part, None], columns, how.probability), out=result[part]).mul_(scale)
-    return result
+def _dropped(x: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_column: int) -> torch.Tensor:
+    drop = Dropper(KeyedDropout(probability, keys, site), x.shape[1], first_column)
+    return drop(x, drop.keys, torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-def site_keys(how: KeyedDropout) -> torch.Tensor:
-    """(n,) int32: the rows' keys at this place."""
-    return (mix64(how.keys + wrap64(how.site * GOLDEN)) >> 32).int()
+class Dropper:
+    """Drops elements of rows, block by block, and scales the others; what the blocks share is made once.
+
+    Attributes:
+        keys: of the rows, as ``how`` has them: mixed with the site where that is not the kernel's work. A block names
+            its rows by a part of them.
+    """
+
+    def __init__(self, how: KeyedDropout, columns: int, first_column: int = 0):
+        device = how.keys.device
+        self.site, self.scale = how.site, 1 / (1 - how.probability)
+        self.least = int(how.probability * 2**32) - 2**31
+        self.columns = column_keys(first_column, columns, device)
+        self.one_kernel = gpu.has_kernels(device)
+        self.keys = how.keys if self.one_kernel else mix64(how.keys + wrap64(how.site * GOLDEN))
+        self.chunk = CHUNK if device.type == "cpu" else DEVICE_CHUNK
+        self.spare = torch.empty(2, 0, dtype=torch.int32, device=device)
+
+    def __call__(self, x: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write what stays of ``x`` (n, m) to ``out``, which is contiguous and may be ``x``, and return it.
+
+        ``keys`` (n,) are its rows'; its columns are the first m ones.
+        """
+        columns = self.columns[: x.shape[1]]
+        if self.one_kernel:
+            return triton_dropout.drop(x, keys, columns, self.site, self.least, self.scale, FACTOR, out)
+        first, second = (keys >> 32).int()[:, None], ((keys << 32 >> 32).int() | 1)[:, None]
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        step = max(1, self.chunk // max(1, x.shape[1]))
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            kept = self._kept(first[rows], second[rows], columns)
+            torch.mul(x[rows], self.scale, out=out[rows]).view(bits).bitwise_and_(kept.to(bits))
+        return out
+
+    def _kept(self, first: torch.Tensor, second: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """(n, m) int32 of keys (n, 1) and (m,): all bits set where an element stays, none where it is dropped."""
+        # In place and on 32-bit integers throughout, since these are vectorised: bool masks take several times as long.
+        count = len(first) * len(columns)
+        if self.spare.shape[1] < count:
+            self.spare = self.spare.new_empty(2, count)
+        number, shifted = self.spare[:, :count].view(2, len(first), len(columns))
+        torch.bitwise_xor(first, columns, out=number).mul_(FACTOR)
+        torch.bitwise_right_shift(number, 15, out=shifted).bitwise_and_(0x1FFFF)
+        return number.bitwise_xor_(shifted).mul_(second).ge_(self.least).neg_()
 
 
 @lru_cache(maxsize=32)
@@ -85,12 +142,3 @@ def column_keys(first: int, count: int, device: torch.device) -> torch.Tensor:
     """(count,) int32: keys of columns ``first`` to ``first + count - 1``."""
     with torch.inference_mode(False):
         return (mix64((torch.arange(first, first + count, device=device) + 1) * GOLDEN) >> 32).int()
-
-
-def kept(rows: torch.Tensor, columns: torch.Tensor, probability: float) -> torch.Tensor:
-    """Mask, True where an element stays, of int32 keys as they broadcast."""
-    number = rows ^ columns
-    number *= 0x7FEB352D
-    number ^= (number >> 15) & 0x1FFFF
-    number *= -0x7B935975  # 0x846CA68B as int32
-    return number >= int(probability * 2**32) - 2**31

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+"""The finaliser of SplitMix64 on 64 bits: each step XORs the number with itself shifted right, then multiplies."""
 
 
 def wrap64(number: int) -> int:
@@ -14,16 +16,12 @@ def wrap64(number: int) -> int:
 
 def mix64(numbers: torch.Tensor) -> torch.Tensor:
     """The finaliser of SplitMix64 on int64 ``numbers``."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        numbers = (numbers ^ _shift_right(numbers, shift)) * factor
-    return numbers ^ _shift_right(numbers, 31)
+    for shift, factor in MIX:
+        shifted = (numbers >> shift) & ((1 << (64 - shift)) - 1)  # int64's own shift copies the sign
+        numbers = (numbers ^ shifted) * wrap64(factor)
+    return numbers
 
 
 def uniform_hash(numbers: torch.Tensor) -> torch.Tensor:
     """``mix64`` of int64 ``numbers`` as fp64 in [0, 1)."""
-    return _shift_right(mix64(numbers), 11).double() * 2.0**-53
-
-
-def _shift_right(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: int64's own one copies the sign."""
-    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+    return ((mix64(numbers) >> 11) & (2**53 - 1)).double() * 2.0**-53

@@ -1,0 +1,163 @@
+"""Attention with keyed dropout of its probabilities, of which no more than a block is ever held.
+
+A query's row of a head has as columns the keys' positions: see ``dropout`` for what stays of them.
+
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head; of one
+block: b sequences, s queries of each, which see t keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megachiar.kernels.dropout import Dropper, KeyedDropout, head_keys
+
+CPU_QUERIES = 128
+"""Queries of a block on a CPU: it then stays in the caches, and sees few keys that stand behind its queries."""
+PROBABILITIES = 2**24
+"""Most probabilities of a block."""
+
+
+def keyed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: torch.Tensor,
+    dropout: KeyedDropout,
+    first_head: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of queries to the keys up to their own position.
+
+    Args:
+        q: (B, h, S, c).
+        k, v: (B, h, T, c).
+        at: (B, S) int64, positions of the queries.
+        dropout: with the keys (B * S,) of the queries' rows.
+        first_head: number of the first head of q, where ranks share the heads.
+        scale: of the products; 1 / sqrt(c) if not given.
+
+    Returns:
+        (B, h, S, c). Probabilities and sums are fp32 (fp64 for fp64 input).
+    """
+    blocks = _blocks(at, q.shape[1], k.shape[2], *_at_once(at, q.device))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    place = dropout.probability, dropout.site, first_head
+    return _KeyedAttention.apply(q, k, v, at.to(q.device), dropout.keys.view(at.shape), blocks, scale, place)
+
+
+class _Block(NamedTuple):
+    """Queries whose products are made at once: ``queries`` of ``sequences``.
+
+    All of them see the keys before ``first``, none of them those from ``end``.
+    """
+
+    sequences: slice
+    queries: slice
+    first: int
+    end: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Their part of (B, h, S, ...)."""
+        return tensor[self.sequences, :, self.queries]
+
+    def seen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What they see of (B, h, T, c)."""
+        return tensor[self.sequences, :, : self.end]
+
+
+def _at_once(at: torch.Tensor, device: torch.device) -> tuple[int, int]:
+    """Sequences and queries that a block has if it does not become too large."""
+    return (1, min(CPU_QUERIES, at.shape[1])) if device.type == "cpu" else tuple(at.shape)
+
+
+def _blocks(at: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
+    """Blocks of all queries: ``together`` sequences, which divide B, and ``size`` queries of each or fewer."""
+    size = max(1, min(size, PROBABILITIES // (together * heads * keys)))
+    parts = at.view(-1, together, at.shape[1]).split(size, 2)
+    bounds = torch.stack([torch.stack([p.amin((1, 2)), p.amax((1, 2))], -1) for p in parts], 1) + 1
+    return [
+        _Block(slice(i * together, (i + 1) * together), slice(j * size, (j + 1) * size), first, end)
+        for i, of_sequences in enumerate(bounds.tolist())  # one copy from the device for all blocks
+        for j, (first, end) in enumerate(of_sequences)
+    ]
+
+
+class _KeyedAttention(torch.autograd.Function):
+    """Probabilities and their masks are computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, at, keys, blocks, scale, place):
+        ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
+        product, wide = _types(q)
+        drop = _dropper(q, k, keys, *place)
+        factors = [t.to(product) for t in (q, k, v)]
+        output = torch.empty_like(q)
+        scales = q.new_empty(*q.shape[:3], 1, dtype=wide)  # log-sum-exp of each row
+        for block in blocks:
+            weights = _scores(block, *factors[:2], at, scale, wide)
+            top = weights.amax(-1, keepdim=True)
+            total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+            block.of(scales).copy_(total.log().add_(top))
+            _dropped(drop, block, weights, weights)
+            block.of(output).copy_((weights.to(product) @ block.seen(factors[2])) / total)
+        ctx.save_for_backward(q, k, v, at, keys, output, scales)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        *inputs, at, keys, output, scales = ctx.saved_tensors
+        product, wide = _types(gradient)
+        drop = _dropper(*inputs[:2], keys, *ctx.place)
+        inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
+        q, k, v, gradient = (t.to(product) for t in (*inputs, gradient))
+        of_q = torch.empty_like(q, dtype=wide)
+        of_k, of_v = (torch.zeros_like(t, dtype=wide) for t in (k, v))
+        for block in ctx.blocks:
+            weights = _scores(block, q, k, at, ctx.scale, wide).sub_(block.of(scales)).exp_()
+            dropped = _dropped(drop, block, weights, torch.empty_like(weights))
+            of_output = block.of(gradient)
+            block.seen(of_v).add_(dropped.to(product).mT @ of_output)
+            # d loss / d scores = dropped * (of_output @ v^T) - weights * inner
+            slope = (of_output @ block.seen(v).mT).to(wide).mul_(dropped).sub_(weights.mul_(block.of(inner)))
+            slope = slope.to(product)
+            block.of(of_q).copy_(slope @ block.seen(k))
+            block.seen(of_k).add_(slope.mT @ block.of(q))
+        gradients = of_q.mul_(ctx.scale), of_k.mul_(ctx.scale), of_v
+        return *(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), *[None] * 5
+
+
+def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of factors in products, and of probabilities and sums."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # A CPU may have no fast products of 16-bit numbers: those of fp16 can take twenty times as long.
+    return wide if q.device.type == "cpu" else q.dtype, wide
+
+
+def _dropper(
+    q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_head: int
+) -> Dropper:
+    """What drops probabilities: its keys are (B, h, S)."""
+    of_heads = head_keys(keys, first_head, q.shape[1]).transpose(1, 2)
+    return Dropper(KeyedDropout(probability, of_heads, site), k.shape[2])
+
+
+def _scores(
+    block: _Block, q: torch.Tensor, k: torch.Tensor, at: torch.Tensor, scale: float, wide: torch.dtype
+) -> torch.Tensor:
+    """Scaled products (b, h, s, t), -inf where a key stands behind its query."""
+    scores = (block.of(q) @ block.seen(k).mT).to(wide).mul_(scale)
+    behind = torch.arange(block.first, block.end, device=q.device) > at[block.sequences, None, block.queries, None]
+    scores[..., block.first :] += torch.where(behind, -torch.inf, 0.0)
+    return scores
+
+
+def _dropped(drop: Dropper, block: _Block, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``weights`` (b, h, s, t) dropped, in ``out``."""
+    seen = weights.shape[-1]
+    return drop(weights.view(-1, seen), block.of(drop.keys).flatten(), out.view(-1, seen)).view_as(weights)

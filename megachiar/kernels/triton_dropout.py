@@ -1,0 +1,96 @@
+"""Keyed dropout in one Triton kernel, bit for bit that of the torch operations in ``dropout``, which defines it.
+
+Shapes: n rows, m columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megachiar.kernels.gpu import jit, tl, triton
+from megachiar.kernels.hash import GOLDEN, MIX
+
+BLOCK = 4096
+"""Elements of one program."""
+
+
+def drop(
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    columns: torch.Tensor,
+    site: int,
+    least: int,
+    scale: float,
+    factor: int,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Write ``scale * x`` (n, m), or 0 where the number is below ``least``, to ``out``: contiguous; it may be ``x``.
+
+    ``keys`` (n,) int64 are the rows' ones before they are mixed with ``site``, ``columns`` (m,) int32.
+    """
+    n, m = x.shape
+    if x.numel() == 0:
+        return out
+    block_columns = min(triton.next_power_of_2(m), 1024)
+    block_rows = BLOCK // block_columns
+    grid = (triton.cdiv(n, block_rows), triton.cdiv(m, block_columns))
+    (shift0, times0), (shift1, times1), (shift2, _) = MIX
+    _drop[grid](
+        *(x.contiguous(), out, keys.contiguous(), columns, n, m, site),
+        SCALE=scale,
+        LEAST=least,
+        FACTOR=factor,
+        GOLDEN=GOLDEN,
+        SHIFT0=shift0,
+        TIMES0=times0,
+        SHIFT1=shift1,
+        TIMES1=times1,
+        SHIFT2=shift2,
+        ROWS=block_rows,
+        COLUMNS=block_columns,
+    )
+    return out
+
+
+def _kernel(
+    x,
+    out,
+    keys,
+    columns,
+    n,
+    m,
+    site,
+    SCALE: tl.constexpr,
+    LEAST: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GOLDEN: tl.constexpr,
+    SHIFT0: tl.constexpr,
+    TIMES0: tl.constexpr,
+    SHIFT1: tl.constexpr,
+    TIMES1: tl.constexpr,
+    SHIFT2: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    key = tl.load(keys + row, mask=row < n, other=0) + site.to(tl.int64) * GOLDEN
+    key = key.to(tl.uint64, bitcast=True)
+    key = (key ^ (key >> SHIFT0)) * TIMES0
+    key = (key ^ (key >> SHIFT1)) * TIMES1
+    key = key ^ (key >> SHIFT2)
+    first = (key >> 32).to(tl.uint32)[:, None]
+    second = key.to(tl.uint32)[:, None] | 1
+    of_column = tl.load(columns + column, mask=column < m, other=0).to(tl.uint32, bitcast=True)[None, :]
+    number = (first ^ of_column) * FACTOR
+    number = (number ^ (number >> 15)) * second
+    at = row[:, None] * m + column[None, :]
+    inside = (row < n)[:, None] & (column < m)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if value.dtype != tl.float64:
+        value = value.to(tl.float32)
+    value = tl.where(number.to(tl.int32, bitcast=True) >= LEAST, value * SCALE, 0.0)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+_drop = jit(_kernel, do_not_specialize=["site"])
