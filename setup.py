@@ -33,6 +33,13 @@ setup(
         "gpu": ["triton>=3", "nvidia-ml-py>=12"],
         "mpi": ["mpi4py>=4"],
         "hf": ["datasets>=3", "transformers>=4.44"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "scipy>=1.11", "ruff>=0.6", 'triton>=3; sys_platform == "linux"'],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "scipy>=1.11",
+            "ruff>=0.6",
+            'triton>=3; sys_platform == "linux"',
+        ],
     },
 )

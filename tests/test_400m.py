@@ -45,7 +45,7 @@ def test_deepspeed_takes_three_steps_of_the_400m_model(tmp_path):
 def test_dry_run_plans_every_shipped_config(name, parameters):
     done = python("-m", "megachiar.pretrain", "--config", f"configs/{name}.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "│ parameters " in line and "," in line]
+    line = next(line for line in done.stdout.splitlines() if "│ parameters " in line)
     assert parameters in line
-    for part in ("model:", "memory a rank", "FLOPs a step", "activations"):
+    for part in ("model:", "one rank", "FLOPs a step", "activations"):
         assert part in done.stdout

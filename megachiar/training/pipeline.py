@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -37,6 +38,16 @@ class Stages(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple]:
+        """What DeepSpeed adds up over the stages that hold a tied weight, and their process group.
+
+        It reads ``.grad``; an optimizer that accumulates in another dtype has moved the gradient to ``.grad_accum``.
+        """
+        return [
+            (weight if getattr(weight, "grad_accum", None) is None else SimpleNamespace(grad=weight.grad_accum), group)
+            for weight, group in super().get_tied_weights_and_groups()
+        ]
 
     def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """Mean loss a token in training, which is kept for the log; the sum over tokens in evaluation."""

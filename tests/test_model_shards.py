@@ -1,0 +1,43 @@
+"""Every router, norm and gate over tensor-parallel ranks, against the model on one rank, in float64.
+
+What engines do with the shards is the matter of ``test_training_layouts.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from model_cases import VARIANTS
+from support import run_ranks
+
+WORKER = Path(__file__).with_name("model_shards_worker.py")
+CASES = VARIANTS | {
+    "baseline pre": {"kind": "baseline", "norm": "pre"},
+    "pre": {"norm": "pre"},
+    "pool batch": {"meta_router": {"pool": "batch"}},
+    "pool none": {"meta_router": {"pool": "none"}},
+    "published gate": {"meta_router": {"init": "published"}},
+    "pre, soft three, pool batch": {"norm": "pre", "router": VARIANTS["soft three"]["router"]}
+    | {"meta_router": {"pool": "batch"}},
+}
+LAYOUTS = ("rows whole", "rows sharded", "rows sharded, recomputed")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def measured(request, tmp_path_factory):
+    """{case: {layout: {what: greatest deviation}}} of a number of ranks."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    run_ranks(request.param, WORKER, folder, timeout=500)
+    return json.loads((folder / "measured.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_shards_compute_what_the_whole_model_does(measured, case, layout):
+    deviations = measured[case][layout]
+    assert len(deviations) > 20  # loss, statistics and a gradient for each parameter
+    wrong = {what: by for what, by in deviations.items() if not by <= 1e-11}
+    assert not wrong
