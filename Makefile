@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 	@$(RUN) tools/quickstart.py
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow

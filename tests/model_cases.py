@@ -32,6 +32,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}}
 VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}
+KEYS_OF_ROUTED = {"attention": {"keys": "routed"}}
+VARIANTS |= {
+    f"{name}, keys of routed": {"router": ROUTERS[name]} | KEYS_OF_ROUTED
+    for name in ("threshold", "threshold all dct", "threshold all attention", "hard three", "random")
+}
 
 
 def small_model_config(**fields: Any) -> ModelConfig:

@@ -57,7 +57,6 @@ class Oracle:
         name, router = f"layers.{index}", self.config.router
         entropy = self.entropy(x)
         functions = {"dct": self.dct, "rbf": self.rbf, "attention": self.attention}
-        every = torch.stack([functions[o](x, f"{name}.{o}") for o in router.operators], -1)  # (B, T, d, O)
         gates = None
         if router.kind in ("soft", "hard"):
             weight, bias = self.w[f"{name}.router.gate.weight"], self.w[f"{name}.router.gate.bias"]
@@ -70,6 +69,10 @@ class Oracle:
             bounds = [below - router.rbf_share, below] if "rbf" in router.operators else [below]
             draws = [splitmix(router.seed, index, t) for t in range(x.shape[1])]
             operator = torch.tensor([sum(draw > bound for bound in bounds) for draw in draws]).expand(len(x), -1)
+        attends = operator == len(router.operators) - 1
+        if self.config.attention.keys == "routed":
+            functions["attention"] = lambda x, name: self.attention(x, name, attends)
+        every = torch.stack([functions[o](x, f"{name}.{o}") for o in router.operators], -1)  # (B, T, d, O)
         if router.kind == "soft":
             y = (every * gates[:, :, None]).sum(-1)
         else:
@@ -109,7 +112,8 @@ class Oracle:
 
         return self.sub_layer(x, operator, f"{name}.norm")
 
-    def attention(self, x: Tensor, name: str) -> Tensor:
+    def attention(self, x: Tensor, name: str, has_key: Tensor | None = None) -> Tensor:
+        """``has_key`` (B, T): tokens that others may attend to; each attends to itself."""
         heads, size = self.config.num_attention_heads, self.config.head_size
 
         def operator(y: Tensor) -> Tensor:
@@ -120,6 +124,9 @@ class Oracle:
                 part = slice(h * size, (h + 1) * size)
                 qh, kh = self.turned(q[..., part]), self.turned(k[..., part])
                 products = (qh @ kh.conj().mT).real / math.sqrt(size)
+                if has_key is not None:
+                    hidden = ~has_key[:, None, :] & ~torch.eye(x.shape[1], dtype=torch.bool)
+                    products = products.masked_fill(hidden, -math.inf)
                 out.append(causal_softmax(products) @ v[..., part])
             return self.linear(torch.cat(out, -1), f"{name}.output")
 

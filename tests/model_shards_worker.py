@@ -1,6 +1,7 @@
 """One rank of ``test_model_shards.py``: models cut over all ranks against the same models whole.
 
-python model_shards_worker.py FOLDER: cases in FOLDER/cases.json, greatest deviations to FOLDER/measured.json.
+python model_shards_worker.py FOLDER: cases and layout in FOLDER/layout.json, greatest deviations to
+FOLDER/measured.json.
 """
 
 from __future__ import annotations
@@ -25,15 +26,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    layouts = {
-        "rows whole": (TensorGroup(rank, size, False, dist.group.WORLD), None),
-        "rows sharded": (TensorGroup(rank, size, True, dist.group.WORLD), None),
-        "rows sharded, recomputed": (TensorGroup(rank, size, True, dist.group.WORLD), 2),
-    }
-    measured = {
-        case: {name: deviations(fields, *layout) for name, layout in layouts.items()}
-        for case, fields in json.loads((folder / "cases.json").read_text()).items()
-    }
+    layout = json.loads((folder / "layout.json").read_text())
+    group = TensorGroup(rank, size, layout["sequence"], dist.group.WORLD)
+    measured = {case: deviations(fields, group, layout["interval"]) for case, fields in layout["cases"].items()}
     everyone: list = [None] * size
     dist.all_gather_object(everyone, measured)
     if rank == 0:
@@ -76,13 +71,9 @@ def run(model: ChiarFormer, tokens: torch.Tensor) -> ModelOutput:
 
 
 def worst_of(everyone: list[dict]) -> dict:
-    first = everyone[0]
+    """Of all ranks' deviations the greatest."""
     return {
-        case: {
-            layout: {what: max(one[case][layout][what] for one in everyone) for what in results}
-            for layout, results in layouts.items()
-        }
-        for case, layouts in first.items()
+        case: {what: max(one[case][what] for one in everyone) for what in found} for case, found in everyone[0].items()
     }
 
 

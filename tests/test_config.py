@@ -130,6 +130,11 @@ CROSS_CHECKS = [
         "model.router.collapse_weight",
         "nothing to regularise",
     ),
+    (
+        ["model.router.tau=null", "model.router.kind=soft", "model.attention.keys=routed"],
+        "model.attention.keys",
+        "routed with a soft router",
+    ),
     (["data.sequence_length=129"], "data.sequence_length", "above model.max_sequence_length 128"),
     (["training.micro_batch_size=5"], "training.global_batch_size", "use 5 or 10"),
     (["parallel.data_size=3"], "training.global_batch_size", "no multiple"),

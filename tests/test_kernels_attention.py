@@ -11,7 +11,7 @@ from test_kernels_dropout import numpy_head_keys, numpy_mask, some_keys
 
 from megachiar.kernels import attention as attention_module
 from megachiar.kernels import keyed_attention as keyed_module
-from megachiar.kernels.attention import causal_attention, routed_attention
+from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.permute import permute_rows
 from megachiar.kernels.rope import rotary_table, rotate
@@ -86,6 +86,21 @@ def chosen_rows(name: str, sequences: int, queries: int) -> torch.Tensor:
 
 
 CHOICES = ("none", "all", "one", "one sequence without", "first of each", "same number of each", "some")
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("length", (1, 2, 13))
+def test_attention_among_chosen_rows_sees_no_other(length, choice):
+    sequences = 3
+    tensors = inputs(sequences, length, length)
+    rows = chosen_rows(choice, sequences, length)
+    chosen = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in tensors)  # (rows, h, c)
+    products = tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    probabilities = products.masked_fill(later, -math.inf).masked_fill(~chosen, -1e300).softmax(-1)
+    expected = (probabilities @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
+    assert_same(attention_among(q[rows], k[rows], v[rows], rows, sequences, length), expected, tensors)
 
 
 @pytest.mark.parametrize("scale", (None, 1.0))

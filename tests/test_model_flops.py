@@ -47,6 +47,8 @@ def counted_flops(config: ModelConfig) -> tuple[float, float]:
         {"router": {"kind": "random", "attention_share": 0.1, "seed": 2}},
         {"router": {"tau": 1.0}},
         {"router": {"tau": 0.0}},
+        {"router": {"kind": "random", "attention_share": 0.5}, "attention": {"keys": "routed"}},
+        {"router": {"kind": "random", "attention_share": 0.1, "seed": 2}, "attention": {"keys": "routed"}},
     ],
     ids=str,
 )
@@ -117,6 +119,8 @@ MEMORY_CASES = {
     "share 0": {"router": {"tau": 1.0}},
     "share 1": {"router": {"tau": 0.0}},
     "threshold": {"router": {"tau": 0.82}},
+    "keys of routed": {"router": {"kind": "random", "attention_share": 0.5}, "attention": {"keys": "routed"}},
+    "keys of routed, tau": {"router": {"tau": 0.82}, "attention": {"keys": "routed"}},
     "three": {"router": {"operators": THREE, "tau_low": 0.8, "tau_high": 0.84}},
     "three without rbf rows": {"router": {"operators": THREE, "tau_low": 0.82, "tau_high": 0.82}},
     "soft": {"router": ROUTERS["soft"]},

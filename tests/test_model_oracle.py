@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import ROUTERS, lively_model, small_model_config, token_batch
+from model_cases import KEYS_OF_ROUTED, ROUTERS, lively_model, small_model_config, token_batch
 from model_oracle import Oracle, OracleResult
 
 from megachiar.config.model import ModelConfig
@@ -68,6 +68,12 @@ def test_routed_layers_compute_what_all_operators_and_a_choice_would(router, nor
         assert statistics.rbf_share.tolist() == pytest.approx([0.0, *rbf, 0.0], abs=1e-6)
     assert statistics.entropy[1:-1].tolist() == pytest.approx([h.mean().item() for h in expected.entropies], abs=1e-6)
     assert statistics.entropy[[0, -1]].isnan().all()
+
+
+@pytest.mark.parametrize("norm", ("post", "pre"))
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not name.startswith("soft")])
+def test_keys_of_routed_tokens_alone(router, norm):
+    compare(small_model_config(router=ROUTERS[router], norm=norm, **KEYS_OF_ROUTED), token_batch(3, 13))
 
 
 OTHER_FIELDS = {

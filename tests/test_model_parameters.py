@@ -122,6 +122,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "router.seed": ({"router": RANDOM}, {"router": RANDOM | {"seed": 1}}),
     "router.collapse_weight": ({}, {"router": REGULARISED}),
     "router.collapse_temperature": ({"router": REGULARISED}, {"router": REGULARISED | {"collapse_temperature": 0.1}}),
+    "attention.keys": ({}, {"attention": {"keys": "routed"}}),
     "attention.rope_base": ({}, {"attention": {"rope_base": 100.0}}),
     "rbf.features": ({"router": BOUNDS}, {"router": BOUNDS, "rbf": {"features": 32}}),
     "rbf.gamma": ({"router": BOUNDS}, {"router": BOUNDS, "rbf": {"gamma": 3.0}}),

@@ -22,22 +22,27 @@ CASES = VARIANTS | {
     "pre, soft three, pool batch": {"norm": "pre", "router": VARIANTS["soft three"]["router"]}
     | {"meta_router": {"pool": "batch"}},
 }
-LAYOUTS = ("rows whole", "rows sharded", "rows sharded, recomputed")
+LAYOUTS = {  # ranks, rows sharded, layers that are recomputed together
+    "2 ranks": (2, False, None),
+    "2 ranks, rows sharded": (2, True, None),
+    "3 ranks, rows sharded, recomputed": (3, True, 2),
+}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=LAYOUTS)
 def measured(request, tmp_path_factory):
-    """{case: {layout: {what: greatest deviation}}} of a number of ranks."""
+    """{case: {what: greatest deviation}} of a layout."""
     folder = tmp_path_factory.mktemp("shards")
-    (folder / "cases.json").write_text(json.dumps(CASES))
-    run_ranks(request.param, WORKER, folder, timeout=500)
+    ranks, sequence, interval = LAYOUTS[request.param]
+    described = {"cases": CASES, "sequence": sequence, "interval": interval}
+    (folder / "layout.json").write_text(json.dumps(described))
+    run_ranks(ranks, WORKER, folder, timeout=500)
     return json.loads((folder / "measured.json").read_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_shards_compute_what_the_whole_model_does(measured, case, layout):
-    deviations = measured[case][layout]
+def test_shards_compute_what_the_whole_model_does(measured, case):
+    deviations = measured[case]
     assert len(deviations) > 20  # loss, statistics and a gradient for each parameter
     wrong = {what: by for what, by in deviations.items() if not by <= 1e-11}
     assert not wrong

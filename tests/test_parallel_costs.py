@@ -28,6 +28,8 @@ CASES = {
     "routed": [],
     "routed at 0.2, sequence": [SP, "model.router.attention_share=0.2"],
     "routed at 0.2": ["model.router.attention_share=0.2"],
+    "keys of routed, sequence": [SP, "model.attention.keys=routed"],
+    "keys of routed": ["model.attention.keys=routed"],
     "all DCT, sequence": [SP, "model.router.attention_share=0.0"],
 }
 
@@ -51,6 +53,8 @@ def _model(sets: list[str]) -> ModelConfig:
     fields = {**small_config_model(), **MODEL}
     if "model.kind=baseline" in sets:
         fields["kind"] = "baseline"
+    if "model.attention.keys=routed" in sets:
+        fields["attention"] = {"keys": "routed"}
     return ModelConfig.model_validate(fields)
 
 

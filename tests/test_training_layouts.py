@@ -20,30 +20,31 @@ RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_b
 OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
-# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences.
+# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences, of which the replicas of a
+# layout have their share.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "1 process, 1 micro-batch of 8": (1, [MICRO + "8"]),
+    "1 process, micro-batch 8": (1, [MICRO + "8"]),
     "1 process, recompute 2": (1, [RECOMPUTE + "2"]),
-    "tp 2": (2, [TP + "2"]),
+    "tp 2, micro-batch 4": (2, [TP + "2", MICRO + "4"]),
     "tp 2, sequence": (2, [TP + "2", SP]),
     "pp 2": (2, [PP + "2"]),
     "pp 2, recompute 1": (2, [PP + "2", RECOMPUTE + "1"]),
     "dp 2, ZeRO 0": (2, [ZERO + "0"]),
-    "dp 2, ZeRO 1": (2, []),
+    "dp 2, ZeRO 1, micro-batch 4": (2, [MICRO + "4"]),
     "dp 2, ZeRO 2": (2, [ZERO + "2"]),
     "dp 2, ZeRO 3": (2, [ZERO + "3"]),
-    "dp 2, ZeRO 2, offload": (2, [ZERO + "2", OFFLOAD]),
-    "pp 2, offload": (2, [PP + "2", OFFLOAD]),
-    "tp 4, 1 micro-batch of 8": (4, [TP + "4", MICRO + "8"]),
-    "tp 4, sequence, 1 micro-batch of 8": (4, [TP + "4", SP, MICRO + "8"]),
+    "dp 2, ZeRO 2, offload, micro-batch 4": (2, [ZERO + "2", OFFLOAD, MICRO + "4"]),
+    "pp 2, offload, micro-batch 4": (2, [PP + "2", OFFLOAD, MICRO + "4"]),
+    "tp 4, micro-batch 8": (4, [TP + "4", MICRO + "8"]),
+    "tp 4, sequence, micro-batch 8": (4, [TP + "4", SP, MICRO + "8"]),
     "pp 4": (4, [PP + "4"]),
-    "tp 2, pp 2": (4, [TP + "2", PP + "2"]),
-    "tp 2, pp 2, sequence": (4, [TP + "2", PP + "2", SP]),
+    "tp 2, pp 2, micro-batch 4": (4, [TP + "2", PP + "2", MICRO + "4"]),
+    "tp 2, pp 2, sequence, micro-batch 4": (4, [TP + "2", PP + "2", SP, MICRO + "4"]),
     "tp 2, dp 2": (4, [TP + "2"]),
-    "tp 2, dp 2, sequence, recompute 1": (4, [TP + "2", SP, RECOMPUTE + "1"]),
-    "tp 2, dp 2, ZeRO 3": (4, [TP + "2", ZERO + "3"]),
+    "tp 2, dp 2, sequence, recompute 1, micro-batch 4": (4, [TP + "2", SP, RECOMPUTE + "1", MICRO + "4"]),
+    "tp 2, dp 2, ZeRO 3, micro-batch 4": (4, [TP + "2", ZERO + "3", MICRO + "4"]),
     "pp 2, dp 2": (4, [PP + "2"]),
-    "dp 4, ZeRO 2": (4, [ZERO + "2", MICRO + "1"]),
+    "dp 4, ZeRO 2, micro-batch 1": (4, [ZERO + "2", MICRO + "1"]),
     "tp 2, pp 2, dp 2, sequence": (8, [TP + "2", PP + "2", SP]),
 }
 # The regulariser is one of each micro-batch: these have the single process's micro-batches.
@@ -54,13 +55,13 @@ REGULARISED_LAYOUTS = {
 }
 # Against one process of the same precision: routes of tokens near tau differ, and losses with them.
 HALF_LAYOUTS = {
-    "bf16: tp 2, sequence": (2, [BF16, TP + "2", SP]),
+    "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
     "bf16: pp 2": (2, [BF16, PP + "2"]),
     "bf16: pp 2, bf16 gradients": (2, [BF16, PP + "2", "precision.gradient_accumulation=bf16"]),
-    "bf16: pp 2, offload": (2, [BF16, PP + "2", OFFLOAD]),
+    "bf16: pp 2, offload, micro-batch 4": (2, [BF16, PP + "2", OFFLOAD, MICRO + "4"]),
     "bf16: dp 2, ZeRO 2": (2, [BF16, ZERO + "2"]),
-    "bf16: dp 2, ZeRO 3, offload": (2, [BF16, ZERO + "3", OFFLOAD]),
-    "bf16: tp 2, pp 2": (4, [BF16, TP + "2", PP + "2"]),
+    "bf16: dp 2, ZeRO 3, offload, micro-batch 4": (2, [BF16, ZERO + "3", OFFLOAD, MICRO + "4"]),
+    "bf16: tp 2, pp 2, micro-batch 4": (4, [BF16, TP + "2", PP + "2", MICRO + "4"]),
     "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
     "fp16, regularised: pp 2": (2, [FP16, REGULARISED, PP + "2"]),
 }
@@ -185,7 +186,7 @@ def test_the_regulariser_moves_the_run(runs):
 def test_replayed_routes_are_taken(runs):
     if runs.kind == "baseline":
         pytest.skip("the baseline routes nothing")
-    single, name = runs.of(SINGLE), "tp 2, pp 2, sequence"
+    single, name = runs.of(SINGLE), "tp 2, pp 2, sequence, micro-batch 4"
     changed = dict(single)
     changed["routes"] = 1 - single["routes"]
     np.savez(runs.folder / "changed.npz", **changed)

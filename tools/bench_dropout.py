@@ -2,21 +2,20 @@
 
     python tools/bench_dropout.py --threads 2
 
-Prints the median time of each and the ratio: below 1 keyed dropout is faster. Attention is compared with
+Prints times and their ratio, medians with quartiles: below 1 keyed dropout is faster. Attention is compared with
 ``scaled_dot_product_attention(dropout_p=...)``.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from megachiar.benchmark import in_turn, timed
 from megachiar.console import run
 from megachiar.kernels.attention import causal_attention
 from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
@@ -48,6 +47,7 @@ def bench_rows(n: int, m: int, dtype: torch.dtype, device: torch.device, rounds:
         f"rows ({n}, {m}) {dtype}",
         lambda: torch.autograd.grad(F.dropout(x, PROBABILITY), [x], gradient),
         lambda: torch.autograd.grad(dropout(x, how), [x], gradient),
+        device,
         rounds,
     )
 
@@ -65,35 +65,19 @@ def bench_attention(
         f"attention {shape} {dtype}",
         lambda: torch.autograd.grad(attend(q, k, v, dropout_p=PROBABILITY, is_causal=True), [q, k, v], gradient),
         lambda: torch.autograd.grad(causal_attention(q, k, v, how), [q, k, v], gradient),
+        device,
         rounds,
     )
 
 
-def compare(what: str, torchs: Callable[[], object], keyed: Callable[[], object], rounds: int) -> None:
-    """Print medians and spreads (ms) of both, measured in turn, and the ratio of the medians."""
-    times: dict[Callable, list[float]] = {torchs: [], keyed: []}
-    for function in times:
-        function()
-    for _ in range(rounds):
-        for function, taken in times.items():
-            taken.append(timed(function))
-    told = {f: f"{statistics.median(t):8.2f} ms ({min(t):.2f} to {max(t):.2f})" for f, t in times.items()}
-    ratio = statistics.median(times[keyed]) / statistics.median(times[torchs])
-    print(f"{what:45} torch {told[torchs]}   keyed {told[keyed]}   ratio {ratio:.2f}", flush=True)
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
-    synchronise()
-    start = time.perf_counter()
-    function()
-    synchronise()
-    return (time.perf_counter() - start) * 1e3
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def compare(
+    what: str, torchs: Callable[[], object], keyed: Callable[[], object], device: torch.device, rounds: int
+) -> None:
+    """Print the times of both, measured in turn, and their ratio."""
+    times = in_turn({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
+    told = {name: times.spread(name).told(" ms", 1e3) for name in times.seconds}
+    ratio = times.speed_up("torch", over="keyed").told()
+    print(f"{what:45} torch {told['torch']:28} keyed {told['keyed']:28} ratio {ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,12 @@ def router(model: ModelConfig) -> Iterator[Problem]:
             f"is {r.collapse_weight}: a random router has nothing to regularise",
             "set it to 0",
         )
+    if r.kind == "soft" and model.attention.keys == "routed":
+        yield Problem(
+            "model.attention.keys",
+            "is routed with a soft router, which sends every token through attention",
+            "set it to all, or choose another router.kind",
+        )
 
 
 def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:

@@ -52,6 +52,10 @@ class RouterConfig(Section):
 
 
 class AttentionConfig(Section):
+    keys: Literal["all", "routed"] = "all"
+    """Which tokens of a routed layer give keys and values. all: every token, as published. routed: those that take
+    attention, so that a token sent to DCT mixing costs attention nothing and takes no room in its cache; what it holds
+    reaches others through layers that attend to all."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
 

@@ -77,26 +77,86 @@ def routed_attention(
     if len(rows) == sequences * queries:
         packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
         return causal_attention(packed, k, v, dropout, first_head, scale).transpose(1, 2).flatten(0, 1)
-    sequence = rows // queries
-    position = rows % queries + (keys - queries)
-    counts = torch.bincount(sequence, minlength=sequences)
-    widest = int(counts.max())
-    # Row r of the chosen goes to slot (its sequence, its number within it) of a (B, widest) grid; the rest is padding.
-    slot = sequence * widest + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
-    full = len(rows) == sequences * widest
-    grid = q if full else q.new_zeros(sequences * widest, *q.shape[1:]).index_copy(0, slot, q)
-    at = torch.zeros(sequences * widest, dtype=torch.long, device=rows.device).index_copy_(0, slot, position)
-    grid = grid.unflatten(0, (sequences, widest)).transpose(1, 2)  # (B, h, widest, c)
-    at = at.view(sequences, widest)
+    packing = Packing(rows, sequences, queries)
+    grid = packing.pack(q).transpose(1, 2)  # (B, h, widest, c)
+    at = packing.pack(rows % queries + (keys - queries))
     if dropout is None or dropout.probability == 0:
         mixed = _by_position(grid, k, v, at, scale)
     else:
-        keyed = dropout.keys
-        if not full:
-            keyed = keyed.new_zeros(sequences * widest).index_copy_(0, slot, keyed)
-        mixed = keyed_attention(grid, k, v, at, dropout._replace(keys=keyed), first_head, scale)
-    mixed = mixed.transpose(1, 2).flatten(0, 1)  # (B * widest, h, c)
-    return mixed if full else mixed.index_select(0, slot)
+        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
+        mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale)
+    return packing.unpack(mixed.transpose(1, 2))
+
+
+def attention_among(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    sequences: int,
+    queries: int,
+    dropout: KeyedDropout | None = None,
+    first_head: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of chosen rows to the chosen rows of their sequence up to themselves: to no other.
+
+    Args:
+        q, k, v: (n, h, c), of the chosen rows.
+        rows: (n,) int64, ascending: which of the B * S rows (sequence by sequence) were chosen.
+        sequences, queries: B and S.
+        dropout: of attention probabilities, with the keys (n,) of the chosen rows.
+        first_head: number of the first head of q, where ranks share the heads.
+        scale: of the products; 1 / sqrt(c) if not given.
+
+    Returns:
+        (n, h, c), in the order of ``rows``.
+    """
+    if len(rows) == 0:
+        return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
+    packing = Packing(rows, sequences, queries)
+    # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
+    grid = (packing.pack(x).transpose(1, 2) for x in (q, k, v))
+    if dropout is not None:
+        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
+    return packing.unpack(causal_attention(*grid, dropout, first_head, scale).transpose(1, 2))
+
+
+def cached_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, keys_at: torch.Tensor
+) -> torch.Tensor:
+    """Attention of queries (B, h, S, c) at positions ``at`` (B, S) to keys (B, h, T, c) at positions ``keys_at`` (B, T)
+    up to their own; a query that sees none gets the mean of the values."""
+    mask = keys_at[:, None, None, :] <= at[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~mask.any(-1, keepdim=True))
+
+
+class Packing:
+    """Chosen rows of each sequence side by side, in a (B, widest) grid whose rest is padding.
+
+    Args:
+        rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were chosen.
+        sequences, queries: B and S.
+    """
+
+    def __init__(self, rows: torch.Tensor, sequences: int, queries: int):
+        sequence = rows // queries
+        counts = torch.bincount(sequence, minlength=sequences)
+        self.sequences, self.widest = sequences, int(counts.max())
+        self.full = len(rows) == sequences * self.widest
+        number = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
+        self.slot = sequence * self.widest + number
+
+    def pack(self, x: torch.Tensor, padding: float = 0) -> torch.Tensor:
+        """(n, ...) to (B, widest, ...)."""
+        if not self.full:
+            x = x.new_full((self.sequences * self.widest, *x.shape[1:]), padding).index_copy(0, self.slot, x)
+        return x.unflatten(0, (self.sequences, self.widest))
+
+    def unpack(self, grid: torch.Tensor) -> torch.Tensor:
+        """(B, widest, ...) to (n, ...)."""
+        flat = grid.flatten(0, 1)
+        return flat if self.full else flat.index_select(0, self.slot)
 
 
 def _by_position(

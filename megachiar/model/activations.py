@@ -58,6 +58,9 @@ def _routed(config: ModelConfig, attention_share: float) -> KeptValues:
         rows += d  # input of the gate
     if "rbf" in config.router.operators:
         rows += 3 * features + mixed * 4 * features
+    if config.attention.keys == "routed":
+        # Queries and keys rotated, values and results, all of them packed as well; results in order.
+        return KeptValues(rows, queries * 5 * d)
     # Keys, values, keys rotated; queries in order, results, results in order.
     return KeptValues(rows, 3 * d + queries * 3 * d)
 

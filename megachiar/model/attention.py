@@ -1,4 +1,4 @@
-"""Self-attention sub-layer: queries of chosen rows, keys and values of all.
+"""Self-attention sub-layer: queries of chosen rows, keys and values of all, or of the chosen ones too.
 
 Shapes: N = B * S rows, n = rows of them that take this operator, d = channels, h = heads (of this rank where they are
 shared out over a tensor group), c = channels of a head.
@@ -10,14 +10,22 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.attention import causal_attention, routed_attention
+from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
 from megachiar.kernels.rope import rotary_table, rotate
 from megachiar.model.cache import LayerCache
 from megachiar.model.choice import Choice
 from megachiar.model.grid import Grid, dropout_of
 from megachiar.model.norm import RowNorm, residual_norm
-from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear, query_key_value
+from megachiar.parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    query_key_value,
+    query_key_value_of_chosen,
+)
 from megachiar.topology import TensorGroup
+
+NEVER_SEEN = 2**62
+"""Position of a key that is padding."""
 
 
 class SelfAttention(nn.Module):
@@ -29,6 +37,7 @@ class SelfAttention(nn.Module):
         self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group
         self.heads, self.head_size = config.num_attention_heads // group.size, config.head_size
         self.rope_base, self.longest = config.attention.rope_base, config.max_sequence_length
+        self.keys_are_chosen = config.attention.keys == "routed"
         # Three products, not one: queries are made for chosen rows only, keys and values for all.
         self.query = ColumnParallelLinear(d, d, group)
         self.key_value = ColumnParallelLinear(d, 2 * d, group, blocks=2)
@@ -50,22 +59,60 @@ class SelfAttention(nn.Module):
             As ``chosen``: the sub-layer's result for these rows, residual and norm included.
         """
         rows = choice.rows if choice is not None else None
+        if rows is not None and self.keys_are_chosen:
+            mixed = self._among(chosen, choice, grid, cache)
+        else:
+            mixed = self._to_all(x, chosen, rows, grid, cache)
+        change = self.output(mixed.flatten(-2), choice.counts if choice is not None else None)
+        return residual_norm(chosen, change, None if self.pre else self.norm)
+
+    def _to_all(
+        self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """Chosen rows to all of their sequence: (n, h, c)."""
         q, k, v = self._project(x, chosen, rows, grid)
         cos, sin = self._table(grid, x)
         k = rotate(k, cos[:, None], sin[:, None]).transpose(1, 2)  # (B, h, S, c)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        first_head = self.group.rank * self.heads
         if rows is None:
             q = rotate(q.unflatten(0, (grid.sequences, grid.length)), cos[:, None], sin[:, None]).transpose(1, 2)
-            mixed = causal_attention(q, k, v, self._dropout(grid, None), first_head).transpose(1, 2).flatten(0, 1)
+            return causal_attention(q, k, v, self._dropout(grid, None), self.first_head).transpose(1, 2).flatten(0, 1)
+        at = rows % grid.length
+        q = rotate(q, cos[at][:, None], sin[at][:, None])
+        return routed_attention(q, k, v, rows, grid.length, self._dropout(grid, rows), self.first_head)
+
+    def _among(self, chosen: torch.Tensor, choice: Choice, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+        """Chosen rows to the chosen rows of their sequence: (n, h, c)."""
+        rows = choice.rows
+        normed = self.norm(chosen) if self.pre else chosen
+        if self.group.size > 1:
+            q, kv = query_key_value_of_chosen(normed, choice.counts, self.query, self.key_value)
         else:
-            at = rows % grid.length
-            q = rotate(q, cos[at][:, None], sin[at][:, None])
-            mixed = routed_attention(q, k, v, rows, grid.length, self._dropout(grid, rows), first_head)
-        change = self.output(mixed.flatten(-2), choice.counts if choice is not None else None)
-        return residual_norm(chosen, change, None if self.pre else self.norm)
+            q, kv = self.query(normed), self.key_value(normed)
+        k, v = kv.unflatten(-1, (2, self.heads, self.head_size)).unbind(-3)
+        cos, sin = self._table(grid, chosen)
+        at = rows % grid.length
+        q, k = (
+            rotate(y, cos[at][:, None], sin[at][:, None]) for y in (q.unflatten(-1, (self.heads, self.head_size)), k)
+        )
+        if cache is None:
+            return attention_among(
+                q, k, v, rows, grid.sequences, grid.length, self._dropout(grid, rows), self.first_head
+            )
+        if len(rows) == 0:  # nothing to ask, nothing to remember
+            return q
+        packing, at = Packing(rows, grid.sequences, grid.length), at + grid.past
+        q, k, v = (packing.pack(y).transpose(1, 2) for y in (q, k, v))
+        k, v, keys_at = cache.extend_at(k, v, packing.pack(at, padding=NEVER_SEEN))
+        mixed = cached_attention(q, k, v, packing.pack(at), keys_at)
+        return packing.unpack(mixed.transpose(1, 2))
+
+    @property
+    def first_head(self) -> int:
+        """Number of this rank's first head."""
+        return self.group.rank * self.heads
 
     def _project(
         self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid

@@ -10,12 +10,14 @@ class LayerCache:
 
     Attributes:
         keys, values: (B, h, T so far, c); None before the first pass.
+        positions: (B, T so far), of keys that are not those of all positions.
         total: (B, d) sum over positions so far, fp32 or fp64; None before the first pass.
     """
 
     def __init__(self) -> None:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +26,13 @@ class LayerCache:
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         self.keys, self.values = keys, values
         return keys, values
+
+    def extend_at(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``extend``, of keys at ``positions`` (B, new)."""
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], 1)
+        return *self.extend(keys, values), self.positions
 
 
 class DecodingCache:

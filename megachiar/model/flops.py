@@ -4,9 +4,9 @@ Protocol: a multiply-add is 2 FLOPs. Matrix products, attention products and the
 softmax, rotations and the router's comparisons do not. A DCT or its inverse counts 2.5 d log2 d, the FFT's number,
 whatever computes it. The backward pass is twice the forward pass.
 
-Causal attention counts the (T + 1) / 2 keys that a query sees on average. With ``count_masked`` it counts all T keys,
-as papers often do and as a counter does that watches a kernel without causal skipping; savings by routing look larger
-by it at long sequences.
+Causal attention counts the (T + 1) / 2 keys that a query sees on average, T being those that give keys. With
+``count_masked`` it counts all T, as papers often do and as a counter does that watches a kernel without causal
+skipping; savings by routing look larger by it at long sequences.
 
 In the FLOPs, ``attention_share`` is the share of all layers' tokens that take attention, as a run logs it on average:
 the first (DCT) and last (attention) layer are part of it.
@@ -70,9 +70,10 @@ def layer_flops_per_token(
     transform = 2.5 * d * math.log2(d)
     routed, spectral_only = index in config.routed_layers, config.kind == "chiar" and index == 0
     share = 0.0 if spectral_only else attention_share if routed else 1.0
-    keys = sequence_length if count_masked else (sequence_length + 1) / 2
-    products = share * 2 * 2 * d * keys
-    projections = share * 2 * 2 * d * d + (not spectral_only) * 2 * 2 * d * d
+    with_keys = share if routed and config.attention.keys == "routed" else float(not spectral_only)
+    seen = with_keys * sequence_length
+    products = share * 2 * 2 * d * (seen if count_masked else (seen + 1) / 2)
+    projections = (share + with_keys) * 2 * 2 * d * d
     # The router transforms every token of its layer; mixing then needs the inverse alone. Layer 1 needs both.
     spectral = (routed + (1 - share) + spectral_only) * transform
     return TokenFlops(projections + products, products, spectral, 2 * 2 * d * config.ffn_size, 0.0)

@@ -6,16 +6,19 @@ it each of p ranks sends (p - 1) / p. Rows are d values wide, f is the share of 
     with sequence parallelism          forward              backward (inputs of products are gathered once more)
     attention in every row             2 d                  3 d
     routed                             (1 + f) d + 1 byte   (2 + f) d
+    routed, keys of routed tokens      2 f d + 1 byte       3 f d
     DCT mixing                         0                    0
     feed-forward                       2 d                  3 d
 
     without                            forward              backward
     attention in every row             2 d                  2 d
     routed                             2 f d + 1 byte       2 d
+    routed, keys of routed tokens      2 f d + 1 byte       2 f d
     DCT mixing                         0                    0
     feed-forward                       2 d                  2 d
 
-Keys and values come from all tokens, so a routed layer gathers them all; its queries and results cost what is routed.
+Where keys and values come from all tokens, a routed layer gathers them all; its queries and results cost what is
+routed.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def layer_traffic(config: ModelConfig, index: int, attention_share: float, seque
     if index not in config.routed_layers or config.router.kind == "soft":
         return feed_forward + Traffic(2 * d, (3 if sequence else 2) * d) + _rbf(config, index, 1.0, sequence)
     f = attention_share
-    operator = Traffic((1 + f) * d, (2 + f) * d, 1) if sequence else Traffic(2 * f * d, 2 * d, 1)
+    if config.attention.keys == "routed":
+        operator = Traffic(2 * f * d, (3 if sequence else 2) * f * d, 1)
+    else:
+        operator = Traffic((1 + f) * d, (2 + f) * d, 1) if sequence else Traffic(2 * f * d, 2 * d, 1)
     return feed_forward + operator + _rbf(config, index, f, sequence)
 
 

@@ -44,8 +44,8 @@ def leave(partial: torch.Tensor, group: TensorGroup, counts: Sequence[int] | Non
         return scatter_rows(partial, group)
     # Blocks of one size are what collectives know: pad each rank's to the widest.
     widest = max(counts)
-    padded = torch.cat([_padded(block, widest) for block in partial.split(list(counts))])
-    return scatter_rows(padded, group)[: counts[group.rank]]
+    blocks = torch.cat([padded(block, widest) for block in partial.split(list(counts))])
+    return scatter_rows(blocks, group)[: counts[group.rank]]
 
 
 def copy_to_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
@@ -162,5 +162,6 @@ class _Scatter(torch.autograd.Function):
         return all_gather(gradient, ctx.group), None
 
 
-def _padded(block: torch.Tensor, rows: int) -> torch.Tensor:
+def padded(block: torch.Tensor, rows: int) -> torch.Tensor:
+    """``block`` (n, ...) with zeros behind it: (rows, ...)."""
     return torch.cat([block, block.new_zeros(rows - len(block), *block.shape[1:])])

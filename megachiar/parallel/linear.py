@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from megachiar.parallel.collectives import (
     Pending,
     leave,
+    padded,
     shared_parameter,
     start_all_reduce,
     start_gather,
@@ -46,7 +47,7 @@ class ColumnParallelLinear(nn.Linear):
         """Rows as they lie outside to (N, o / p) of all rows."""
         if self.group.size == 1:
             return super().forward(x)
-        return _ColumnParallel.apply(x, None, self.group, self.weight, self.bias)
+        return _ColumnParallel.apply(x, None, 0, self.group, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Linear):
@@ -85,24 +86,45 @@ def query_key_value(
         rows: numbers (n,) of the chosen ones among all N; None if they are all.
         query, key_value: of the same group, of more than one rank.
     """
-    return _ColumnParallel.apply(x, rows, query.group, query.weight, query.bias, key_value.weight, key_value.bias)
+    parameters = query.weight, query.bias, key_value.weight, key_value.bias
+    return _ColumnParallel.apply(x, rows, 1, query.group, *parameters)
+
+
+def query_key_value_of_chosen(
+    chosen: torch.Tensor, counts: Sequence[int] | None, query: ColumnParallelLinear, key_value: ColumnParallelLinear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries (n, o / p), and keys and values (n, 2 o / p), of chosen rows alone: no other row is sent.
+
+    Args:
+        chosen: the chosen rows as they lie outside.
+        counts: with sequence parallelism, how many of the n rows each rank owns, in order.
+        query, key_value: of the same group, of more than one rank.
+    """
+    rows = None
+    if counts is not None and len(set(counts)) > 1:  # blocks of one size are what collectives know
+        widest = max(counts)
+        chosen = padded(chosen, widest)
+        valid = [torch.arange(count, device=chosen.device) + rank * widest for rank, count in enumerate(counts)]
+        rows = torch.cat(valid)
+    parameters = query.weight, query.bias, key_value.weight, key_value.bias
+    return _ColumnParallel.apply(chosen, rows, 2, query.group, *parameters)
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Products of all rows with this rank's shard of one or two weights; of the first, for chosen rows if given.
+    """Products of all rows with this rank's shard of one or two weights; of the first ``choosing``, for chosen rows.
 
     With sequence parallelism rows are gathered in both directions, and the gradient's sum is scattered while the
     gradients of the weights are computed.
     """
 
     @staticmethod
-    def forward(ctx, x, rows, group, *weights_and_biases):
+    def forward(ctx, x, rows, choosing, group, *weights_and_biases):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        ctx.group = group
+        ctx.group, ctx.choosing = group, choosing if rows is not None else 0
         ctx.save_for_backward(x, rows, *weights)
         whole = start_gather(x, group).wait_for() if group.sequence else x
         results = tuple(
-            F.linear(_chosen(whole, rows, i), weight, bias)
+            F.linear(whole.index_select(0, rows) if i < ctx.choosing else whole, weight, bias)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         )
         return results[0] if len(results) == 1 else results
@@ -113,19 +135,16 @@ class _ColumnParallel(torch.autograd.Function):
         x, rows, *weights = ctx.saved_tensors
         group = ctx.group
         gathering = start_gather(x, group) if group.sequence else None
-        of_whole = gradients[-1] @ weights[-1]
-        if len(weights) == 2:
-            of_first = gradients[0] @ weights[0]
-            of_whole = of_whole + of_first if rows is None else of_whole.index_add_(0, rows, of_first)
-        elif rows is not None:
-            raise AssertionError("rows are chosen for the first of two products only")
+        of_products = [gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)]
+        of_whole = sum(of_products[ctx.choosing :])
+        if ctx.choosing:
+            if not torch.is_tensor(of_whole):
+                of_whole = x.new_zeros(len(x) * (group.size if group.sequence else 1), x.shape[1])
+            of_whole.index_add_(0, rows, sum(of_products[: ctx.choosing]))
         whole = gathering.wait_for() if gathering is not None else x
+        chosen = whole.index_select(0, rows) if ctx.choosing else None
         reducing: Pending = start_scatter(of_whole, group) if group.sequence else start_all_reduce(of_whole, group)
         of_parameters = []
         for i, gradient in enumerate(gradients):
-            of_parameters += [gradient.mT @ _chosen(whole, rows, i), gradient.sum(0)]
-        return reducing.wait_for(), None, None, *of_parameters
-
-
-def _chosen(whole: torch.Tensor, rows: torch.Tensor | None, product: int) -> torch.Tensor:
-    return whole if rows is None or product > 0 else whole.index_select(0, rows)
+            of_parameters += [gradient.mT @ (chosen if i < ctx.choosing else whole), gradient.sum(0)]
+        return reducing.wait_for(), None, None, None, *of_parameters
