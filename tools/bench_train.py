@@ -41,6 +41,9 @@ def main() -> int:
     if options.serve:
         serve(options)
         return 0
+    for precision in options.precision:
+        config_of(options, "chiar", precision)  # sizes that make no model are refused here, once
+
     import torch
 
     from megachiar.benchmark import in_turn, machine, matrix_product, timed, write_json

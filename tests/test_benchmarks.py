@@ -1,0 +1,84 @@
+"""Benchmarks run, take turns, and say what they measured; how fast anything is, is no matter of tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from support import python
+
+from megachiar.benchmark import Spread, Times, in_turn, timed
+
+SMALL = ("--hidden-size", "32", "--heads", "2", "--threads", "1", "--rounds", "2")
+STEPS = (*SMALL, "--layers", "3", "--sequence-length", "16", "--batch", "2", "--vocab-size", "64")
+PEER = """
+import os, sys
+print("a greeting")
+for line in sys.stdin:
+    print(int(line) * int(os.environ["BENCH_HIDDEN_SIZE"]), flush=True)
+"""
+
+
+def test_contenders_take_turns_and_a_ratio_is_of_the_same_round():
+    calls = []
+    clock = {"a": iter([1.0, 2.0, 3.0]), "b": iter([2.0, 8.0, 9.0])}
+    times = in_turn({n: lambda n=n: calls.append(n) or next(clock[n]) for n in clock}, 3)
+    assert calls == ["a", "b"] * 3
+    assert times.spread("a") == Spread(2.0, 1.5, 2.5)
+    assert times.speed_up("a", over="b") == Spread(3.0, 2.5, 3.5)
+    assert times.speed_up("b", over="a").median == pytest.approx(1 / 3)
+    assert Times({"a": [2.0]}).spread("a") == Spread(2.0, 2.0, 2.0)
+
+
+def test_timed_measures_one_call_after_the_warm_up():
+    calls = []
+    measure = timed(lambda: calls.append(0), torch.device("cpu"))
+    warm = len(calls)
+    assert warm > 0
+    assert 0 < measure() < 1
+    assert len(calls) == warm + 1
+
+
+def test_training_steps_beside_a_peer(tmp_path):
+    (tmp_path / "peer.py").write_text(PEER)
+    peer = f"other={sys.executable} {tmp_path / 'peer.py'}"
+    result = tmp_path / "made" / "result.json"
+    done = python("tools/bench_train.py", *STEPS, "--precision", "fp32", "bf16", "--peer", peer, "--json", result)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(result.read_text())["contenders"]
+    assert set(record) == {"chiar fp32", "chiar bf16", "baseline fp32", "baseline bf16", "other"}
+    assert record["other"]["seconds"] == [32.0, 32.0]  # what the peer says of itself, a step
+    chiar = record["chiar fp32"]
+    assert len(chiar["seconds"]) == 2
+    assert chiar["speed_up"]["other"][0] == pytest.approx(sum(32.0 / s for s in chiar["seconds"]) / 2)
+    assert chiar["flops"] < record["baseline fp32"]["flops"]
+    assert chiar["attention_share"] == pytest.approx((0 + 0.5 + 1) / 3, abs=0.1)  # of its three layers
+    assert "of other" in done.stdout
+
+
+def test_a_peer_that_ends_is_named_and_ends_the_benchmark():
+    done = python("tools/bench_train.py", *STEPS, "--peer", f"broken={sys.executable} -c 'raise SystemExit(7)'")
+    assert done.returncode == 2
+    assert "broken" in done.stderr and "exit code 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sizes_that_make_no_model_are_refused():
+    done = python("tools/bench_train.py", *STEPS, "--heads", "5")
+    assert done.returncode == 2
+    assert "num_attention_heads" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_layers_and_operators(tmp_path):
+    result = tmp_path / "layers.json"
+    sizes = ("--sequence-length", "8", "32", "--tokens", "16")
+    done = python("tools/bench_layers.py", *SMALL, *sizes, "--json", result)
+    assert done.returncode == 0, done.stderr
+    lengths = json.loads(result.read_text())["lengths"]
+    assert {length: found["sequences"] for length, found in lengths.items()} == {"8": 2, "32": 1}
+    for found in lengths.values():
+        dense, *routed = found["layers"].values()
+        assert dense["speed_up"][0] == 1.0 and len(routed) == 4
+        assert all(len(entry["seconds"]) == 2 for entry in found["operators"].values())
