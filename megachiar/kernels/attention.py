@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megachiar.kernels import gpu, triton_attention
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.keyed_attention import keyed_attention
 
@@ -39,6 +40,8 @@ def causal_attention(
     queries, keys = q.shape[2], k.shape[2]
     if dropout is not None and dropout.probability > 0:
         at = torch.arange(keys - queries, keys).expand(len(q), -1)
+        if _by_triton(q):
+            return _triton(q, k, v, at.to(q.device), None, dropout, first_head, scale)
         return keyed_attention(q, k, v, at, dropout, first_head, scale)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -80,10 +83,13 @@ def routed_attention(
     packing = Packing(rows, sequences, queries)
     grid = packing.pack(q).transpose(1, 2)  # (B, h, widest, c)
     at = packing.pack(rows % queries + (keys - queries))
-    if dropout is None or dropout.probability == 0:
+    if dropout is not None:
+        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
+    if _by_triton(q):
+        mixed = _triton(grid, k, v, at, packing.counts, dropout, first_head, scale)
+    elif dropout is None or dropout.probability == 0:
         mixed = _by_position(grid, k, v, at, scale)
     else:
-        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
         mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale)
     return packing.unpack(mixed.transpose(1, 2))
 
@@ -137,11 +143,14 @@ class Packing:
     Args:
         rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were chosen.
         sequences, queries: B and S.
+
+    Attributes:
+        counts: (B,) chosen rows of each sequence.
     """
 
     def __init__(self, rows: torch.Tensor, sequences: int, queries: int):
         sequence = rows // queries
-        counts = torch.bincount(sequence, minlength=sequences)
+        self.counts = counts = torch.bincount(sequence, minlength=sequences)
         self.sequences, self.widest = sequences, int(counts.max())
         self.full = len(rows) == sequences * self.widest
         number = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
@@ -157,6 +166,29 @@ class Packing:
         """(B, widest, ...) to (n, ...)."""
         flat = grid.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.slot)
+
+
+def _by_triton(q: torch.Tensor) -> bool:
+    return gpu.has_kernels(q.device) and triton_attention.supports(q)
+
+
+def _triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: torch.Tensor,
+    counts: torch.Tensor | None,
+    dropout: KeyedDropout | None,
+    first_head: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Of queries (B, h, S, c) at positions ``at`` (B, S), of which ``counts`` (B,) are valid; all if not given."""
+    mask = None
+    if dropout is not None and dropout.probability > 0:
+        mask = triton_attention.Mask.of(dropout, len(q), first_head, q.shape[1], k.shape[2])
+    if counts is None:
+        counts = torch.full((len(q),), q.shape[2], device=q.device)
+    return triton_attention.attend(q, k, v, at, counts, scale, mask)
 
 
 def _by_position(

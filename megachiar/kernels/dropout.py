@@ -44,9 +44,19 @@ class KeyedDropout(NamedTuple):
     keys: torch.Tensor
     site: int
 
+    @property
+    def scale(self) -> float:
+        """Of the elements that stay."""
+        return 1 / (1 - self.probability)
+
     def select(self, rows: torch.Tensor) -> KeyedDropout:
         """Of the rows with these numbers (int64)."""
         return self._replace(keys=self.keys.index_select(0, rows))
+
+
+def least_kept(probability: float) -> int:
+    """The int32 number from which an element stays."""
+    return int(probability * 2**32) - 2**31
 
 
 def row_keys(seed: int, samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -100,8 +110,7 @@ class Dropper:
 
     def __init__(self, how: KeyedDropout, columns: int, first_column: int = 0):
         device = how.keys.device
-        self.site, self.scale = how.site, 1 / (1 - how.probability)
-        self.least = int(how.probability * 2**32) - 2**31
+        self.site, self.scale, self.least = how.site, how.scale, least_kept(how.probability)
         self.columns = column_keys(first_column, columns, device)
         self.one_kernel = gpu.has_kernels(device)
         self.keys = how.keys if self.one_kernel else mix64(how.keys + wrap64(how.site * GOLDEN))

@@ -11,6 +11,10 @@ except ImportError:
     triton = tl = None
 
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests on a CPU."""
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton kernels run on ``device``."""
     return triton is not None and device.type == "cuda"

@@ -1,0 +1,56 @@
+"""Triton kernels of attention: interpreted on a CPU, compiled for an H100 without one, and run where there is one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import run_command
+
+WORKER = Path(__file__).with_name("triton_attention_worker.py")
+COMPILER = Path(__file__).with_name("triton_compile_worker.py")
+
+pytest.importorskip("triton")
+
+
+def check(found: dict[str, dict[str, float]], bounds: dict[str, float]) -> None:
+    assert len(found) > 60
+    for case, deviations in found.items():
+        assert set(deviations) == {"output", "q", "k", "v"}
+        bound = bounds[case.partition(":")[0]]
+        wrong = {what: by for what, by in deviations.items() if not by <= bound}
+        assert not wrong, case
+
+
+def test_interpreted_kernels_compute_the_dense_formula():
+    """The interpreter cuts bf16 off where the hardware rounds."""
+    done = run_command(sys.executable, WORKER, "cpu", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout), {"fp32": 2e-6, "bf16": 2e-2})
+
+
+def test_attention_takes_the_kernels_where_they_run():
+    done = run_command(sys.executable, WORKER, "dispatch", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout).values()) <= 2e-6
+
+
+def test_kernels_compile_for_an_h100_without_spilled_registers(tmp_path):
+    done = run_command(sys.executable, COMPILER, TRITON_CACHE_DIR=str(tmp_path), timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 3 * 8
+    spilled = {kernel: use for kernel, use in found.items() if use["STACK"] or use["LOCAL"]}
+    assert not spilled
+    assert all(use["shared"] <= 227 * 1024 for use in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_compute_the_dense_formula():
+    done = run_command(sys.executable, WORKER, "cuda")
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout), {"fp32": 1e-5, "bf16": 2e-2})

@@ -1,0 +1,157 @@
+"""Routed attention's kernels against the dense formula in float64: greatest deviations of each case as JSON.
+
+python triton_attention_worker.py cpu|cuda          on a CPU with TRITON_INTERPRET=1
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import torch
+
+from megachiar.kernels import attention, gpu, triton_attention
+from megachiar.kernels.dropout import KeyedDropout, column_keys, head_keys, row_keys
+from megachiar.kernels.hash import GOLDEN, mix64, wrap64
+from megachiar.kernels.triton_attention import Mask, attend
+
+HEADS, SITE, RATE = 2, 5, 0.25
+LENGTHS = ((1, 16), (17, 16), (40, 16), (20, 64))
+CHOICES = ("none", "all", "some", "few", "one sequence without", "last of each", "first of each")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    if sys.argv[1] == "dispatch":
+        print(json.dumps(dispatched()))
+        return
+    device = torch.device(sys.argv[1])
+    found = {}
+    for length, c in LENGTHS:
+        for choice in CHOICES:
+            for name, dtype in DTYPES.items():
+                for dropped in (False, True):
+                    if name == "bf16" and choice not in ("all", "some"):
+                        continue
+                    case = f"{name}: {choice} of {length}, {c} channels{', dropout' if dropped else ''}"
+                    found[case] = deviations(length, c, choice, dtype, dropped, device)
+    print(json.dumps(found))
+
+
+def deviations(
+    length: int, c: int, choice: str, dtype: torch.dtype, dropped: bool, device: torch.device
+) -> dict[str, float]:
+    """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
+    generator = torch.Generator().manual_seed(length * c)
+    chosen = choose(choice, length, generator)
+    b, counts = len(chosen), chosen.sum(1)
+    slots = max(1, int(counts.max()))
+    at = torch.full((b, slots), 7)  # what stands behind the valid ones is nobody's business
+    for i in range(b):
+        at[i, : counts[i]] = chosen[i].nonzero().flatten()
+    k, v, q_of_all, direction = (torch.randn(b, HEADS, length, c, generator=generator).to(dtype) for _ in range(4))
+    keys = row_keys(3, torch.arange(b)[:, None], torch.arange(length))
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        """Rows (b, h, length, ...) of the chosen; junk in the other slots."""
+        out = torch.full((*x.shape[:2], slots, *x.shape[3:]), 3, dtype=x.dtype)
+        for i in range(b):
+            out[i, :, : counts[i]] = x[i, :, chosen[i]]
+        return out
+
+    mixed = mix64(head_keys(keys, 1, HEADS).transpose(1, 2) + wrap64(SITE * GOLDEN))  # (b, h, length)
+    columns = column_keys(0, length, torch.device("cpu"))
+    keys_of_chosen = packed(keys[:, None])[:, 0].flatten()
+    mask = Mask.of(KeyedDropout(RATE, keys_of_chosen.to(device), SITE), b, 1, HEADS, length)
+    inputs = [x.to(device).requires_grad_() for x in (packed(q_of_all), k, v)]
+    output = attend(*inputs, at.to(device), counts.to(device), None, mask if dropped else None)
+    weight = packed(direction)
+    for i in range(b):
+        weight[i, :, counts[i] :] = 0
+    of_inputs = torch.autograd.grad((output.cpu().double() * weight.double()).sum(), inputs)
+
+    expected_inputs = [x.double().requires_grad_() for x in (q_of_all, k, v)]
+    whole = dense(*expected_inputs, stays_of(mixed, columns) if dropped else None)
+    wanted = chosen[:, None, :, None].double()
+    expected = torch.autograd.grad((whole * direction.double() * wanted).sum(), expected_inputs)
+    pairs = {"output": (output, packed(whole.detach())), "q": (of_inputs[0], packed(expected[0]))}
+    for i in range(b):
+        for _, want in pairs.values():
+            want[i, :, counts[i] :] = 0
+    pairs |= {"k": (of_inputs[1], expected[1]), "v": (of_inputs[2], expected[2])}
+    return {name: relative(got.detach().cpu().double(), want) for name, (got, want) in pairs.items()}
+
+
+def dispatched() -> dict[str, float]:
+    """The functions of ``kernels.attention`` with the kernels, against themselves without."""
+    length, heads, c = 20, 2, 16
+    q, k, v = (torch.randn(3, heads, length, c, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    rows = choose("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
+    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
+    found = {}
+    for how in (None, KeyedDropout(RATE, keys, SITE)):
+        of_rows = how and how.select(rows)
+        calls = {
+            "causal": lambda how=how: attention.causal_attention(q, k, v, how, 1),
+            "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
+            "among": lambda h=of_rows: attention.attention_among(packed_q, packed_k, packed_v, rows, 3, length, h, 1),
+        }
+        for name, call in calls.items():
+            expected = call()
+            launched = []
+            has_kernels, attend = gpu.has_kernels, triton_attention.attend
+            gpu.has_kernels = lambda device: True
+            triton_attention.attend = lambda *a, call=attend, seen=launched: seen.append(0) or call(*a)
+            got = call()
+            gpu.has_kernels, triton_attention.attend = has_kernels, attend
+            assert launched or (how is None and name != "routed"), name  # without dropout torch's own is at hand
+            found[f"{name}, {'dropout' if how else 'plain'}"] = relative(got, expected)
+    return found
+
+
+def choose(choice: str, length: int, generator: torch.Generator) -> torch.Tensor:
+    """(3, length) bool."""
+    chosen = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(choice, 0.6)
+    match choice:
+        case "none":
+            chosen[:] = False
+        case "all":
+            chosen[:] = True
+        case "one sequence without":
+            chosen[1], chosen[0, -1] = False, True
+        case "last of each":
+            chosen[:], chosen[:, -1] = False, True
+        case "first of each":
+            chosen[:], chosen[:, 0] = False, True
+    return chosen
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stays: torch.Tensor | None) -> torch.Tensor:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(later, -math.inf).softmax(-1)
+    return (probabilities if stays is None else probabilities * stays / (1 - RATE)) @ v
+
+
+def stays_of(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """What dropout leaves of (b, h, rows, columns), in Python's integers' terms: everything modulo 2^32."""
+    half = 2**32
+    first, second = (keys >> 32) % half, (keys % half) | 1
+    number = ((first[..., None] ^ (columns.long() % half)) * 0x7FEB352D) % half
+    number = number ^ (number >> 15)
+    # A product of two 32-bit numbers does not fit in int64: by halves of the second one.
+    low, high = second[..., None] % 2**16, second[..., None] >> 16
+    number = (number * low + ((number * high) % 2**16) * 2**16) % half
+    return ((number + 2**31) % half) >= int(RATE * 2**32)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    if want.numel() == 0:
+        return 0.0
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1.0)).item()
+
+
+if __name__ == "__main__":
+    main()
