@@ -24,7 +24,6 @@ from megachiar.benchmark import in_turn, machine, timed, write_json
 from megachiar.config import ModelConfig
 from megachiar.console import run
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
-from megachiar.kernels.dct import dct
 from megachiar.kernels.spectral import spectral_entropy, spectral_mix
 from megachiar.model.grid import Grid
 from megachiar.model.init import initialise
@@ -78,7 +77,7 @@ def layer_passes(options, sequences: int, length: int, device: torch.device) -> 
 
 def model_config(options, length: int, share: float | None, keys: str, x: torch.Tensor) -> ModelConfig:
     """Three layers, the middle one routed at a threshold that sends ``share`` of ``x`` to attention."""
-    entropy = spectral_entropy(dct(x.detach()))
+    entropy = spectral_entropy(x.detach())
     tau = entropy.float().quantile(1 - share).clamp(0, 1).item() if share is not None else 0.5
     return ModelConfig.model_validate(
         {

@@ -212,12 +212,11 @@ def calibrate(engine, tokens, share: float) -> None:
     """Thresholds that send ``share`` of each routed layer's tokens of this batch to attention, layer by layer."""
     import torch
 
-    from megachiar.kernels.dct import dct
     from megachiar.kernels.spectral import spectral_entropy
     from megachiar.model.router import Router
 
     def set_bound(router: Router, arguments: tuple) -> None:
-        entropy = spectral_entropy(dct(arguments[0]), router.dc_weight, router.epsilon)
+        entropy = spectral_entropy(arguments[0], router.dc_weight, router.epsilon)
         router.bounds = (entropy.float().quantile(1 - share).item(),)
 
     routers = [module for module in engine.deepspeed.module.modules() if isinstance(module, Router)]

@@ -6,13 +6,21 @@ As a matrix, ``X = C x`` with ``C`` orthogonal: the inverse is ``C^T`` and the t
 itself. Two ways to compute it: the product with ``C`` (2 d^2 FLOPs, what a GPU does best) and a real FFT of the same
 length after one permutation (Makhoul 1980; about 2.5 d log2 d FLOPs, what a CPU does best from ``FFT_FROM`` channels).
 
-Shapes: d = channels of a token, "..." = any leading dimensions.
+What works on a spectrum need not have it in order. ``packed_dct`` leaves its numbers where the transform has them: for
+the product in order, for the FFT as real and imaginary parts of the half spectrum,
+
+    X_0 . X_1 X_{d-1} X_2 X_{d-2} ...        "." is 0, and an even d has X_{d/2} twice; signs differ
+
+and ``packed`` arranges weights alike. That saves the copies that would put all rows in order.
+
+Shapes: d = channels of a token, P = numbers of a packed spectrum, "..." = any leading dimensions.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,26 +31,76 @@ FFT_FROM = 128
 
 def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II of ``x`` (..., d); same shape. 16-bit types are transformed in fp32 and returned in fp32."""
-    x = _computable(x)
-    if _by_fft(x):
-        return _dct_fft(x)
-    return x @ dct_matrix(x.shape[-1], x.device, x.dtype).mT
+    d = x.shape[-1]
+    spectrum = packed_dct(x)
+    if not _by_fft(d, x.device):
+        return spectrum
+    tables = _fft_tables(d, x.device, spectrum.dtype)
+    return spectrum.index_select(-1, tables.place) * tables.sign
 
 
 def idct(spectrum: torch.Tensor) -> torch.Tensor:
     """Inverse of ``dct``: the orthonormal DCT-III of ``spectrum`` (..., d)."""
-    spectrum = _computable(spectrum)
-    if _by_fft(spectrum):
-        return _idct_fft(spectrum)
-    return spectrum @ dct_matrix(spectrum.shape[-1], spectrum.device, spectrum.dtype)
+    spectrum, d = _computable(spectrum), spectrum.shape[-1]
+    if _by_fft(d, spectrum.device):
+        tables = _fft_tables(d, spectrum.device, spectrum.dtype)
+        spectrum = (spectrum * tables.sign).index_select(-1, tables.frequency) * tables.filled
+    return packed_idct(spectrum, d)
+
+
+def packed_dct(x: torch.Tensor) -> torch.Tensor:
+    """The numbers of ``dct`` of ``x`` (..., d) in the order that is cheapest: (..., P)."""
+    x, d = _computable(x), x.shape[-1]
+    if not _by_fft(d, x.device):
+        return x @ dct_matrix(d, x.device, x.dtype).mT
+    tables = _fft_tables(d, x.device, x.dtype)
+    if x.numel() == 0:  # MKL refuses to transform nothing
+        return x.new_zeros(*x.shape[:-1], len(tables.once))
+    half = torch.fft.rfft(x.index_select(-1, tables.order)).mul_(tables.twiddle)
+    return torch.view_as_real(half).flatten(-2)
+
+
+def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
+    """Inverse of ``packed_dct``: (..., P) to (..., d)."""
+    if not _by_fft(d, spectrum.device):
+        return spectrum @ dct_matrix(d, spectrum.device, spectrum.dtype)
+    tables = _fft_tables(d, spectrum.device, spectrum.dtype)
+    if spectrum.numel() == 0:
+        return spectrum.new_zeros(*spectrum.shape[:-1], d)
+    half = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))) * tables.inverse_twiddle
+    return torch.fft.irfft(half, n=d).index_select(-1, tables.inverse_order)
+
+
+def packed(weights: torch.Tensor) -> torch.Tensor:
+    """Weights (d,) of frequencies as (P,), for the numbers of ``packed_dct``."""
+    if not _by_fft(len(weights), weights.device):
+        return weights
+    return weights.index_select(0, _fft_tables(len(weights), weights.device, torch.float32).frequency)
+
+
+def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
+    """Of (P,) numbers, one for each of ``packed_dct``'s, those of the frequencies: (d,)."""
+    if not _by_fft(d, numbers.device):
+        return numbers
+    return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).place)
+
+
+def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torch.Tensor:
+    """Power (..., P) of a packed spectrum: each frequency's once, 0 elsewhere; that of ``X_0`` times ``dc_weight``."""
+    power = spectrum.square()
+    if _by_fft(d, spectrum.device):
+        power = power * _fft_tables(d, spectrum.device, spectrum.dtype).once
+    if dc_weight != 1.0:
+        power = torch.cat([power[..., :1] * dc_weight, power[..., 1:]], -1)
+    return power
 
 
 def _computable(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_fft(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.shape[-1] >= FFT_FROM and x.numel() > 0  # MKL refuses to transform nothing
+def _by_fft(d: int, device: torch.device) -> bool:
+    return device.type == "cpu" and d >= FFT_FROM
 
 
 @lru_cache(maxsize=32)
@@ -55,33 +113,48 @@ def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
         return c.to(device=device, dtype=dtype)
 
 
+class _FftTables(NamedTuple):
+    """Of one length.
+
+    Attributes:
+        order, inverse_order: (d,) Makhoul's permutation and its inverse.
+        twiddle, inverse_twiddle: (d // 2 + 1,) complex, scaled so that the transform is orthonormal.
+        frequency: (P,) whose number stands at each place of a packed spectrum.
+        place, sign: (d,) where each frequency's number stands, and what it is multiplied by there.
+        once: (P,) 1 at these places, 0 at the others.
+        filled: (P,) sign that an inverse transform wants at each place; 0 at the empty one.
+    """
+
+    order: torch.Tensor
+    inverse_order: torch.Tensor
+    twiddle: torch.Tensor
+    inverse_twiddle: torch.Tensor
+    frequency: torch.Tensor
+    place: torch.Tensor
+    sign: torch.Tensor
+    once: torch.Tensor
+    filled: torch.Tensor
+
+
 @lru_cache(maxsize=32)
-def _fft_tables(d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Makhoul's permutation, its inverse, and the scaled twiddles (d // 2 + 1,) of the half spectrum."""
+def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     with torch.inference_mode(False):
         order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
-        k = torch.arange(d // 2 + 1, dtype=torch.float64)
-        scale = torch.full_like(k, math.sqrt(2 / d))
+        k = torch.arange(d // 2 + 1)
+        scale = torch.full(k.shape, math.sqrt(2 / d), dtype=torch.float64)
         scale[0] = math.sqrt(1 / d)
-        twiddle = torch.polar(scale, -math.pi / (2 * d) * k)
+        angle = -math.pi / (2 * d) * k.double()
         complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return order, torch.argsort(order), twiddle.to(complex_type)
-
-
-def _dct_fft(x: torch.Tensor) -> torch.Tensor:
-    d = x.shape[-1]
-    order, _, twiddle = _fft_tables(d, x.dtype)
-    half = torch.fft.rfft(x.index_select(-1, order)) * twiddle  # (..., d // 2 + 1) complex
-    # X_k = Re half_k up to d // 2; the rest is X_{d-k} = -Im half_k.
-    rest = half.imag[..., 1 : (d + 1) // 2].flip(-1)
-    return torch.cat([half.real, -rest], -1)
-
-
-def _idct_fft(spectrum: torch.Tensor) -> torch.Tensor:
-    d = spectrum.shape[-1]
-    _, inverse_order, twiddle = _fft_tables(d, spectrum.dtype)
-    size = d // 2 + 1
-    imaginary = torch.zeros_like(spectrum[..., :size])
-    imaginary[..., 1:] = -spectrum[..., d - size + 1 :].flip(-1)
-    half = torch.complex(spectrum[..., :size].contiguous(), imaginary) / twiddle
-    return torch.fft.irfft(half, n=d).index_select(-1, inverse_order)
+        twiddle, inverse = (torch.polar(s, a).to(complex_type) for s, a in ((scale, angle), (1 / scale, -angle)))
+        # X_k = Re half_k up to d // 2; the rest is X_{d-k} = -Im half_k.
+        frequency = torch.stack([k, (d - k) % d], 1).flatten()
+        n = torch.arange(d)
+        place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
+        sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
+        once = torch.zeros(len(frequency), dtype=dtype).index_fill_(0, place, 1)
+        filled = torch.ones(len(frequency), dtype=dtype)
+        filled[1] = 0
+        if d % 2 == 0 and d > 1:
+            filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; of the others ``sign`` has changed it already
+        tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, once, filled)
+        return _FftTables(*(t.to(device) for t in tables))

@@ -1,6 +1,6 @@
 """What is done in the DCT domain of one token: spectral entropy and spectral mixing.
 
-Shapes: N = rows (tokens), d = channels.
+Shapes: N = rows (tokens), d = channels, P = numbers of a packed spectrum (see ``dct``).
 """
 
 from __future__ import annotations
@@ -10,30 +10,42 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from megachiar.kernels.dct import dct, idct
+from megachiar.kernels.dct import packed, packed_dct, packed_idct, packed_power, unpacked
 
 
-def spectral_entropy(spectrum: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
-    """Normalised entropy of a token's power spectrum (paper, spectral entropy H).
+def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
+    """Normalised entropy of each token's power spectrum (paper, spectral entropy H), with a gradient.
 
-    ``p = X^2 / sum X^2`` with the power of ``X_0`` taken ``dc_weight`` times; ``H = -sum p log(p + epsilon) / log d``.
+    ``p = X^2 / sum X^2`` with ``X`` the DCT of the token and the power of ``X_0`` taken ``dc_weight`` times;
+    ``H = -sum p log(p + epsilon) / log d``.
 
     Args:
-        spectrum: DCT coefficients (N, d), fp32 or fp64.
+        x: rows (N, d).
         dc_weight: weight of the zero-frequency power.
         epsilon: added inside the logarithm.
 
     Returns:
-        H (N,) in [0, 1] (with epsilon 0), in the type of ``spectrum``. An all-zero token has H = 0. The gradient is
+        H (N,) in [0, 1] (with epsilon 0), fp32, or fp64 for fp64 rows. An all-zero token has H = 0. The gradient is
         finite where frequencies or whole tokens are empty.
     """
-    power = spectrum.square()
-    if dc_weight != 1.0:
-        power = torch.cat([power[..., :1] * dc_weight, power[..., 1:]], -1)
+    return _entropy(packed_dct(x), x.shape[-1], dc_weight, epsilon)
+
+
+def spectrum_and_entropy(
+    x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed spectrum (N, P) and entropy (N,) of rows (N, d), both fp32 (fp64 for fp64 rows) and without gradient."""
+    with torch.no_grad():
+        spectrum = packed_dct(x)
+        return spectrum, _entropy(spectrum, x.shape[-1], dc_weight, epsilon)
+
+
+def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -> torch.Tensor:
+    power = packed_power(spectrum, d, dc_weight)
     total = power.sum(-1, keepdim=True)
     p = power / total.masked_fill(total == 0, 1)
     logs = torch.log(p.clamp_min(torch.finfo(p.dtype).tiny) + epsilon)  # 0 log 0 = 0
-    return (p * logs).sum(-1) / -math.log(spectrum.shape[-1])
+    return (p * logs).sum(-1) / -math.log(d)
 
 
 def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spectrum: torch.Tensor | None = None):
@@ -43,8 +55,8 @@ def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spect
         x: rows (N, d).
         weight: filter (d,).
         gain: constant factor outside the learned filter.
-        spectrum: ``dct(x)`` where it is known already, so that it is not computed twice. It carries no gradient: the
-            gradient flows through ``x``.
+        spectrum: ``packed_dct(x)`` (N, P) where it is known already, so that it is not computed twice. It carries no
+            gradient: the gradient flows through ``x``.
 
     Returns:
         (N, d) in the type of ``x``.
@@ -57,7 +69,7 @@ class _SpectralMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, gain, spectrum):
-        spectrum = dct(x) if spectrum is None else spectrum
+        spectrum = packed_dct(x) if spectrum is None else spectrum
         ctx.save_for_backward(spectrum, weight)
         ctx.gain, ctx.dtype = gain, x.dtype
         return _filtered(spectrum, weight, gain).to(x.dtype)
@@ -66,17 +78,18 @@ class _SpectralMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         spectrum, weight = ctx.saved_tensors
-        gradient_spectrum = dct(gradient)
+        gradient_spectrum = packed_dct(gradient)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = _filtered(gradient_spectrum, weight, ctx.gain).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = (ctx.gain * (gradient_spectrum * spectrum).sum(0)).to(weight.dtype)
+            sums = gradient_spectrum.mul_(spectrum).sum(0)
+            of_weight = (ctx.gain * unpacked(sums, len(weight))).to(weight.dtype)
         return of_x, of_weight, None, None
 
 
 def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:
-    return idct(spectrum * (gain * weight.to(spectrum.dtype)))
+    return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight))
 
 
 def white_noise_entropy(d: int) -> tuple[float, float]:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.dct import dct
 from megachiar.kernels.hash import uniform_hash
-from megachiar.kernels.spectral import spectral_entropy
+from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
 from megachiar.model.grid import Grid
 from megachiar.parallel.collectives import sum_over_ranks
 from megachiar.parallel.linear import SharedLinear
@@ -29,7 +28,7 @@ class Decision:
     Attributes:
         operator: (m,) int64, index into the layer's operators.
         entropy: (m,) H without gradient.
-        spectrum: (m, d) DCT of the rows without gradient.
+        spectrum: (m, P) packed DCT of the rows without gradient.
         gates: (m, O) softmax weights with gradient for soft and hard routers, else None.
         utilisation: (O,) mean use of each operator with a gradient, where the collapse regulariser wants it.
     """
@@ -68,9 +67,7 @@ class Router(nn.Module):
         return ()
 
     def forward(self, x: torch.Tensor, grid: Grid) -> Decision:
-        with torch.no_grad():
-            spectrum = dct(x)
-            entropy = spectral_entropy(spectrum, self.dc_weight, self.epsilon)
+        spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
         gates = utilisation = None
         if self.kind == "threshold":
             operator = self._by_bounds(entropy)
@@ -95,7 +92,7 @@ class Router(nn.Module):
         return operator
 
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
-        return spectral_entropy(dct(x), self.dc_weight, self.epsilon)
+        return spectral_entropy(x, self.dc_weight, self.epsilon)
 
     def _soft_thresholds(self, entropy: torch.Tensor) -> torch.Tensor:
         """Mean use (O,) of the operators through sigmoids of width ``collapse_temperature`` around the thresholds."""

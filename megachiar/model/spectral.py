@@ -28,7 +28,7 @@ class DctMixing(nn.Module):
         """
         Args:
             chosen: rows (n, d) that take this operator.
-            spectrum: their DCT (n, d) without gradient, where the router has computed it.
+            spectrum: their packed DCT (n, P) without gradient, where the router has computed it.
 
         Returns:
             (n, d), residual and norm included.

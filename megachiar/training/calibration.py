@@ -15,7 +15,6 @@ import torch
 
 from megachiar.config import ModelConfig
 from megachiar.data.dataset import TokenSource, ValidationSet
-from megachiar.kernels.dct import dct
 from megachiar.kernels.spectral import spectral_entropy, white_noise_entropy
 from megachiar.model import ChiarFormer
 
@@ -186,16 +185,16 @@ def distribution_distance(first: Sample, second: Sample) -> float:
 def entropies(config: ModelConfig, rows: torch.Tensor) -> np.ndarray:
     """H of rows (n, d) as the model's routers compute it, fp32 or fp64 (n,)."""
     weight, epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
-    return torch.cat([spectral_entropy(dct(part), weight, epsilon) for part in rows.split(4096)]).cpu().numpy()
+    return torch.cat([spectral_entropy(part, weight, epsilon) for part in rows.split(4096)]).cpu().numpy()
 
 
 def noise_entropies(config: ModelConfig) -> Sample:
-    """H of white noise as wide as the model. Its spectrum is white noise too: the transform is orthogonal."""
+    """H of white noise as wide as the model."""
     generator = torch.Generator().manual_seed(0)
     shape, blocks = (NOISE_SAMPLES // 10, config.hidden_size), range(10)
-    spectra = (torch.randn(shape, generator=generator) for _ in blocks)
+    samples = (torch.randn(shape, generator=generator) for _ in blocks)
     weight, epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
-    return Sample(torch.cat([spectral_entropy(spectrum, weight, epsilon) for spectrum in spectra]).numpy())
+    return Sample(torch.cat([spectral_entropy(rows, weight, epsilon) for rows in samples]).numpy())
 
 
 def describe_noise(config: ModelConfig, noise: Sample) -> Distribution:

@@ -53,6 +53,9 @@ class Replica:
             mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
             dist_init_required=False,
         )
+        if not config.parallel.zero_stage and topology.data_size == 1:
+            # Nobody to add gradients up with: DeepSpeed would copy all of them into one buffer and back.
+            self.deepspeed.enable_backward_allreduce = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.deepspeed.module.named_parameters()
