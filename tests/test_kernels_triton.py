@@ -1,4 +1,4 @@
-"""Triton kernels of attention: interpreted on a CPU, compiled for an H100 without one, and run where there is one."""
+"""Triton kernels: interpreted on a CPU, compiled for an H100 without one, and run where there is one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from support import run_command
 
 WORKER = Path(__file__).with_name("triton_attention_worker.py")
+ROWS_WORKER = Path(__file__).with_name("triton_rows_worker.py")
 COMPILER = Path(__file__).with_name("triton_compile_worker.py")
 
 pytest.importorskip("triton")
@@ -25,11 +26,29 @@ def check(found: dict[str, dict[str, float]], bounds: dict[str, float]) -> None:
         assert not wrong, case
 
 
+def check_rows(found: dict[str, dict[str, float]], fp32: float) -> None:
+    """The spectrum and H of bf16 rows are as exact as those of fp32 rows: routes hang on them."""
+    assert len(found) == 60
+    for case, deviations in found.items():
+        bound = fp32 if case.startswith("fp32") else 1e-2
+        if "spectrum" in case:
+            bound = 1e-5
+        wrong = {what: by for what, by in deviations.items() if not by <= bound}
+        assert deviations and not wrong, case
+
+
 def test_interpreted_kernels_compute_the_dense_formula():
     """The interpreter cuts bf16 off where the hardware rounds."""
     done = run_command(sys.executable, WORKER, "cpu", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     check(json.loads(done.stdout), {"fp32": 2e-6, "bf16": 2e-2})
+
+
+def test_interpreted_kernels_of_rows_compute_their_definitions():
+    """DCT, entropy, mixing, norms, RoPE, loss. The worker fails where a kernel was not launched."""
+    done = run_command(sys.executable, ROWS_WORKER, "cpu", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    check_rows(json.loads(done.stdout), fp32=2e-6)
 
 
 def test_attention_takes_the_kernels_where_they_run():
@@ -42,7 +61,8 @@ def test_kernels_compile_for_an_h100_without_spilled_registers(tmp_path):
     done = run_command(sys.executable, COMPILER, TRITON_CACHE_DIR=str(tmp_path), timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 8
+    # Attention of 2 head sizes with and without dropout; 5 kernels of rows of 3 sizes; 3 of logits; in 2 types.
+    assert len(found) == 2 * (3 * 4 + 5 * 3 + 3)
     spilled = {kernel: use for kernel, use in found.items() if use["STACK"] or use["LOCAL"]}
     assert not spilled
     assert all(use["shared"] <= 227 * 1024 for use in found.values())
@@ -54,3 +74,6 @@ def test_compiled_kernels_compute_the_dense_formula():
     done = run_command(sys.executable, WORKER, "cuda")
     assert done.returncode == 0, done.stderr
     check(json.loads(done.stdout), {"fp32": 1e-5, "bf16": 2e-2})
+    done = run_command(sys.executable, ROWS_WORKER, "cuda")
+    assert done.returncode == 0, done.stderr
+    check_rows(json.loads(done.stdout), fp32=1e-5)

@@ -82,6 +82,10 @@ def test_apex_that_is_not_there(folder):
     assert "NVIDIA's apex" in refused(folder, "optimizer.implementation=apex")
 
 
+def test_triton_without_a_gpu(folder):
+    assert "precision.kernels: is triton, but the device is a CPU" in refused(folder, "precision.kernels=triton")
+
+
 def test_weights_from_nowhere(folder):
     assert "no such folder" in refused(folder, f"checkpoint.load_from={folder}/nothing")
 

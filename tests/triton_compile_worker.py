@@ -1,4 +1,4 @@
-"""Compile attention's kernels for sm_90, with no GPU: what each uses, as JSON.
+"""Compile all kernels for sm_90, with no GPU: what each uses, as JSON.
 
 python triton_compile_worker.py
 """
@@ -26,17 +26,33 @@ class Planned:
 
 driver.set_active(Planned())
 
-from megachiar.kernels import triton_attention  # noqa: E402
+from megachiar.kernels import (  # noqa: E402
+    triton_attention,
+    triton_cross_entropy,
+    triton_dropout,
+    triton_norm,
+    triton_rope,
+    triton_spectral,
+)
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-KERNELS = ("_forward", "_backward_queries", "_backward_keys")
+KERNELS = {
+    triton_attention: ("_forward", "_backward_queries", "_backward_keys"),
+    triton_cross_entropy: ("_read", "_slope"),
+    triton_dropout: ("_drop",),
+    triton_norm: ("_norm", "_norm_backward"),
+    triton_rope: ("_rotate",),
+    triton_spectral: ("_transform", "_mix"),
+}
+SIZES = (256, 1024, 4096)
+"""Channels of a token."""
 
 
 class Compiled:
     """Stands for a kernel: is compiled, and not launched."""
 
-    def __init__(self, name: str, into: dict):
-        self.name, self.kernel, self.into = name, getattr(triton_attention, name), into
+    def __init__(self, module, name: str, into: dict):
+        self.name, self.kernel, self.into = name, getattr(module, name), into
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
@@ -47,16 +63,44 @@ class Compiled:
 
 def main() -> None:
     compiled: dict = {}
-    for name in KERNELS:
-        setattr(triton_attention, name, Compiled(name, compiled))
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Compiled(module, name, compiled))
     found = {}
+
+    def note(what: str) -> None:
+        found.update({f"{name}, {what}": usage(kernel) for name, kernel in compiled.items()})
+        compiled.clear()
+
     for dtype in (torch.bfloat16, torch.float32):
         for c in (64, 128):
             for dropped in (False, True):
                 attend(c, dtype, dropped)
-                for name, kernel in compiled.items():
-                    found[f"{name} {dtype} {c} channels, dropout {dropped}"] = usage(kernel)
+                note(f"{dtype}, {c} channels of a head, dropout {dropped}")
+        for d in SIZES:
+            work_on_rows(d, dtype)
+            note(f"{dtype}, {d} channels")
+        lose_and_drop(dtype)
+        note(f"{dtype}")
     print(json.dumps(found))
+
+
+def work_on_rows(d: int, dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(4, d, dtype=dtype), torch.ones(d, dtype=dtype)
+    spectrum, _ = triton_spectral.transform(x, 2.0, 1e-8)
+    triton_spectral.mix(spectrum, weight, 1.0, x, (weight, weight, 1e-5), dtype)
+    normed = triton_norm.normed(x, x, weight, weight, 1e-5)
+    triton_norm.norm_backward(x, *normed[1:], weight)
+    heads, tables = x.view(4, d // 64, 64), torch.zeros(4, 1, 64, dtype=dtype)
+    triton_rope.rotated(heads, tables, tables, back=True)
+
+
+def lose_and_drop(dtype: torch.dtype) -> None:
+    logits, targets = torch.zeros(4, 32000, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    scale, _ = triton_cross_entropy.scales_and_targets(logits, targets)
+    triton_cross_entropy.slope_(logits, targets, scale, targets == 0)
+    columns = torch.zeros(32000, dtype=torch.int32)
+    triton_dropout.drop(logits, targets, columns, 1, 5, 1.1, 3, logits)
 
 
 def attend(c: int, dtype: torch.dtype, dropped: bool) -> None:

@@ -61,6 +61,9 @@ class PrecisionConfig(Section):
     """fp16 with a dynamic scale: steps without overflow until it doubles."""
     tf32: bool = True
     """Let fp32 matrix products on NVIDIA GPUs use TF32. Spectral entropy never does."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Which kernels a GPU runs where both can: ours in Triton (auto, triton) or plain torch operations (torch). With
+    triton a run that cannot have them is refused; auto takes torch then. The log's first lines say what runs."""
 
 
 class OptimizerConfig(Section):

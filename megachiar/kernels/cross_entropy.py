@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels import gpu, triton_cross_entropy
+
 IGNORED_TARGET = -100
 CHUNK_BYTES = 128 * 2**20
 """Most that the fp32 logits of one chunk of rows take."""
@@ -66,26 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first = part_of.first if part_of is not None else 0
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            ignored = ~counted[part, None]
             logits = hidden[part] @ weight.mT
-            target = targets[part, None] - first
-            elsewhere = (target < 0) | (target >= len(weight))
-            target = target.masked_fill(elsewhere, 0)
-            slope = torch.softmax(logits, -1, dtype=wide)
-            # The logarithm of the sum, from the likeliest token: of rarer ones the softmax may have vanished.
-            scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
-            at_target = logits.gather(-1, target).to(wide).masked_fill_(elsewhere, 0)
-            if part_of is not None:
-                own = scale
-                scale, at_target = (t[:, None] for t in part_of.merge(scale[:, 0], at_target[:, 0]))
-                slope *= (own - scale).exp()
-            losses[part] = (scale - at_target).masked_fill_(ignored, 0).squeeze(-1)
+            by_triton = gpu.has_kernels(logits.device) and triton_cross_entropy.supports(logits)
+            losses_and_slope = _by_triton if by_triton else _by_torch
+            losses[part], slope = losses_and_slope(logits, targets[part] - first, counted[part], part_of, wide)
             if needed:
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
-                slope.scatter_add_(-1, target, elsewhere.to(wide) - 1)
-                slope = slope.to(hidden.dtype)
-                of_hidden[part] = (slope @ weight).masked_fill_(ignored, 0)
-                of_weight += slope.mT @ hidden[part].masked_fill(ignored, 0)
+                of_hidden[part] = slope @ weight
+                of_weight += slope.mT @ hidden[part]
         ctx.save_for_backward(of_hidden, of_weight, count)
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses
@@ -96,3 +86,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, count = ctx.saved_tensors
         factor = of_loss / count
         return (of_hidden * factor).to(of_hidden.dtype), (of_weight * factor).to(of_hidden.dtype), None, None
+
+
+def _by_torch(
+    logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor, part_of: Vocabulary | None, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (n,), and the slope of each by its logits (n, V) in their type: 0 for rows that do not count."""
+    elsewhere = (target < 0) | (target >= logits.shape[1])
+    target, elsewhere = target.masked_fill(elsewhere, 0)[:, None], elsewhere[:, None]
+    slope = torch.softmax(logits, -1, dtype=wide)
+    # The logarithm of the sum, from the likeliest token: of rarer ones the softmax may have vanished.
+    scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
+    at_target = logits.gather(-1, target).to(wide).masked_fill_(elsewhere, 0)
+    factor = counted[:, None].to(wide)
+    if part_of is not None:
+        own = scale
+        scale, at_target = (t[:, None] for t in part_of.merge(scale[:, 0], at_target[:, 0]))
+        factor = factor * (own - scale).exp()
+    if part_of is not None or counted.device.type != "cpu" or not counted.all():
+        slope *= factor
+    slope.scatter_add_(-1, target, (elsewhere.to(wide) - 1) * counted[:, None])
+    return (scale - at_target).squeeze(-1).masked_fill_(~counted, 0), slope.to(logits.dtype)
+
+
+def _by_triton(
+    logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor, part_of: Vocabulary | None, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``_by_torch``; the slope takes the logits' place."""
+    scale, at_target = triton_cross_entropy.scales_and_targets(logits, target)
+    if part_of is not None:
+        scale, at_target = part_of.merge(scale, at_target)
+    losses = (scale - at_target).masked_fill_(~counted, 0)
+    return losses, triton_cross_entropy.slope_(logits, target, scale, counted)

@@ -33,7 +33,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II of ``x`` (..., d); same shape. 16-bit types are transformed in fp32 and returned in fp32."""
     d = x.shape[-1]
     spectrum = packed_dct(x)
-    if not _by_fft(d, x.device):
+    if not by_fft(d, x.device):
         return spectrum
     tables = _fft_tables(d, x.device, spectrum.dtype)
     return spectrum.index_select(-1, tables.place) * tables.sign
@@ -42,7 +42,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
 def idct(spectrum: torch.Tensor) -> torch.Tensor:
     """Inverse of ``dct``: the orthonormal DCT-III of ``spectrum`` (..., d)."""
     spectrum, d = _computable(spectrum), spectrum.shape[-1]
-    if _by_fft(d, spectrum.device):
+    if by_fft(d, spectrum.device):
         tables = _fft_tables(d, spectrum.device, spectrum.dtype)
         spectrum = (spectrum * tables.sign).index_select(-1, tables.frequency) * tables.filled
     return packed_idct(spectrum, d)
@@ -51,8 +51,8 @@ def idct(spectrum: torch.Tensor) -> torch.Tensor:
 def packed_dct(x: torch.Tensor) -> torch.Tensor:
     """The numbers of ``dct`` of ``x`` (..., d) in the order that is cheapest: (..., P)."""
     x, d = _computable(x), x.shape[-1]
-    if not _by_fft(d, x.device):
-        return x @ dct_matrix(d, x.device, x.dtype).mT
+    if not by_fft(d, x.device):
+        return _exact_product(x, dct_matrix(d, x.device, x.dtype).mT)
     tables = _fft_tables(d, x.device, x.dtype)
     if x.numel() == 0:  # MKL refuses to transform nothing
         return x.new_zeros(*x.shape[:-1], len(tables.once))
@@ -62,8 +62,8 @@ def packed_dct(x: torch.Tensor) -> torch.Tensor:
 
 def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
     """Inverse of ``packed_dct``: (..., P) to (..., d)."""
-    if not _by_fft(d, spectrum.device):
-        return spectrum @ dct_matrix(d, spectrum.device, spectrum.dtype)
+    if not by_fft(d, spectrum.device):
+        return _exact_product(spectrum, dct_matrix(d, spectrum.device, spectrum.dtype))
     tables = _fft_tables(d, spectrum.device, spectrum.dtype)
     if spectrum.numel() == 0:
         return spectrum.new_zeros(*spectrum.shape[:-1], d)
@@ -73,14 +73,14 @@ def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
 
 def packed(weights: torch.Tensor) -> torch.Tensor:
     """Weights (d,) of frequencies as (P,), for the numbers of ``packed_dct``."""
-    if not _by_fft(len(weights), weights.device):
+    if not by_fft(len(weights), weights.device):
         return weights
     return weights.index_select(0, _fft_tables(len(weights), weights.device, torch.float32).frequency)
 
 
 def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
     """Of (P,) numbers, one for each of ``packed_dct``'s, those of the frequencies: (d,)."""
-    if not _by_fft(d, numbers.device):
+    if not by_fft(d, numbers.device):
         return numbers
     return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).place)
 
@@ -88,18 +88,31 @@ def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
 def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torch.Tensor:
     """Power (..., P) of a packed spectrum: each frequency's once, 0 elsewhere; that of ``X_0`` times ``dc_weight``."""
     power = spectrum.square()
-    if _by_fft(d, spectrum.device):
+    if by_fft(d, spectrum.device):
         power = power * _fft_tables(d, spectrum.device, spectrum.dtype).once
     if dc_weight != 1.0:
         power = torch.cat([power[..., :1] * dc_weight, power[..., 1:]], -1)
     return power
 
 
+def _exact_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Without TF32, which would change routes: in training it may be on for all other products."""
+    if rows.device.type != "cuda":
+        return rows @ matrix
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, False
+    try:
+        return rows @ matrix
+    finally:
+        settings.allow_tf32 = before
+
+
 def _computable(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_fft(d: int, device: torch.device) -> bool:
+def by_fft(d: int, device: torch.device) -> bool:
+    """Whether rows of ``d`` channels are transformed by FFT."""
     return device.type == "cpu" and d >= FFT_FROM
 
 

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels import gpu, triton_rope
+
 
 @lru_cache(maxsize=32)
 def rotary_table(
@@ -37,15 +39,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         cos, sin = ctx.saved_tensors
-        return _rotated(gradient, cos, -sin), None, None
+        return _rotated(gradient, cos, sin, back=True), None, None
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    if gpu.has_kernels(x.device) and triton_rope.supports(x, cos):
+        return triton_rope.rotated(x, cos, sin, back)
+    sin = -sin if back else sin
     first, second = x.chunk(2, -1)
     return torch.cat([second, first], -1).mul_(sin).addcmul_(x, cos)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels import gpu, triton_norm, triton_spectral
 from megachiar.kernels.dct import packed, packed_dct, packed_idct, packed_power, unpacked
 
 
@@ -35,6 +37,8 @@ def spectrum_and_entropy(
     x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed spectrum (N, P) and entropy (N,) of rows (N, d), both fp32 (fp64 for fp64 rows) and without gradient."""
+    if _by_triton(x):
+        return triton_spectral.transform(x.detach(), dc_weight, epsilon)
     with torch.no_grad():
         spectrum = packed_dct(x)
         return spectrum, _entropy(spectrum, x.shape[-1], dc_weight, epsilon)
@@ -64,32 +68,84 @@ def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spect
     return _SpectralMix.apply(x, weight, gain, spectrum)
 
 
+def mix_add_and_norm(
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    gain: float,
+    spectrum: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    epsilon: float,
+) -> torch.Tensor:
+    """LayerNorm (weight and bias (d,)) of ``x + spectral_mix(x, filters, gain, spectrum)``."""
+    if _by_triton(x):
+        return _MixAddAndNorm.apply(x, filters, gain, spectrum, weight, bias, epsilon)
+    return F.layer_norm(x + spectral_mix(x, filters, gain, spectrum), x.shape[-1:], weight, bias, epsilon)
+
+
+def _by_triton(x: torch.Tensor) -> bool:
+    return gpu.has_kernels(x.device) and triton_spectral.supports(x)
+
+
 class _SpectralMix(torch.autograd.Function):
     """The operator is symmetric: its backward pass is the operator itself on the gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, gain, spectrum):
-        spectrum = packed_dct(x) if spectrum is None else spectrum
+        spectrum = _spectrum(x) if spectrum is None else spectrum
         ctx.save_for_backward(spectrum, weight)
-        ctx.gain, ctx.dtype = gain, x.dtype
-        return _filtered(spectrum, weight, gain).to(x.dtype)
+        ctx.gain = gain
+        return _filtered(spectrum, weight, gain, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         spectrum, weight = ctx.saved_tensors
-        gradient_spectrum = packed_dct(gradient)
+        gradient_spectrum = _spectrum(gradient)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = _filtered(gradient_spectrum, weight, ctx.gain).to(ctx.dtype)
+            of_x = _filtered(gradient_spectrum, weight, ctx.gain, gradient)
         if ctx.needs_input_grad[1]:
-            sums = gradient_spectrum.mul_(spectrum).sum(0)
-            of_weight = (ctx.gain * unpacked(sums, len(weight))).to(weight.dtype)
+            of_weight = _of_filters(gradient_spectrum, spectrum, weight, ctx.gain)
         return of_x, of_weight, None, None
 
 
-def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:
-    return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight))
+class _MixAddAndNorm(torch.autograd.Function):
+    """With Triton: between the spectrum and the normalised rows nothing is written but what the norm's slope needs."""
+
+    @staticmethod
+    def forward(ctx, x, filters, gain, spectrum, weight, bias, epsilon):
+        x = x.contiguous()
+        spectrum = _spectrum(x) if spectrum is None else spectrum
+        mixed = triton_spectral.mix(spectrum, filters, gain, x, (weight, bias, epsilon), x.dtype)
+        ctx.save_for_backward(spectrum, filters, *mixed[1:], weight)
+        ctx.gain = gain
+        return mixed.rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        spectrum, filters, sums, mean, scale, weight = ctx.saved_tensors
+        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, sums, mean, scale, weight)
+        of_spectrum = _spectrum(of_sums)
+        of_x = triton_spectral.mix(of_spectrum, filters, ctx.gain, of_sums, None, sums.dtype).rows
+        return of_x, _of_filters(of_spectrum, spectrum, filters, ctx.gain), None, None, of_weight, of_bias, None
+
+
+def _spectrum(x: torch.Tensor) -> torch.Tensor:
+    return triton_spectral.transform(x)[0] if _by_triton(x) else packed_dct(x)
+
+
+def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float, like: torch.Tensor) -> torch.Tensor:
+    """Back from a filtered spectrum, to rows of the type and device of ``like``."""
+    if _by_triton(like):
+        return triton_spectral.mix(spectrum, weight, gain, None, None, like.dtype).rows
+    return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight)).to(like.dtype)
+
+
+def _of_filters(of_spectrum: torch.Tensor, spectrum: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:
+    """Gradient (d,) of the filter; ``of_spectrum`` is overwritten."""
+    return (gain * unpacked(of_spectrum.mul_(spectrum).sum(0), len(weight))).to(weight.dtype)
 
 
 def white_noise_entropy(d: int) -> tuple[float, float]:

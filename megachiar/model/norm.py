@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from megachiar.kernels.norm import add_and_norm
+from megachiar.kernels.spectral import mix_add_and_norm
 from megachiar.parallel.collectives import shared_parameter
 from megachiar.topology import TensorGroup
 
@@ -17,11 +18,25 @@ class RowNorm(nn.LayerNorm):
         super().__init__(size, eps=epsilon)
         self.group = group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = (shared_parameter(p, self.group) for p in (self.weight, self.bias))
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    def forward(self, x: torch.Tensor, change: torch.Tensor | None = None) -> torch.Tensor:
+        """Of ``x + change`` (n, d), or of ``x`` alone."""
+        return add_and_norm(x, change, *self.shared(), self.eps)
+
+    def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias (d,), whose gradients are summed where they must."""
+        return tuple(shared_parameter(p, self.group) for p in (self.weight, self.bias))
 
 
-def residual_norm(x: torch.Tensor, change: torch.Tensor, norm: nn.LayerNorm | None) -> torch.Tensor:
+class MixNorm(RowNorm):
+    """``RowNorm`` of rows to which their DCT mixing is added."""
+
+    def forward(
+        self, x: torch.Tensor, filters: torch.Tensor, gain: float, spectrum: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Arguments as those of ``spectral_mix``."""
+        return mix_add_and_norm(x, filters, gain, spectrum, *self.shared(), self.eps)
+
+
+def residual_norm(x: torch.Tensor, change: torch.Tensor, norm: RowNorm | None) -> torch.Tensor:
     """``norm(x + change)`` for post-norm layers, ``x + change`` (norm None) for pre-norm ones."""
-    return x + change if norm is None else norm(x + change)
+    return x + change if norm is None else norm(x, change)

@@ -7,7 +7,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.spectral import spectral_mix
-from megachiar.model.norm import RowNorm, residual_norm
+from megachiar.model.norm import MixNorm, RowNorm, residual_norm
 from megachiar.parallel.collectives import shared_parameter
 from megachiar.topology import TensorGroup
 
@@ -22,7 +22,7 @@ class DctMixing(nn.Module):
         super().__init__()
         self.pre, self.gain, self.group = config.norm == "pre", config.dct.gain, group
         self.filter = nn.Parameter(torch.ones(config.hidden_size))
-        self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
+        self.norm = (RowNorm if self.pre else MixNorm)(config.hidden_size, config.norm_epsilon, group)
 
     def forward(self, chosen: torch.Tensor, spectrum: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -36,4 +36,4 @@ class DctMixing(nn.Module):
         weight = shared_parameter(self.filter, self.group)
         if self.pre:
             return residual_norm(chosen, spectral_mix(self.norm(chosen), weight, self.gain), None)
-        return residual_norm(chosen, spectral_mix(chosen, weight, self.gain, spectrum), self.norm)
+        return self.norm(chosen, weight, self.gain, spectrum)

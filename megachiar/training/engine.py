@@ -18,6 +18,7 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.console import silence
 from megachiar.errors import UserError
+from megachiar.kernels import gpu
 from megachiar.topology import Topology
 from megachiar.training.pipeline import PipelineReplica
 from megachiar.training.replica import Replica
@@ -62,6 +63,7 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     else:
         device = torch.device("cpu")
+    choose_kernels(config, device)
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -69,6 +71,21 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
         timeout=datetime.timedelta(seconds=config.training.communication_timeout_s),
     )
     return device
+
+
+def choose_kernels(config: RunConfig, device: torch.device) -> None:
+    """Let this process use Triton kernels or not, as ``precision.kernels`` says.
+
+    Raises:
+        UserError: they are wanted and cannot be had.
+    """
+    kernels = config.precision.kernels
+    gpu.allow(kernels != "torch")
+    lack = gpu.why_not(device)
+    if kernels == "triton" and lack is not None:
+        raise UserError(
+            "precision.kernels", f"is triton, but {lack}", "use auto, or a GPU and pip install 'megachiar[gpu]'"
+        )
 
 
 class Engine:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
+from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.topology import Topology
@@ -85,6 +86,9 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
         f"optimizer: {engine.replica.optimizer_implementation}"
     )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+    kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
+    console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
     console.print(
         f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "

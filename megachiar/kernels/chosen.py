@@ -1,0 +1,41 @@
+"""Which implementation serves which operator, and why, for the first lines of a log."""
+
+from __future__ import annotations
+
+import torch
+
+from megachiar.kernels import (
+    dct,
+    gpu,
+    triton_attention,
+    triton_cross_entropy,
+    triton_norm,
+    triton_rope,
+    triton_spectral,
+)
+
+
+def chosen_kernels(hidden_size: int, heads: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Phrases such as "Triton for routed attention, norms", of a model in ``dtype`` on ``device``."""
+    rows = torch.empty(1, hidden_size, dtype=dtype, device="meta")
+    by_head = rows.view(1, heads, -1)
+    transform = "FFT" if dct.by_fft(hidden_size, device) else "matrix product"
+    why_not = gpu.why_not(device)
+    if why_not is not None:
+        return [f"torch, with SDPA for attention and {transform} for the DCT ({why_not})"]
+    tables = rows.new_empty(1, 1, by_head.shape[-1])
+    sizes = ", ".join(map(str, triton_attention.HEAD_SIZES))
+    choices = (
+        ("routed attention", triton_attention.supports(by_head), f"torch SDPA: heads have no {sizes} channels"),
+        (
+            "DCT, entropy and mixing",
+            triton_spectral.supports(rows),
+            f"torch, {transform}: hidden_size is no multiple of 64",
+        ),
+        ("norms", triton_norm.supports(rows), f"torch: hidden_size is above {triton_norm.WIDEST}"),
+        ("RoPE", triton_rope.supports(by_head, tables), "torch: a head has too many channels, or an odd number"),
+        ("loss", triton_cross_entropy.supports(rows), "torch"),
+    )
+    by_triton = [name for name, supported, _ in choices if supported]
+    others = [f"{name} by {instead}" for name, supported, instead in choices if not supported]
+    return [f"Triton for {', '.join(by_triton)}", *others, "attention in every row by torch SDPA (flash or cuDNN)"]

@@ -1,0 +1,45 @@
+"""LayerNorm of rows, with the residual before it.
+
+Shapes: n = rows, d = channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from megachiar.kernels import gpu, triton_norm
+
+
+def add_and_norm(
+    x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """LayerNorm of ``x + change``, or of ``x`` alone, over the last dimension.
+
+    Args:
+        x, change: (n, d).
+        weight, bias: (d,).
+        epsilon: added to the variance.
+
+    Returns:
+        (n, d) in the type of ``x``; mean and variance are fp32 (fp64 for fp64 rows).
+    """
+    if gpu.has_kernels(x.device) and triton_norm.supports(x):
+        return _AddAndNorm.apply(x, change, weight, bias, epsilon)
+    return F.layer_norm(x if change is None else x + change, x.shape[-1:], weight, bias, epsilon)
+
+
+class _AddAndNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, change, weight, bias, epsilon):
+        normed = triton_norm.normed(x, change, weight, bias, epsilon)
+        ctx.save_for_backward(*normed[1:], weight)
+        ctx.added = change is not None
+        return normed.rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, *ctx.saved_tensors)
+        return of_sums, of_sums if ctx.added else None, of_weight, of_bias, None

@@ -1,0 +1,145 @@
+"""Residual and LayerNorm in Triton: one pass over the rows forward, one backward.
+
+Shapes: n = rows, d = channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megachiar.kernels.gpu import INTERPRETED, jit, launch_options, tl, triton
+
+WIDEST = 16384
+"""Channels up to which a program holds a row."""
+PROGRAMS = 264
+"""Of the backward pass at most: two for each processor of an H100. Each sums up the weights' gradients of its rows."""
+
+
+class Normed(NamedTuple):
+    """Attributes:
+    rows: (n, d) the result.
+    sums: (n, d) what was normalised.
+    mean, scale: (n,) fp32, its mean and the reciprocal of its deviation.
+    """
+
+    rows: torch.Tensor
+    sums: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+
+def supports(x: torch.Tensor) -> bool:
+    """Whether the kernels take rows (n, d) like these."""
+    return x.shape[-1] <= WIDEST and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def normed(
+    x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> Normed:
+    """LayerNorm of ``x + change`` (n, d), or of ``x`` alone."""
+    x = x.contiguous()
+    n, d = x.shape
+    sums = x if change is None else torch.empty_like(x)
+    rows = torch.empty_like(x)
+    mean, scale = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
+    if n:
+        _norm[(n,)](
+            *(x, x if change is None else change.contiguous(), weight, bias, sums, rows, mean, scale, epsilon),
+            ADDED=change is not None,
+            **_constants(d),
+        )
+    return Normed(rows, sums, mean, scale)
+
+
+def norm_backward(
+    gradient: torch.Tensor, sums: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of what was normalised (n, d), of the weight (d,) and of the bias (d,)."""
+    gradient = gradient.contiguous()
+    n, d = gradient.shape
+    result = torch.empty_like(sums)
+    programs = max(1, min(n, 4 if INTERPRETED else PROGRAMS))
+    parts = torch.empty(2, programs, d, dtype=torch.float32, device=sums.device)
+    _norm_backward[(programs,)](*(gradient, sums, mean, scale, weight, result, parts[0], parts[1], n), **_constants(d))
+    of_weight, of_bias = parts.sum(1).to(weight.dtype)
+    return result, of_weight, of_bias
+
+
+def _constants(d: int) -> dict:
+    columns = triton.next_power_of_2(d)
+    return launch_options(min(16, max(1, columns // 512))) | {"D": d, "COLUMNS": columns}
+
+
+def _norm_kernel(
+    x,
+    change,
+    weight,
+    bias,
+    sums_out,
+    out,
+    means,
+    scales,
+    epsilon,
+    ADDED: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < D
+    place = row * D + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(change + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(sums_out.dtype.element_ty)
+        tl.store(sums_out + place, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    mean = tl.sum(value, 0) / D
+    centred = tl.where(inside, value - mean, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + epsilon)
+    of_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    of_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (centred * scale * of_weight + of_bias).to(out.dtype.element_ty), mask=inside)
+    tl.store(means + row, mean)
+    tl.store(scales + row, scale)
+
+
+def _norm_backward_kernel(
+    gradient,
+    sums,
+    means,
+    scales,
+    weight,
+    out,
+    of_weights,
+    of_biases,
+    n,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.arange(0, COLUMNS)
+    inside = column < D
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    of_weight = tl.zeros((COLUMNS,), tl.float32)
+    of_bias = tl.zeros((COLUMNS,), tl.float32)
+    for row in range(tl.program_id(0), n, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * D + column
+        slope = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(sums + place, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scales + row)
+        normal = tl.where(inside, (value - tl.load(means + row)) * scale, 0.0)
+        of_weight += slope * normal
+        of_bias += slope
+        slope *= factor
+        along, level = tl.sum(slope * normal, 0) / D, tl.sum(slope, 0) / D
+        result = (slope - level - normal * along) * scale
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    at = tl.program_id(0) * D + column
+    tl.store(of_weights + at, of_weight, mask=inside)
+    tl.store(of_biases + at, of_bias, mask=inside)
+
+
+_norm = jit(_norm_kernel)
+_norm_backward = jit(_norm_backward_kernel)

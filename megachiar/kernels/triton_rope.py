@@ -1,0 +1,84 @@
+"""Rotary position embedding in one Triton kernel, forward and backward.
+
+Shapes: n = rows, h = heads, c = channels of a head, r = rows of the tables.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megachiar.kernels.gpu import jit, launch_options, tl, triton
+
+WIDEST = 16384
+"""Channels of all heads up to which a program holds a row."""
+
+
+def supports(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the kernel takes ``x`` (..., h, c) with tables (..., 1, c) that repeat over its first dimensions."""
+    *rows, heads, c = x.shape
+    tables = list(cos.shape[:-2])
+    return (
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and cos.dim() > 2
+        and cos.shape[-2] == 1
+        and tables == rows[len(rows) - len(tables) :]
+        and heads * triton.next_power_of_2(c) <= WIDEST
+        and c % 2 == 0
+    )
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Pairs of channels of ``x`` turned by the tables' angles, or back by them; contiguous."""
+    heads, c = x.shape[-2:]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    rows = x.flatten(0, -3)  # without a copy where the rows lie evenly
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    cos, sin = (t.reshape(-1, c).contiguous() for t in (cos, sin))
+    half = triton.next_power_of_2(c // 2)
+    _rotate[(len(rows),)](
+        *(rows, cos, sin, out, rows.stride(0), rows.stride(1), len(cos)),
+        BACK=back,
+        H=heads,
+        C=c,
+        HEADS=triton.next_power_of_2(heads),
+        HALF=half,
+        **launch_options(4 if heads * half > 512 else 1),
+    )
+    return out
+
+
+def _kernel(
+    x,
+    cos,
+    sin,
+    out,
+    row_stride,
+    head_stride,
+    repeat,
+    BACK: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, HALF)[None, :]
+    inside = (head < H) & (channel < C // 2)
+    at = (row % repeat) * C + C // 2 + channel  # the tables' second halves: sin as it is, not negated
+    cosine = tl.load(cos + at, mask=channel < C // 2, other=0.0).to(tl.float32)
+    sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
+    if BACK:
+        sine = -sine
+    place = row * row_stride + head * head_stride + channel
+    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + place + C // 2, mask=inside, other=0.0).to(tl.float32)
+    to = row * (H * C) + head * C + channel
+    tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)
+
+
+_rotate = jit(_kernel)
