@@ -245,6 +245,19 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def compilation(parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    if training.compile is None:
+        return
+    for key, wrong in (("tensor_size", parallel.tensor_size > 1), ("zero_stage", parallel.zero_stage == 3)):
+        if wrong:
+            yield Problem(
+                "training.compile",
+                f"is {training.compile} with parallel.{key} {getattr(parallel, key)}: its communication cannot be "
+                "compiled with the layers",
+                "set training.compile to null, or use tensor_size 1 and zero_stage 0 to 2",
+            )
+
+
 def _divisors(n: int) -> str:
     return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0 and n // i % 2 == 0)
 
@@ -260,4 +273,5 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    compilation,
 )

@@ -113,6 +113,9 @@ class TrainingConfig(Section):
     activation_checkpoint_interval: PositiveInt | None = None
     """Keep only the input of each so many layers in the forward pass and compute the rest once more in the backward
     pass; null keeps all activations."""
+    compile: Literal["inductor", "aot_eager"] | None = None
+    """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null: not. inductor needs a C++
+    compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a collective waits for the other ranks before the run stops."""
 

@@ -19,10 +19,11 @@ Shapes: d = channels of a token, P = numbers of a packed spectrum, "..." = any l
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+from megachiar.kernels.tables import kept_table
 
 FFT_FROM = 128
 """Channels from which the FFT beats the matrix product on a CPU (2048 rows there and back: 1.5 against 1.8 ms at 128,
@@ -116,14 +117,13 @@ def by_fft(d: int, device: torch.device) -> bool:
     return device.type == "cpu" and d >= FFT_FROM
 
 
-@lru_cache(maxsize=32)
+@kept_table
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """``C`` (d, d) with ``X = C x``; computed in float64, kept per size, device and type."""
-    with torch.inference_mode(False):  # training may use a table that was first asked for in inference
-        n = torch.arange(d, dtype=torch.float64)
-        c = torch.cos(math.pi / d * (n + 0.5) * n[:, None]) * math.sqrt(2 / d)
-        c[0] /= math.sqrt(2)
-        return c.to(device=device, dtype=dtype)
+    n = torch.arange(d, dtype=torch.float64)
+    c = torch.cos(math.pi / d * (n + 0.5) * n[:, None]) * math.sqrt(2 / d)
+    c[0] /= math.sqrt(2)
+    return c.to(device=device, dtype=dtype)
 
 
 class _FftTables(NamedTuple):
@@ -149,25 +149,24 @@ class _FftTables(NamedTuple):
     filled: torch.Tensor
 
 
-@lru_cache(maxsize=32)
+@kept_table
 def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
-    with torch.inference_mode(False):
-        order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
-        k = torch.arange(d // 2 + 1)
-        scale = torch.full(k.shape, math.sqrt(2 / d), dtype=torch.float64)
-        scale[0] = math.sqrt(1 / d)
-        angle = -math.pi / (2 * d) * k.double()
-        complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
-        twiddle, inverse = (torch.polar(s, a).to(complex_type) for s, a in ((scale, angle), (1 / scale, -angle)))
-        # X_k = Re half_k up to d // 2; the rest is X_{d-k} = -Im half_k.
-        frequency = torch.stack([k, (d - k) % d], 1).flatten()
-        n = torch.arange(d)
-        place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
-        sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
-        once = torch.zeros(len(frequency), dtype=dtype).index_fill_(0, place, 1)
-        filled = torch.ones(len(frequency), dtype=dtype)
-        filled[1] = 0
-        if d % 2 == 0 and d > 1:
-            filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; of the others ``sign`` has changed it already
-        tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, once, filled)
-        return _FftTables(*(t.to(device) for t in tables))
+    order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
+    k = torch.arange(d // 2 + 1)
+    scale = torch.full(k.shape, math.sqrt(2 / d), dtype=torch.float64)
+    scale[0] = math.sqrt(1 / d)
+    angle = -math.pi / (2 * d) * k.double()
+    complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
+    twiddle, inverse = (torch.polar(s, a).to(complex_type) for s, a in ((scale, angle), (1 / scale, -angle)))
+    # X_k = Re half_k up to d // 2; the rest is X_{d-k} = -Im half_k.
+    frequency = torch.stack([k, (d - k) % d], 1).flatten()
+    n = torch.arange(d)
+    place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
+    sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
+    once = torch.zeros(len(frequency), dtype=dtype).index_fill_(0, place, 1)
+    filled = torch.ones(len(frequency), dtype=dtype)
+    filled[1] = 0
+    if d % 2 == 0 and d > 1:
+        filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; of the others ``sign`` has changed it already
+    tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, once, filled)
+    return _FftTables(*(t.to(device) for t in tables))

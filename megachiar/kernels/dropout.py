@@ -15,7 +15,6 @@ Shapes: n rows, m columns.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_dropout
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
+from megachiar.kernels.tables import kept_table
 
 CHUNK = 2**18
 """Elements a CPU hashes at once: with their 32-bit numbers they stay in a core's cache."""
@@ -95,9 +95,16 @@ class _Dropout(torch.autograd.Function):
         return _dropped(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
 
 
+@torch.library.custom_op("megachiar::dropped", mutates_args=())
 def _dropped(x: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_column: int) -> torch.Tensor:
+    """One operation to ``torch.compile``: its blocks are not to be unrolled."""
     drop = Dropper(KeyedDropout(probability, keys, site), x.shape[1], first_column)
     return drop(x, drop.keys, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+@_dropped.register_fake
+def _(x: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class Dropper:
@@ -146,8 +153,7 @@ class Dropper:
         return number.bitwise_xor_(shifted).mul_(second).ge_(self.least).neg_()
 
 
-@lru_cache(maxsize=32)
+@kept_table
 def column_keys(first: int, count: int, device: torch.device) -> torch.Tensor:
     """(count,) int32: keys of columns ``first`` to ``first + count - 1``."""
-    with torch.inference_mode(False):
-        return (mix64((torch.arange(first, first + count, device=device) + 1) * GOLDEN) >> 32).int()
+    return (mix64((torch.arange(first, first + count, device=device) + 1) * GOLDEN) >> 32).int()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_rope
+from megachiar.kernels.tables import kept_table
 
 
-@lru_cache(maxsize=32)
+@kept_table
 def rotary_table(
     length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,11 +17,10 @@ def rotary_table(
 
     Angles are computed in float64; tables are kept per size, device and type.
     """
-    with torch.inference_mode(False):  # training may use a table that was first asked for in inference
-        frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
-        return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
+    frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

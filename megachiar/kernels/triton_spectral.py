@@ -10,13 +10,13 @@ Shapes: n = rows, d = channels.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from megachiar.kernels.dct import dct_matrix
 from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
+from megachiar.kernels.tables import kept_table
 
 
 class Tiles(NamedTuple):
@@ -120,17 +120,16 @@ def mix(
     return Mixed(rows, sums, mean, scale)
 
 
-@lru_cache(maxsize=32)
+@kept_table
 def _halves(
     d: int, device: torch.device, dtype: torch.dtype, inverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrix (d, d) that rows are multiplied with as a sum of two in ``dtype``; in fp32 the first is all of it."""
-    with torch.inference_mode(False):
-        matrix = dct_matrix(d, torch.device("cpu"), torch.float64)
-        matrix = (matrix if inverse else matrix.mT).contiguous()
-        high = matrix.to(dtype)
-        low = (matrix - high.double()).to(dtype)
-        return high.to(device), low.to(device)
+    matrix = dct_matrix(d, torch.device("cpu"), torch.float64)
+    matrix = (matrix if inverse else matrix.mT).contiguous()
+    high = matrix.to(dtype)
+    low = (matrix - high.double()).to(dtype)
+    return high.to(device), low.to(device)
 
 
 def _constants(d: int, size: Tiles, dtype: torch.dtype) -> dict:

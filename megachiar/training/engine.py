@@ -64,6 +64,7 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
     else:
         device = torch.device("cpu")
     choose_kernels(config, device)
+    check_compiler(config, device)
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -86,6 +87,25 @@ def choose_kernels(config: RunConfig, device: torch.device) -> None:
         raise UserError(
             "precision.kernels", f"is triton, but {lack}", "use auto, or a GPU and pip install 'megachiar[gpu]'"
         )
+
+
+def check_compiler(config: RunConfig, device: torch.device) -> None:
+    """
+    Raises:
+        UserError: ``training.compile`` needs a C++ compiler that is not there.
+    """
+    if config.training.compile != "inductor" or device.type != "cpu":
+        return
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError(
+            "training.compile",
+            "is inductor, but there is no C++ compiler on this machine",
+            "install g++ or name one in CXX, or set training.compile to null",
+        ) from None
 
 
 class Engine:

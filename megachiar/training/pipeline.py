@@ -20,6 +20,7 @@ from torch import nn
 
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
+from megachiar.model.compiled import compile_parts
 from megachiar.model.stages import StagePart, pipeline_parts, stage_bounds
 from megachiar.topology import Topology
 from megachiar.training.optimizer import build_optimizer
@@ -70,6 +71,8 @@ class PipelineReplica:
         )
         grid = PipeModelDataParallelTopology(topology.pipeline_size, topology.tensor.size, topology.data_size)
         stages = Stages(parts, bounds, grid)
+        if config.training.compile is not None:
+            compile_parts(stages, config.training.compile)
         built = build_optimizer(stages, config.optimizer)
         self.optimizer_implementation = built.implementation
         self.deepspeed, *_ = deepspeed.initialize(

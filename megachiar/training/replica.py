@@ -12,6 +12,7 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.model import ModelOutput, build_model
+from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
 from megachiar.training.optimizer import build_optimizer
 
@@ -44,6 +45,8 @@ class Replica:
             group=topology.tensor,
             checkpoint_interval=config.training.activation_checkpoint_interval,
         )
+        if config.training.compile is not None:
+            compile_parts(model, config.training.compile)
         built = build_optimizer(model, config.optimizer)
         self.optimizer_implementation = built.implementation
         self.deepspeed, *_ = deepspeed.initialize(

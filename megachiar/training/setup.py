@@ -88,6 +88,8 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
     kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
+    if training.compile is not None:
+        kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
     console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
     console.print(

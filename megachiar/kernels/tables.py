@@ -1,0 +1,28 @@
+"""Tables that are computed once and kept: per size, device and type."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Arguments = ParamSpec("Arguments")
+Table = TypeVar("Table")
+
+
+def kept_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
+    """``make``, called once for each set of arguments.
+
+    Training may use a table that was first asked for in inference. To ``torch.compile`` it is a constant: traced, it
+    would be computed in every call.
+    """
+    cached = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(make))
+
+    @functools.wraps(make)
+    def get(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
+        return cached(*arguments, **named)
+
+    get.cache_clear = cached.cache_clear
+    return torch.compiler.assume_constant_result(get)
