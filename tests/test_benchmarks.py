@@ -45,10 +45,12 @@ def test_training_steps_beside_a_peer(tmp_path):
     (tmp_path / "peer.py").write_text(PEER)
     peer = f"other={sys.executable} {tmp_path / 'peer.py'}"
     result = tmp_path / "made" / "result.json"
-    done = python("tools/bench_train.py", *STEPS, "--precision", "fp32", "bf16", "--peer", peer, "--json", result)
+    others = ("--precision", "fp32", "bf16", "--peer", peer, "--variant", "compiled", "training.compile=aot_eager")
+    done = python("tools/bench_train.py", *STEPS, *others, "--json", result)
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text())["contenders"]
-    assert set(record) == {"chiar fp32", "chiar bf16", "baseline fp32", "baseline bf16", "other"}
+    ours = {f"{kind} {precision}" for kind in ("chiar", "compiled", "baseline") for precision in ("fp32", "bf16")}
+    assert set(record) == ours | {"other"}
     assert record["other"]["seconds"] == [32.0, 32.0]  # what the peer says of itself, a step
     chiar = record["chiar fp32"]
     assert len(chiar["seconds"]) == 2
@@ -63,6 +65,16 @@ def test_a_peer_that_ends_is_named_and_ends_the_benchmark():
     assert done.returncode == 2
     assert "broken" in done.stderr and "exit code 7" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [(("chiar", "model.dropout=0.1"), "no other contender has"), (("odd", "model.heads=3"), "model.heads")],
+)
+def test_a_variant_that_is_none_is_refused(variant, message):
+    done = python("tools/bench_train.py", *STEPS, "--variant", *variant)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sizes_that_make_no_model_are_refused():

@@ -3,9 +3,13 @@
     python tools/bench_train.py --hidden-size 256 --layers 4 --heads 4 --sequence-length 256 --batch 8
     python tools/bench_train.py --precision fp32 bf16 --peer published='python /path/to/adapter.py'
 
+    python tools/bench_train.py --variant compiled training.compile=inductor
+
 A step is what a run does: forward, backward, AdamW. Each contender is a process of its own; they take turns, round by
 round, and wait for their turn without computing. Thresholds are set so that ``--attention-share`` of each routed
 layer's tokens take attention in the first step; the share of the measured steps is printed.
+
+A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar.pretrain`` does.
 
 A peer is a command that is started once a contender. It finds the size of the model in the environment
 (BENCH_HIDDEN_SIZE, BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS),
@@ -33,7 +37,7 @@ from megachiar.config import RunConfig, load_config
 from megachiar.console import run, silence
 from megachiar.errors import UserError
 
-OURS = ("chiar", "baseline")
+CHIAR, BASELINE = "chiar", "baseline"
 
 
 def main() -> int:
@@ -41,8 +45,10 @@ def main() -> int:
     if options.serve:
         serve(options)
         return 0
+    variants = [name for name, *_ in options.variant]
     for precision in options.precision:
-        config_of(options, "chiar", precision)  # sizes that make no model are refused here, once
+        for kind in (CHIAR, *variants):
+            config_of(options, kind, precision)  # sizes that make no model are refused here, once
 
     import torch
 
@@ -53,7 +59,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contenders = {
         f"{kind} {precision}": Contender.ours(options, kind, precision)
-        for kind in OURS
+        for kind in (CHIAR, *variants, BASELINE)
         for precision in options.precision
     }
     contenders |= {name: Contender.peer(options, name, command) for name, command in options.peer}
@@ -157,7 +163,7 @@ def serve(options: argparse.Namespace) -> None:
         device = start_process_group(config, topology)
         engine = Engine(config, topology.with_groups(), device)
     tokens = np.random.default_rng(0).integers(0, options.vocab_size, (options.batch, options.sequence_length + 1))
-    if kind == "chiar":
+    if kind != BASELINE:
         calibrate(engine, torch.from_numpy(tokens[:, :-1]).to(device), options.attention_share)
     shares = []
     for line in sys.stdin:
@@ -181,7 +187,7 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     """
     fields = {
         "model": {
-            "kind": kind,
+            "kind": BASELINE if kind == BASELINE else CHIAR,
             "num_layers": options.layers,
             "hidden_size": options.hidden_size,
             "num_attention_heads": options.heads,
@@ -205,7 +211,7 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "bench.yaml")
         path.write_text(yaml.safe_dump(fields))
-        return load_config(path)
+        return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
 
 
 def calibrate(engine, tokens, share: float) -> None:
@@ -245,13 +251,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention-share", type=float, default=0.5, help="of routed layers (%(default)s)")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="(fp32)")
     parser.add_argument("--peer", type=named, action="append", default=[], metavar="NAME=COMMAND", help="see above")
+    parser.add_argument(
+        "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="see above"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps a round (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    taken = [CHIAR, BASELINE]
+    for name, *_ in options.variant:
+        if name in taken or any(c.isspace() for c in name):
+            parser.error(f"--variant {name!r}: take a name of one word that no other contender has")
+        taken.append(name)
+    return options
 
 
 def named(text: str) -> tuple[str, str]:
