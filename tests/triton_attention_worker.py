@@ -31,25 +31,28 @@ def main() -> None:
     for length, c in LENGTHS:
         for choice in CHOICES:
             for name, dtype in DTYPES.items():
-                for dropped in (False, True):
+                for dropped, documents in ((False, False), (True, False), (False, True), (True, True)):
                     if name == "bf16" and choice not in ("all", "some"):
                         continue
-                    case = f"{name}: {choice} of {length}, {c} channels{', dropout' if dropped else ''}"
-                    found[case] = deviations(length, c, choice, dtype, dropped, device)
+                    case = f"{name}: {choice} of {length}, {c} channels"
+                    case += f"{', dropout' if dropped else ''}{', documents' if documents else ''}"
+                    found[case] = deviations(length, c, choice, dtype, dropped, documents, device)
     print(json.dumps(found))
 
 
 def deviations(
-    length: int, c: int, choice: str, dtype: torch.dtype, dropped: bool, device: torch.device
+    length: int, c: int, choice: str, dtype: torch.dtype, dropped: bool, documents: bool, device: torch.device
 ) -> dict[str, float]:
     """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
     generator = torch.Generator().manual_seed(length * c)
     chosen = choose(choice, length, generator)
     b, counts = len(chosen), chosen.sum(1)
     slots = max(1, int(counts.max()))
-    at = torch.full((b, slots), 7)  # what stands behind the valid ones is nobody's business
+    at, since = torch.full((2, b, slots), 7)  # what stands behind the valid ones is nobody's business
+    openings = document_openings(b, length, generator) if documents else torch.zeros(b, length, dtype=torch.int64)
     for i in range(b):
         at[i, : counts[i]] = chosen[i].nonzero().flatten()
+        since[i, : counts[i]] = openings[i, chosen[i]]
     k, v, q_of_all, direction = (torch.randn(b, HEADS, length, c, generator=generator).to(dtype) for _ in range(4))
     keys = row_keys(3, torch.arange(b)[:, None], torch.arange(length))
 
@@ -65,14 +68,15 @@ def deviations(
     keys_of_chosen = packed(keys[:, None])[:, 0].flatten()
     mask = Mask.of(KeyedDropout(RATE, keys_of_chosen.to(device), SITE), b, 1, HEADS, length)
     inputs = [x.to(device).requires_grad_() for x in (packed(q_of_all), k, v)]
-    output = attend(*inputs, at.to(device), counts.to(device), None, mask if dropped else None)
+    places = at.to(device), counts.to(device), None, mask if dropped else None
+    output = attend(*inputs, *places, since.to(device) if documents else None)
     weight = packed(direction)
     for i in range(b):
         weight[i, :, counts[i] :] = 0
     of_inputs = torch.autograd.grad((output.cpu().double() * weight.double()).sum(), inputs)
 
     expected_inputs = [x.double().requires_grad_() for x in (q_of_all, k, v)]
-    whole = dense(*expected_inputs, stays_of(mixed, columns) if dropped else None)
+    whole = dense(*expected_inputs, stays_of(mixed, columns) if dropped else None, openings)
     wanted = chosen[:, None, :, None].double()
     expected = torch.autograd.grad((whole * direction.double() * wanted).sum(), expected_inputs)
     pairs = {"output": (output, packed(whole.detach())), "q": (of_inputs[0], packed(expected[0]))}
@@ -90,13 +94,20 @@ def dispatched() -> dict[str, float]:
     rows = choose("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
     keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
     packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
+    since = document_openings(3, length, torch.Generator().manual_seed(6))
     found = {}
     for how in (None, KeyedDropout(RATE, keys, SITE)):
         of_rows = how and how.select(rows)
+        packed = packed_q, packed_k, packed_v, rows, 3, length, of_rows, 1, None
         calls = {
             "causal": lambda how=how: attention.causal_attention(q, k, v, how, 1),
             "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
-            "among": lambda h=of_rows: attention.attention_among(packed_q, packed_k, packed_v, rows, 3, length, h, 1),
+            "among": lambda p=packed: attention.attention_among(*p),
+            "causal, documents": lambda how=how: attention.causal_attention(q, k, v, how, 1, None, since),
+            "routed, documents": lambda h=of_rows: attention.routed_attention(
+                packed_q, k, v, rows, length, h, 1, None, since.flatten()[rows]
+            ),
+            "among, documents": lambda p=packed: attention.attention_among(*p, since.flatten()[rows]),
         }
         for name, call in calls.items():
             expected = call()
@@ -106,7 +117,9 @@ def dispatched() -> dict[str, float]:
             triton_attention.attend = lambda *a, call=attend, seen=launched: seen.append(0) or call(*a)
             got = call()
             gpu.has_kernels, triton_attention.attend = has_kernels, attend
-            assert launched or (how is None and name != "routed"), name  # without dropout torch's own is at hand
+            assert launched or (how is None and name in ("causal", "among")), (
+                name
+            )  # without dropout torch's own is at hand
             found[f"{name}, {'dropout' if how else 'plain'}"] = relative(got, expected)
     return found
 
@@ -128,10 +141,20 @@ def choose(choice: str, length: int, generator: torch.Generator) -> torch.Tensor
     return chosen
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stays: torch.Tensor | None) -> torch.Tensor:
+def document_openings(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """(sequences, length): where the document of each position begins; the last sequence has one document alone."""
+    opens = torch.rand(sequences, length, generator=generator) < 0.2
+    opens[-1] = False
+    return (opens * torch.arange(length)).cummax(1).values
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stays: torch.Tensor | None, openings: torch.Tensor
+) -> torch.Tensor:
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    probabilities = scores.masked_fill(later, -math.inf).softmax(-1)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    hidden = hidden | (torch.arange(scores.shape[-1]) < openings[:, None, :, None])
+    probabilities = scores.masked_fill(hidden, -math.inf).softmax(-1)
     return (probabilities if stays is None else probabilities * stays / (1 - RATE)) @ v
 
 

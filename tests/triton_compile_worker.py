@@ -74,9 +74,9 @@ def main() -> None:
 
     for dtype in (torch.bfloat16, torch.float32):
         for c in (64, 128):
-            for dropped in (False, True):
-                attend(c, dtype, dropped)
-                note(f"{dtype}, {c} channels of a head, dropout {dropped}")
+            for dropped, documents in ((False, False), (True, False), (True, True)):
+                attend(c, dtype, dropped, documents)
+                note(f"{dtype}, {c} channels of a head, dropout {dropped}, documents {documents}")
         for d in SIZES:
             work_on_rows(d, dtype)
             note(f"{dtype}, {d} channels")
@@ -103,12 +103,12 @@ def lose_and_drop(dtype: torch.dtype) -> None:
     triton_dropout.drop(logits, targets, columns, 1, 5, 1.1, 3, logits)
 
 
-def attend(c: int, dtype: torch.dtype, dropped: bool) -> None:
+def attend(c: int, dtype: torch.dtype, dropped: bool, documents: bool) -> None:
     q, k, v = (torch.randn(2, 4, 256, c, dtype=dtype).requires_grad_() for _ in range(3))
     keys, columns = torch.zeros(2, 4, 256, dtype=torch.int64), torch.zeros(256, dtype=torch.int32)
     mask = triton_attention.Mask(keys, columns, 5, 1.1) if dropped else None
     at, counts = torch.arange(256).expand(2, -1), torch.tensor([256, 256])
-    triton_attention.attend(q, k, v, at, counts, None, mask).sum().backward()
+    triton_attention.attend(q, k, v, at, counts, None, mask, at if documents else None).sum().backward()
 
 
 def usage(kernel) -> dict[str, int]:

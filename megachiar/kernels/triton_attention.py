@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels.dropout import FACTOR, KeyedDropout, column_keys, head_keys, least_kept
-from megachiar.kernels.gpu import INTERPRETED, jit, tl, triton
+from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -83,6 +83,7 @@ def attend(
     counts: torch.Tensor,
     scale: float | None = None,
     mask: Mask | None = None,
+    since: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of queries to the keys up to their own position.
 
@@ -93,35 +94,40 @@ def attend(
         counts: (B,).
         scale: of the products; 1 / sqrt(c) if not given.
         mask: of dropout.
+        since: (B, S) position of the first key that each query sees, no later than its own; it never falls among the
+            valid ones of a sequence. 0 if not given.
 
     Returns:
         (B, h, S, c); 0 where a slot is not valid. Products of 16-bit types are summed in fp32.
     """
     valid = torch.arange(at.shape[1], device=at.device) < counts[:, None]
     at = at.masked_fill(~valid, k.shape[2]).int()  # behind all keys: still ascending
+    if since is not None:
+        since = since.masked_fill(~valid, k.shape[2]).int()
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _Attention.apply(q, k, v, at, counts.int(), scale, mask)
+    return _Attention.apply(q, k, v, at, since, counts.int(), scale, mask)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, at, counts, scale, mask):
+    def forward(ctx, q, k, v, at, since, counts, scale, mask):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         b, h, s, c = q.shape
         size = tiles(c, q.dtype, backward=False)
         output, sums = torch.zeros_like(q), q.new_zeros(b, h, s, dtype=torch.float32)
         _forward[triton.cdiv(s, size.queries), b * h](
-            *(q, k, v, output, sums, at, counts, *_of_mask(mask, at), scale * LOG2_E, k.shape[2], s),
-            **_constants(q, h, c, size, mask),
+            *(q, k, v, output, sums, at, at if since is None else since, counts),
+            *(*_of_mask(mask, at), scale * LOG2_E, k.shape[2], s),
+            **_constants(q, h, c, size, mask, since),
         )
-        ctx.save_for_backward(q, k, v, output, sums, at, counts)
+        ctx.save_for_backward(q, k, v, output, sums, at, since, counts)
         ctx.scale, ctx.mask = scale, mask
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, output, sums, at, counts = ctx.saved_tensors
+        q, k, v, output, sums, at, since, counts = ctx.saved_tensors
         gradient = gradient.contiguous()
         b, h, s, c = q.shape
         keys = k.shape[2]
@@ -129,17 +135,19 @@ class _Attention(torch.autograd.Function):
         of_q, of_k, of_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
         size = tiles(c, q.dtype, backward=True)
         mask = _of_mask(ctx.mask, at)
-        constants = _constants(q, h, c, size, ctx.mask)
+        constants = _constants(q, h, c, size, ctx.mask, since)
+        places = (at, at if since is None else since, counts)
         _backward_queries[triton.cdiv(s, size.queries), b * h](
-            *(q, k, v, gradient, sums, inner, at, counts, *mask, of_q, ctx.scale, keys, s), **constants
+            *(q, k, v, gradient, sums, inner, *places, *mask, of_q, ctx.scale, keys, s), **constants
         )
-        # Of each block of keys the first query that sees it.
-        starts = torch.arange(0, keys, size.keys, device=at.device, dtype=torch.int32).expand(b, -1)
-        first = torch.searchsorted(at, starts.contiguous()).int()
+        # Of each block of keys the first query that sees it, and the first of those that see only later ones.
+        starts = torch.arange(0, keys, size.keys, device=at.device, dtype=torch.int32).expand(b, -1).contiguous()
+        first = torch.searchsorted(at, starts).int()
+        last = first if since is None else torch.searchsorted(since, starts + (size.keys - 1), right=True).int()
         _backward_keys[triton.cdiv(keys, size.keys), b * h](
-            *(q, k, v, gradient, sums, inner, at, counts, first, *mask, of_k, of_v, ctx.scale, keys, s), **constants
+            *(q, k, v, gradient, sums, inner, *places, first, last, *mask, of_k, of_v, ctx.scale, keys, s), **constants
         )
-        return of_q, of_k, of_v, None, None, None, None
+        return of_q, of_k, of_v, None, None, None, None, None
 
 
 def _of_mask(mask: Mask | None, at: torch.Tensor) -> tuple:
@@ -150,19 +158,16 @@ def _of_mask(mask: Mask | None, at: torch.Tensor) -> tuple:
     return (keys >> 32).int(), (keys << 32 >> 32).int() | 1, mask.columns, mask.least, mask.scale
 
 
-def _constants(q: torch.Tensor, h: int, c: int, size: Tiles, mask: Mask | None) -> dict:
-    # The interpreter keeps bf16 as raw bits: there everything is computed in fp32.
-    wide = INTERPRETED or q.dtype == torch.float32
-    compute = tl.float32 if wide else {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[q.dtype]
-    options = {} if INTERPRETED else {"num_warps": size.warps, "num_stages": size.stages}
-    return options | {
+def _constants(q: torch.Tensor, h: int, c: int, size: Tiles, mask: Mask | None, since: torch.Tensor | None) -> dict:
+    return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
         "QUERIES": size.queries,
         "KEYS": size.keys,
-        "COMPUTE": compute,
-        "PRECISION": "tf32x3" if wide and not INTERPRETED else "ieee",  # three products of fp32's halves: fp32's grade
+        "COMPUTE": compute_type(q.dtype),
+        "PRECISION": product_precision(q.dtype),
         "DROPOUT": mask is not None,
+        "DOCUMENTS": since is not None,
         "FACTOR": FACTOR,
     }
 
@@ -184,6 +189,7 @@ def _forward_kernel(
     out,
     sums,
     at,
+    since,
     counts,
     first_keys,
     second_keys,
@@ -200,6 +206,7 @@ def _forward_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -222,7 +229,12 @@ def _forward_kernel(
         total = tl.zeros((QUERIES,), tl.float32)
         mixed = tl.zeros((QUERIES, C), tl.float32)
         unmasked = (lowest + 1) // KEYS * KEYS  # every query of the block sees the keys before
-        for begin in range(0, highest + 1, KEYS):
+        earliest = 0
+        if DOCUMENTS:
+            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
+            earliest = tl.load(since + sequence * slots + start) // KEYS * KEYS
+            latest = tl.load(since + sequence * slots + tl.minimum(start + QUERIES, count) - 1)
+        for begin in range(earliest, highest + 1, KEYS):
             key = begin + tl.arange(0, KEYS)
             inside = key < keys
             place = (head * keys + key)[:, None] * C + channel[None, :]
@@ -231,6 +243,9 @@ def _forward_kernel(
             score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * scale
             if begin >= unmasked:
                 score = tl.where(key[None, :] <= position[:, None], score, -1e30)
+            if DOCUMENTS:  # noqa: SIM102 - one is decided when the kernel is compiled
+                if begin < latest:  # a row that sees none of these keys forgets them when it sees its first
+                    score = tl.where(key[None, :] >= opening[:, None], score, -1e30)
             new_top = tl.maximum(top, tl.max(score, 1))
             shrink = tl.exp2(top - new_top)
             weight = tl.exp2(score - new_top[:, None])
@@ -252,6 +267,7 @@ def _backward_queries_kernel(
     sums,
     inner,
     at,
+    since,
     counts,
     first_keys,
     second_keys,
@@ -269,6 +285,7 @@ def _backward_queries_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -290,7 +307,11 @@ def _backward_queries_kernel(
             one = tl.load(first_keys + head * slots + row, mask=valid, other=0)
             two = tl.load(second_keys + head * slots + row, mask=valid, other=1)
         result = tl.zeros((QUERIES, C), tl.float32)
-        for begin in range(0, highest + 1, KEYS):
+        earliest = 0
+        if DOCUMENTS:
+            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
+            earliest = tl.load(since + sequence * slots + start) // KEYS * KEYS
+        for begin in range(earliest, highest + 1, KEYS):
             key = begin + tl.arange(0, KEYS)
             inside = key < keys
             place = (head * keys + key)[:, None] * C + channel[None, :]
@@ -298,6 +319,8 @@ def _backward_queries_kernel(
             of_value = tl.load(v + place, mask=inside[:, None], other=0.0).to(COMPUTE)
             score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
             seen = (key[None, :] <= position[:, None]) & inside[None, :]
+            if DOCUMENTS:
+                seen = seen & (key[None, :] >= opening[:, None])
             weight = tl.where(seen, tl.exp2(score - log_sum[:, None]), 0.0)
             slope = tl.dot(of_output, tl.trans(of_value), input_precision=PRECISION)
             if DROPOUT:
@@ -316,8 +339,10 @@ def _backward_keys_kernel(
     sums,
     inner,
     at,
+    since,
     counts,
     first_query,
+    last_query,
     first_keys,
     second_keys,
     columns,
@@ -335,6 +360,7 @@ def _backward_keys_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -351,7 +377,10 @@ def _backward_keys_kernel(
     key_gradient = tl.zeros((KEYS, C), tl.float32)
     value_gradient = tl.zeros((KEYS, C), tl.float32)
     begin = tl.load(first_query + sequence * tl.num_programs(0) + tl.program_id(0))
-    for start in range(begin, count, QUERIES):
+    end = count
+    if DOCUMENTS:
+        end = tl.minimum(count, tl.load(last_query + sequence * tl.num_programs(0) + tl.program_id(0)))
+    for start in range(begin, end, QUERIES):
         row = start + tl.arange(0, QUERIES)
         valid = row < count
         slot = (head * slots + row)[:, None] * C + channel[None, :]
@@ -362,6 +391,9 @@ def _backward_keys_kernel(
         product = tl.load(inner + head * slots + row, mask=valid, other=0.0)
         score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
         seen = (key[None, :] <= position[:, None]) & valid[:, None]
+        if DOCUMENTS:
+            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
+            seen = seen & (key[None, :] >= opening[:, None])
         weight = tl.where(seen, tl.exp2(score - log_sum[:, None]), 0.0)
         slope = tl.dot(of_output, tl.trans(of_value), input_precision=PRECISION)
         dropped = weight

@@ -22,6 +22,7 @@ from megachiar.parallel.linear import (
     query_key_value,
     query_key_value_of_chosen,
 )
+from megachiar.parallel.rows import Chosen
 from megachiar.topology import TensorGroup
 
 NEVER_SEEN = 2**62
@@ -122,8 +123,9 @@ class SelfAttention(nn.Module):
         if self.group.size > 1:
             q, kv = query_key_value(keys_from, rows, self.query, self.key_value)
         else:
+            source = Chosen(keys_from, rows) if rows is not None else None
             queries_from = chosen if not self.pre else keys_from if rows is None else keys_from.index_select(0, rows)
-            q, kv = self.query(queries_from), self.key_value(keys_from)
+            q, kv = self.query(queries_from, source), self.key_value(keys_from)
         k, v = kv.view(grid.sequences, grid.length, 2, self.heads, self.head_size).unbind(2)
         return q.unflatten(-1, (self.heads, self.head_size)), k, v
 

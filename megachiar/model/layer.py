@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.permute import permute_rows
+from megachiar.kernels.permute import part_rows, permute_rows
 from megachiar.model.attention import SelfAttention
 from megachiar.model.cache import DecodingCache
 from megachiar.model.choice import Choice, agree, sort_rows
@@ -116,10 +116,10 @@ class RoutedLayer(nn.Module):
             if routes is not None:
                 routes[self.name] = operator
         by = sort_rows(operator, len(self.names), grid)
-        ordered = permute_rows(x, by.order, by.inverse)
+        parts = part_rows(x, by.order, by.sizes)
         results = [
             self._operate(name, x, chosen, choice, decision.spectrum, grid, cache)
-            for name, chosen, choice in zip(reversed(self.names), ordered.split(by.sizes), by.choices, strict=True)
+            for name, chosen, choice in zip(reversed(self.names), parts, by.choices, strict=True)
         ]
         y = torch.cat(results)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate

@@ -24,6 +24,7 @@ from megachiar.parallel.collectives import (
     start_gather,
     start_scatter,
 )
+from megachiar.parallel.rows import Chosen, linear_of_rows
 from megachiar.parallel.shard import Shard, sharded
 from megachiar.topology import TensorGroup
 
@@ -43,10 +44,10 @@ class ColumnParallelLinear(nn.Linear):
         sharded(self.weight, Shard(0, blocks), group)
         sharded(self.bias, Shard(0, blocks), group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows as they lie outside to (N, o / p) of all rows."""
+    def forward(self, x: torch.Tensor, source: Chosen | None = None) -> torch.Tensor:
+        """Rows as they lie outside to (N, o / p) of all rows; ``source`` as in ``linear_of_rows``, on one rank."""
         if self.group.size == 1:
-            return super().forward(x)
+            return linear_of_rows(x, self.weight, self.bias, source)
         return _ColumnParallel.apply(x, None, 0, self.group, self.weight, self.bias)
 
 
@@ -61,7 +62,7 @@ class RowParallelLinear(nn.Linear):
     def forward(self, x: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
         """(n, i / p) of all rows to (n, o), rows as they lie outside; ``counts`` as in ``collectives.leave``."""
         if self.group.size == 1:
-            return super().forward(x)
+            return linear_of_rows(x, self.weight, self.bias)
         return leave(F.linear(x, self.weight), self.group, counts) + shared_parameter(self.bias, self.group)
 
 
