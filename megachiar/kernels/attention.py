@@ -95,7 +95,7 @@ def routed_attention(
         packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
         since = since.view(sequences, queries) if since is not None else None
         return causal_attention(packed, k, v, dropout, first_head, scale, since).transpose(1, 2).flatten(0, 1)
-    packing = Packing(rows, sequences, queries)
+    packing = Packing(rows, sequences, queries, _rounding(q))
     since = packing.pack(since) if since is not None else None
     at = packing.pack(rows % queries + (keys - queries))
     if dropout is not None:
@@ -139,7 +139,7 @@ def attention_among(
     """
     if len(rows) == 0:
         return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
-    packing = Packing(rows, sequences, queries)
+    packing = Packing(rows, sequences, queries, _rounding(q))
     # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
     grid = (packing.grid(x) for x in (q, k, v))
     if dropout is not None:
@@ -165,16 +165,17 @@ class Packing:
     Args:
         rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were chosen.
         sequences, queries: B and S.
+        rounding: the grid's width is a multiple of it.
 
     Attributes:
         counts: (B,) chosen rows of each sequence.
         starts: (B,) of them before each sequence.
     """
 
-    def __init__(self, rows: torch.Tensor, sequences: int, queries: int):
+    def __init__(self, rows: torch.Tensor, sequences: int, queries: int, rounding: int = 1):
         sequence = rows // queries
         self.counts = counts = torch.bincount(sequence, minlength=sequences)
-        self.sequences, self.widest = sequences, int(counts.max())
+        self.sequences, self.widest = sequences, -(-int(counts.max()) // rounding) * rounding
         self.full = len(rows) == sequences * self.widest
         self.starts = counts.cumsum(0) - counts
         number = torch.arange(len(rows), device=rows.device) - self.starts[sequence]
@@ -198,6 +199,10 @@ class Packing:
         """(B, widest, ...) to (n, ...)."""
         flat = grid.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.slot)
+
+
+def _rounding(q: torch.Tensor) -> int:
+    return ROUNDED_TO if q.device.type == "cpu" and q.element_size() == 2 else 1
 
 
 def _by_triton(q: torch.Tensor) -> bool:

@@ -93,7 +93,7 @@ class _SpectralMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gain, spectrum):
         spectrum = _spectrum(x) if spectrum is None else spectrum
-        ctx.save_for_backward(spectrum, weight)
+        ctx.save_for_backward(spectrum.to(x.dtype), weight)  # for the filter's gradient alone
         ctx.gain = gain
         return _filtered(spectrum, weight, gain, x)
 
@@ -118,7 +118,7 @@ class _MixAddAndNorm(torch.autograd.Function):
         x = x.contiguous()
         spectrum = _spectrum(x) if spectrum is None else spectrum
         mixed = triton_spectral.mix(spectrum, filters, gain, x, (weight, bias, epsilon), x.dtype)
-        ctx.save_for_backward(spectrum, filters, *mixed[1:], weight)
+        ctx.save_for_backward(spectrum.to(x.dtype), filters, *mixed[1:], weight)  # it is for the filter's gradient
         ctx.gain = gain
         return mixed.rows
 
