@@ -18,6 +18,7 @@ WORKER = Path(__file__).with_name("layouts_worker.py")
 TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel.sequence=true", "parallel.zero_stage="
 RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
 OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
+DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences, of which the replicas of a
@@ -53,6 +54,12 @@ REGULARISED_LAYOUTS = {
     "regularised: dp 2, ZeRO 2": (2, [REGULARISED, ZERO + "2"]),
     "regularised: tp 2, pp 2, sequence": (4, [REGULARISED, TP + "2", PP + "2", SP]),
 }
+DOCUMENT_LAYOUTS = {
+    "documents: pp 2, recompute 2": (2, [*DOCUMENTS, PP + "2", RECOMPUTE + "2"]),
+    "documents: dp 2, ZeRO 2": (2, [*DOCUMENTS, ZERO + "2"]),
+    "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
+}
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS
 # Against one process of the same precision: routes of tokens near tau differ, and losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -78,12 +85,14 @@ CHIAR_ONLY = {
     "bf16: pp 2, offload, micro-batch 4",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
     *REGULARISED_LAYOUTS,
+    "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
 SINGLE = "1 process"
 # What layouts whose names begin alike are compared with.
 SINGLES = {
     "regularised": [REGULARISED],
+    "documents": DOCUMENTS,
     "bf16": [BF16],
     "fp16, regularised": [FP16, REGULARISED],
 }
@@ -107,7 +116,7 @@ class Runs:
         config["training"]["steps"] = STEPS
         self.config = write_config(folder / "config.yaml", config)
         self.recordings: dict[str, dict[str, np.ndarray]] = {}
-        wanted = {single_of(name) for name in HALF_LAYOUTS | REGULARISED_LAYOUTS if self.has(name)}
+        wanted = {single_of(name) for name in HALF_LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS if self.has(name)}
         kinds = {single: sets for name, sets in SINGLES.items() if (single := single_of(f"{name}: ")) in wanted}
         self._run(1, {SINGLE: [ZERO + "0"]} | kinds)
         self.lines: list[str] = []
@@ -117,14 +126,14 @@ class Runs:
 
     def of(self, name: str) -> dict[str, np.ndarray]:
         if name not in self.recordings:
-            layouts = LAYOUTS | REGULARISED_LAYOUTS | HALF_LAYOUTS
+            layouts = EXACT_LAYOUTS | HALF_LAYOUTS
             ranks = layouts[name][0]
             self._run(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and self.has(n)})
         return self.recordings[name]
 
     def replayed(self, name: str) -> dict[str, np.ndarray]:
         """The run under a layout, with the single process's routes."""
-        ranks, sets = (LAYOUTS | REGULARISED_LAYOUTS)[name]
+        ranks, sets = EXACT_LAYOUTS[name]
         key = f"{name}, replayed"
         self._run(ranks, {key: sets}, replay=self.folder / f"{single_of(name)}.npz")
         return self.recordings[key]
@@ -152,7 +161,7 @@ def _marked(name: str, ranks: int):
     return pytest.param(name, marks=pytest.mark.slow) if ranks > 4 else name
 
 
-@pytest.mark.parametrize("name", [_marked(n, ranks) for n, (ranks, _) in (LAYOUTS | REGULARISED_LAYOUTS).items()])
+@pytest.mark.parametrize("name", [_marked(n, ranks) for n, (ranks, _) in EXACT_LAYOUTS.items()])
 def test_the_loss_does_not_depend_on_the_layout(runs, name):
     if not runs.has(name):
         pytest.skip("trained as CHIAR alone")
@@ -188,6 +197,11 @@ def test_losses_in_16_bits_come_near(runs, name):
     assert norm <= 2e-2  # a gradient that is lost on the way changes it by more
     if "regularised" in name:
         assert _deviation(single["regulariser"], other["regulariser"]) <= 1e-2
+
+
+def test_documents_move_the_run(runs):
+    """What their comparisons stand on."""
+    assert _deviation(runs.of(SINGLE)["loss"][5:], runs.of(single_of("documents: "))["loss"][5:]) > 1e-4
 
 
 def test_the_regulariser_moves_the_run(runs):

@@ -245,6 +245,18 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def documents(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    end = data.document_end
+    if end is None:
+        return
+    if not data.document_mask:
+        yield Problem("data.document_end", f"is {end} without data.document_mask", "remove it or set the mask to true")
+    elif end >= model.vocab_size:
+        yield Problem(
+            "data.document_end", f"{end} is outside model.vocab_size {model.vocab_size}", "name an id below it"
+        )
+
+
 def compilation(parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
     if training.compile is None:
         return
@@ -273,5 +285,6 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    documents,
     compilation,
 )

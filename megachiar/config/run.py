@@ -60,6 +60,11 @@ class RunConfig(Section):
         return self.data.sequence_length or self.model.max_sequence_length
 
     @property
+    def document_end(self) -> int | None:
+        """Token that ends a document, if no token is to see another document's."""
+        return self.data.document_end if self.data.document_mask else None
+
+    @property
     def checkpoint_folder(self) -> Path:
         return self.logging.folder / "checkpoints"
 

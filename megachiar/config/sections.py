@@ -28,6 +28,11 @@ class DataConfig(Section):
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: Path | None = None
     """Tokenizer file or folder. When not given, the one that the first source's manifest names."""
+    document_mask: bool = False
+    """Let no token see another document's, though a sample holds the ends and beginnings of several."""
+    document_end: NonNegativeInt | None = None
+    """With document_mask: id of the token that ends a document; when not given, the one that the first source's
+    manifest names."""
     prefetch: PositiveInt = 4
     """Micro-batches that each rank reads ahead."""
 

@@ -330,16 +330,23 @@ class _ByPosition(torch.autograd.Function):
         if packing is not None:
             q, mixed, gradient = (packing.grid(x) for x in (q, mixed, gradient))
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        wide = dtype if dtype == torch.float64 else torch.float32
-        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for chunk, scales in zip(ctx.chunks, sums, strict=True):
-            parts = flash(
+
+        def of_chunk(chunk: _Chunk, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return flash(
                 *(chunk.of(gradient), chunk.of(q), chunk.seen(k), chunk.seen(v), chunk.of(mixed), scales, 0.0, False),
                 attn_mask=chunk.mask(at, since, dtype),
                 scale=ctx.scale,
             )
-            chunk.of(of_q).copy_(parts[0])
-            chunk.seen(of_k).add_(parts[1])
-            chunk.seen(of_v).add_(parts[2])
+
+        if len(sums) == 1 and ctx.chunks[0][1:] == (0, k.shape[2]):
+            of_q, of_k, of_v = of_chunk(ctx.chunks[0], sums[0])
+        else:
+            wide = dtype if dtype == torch.float64 else torch.float32
+            of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+            for chunk, scales in zip(ctx.chunks, sums, strict=True):
+                parts = of_chunk(chunk, scales)
+                chunk.of(of_q).copy_(parts[0])
+                chunk.seen(of_k).add_(parts[1])
+                chunk.seen(of_v).add_(parts[2])
         of_q = of_q if packing is None else packing.rows_of(of_q)
         return of_q, of_k.to(dtype), of_v.to(dtype), *[None] * 5

@@ -79,10 +79,13 @@ class SelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if rows is None:
             q = rotate(q.unflatten(0, (grid.sequences, grid.length)), cos[:, None], sin[:, None]).transpose(1, 2)
-            return causal_attention(q, k, v, self._dropout(grid, None), self.first_head).transpose(1, 2).flatten(0, 1)
+            mixed = causal_attention(q, k, v, self._dropout(grid, None), self.first_head, since=grid.since)
+            return mixed.transpose(1, 2).flatten(0, 1)
         at = rows % grid.length
         q = rotate(q, cos[at][:, None], sin[at][:, None])
-        return routed_attention(q, k, v, rows, grid.length, self._dropout(grid, rows), self.first_head)
+        return routed_attention(
+            *(q, k, v, rows, grid.length, self._dropout(grid, rows), self.first_head), since=grid.since_of(rows)
+        )
 
     def _among(self, chosen: torch.Tensor, choice: Choice, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
         """Chosen rows to the chosen rows of their sequence: (n, h, c)."""
@@ -100,7 +103,8 @@ class SelfAttention(nn.Module):
         )
         if cache is None:
             return attention_among(
-                q, k, v, rows, grid.sequences, grid.length, self._dropout(grid, rows), self.first_head
+                *(q, k, v, rows, grid.sequences, grid.length, self._dropout(grid, rows), self.first_head),
+                since=grid.since_of(rows),
             )
         if len(rows) == 0:  # nothing to ask, nothing to remember
             return q

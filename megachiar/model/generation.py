@@ -37,16 +37,18 @@ def generate(
     Returns:
         The new ids, without the prompt and without ``eod_id``.
 
+    A model that keeps to documents (``data.document_mask``) reads the last one alone.
+
     Past ``max_sequence_length`` the last half of it is read anew and generation goes on from there.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     longest = model.config.max_sequence_length
     text, new = list(prompt), []
-    cache, unread = DecodingCache(), text[-longest:]
+    cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
     while len(new) < max_new_tokens:
         if cache.length + len(unread) > longest:
-            cache, unread = DecodingCache(), text[-max(1, longest // 2) :]
+            cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
         logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
         token = sample(logits, temperature, top_k, top_p, generator)
         if token == eod_id:
@@ -54,7 +56,17 @@ def generate(
         new.append(token)
         text.append(token)
         unread = [token]
+        if model.document_end is not None and text[-2] == model.document_end:
+            cache = DecodingCache()
     return new
+
+
+def last_document(text: Sequence[int], end: int | None) -> list[int]:
+    """What the last token sees of ``text``: with a model that keeps to documents, those of its own alone."""
+    start = len(text) - 1
+    while start > 0 and text[start - 1] != end:
+        start -= 1
+    return list(text[start:]) if end is not None else list(text)
 
 
 def sample(

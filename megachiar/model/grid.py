@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from megachiar.kernels.dropout import KeyedDropout, row_keys
 from megachiar.topology import ALONE, TensorGroup
@@ -37,6 +38,7 @@ class Grid(NamedTuple):
         past: positions before them that a decoding cache holds.
         group: the ranks that share the rows or the layers.
         keys: of the rows' dropout; None where there is none.
+        since: (B, T) position at which each token's document begins; None where a sequence is one document.
     """
 
     sequences: int
@@ -44,6 +46,7 @@ class Grid(NamedTuple):
     past: int = 0
     group: TensorGroup = ALONE
     keys: RowKeys | None = None
+    since: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -66,10 +69,20 @@ class Grid(NamedTuple):
         """Position of each of this rank's rows within its sequence."""
         return self.past + torch.arange(self.own.start, self.own.stop, device=device) % self.length
 
+    def since_of(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """``since`` (n,) of rows by their numbers among all; (B, T) of all without."""
+        return self.since if self.since is None or rows is None else self.since.flatten().index_select(0, rows)
+
     def keyed(self, seed: int, samples: torch.Tensor) -> Grid:
         """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
         whole = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
         return self._replace(keys=RowKeys(whole, whole[self.own]))
+
+
+def document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
+    """Position (B, T) at which each token's document begins; a document ends with the token ``end``, inclusive."""
+    opens = F.pad(tokens[:, :-1] == end, (1, 0))
+    return (opens * torch.arange(tokens.shape[1], device=tokens.device)).cummax(1).values
 
 
 def dropout_of(probability: float, keys: torch.Tensor, layer: int, place: int) -> KeyedDropout:

@@ -21,7 +21,8 @@ class MetaRouter(nn.Module):
 
     ``pool: batch`` is the published form. Its mean runs over all tokens of the micro-batch, so that every logit depends
     on later tokens and on what else is in the batch; perplexities under it are not those of a language model that
-    reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence.
+    reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence, or of its own
+    document where attention keeps to documents too.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup):
@@ -60,7 +61,14 @@ class MetaRouter(nn.Module):
                 total = total if cache.total is None else total + cache.total[:, None]
                 cache.total = total[:, -1]
             total = total.flatten(0, 1)
-        return total / (grid.own_positions(x.device)[:, None] + 1)
+        position = grid.own_positions(x.device)
+        if grid.since is None:
+            return total / (position[:, None] + 1)
+        since = grid.since.flatten()[grid.own]
+        whole = gather_rows(total, self.group) if self.group.shards_rows else total
+        last_before = torch.arange(grid.own.start, grid.own.stop, device=x.device) - position + since - 1
+        before = whole.index_select(0, last_before.clamp_min(0)).masked_fill((since == 0)[:, None], 0)
+        return (total - before) / (position - since + 1)[:, None]
 
     def _sharded_prefix_sum(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Sums (m, d) over the prefix of each row's own sequence, where earlier ranks may have its beginning.

@@ -53,7 +53,8 @@ class RbfMixing(nn.Module):
         if self.training and self.dropout and grid.keys is not None:
             dropout = dropout_of(self.dropout, grid.keys.whole.index_select(0, rows), self.layer, 1)
         queries = phi.index_select(0, choice.own)[:, None]
-        mixed = routed_attention(queries, keys, values, rows, grid.length, dropout, scale=1.0)
+        since = grid.since_of(rows)
+        mixed = routed_attention(queries, keys, values, rows, grid.length, dropout, scale=1.0, since=since)
         return residual_norm(chosen, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:

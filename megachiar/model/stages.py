@@ -20,7 +20,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.model.cache import DecodingCache
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
-from megachiar.model.grid import Grid
+from megachiar.model.grid import Grid, document_starts
 from megachiar.model.init import initialise
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
 from megachiar.model.norm import RowNorm
@@ -80,7 +80,9 @@ def _run(
 
 
 class StagePart(nn.Module):
-    """Consecutive layers as one part of a pipeline: ``(rows (m, d), sample numbers (B,))`` in and out.
+    """Consecutive layers as one part of a pipeline: ``(rows (m, d), told)`` in and out.
+
+    ``told`` are the sample numbers (B,), or (B, 1 + T) with where each token's document begins after them.
 
     What layers report does not travel to the next stage: it is kept here until ``take_report``. A regulariser's value
     is kept too, and its gradient starts here: ``regulariser_scale`` is what the loss's gradient has been scaled by.
@@ -103,10 +105,10 @@ class StagePart(nn.Module):
         initialise(self, config, seed, group)
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x, samples = inputs
-        grid = Grid(len(samples), self.length, group=self.group)
+        x, told = inputs
+        grid = Grid(len(told), self.length, group=self.group, since=told[:, 1:] if told.dim() > 1 else None)
         if self.training:
-            grid = grid.keyed(self.seed, samples)
+            grid = grid.keyed(self.seed, told[:, 0] if told.dim() > 1 else told)
         x, outputs = run_layers(list(self.layers.values()), x, grid, None, self.interval)
         if self.training:
             added = [output.regulariser for output in outputs if output.regulariser is not None]
@@ -114,7 +116,7 @@ class StagePart(nn.Module):
             if added:
                 x = _WithLoss.apply(x, regulariser, self.regulariser_scale)
             self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
-        return x, samples
+        return x, told
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean regulariser () and statistics (4, layers of this part) of the micro-batches since the last call."""
@@ -144,7 +146,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 class StageNorm(nn.Module):
-    """The last norm as a part of a pipeline: rows and sample numbers in, rows out."""
+    """The last norm as a part of a pipeline: rows and what is told in, rows out."""
 
     def __init__(self, config: ModelConfig, group: TensorGroup):
         super().__init__()
@@ -157,18 +159,21 @@ class StageNorm(nn.Module):
 class StageEmbedding(TiedEmbedding):
     """The tied weight on the first and the last stage. It holds nothing else that is trained."""
 
-    def __init__(self, config: ModelConfig, seed: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, seed: int, group: TensorGroup, document_end: int | None = None):
         super().__init__(config, group)
-        self.seed = seed
+        self.seed, self.document_end = seed, document_end
         initialise(self, config, seed, group, prefix="embedding")
 
     def first_part(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, T) and sample numbers (B,) to rows (m, d) and sample numbers."""
+        """Tokens (B, T) and sample numbers (B,) to rows (m, d) and what ``StagePart`` is told."""
         tokens, samples = inputs
         grid = Grid(*tokens.shape, group=self.group)
         if self.training:
             grid = grid.keyed(self.seed, samples)
-        return self(tokens.flatten(), grid=grid), samples
+        rows = self(tokens.flatten(), grid=grid)
+        if self.document_end is None:
+            return rows, samples
+        return rows, torch.cat([samples[:, None], document_starts(tokens, self.document_end)], 1)
 
     def last_part(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, and the weight for the loss.
@@ -179,13 +184,22 @@ class StageEmbedding(TiedEmbedding):
         return rows, self.weight.view_as(self.weight)
 
 
-def pipeline_parts(config: ModelConfig, seed: int, group: TensorGroup, interval: int | None, length: int) -> list:
+def pipeline_parts(
+    config: ModelConfig,
+    seed: int,
+    group: TensorGroup,
+    interval: int | None,
+    length: int,
+    document_end: int | None = None,
+) -> list:
     """The list for a pipeline: specifications that the stage which owns a part builds."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     def tied(work: Callable) -> TiedLayerSpec:
         return TiedLayerSpec(
-            "embedding", StageEmbedding, config, seed, group, forward_fn=work, tied_weight_attr="weight"
+            *("embedding", StageEmbedding, config, seed, group, document_end),
+            forward_fn=work,
+            tied_weight_attr="weight",
         )
 
     groups = layer_groups(config, interval)

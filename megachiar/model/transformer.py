@@ -13,7 +13,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.model.cache import DecodingCache
 from megachiar.model.embedding import TiedEmbedding
-from megachiar.model.grid import Grid
+from megachiar.model.grid import Grid, document_starts
 from megachiar.model.init import initialise
 from megachiar.model.norm import RowNorm
 from megachiar.model.stages import RoutingStatistics, build_layer, run_layers, statistics
@@ -47,12 +47,19 @@ class ChiarFormer(nn.Module):
         seed: of the run, for dropout.
         group: the ranks that share its layers.
         checkpoint_interval: layers whose activations are recomputed together in the backward pass; None keeps all.
+        document_end: token that ends a document, if no token is to see another document's (``data.document_mask``).
     """
 
     def __init__(
-        self, config: ModelConfig, seed: int = 0, group: TensorGroup = ALONE, checkpoint_interval: int | None = None
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        group: TensorGroup = ALONE,
+        checkpoint_interval: int | None = None,
+        document_end: int | None = None,
     ):
         super().__init__()
+        self.document_end = document_end
         self.config, self.seed, self.group, self.checkpoint_interval = config, seed, group, checkpoint_interval
         self.embedding = TiedEmbedding(config, group)
         self.layers = nn.ModuleList(build_layer(config, index, group) for index in range(config.num_layers))
@@ -71,9 +78,11 @@ class ChiarFormer(nn.Module):
             tokens: (B, T) int64, the same on all ranks of the group.
             targets: (B, T) int64, -100 where there is none; with them the result has losses, else logits.
             samples: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
-            cache: of earlier positions; it is extended by these.
+            cache: of earlier positions; it is extended by these. All of them are of one document.
         """
         grid = Grid(*tokens.shape, past=cache.length if cache is not None else 0, group=self.group)
+        if self.document_end is not None and cache is None:
+            grid = grid._replace(since=document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
             if samples is None:
                 samples = torch.arange(len(tokens), device=tokens.device)
@@ -104,11 +113,12 @@ def build_model(
     *,
     group: TensorGroup = ALONE,
     checkpoint_interval: int | None = None,
+    document_end: int | None = None,
 ) -> ChiarFormer:
     """A model with initial weights (this rank's part of them); ``device="meta"`` gives shapes alone."""
     device = torch.device(device)
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        model = ChiarFormer(config, seed, group, checkpoint_interval)
+        model = ChiarFormer(config, seed, group, checkpoint_interval, document_end)
     if device.type != "meta":
         initialise(model, config, seed, group)
     return model.to(device=device, dtype=dtype)

@@ -238,7 +238,7 @@ def load_for_inference(
     """
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / CONFIG_FILE)
-    model = build_model(config.model, seed=config.training.seed)
+    model = build_model(config.model, seed=config.training.seed, document_end=config.document_end)
     model.load_state_dict(read_weights(checkpoint))
     dtype = dtype or compute_dtype(config)
     return config, model.to(device=device, dtype=dtype).eval(), read_state(checkpoint)

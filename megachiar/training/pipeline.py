@@ -3,7 +3,8 @@
     stage 0   F0 F1 F2    B0 F3 B1 F4 B2 ...      Fi, Bi: forward and backward of micro-batch i; a stage keeps at
     stage 1      F0 F1 B0 F2 B1 F3 B2 ...         most (stages - its number) micro-batches' activations
 
-What travels between stages is one floating tensor, the rows, and the sample numbers, which need no gradient.
+What travels between stages is one floating tensor, the rows, and the sample numbers (and where
+documents begin, if attention keeps to them), which need no gradient.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class PipelineReplica:
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
         self.config, self.topology, self.device = config, topology, device
         interval, length = config.training.activation_checkpoint_interval, config.sequence_length
-        parts = pipeline_parts(config.model, config.training.seed, topology.tensor, interval, length)
+        model, seed = config.model, config.training.seed
+        parts = pipeline_parts(model, seed, topology.tensor, interval, length, config.document_end)
         bounds = stage_bounds(
             config.model, interval, length, config.model.expected_attention_share, topology.pipeline_size
         )

@@ -44,6 +44,7 @@ class Replica:
             seed=config.training.seed,
             group=topology.tensor,
             checkpoint_interval=config.training.activation_checkpoint_interval,
+            document_end=config.document_end,
         )
         if config.training.compile is not None:
             compile_parts(model, config.training.compile)

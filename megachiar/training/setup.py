@@ -16,13 +16,14 @@ from megachiar.training.checkpoint import find_checkpoint, start_from, whole_che
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
-from megachiar.training.sources import RunData, keep_tokenizer, open_data
+from megachiar.training.sources import RunData, keep_tokenizer, open_data, with_document_end
 from megachiar.training.watch import PeerWatch
 
 
 def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
     """Train as ``config`` says; returns the exit code of the process."""
     data = open_data(config)
+    config = with_document_end(config, data)
     device = start_process_group(config, topology)
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):

@@ -84,6 +84,30 @@ def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | Non
     return tokenizer
 
 
+def with_document_end(config: RunConfig, data: RunData) -> RunConfig:
+    """``config`` with the token that ends a document, where attention is to keep to documents.
+
+    Raises:
+        LaunchError: nothing names it, or the dataset was made without it.
+    """
+    if not config.data.document_mask or config.data.document_end is not None:
+        return config
+    source = data.training.sources[0]
+    if source.manifest is not None and not source.manifest.append_eod:
+        problem, remedy = f"is true, but documents of {source.prefix} end with no token of their own", "--append-eod"
+        raise LaunchError("data.document_mask", problem, f"preprocess it with {remedy}, or set data.document_end")
+    end = source.manifest.tokenizer.eod_id if source.manifest is not None else None
+    if end is None and data.tokenizer is not None:
+        end = data.tokenizer.eod_id
+    if end is None:
+        raise LaunchError(
+            "data.document_mask",
+            f"is true, but neither a manifest of {source.prefix} nor a tokenizer says which token ends a document",
+            "set data.document_end",
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"document_end": end})})
+
+
 def recorded_tokenizer(prefix: Path) -> Path | None:
     """Where the tokenizer that dataset ``prefix`` was made with is now: as recorded, or beside it; None if nowhere."""
     manifest = read_manifest(prefix)
