@@ -157,8 +157,8 @@ class Trainer:
         config, topology = self.config, self.engine.topology
         tokens = self._steps * config.training.global_batch_size * config.sequence_length
         rate = tokens / self._seconds
-        share = sum(result.attention_share) / len(result.attention_share)
-        flops = training_flops_per_token(config.model, config.sequence_length, share)
+        shares = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
+        flops = training_flops_per_token(config.model, config.sequence_length, *shares)
         return {
             "loss": result.loss,
             "regulariser": result.regulariser,
