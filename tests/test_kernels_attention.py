@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_kernels_dropout import numpy_head_keys, numpy_mask, some_keys
 
-from megachiar.kernels import attention as attention_module
+from megachiar.kernels import cpu_attention
 from megachiar.kernels import keyed_attention as keyed_module
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.dropout import KeyedDropout
@@ -112,7 +112,7 @@ def test_attention_among_chosen_rows_sees_no_other(length, choice):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (8, 8), (5, 12), (1, 6)])
 def test_routed_attention_is_the_chosen_rows_of_the_dense_formula(monkeypatch, queries, keys, choice, chunk, scale):
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", chunk)
+    monkeypatch.setattr(cpu_attention, "LEAF", chunk)
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
@@ -125,12 +125,12 @@ def test_routed_attention_is_the_chosen_rows_of_the_dense_formula(monkeypatch, q
 
 
 def test_routed_attention_beyond_one_chunk_of_the_real_size():
-    queries = attention_module.QUERY_CHUNK * 2 + 101
+    queries = cpu_attention.LEAF * 2 + 101
     q, k, v = (noise(2, 1, queries, 2, seed=s) for s in range(3))
     rows = (torch.rand(2 * queries, generator=torch.Generator().manual_seed(1)) < 0.8).nonzero().flatten()
     expected = dense_oracle(q, k, v).transpose(1, 2).flatten(0, 1).index_select(0, rows)
     got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, rows, queries)
-    assert len(rows) > 2 * attention_module.QUERY_CHUNK
+    assert len(rows) > 2 * cpu_attention.LEAF
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -390,7 +390,7 @@ def documents(sequences: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", (1, 13, 70))
 def test_attention_keeps_to_documents(monkeypatch, length, choice, chunk, dropped):
     """Of all rows, of chosen ones to all, and of chosen ones to each other."""
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", chunk)
+    monkeypatch.setattr(cpu_attention, "LEAF", chunk)
     sequences = 3
     tensors, since = inputs(sequences, length, length), documents(sequences, length)
     rows = chosen_rows(choice, sequences, length)

@@ -105,8 +105,7 @@ def test_flops_are_those_a_counter_sees(monkeypatch, case, interval):
 def test_chunks_of_queries_execute_what_causal_counting_counts(monkeypatch):
     """With a chunk for each query no key is read that it does not see. Half of the rows attend, wherever they are."""
     monkeypatch.setattr("megachiar.kernels.dct.FFT_FROM", 0)
-    monkeypatch.setattr("megachiar.kernels.attention.QUERY_CHUNK", 1)
-    monkeypatch.setattr("megachiar.kernels.attention.ROUNDED_TO", 1)
+    monkeypatch.setattr("megachiar.kernels.cpu_attention.LEAF", 1)
     config = wide_config(router=HALF)
     counted, share, _ = counted_flops(config)
     last = 3 * (layer_flops_per_token(config, 5, LENGTH, 1.0, count_masked=True).products)

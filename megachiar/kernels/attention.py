@@ -8,20 +8,15 @@ is routed), n = routed rows, h = heads, c = channels of a head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from megachiar.kernels import gpu, triton_attention
+from megachiar.kernels import cpu_attention, gpu, triton_attention
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.keyed_attention import keyed_attention
 
-QUERY_CHUNK = 224
-"""Queries, about, that share one product: each chunk sees only the keys up to its last position."""
-ROUNDED_TO = 32
-"""Queries and keys of a chunk are rounded up to a multiple: a CPU compiles products of 16-bit types for each size."""
+QUERY_CHUNK = 256
+"""Queries of a sequence that share one masked product: each chunk sees only the keys up to its last position."""
 
 
 def causal_attention(
@@ -54,7 +49,12 @@ def causal_attention(
             return _triton(q, k, v, at.to(q.device), since, None, dropout, first_head, scale)
         if dropped:
             return keyed_attention(q, k, v, at, dropout, first_head, scale, since)
-        return _by_position(q, k, v, None, at.to(q.device), since, scale)
+        if q.device.type != "cpu":
+            return masked_attention(q, k, v, at.to(q.device), since, scale)
+        starts = range(0, len(q) * queries + 1, queries)
+        rows = q.transpose(1, 2).flatten(0, 1)
+        asked = cpu_attention.Asked(starts, at.flatten(), since.flatten())
+        return cpu_attention.attend(rows, k, v, asked, scale).unflatten(0, (len(q), queries)).transpose(1, 2)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     positions = torch.arange(keys, device=q.device)
@@ -95,19 +95,22 @@ def routed_attention(
         packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
         since = since.view(sequences, queries) if since is not None else None
         return causal_attention(packed, k, v, dropout, first_head, scale, since).transpose(1, 2).flatten(0, 1)
-    packing = Packing(rows, sequences, queries, _rounding(q))
+    at = rows % queries + (keys - queries)
+    dropped = dropout is not None and dropout.probability > 0
+    if q.device.type == "cpu" and not (dropped or _by_triton(q)):
+        asked = cpu_attention.Asked(_starts(rows, sequences, queries), at, since)
+        return cpu_attention.attend(q, k, v, asked, scale)
+    packing = Packing(rows, sequences, queries)
+    grid, at = packing.grid(q), packing.pack(at)
     since = packing.pack(since) if since is not None else None
-    at = packing.pack(rows % queries + (keys - queries))
-    if dropout is not None:
+    if dropped:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    by_triton = _by_triton(q)
-    if not by_triton and (dropout is None or dropout.probability == 0):
-        return _by_position(q, k, v, packing, at, since, scale)
-    grid = packing.grid(q)
-    if by_triton:
+    if _by_triton(q):
         mixed = _triton(grid, k, v, at, since, packing.counts, dropout, first_head, scale)
-    else:
+    elif dropped:
         mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale, since)
+    else:
+        mixed = masked_attention(grid, k, v, at, since, scale)
     return packing.rows_of(mixed)
 
 
@@ -139,15 +142,20 @@ def attention_among(
     """
     if len(rows) == 0:
         return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
-    packing = Packing(rows, sequences, queries, _rounding(q))
     # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
-    grid = (packing.grid(x) for x in (q, k, v))
+    if since is not None:  # of the first chosen row of the document, its number among the rows
+        since = torch.searchsorted(rows, rows - rows % queries + since)
+    if q.device.type == "cpu" and not ((dropout is not None and dropout.probability > 0) or _by_triton(q)):
+        starts = _starts(rows, sequences, queries)
+        before = torch.tensor(starts).index_select(0, rows // queries)
+        at, since = torch.arange(len(rows)) - before, since - before if since is not None else None
+        return cpu_attention.attend(q, k, v, cpu_attention.Asked(starts, at, since, starts), scale)
+    packing = Packing(rows, sequences, queries)
     if dropout is not None:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    if since is not None:  # of the first chosen row of the document, its number among those of the sequence
-        first = torch.searchsorted(rows, rows - rows % queries + since)
-        since = packing.pack(first - packing.starts.index_select(0, rows // queries)).cummax(1).values
-    return packing.rows_of(causal_attention(*grid, dropout, first_head, scale, since))
+    if since is not None:
+        since = packing.pack(since - packing.starts.index_select(0, rows // queries)).cummax(1).values
+    return packing.rows_of(causal_attention(*map(packing.grid, (q, k, v)), dropout, first_head, scale, since))
 
 
 def cached_attention(
@@ -165,17 +173,16 @@ class Packing:
     Args:
         rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were chosen.
         sequences, queries: B and S.
-        rounding: the grid's width is a multiple of it.
 
     Attributes:
         counts: (B,) chosen rows of each sequence.
         starts: (B,) of them before each sequence.
     """
 
-    def __init__(self, rows: torch.Tensor, sequences: int, queries: int, rounding: int = 1):
+    def __init__(self, rows: torch.Tensor, sequences: int, queries: int):
         sequence = rows // queries
         self.counts = counts = torch.bincount(sequence, minlength=sequences)
-        self.sequences, self.widest = sequences, -(-int(counts.max()) // rounding) * rounding
+        self.sequences, self.widest = sequences, int(counts.max())
         self.full = len(rows) == sequences * self.widest
         self.starts = counts.cumsum(0) - counts
         number = torch.arange(len(rows), device=rows.device) - self.starts[sequence]
@@ -201,8 +208,9 @@ class Packing:
         return flat if self.full else flat.index_select(0, self.slot)
 
 
-def _rounding(q: torch.Tensor) -> int:
-    return ROUNDED_TO if q.device.type == "cpu" and q.element_size() == 2 else 1
+def _starts(rows: torch.Tensor, sequences: int, queries: int) -> list[int]:
+    """Number among the chosen rows of the first one of each sequence, and how many there are."""
+    return torch.searchsorted(rows, torch.arange(sequences + 1) * queries).tolist()
 
 
 def _by_triton(q: torch.Tensor) -> bool:
@@ -229,124 +237,31 @@ def _triton(
     return triton_attention.attend(q, k, v, at, counts, scale, mask, since)
 
 
-def _by_position(
+def masked_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    packing: Packing | None,
     at: torch.Tensor,
     since: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Queries (n, h, c) that ``packing`` packs, or (B, h, S, c) without it, at positions ``at`` (B, S), ascending but
-    for padding; in chunks, each with the keys that it can see. Returns what ``q`` is."""
-    chunks = _chunks(at, since, k.shape[2])
-    if q.device.type == "cpu":
-        return _ByPosition.apply(q, k, v, packing, at, since, chunks, scale)
-    grid = q if packing is None else packing.grid(q)
-    outputs = [
-        F.scaled_dot_product_attention(
-            chunk.of(grid), chunk.seen(k), chunk.seen(v), attn_mask=chunk.mask(at, since, q.dtype), scale=scale
+    """On any device by ``scaled_dot_product_attention``: queries (B, h, S, c) at positions ``at`` (B, S), ascending but
+    for padding, see keys ``since`` (B, S) to ``at``; in chunks, each with a mask over the keys that it can see.
+
+    Returns:
+        (B, h, S, c).
+    """
+    ats = at.split(QUERY_CHUNK, 1)
+    sinces = since.split(QUERY_CHUNK, 1) if since is not None else [torch.zeros_like(part) for part in ats]
+    bounds = torch.stack([torch.stack([s.min(), a.max() + 1]) for s, a in zip(sinces, ats, strict=True)])
+    outputs = []
+    for queries, of_at, of_since, (first, end) in zip(
+        q.split(QUERY_CHUNK, 2), ats, sinces, bounds.tolist(), strict=True
+    ):  # one copy to the host
+        key = torch.arange(first, end, device=q.device)
+        seen = (key <= of_at[:, None, :, None]) & (key >= of_since[:, None, :, None])
+        seen |= ~seen.any(-1, keepdim=True)  # padding
+        outputs.append(
+            F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end], attn_mask=seen, scale=scale)
         )
-        for chunk in chunks
-    ]
-    mixed = torch.cat(outputs, 2)
-    return mixed if packing is None else packing.rows_of(mixed)
-
-
-class _Chunk(NamedTuple):
-    """Queries whose products are made at once; they see keys from ``first`` to ``end - 1`` alone."""
-
-    queries: slice
-    first: int
-    end: int
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Their part of (B, h, S, c)."""
-        return x[:, :, self.queries]
-
-    def seen(self, x: torch.Tensor) -> torch.Tensor:
-        """What they see of (B, h, T, c)."""
-        return x[:, :, self.first : self.end]
-
-    def mask(self, at: torch.Tensor, since: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to products (B, 1, s, t): -inf where a key is hidden. Padding sees all where it saw none."""
-        key = torch.arange(self.first, self.end, device=at.device)
-        hidden = key > at[:, None, self.queries, None]
-        if since is not None:
-            hidden |= key < since[:, None, self.queries, None]
-            hidden &= ~hidden.all(-1, keepdim=True)
-        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
-
-
-def _chunks(at: torch.Tensor, since: torch.Tensor | None, keys: int) -> list[_Chunk]:
-    """Of queries at positions ``at`` (B, S) and ``since``: about ``QUERY_CHUNK`` each, all of one size but the last."""
-    queries = at.shape[1]
-    size = -(-queries // max(1, round(queries / QUERY_CHUNK)))
-    size = -(-size // ROUNDED_TO) * ROUNDED_TO if QUERY_CHUNK >= ROUNDED_TO else QUERY_CHUNK
-    ends = [part.max() + 1 for part in at.split(size, 1)]
-    firsts = [part.min() for part in since.split(size, 1)] if since is not None else [torch.zeros_like(e) for e in ends]
-    bounds = torch.stack([torch.stack(firsts), torch.stack(ends)], 1).tolist()  # one copy from the device
-    return [
-        _Chunk(
-            slice(i * size, (i + 1) * size),
-            first // ROUNDED_TO * ROUNDED_TO,
-            min(keys, -(-end // ROUNDED_TO) * ROUNDED_TO),
-        )
-        for i, (first, end) in enumerate(bounds)
-    ]
-
-
-class _ByPosition(torch.autograd.Function):
-    """On a CPU. What is kept are rows, not their padded grids, and no mask: a mask has (S, T) numbers."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, packing, at, since, chunks, scale):
-        grid = q if packing is None else packing.grid(q)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        outputs, sums = zip(
-            *(
-                flash(
-                    *(chunk.of(grid), chunk.seen(k), chunk.seen(v), 0.0, False),
-                    attn_mask=chunk.mask(at, since, q.dtype),
-                    scale=scale,
-                )
-                for chunk in chunks
-            ),
-            strict=True,
-        )
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        mixed = mixed if packing is None else packing.rows_of(mixed)
-        ctx.save_for_backward(q, k, v, at, since, mixed, *sums)
-        ctx.packing, ctx.chunks, ctx.scale = packing, chunks, scale
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        q, k, v, at, since, mixed, *sums = ctx.saved_tensors
-        packing = ctx.packing
-        dtype = q.dtype
-        if packing is not None:
-            q, mixed, gradient = (packing.grid(x) for x in (q, mixed, gradient))
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-        def of_chunk(chunk: _Chunk, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return flash(
-                *(chunk.of(gradient), chunk.of(q), chunk.seen(k), chunk.seen(v), chunk.of(mixed), scales, 0.0, False),
-                attn_mask=chunk.mask(at, since, dtype),
-                scale=ctx.scale,
-            )
-
-        if len(sums) == 1 and ctx.chunks[0][1:] == (0, k.shape[2]):
-            of_q, of_k, of_v = of_chunk(ctx.chunks[0], sums[0])
-        else:
-            wide = dtype if dtype == torch.float64 else torch.float32
-            of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-            for chunk, scales in zip(ctx.chunks, sums, strict=True):
-                parts = of_chunk(chunk, scales)
-                chunk.of(of_q).copy_(parts[0])
-                chunk.seen(of_k).add_(parts[1])
-                chunk.seen(of_v).add_(parts[2])
-        of_q = of_q if packing is None else packing.rows_of(of_q)
-        return of_q, of_k.to(dtype), of_v.to(dtype), *[None] * 5
+    return torch.cat(outputs, 2)

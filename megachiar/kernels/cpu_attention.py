@@ -1,0 +1,277 @@
+"""Attention of rows to the keys up to their own, on a CPU: in pieces that PyTorch's flash kernel takes as they lie.
+
+The queries of a sequence ascend, so that half of them see every key before the middle one. That rectangle needs no
+mask; what is left are two smaller problems of the same kind, down to leaves, whose products are masked:
+
+    queries                               a leaf's mask: a query sees no key behind itself
+      |  leaf                             and none before its document; documents are cut
+      |  rect. leaf                       apart where they are long
+      |  rectangle  leaf
+      |  rectangle  rect. leaf
+      v                      keys ->
+
+Each piece is one call for all heads. A query's results over its pieces are weighed by their sums, and in the backward
+pass each piece works from the whole sums. Rows are read where they lie: nothing is packed or padded, no mask is kept.
+
+Shapes: n = rows (queries), B = sequences, T = keys of a sequence, h = heads, c = channels of a head; of one piece: s
+queries, which see t keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+LEAF = 288
+"""Most queries of a masked piece. A bit more than a power of two: half of such a length of tokens is a leaf, or two."""
+SMALL = 256
+"""Queries below which a rectangle's backward pass is faster in fp32 than in 16 bits, as that of all leaves is."""
+CAUSAL_FROM = 768
+"""Queries from which on the kernel's own causal mask serves best, where they are all of a stretch: it takes them in
+larger blocks then."""
+ROUNDED_TO = 32
+"""Queries and keys of 16-bit products are rounded up to a multiple: oneDNN compiles a kernel for each size."""
+
+
+class Asked(NamedTuple):
+    """Queries of each sequence, and where they stand; on the host.
+
+    Attributes:
+        starts: B + 1 ints: rows ``starts[b]`` to ``starts[b + 1]`` are of sequence b.
+        at: (n,) int64, the last key that each row sees; ascending in a sequence.
+        since: (n,) int64, the first one; None if that is 0.
+        key_starts: the same as ``starts`` for keys that lie as rows; None if they lie in a (B, h, T, c) grid.
+    """
+
+    starts: list[int]
+    at: torch.Tensor
+    since: torch.Tensor | None
+    key_starts: list[int] | None = None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked, scale: float | None) -> torch.Tensor:
+    """
+    Args:
+        q: (n, h, c).
+        k, v: (B, h, T, c), or (m, h, c) rows.
+        asked: of each row what it sees.
+        scale: of the products; 1 / sqrt(c) if not given.
+
+    Returns:
+        (n, h, c).
+    """
+    return _Attend.apply(q, k, v, asked, scale)
+
+
+class _Piece(NamedTuple):
+    """Queries ``first`` to ``last - 1`` of a sequence and its keys ``key`` to ``key_end - 1``.
+
+    A leaf (``until`` is given) sees none but ``since`` to ``until - 1`` of them. Its mask is ``causal`` if its queries
+    stand at these very keys.
+    """
+
+    first: int
+    last: int
+    key: int
+    key_end: int
+    since: int = 0
+    until: int | None = None
+    causal: bool = False
+
+    @property
+    def seen(self) -> slice:
+        return slice(self.key, self.key_end)
+
+
+class _Sequence(NamedTuple):
+    """Which rows are its queries, which rows or sequence of a grid its keys; leaves and rectangles, both ascending."""
+
+    queries: slice
+    keys: slice
+    leaves: list[_Piece]
+    rectangles: list[_Piece]
+
+    def rows(self, piece: _Piece) -> slice:
+        """Of a piece, among all."""
+        return slice(self.queries.start + piece.first, self.queries.start + piece.last)
+
+    def keys_of(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, h, t, c) of keys or values."""
+        return x[self.keys] if x.ndim == 4 else x[self.keys].transpose(0, 1)[None]
+
+
+def _plan(asked: Asked, k: torch.Tensor, rounding: int) -> list[_Sequence]:
+    result = []
+    for b, (start, end) in enumerate(itertools.pairwise(asked.starts)):
+        keys = slice(b, b + 1) if asked.key_starts is None else slice(*asked.key_starts[b : b + 2])
+        sequence = _Sequence(slice(start, end), keys, [], [])
+        at, since = asked.at[start:end], asked.since[start:end] if asked.since is not None else None
+        for first, last, key in _documents(at, since):
+            _cut(sequence, at, first, last, key, sequence.keys_of(k).shape[2], rounding)
+        result.append(sequence)
+    return result
+
+
+def _documents(at: torch.Tensor, since: torch.Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """First and last query and first key of each document that has more queries than a leaf, and of the others in
+    groups of neighbours that a leaf can hold."""
+    if since is None:
+        if len(at):
+            yield 0, len(at), 0
+        return
+    begun = closed = 0
+    for end in [*(since.diff().nonzero().flatten() + 1).tolist(), len(since)]:
+        if end - begun > LEAF and closed > begun:
+            yield begun, closed, int(since[begun])
+            begun = closed
+        closed = end
+    if closed > begun:
+        yield begun, closed, int(since[begun])
+
+
+def _cut(sequence: _Sequence, at: torch.Tensor, first: int, last: int, since: int, keys: int, rounding: int) -> None:
+    """Queries ``first`` to ``last - 1``, of which keys before ``since`` are dealt with: add their pieces."""
+    until = int(at[last - 1]) + 1
+    if until - since == last - first >= CAUSAL_FROM:
+        end = min(keys, since + _up(until - since, rounding))
+        sequence.leaves.append(_Piece(first, last, since, end, since, until, causal=True))
+        return
+    if last - first <= LEAF:
+        width = min(keys, _up(until - since, rounding))
+        key = min(since, keys - width)
+        sequence.leaves.append(_Piece(first, last, key, key + width, since, until))
+        return
+    middle = first + _up((last - first) // 2, rounding)
+    split = since + (int(at[middle]) - since) // rounding * rounding  # each leaf's queries see a key of it: their own
+    _cut(sequence, at, first, middle, since, keys, rounding)
+    if split > since:
+        sequence.rectangles.append(_Piece(middle, last, since, split))
+    _cut(sequence, at, middle, last, split, keys, rounding)
+
+
+def _up(number: int, rounding: int) -> int:
+    return -(-number // rounding) * rounding
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, asked, scale):
+        sequences = _plan(asked, k, _rounding(q.dtype))
+        wide = _wide(q.dtype) if any(sequence.rectangles for sequence in sequences) else q.dtype
+        results, sums = torch.empty_like(q, dtype=wide), q.new_empty(q.shape[1], len(q), dtype=_wide(q.dtype))
+        for sequence in sequences:
+            keys, values = sequence.keys_of(k), sequence.keys_of(v)
+            for piece in (*sequence.leaves, *sequence.rectangles):
+                rows = sequence.rows(piece)
+                result, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *(_by_head(q[rows]), keys[:, :, piece.seen], values[:, :, piece.seen], 0.0, piece.causal),
+                    attn_mask=_mask(piece, rows, asked, q.dtype),
+                    scale=scale,
+                )
+                count = piece.last - piece.first
+                result, total = result[0, :, :count].transpose(0, 1), total[0, :, :count]
+                if piece.until is not None:
+                    results[rows], sums[:, rows] = result, total
+                else:
+                    both = torch.logaddexp(sums[:, rows], total)
+                    results[rows].lerp_(result.to(wide), (total - both).exp_().T[..., None])
+                    sums[:, rows] = both
+        results = results.to(q.dtype)
+        ctx.save_for_backward(q, k, v, results, sums)
+        ctx.asked, ctx.sequences, ctx.scale, ctx.wide = asked, sequences, scale, wide
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        kept = q, k, v, *_ = ctx.saved_tensors
+        of_q, of_k, of_v = (torch.empty_like(x, dtype=ctx.wide) for x in (q, k, v))
+        for sequence in ctx.sequences:
+            of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
+            slopes = functools.partial(
+                _slopes, sequence=sequence, kept=kept, gradient=gradient, asked=ctx.asked, scale=ctx.scale
+            )
+            filled = 0  # keys whose gradients are more than what memory held
+            for piece in sequence.leaves:
+                part_q, *parts = slopes(piece)
+                of_q[sequence.rows(piece)] = part_q
+                for whole, part in zip((of_keys, of_values), parts, strict=True):
+                    _fill(whole, filled, piece, part)
+                filled = piece.until
+            if filled < of_keys.shape[2]:
+                of_keys[:, :, filled:], of_values[:, :, filled:] = 0, 0
+            for piece in sequence.rectangles:
+                part_q, part_k, part_v = slopes(piece)
+                of_q[sequence.rows(piece)] += part_q
+                of_keys[:, :, piece.seen] += part_k
+                of_values[:, :, piece.seen] += part_v
+        return of_q.to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype), None, None
+
+
+def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, asked: Asked, scale) -> tuple[torch.Tensor, ...]:
+    """What a piece adds to the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
+    q, k, v, results, sums = kept
+    rows, dtype = sequence.rows(piece), _backward_type(piece, q.dtype)
+    of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(_by_head(x[rows].to(dtype)) for x in (gradient, q)),
+        *(sequence.keys_of(x)[:, :, piece.seen].to(dtype) for x in (k, v)),
+        *(_by_head(results[rows].to(dtype)), _padded(sums[:, rows].T, dtype).T[None], 0.0, piece.causal),
+        attn_mask=_mask(piece, rows, asked, dtype),
+        scale=scale,
+    )
+    return of_q[0, :, : piece.last - piece.first].transpose(0, 1), of_k, of_v
+
+
+def _backward_type(piece: _Piece, dtype: torch.dtype) -> torch.dtype:
+    """Type of the products in a backward pass."""
+    narrow = piece.causal or (piece.until is None and piece.last - piece.first >= SMALL)
+    return dtype if narrow else _wide(dtype)
+
+
+def _fill(whole: torch.Tensor, filled: int, leaf: _Piece, part: torch.Tensor) -> None:
+    """Put a leaf's part (1, h, t, c) of a gradient after those of the leaves before it, which end at ``filled``."""
+    new = max(filled, leaf.since)
+    if new > filled:
+        whole[:, :, filled:new] = 0
+    if new > leaf.since:
+        whole[:, :, leaf.since : new] += part[:, :, leaf.since - leaf.key : new - leaf.key]
+    whole[:, :, new : leaf.until] = part[:, :, new - leaf.key : leaf.until - leaf.key]
+
+
+def _mask(piece: _Piece, rows: slice, asked: Asked, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to a leaf's products (1, 1, s, t): -inf where a key is hidden."""
+    if piece.until is None or piece.causal:
+        return None
+    key = torch.arange(piece.key, piece.key_end)
+    hidden = key > asked.at[rows, None]
+    if asked.since is not None:
+        hidden |= key < asked.since[rows, None].clamp(min=piece.since)
+    elif piece.key < piece.since:
+        hidden |= key < piece.since
+    return _padded(torch.where(hidden, -torch.inf, 0.0).to(dtype), dtype)[None, None]
+
+
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    """(s, h, c) to (1, h, s, c)."""
+    return _padded(x, x.dtype).transpose(0, 1)[None]
+
+
+def _padded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros after the rows of a piece, for products in ``dtype``: of such rows the gradient is zero too."""
+    missing = -len(x) % _rounding(dtype)
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x
+
+
+def _rounding(dtype: torch.dtype) -> int:
+    return ROUNDED_TO if dtype.itemsize == 2 else 1
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and of what is added up."""
+    return torch.promote_types(dtype, torch.float32)
