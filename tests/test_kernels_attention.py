@@ -13,7 +13,7 @@ from megachiar.kernels import cpu_attention
 from megachiar.kernels import keyed_attention as keyed_module
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.dropout import KeyedDropout
-from megachiar.kernels.permute import permute_rows
+from megachiar.kernels.permute import join_rows, part_rows
 from megachiar.kernels.rope import rotary_table, rotate
 
 HEADS, CHANNELS = 2, 4
@@ -362,16 +362,17 @@ def test_gradient_of_the_rotation():
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos[:, None], sin[:, None]), noise(2, 5, 3, 6).requires_grad_())
 
 
-# Permutation ---------------------------------------------------------------------------------------------------------
+# Parting and joining rows --------------------------------------------------------------------------------------------
 
 
-def test_permuting_rows_and_its_gradient():
-    x = noise(7, 3).requires_grad_()
-    order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    inverse = torch.argsort(order)
-    torch.testing.assert_close(permute_rows(x, order, inverse), x[order], rtol=0, atol=0)
-    torch.testing.assert_close(permute_rows(x, order, inverse)[inverse], x, rtol=0, atol=0)
-    assert torch.autograd.gradcheck(lambda t: permute_rows(t, order, inverse), x)
+def test_parting_and_joining_rows_and_their_gradients():
+    x, order, sizes = noise(7, 3).requires_grad_(), torch.tensor([3, 1, 6, 0, 2, 5, 4]), [4, 0, 3]
+    parts = part_rows(x, order, sizes)
+    for part, rows in zip(parts, order.split(sizes), strict=True):
+        torch.testing.assert_close(part, x[rows], rtol=0, atol=0)
+    torch.testing.assert_close(join_rows(parts, order), x, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda t: part_rows(t, order, sizes), x)
+    assert torch.autograd.gradcheck(lambda *t: join_rows(t, order), [part.detach().requires_grad_() for part in parts])
 
 
 # Documents -----------------------------------------------------------------------------------------------------------

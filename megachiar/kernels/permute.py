@@ -1,4 +1,4 @@
-"""Reorder rows with a gather in both directions: a permutation needs no scatter-add in its backward pass.
+"""Part rows by their operator and join them again: a gather in one direction is a scatter in the other, never an add.
 
 Shapes: N = rows, d = channels.
 """
@@ -10,25 +10,15 @@ from collections.abc import Sequence
 import torch
 
 
-def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """``x[order]`` for rows (N, d); ``order`` and ``inverse`` are permutations of N that undo each other."""
-    return _PermuteRows.apply(x, order, inverse)
-
-
 def part_rows(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """``x[order]`` in parts of ``sizes``, each with a storage of its own: what keeps one does not keep the others."""
+    """``x[order]`` for rows (N, d) and a permutation of N, in parts of ``sizes``, each with a storage of its own: what
+    keeps one does not keep the others."""
     return _PartRows.apply(x, order, tuple(sizes))
 
 
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+def join_rows(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """Rows (N, d) whose ``part_rows`` are ``parts``."""
+    return _JoinRows.apply(order, *parts)
 
 
 class _PartRows(torch.autograd.Function):
@@ -36,12 +26,31 @@ class _PartRows(torch.autograd.Function):
     def forward(ctx, x, order, sizes):
         ctx.save_for_backward(order)
         ctx.sizes = sizes
-        return tuple(x.index_select(0, part) for part in order.split(sizes))
+        return _parted(x, order, sizes)
 
     @staticmethod
     def backward(ctx, *gradients):
-        (order,) = ctx.saved_tensors
-        result = torch.empty(len(order), *gradients[0].shape[1:], dtype=gradients[0].dtype, device=order.device)
-        for part, gradient in zip(order.split(ctx.sizes), gradients, strict=True):
-            result.index_copy_(0, part, gradient)
-        return result, None, None
+        return _joined(gradients, *ctx.saved_tensors), None, None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, order, *parts):
+        ctx.save_for_backward(order)
+        ctx.sizes = [len(part) for part in parts]
+        return _joined(parts, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *_parted(gradient, *ctx.saved_tensors, ctx.sizes)
+
+
+def _parted(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.index_select(0, part) for part in order.split(sizes))
+
+
+def _joined(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    rows = torch.empty(len(order), *parts[0].shape[1:], dtype=parts[0].dtype, device=order.device)
+    for part, place in zip(parts, order.split([len(part) for part in parts]), strict=True):
+        rows.index_copy_(0, place, part)
+    return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megachiar.model.grid import Grid, RowKeys
+from megachiar.model.grid import Grid
 from megachiar.parallel.collectives import all_gather, first_rank_says
 
 
@@ -33,17 +33,14 @@ class Sorted:
     """This rank's rows, sorted by operator: the last operator's lead, rows of one operator keep their order.
 
     Attributes:
-        order: (m,) indices that sort; ``inverse`` undoes them.
+        order: (m,) indices that sort.
         choices: of each operator, in the order of the sorted rows.
         sizes: how many of this rank's rows each has, in the same order.
-        keys: of the sorted rows' dropout.
     """
 
     order: torch.Tensor
-    inverse: torch.Tensor
     choices: list[Choice]
     sizes: list[int]
-    keys: RowKeys | None
 
 
 def agree(operator: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -63,22 +60,17 @@ def sort_rows(operator: torch.Tensor, operators: int, grid: Grid) -> Sorted:
     """Sort by the routes (N,) of all rows."""
     blocks = grid.group.size if grid.group.shards_rows else 1
     by_rank = operator.view(blocks, -1)
-    # Sorted within each rank's block, as the blocks lie one after another where rows are gathered.
-    order = torch.argsort(by_rank, dim=1, descending=True, stable=True)
-    block = order[grid.group.rank if blocks > 1 else 0]
-    inverse = torch.empty_like(block).scatter_(0, block, torch.arange(len(block), device=block.device))
-    whole_order = (order + torch.arange(blocks, device=order.device)[:, None] * by_rank.shape[1]).flatten()
-    counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()  # the one copy to host
     me = grid.group.rank if blocks > 1 else 0
+    order = torch.argsort(by_rank[me], descending=True, stable=True)
+    counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()  # the one copy to host
     sizes = [of_operator[me] for of_operator in counts]
     choices, start = [], 0
     for index, of_operator in enumerate(counts):
-        own = block[start : start + sizes[index]]
+        own = order[start : start + sizes[index]]
         start += sizes[index]
         if blocks == 1:
             choices.append(Choice(own, None, own))
         else:
             rows = torch.nonzero_static(operator == operators - 1 - index, size=sum(of_operator)).flatten()
             choices.append(Choice(rows, of_operator, own))
-    keys = grid.keys.reordered(whole_order, block) if grid.keys is not None else None
-    return Sorted(block, inverse, choices, sizes, keys)
+    return Sorted(order, choices, sizes)

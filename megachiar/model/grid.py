@@ -22,10 +22,6 @@ class RowKeys(NamedTuple):
     whole: torch.Tensor
     own: torch.Tensor
 
-    def reordered(self, whole: torch.Tensor, own: torch.Tensor) -> RowKeys:
-        """Of rows in another order (both given as indices)."""
-        return RowKeys(self.whole.index_select(0, whole), self.own.index_select(0, own))
-
 
 class Grid(NamedTuple):
     """Row ``b * length + t`` is the token at position ``past + t`` of sequence ``b``.

@@ -1,9 +1,8 @@
 """A layer: an operator sub-layer, chosen per token, and the feed-forward sub-layer that all operators share.
 
-A routed layer sorts its rows by operator, lets each operator compute its own rows alone, runs the feed-forward on the
-sorted rows and puts them back:
+A routed layer parts its rows by operator, lets each operator compute its own rows alone and joins them again:
 
-    x (N, d) --router--> [attention rows | rbf rows | dct rows] --operators--> --feed-forward--> unsorted (N, d)
+    x (N, d) --router--> attention rows | rbf rows | dct rows --operators--> (N, d) --feed-forward--> (N, d)
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.permute import part_rows, permute_rows
+from megachiar.kernels.permute import join_rows, part_rows
 from megachiar.model.attention import SelfAttention
 from megachiar.model.cache import DecodingCache
 from megachiar.model.choice import Choice, agree, sort_rows
@@ -121,12 +120,12 @@ class RoutedLayer(nn.Module):
             self._operate(name, x, chosen, choice, decision.spectrum, grid, cache)
             for name, chosen, choice in zip(reversed(self.names), parts, by.choices, strict=True)
         ]
-        y = torch.cat(results)
+        y = join_rows(results, by.order)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
-            gate = decision.gates.gather(-1, operator[grid.own, None])[by.order].to(y.dtype)
+            gate = decision.gates.gather(-1, operator[grid.own, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())
         use = torch.tensor(by.sizes[::-1], dtype=torch.float32, device=x.device) / len(x)
-        return permute_rows(self.feed_forward(y, by.keys), by.inverse, by.order), use
+        return self.feed_forward(y, grid.keys), use
 
     def _blend(self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None) -> torch.Tensor:
         """soft: every operator for every row, weighted by the gates."""
