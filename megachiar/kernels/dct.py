@@ -56,7 +56,7 @@ def packed_dct(x: torch.Tensor) -> torch.Tensor:
         return _exact_product(x, dct_matrix(d, x.device, x.dtype).mT)
     tables = _fft_tables(d, x.device, x.dtype)
     if x.numel() == 0:  # MKL refuses to transform nothing
-        return x.new_zeros(*x.shape[:-1], len(tables.once))
+        return x.new_zeros(*x.shape[:-1], len(tables.frequency))
     half = torch.fft.rfft(x.index_select(-1, tables.order)).mul_(tables.twiddle)
     return torch.view_as_real(half).flatten(-2)
 
@@ -69,7 +69,11 @@ def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
     if spectrum.numel() == 0:
         return spectrum.new_zeros(*spectrum.shape[:-1], d)
     half = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))) * tables.inverse_twiddle
-    return torch.fft.irfft(half, n=d).index_select(-1, tables.inverse_order)
+    rows = torch.fft.irfft(half, n=d)
+    if d % 2:
+        return rows.index_select(-1, tables.inverse_order)
+    pairs = torch.complex(rows[..., : d // 2], rows[..., d // 2 :].flip(-1))  # a third of the gather's time
+    return torch.view_as_real(pairs).flatten(-2)
 
 
 def packed(weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +94,9 @@ def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torc
     """Power (..., P) of a packed spectrum: each frequency's once, 0 elsewhere; that of ``X_0`` times ``dc_weight``."""
     power = spectrum.square()
     if by_fft(d, spectrum.device):
-        power = power * _fft_tables(d, spectrum.device, spectrum.dtype).once
+        power[..., 1] = 0  # empty
+        if d % 2 == 0:
+            power[..., -1] = 0  # X_{d/2} again
     if dc_weight != 1.0:
         power = torch.cat([power[..., :1] * dc_weight, power[..., 1:]], -1)
     return power
@@ -134,7 +140,6 @@ class _FftTables(NamedTuple):
         twiddle, inverse_twiddle: (d // 2 + 1,) complex, scaled so that the transform is orthonormal.
         frequency: (P,) whose number stands at each place of a packed spectrum.
         place, sign: (d,) where each frequency's number stands, and what it is multiplied by there.
-        once: (P,) 1 at these places, 0 at the others.
         filled: (P,) sign that an inverse transform wants at each place; 0 at the empty one.
     """
 
@@ -145,7 +150,6 @@ class _FftTables(NamedTuple):
     frequency: torch.Tensor
     place: torch.Tensor
     sign: torch.Tensor
-    once: torch.Tensor
     filled: torch.Tensor
 
 
@@ -163,10 +167,9 @@ def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     n = torch.arange(d)
     place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
     sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
-    once = torch.zeros(len(frequency), dtype=dtype).index_fill_(0, place, 1)
     filled = torch.ones(len(frequency), dtype=dtype)
     filled[1] = 0
     if d % 2 == 0 and d > 1:
         filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; of the others ``sign`` has changed it already
-    tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, once, filled)
+    tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, filled)
     return _FftTables(*(t.to(device) for t in tables))
