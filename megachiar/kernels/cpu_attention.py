@@ -162,56 +162,64 @@ def _up(number: int, rounding: int) -> int:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, asked, scale):
-        sequences = _plan(asked, k, _rounding(q.dtype))
-        wide = _wide(q.dtype) if any(sequence.rectangles for sequence in sequences) else q.dtype
-        results, sums = torch.empty_like(q, dtype=wide), q.new_empty(q.shape[1], len(q), dtype=_wide(q.dtype))
-        for sequence in sequences:
-            keys, values = sequence.keys_of(k), sequence.keys_of(v)
-            for piece in (*sequence.leaves, *sequence.rectangles):
-                rows = sequence.rows(piece)
-                result, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *(_by_head(q[rows]), keys[:, :, piece.seen], values[:, :, piece.seen], 0.0, piece.causal),
-                    attn_mask=_mask(piece, rows, asked, q.dtype),
-                    scale=scale,
-                )
-                count = piece.last - piece.first
-                result, total = result[0, :, :count].transpose(0, 1), total[0, :, :count]
-                if piece.until is not None:
-                    results[rows], sums[:, rows] = result, total
-                else:
-                    both = torch.logaddexp(sums[:, rows], total)
-                    results[rows].lerp_(result.to(wide), (total - both).exp_().T[..., None])
-                    sums[:, rows] = both
+        work = _plan(asked, k, _rounding(q.dtype))
+        # Leaves hold each row once, in order.
+        leaves = [_results(leaf, sequence, q, k, v, asked, scale) for sequence in work for leaf in sequence.leaves]
+        results, sums = (torch.cat(x) for x in zip(*leaves, strict=True))
+        wide = _wide(q.dtype) if any(sequence.rectangles for sequence in work) else q.dtype
+        results = results.to(wide)
+        for sequence in work:
+            for rectangle in sequence.rectangles:
+                rows = sequence.rows(rectangle)
+                result, total = _results(rectangle, sequence, q, k, v, asked, scale)
+                both = torch.logaddexp(sums[rows], total)
+                results[rows].lerp_(result.to(wide), (total - both).exp_()[..., None])
+                sums[rows] = both
         results = results.to(q.dtype)
         ctx.save_for_backward(q, k, v, results, sums)
-        ctx.asked, ctx.sequences, ctx.scale, ctx.wide = asked, sequences, scale, wide
+        ctx.asked, ctx.work, ctx.scale, ctx.wide = asked, work, scale, wide
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         kept = q, k, v, *_ = ctx.saved_tensors
-        of_q, of_k, of_v = (torch.empty_like(x, dtype=ctx.wide) for x in (q, k, v))
-        for sequence in ctx.sequences:
-            of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
-            slopes = functools.partial(
-                _slopes, sequence=sequence, kept=kept, gradient=gradient, asked=ctx.asked, scale=ctx.scale
-            )
+        slopes = functools.partial(_slopes, kept=kept, gradient=gradient, asked=ctx.asked, scale=ctx.scale)
+        of_q, of_k, of_v = [], torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
+        for sequence in ctx.work:
             filled = 0  # keys whose gradients are more than what memory held
-            for piece in sequence.leaves:
-                part_q, *parts = slopes(piece)
-                of_q[sequence.rows(piece)] = part_q
+            of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
+            for leaf in sequence.leaves:
+                part_q, *parts = slopes(leaf, sequence)
+                of_q.append(part_q)
                 for whole, part in zip((of_keys, of_values), parts, strict=True):
-                    _fill(whole, filled, piece, part)
-                filled = piece.until
+                    _fill(whole, filled, leaf, part)
+                filled = leaf.until
             if filled < of_keys.shape[2]:
                 of_keys[:, :, filled:], of_values[:, :, filled:] = 0, 0
-            for piece in sequence.rectangles:
-                part_q, part_k, part_v = slopes(piece)
-                of_q[sequence.rows(piece)] += part_q
-                of_keys[:, :, piece.seen] += part_k
-                of_values[:, :, piece.seen] += part_v
+        of_q = torch.cat(of_q).to(ctx.wide)
+        for sequence in ctx.work:
+            of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
+            for rectangle in sequence.rectangles:
+                part_q, part_k, part_v = slopes(rectangle, sequence)
+                of_q[sequence.rows(rectangle)] += part_q
+                of_keys[:, :, rectangle.seen] += part_k
+                of_values[:, :, rectangle.seen] += part_v
         return of_q.to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype), None, None
+
+
+def _results(
+    piece: _Piece, sequence: _Sequence, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked, scale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results (s, h, c) of a piece's queries over its keys alone, and logarithms (s, h) of their sums."""
+    rows, count = sequence.rows(piece), piece.last - piece.first
+    keys, values = (sequence.keys_of(x)[:, :, piece.seen] for x in (k, v))
+    result, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_by_head(q[rows]), keys, values, 0.0, piece.causal),
+        attn_mask=_mask(piece, rows, asked, q.dtype),
+        scale=scale,
+    )
+    return result[0].transpose(0, 1)[:count], total[0].T[:count]
 
 
 def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, asked: Asked, scale) -> tuple[torch.Tensor, ...]:
@@ -221,7 +229,7 @@ def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, asked: Asked, sc
     of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_by_head(x[rows].to(dtype)) for x in (gradient, q)),
         *(sequence.keys_of(x)[:, :, piece.seen].to(dtype) for x in (k, v)),
-        *(_by_head(results[rows].to(dtype)), _padded(sums[:, rows].T, dtype).T[None], 0.0, piece.causal),
+        *(_by_head(results[rows].to(dtype)), _padded(sums[rows], dtype).T[None], 0.0, piece.causal),
         attn_mask=_mask(piece, rows, asked, dtype),
         scale=scale,
     )
