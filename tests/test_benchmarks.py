@@ -57,6 +57,7 @@ def test_training_steps_beside_a_peer(tmp_path):
     assert chiar["speed_up"]["other"][0] == pytest.approx(sum(32.0 / s for s in chiar["seconds"]) / 2)
     assert chiar["flops"] < record["baseline fp32"]["flops"]
     assert chiar["attention_share"] == pytest.approx((0 + 0.5 + 1) / 3, abs=0.1)  # of its three layers
+    assert 0 < chiar["step_bytes"] < chiar["peak_bytes"]
     assert "of other" in done.stdout
 
 

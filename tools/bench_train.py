@@ -7,7 +7,8 @@
 
 A step is what a run does: forward, backward, AdamW. Each contender is a process of its own; they take turns, round by
 round, and wait for their turn without computing. Thresholds are set so that ``--attention-share`` of each routed
-layer's tokens take attention in the first step; the share of the measured steps is printed.
+layer's tokens take attention in the first step; the share of the measured steps is printed. So are the most memory the
+process has had and, on a CPU, the most that tensors made in a step take at once: the first depends on the heap's holes.
 
 A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar.pretrain`` does.
 
@@ -20,6 +21,7 @@ line of its own. Lines that are no number are passed over. It ends with its inpu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -90,6 +93,8 @@ def main() -> int:
             reached = report["flops"] / spread.median
             line += f"  {reached / 1e9:7.0f} GFLOP/s, {reached / rate:.0%} of the matrix product's"
             line += f"  share {report['attention_share']:.2f}  memory {report['peak_bytes'] / 2**20:.0f} MiB"
+            if "step_bytes" in report:
+                line += f", tensors of a step {report['step_bytes'] / 2**20:.0f} MiB"
             entry["of_matrix_product"] = reached / rate
         ratios = {other: times.speed_up(name, other) for other in others if other != name}
         print(line)
@@ -175,7 +180,10 @@ def serve(options: argparse.Namespace) -> None:
     share = float(np.mean(shares))
     flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
-    print(json.dumps({"flops": flops, "attention_share": share, "peak_bytes": peak}), flush=True)
+    report = {"flops": flops, "attention_share": share, "peak_bytes": peak}
+    if device.type == "cpu":
+        report["step_bytes"] = allocated_peak(lambda: engine.train_step([(0, tokens)], 1e-4))
+    print(json.dumps(report), flush=True)
     torch.distributed.destroy_process_group()
 
 
@@ -231,6 +239,16 @@ def calibrate(engine, tokens, share: float) -> None:
         engine.deepspeed(tokens)
     for hook in hooks:
         hook.remove()
+
+
+def allocated_peak(step: Callable[[], object]) -> int:
+    """Most bytes that tensors made by a call take at once: what the process's peak shows but for the heap's holes."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = (e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(changes), default=0)
 
 
 def peak_bytes() -> int:
