@@ -31,6 +31,7 @@ setup(
         # Faster where installed, never needed. NVIDIA's apex is built from its own source tree: the package called
         # "apex" on the index is another project and is not listed here on purpose.
         "gpu": ["triton>=3", "nvidia-ml-py>=12"],
+        "fast": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4"],
         "hf": ["datasets>=3", "transformers>=4.44"],
         "dev": [
@@ -38,6 +39,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "scipy>=1.11",
+            'gigatoken>=0.10; platform_machine == "x86_64"',
             "ruff>=0.6",
             'triton>=3; sys_platform == "linux"',
         ],

@@ -6,9 +6,8 @@
 #
 # From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_*
 # variables (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order,
-# so that .bin and .idx are byte for byte what one process would write. With --split each shard must hold a document of
-# every part, or it is refused: use fewer SHARDS then. The shards lie in OUTPUT_PREFIX.shards until the merge is whole.
-# After a failure run the same command again: shards that are whole already are skipped.
+# so that the dataset is byte for byte what one process would write. The shards lie in OUTPUT_PREFIX.shards until the
+# merge is whole. After a failure run the same command again: what is done already is not done again.
 
 #SBATCH --job-name=megachiar-preprocess
 #SBATCH --nodes=1
@@ -81,7 +80,7 @@ check_call() {
         for suffix in bin idx json; do
             file="$output$part.$suffix"
             [ ! "$file" -ef "$tokenizer" ] || fail "$file is the tokenizer: choose another OUTPUT_PREFIX"
-            [ ! -e "$file" ] || [ -e "$output.shards/merging" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
+            [ ! -e "$file" ] || [ -e "$output.shards/finishing" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
                 fail "$file exists already: choose another OUTPUT_PREFIX, or add -- --overwrite"
         done
     done
@@ -97,39 +96,25 @@ write_plan() {
     mv "$1.new" "$1"
 }
 
-# shard FOLDER: make shard number SLURM_ARRAY_TASK_ID of the plan in FOLDER, unless it is whole.
+# shard FOLDER: make shard number SLURM_ARRAY_TASK_ID of the plan in FOLDER, or what is missing of it.
 shard() {
     local output tokenizer shards files flags parts
     source "$1/plan" || return
-    local number=$SLURM_ARRAY_TASK_ID prefix
-    prefix=$(shard_prefix "$1" "$number")
-    if [ -f "$prefix.done" ]; then
-        echo "$prefix is whole: skipped"
-        return
-    fi
-    local first=$((number * ${#files[@]} / shards)) end=$(((number + 1) * ${#files[@]} / shards))
-    python tools/preprocess_data.py --input "${files[@]:first:end - first}" --tokenizer "$tokenizer" --append-eod \
-        --workers "${SLURM_CPUS_PER_TASK:-1}" --overwrite --output-prefix "$prefix" "${flags[@]}" &&
-        touch "$prefix.done"
+    preprocess --shard "$SLURM_ARRAY_TASK_ID/$shards" --workers "${SLURM_CPUS_PER_TASK:-1}"
 }
 
 # merge FOLDER: join the shards in FOLDER to the dataset of its plan, then remove them.
 merge() {
     local output tokenizer shards files flags parts
-    source "$1/plan" || return # without it nothing would be merged, and then all shards removed
-    local part number prefixes
-    touch "$1/merging" || return # from here on the output may be there: the next call must not take it for another one
-    for part in "${parts[@]}"; do
-        prefixes=()
-        for ((number = 0; number < shards; number++)); do
-            prefixes+=("$(shard_prefix "$1" "$number")$part")
-        done
-        python tools/merge_datasets.py "${prefixes[@]}" --overwrite --output "$output$part" || return
-    done
-    rm -r "$1"
+    source "$1/plan" || return # without it there is no telling what to merge
+    preprocess --merge-shards "$shards"
 }
 
-shard_prefix() { printf '%s/%05d' "$1" "$2"; }
+# preprocess FLAG...: the call of the plan, of which each job does the part that FLAG says.
+preprocess() {
+    python tools/preprocess_data.py --input "${files[@]}" --tokenizer "$tokenizer" --append-eod \
+        --output-prefix "$output" "${flags[@]}" "$@"
+}
 
 # sbatch runs a copy of this file from its spool folder: only the folder of submission leads to the checkout. A call
 # inside a salloc is in the checkout already, wherever that was submitted.

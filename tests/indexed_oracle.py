@@ -85,7 +85,7 @@ def make_manifest(prefix: Path, **changes: object) -> Manifest:
         "skipped": {"empty": 2},
         "largest_token_id": int(dataset.tokens.max()),
         "checksums": {
-            key: "sha256:" + hashlib.sha256(Path(f"{prefix}.{key}").read_bytes()).hexdigest() for key in ("bin", "idx")
+            key: [hashlib.sha256(Path(f"{prefix}.{key}").read_bytes()).hexdigest()] for key in ("bin", "idx")
         },
         "sources": [f"{Path(prefix).name}.txt"],
         "created_by": "test",

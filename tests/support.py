@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,3 +123,11 @@ def pretrain(config: Path, *overrides: str, ranks: int = 1, codes: Sequence[int]
     """Train ``config`` with ``ranks`` processes; returns what they printed."""
     sets = ["--set", *overrides] if overrides else []
     return run_ranks(ranks, "-m", "megachiar.pretrain", "--config", config, *sets, codes=codes)
+
+
+def find_mpirun() -> str | None:
+    """The ``mpirun`` beside this Python or on the path; None without it or mpi4py."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return None
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")

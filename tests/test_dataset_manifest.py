@@ -44,7 +44,7 @@ def test_no_manifest_is_none(prefix):
         ("", "file: "),
         ("{", "file: "),
         ("{}", "tokenizer: Field required"),
-        ('{"format_version": 2}', "format_version: Input should be 1"),
+        ('{"format_version": 1}', "format_version: Input should be 2"),
         ('{"surprise": 1}', "surprise: Extra inputs are not permitted"),
     ],
 )
@@ -77,13 +77,15 @@ def test_a_flipped_bit_is_found_by_verifying(prefix):
     content[4] ^= 1
     Path(f"{prefix}.bin").write_bytes(content)
     check_manifest(prefix, manifest)
-    with pytest.raises(UserError, match=r"a\.bin: its content has sha256:"):
+    with pytest.raises(
+        UserError, match=r"a\.bin: bytes 0 to 67,108,863 \(or the end\) have checksum [0-9a-f]{64}, but its manifest"
+    ):
         check_manifest(prefix, manifest, verify=True)
 
 
 def test_verifying_needs_a_checksum(prefix):
-    manifest = oracle.make_manifest(prefix, checksums={})
-    with pytest.raises(UserError, match=r"records no checksum of a\.idx"):
+    manifest = oracle.make_manifest(prefix, checksums={"bin": [], "idx": []})
+    with pytest.raises(UserError, match=r"a\.idx: .* but its manifest records nothing"):
         check_manifest(prefix, manifest, verify=True)
 
 

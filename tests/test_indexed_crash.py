@@ -53,7 +53,7 @@ def test_a_killed_writer_leaves_nothing_that_opens_and_the_next_run_replaces_it(
     while not (temporary.exists() and temporary.stat().st_size > 1_000_000):
         time.sleep(0.01)
     kill(writer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin.tmp", "a.idx.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin.tmp", "a.idx.tmp", "a.starts.tmp"]
     for name in (prefix, tmp_path / "a.bin", tmp_path / "a.bin.tmp"):
         with pytest.raises(UserError, match="does not exist"):
             IndexedDataset(name)

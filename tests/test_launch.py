@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from support import python, small_config, write_config, write_tokens
+from support import find_mpirun, python, small_config, write_config, write_tokens
 
 from megachiar import launch
 from megachiar.errors import UserError
@@ -87,24 +87,13 @@ def test_every_launcher_trains(config, name):
 
 
 def test_mpirun_trains(config):
-    mpirun = _mpirun()
+    mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("mpi4py and mpirun are not installed (extra: mpi)")
     from support import run_command
 
     done = run_command(mpirun, "-n", "2", sys.executable, "megachiar/pretrain.py", "--config", config)
     assert done.returncode == 0 and "2 x CPU" in done.stderr + done.stdout, done.stderr + done.stdout
-
-
-def _mpirun() -> str | None:
-    import importlib.util
-    import shutil
-    from pathlib import Path
-
-    if importlib.util.find_spec("mpi4py") is None:
-        return None
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
 def test_a_user_error_ends_deepspeed_with_exit_code_2(tmp_path):

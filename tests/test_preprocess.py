@@ -17,9 +17,12 @@ import tokenizers
 from pyarrow import parquet
 from text_helpers import DOCUMENTS, expected_index, numbered_documents, train, write_jsonl
 
+from megachiar.data.encoder import ChunkEncoder, narrow
 from megachiar.data.manifest import check_manifest, read_manifest
-from megachiar.data.preprocess import ChunkEncoder, PreprocessSettings, Split, narrow, preprocess
+from megachiar.data.preprocess import preprocess
 from megachiar.data.readers import ReadOptions, find_sources
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.split import Split
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
@@ -347,22 +350,22 @@ def test_append_eod_needs_a_token_for_it(tmp_path):
 
 def test_a_tokenizer_that_changes_during_the_run_is_noticed(tmp_path, model):
     with pytest.raises(UserError, match="was changed during the run"):
-        ChunkEncoder(prepare(tmp_path, model), "sha256:of another one")
+        ChunkEncoder(prepare(tmp_path, model), "sha256:of another one", "reference")
 
 
 def test_a_part_that_fails_at_the_end_takes_the_others_with_it(tmp_path, model, monkeypatch):
     """The disk fills while the second part is completed: the first one, complete already, must not look like a run."""
     from megachiar.data import preprocess as module
 
-    finish = module.IndexedDatasetBuilder.finish
+    complete = module.IndexedDatasetBuilder.complete
 
-    def finish_all_but_b(builder):
+    def complete_all_but_b(builder, make_manifest):
         if builder.prefix.name == "out_b":
             raise UserError(builder.prefix, "cannot write: No space left on device")
-        finish(builder)
-        assert (tmp_path / "out_a.bin").exists()
+        complete(builder, make_manifest)
+        assert (tmp_path / "out_a.json.tmp").exists()
 
-    monkeypatch.setattr(module.IndexedDatasetBuilder, "finish", finish_all_but_b)
+    monkeypatch.setattr(module.IndexedDatasetBuilder, "complete", complete_all_but_b)
     with pytest.raises(UserError, match="No space left"):
         run_quietly(prepare(tmp_path, model, split=Split.parse("a=1,b=1")))
     assert written(tmp_path) == []

@@ -266,20 +266,15 @@ def test_preprocessing_is_an_array_and_a_merge(cluster, inputs):
     array, merge = submitted(calls)
     assert array[1:] == ["--array=0-1", "slurm/preprocess.sh", "--shard", "out/web.shards"]
     assert "--dependency=afterok:77" in merge and merge[-2:] == ["--merge", "out/web.shards"]
-    for number, share in enumerate((inputs[:2], inputs[2:])):
+    whole = f"python tools/preprocess_data.py --input {' '.join(inputs)} --tokenizer tok.json --append-eod"
+    whole += " --output-prefix out/web --on-error skip"
+    for number in range(2):
         code, output, calls = cluster.run("preprocess.sh", *array[-2:], SLURM_ARRAY_TASK_ID=str(number))
         assert code == 0, output
-        assert calls.splitlines()[-1] == (
-            f"python tools/preprocess_data.py --input {' '.join(share)} --tokenizer tok.json --append-eod --workers 3 "
-            f"--overwrite --output-prefix out/web.shards/0000{number} --on-error skip"
-        )
-    before = len(calls)
-    code, output, calls = cluster.run("preprocess.sh", *array[-2:], SLURM_ARRAY_TASK_ID="1")
-    assert code == 0 and "is whole: skipped" in output and len(calls) == before
+        assert calls.splitlines()[-1] == f"{whole} --shard {number}/2 --workers 3"
     code, output, calls = cluster.run("preprocess.sh", *merge[-2:])
     assert code == 0, output
-    assert "merge_datasets.py out/web.shards/00000 out/web.shards/00001 --overwrite --output out/web\n" in calls
-    assert not (cluster.folder / "out" / "web.shards").exists()
+    assert calls.splitlines()[-1] == f"{whole} --merge-shards 2"
 
 
 def test_preprocessing_goes_where_the_settings_say(cluster, inputs):
@@ -304,36 +299,25 @@ def test_an_array_whose_merge_is_refused_does_not_run_alone(cluster, inputs):
     assert code == 1 and calls.splitlines()[-1] == "scancel 77"
 
 
-@pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9, valid = 1"]])
-def test_each_part_of_a_split_is_merged(cluster, inputs, split):
-    cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", *split)
-    code, output, calls = cluster.run("preprocess.sh", "--merge", "out/web.shards")
-    assert code == 0, output
-    for part in ("train", "valid"):
-        shards = f"out/web.shards/00000_{part} out/web.shards/00001_{part}"
-        assert f"merge_datasets.py {shards} --overwrite --output out/web_{part}\n" in calls
-
-
-def test_a_failed_shard_is_made_again_and_a_failed_merge_keeps_the_shards(cluster, inputs):
+def test_a_failed_job_fails_and_keeps_what_there_is(cluster, inputs):
     cluster.run("preprocess.sh", "out/web", "tok.json", "1", *inputs)
     shard = ("preprocess.sh", "--shard", "out/web.shards")
     assert cluster.run(*shard, SLURM_ARRAY_TASK_ID="0", PROGRAM="exit 2")[0] == 2
-    assert "skipped" not in cluster.run(*shard, SLURM_ARRAY_TASK_ID="0")[1]
     code, _, _ = cluster.run("preprocess.sh", "--merge", "out/web.shards", PROGRAM="exit 2")
-    assert code == 2 and (cluster.folder / "out" / "web.shards").exists()
+    assert code == 2 and (cluster.folder / "out" / "web.shards" / "plan").exists()
 
 
-def test_a_merge_that_failed_after_its_first_part_is_done_again(cluster, inputs):
-    call = ("preprocess.sh", "out/web", "tok.json", "1", *inputs, "--", "--split", "train=9,valid=1")
+@pytest.mark.parametrize("split", [["--split", "train=9,valid=1"], ["--split=train=9, valid = 1"]])
+def test_a_merge_that_failed_after_its_first_part_may_be_done_again(cluster, inputs, split):
+    call = ("preprocess.sh", "out/web", "tok.json", "1", *inputs, "--", *split)
     cluster.run(*call)
-    first_only = 'touch out/web_train.bin; [[ "$(tail -n 1 $CALLS)" != *web_valid ]]'
-    merge = ("preprocess.sh", "--merge", "out/web.shards")
-    assert cluster.run(*merge, PROGRAM=first_only)[0] == 1
+    (cluster.folder / "out" / "web_train.bin").write_text("")
+    (cluster.folder / "out" / "web.shards" / "finishing").write_text("")
     code, output, _ = cluster.run(*call)
-    assert code == 0 and (cluster.folder / "out" / "web_train.bin").exists(), output
-    assert cluster.run(*merge)[0] == 0
+    assert code == 0, output
+    (cluster.folder / "out" / "web.shards" / "finishing").unlink()
     code, output, _ = cluster.run(*call)
-    assert code == 2 and "out/web_train.bin exists already" in output, "it is whole now"
+    assert code == 2 and "out/web_train.bin exists already" in output, "it is another one"
 
 
 @pytest.mark.parametrize("job", ["--shard", "--merge"])
@@ -364,6 +348,7 @@ def test_shards_and_merge_give_the_files_of_one_process(cluster, tmp_path):
     done = run_tool("preprocess_data", "--input", *files, "--tokenizer", model, "--workers", 1, *whole)
     assert done.returncode == 0, done.stderr
     for name in ("web_train.bin", "web_train.idx", "web_valid.bin", "web_valid.idx"):
+        assert not (cluster.folder / "out" / "web.shards").exists()
         assert (cluster.folder / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 

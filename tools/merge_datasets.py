@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
+    parser.add_argument("--shuffle-seed", type=int, metavar="S", help="shuffle the documents by this key")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument(
         "--allow-missing-manifest",
@@ -40,6 +41,7 @@ def main() -> None:
             arguments.output,
             overwrite=arguments.overwrite,
             allow_missing_manifest=arguments.allow_missing_manifest,
+            shuffle_seed=arguments.shuffle_seed,
             on_bytes=progress.advance,
         )
     merged = IndexedDataset(arguments.output)

@@ -4,7 +4,11 @@
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
 Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
-input. The output does not depend on --workers. Exit code 2: a problem you can mend, and nothing was written.
+input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
+goes on with the first file that is missing. Exit code 2: a problem you can mend, and no dataset was written.
+
+Many machines: `mpirun -n 16 python tools/preprocess_data.py --mpi ...`, or `--shard K/N` in each of N jobs and then
+`--merge-shards N`; the files are those of one process.
 """
 
 from __future__ import annotations
@@ -15,8 +19,13 @@ from pathlib import Path
 from typing import get_args
 
 from megachiar.console import make_console, run
+from megachiar.data.fast_tokenizer import Engine
 from megachiar.data.input_options import add_input_options, named_sources, read_options
-from megachiar.data.preprocess import PreprocessSettings, Split, preprocess
+from megachiar.data.mpi import preprocess_with_mpi
+from megachiar.data.preprocess import Report, preprocess
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.shards import make_shard, merge_shards
+from megachiar.data.split import Split
 from megachiar.data.tokenizer import TokenizerKind
 
 
@@ -35,9 +44,33 @@ def parse_arguments() -> argparse.Namespace:
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
     add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
+    add(
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="shuffle the documents by this key (needs the output's size twice)",
+    )
+    add(
+        "--engine",
+        choices=get_args(Engine),
+        default="auto",
+        help="fast: gigatoken, after it was proved equal on a sample; reference: the tokenizer's own library; auto: "
+        "fast where it is installed and equal (default: %(default)s)",
+    )
     add("--workers", type=int, default=usable_cores(), help="tokenizing processes (default: one per usable core)")
     add("--overwrite", action="store_true", help="replace an existing dataset")
+    add("--restart", action="store_true", help="forget what an unfinished run left instead of going on")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
+    shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
+    shared.add_argument("--merge-shards", type=int, metavar="N", help="join N shards that were made, and remove them")
     return parser.parse_args()
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(K, N) of ``"K/N"``."""
+    number, shards = text.split("/")
+    return int(number), int(shards)
 
 
 def main() -> None:
@@ -53,11 +86,28 @@ def main() -> None:
         split=Split.parse(arguments.split) if arguments.split is not None else None,
         on_error=arguments.on_error,
         workers=arguments.workers,
+        engine=arguments.engine,
+        shuffle_seed=arguments.shuffle_seed,
         overwrite=arguments.overwrite,
+        restart=arguments.restart,
     )
+    report = work(settings, arguments)
     console = make_console()
-    for line in preprocess(settings).lines():
+    if report is None and arguments.shard is not None:
+        console.print("the shard is whole already: nothing is done", markup=False)
+    for line in report.lines() if report is not None else ():
         console.print(line, markup=False)
+
+
+def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:
+    """What was asked for: the whole, a shard, the merge of shards, or an MPI rank's part."""
+    if arguments.mpi:
+        return preprocess_with_mpi(settings)
+    if arguments.shard is not None:
+        return make_shard(settings, *arguments.shard)
+    if arguments.merge_shards is not None:
+        return merge_shards(settings, arguments.merge_shards)
+    return preprocess(settings)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Names of a dataset's three files, and how a file is put in its place so that it is whole or not there at all."""
+"""A dataset's three files: their names, their checksums, and how they are put in their places whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from megachiar.errors import disk_errors
 
-READ_BLOCK = 1 << 22  # bytes
+READ_BLOCK = 1 << 22  # bytes read at once
+CHECKSUM_BLOCK = 1 << 26  # bytes that one checksum covers
 
 
 def bin_path(prefix: Path | str) -> Path:
@@ -33,12 +38,34 @@ def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
+def remove_dataset(prefix: Path | str) -> None:
+    """Remove what there is of dataset ``prefix``, the index first."""
+    for path in dataset_files(prefix):
+        path.unlink(missing_ok=True)
+
+
 def temporary_path(path: Path) -> Path:
     """Where ``path`` is written before it is whole: the same folder, so that the rename is atomic.
 
     The name is fixed, so that what a killed run left behind is replaced by the next one and never piles up.
     """
     return path.with_name(path.name + ".tmp")
+
+
+def put_in_place(prefix: Path | str) -> None:
+    """Give a dataset's complete temporary files their names; done again after a kill, it does what is left to do.
+
+    What stood there goes first, index and manifest before tokens, so that no moment joins files of two datasets; the
+    new index, without which nothing opens, comes last.
+    """
+    idx, manifest, bin_ = dataset_files(prefix)
+    if temporary_path(bin_).exists():
+        idx.unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
+    for path in (bin_, manifest, idx):
+        if temporary_path(path).exists():
+            os.replace(temporary_path(path), path)
+            sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,32 +84,88 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: the disk is full, read-only or forbidden; nothing new is left there.
     """
-    temporary = temporary_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_temporary(path, content)
+            os.replace(temporary_path(path), path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            temporary_path(path).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
 
-def checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """``"sha256:..."`` of the file's content, the same digits that ``sha256sum`` prints; reads in bounded memory.
+def write_temporary(path: Path, content: bytes) -> None:
+    """Write ``content`` where ``path`` waits until it is put in its place, and make it survive a power cut."""
+    with open(temporary_path(path), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class BlockChecksums:
+    """SHA-256 of each ``CHECKSUM_BLOCK`` bytes of a stream, the last block being what is left.
+
+    Blocks tell where a file is damaged, can be verified side by side, and let a writer that was stopped go on without
+    reading again what it wrote before.
+
+    Attributes:
+        whole: hexadecimal digests of the blocks that are full.
+    """
+
+    def __init__(self, whole: Iterable[str] = ()):
+        """``whole``: digests of the full blocks that the stream begins with, when it goes on after them."""
+        self.whole = list(whole)
+        self._digest, self._room = hashlib.sha256(), CHECKSUM_BLOCK
+
+    def update(self, data: memoryview | bytes | np.ndarray) -> None:
+        """Add ``data`` to the end of the stream."""
+        data = memoryview(data).cast("B")
+        while len(data) >= self._room:
+            self._digest.update(data[: self._room])
+            data = data[self._room :]
+            self.whole.append(self._digest.hexdigest())
+            self._digest, self._room = hashlib.sha256(), CHECKSUM_BLOCK
+        self._digest.update(data)
+        self._room -= len(data)
+
+    def digests(self) -> list[str]:
+        """Of all blocks, the unfinished one included."""
+        return [*self.whole, self._digest.hexdigest()] if self._room < CHECKSUM_BLOCK else list(self.whole)
+
+
+def block_checksums(path: Path, on_bytes: Callable[[int], None] | None = None, threads: int = 1) -> list[str]:
+    """Digests of the blocks of a file, see ``BlockChecksums``; reads in bounded memory.
 
     Args:
         path: the file to read.
         on_bytes: called with the number of bytes of each block read, for a progress display.
+        threads: blocks read and hashed side by side.
     """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return f"sha256:{digest.hexdigest()}"
+
+    def digest_of(first: int) -> str:
+        digest, position = hashlib.sha256(), first
+        with open(path, "rb", buffering=0) as file:
+            read_ahead(file, first, CHECKSUM_BLOCK)
+            file.seek(first)
+            while position < first + CHECKSUM_BLOCK and (
+                data := file.read(min(READ_BLOCK, first + CHECKSUM_BLOCK - position))
+            ):
+                digest.update(data)
+                position += len(data)
+                if on_bytes is not None:
+                    on_bytes(len(data))
+        return digest.hexdigest()
+
+    blocks = range(0, path.stat().st_size, CHECKSUM_BLOCK)
+    if threads == 1:
+        return [digest_of(first) for first in blocks]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(digest_of, blocks))
+
+
+def read_ahead(file: BinaryIO, first: int = 0, length: int = 0) -> None:
+    """Tell the kernel that these bytes (length 0: to the end) will be read in order, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_SEQUENTIAL)

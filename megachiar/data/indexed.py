@@ -20,19 +20,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from megachiar.data.files import bin_path, checksum, idx_path, manifest_path, sync_folder, temporary_path
+from megachiar.data.files import (
+    CHECKSUM_BLOCK,
+    BlockChecksums,
+    bin_path,
+    block_checksums,
+    idx_path,
+    manifest_path,
+    put_in_place,
+    temporary_path,
+    write_temporary,
+)
 from megachiar.errors import UserError, disk_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -53,6 +61,7 @@ LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
 INDEX_ROWS = 1 << 18  # sequences of an index handled at once: a few MB
 ROWS_CHECKED_ON_OPEN = 1 << 20  # see IndexedDataset
 WRITE_BUFFER = 1 << 20  # bytes
+_START_AFRESH = "remove it, or pass --restart to begin from the first file"
 
 
 def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
@@ -73,44 +82,66 @@ def dtype_code(dtype: np.dtype | type | str) -> int:
     raise ValueError(f"the indexed format cannot hold {np.dtype(dtype)}, only {[d.name for d in DTYPE_CODES.values()]}")
 
 
+class BuilderState(NamedTuple):
+    """How far a builder had come: all that is needed, with its temporary files, to go on from there.
+
+    Attributes:
+        documents, sequences, tokens, largest_token_id: as the builder's own.
+        blocks: checksums of the full blocks of ``.bin``.
+    """
+
+    documents: int
+    sequences: int
+    tokens: int
+    largest_token_id: int
+    blocks: list[str]
+
+
 class IndexedDatasetBuilder:
     """Write a dataset in bounded memory, so that it is whole when the ``with`` block ends and absent otherwise.
 
         with IndexedDatasetBuilder("data/train", dtype_for_vocabulary(32_000)) as builder:
             builder.add_document(ids)
 
-    Everything goes to temporary names first. At the end both files are synced to the disk, what stood under the final
-    names is removed (index and manifest first, so that no moment joins files of two datasets), ``.bin`` is renamed and
-    ``.idx``, without which nothing opens, comes last. An exception, a full disk or a kill leaves no dataset.
+    Everything goes to temporary names first. At the end both files are synced to the disk and put in their places, see
+    ``put_in_place``. An exception, a full disk or a kill leaves no dataset. A writer that is to survive a kill asks for
+    the ``state`` now and then, keeps it, and begins with it the next time.
 
     Attributes:
         documents, sequences, tokens: how many were added.
         largest_token_id: the largest id added, -1 before the first one.
-        checksums: ``{"bin": "sha256:...", "idx": "sha256:..."}`` of the files, known after the ``with`` block.
+        checksums: ``{"bin": [...], "idx": [...]}``, see ``BlockChecksums``; known when the files are complete.
 
     Args:
         prefix: path of the dataset without ``.bin``; its folder is made if missing.
         dtype: type of the tokens, one of ``DTYPE_CODES``.
+        state: go on from there with the temporary files of an earlier builder; what it wrote later is dropped.
 
     Raises:
         UserError: the disk is full or read-only; a token id does not fit ``dtype``; another process is writing the
-            same dataset; no token was added by the end.
+            same dataset; no token was added by the end; the temporary files are not those that ``state`` describes.
     """
 
-    def __init__(self, prefix: Path | str, dtype: np.dtype | type | str):
+    def __init__(self, prefix: Path | str, dtype: np.dtype | type | str, state: BuilderState | None = None):
         self.prefix = Path(prefix)
         self._code = dtype_code(dtype)
         self.dtype = DTYPE_CODES[self._code]
-        self.documents = self.sequences = self.tokens = 0
-        self.largest_token_id = -1
-        self.checksums: dict[str, str] = {}
-        self._digest = hashlib.sha256()
+        self.documents, self.sequences, self.tokens, self.largest_token_id, blocks = state or BuilderState(
+            0, 0, 0, -1, []
+        )
+        self.checksums: dict[str, list[str]] = {}
+        self._digests = BlockChecksums(blocks)
         self._open = contextlib.ExitStack()
         with disk_errors(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._open.enter_context(_open_locked(temporary_path(bin_path(self.prefix))))
+            self._bin = self._open.enter_context(open_locked(self._temporary["bin"]))
             try:
-                self._open_index()
+                self._idx = self._open.enter_context(open_locked(self._temporary["idx"]))
+                self._starts = self._open.enter_context(open_locked(self._temporary["starts"]))
+                self._begin()
+            except UserError:
+                self._open.close()  # what an earlier builder left stays as it is
+                raise
             except BaseException:
                 self.abort()
                 raise
@@ -122,9 +153,22 @@ class IndexedDatasetBuilder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self.finish()
+            if not self.checksums:  # else it was finished inside the block
+                self.finish()
         else:
             self.abort()
+
+    def state(self) -> BuilderState:
+        """How far this builder has come; all that was added until now survives a kill or a power cut.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with disk_errors(self.prefix):
+            for file in (self._bin, self._idx, self._starts):
+                file.flush()
+                os.fsync(file.fileno())
+        return BuilderState(self.documents, self.sequences, self.tokens, self.largest_token_id, self._digests.whole)
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
         """Add one document of one sequence. ``tokens``: whole numbers, any integer type, shape (n,)."""
@@ -168,45 +212,94 @@ class IndexedDatasetBuilder:
             self._bin.write(stored)
             self._idx.write(lengths.astype("<i4").tobytes())
             self._starts.write(ends.astype("<i8").tobytes())
-        self._digest.update(stored)
+        self._digests.update(stored)
         self.sequences += lengths.size
         self.documents += ends.size
         self.tokens += tokens.size
 
-    def finish(self) -> None:
-        """Complete the dataset under its final names; called by the end of the ``with`` block."""
+    def finish(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
+        """Complete the dataset and put it under its final names; called by the end of the ``with`` block.
+
+        Args:
+            make_manifest: gives the manifest's content from this builder, whose checksums are known by then.
+        """
         try:
-            if self.tokens == 0:
-                raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
+            self.complete(make_manifest)
             with disk_errors(self.prefix):
-                self._complete_index()
-                for file in (self._bin, self._idx):
-                    file.flush()
-                    os.fsync(file.fileno())
-                self.checksums = {
-                    "bin": f"sha256:{self._digest.hexdigest()}",
-                    "idx": checksum(temporary_path(idx_path(self.prefix))),
-                }
-                self._put_in_place()
+                put_in_place(self.prefix)
         except BaseException:
             self.abort()
             raise
-        self._open.close()
+        self.close()
 
-    def abort(self) -> None:
-        """Remove all that was written; what stood under the final names before stays as it was."""
-        for path in (bin_path(self.prefix), idx_path(self.prefix)):
-            with contextlib.suppress(OSError):
-                temporary_path(path).unlink(missing_ok=True)
+    def complete(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
+        """Complete the files under their temporary names, for ``put_in_place``; see ``finish``."""
+        if self.tokens == 0:
+            raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
+        with disk_errors(self.prefix):
+            self._complete_index()
+            for file in (self._bin, self._idx):
+                file.flush()
+                os.fsync(file.fileno())
+            self.checksums = {"bin": self._digests.digests(), "idx": block_checksums(self._temporary["idx"])}
+            if make_manifest is not None:
+                write_temporary(manifest_path(self.prefix), make_manifest(self))
+
+    def close(self) -> None:
+        """Let go of the files, which stay where they are, to be put in their places or gone on with."""
+        with contextlib.suppress(OSError):
+            if self.checksums:
+                self._temporary["starts"].unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
             self._open.close()
 
-    def _open_index(self) -> None:
-        self._idx = self._open.enter_context(_open_locked(temporary_path(idx_path(self.prefix))))
+    def abort(self) -> None:
+        """Remove all that was written; what stood under the final names before stays as it was."""
+        for path in (*self._temporary.values(), temporary_path(manifest_path(self.prefix))):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self.close()
+
+    @property
+    def _temporary(self) -> dict[str, Path]:
+        """What is written before it has its final name: tokens, index and, for a while, document starts."""
+        starts = idx_path(self.prefix).with_suffix(".starts")
+        return {
+            "bin": temporary_path(bin_path(self.prefix)),
+            "idx": temporary_path(idx_path(self.prefix)),
+            "starts": temporary_path(starts),
+        }
+
+    def _begin(self) -> None:
+        """Cut the temporary files to what the state describes, nothing at first, and go on at their ends."""
+        partial = self.tokens * self.dtype.itemsize % CHECKSUM_BLOCK
+        sizes = {
+            self._bin: self.tokens * self.dtype.itemsize,
+            self._idx: HEADER.size + 4 * self.sequences,
+            self._starts: 8 * (self.documents + 1),
+        }
+        if self.sequences:
+            for (file, size), path in zip(sizes.items(), self._temporary.values(), strict=True):
+                found = os.fstat(file.fileno()).st_size
+                if found < size:
+                    raise UserError(
+                        path, f"{found:,} bytes, but the journal beside it tells of {size:,}", _START_AFRESH
+                    )
+            self._bin.seek(sizes[self._bin] - partial)
+            while partial > 0:
+                data = self._bin.read(min(partial, WRITE_BUFFER))
+                self._digests.update(data)
+                partial -= len(data)
+            for file, size in sizes.items():
+                file.truncate(size)
+                file.seek(size)
+        else:
+            for file in sizes:
+                file.truncate(0)
+            self._starts.write(np.zeros(1, "<i8").tobytes())
+        self._idx.seek(0)
         self._idx.write(bytes(HEADER.size))  # zeros are no header: not an index until the very end
-        nameless = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115  (gone with the process)
-        self._starts = self._open.enter_context(nameless)
-        self._starts.write(np.zeros(1, "<i8").tobytes())
+        self._idx.seek(sizes[self._idx])
 
     def _as_stored(self, tokens: np.ndarray) -> memoryview:
         """The bytes of ``tokens`` in the dataset's type; refuses what the type cannot hold."""
@@ -245,19 +338,12 @@ class IndexedDatasetBuilder:
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
 
-    def _put_in_place(self) -> None:
-        idx_path(self.prefix).unlink(missing_ok=True)
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        for path in (bin_path(self.prefix), idx_path(self.prefix)):
-            os.replace(temporary_path(path), path)
-            sync_folder(path.parent)
 
+def open_locked(path: Path) -> BinaryIO:
+    """Open ``path`` for writing with what it holds, and refuse if another process has it open this way.
 
-def _open_locked(path: Path) -> BinaryIO:
-    """Open ``path`` empty for writing, and refuse if another process has it open this way.
-
-    The lock is taken before the file is cut to nothing. A process that waited at the door while the other one finished
-    holds a file that has since been renamed: then it looks again, or it would empty a finished dataset.
+    A process that came while the other one finished may hold a file that has since been renamed: then it looks again,
+    or it would write into a finished dataset.
     """
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115
@@ -273,7 +359,6 @@ def _open_locked(path: Path) -> BinaryIO:
                 raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate(0)
                 return file
         file.close()
 

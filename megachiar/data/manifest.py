@@ -6,6 +6,8 @@ works; what cannot be checked then is listed by ``inspect_dataset``.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megachiar.data.files import bin_path, checksum, idx_path, manifest_path, write_atomically
+from megachiar.data.files import (
+    CHECKSUM_BLOCK,
+    bin_path,
+    block_checksums,
+    idx_path,
+    manifest_path,
+    write_atomically,
+)
 from megachiar.data.indexed import IndexedDataset
 from megachiar.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+VERIFYING_THREADS = 4
 
 
 class TokenizerRecord(BaseModel):
@@ -40,6 +50,20 @@ class TokenizerRecord(BaseModel):
     eod_id: int | None = None
 
 
+class Checksums(BaseModel):
+    """SHA-256 of each block of ``PREFIX.bin`` and ``PREFIX.idx``, hexadecimal; the last block is what is left.
+
+    Attributes:
+        block_bytes: bytes of a block.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block_bytes: Literal[67108864] = CHECKSUM_BLOCK
+    bin: list[str]
+    idx: list[str]
+
+
 class Manifest(BaseModel):
     """What ``PREFIX.json`` records.
 
@@ -53,14 +77,16 @@ class Manifest(BaseModel):
         words: whitespace-separated words of the text: the denominator of word perplexity.
         skipped: reason -> number of documents left out by the whole run, whichever part of a split this dataset is.
         largest_token_id: the largest id that occurs.
-        checksums: ``bin`` and ``idx`` -> ``"sha256:..."`` of the file.
+        checksums: of both files, block by block.
+        shuffle_seed: that documents were shuffled by; None if they are in the order of the sources.
         sources: the input files.
+        options: what else decided the tokens: how documents were found, and the split.
         created_by: tool and version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     tokenizer: TokenizerRecord
     dtype: str
     append_eod: bool
@@ -70,9 +96,20 @@ class Manifest(BaseModel):
     words: int = Field(ge=0)
     skipped: dict[str, int] = {}
     largest_token_id: int = Field(ge=0)
-    checksums: dict[Literal["bin", "idx"], str]
+    checksums: Checksums
+    shuffle_seed: int | None = None
     sources: list[str] = []
+    options: dict[str, str] = {}
     created_by: str
+
+    @property
+    def content(self) -> str:
+        """``"sha256:..."`` that names the tokens: two datasets with the same one hold the same ``.bin``."""
+        return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin))).hexdigest()}"
+
+    def to_json(self) -> bytes:
+        """The content of ``PREFIX.json``."""
+        return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_manifest(prefix: Path | str, manifest: Manifest) -> None:
@@ -81,8 +118,7 @@ def write_manifest(prefix: Path | str, manifest: Manifest) -> None:
     Raises:
         UserError: the disk is full or read-only.
     """
-    content = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(manifest_path(prefix), content.encode())
+    write_atomically(manifest_path(prefix), manifest.to_json())
 
 
 def read_manifest(prefix: Path | str) -> Manifest | None:
@@ -143,17 +179,27 @@ def check_manifest(
 
 
 def _check_checksums(prefix: Path | str, manifest: Manifest, on_bytes: Callable[[int], None] | None) -> None:
-    for key, path in (("idx", idx_path(prefix)), ("bin", bin_path(prefix))):
-        recorded = manifest.checksums.get(key)
-        if recorded is None:
-            raise UserError(manifest_path(prefix), f"records no checksum of {path.name}", "preprocess again")
-        computed = checksum(path, on_bytes)
-        if computed != recorded:
-            raise UserError(
-                path,
-                f"its content has {computed}, but {manifest_path(prefix).name} records {recorded}",
-                "the file was damaged or replaced: copy it again or preprocess again",
-            )
+    for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
+        compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), recorded)
+
+
+def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> None:
+    """Check that a file's blocks are those that its manifest records.
+
+    Raises:
+        UserError: they are not; names the bytes of the first block that differs.
+    """
+    if computed == recorded:
+        return
+    pairs = itertools.zip_longest(computed, recorded, fillvalue="nothing")
+    number, (found, expected) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    first = number * CHECKSUM_BLOCK
+    raise UserError(
+        path,
+        f"bytes {first:,} to {first + CHECKSUM_BLOCK - 1:,} (or the end) have checksum {found}, but its manifest "
+        f"records {expected}",
+        "the file was damaged or replaced: copy it again or preprocess again",
+    )
 
 
 def check_vocabulary(prefix: Path | str, manifest: Manifest, vocab_size: int) -> None:

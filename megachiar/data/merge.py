@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,25 @@ import numpy as np
 
 from megachiar import __version__
 from megachiar.data.dataset import check_same_tokenizer
-from megachiar.data.files import bin_path, checksum, dataset_files, idx_path, manifest_path
+from megachiar.data.files import (
+    BlockChecksums,
+    bin_path,
+    block_checksums,
+    dataset_files,
+    idx_path,
+    manifest_path,
+    remove_dataset,
+)
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
-from megachiar.data.manifest import Manifest, TokenizerRecord, check_manifest, read_manifest, write_manifest
+from megachiar.data.manifest import (
+    Checksums,
+    Manifest,
+    TokenizerRecord,
+    check_manifest,
+    compare_checksums,
+    read_manifest,
+)
+from megachiar.data.shuffle import shuffle_documents, unshuffled
 from megachiar.errors import UserError
 
 COPY_BLOCK = 1 << 26  # bytes copied at once, unless one sequence is longer
@@ -25,6 +40,7 @@ def merge_datasets(
     *,
     overwrite: bool = False,
     allow_missing_manifest: bool = False,
+    shuffle_seed: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Manifest | None:
     """Write the documents of all ``inputs``, in their order, to the dataset ``output``, whole or not at all.
@@ -38,6 +54,7 @@ def merge_datasets(
         overwrite: replace a dataset that stands there, at the end.
         allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it is of the same
             tokenizer; the output then has none either.
+        shuffle_seed: put the documents in the order that ``shuffle_documents`` makes of theirs.
         on_bytes: called with the number of bytes of each block copied.
 
     Returns:
@@ -57,15 +74,22 @@ def merge_datasets(
         dataset.check_index()
     _check_same_type(datasets)
     manifests = _read_manifests(datasets, allow_missing_manifest)
-    with IndexedDatasetBuilder(output, datasets[0].dtype) as builder:
-        for dataset, manifest in zip(datasets, manifests, strict=True):
-            _append(builder, dataset, manifest, on_bytes)
     known = [manifest for manifest in manifests if manifest is not None]
-    if len(known) < len(manifests):
-        return None
-    merged = _merged_manifest(inputs, known, builder)
-    write_manifest(output, merged)
-    return merged
+
+    def make_manifest(builder: IndexedDatasetBuilder) -> bytes:
+        return _merged_manifest(inputs, known, builder, shuffle_seed).to_json()
+
+    first_output = output if shuffle_seed is None else unshuffled(output)
+    with IndexedDatasetBuilder(first_output, datasets[0].dtype) as builder:
+        for dataset, manifest in zip(datasets, manifests, strict=True):
+            append_dataset(builder, dataset, manifest, on_bytes)
+        builder.finish(None if shuffle_seed is not None or len(known) < len(manifests) else make_manifest)
+    if shuffle_seed is not None:
+        with IndexedDatasetBuilder(output, datasets[0].dtype) as builder:
+            shuffle_documents(IndexedDataset(unshuffled(output)), builder, shuffle_seed, on_bytes)
+            builder.finish(None if len(known) < len(manifests) else make_manifest)
+        remove_dataset(unshuffled(output))
+    return read_manifest(output)
 
 
 def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None:
@@ -135,16 +159,20 @@ def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first:
         )
 
 
-def _append(
+def append_dataset(
     builder: IndexedDatasetBuilder,
     dataset: IndexedDataset,
     manifest: Manifest | None,
-    on_bytes: Callable[[int], None] | None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy ``dataset`` to the end of ``builder``, comparing it with the manifest's checksums."""
+    """Copy ``dataset`` to the end of ``builder``, comparing it with the manifest's checksums.
+
+    Raises:
+        UserError: its content is not what the manifest records.
+    """
     offset, documents = builder.sequences, 0
     ends = dataset.document_starts[1:]
-    digest = hashlib.sha256()
+    digests = BlockChecksums()
     for part in _copy_blocks(dataset):
         lengths = dataset.lengths[part]
         first = int(dataset.pointers[part.start]) // dataset.dtype.itemsize
@@ -153,12 +181,12 @@ def _append(
         builder.add_sequences(tokens, lengths, offset + ends[documents:documents_done])
         documents = documents_done
         if manifest is not None:
-            digest.update(tokens)
+            digests.update(tokens)
         if on_bytes is not None:
             on_bytes(tokens.nbytes)
     if manifest is not None:
-        _compare(bin_path(dataset.prefix), f"sha256:{digest.hexdigest()}", manifest.checksums.get("bin"))
-        _compare(idx_path(dataset.prefix), checksum(idx_path(dataset.prefix)), manifest.checksums.get("idx"))
+        compare_checksums(bin_path(dataset.prefix), digests.digests(), manifest.checksums.bin)
+        compare_checksums(idx_path(dataset.prefix), block_checksums(idx_path(dataset.prefix)), manifest.checksums.idx)
 
 
 def _copy_blocks(dataset: IndexedDataset) -> Iterator[slice]:
@@ -172,19 +200,14 @@ def _copy_blocks(dataset: IndexedDataset) -> Iterator[slice]:
         first = last
 
 
-def _compare(path: Path, computed: str, recorded: str | None) -> None:
-    if computed != recorded:
-        raise UserError(
-            path,
-            f"its content has {computed}, but its manifest records {recorded}",
-            "the file was damaged or replaced: copy it again or preprocess again",
-        )
-
-
 def _merged_manifest(
-    inputs: Sequence[Path | str], manifests: Sequence[Manifest], builder: IndexedDatasetBuilder
+    inputs: Sequence[Path | str],
+    manifests: Sequence[Manifest],
+    builder: IndexedDatasetBuilder,
+    shuffle_seed: int | None,
 ) -> Manifest:
     first = manifests[0]
+    same_options = all(manifest.options == first.options for manifest in manifests)
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
@@ -197,7 +220,9 @@ def _merged_manifest(
             "words": sum(manifest.words for manifest in manifests),
             "skipped": dict(skipped),
             "largest_token_id": builder.largest_token_id,
-            "checksums": builder.checksums,
+            "checksums": Checksums(**builder.checksums),
+            "shuffle_seed": shuffle_seed,
+            "options": first.options if same_options else {},
             "sources": [source for manifest in manifests for source in manifest.sources],
             "created_by": f"megachiar {__version__} merge_datasets",
         }

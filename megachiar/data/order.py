@@ -49,8 +49,7 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     Returns:
         int64 array of the shape of ``values``.
     """
-    columns = max(1, int(np.ceil(np.sqrt(size))))  # a
-    rows = -(-size // columns)  # b
+    columns, rows = _grid(size)
     values = np.asarray(values, dtype=np.int64)
     result = _feistel(values.reshape(-1), columns, rows, keys)
     outside = result >= size
@@ -58,6 +57,36 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
         result[outside] = _feistel(result[outside], columns, rows, keys)
         outside = result >= size
     return result.reshape(values.shape)
+
+
+def unpermute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """The inverse of ``permute``: ``unpermute(permute(v, size, keys), size, keys) == v``."""
+    columns, rows = _grid(size)
+    values = np.asarray(values, dtype=np.int64)
+    result = _feistel_back(values.reshape(-1), columns, rows, keys)
+    outside = result >= size
+    while outside.any():
+        result[outside] = _feistel_back(result[outside], columns, rows, keys)
+        outside = result >= size
+    return result.reshape(values.shape)
+
+
+def _grid(size: int) -> tuple[int, int]:
+    """Columns a and rows b of the smallest nearly square grid with a * b >= size."""
+    columns = max(1, int(np.ceil(np.sqrt(size))))
+    return columns, -(-size // columns)
+
+
+def _feistel_back(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> np.ndarray:
+    """What ``_feistel`` made ``values`` of."""
+    right, left = np.divmod(values.astype(np.uint64), np.uint64(columns))
+    a, b = np.uint64(columns), np.uint64(rows)
+    for number, key in reversed(list(enumerate(keys))):
+        if number % 2 == 0:
+            left = (left + a - _mix(right, key) % a) % a
+        else:
+            right = (right + b - _mix(left, key) % b) % b
+    return (right * a + left).astype(np.int64)
 
 
 def _feistel(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> np.ndarray:

@@ -1,225 +1,50 @@
 """Text -> tokens on disk: the engine behind ``tools/preprocess_data.py``.
 
-    sources -> chunks -> [parse, tokenize, split]  -> builders -> PREFIX.bin, .idx, .json
+    sources -> chunks -> [parse, tokenize, split]  -> builders -> (shuffle) -> PREFIX.bin, .idx, .json
                parent      workers, in any order      parent, in the order of the input
 
-Output bytes depend on the input, the tokenizer and the options alone, never on the number of workers. All outputs of a
-run appear at its end or not at all.
+Output bytes depend on the input, the tokenizer and the options alone, never on the number of workers nor on how often
+the run was killed and started again: ``PREFIX.journal`` tells which inputs are done. All outputs of a run appear at its
+end or not at all.
 """
 
 from __future__ import annotations
 
-import bisect
+import collections
 import contextlib
 import functools
-import hashlib
 import itertools
-import os
-import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, TextIO
-
-import numpy as np
+from typing import Any, TextIO
 
 import megachiar
-from megachiar.data.files import dataset_files
-from megachiar.data.indexed import IndexedDatasetBuilder, dtype_for_vocabulary
-from megachiar.data.manifest import Manifest, TokenizerRecord, write_manifest
+from megachiar.data.encoder import ChunkEncoder, EncodedPart
+from megachiar.data.fast_tokenizer import CHECKED_BYTES, ChosenEngine, choose_engine
+from megachiar.data.files import dataset_files, put_in_place, remove_dataset
+from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.journal import Journal, OutputState
+from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, read_manifest
 from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.progress import MEGA, TextProgress
-from megachiar.data.readers import (
-    Chunk,
-    Document,
-    OnError,
-    ReadOptions,
-    Source,
-    Trouble,
-    TroubleLog,
-    parse_chunk,
-    read_chunks,
-)
-from megachiar.data.tokenizer import Tokenizer, TokenizerKind, load_tokenizer
-from megachiar.errors import UserError
-
-HASH_BITS = 64
-
-
-@dataclass(frozen=True)
-class Split:
-    """Parts of a corpus and which documents belong to each.
-
-    A document goes where the hash of its text falls, so that it stays in its part however the corpus is ordered, cut
-    into files or added to, and so that equal documents are never on both sides.
-
-    Attributes:
-        names: of the parts, in order.
-        bounds: a document with hash h belongs to the first part with ``h < bound``; the last one is 2**64.
-    """
-
-    names: tuple[str, ...]
-    bounds: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Split:
-        """Read ``"train=98,valid=1,test=1"``: names and their weights, whatever these sum to.
-
-        Raises:
-            UserError: not of that form, a name twice, or a weight that is not above 0.
-        """
-        parts = [part.partition("=") for part in text.split(",")]
-        names = tuple(name.strip() for name, _, _ in parts)
-        try:
-            weights = [Fraction(weight.strip()) for _, _, weight in parts]
-        except (ValueError, ZeroDivisionError) as error:
-            raise _bad_split(text, "a weight is not a number") from error
-        if not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) for name in names):
-            raise _bad_split(text, "a name may hold letters, digits, - and _")
-        if len(set(names)) != len(names):
-            raise _bad_split(text, "a name occurs twice")
-        if min(weights) <= 0:
-            raise _bad_split(text, "weights must be above 0")
-        ends = itertools.accumulate(weights)
-        return cls(names, tuple(int(end / sum(weights) * 2**HASH_BITS) for end in ends))
-
-    def part_of(self, utf8: bytes) -> int:
-        """Index of the part that the document with this text belongs to."""
-        digest = hashlib.blake2b(utf8, digest_size=HASH_BITS // 8).digest()
-        return bisect.bisect_right(self.bounds, int.from_bytes(digest, "little"))
-
-
-@dataclass(frozen=True)
-class PreprocessSettings:
-    """What a run of preprocessing is to do.
-
-    Attributes:
-        sources: the corpus, in order.
-        tokenizer, tokenizer_kind, eod_token: as ``load_tokenizer`` takes them.
-        output_prefix: the dataset's path without suffix; with ``split``, parts are ``PREFIX_name``.
-        read: how documents are found.
-        append_eod: end each document with the tokenizer's end-of-document id.
-        split: parts by document hash, None for one dataset.
-        on_error: what an unusable document does, see ``TroubleLog``.
-        workers: tokenizing processes; 1 works in this one.
-        overwrite: replace datasets that exist, at the end of the run.
-    """
-
-    sources: list[Source]
-    tokenizer: Path
-    output_prefix: Path
-    tokenizer_kind: TokenizerKind = "auto"
-    eod_token: str | None = None
-    read: ReadOptions = field(default_factory=ReadOptions)
-    append_eod: bool = False
-    split: Split | None = None
-    on_error: OnError = "refuse"
-    workers: int = 1
-    overwrite: bool = False
-
-    @property
-    def prefixes(self) -> list[Path]:
-        """One per part of the split."""
-        names = self.split.names if self.split else ()
-        return [Path(f"{self.output_prefix}_{name}") for name in names] or [self.output_prefix]
-
-
-class EncodedPart(NamedTuple):
-    """Documents of one chunk that belong to one part of the split.
-
-    Attributes:
-        tokens: of all documents, one after another, shape (sum(lengths),), in the dataset's type.
-        lengths: tokens of each document, shape (documents,), int64.
-        text_bytes, words: of their text: UTF-8 bytes, and what stands between whitespace.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-    words: int
-
-
-class EncodedChunk(NamedTuple):
-    """What became of a chunk: one ``EncodedPart`` per part of the split, its troubles, and the input read for it."""
-
-    parts: list[EncodedPart]
-    log: TroubleLog
-    consumed: int
-
-
-class ChunkEncoder:
-    """Chunk -> ``EncodedChunk``: all the work that is done in worker processes."""
-
-    def __init__(self, settings: PreprocessSettings, fingerprint: str):
-        """``fingerprint``: of the tokenizer that the run began with.
-
-        Raises:
-            UserError: the tokenizer's files changed since.
-        """
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; parallel are the processes
-        self._settings = settings
-        self._tokenizer = _load(settings)
-        self._dtype = dtype_for_vocabulary(self._tokenizer.vocab_size)
-        if self._tokenizer.fingerprint != fingerprint:
-            raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
-
-    def __call__(self, chunk: Chunk) -> EncodedChunk:
-        log = TroubleLog(self._settings.on_error)
-        documents = []
-        for item in parse_chunk(chunk, self._settings.read.text_key):
-            if isinstance(item, Trouble):
-                log.add(item)
-            else:
-                documents.append(item)
-        encoded = self._tokenizer.encode_batch([document.text for document in documents])
-        members: list[list[tuple[Document, list[int]]]] = [[] for _ in self._settings.prefixes]
-        for document, ids in zip(documents, encoded, strict=True):
-            if not ids:
-                place = f"{chunk.source}, from line or document {chunk.first} on"
-                log.add(Trouble("empty", place, f"the tokenizer makes no token of {document.text[:40]!r}"))
-                continue
-            if self._settings.append_eod:
-                ids.append(self._tokenizer.eod_id)
-            members[self._part_of(document)].append((document, ids))
-        return EncodedChunk([self._encoded_part(part) for part in members], log, chunk.consumed)
-
-    def _part_of(self, document: Document) -> int:
-        return self._settings.split.part_of(document.utf8) if self._settings.split else 0
-
-    def _encoded_part(self, members: list[tuple[Document, list[int]]]) -> EncodedPart:
-        lengths = np.array([len(ids) for _, ids in members], dtype=np.int64)
-        flat = itertools.chain.from_iterable(ids for _, ids in members)
-        tokens = np.fromiter(flat, dtype=np.int64, count=int(lengths.sum()))
-        return EncodedPart(
-            tokens=narrow(tokens, self._dtype, self._settings.tokenizer),
-            lengths=lengths,
-            text_bytes=sum(len(document.utf8) for document, _ in members),
-            words=sum(len(document.text.split()) for document, _ in members),
-        )
-
-
-def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:
-    """``tokens`` (int64, any shape) in ``dtype``.
-
-    Raises:
-        UserError: an id does not fit; stored anyway it would be another token.
-    """
-    limits = np.iinfo(dtype)
-    if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-        worst = tokens.max() if tokens.max() > limits.max else tokens.min()
-        raise UserError(
-            tokenizer,
-            f"gave token id {worst}, but its vocabulary is stored as {dtype.name} ({limits.min} to {limits.max})",
-            "the tokenizer's own vocabulary size is wrong: export it again",
-        )
-    return tokens.astype(dtype)
+from megachiar.data.readers import Chunk, Document, Source, TroubleLog, parse_chunk, read_chunks
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.shuffle import shuffle_documents, unshuffled
+from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError, disk_errors
 
 
 @dataclass
 class Output:
-    """A dataset on its way to the disk, and what is known of its text."""
+    """A dataset on its way to the disk, and what is known of its text.
 
+    Attributes:
+        prefix: where it will be; until its documents are shuffled they lie elsewhere.
+    """
+
+    prefix: Path
     builder: IndexedDatasetBuilder
     text_bytes: int = 0
     words: int = 0
@@ -230,6 +55,9 @@ class Output:
         self.text_bytes += part.text_bytes
         self.words += part.words
 
+    def state(self) -> OutputState:
+        return OutputState(self.builder.state(), self.text_bytes, self.words)
+
 
 @dataclass
 class Report:
@@ -239,11 +67,15 @@ class Report:
         manifests: prefix -> manifest of each dataset written.
         log: the documents left out.
         seconds: from the first byte read to the last one on the disk.
+        engine: what encoded, and why; empty if an earlier run had encoded all.
+        rate: megabytes of text a second; this run's own, without what an earlier one had done.
     """
 
     manifests: dict[Path, Manifest] = field(default_factory=dict)
     log: TroubleLog = field(default_factory=TroubleLog)
     seconds: float = 0.0
+    engine: str = ""
+    rate: float = 0.0
 
     def lines(self) -> Iterator[str]:
         """The report as text, line by line."""
@@ -256,38 +88,62 @@ class Report:
                 f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte"
             )
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
-        text_bytes = sum(made.text_bytes for made in self.manifests.values())
-        rate = text_bytes / MEGA / max(self.seconds, 1e-9)
-        yield f"skipped documents: {left_out}; {self.seconds:.1f} s, {rate:.2f} MB/s"
+        yield f"skipped documents: {left_out}; {self.seconds:.1f} s, {self.rate:.2f} MB/s"
+        if self.engine:
+            yield f"engine: {self.engine}"
 
 
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
-    """Tokenize a corpus into datasets.
+    """Tokenize a corpus into datasets, going on where an earlier run of the same call was stopped.
 
     Args:
         settings: what to do.
         stream: where progress is shown, standard error if None.
 
     Raises:
-        UserError: an output exists, the input or tokenizer cannot be used, a worker died, or the disk is full; nothing
-            of this run is left then.
+        UserError: an output exists, the input or tokenizer cannot be used, a worker died, or the disk is full. No
+            dataset is left then, but the inputs that were done are kept for the next run.
     """
-    tokenizer = _load(settings)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
     if settings.append_eod and tokenizer.eod_id is None:
         raise UserError(
             settings.tokenizer,
             "has no end-of-document token, but --append-eod asks for one",
             "name it with --eod-token",
         )
-    check_outputs(settings)
-    with (
-        TextProgress("preprocessing", _total_size(settings.sources), stream) as progress,
-        _outputs(settings, dtype_for_vocabulary(tokenizer.vocab_size)) as outputs,
-    ):
-        log = _encode_all(settings, tokenizer, outputs, progress)
-        _check_filled(outputs, log)
-        manifests = _complete(settings, tokenizer, outputs, log)
-        return Report(manifests, log, progress.elapsed)
+    if not journal_path(settings).exists():
+        check_outputs(settings)  # before anything is written
+    with open_journal(settings, tokenizer) as journal:
+        if journal.stage != "placing":
+            check_outputs(settings)
+        return _Run(settings, tokenizer, journal, stream or sys.stderr).go()
+
+
+def journal_path(settings: PreprocessSettings) -> Path:
+    """Where a run keeps what it has done."""
+    return Path(f"{settings.output_prefix}.journal")
+
+
+@contextlib.contextmanager
+def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator[Journal]:
+    """The run's journal; kept if the block fails after something was done, removed otherwise."""
+    options = {
+        "tokenizer": tokenizer.fingerprint,
+        "end_of_document": tokenizer.eod_id if settings.append_eod else None,
+        "shuffle_seed": settings.shuffle_seed,
+        **settings.deciding,
+    }
+    journal = Journal.open(journal_path(settings), options, restart=settings.restart)
+    try:
+        journal.check_sources(settings.sources)
+        yield journal
+    except BaseException:
+        if journal.sources or journal.stage != "encoding":
+            journal.close()
+        else:
+            journal.remove()
+        raise
+    journal.remove()
 
 
 def check_outputs(settings: PreprocessSettings) -> None:
@@ -306,82 +162,150 @@ def check_outputs(settings: PreprocessSettings) -> None:
             raise UserError(path, "exists already", "choose another --output-prefix, or pass --overwrite")
 
 
-def _load(settings: PreprocessSettings) -> Tokenizer:
-    return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+class _Run:
+    """One run, from wherever the journal says it is."""
 
+    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer, journal: Journal, stream: TextIO):
+        self.settings, self.tokenizer, self.journal, self.stream = settings, tokenizer, journal, stream
+        self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+        self.engine: ChosenEngine | None = None
 
-def _total_size(sources: list[Source]) -> int | None:
-    sizes = [source.size for source in sources]
-    return None if None in sizes else sum(sizes)
+    def go(self) -> Report:
+        with TextProgress("preprocessing", _total_size(self.settings.sources), self.stream) as progress:
+            if self.journal.stage == "encoding":
+                self._encode(progress)
+            if self.journal.stage == "shuffling":
+                self._shuffle()
+            self._place()
+            return Report(
+                manifests={prefix: _known_manifest(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
+                log=self.journal.log,
+                seconds=progress.elapsed,
+                engine=f"{self.engine.kind} ({self.engine.why})" if self.engine else "",
+                rate=progress.per_second(progress.text_bytes) / MEGA,
+            )
 
+    def _encode(self, progress: TextProgress) -> None:
+        """Encode the inputs that are missing and complete the outputs."""
+        done, shuffling = len(self.journal.sources), self.settings.shuffle_seed is not None
+        if done:
+            progress.advance(_total_size(self.settings.sources[:done]) or 0)
+            print(f"going on after {done:,} of {len(self.settings.sources):,} inputs, done before", file=self.stream)
+        with self._outputs() as outputs:
+            log = self._encode_sources(outputs, done, progress)
+            self._check_filled(outputs, log)
+            states = [output.state() for output in outputs]
+            for output in outputs:
+                if output.builder.tokens:
+                    output.builder.complete(None if shuffling else functools.partial(self._manifest, output, log))
+            rest = [source.identity() for source in self.settings.sources[len(self.journal.sources) :]]
+            self.journal.checkpoint(rest, states, log, "shuffling" if shuffling else "placing")
 
-@contextlib.contextmanager
-def _outputs(settings: PreprocessSettings, dtype: np.dtype) -> Iterator[list[Output]]:
-    """Builders of all parts; if the block fails at any point, nothing of them is left."""
-    outputs: list[Output] = []
-    try:
-        for prefix in settings.prefixes:
-            outputs.append(Output(IndexedDatasetBuilder(prefix, dtype)))
-        yield outputs
-    except BaseException:
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[list[Output]]:
+        """Builders of all parts. If the block fails, what is worth keeping for the next run is kept."""
+        outputs: list[Output] = []
+        known = self.journal.outputs or [None] * len(self.settings.prefixes)
+        try:
+            for prefix, state in zip(self.settings.prefixes, known, strict=True):
+                first = prefix if self.settings.shuffle_seed is None else unshuffled(prefix)
+                builder = IndexedDatasetBuilder(first, self.dtype, state.builder if state else None)
+                outputs.append(Output(prefix, builder, *((state.text_bytes, state.words) if state else (0, 0))))
+            yield outputs
+        except BaseException:
+            for output in outputs:
+                if self.journal.sources:
+                    output.builder.close()
+                else:
+                    output.builder.abort()
+            if self.journal.sources:
+                total = len(self.settings.sources)
+                kept = f"{len(self.journal.sources):,} of {total:,} inputs are done and kept"
+                print(f"{kept}: run the same command again to go on", file=self.stream)
+            raise
         for output in outputs:
-            output.builder.abort()
-            if output.builder.checksums:  # was completed before a later part failed
-                for path in dataset_files(output.builder.prefix):
-                    path.unlink(missing_ok=True)
-        raise
+            output.builder.close()
+            if not output.builder.tokens:
+                output.builder.abort()
 
+    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> TroubleLog:
+        settings, log = self.settings, self.journal.log
+        log.on_error = settings.on_error
+        waiting: collections.deque[int] = collections.deque()  # the source of each chunk under way
+        identities: dict[int, list[Any]] = {}  # as they were before they were read
 
-def _encode_all(
-    settings: PreprocessSettings, tokenizer: Tokenizer, outputs: list[Output], progress: TextProgress
-) -> TroubleLog:
-    log = TroubleLog(settings.on_error)
-    make_encoder = functools.partial(ChunkEncoder, settings, tokenizer.fingerprint)
-    results = ordered_map(make_encoder, read_chunks(settings.sources, settings.read), settings.workers)
-    with contextlib.closing(results):
-        for chunk in results:
-            for output, part in zip(outputs, chunk.parts, strict=True):
-                output.add(part)
-            log.merge(chunk.log)
-            text_bytes = sum(part.text_bytes for part in chunk.parts)
-            progress.advance(chunk.consumed, text_bytes, sum(part.lengths.size for part in chunk.parts))
-    return log
+        def chunks() -> Iterator[Chunk]:
+            for number, source in enumerate(settings.sources[done:], done):
+                identities[number] = source.identity()
+                for chunk in read_chunks([source], settings.read):
+                    waiting.append(number)
+                    yield chunk
 
+        stream = chunks()
+        first = list(itertools.islice(stream, 1))
+        self.engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
+        make_encoder = functools.partial(ChunkEncoder, settings, self.tokenizer.fingerprint, self.engine.kind)
+        results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers)
+        resumable = all(source.path is not None for source in settings.sources)
+        with contextlib.closing(results):
+            for result in results:
+                number = waiting.popleft()
+                if resumable and number > len(self.journal.sources) and self.journal.due():
+                    finished = range(len(self.journal.sources), number)
+                    states = [output.state() for output in outputs]
+                    self.journal.checkpoint([identities.pop(n) for n in finished], states, log)
+                for output, part in zip(outputs, result.parts, strict=True):
+                    output.add(part)
+                log.merge(result.log)
+                text_bytes = sum(part.text_bytes for part in result.parts)
+                progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
+        return log
 
-def _check_filled(outputs: list[Output], log: TroubleLog) -> None:
-    """Refuse to write a dataset without documents."""
-    documents = sum(output.builder.documents for output in outputs)
-    skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
-    for output in outputs:
-        if documents == 0:
+    def _check_filled(self, outputs: list[Output], log: TroubleLog) -> None:
+        """Refuse to write a dataset without documents."""
+        documents = sum(output.builder.documents for output in outputs)
+        skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
+        if documents == 0 and not self.settings.allow_empty:
             raise UserError(
                 "--input", f"held no usable document (skipped: {skipped or 'none'})", "check the input and --text-key"
             )
-        if output.builder.documents == 0:
-            raise UserError(
-                output.builder.prefix,
-                f"this part of the split got none of the {documents:,} documents",
-                "give it a larger weight, more documents (--txt-documents), or leave it out",
-            )
+        for output in outputs:
+            if output.builder.documents == 0 and not self.settings.allow_empty:
+                self.journal.sources.clear()  # the same call cannot do better: nothing is worth keeping
+                raise UserError(
+                    output.prefix,
+                    f"this part of the split got none of the {documents:,} documents",
+                    "give it a larger weight, more documents (--txt-documents), or leave it out",
+                )
+
+    def _shuffle(self) -> None:
+        states, log = self.journal.outputs, self.journal.log
+        with contextlib.ExitStack() as stack:
+            for prefix, state in zip(self.settings.prefixes, states, strict=True):
+                if state.builder.tokens == 0:
+                    continue
+                put_in_place(unshuffled(prefix))
+                output = Output(prefix, IndexedDatasetBuilder(prefix, self.dtype), state.text_bytes, state.words)
+                stack.callback(output.builder.close)
+                shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, self.settings.shuffle_seed)
+                output.builder.complete(functools.partial(self._manifest, output, log))
+            self.journal.checkpoint([], states, log, "placing")
+
+    def _place(self) -> None:
+        for prefix in self.settings.prefixes:
+            with disk_errors(prefix):
+                put_in_place(prefix)
+                if self.settings.shuffle_seed is not None:
+                    remove_dataset(unshuffled(prefix))
+
+    def _manifest(self, output: Output, log: TroubleLog, builder: IndexedDatasetBuilder) -> bytes:
+        return make_manifest(self.settings, self.tokenizer, output, log).to_json()
 
 
-def _complete(
-    settings: PreprocessSettings, tokenizer: Tokenizer, outputs: list[Output], log: TroubleLog
-) -> dict[Path, Manifest]:
-    """Put all datasets in their places, then the manifests beside them."""
-    for output in outputs:
-        output.builder.finish()
-    manifests = {}
-    for output in outputs:
-        prefix = output.builder.prefix
-        manifests[prefix] = _manifest(settings, tokenizer, output, log)
-        write_manifest(prefix, manifests[prefix])
-    return manifests
-
-
-def _manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
+def make_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
+    """The manifest of a complete output."""
     builder = output.builder
-    file, folder = tokenizer.path.resolve(), builder.prefix.parent.resolve()
+    file, folder = tokenizer.path.resolve(), output.prefix.parent.resolve()
     record = TokenizerRecord(
         kind=tokenizer.kind,
         file=str(
@@ -401,11 +325,33 @@ def _manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output
         words=output.words,
         skipped=dict(sorted(log.counts.items())),
         largest_token_id=builder.largest_token_id,
-        checksums=builder.checksums,
+        checksums=Checksums(**builder.checksums),
+        shuffle_seed=settings.shuffle_seed,
         sources=[source.name for source in settings.sources],
+        options=settings.deciding,
         created_by=f"megachiar {megachiar.__version__} preprocess_data",
     )
 
 
-def _bad_split(text: str, problem: str) -> UserError:
-    return UserError(f"--split {text}", problem, "write it like train=98,valid=1,test=1")
+def _total_size(sources: list[Source]) -> int | None:
+    sizes = [source.size for source in sources]
+    return None if None in sizes else sum(sizes)
+
+
+def _first_texts(chunks: list[Chunk], text_key: str) -> Iterator[str]:
+    """Texts of the input's first documents, as many as are compared between engines."""
+    room = CHECKED_BYTES
+    for item in itertools.chain.from_iterable(parse_chunk(chunk, text_key) for chunk in chunks):
+        if isinstance(item, Document) and len(item.utf8) <= room:
+            room -= len(item.utf8)
+            yield item.text
+
+
+def _is_there(prefix: Path) -> bool:
+    return all(path.exists() for path in dataset_files(prefix))
+
+
+def _known_manifest(prefix: Path) -> Manifest:
+    manifest = read_manifest(prefix)
+    assert manifest is not None
+    return manifest

@@ -72,6 +72,16 @@ class Source:
         """Bytes on disk, None where they cannot be known before the end."""
         return self.path.stat().st_size if self.path is not None and self.path.is_file() else None
 
+    def identity(self) -> list[Any]:
+        """[name, bytes, time of change]: what tells whether it is still the same input."""
+        if self.path is None:
+            return [self.name, None, None]
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise UserError(self.path, f"cannot read: {error.strerror}", "check the file and the disk") from error
+        return [self.name, found.st_size, found.st_mtime_ns]
+
 
 @dataclass(frozen=True)
 class ReadOptions:

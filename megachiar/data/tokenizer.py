@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -45,6 +45,7 @@ class Tokenizer(Protocol):
         vocab_size: largest id that can occur, plus one.
         eod_id: id of the end-of-document token, None where the vocabulary has none.
         fingerprint: ``"sha256:..."`` of the vocabulary file(s); equal fingerprints give equal ids.
+        controls: id -> string of the tokens that never stand for text.
     """
 
     kind: str
@@ -52,12 +53,13 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod_id: int | None
     fingerprint: str
+    controls: dict[int, str]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text."""
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of one text: a list or a one-dimensional array."""
         ...
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[Sequence[int]]:
         """Token ids of every text, each as ``encode`` gives them."""
         ...
 
@@ -119,8 +121,11 @@ class SentencePieceTokenizer:
         # The library itself never gives a piece of type CONTROL; an EOD that is an ordinary or user-defined piece is
         # what the guard is for.
         may_occur = self.eod_id is not None and not self._processor.is_control(self.eod_id)
-        controls = {self.eod_id: self._processor.id_to_piece(self.eod_id)} if may_occur else {}
-        self._guard = ControlGuard(path, controls, self._encode_plain)
+        occurring = {self.eod_id: self._processor.id_to_piece(self.eod_id)} if may_occur else {}
+        self._guard = ControlGuard(path, occurring, self._encode_plain)
+        ids = range(self.vocab_size)
+        self.controls = occurring | {i: self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)}
+        self._model = model
 
     @classmethod
     def load(cls, path: Path, eod_token: str | None) -> SentencePieceTokenizer:
@@ -133,6 +138,10 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return list(map(self._guard.clean, texts, self._encode_plain(texts)))
+
+    def definition(self) -> bytes:
+        """The model as its file holds it."""
+        return self._model
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
@@ -159,8 +168,8 @@ class HuggingFaceTokenizer:
         model = description["model"]
         unknown = model.get("unk_id", vocabulary.get(model.get("unk_token")))  # may stand for any character
         added = tokenizer.get_added_tokens_decoder()
-        controls = {index: token.content for index, token in added.items() if token.special and index != unknown}
-        self._guard = ControlGuard(path, controls, self._encode_plain)
+        self.controls = {index: token.content for index, token in added.items() if token.special and index != unknown}
+        self._guard = ControlGuard(path, self.controls, self._encode_plain)
 
     @classmethod
     def load(cls, path: Path, eod_token: str | None) -> HuggingFaceTokenizer:
@@ -202,6 +211,10 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return list(map(self._guard.clean, texts, self._encode_plain(texts)))
+
+    def definition(self) -> str:
+        """A ``tokenizer.json`` of what encodes here."""
+        return self._tokenizer.to_str()
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)

@@ -54,7 +54,7 @@ def open_data(config: RunConfig) -> RunData:
     records = [
         DataRecord(
             tokens=source.dataset.tokens.size,
-            checksum=source.manifest.checksums.get("bin") if source.manifest else None,
+            checksum=source.manifest.content if source.manifest else None,
             weight=weight,
         )
         for source, (_, weight) in zip(training.sources, sources, strict=True)

@@ -1,0 +1,119 @@
+"""Chunk of text -> tokens of its documents: all the work of preprocessing that is done side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megachiar.data.fast_tokenizer import Engine, FastTokenizer
+from megachiar.data.indexed import dtype_for_vocabulary
+from megachiar.data.readers import Chunk, Document, Trouble, TroubleLog, parse_chunk
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError
+
+WORD_MARKS = bytes(ord(" ") if chr(code).isspace() else ord("x") for code in range(128)) + bytes(128)  # of ASCII
+
+
+class EncodedPart(NamedTuple):
+    """Documents of one chunk that belong to one part of the split.
+
+    Attributes:
+        tokens: of all documents, one after another, shape (sum(lengths),), in the dataset's type.
+        lengths: tokens of each document, shape (documents,), int64.
+        text_bytes, words: of their text: UTF-8 bytes, and what stands between whitespace.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: int
+    words: int
+
+
+class EncodedChunk(NamedTuple):
+    """What became of a chunk: one ``EncodedPart`` per part of the split, its troubles, and the input read for it."""
+
+    parts: list[EncodedPart]
+    log: TroubleLog
+    consumed: int
+
+
+class ChunkEncoder:
+    """Chunk -> ``EncodedChunk``: all the work that is done in worker processes."""
+
+    def __init__(self, settings: PreprocessSettings, fingerprint: str, engine: Engine):
+        """``fingerprint``: of the tokenizer that the run began with; ``engine``: ``fast`` or ``reference``.
+
+        Raises:
+            UserError: the tokenizer's files changed since.
+        """
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; parallel are the processes
+        self._settings = settings
+        self._tokenizer: Tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+        self._dtype = dtype_for_vocabulary(self._tokenizer.vocab_size)
+        if self._tokenizer.fingerprint != fingerprint:
+            raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
+        if engine == "fast":
+            self._tokenizer = FastTokenizer(self._tokenizer)
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        log = TroubleLog(self._settings.on_error)
+        documents = []
+        for item in parse_chunk(chunk, self._settings.read.text_key):
+            if isinstance(item, Trouble):
+                log.add(item)
+            else:
+                documents.append(item)
+        encoded = self._tokenizer.encode_batch([document.text for document in documents])
+        members: list[list[tuple[Document, Sequence[int]]]] = [[] for _ in self._settings.prefixes]
+        for document, ids in zip(documents, encoded, strict=True):
+            if not len(ids):
+                place = f"{chunk.source}, from line or document {chunk.first} on"
+                log.add(Trouble("empty", place, f"the tokenizer makes no token of {document.text[:40]!r}"))
+                continue
+            members[self._part_of(document)].append((document, ids))
+        return EncodedChunk([self._encoded_part(part) for part in members], log, chunk.consumed)
+
+    def _part_of(self, document: Document) -> int:
+        return self._settings.split.part_of(document.utf8) if self._settings.split else 0
+
+    def _encoded_part(self, members: list[tuple[Document, Sequence[int]]]) -> EncodedPart:
+        end = [self._tokenizer.eod_id] if self._settings.append_eod else []
+        lengths = np.array([len(ids) + len(end) for _, ids in members], dtype=np.int64)
+        pieces = [np.asarray(piece, dtype=np.int64) for _, ids in members for piece in (ids, end) if len(piece)]
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        return EncodedPart(
+            tokens=narrow(tokens, self._dtype, self._settings.tokenizer),
+            lengths=lengths,
+            text_bytes=sum(len(document.utf8) for document, _ in members),
+            words=sum(count_words(document) for document, _ in members),
+        )
+
+
+def count_words(document: Document) -> int:
+    """What stands between whitespace, as ``str.split`` finds it; several times faster where all is ASCII."""
+    if not document.text.isascii():
+        return len(document.text.split())
+    marked = document.utf8.translate(WORD_MARKS)
+    return marked.count(b" x") + marked.startswith(b"x")
+
+
+def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:
+    """``tokens`` (int64, any shape) in ``dtype``.
+
+    Raises:
+        UserError: an id does not fit; stored anyway it would be another token.
+    """
+    limits = np.iinfo(dtype)
+    if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+        worst = tokens.max() if tokens.max() > limits.max else tokens.min()
+        raise UserError(
+            tokenizer,
+            f"gave token id {worst}, but its vocabulary is stored as {dtype.name} ({limits.min} to {limits.max})",
+            "the tokenizer's own vocabulary size is wrong: export it again",
+        )
+    return tokens.astype(dtype)

@@ -1,0 +1,174 @@
+"""Preprocessing by many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
+
+    inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
+
+Shards are stretches of the inputs, so that the merged files are byte for byte what one process writes. They lie in
+``PREFIX.shards`` until the merge is whole; a shard that is whole already is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from megachiar.data.files import put_in_place, remove_dataset, write_atomically
+from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.manifest import read_manifest
+from megachiar.data.merge import append_dataset
+from megachiar.data.preprocess import Output, Report, check_outputs, make_manifest, preprocess
+from megachiar.data.readers import Trouble, TroubleLog
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.shuffle import shuffle_documents, unshuffled
+from megachiar.data.tokenizer import load_tokenizer
+from megachiar.errors import UserError, disk_errors
+
+
+def shard_folder(settings: PreprocessSettings) -> Path:
+    """Where the shards of a run wait to be merged."""
+    return Path(f"{settings.output_prefix}.shards")
+
+
+def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> PreprocessSettings:
+    """The run that makes shard ``number`` of ``shards``: its share of the inputs, in their order.
+
+    Raises:
+        UserError: there is no such shard, more shards than inputs, or standard input is to be shared.
+    """
+    if not 0 <= number < shards:
+        raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
+    if any(source.path is None for source in settings.sources):
+        raise UserError("--input", "standard input cannot be shared by many processes", "name files")
+    count = len(settings.sources)
+    if shards > count:
+        raise UserError(
+            "--shard", f"{shards} shards of {count} inputs", f"use at most {count} shards, or cut the files"
+        )
+    first, end = number * count // shards, (number + 1) * count // shards
+    return dataclasses.replace(
+        settings,
+        sources=settings.sources[first:end],
+        output_prefix=shard_folder(settings) / f"{number:05d}-of-{shards:05d}",
+        shuffle_seed=None,  # shuffling is for the whole
+        overwrite=True,
+        allow_empty=True,
+    )
+
+
+def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: TextIO | None = None) -> Report | None:
+    """Make shard ``number`` of ``shards``.
+
+    Returns:
+        What was done; None if the shard was whole already.
+
+    Raises:
+        UserError: as ``preprocess`` and ``shard_settings``.
+    """
+    own = shard_settings(settings, number, shards)
+    record, identity = _record_path(own), _identity(own)
+    known = _read_record(record)
+    if known is not None and known["identity"] == identity and not settings.restart:
+        return None
+    check_outputs(settings)
+    record.unlink(missing_ok=True)
+    for prefix in own.prefixes:
+        remove_dataset(prefix)
+    report = preprocess(own, stream)
+    log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
+    write_atomically(record, json.dumps({"identity": identity, **log}, ensure_ascii=False).encode())
+    return report
+
+
+def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[int], None] | None = None) -> Report:
+    """Join all shards to the datasets that one process would have written, and remove them.
+
+    Raises:
+        UserError: shards are missing, damaged or of another call; an output exists; a part has no document.
+    """
+    everything = [shard_settings(settings, number, shards) for number in range(shards)]
+    log = _merged_log(everything)
+    if not _finishing(settings).exists():
+        check_outputs(settings)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
+        for part, prefix in enumerate(settings.prefixes):
+            first = prefix if settings.shuffle_seed is None else unshuffled(prefix)
+            output = Output(prefix, stack.enter_context(_closing(IndexedDatasetBuilder(first, dtype))))
+            for shard in everything:
+                _append_part(output, shard.prefixes[part], on_bytes)
+            if output.builder.tokens == 0:
+                raise UserError(prefix, "no shard holds a document of this part", "give it a larger weight")
+            if settings.shuffle_seed is not None:
+                output.builder.finish()
+                output.builder = stack.enter_context(_closing(IndexedDatasetBuilder(prefix, dtype)))
+                shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, settings.shuffle_seed, on_bytes)
+                remove_dataset(unshuffled(prefix))
+            output.builder.complete(lambda _, output=output: make_manifest(settings, tokenizer, output, log).to_json())
+        with disk_errors(settings.output_prefix):
+            _finishing(settings).touch()  # from here on outputs may be there: they are this call's own
+            for prefix in settings.prefixes:
+                put_in_place(prefix)
+    shutil.rmtree(shard_folder(settings))
+    return Report({prefix: read_manifest(prefix) for prefix in settings.prefixes}, log)
+
+
+def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> None:
+    manifest = read_manifest(shard)
+    if manifest is None:  # this shard has no document of this part
+        return
+    append_dataset(output.builder, IndexedDataset(shard), manifest, on_bytes)
+    output.text_bytes += manifest.text_bytes
+    output.words += manifest.words
+
+
+def _merged_log(shards: list[PreprocessSettings]) -> TroubleLog:
+    """What all shards left out, in the order of the inputs."""
+    log = TroubleLog("skip")
+    for number, shard in enumerate(shards):
+        record = _read_record(_record_path(shard))
+        if record is None or record["identity"] != _identity(shard):
+            state = "was not made" if record is None else "was made by another call, or its inputs were changed since"
+            raise UserError(shard.output_prefix, f"shard {number} of {len(shards)} {state}", "make it before the merge")
+        examples = [Trouble(*example) for example in record["examples"]]
+        log.merge(TroubleLog("skip", Counter(record["skipped"]), examples))
+    return log
+
+
+def _identity(shard: PreprocessSettings) -> list:
+    """What tells whether a shard is the one that a call would make."""
+    tokenizer = load_tokenizer(shard.tokenizer, shard.tokenizer_kind, shard.eod_token)
+    sources = [source.identity() for source in shard.sources]
+    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.deciding, sources]
+
+
+def _read_record(path: Path) -> dict | None:
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_bytes())
+    return None
+
+
+def _record_path(shard: PreprocessSettings) -> Path:
+    """What tells that a shard is whole, and what it left out."""
+    return Path(f"{shard.output_prefix}.done")
+
+
+def _finishing(settings: PreprocessSettings) -> Path:
+    """Is there when outputs are being put in their places."""
+    return shard_folder(settings) / "finishing"
+
+
+@contextlib.contextmanager
+def _closing(builder: IndexedDatasetBuilder):
+    """Abort a builder if the block fails, let go of its files if not."""
+    try:
+        yield builder
+    except BaseException:
+        builder.abort()
+        raise
+    builder.close()

@@ -1,0 +1,127 @@
+"""The fast engine: the reference's ids or none."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
+
+from megachiar.data.encoder import count_words
+from megachiar.data.fast_tokenizer import CHECKED_EVERY, HARD_TEXTS, FastTokenizer, choose_engine
+from megachiar.data.preprocess import preprocess
+from megachiar.data.readers import Document, find_sources
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.tokenizer import load_tokenizer
+from megachiar.errors import UserError
+
+gigatoken = pytest.importorskip("gigatoken")
+
+
+@pytest.fixture(scope="module", params=["huggingface", "sentencepiece"])
+def reference(request, tmp_path_factory):
+    return load_tokenizer(train(tmp_path_factory.mktemp("tokenizer"), request.param))
+
+
+def test_ids_are_the_references_or_the_engine_is_refused(reference):
+    """Byte-level BPE is served; a SentencePiece model that gigatoken cannot read equally is not."""
+    chosen = choose_engine("auto", reference, DOCUMENTS)
+    if chosen.kind == "reference":
+        assert reference.kind == "sentencepiece"
+        with pytest.raises(UserError, match=r"reference|cannot serve"):
+            choose_engine("fast", reference, DOCUMENTS)
+        return
+    fast, texts = FastTokenizer(reference), [*HARD_TEXTS, *DOCUMENTS, *numbered_documents(50)]
+    for text, ids in zip(texts, fast.encode_batch(texts), strict=True):
+        assert np.array_equal(ids, reference.encode(text)), text
+    assert (fast.vocab_size, fast.eod_id, fast.fingerprint) == (
+        reference.vocab_size,
+        reference.eod_id,
+        reference.fingerprint,
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    return load_tokenizer(train(tmp_path_factory.mktemp("tokenizer"), "huggingface"))
+
+
+def test_control_strings_in_text_stay_text(byte_level):
+    end = byte_level.controls[byte_level.eod_id]
+    assert byte_level.eod_id in gigatoken.Tokenizer.from_json(byte_level.definition()).encode(f"a{end}b")
+    ids = FastTokenizer(byte_level).encode(f"a {end} b {end}")
+    assert byte_level.eod_id not in ids and byte_level.decode(ids) == f"a {end} b {end}"
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A fast engine that errs wherever a text holds "zebra"."""
+    real = FastTokenizer.__init__
+
+    def broken_init(self, reference):
+        real(self, reference)
+        encode = self._encode
+        self._encode = lambda text: encode(text)[1:] if "zebra" in text else encode(text)
+
+    monkeypatch.setattr(FastTokenizer, "__init__", broken_init)
+
+
+def test_a_difference_on_the_inputs_first_documents_ends_its_use(byte_level, broken):
+    with pytest.raises(UserError, match="gives other ids than the reference") as refused:
+        choose_engine("fast", byte_level, ["a zebra"])
+    assert "--engine reference" in refused.value.remedy
+    chosen = choose_engine("auto", byte_level, ["a zebra"])
+    assert chosen.kind == "reference" and "gives other ids" in chosen.why
+    assert choose_engine("auto", byte_level, ["a horse"]).kind == "fast"
+
+
+def test_a_difference_later_on_is_found_by_looking_now_and_then(byte_level, broken):
+    fast = FastTokenizer(byte_level)
+    for _ in range(CHECKED_EVERY):
+        fast.encode_batch(["a horse"])
+    with pytest.raises(UserError, match="gives other ids"):
+        fast.encode_batch(["a zebra"])
+
+
+def test_without_gigatoken_the_reference_serves_and_fast_says_what_to_install(byte_level, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UserError, match=r"needs gigatoken") as refused:
+        choose_engine("fast", byte_level, [])
+    assert "megachiar[fast]" in refused.value.remedy
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_engine("auto", byte_level, []).kind == "reference"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_both_engines_write_the_same_files(tmp_path, byte_level, workers):
+    end = byte_level.controls[byte_level.eod_id]
+    corpus = write_jsonl(tmp_path / "in.jsonl", [*DOCUMENTS, f"an {end} inside", *numbered_documents(300)])
+    for engine in ("fast", "reference"):
+        (tmp_path / engine).mkdir()
+        settings = PreprocessSettings(
+            find_sources([corpus]),
+            byte_level.path,
+            tmp_path / engine / "out",
+            append_eod=True,
+            engine=engine,
+            workers=workers,
+        )
+        assert preprocess(settings).engine.startswith(engine)
+    for suffix in ("bin", "idx", "json"):
+        assert (tmp_path / "fast" / f"out.{suffix}").read_bytes() == (
+            tmp_path / "reference" / f"out.{suffix}"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "a", " a  b\tc\n", "\x1c\x1da\x1eb\x1f", "a\x0b\x0cb\r\n", "é\u2003ü \x85x", "_ - ."]
+)
+def test_words_are_what_split_finds(text):
+    assert count_words(Document(text, text.encode())) == len(text.split())
+
+
+def test_every_ascii_character_is_whitespace_or_not_as_in_split():
+    for code in range(128):
+        text = f"a{chr(code)}b"
+        assert count_words(Document(text, text.encode())) == len(text.split()), code
