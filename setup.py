@@ -33,6 +33,7 @@ setup(
         "gpu": ["triton>=3", "nvidia-ml-py>=12"],
         "fast": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4"],
+        "remote": ["fsspec>=2024.2"],
         "hf": ["datasets>=3", "transformers>=4.44"],
         "dev": [
             "pytest>=8",

@@ -335,3 +335,23 @@ class TestSchedule:
 
     def test_a_run_cut_short_stays_in_warm_up(self):
         assert learning_rate(self.config("cosine", "training.steps=3"), 2) == pytest.approx(0.3)
+
+
+def test_the_sources_may_stand_in_a_file_of_their_own(tmp_path):
+    listed = tmp_path / "sources.yaml"
+    listed.write_text("- {path: data/a, weight: 2}\n- {path: data/b}\n")
+    sources = load_config(TINY, [f"data.train={listed}"]).data.train
+    assert [(str(source.path), source.weight) for source in sources] == [("data/a", 2.0), ("data/b", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "no such list of sources"), ("a: 1\n", "holds dict, not a list"), ("[", "cannot be read as YAML")],
+    ids=["missing", "mapping", "broken"],
+)
+def test_a_list_of_sources_that_is_none_is_refused(tmp_path, content, problem):
+    listed = tmp_path / "sources.yaml"
+    if content is not None:
+        listed.write_text(content)
+    with pytest.raises(UserError, match=problem):
+        load_config(TINY, [f"data.train={listed}"])

@@ -187,3 +187,32 @@ def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path):
         done = run_tool(*arguments)
         assert done.returncode == 2 and done.stdout == "", arguments
         assert problem in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_step_is_shown_as_a_run_reads_it(tmp_path):
+    """Each sample of the step, from two sources, with the tokens that the loaders of any layout give."""
+    from support import small_config, write_config, write_tokens
+
+    first, second = write_tokens(tmp_path / "a", seed=1), write_tokens(tmp_path / "b", seed=2)
+    config = small_config(tmp_path, data={"validation": {}})
+    config["data"]["train"] = [{"path": str(first), "weight": 2.0}, {"path": str(second), "weight": 1.0}]
+    path = write_config(tmp_path / "config.yaml", config)
+    done = run_tool("--config", path, "--step", 3, "--json", "--set", "training.global_batch_size=6")
+    assert (done.returncode, done.stderr) == (0, "")
+    samples = json.loads(done.stdout)["samples"]
+    assert [sample["position"] for sample in samples] == list(range(18, 24))
+    assert {sample["source"] for sample in samples} == {str(first), str(second)}
+    from megachiar.config import load_config
+    from megachiar.data.loader import BatchLoader
+    from megachiar.training.sources import open_data
+
+    stream = open_data(load_config(path)).training
+    read = []
+    for rank in range(3):
+        with BatchLoader(stream, 1, 2, rank, 3, start_sample=18) as loader:
+            read += [(18 + 3 * turn + rank, next(loader)[0].tolist()) for turn in range(2)]
+    assert [sample["ids"] for sample in samples] == [ids for _, ids in sorted(read)]
+    text = run_tool("--config", path, "--step", 0).stdout
+    assert text.startswith("position: 0\nsource: ") and "first document: " in text
+    assert run_tool("--config", path).returncode == 2 and run_tool(first, "--step", 1).returncode == 2
+    assert "counted from 0" in run_tool("--config", path, "--step", -1).stderr

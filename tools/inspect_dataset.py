@@ -4,6 +4,9 @@
     python tools/inspect_dataset.py data/train --verify
     python tools/inspect_dataset.py data/train --document 7
     python tools/inspect_dataset.py data/train --sample 0 --sequence-length 1024 --seed 1
+    python tools/inspect_dataset.py --config configs/tiny.yaml --step 100
+
+The last one prints the documents and the text that a step of a run reads, whatever its layout.
 
 Exit code 0: what was checked is in order. Exit code 2: it is not, and the message says what.
 """
@@ -16,25 +19,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megachiar.config import load_config
 from megachiar.console import run
 from megachiar.data.files import bin_path, idx_path
 from megachiar.data.indexed import IndexedDataset
-from megachiar.data.inspection import find_tokenizer, show_document, show_sample, summarise
+from megachiar.data.inspection import find_tokenizer, show_document, show_sample, show_step, summarise
 from megachiar.data.progress import ByteProgress
+from megachiar.data.tokenizer import load_tokenizer
+from megachiar.training.sources import open_data
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="the dataset, without .bin")
+    parser.add_argument("prefix", type=Path, nargs="?", metavar="PREFIX", help="the dataset, without .bin")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="of --step: the run's config")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of --step: changes of the config")
     parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--document", type=int, metavar="N", help="show document N")
     shown.add_argument("--sample", type=int, metavar="N", help="show sample N of a run on this dataset alone")
+    shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 0) of a run reads; with --config")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
     parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if (arguments.config is None) != (arguments.step is None):
+        parser.error("--config and --step belong together")
+    if (arguments.prefix is None) == (arguments.config is None):
+        parser.error("give either PREFIX or --config")
     if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
         parser.error("--sample needs --sequence-length and --seed")
     if arguments.sample is None and (arguments.sequence_length is not None or arguments.seed is not None):
@@ -44,6 +57,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.step is not None:
+        print_step(arguments)
+        return
     if arguments.verify:
         IndexedDataset(arguments.prefix)  # a missing file is reported before its size is asked for
         total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
@@ -67,6 +83,18 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.document is not None:
         return show_document(arguments.prefix, arguments.document, tokenizer)
     return show_sample(arguments.prefix, arguments.sample, arguments.sequence_length, arguments.seed, tokenizer)
+
+
+def print_step(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.set)
+    data = open_data(config)
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer is not None else data.tokenizer
+    samples = show_step(data.training, arguments.step, config.training.global_batch_size, tokenizer)
+    if arguments.json:
+        print(json.dumps({"step": arguments.step, "samples": samples}, ensure_ascii=False))
+        return
+    for shown in samples:
+        print_text(shown)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -98,7 +126,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 def print_text(shown: Mapping[str, Any]) -> None:
     for key, value in shown.items():
         if key not in ("ids", "text"):
-            print(f"{key.replace('_', ' ')}: {value:,}")
+            print(f"{key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:,}'}")
     if shown["text"] is None:
         print("no tokenizer was found (give one with --tokenizer); ids:")
         print(*shown["ids"])

@@ -26,7 +26,7 @@ from megachiar.config.sections import (
     ScheduleConfig,
     TrainingConfig,
 )
-from megachiar.config.yaml_file import Lines, parse_value, read_yaml
+from megachiar.config.yaml_file import Lines, parse_value, read_source_list, read_yaml
 from megachiar.errors import UserError
 
 
@@ -86,6 +86,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         key = _apply_override(mapping, override)
         overridden[tuple(key.split("."))] = override
+    data = mapping.get("data")
+    if isinstance(data, dict) and isinstance(data.get("train"), str):
+        data["train"] = read_source_list(Path(data["train"]))
     return parse_config(mapping, str(path), lines, overridden)
 
 

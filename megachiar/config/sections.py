@@ -21,7 +21,10 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """Sources to train on, blended by weight."""
+    """Sources to train on, blended by weight: a list, or the path of a YAML file that holds the list."""
+    max_epochs: PositiveFloat | None = None
+    """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported:
+    up to there repeated text is nearly as good as new (arXiv:2305.16264)."""
     validation: dict[str, Path] = {}
     """Validation sets by name: prefixes of indexed datasets, read whole and in order."""
     sequence_length: PositiveInt | None = None

@@ -38,6 +38,27 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_source_list(path: Path) -> list[Any]:
+    """The sources that a file lists: the value of ``data.train`` as YAML.
+
+    Raises:
+        UserError: the file is missing, is no text, no YAML or no list.
+    """
+    try:
+        sources = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(path, "no such list of sources", "check data.train, or list the sources there") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(path, f"cannot be read as YAML: {error}", "mend the file that data.train names") from None
+    if not isinstance(sources, list):
+        raise UserError(
+            path,
+            f"holds {type(sources).__name__}, not a list of sources",
+            "write lines - {path: data/a, weight: 2}",
+        )
+    return sources
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """Read ``path``: its mapping, and the line (from 1) of each key path.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megachiar.data.dataset import build_training_samples
+from megachiar.data.dataset import SampleStream, build_training_samples
 from megachiar.data.files import bin_path, idx_path, manifest_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.manifest import Manifest, check_manifest, check_tokenizer, read_manifest
@@ -169,6 +169,40 @@ def show_sample(
         "last_document": dataset.document_of_token(last),
         **_as_text(ids.tolist(), tokenizer),
     }
+
+
+def show_step(
+    stream: SampleStream, step: int, global_batch_size: int, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """What step ``step`` of a run reads, sample by sample: position, source, epoch, documents, ids and text.
+
+    Args:
+        stream: the run's samples.
+        step: counted from 0; step s reads the samples [s * G, (s + 1) * G).
+        global_batch_size: G.
+
+    Raises:
+        UserError: the step is negative.
+    """
+    if step < 0:
+        raise UserError("--step", f"{step}", "steps are counted from 0")
+    positions = range(step * global_batch_size, (step + 1) * global_batch_size)
+    shown = []
+    for position, place, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
+        dataset = stream.sources[place.source].dataset
+        last = (place.token + ids.size - 1) % dataset.tokens.size
+        shown.append(
+            {
+                "position": position,
+                "source": str(stream.sources[place.source].prefix),
+                "epoch": place.epoch,
+                "first_token": place.token,
+                "first_document": dataset.document_of_token(place.token),
+                "last_document": dataset.document_of_token(last),
+                **_as_text(ids.tolist(), tokenizer),
+            }
+        )
+    return shown
 
 
 def _as_text(ids: list[int], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class _Run:
         self.engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
         make_encoder = functools.partial(ChunkEncoder, settings, self.tokenizer.fingerprint, self.engine.kind)
         results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers)
-        resumable = all(source.path is not None for source in settings.sources)
+        resumable = all(source.can_be_read_again for source in settings.sources)
         with contextlib.closing(results):
             for result in results:
                 number = waiting.popleft()

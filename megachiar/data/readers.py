@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from megachiar.data import remote
+from megachiar.data.files import read_ahead
 from megachiar.errors import UserError
 
 Format = Literal["jsonl", "txt", "parquet"]
@@ -57,23 +59,33 @@ EXAMPLES_PER_KIND = 3
 
 @dataclass(frozen=True)
 class Source:
-    """One input: a file, or standard input (``path`` None)."""
+    """One input: a file, standard input (``path`` and ``url`` None), or what ``url`` names for ``fsspec``."""
 
     path: Path | None
     format: Format
     compression: Compression = ""
+    url: str | None = None
 
     @property
     def name(self) -> str:
-        return "standard input" if self.path is None else str(self.path)
+        return self.url or ("standard input" if self.path is None else str(self.path))
+
+    @property
+    def can_be_read_again(self) -> bool:
+        return self.path is not None or self.url is not None
 
     @property
     def size(self) -> int | None:
         """Bytes on disk, None where they cannot be known before the end."""
+        if self.url is not None:
+            return remote.details(self.url)["size"]
         return self.path.stat().st_size if self.path is not None and self.path.is_file() else None
 
     def identity(self) -> list[Any]:
         """[name, bytes, time of change]: what tells whether it is still the same input."""
+        if self.url is not None:
+            found = remote.details(self.url)
+            return [self.name, found["size"], found["version"]]
         if self.path is None:
             return [self.name, None, None]
         try:
@@ -190,9 +202,9 @@ def find_sources(patterns: Iterable[str | Path], format: str | None = None) -> l
         UserError: nothing matches, a suffix is not known, or a file is named twice.
     """
     sources = [source for pattern in patterns for source in _expand(str(pattern), format)]
-    seen: set[Path | None] = set()
+    seen: set[Path | str | None] = set()
     for source in sources:
-        identity = source.path.resolve() if source.path is not None else None
+        identity = source.path.resolve() if source.path is not None else source.url
         if identity in seen:
             raise UserError(source.name, "named twice: its documents would be doubled", "name each input once")
         seen.add(identity)
@@ -250,7 +262,11 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, log: Trouble
 def _expand(pattern: str, format: str | None) -> Iterator[Source]:
     """Sources that one pattern names."""
     path = Path(pattern)
-    if pattern == STANDARD_INPUT:
+    if remote.is_url(pattern):
+        for url in remote.expand(pattern):
+            found = _source(Path(url.partition("::")[0]), format)
+            yield Source(None, found.format, found.compression, url)
+    elif pattern == STANDARD_INPUT:
         kind, compression = _split_format(format or "jsonl")
         if kind == "parquet":
             raise UserError("standard input", "parquet is read from its end, which a pipe has not", "give the file")
@@ -332,10 +348,15 @@ def _blocks(source: Source) -> Iterator[tuple[bytes, int]]:
 
 def _raw_blocks(source: Source) -> Iterator[bytes]:
     size = COMPRESSED_READ_BYTES if source.compression else READ_BYTES
+    if source.url is not None:
+        with remote.open_to_read(source.url) as file:
+            yield from _read_all(file, size)
+        return
     if source.path is None:
         yield from _read_all(sys.stdin.buffer, size)
         return
     with open(source.path, "rb") as file:
+        read_ahead(file)
         yield from _read_all(file, size)
 
 
@@ -469,7 +490,8 @@ def _parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(source.path, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
+        opened = source.path if source.url is None else remote.open_to_read(source.url)
+        with parquet.ParquetFile(opened, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
             _check_column(source, file.schema_arrow, options.text_key)
             yield from _row_chunks(source, file, options)
     except pyarrow.ArrowException as error:

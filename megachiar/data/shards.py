@@ -42,7 +42,7 @@ def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> Pr
     """
     if not 0 <= number < shards:
         raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
-    if any(source.path is None for source in settings.sources):
+    if not all(source.can_be_read_again for source in settings.sources):
         raise UserError("--input", "standard input cannot be shared by many processes", "name files")
     count = len(settings.sources)
     if shards > count:

@@ -16,7 +16,7 @@ from megachiar.model import build_model
 from megachiar.model.flops import training_flops_per_token
 from megachiar.topology import data_parallel_size
 from megachiar.training.layout import RankPlan, plan_ranks
-from megachiar.training.sources import open_data
+from megachiar.training.sources import describe_uses, open_data
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
@@ -112,9 +112,7 @@ def _data_note(config: RunConfig) -> str:
         data = open_data(config)
     except UserError as error:
         raise UserError(error.where, error.problem, error.remedy) from None
-    samples = config.training.steps * config.training.global_batch_size
-    uses = data.training.describe(samples)
-    return "\n".join(f"{u.prefix}: {u.tokens:,} tokens, {u.share:.1%} of samples, {u.epochs:.2f} epochs" for u in uses)
+    return "\n".join(describe_uses(config, data.training))
 
 
 def gib(size: float) -> str:

@@ -16,7 +16,7 @@ from megachiar.training.checkpoint import find_checkpoint, start_from, whole_che
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
-from megachiar.training.sources import RunData, keep_tokenizer, open_data, with_document_end
+from megachiar.training.sources import RunData, describe_uses, keep_tokenizer, open_data, with_document_end
 from megachiar.training.watch import PeerWatch
 
 
@@ -97,8 +97,8 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
         f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
     )
-    for use in data.training.describe(training.steps * training.global_batch_size):
-        console.print(f"  {use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs")
+    for line in describe_uses(config, data.training):
+        console.print(f"  {line}")
     if data.tokenizer is None:
         console.print(
             "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachiar.config import RunConfig
-from megachiar.data.dataset import SampleStream, ValidationSet, build_training_samples, check_same_tokenizer
+from megachiar.data.dataset import SampleStream, SourceUse, ValidationSet, build_training_samples, check_same_tokenizer
 from megachiar.data.manifest import check_tokenizer, read_manifest
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
 from megachiar.training.checkpoint import DataRecord
+
+EPOCHS_WORTH_REPORTING = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def open_data(config: RunConfig) -> RunData:
         everything = [*training.sources, *(v.source for v in validation.values())]
         check_same_tokenizer([(source.prefix, source.manifest) for source in everything])
         tokenizer = find_tokenizer(config, training)
+        _refuse_too_small(config, training)
     except UserError as error:  # every rank reads the same files
         raise LaunchError(error.where, error.problem, error.remedy) from error
     records = [
@@ -60,6 +63,34 @@ def open_data(config: RunConfig) -> RunData:
         for source, (_, weight) in zip(training.sources, sources, strict=True)
     ]
     return RunData(training, validation, records, tokenizer)
+
+
+def _refuse_too_small(config: RunConfig, training: SampleStream) -> None:
+    limit = config.data.max_epochs
+    for use in source_uses(config, training):
+        if limit is not None and use.epochs > limit:
+            raise UserError(
+                f"data.train {use.prefix}",
+                f"{use.tokens:,} tokens at {use.share:.1%} of the samples are passed over {use.epochs:.2f} times, more "
+                f"than data.max_epochs {limit:g}",
+                f"give it at most {limit / use.epochs:.3f} of its share, add text, or train for fewer steps",
+            )
+
+
+def source_uses(config: RunConfig, training: SampleStream) -> list[SourceUse]:
+    """What the whole run takes from each source."""
+    return training.describe(config.training.steps * config.training.global_batch_size)
+
+
+def describe_uses(config: RunConfig, training: SampleStream) -> list[str]:
+    """A line for each source; what is passed over too often says so."""
+    lines = []
+    for use in source_uses(config, training):
+        line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
+        if config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
+            line += " (small for its weight: repeated text teaches ever less)"
+        lines.append(line)
+    return lines
 
 
 def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | None:
