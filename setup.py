@@ -32,6 +32,7 @@ setup(
         # "apex" on the index is another project and is not listed here on purpose.
         "gpu": ["triton>=3", "nvidia-ml-py>=12"],
         "fast": ["gigatoken>=0.10"],
+        "megatron": ["numba>=0.60"],
         "mpi": ["mpi4py>=4"],
         "remote": ["fsspec>=2024.2"],
         "hf": ["datasets>=3", "transformers>=4.44"],
@@ -40,6 +41,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "scipy>=1.11",
+            "numba>=0.60",
             'gigatoken>=0.10; platform_machine == "x86_64"',
             "ruff>=0.6",
             'triton>=3; sys_platform == "linux"',

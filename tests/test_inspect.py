@@ -213,6 +213,6 @@ def test_a_step_is_shown_as_a_run_reads_it(tmp_path):
             read += [(18 + 3 * turn + rank, next(loader)[0].tolist()) for turn in range(2)]
     assert [sample["ids"] for sample in samples] == [ids for _, ids in sorted(read)]
     text = run_tool("--config", path, "--step", 0).stdout
-    assert text.startswith("position: 0\nsource: ") and "first document: " in text
+    assert text.startswith("position: 0\nsource: ") and "documents: " in text
     assert run_tool("--config", path).returncode == 2 and run_tool(first, "--step", 1).returncode == 2
     assert "counted from 0" in run_tool("--config", path, "--step", -1).stderr

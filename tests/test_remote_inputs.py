@@ -42,6 +42,19 @@ def test_a_store_gives_the_documents_of_the_files(tmp_path, corpus, url):
     assert written(tmp_path / "url", model, [url.format(tmp_path)]) == expected
 
 
+def test_parquet_in_a_store(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "tokenizer").mkdir()
+    model = train(tmp_path / "tokenizer", "sentencepiece")
+    parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
+    with zipfile.ZipFile(tmp_path / "corpus.zip", "w") as archive:
+        archive.write(tmp_path / "a.parquet", "a.parquet")
+    expected = written(tmp_path / "file", model, [tmp_path / "a.parquet"])
+    assert written(tmp_path / "url", model, [f"zip://a.parquet::{tmp_path}/corpus.zip"]) == expected
+
+
 def test_a_remote_input_is_known_by_size_and_version(tmp_path, corpus):
     (source,) = find_sources([f"file://{corpus[0]}"])
     name, size, version = source.identity()

@@ -5,9 +5,9 @@
     python tools/bench_data.py read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
-on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, in turn, round by round;
-and compares the files. `open` measures how long a dataset of 10 million documents and 5 billion tokens takes until the
-first sample, and what memory. `read` counts samples a second in training order, beside the peer's GPTDataset.
+on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, in turn, round by
+round; and compares the files. `open` measures how long a dataset of 10 million documents and 5 billion tokens takes
+until the first sample, and what memory. `read` counts samples a second in training order, beside the peer's GPTDataset.
 
 --peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).
 """
@@ -245,6 +245,7 @@ import numpy as np, torch
 class Tokenizer:
     eod = 0
     pad = 1
+    vocab_size = 32000
     unique_identifiers = {"class": "none"}
 
 prefix, length, count, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

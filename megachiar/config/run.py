@@ -55,6 +55,13 @@ class RunConfig(Section):
     """Raw DeepSpeed keys, passed through; one that contradicts a typed key is refused."""
 
     @property
+    def sample_order(self) -> str:
+        """What fixes the order of samples beside the seed: Megatron's depends on the length of the run."""
+        if self.data.order == "keyed":
+            return "keyed"
+        return f"megatron over {self.training.steps * self.training.global_batch_size} samples"
+
+    @property
     def sequence_length(self) -> int:
         """Tokens of a training sample."""
         return self.data.sequence_length or self.model.max_sequence_length

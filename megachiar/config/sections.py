@@ -22,6 +22,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """Sources to train on, blended by weight: a list, or the path of a YAML file that holds the list."""
+    order: Literal["keyed", "megatron"] = "keyed"
+    """keyed: a pure function of seed and position, without an index. megatron: megatron-core's own order, index for
+    index, which depends on the number of samples of the whole run."""
     max_epochs: PositiveFloat | None = None
     """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported:
     up to there repeated text is nearly as good as new (arXiv:2305.16264)."""

@@ -156,6 +156,14 @@ class SampleStream:
             tokens[chosen] = order.starts(draws.samples[chosen])
         return [Place(*row) for row in zip(draws.sources.tolist(), epochs.tolist(), tokens.tolist(), strict=True)]
 
+    def documents(self, position: int) -> list[int]:
+        """The documents that sample ``position`` is made of, in order."""
+        (place,) = self.locate([position])
+        dataset = self.sources[place.source].dataset
+        first = dataset.document_of_token(place.token)
+        last = dataset.document_of_token((place.token + self.sequence_length) % dataset.tokens.size)
+        return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
+
     def describe(self, samples: int) -> list[SourceUse]:
         """What the first ``samples`` samples of the run take from each source."""
         counts = self.blend.counts(samples).tolist()
@@ -177,22 +185,30 @@ def build_training_samples(
 ) -> SampleStream:
     """Open and check every source and define the order of a run's samples.
 
+    Raises:
+        UserError: as ``open_sources``; or a source is too short, or a weight not above 0.
+    """
+    opened = open_sources([prefix for prefix, _ in sources], vocab_size)
+    return SampleStream(opened, [weight for _, weight in sources], sequence_length, seed)
+
+
+def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) -> list[TokenSource]:
+    """Open and check every source of a run.
+
     Args:
-        sources: (prefix, weight) of each dataset.
-        sequence_length: T, tokens that a sample predicts.
-        seed: of the order.
+        prefixes: of the datasets.
         vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
 
     Raises:
-        UserError: no source; one that is damaged, listed twice, of another tokenizer than the first, too large a
-            vocabulary or too short; a weight not above 0.
+        UserError: no source; one that is damaged, listed twice, of another tokenizer than the first, or of too large
+            a vocabulary.
     """
-    if not sources:
+    if not prefixes:
         raise UserError("data.train", "no source is given", "name at least one dataset")
-    _refuse_duplicates([prefix for prefix, _ in sources])
-    opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix, _ in sources]
+    _refuse_duplicates(prefixes)
+    opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix in prefixes]
     check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
-    return SampleStream(opened, [weight for _, weight in sources], sequence_length, seed)
+    return opened
 
 
 def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:

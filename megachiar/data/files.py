@@ -52,6 +52,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def starts_path(prefix: Path | str) -> Path:
+    """Where document starts wait while dataset ``prefix`` is written."""
+    return temporary_path(Path(f"{prefix}.starts"))
+
+
 def put_in_place(prefix: Path | str) -> None:
     """Give a dataset's complete temporary files their names; done again after a kill, it does what is left to do.
 
@@ -66,6 +71,7 @@ def put_in_place(prefix: Path | str) -> None:
         if temporary_path(path).exists():
             os.replace(temporary_path(path), path)
             sync_folder(path.parent)
+    starts_path(prefix).unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -38,6 +38,7 @@ from megachiar.data.files import (
     idx_path,
     manifest_path,
     put_in_place,
+    starts_path,
     temporary_path,
     write_temporary,
 )
@@ -247,9 +248,6 @@ class IndexedDatasetBuilder:
 
     def close(self) -> None:
         """Let go of the files, which stay where they are, to be put in their places or gone on with."""
-        with contextlib.suppress(OSError):
-            if self.checksums:
-                self._temporary["starts"].unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
             self._open.close()
 
@@ -263,11 +261,10 @@ class IndexedDatasetBuilder:
     @property
     def _temporary(self) -> dict[str, Path]:
         """What is written before it has its final name: tokens, index and, for a while, document starts."""
-        starts = idx_path(self.prefix).with_suffix(".starts")
         return {
             "bin": temporary_path(bin_path(self.prefix)),
             "idx": temporary_path(idx_path(self.prefix)),
-            "starts": temporary_path(starts),
+            "starts": starts_path(self.prefix),
         }
 
     def _begin(self) -> None:

@@ -189,16 +189,13 @@ def show_step(
     positions = range(step * global_batch_size, (step + 1) * global_batch_size)
     shown = []
     for position, place, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
-        dataset = stream.sources[place.source].dataset
-        last = (place.token + ids.size - 1) % dataset.tokens.size
         shown.append(
             {
                 "position": position,
                 "source": str(stream.sources[place.source].prefix),
                 "epoch": place.epoch,
                 "first_token": place.token,
-                "first_document": dataset.document_of_token(place.token),
-                "last_document": dataset.document_of_token(last),
+                "documents": ", ".join(map(str, stream.documents(position))),
                 **_as_text(ids.tolist(), tokenizer),
             }
         )

@@ -14,6 +14,7 @@ ends the run.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
@@ -490,8 +491,10 @@ def _parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     from pyarrow import parquet
 
     try:
-        opened = source.path if source.url is None else remote.open_to_read(source.url)
-        with parquet.ParquetFile(opened, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
+        with (
+            contextlib.nullcontext(source.path) if source.url is None else remote.open_to_read(source.url) as opened,
+            parquet.ParquetFile(opened, buffer_size=READ_BYTES, page_checksum_verification=True) as file,
+        ):
             _check_column(source, file.schema_arrow, options.text_key)
             yield from _row_chunks(source, file, options)
     except pyarrow.ArrowException as error:

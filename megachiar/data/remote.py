@@ -6,7 +6,9 @@ says what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO, TypedDict
 
 from megachiar.errors import UserError
@@ -59,17 +61,20 @@ def details(url: str) -> Details:
     return {"size": found.get("size"), "version": None if version is None else str(version)}
 
 
-def open_to_read(url: str) -> BinaryIO:
+@contextlib.contextmanager
+def open_to_read(url: str) -> Iterator[BinaryIO]:
     """The file at ``url``, read ahead in large blocks.
 
     Raises:
         UserError: it is not there or cannot be reached.
     """
-    system, path = _open_system(url)
+    system, path = _open_system(url)  # an archive closes with its last reference: this one
     try:
-        return system.open(path, "rb", block_size=READ_AHEAD_BYTES)
+        file = system.open(path, "rb", block_size=READ_AHEAD_BYTES)
     except Exception as error:
         raise _unreachable(url, error) from error
+    with file:
+        yield file
 
 
 def _open_system(url: str) -> tuple[Any, str]:

@@ -62,7 +62,7 @@ class CheckpointState(BaseModel):
     Attributes:
         step: optimizer steps taken.
         samples: training samples consumed by all ranks together: the position in the data.
-        data: the sources these samples were drawn from; ``sequence_length`` and ``seed`` fix their order.
+        data: the sources these samples were drawn from; ``sequence_length``, ``seed`` and ``order`` fix theirs.
         optimizer_steps: of them, those that changed weights: fp16 overflows are left out.
         loss_scale: of fp16, with its counters; else None.
         layout: what wrote the files, for the reader's eye.
@@ -78,6 +78,7 @@ class CheckpointState(BaseModel):
     data: list[DataRecord]
     sequence_length: int
     seed: int
+    order: str = "keyed"
     optimizer_steps: int
     loss_scale: dict[str, float] | None
     layout: str
@@ -169,6 +170,7 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
                 data=data,
                 sequence_length=config.sequence_length,
                 seed=config.training.seed,
+                order=config.sample_order,
                 optimizer_steps=step - engine.skipped_steps,
                 loss_scale=loss_scale_state(engine),
                 layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
@@ -281,6 +283,7 @@ def _check_same_data(checkpoint: Path, state: CheckpointState, config: RunConfig
         ("data.train", state.data, data),
         ("data.sequence_length", state.sequence_length, config.sequence_length),
         ("training.seed", state.seed, config.training.seed),
+        ("data.order", state.order, config.sample_order),
         ("training.global_batch_size", state.samples, state.step * config.training.global_batch_size),
     ]
     for key, before, now in pairs:

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachiar.config import RunConfig
-from megachiar.data.dataset import SampleStream, SourceUse, ValidationSet, build_training_samples, check_same_tokenizer
+from megachiar.data.dataset import (
+    SampleStream,
+    SourceUse,
+    TokenSource,
+    ValidationSet,
+    check_same_tokenizer,
+    open_sources,
+)
 from megachiar.data.manifest import check_tokenizer, read_manifest
+from megachiar.data.megatron_order import MegatronStream
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
@@ -28,7 +36,7 @@ class RunData:
         tokenizer: None where neither config nor manifest names one.
     """
 
-    training: SampleStream
+    training: SampleStream | MegatronStream
     validation: dict[str, ValidationSet]
     records: list[DataRecord]
     tokenizer: Tokenizer | None
@@ -43,7 +51,7 @@ def open_data(config: RunConfig) -> RunData:
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
         sources = [(source.path, source.weight) for source in config.data.train]
-        training = build_training_samples(sources, length, config.training.seed, vocab_size=vocab_size)
+        training = _in_order(config, open_sources([path for path, _ in sources], vocab_size))
         validation = {
             name: ValidationSet(prefix, length, vocab_size=vocab_size)
             for name, prefix in config.data.validation.items()
@@ -65,7 +73,16 @@ def open_data(config: RunConfig) -> RunData:
     return RunData(training, validation, records, tokenizer)
 
 
-def _refuse_too_small(config: RunConfig, training: SampleStream) -> None:
+def _in_order(config: RunConfig, sources: list[TokenSource]) -> SampleStream | MegatronStream:
+    """The samples of a run in the order that ``data.order`` names."""
+    weights, seed = [source.weight for source in config.data.train], config.training.seed
+    if config.data.order == "keyed":
+        return SampleStream(sources, weights, config.sequence_length, seed)
+    samples = config.training.steps * config.training.global_batch_size
+    return MegatronStream(sources, weights, config.sequence_length, seed, samples)
+
+
+def _refuse_too_small(config: RunConfig, training: SampleStream | MegatronStream) -> None:
     limit = config.data.max_epochs
     for use in source_uses(config, training):
         if limit is not None and use.epochs > limit:
@@ -77,12 +94,12 @@ def _refuse_too_small(config: RunConfig, training: SampleStream) -> None:
             )
 
 
-def source_uses(config: RunConfig, training: SampleStream) -> list[SourceUse]:
+def source_uses(config: RunConfig, training: SampleStream | MegatronStream) -> list[SourceUse]:
     """What the whole run takes from each source."""
     return training.describe(config.training.steps * config.training.global_batch_size)
 
 
-def describe_uses(config: RunConfig, training: SampleStream) -> list[str]:
+def describe_uses(config: RunConfig, training: SampleStream | MegatronStream) -> list[str]:
     """A line for each source; what is passed over too often says so."""
     lines = []
     for use in source_uses(config, training):
@@ -93,7 +110,7 @@ def describe_uses(config: RunConfig, training: SampleStream) -> list[str]:
     return lines
 
 
-def find_tokenizer(config: RunConfig, training: SampleStream) -> Tokenizer | None:
+def find_tokenizer(config: RunConfig, training: SampleStream | MegatronStream) -> Tokenizer | None:
     """The tokenizer that ``data.tokenizer`` or the first source's manifest names; None if there is neither.
 
     Raises:
