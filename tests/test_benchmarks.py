@@ -95,3 +95,35 @@ def test_layers_and_operators(tmp_path):
         dense, *routed = found["layers"].values()
         assert dense["speed_up"][0] == 1.0 and len(routed) == 4
         assert all(len(entry["seconds"]) == 2 for entry in found["operators"].values())
+
+
+PEER_TOOL = """
+import sys
+prefix = sys.argv[sys.argv.index("--output-prefix") + 1]
+open(prefix + "_text_document.bin", "wb").write(b"something else")
+"""
+
+
+def test_preprocessing_beside_a_peer(tmp_path):
+    pytest.importorskip("gigatoken")
+    (tmp_path / "peer" / "tools").mkdir(parents=True)
+    for name in ("preprocess_data.py", "preprocess_data_fast.py"):
+        (tmp_path / "peer" / "tools" / name).write_text(PEER_TOOL)
+    options = ("--megabytes", "1", "--rounds", "2", "--workers", "1", "--folder", tmp_path)
+    result = tmp_path / "result.json"
+    done = python("tools/bench_data.py", "preprocess", *options, "--peer", tmp_path / "peer", "--json", result)
+    assert done.returncode == 0, done.stderr
+    assert "DIFFERENT bytes: [['ours fast', 'ours reference'], ['peer', 'peer fast']]" in done.stdout
+    record = json.loads(result.read_text())
+    seconds = record["seconds"]
+    assert set(seconds) == {"ours fast", "ours reference", "peer", "peer fast"}
+    expected = sum(b / a for a, b in zip(seconds["ours fast"], seconds["peer"], strict=True)) / 2
+    assert record["ratios"]["ours fast over peer"] == pytest.approx(expected)
+    assert min(record["memory_mib"]["ours fast"]) > 30
+
+
+def test_reading_samples_and_a_peer_that_is_none(tmp_path):
+    done = python("tools/bench_data.py", "read", "--megabytes", "1", "--rounds", "2", "--folder", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("samples/s of 2048 tokens") == 2, done.stderr
+    done = python("tools/bench_data.py", "preprocess", "--megabytes", "1", "--peer", tmp_path / "nowhere")
+    assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr

@@ -65,7 +65,7 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
 
     def contender(name: str):
         def measure() -> float:
-            for path in folder.glob(f"{name.replace(' ', '_')}*"):
+            for path in outputs(folder, name):
                 path.unlink()
             seconds, peak = watch(commands[name], options)
             memory[name].append(peak)
@@ -99,10 +99,17 @@ def compare_files(folder: Path, names: list[str]) -> None:
     """Say whether all wrote the same tokens."""
     contents = {}
     for name in names:
-        (path,) = folder.glob(f"{name.replace(' ', '_')}*.bin")
+        (path,) = (path for path in outputs(folder, name) if path.suffix == ".bin")
         contents.setdefault(path.read_bytes(), []).append(name)
     verdict = "the same bytes" if len(contents) == 1 else f"DIFFERENT bytes: {list(contents.values())}"
     print(f"  all wrote {verdict}")
+
+
+def outputs(folder: Path, name: str) -> list[Path]:
+    """The files that a contender wrote; Megatron appends what was in its documents to the prefix."""
+    prefix = name.replace(" ", "_")
+    stems = (prefix, f"{prefix}_text_document")
+    return [path for path in folder.iterdir() if path.stem in stems]
 
 
 def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
