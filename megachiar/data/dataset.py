@@ -17,6 +17,7 @@ from megachiar.data.manifest import Manifest, check_manifest, check_vocabulary, 
 from megachiar.data.order import Blend, StreamOrder
 from megachiar.errors import UserError
 
+LOCATED_TOGETHER = 1024  # positions of a run
 IGNORED_TARGET = -100  # what PyTorch's cross-entropy leaves out
 
 
@@ -56,17 +57,26 @@ class TokenSource:
         """Fill ``out``, int64 (length,), with the stream's tokens from ``start`` on, going on at its beginning.
 
         Raises:
-            UserError: an id is negative or not below the model's vocabulary (only a dataset without manifest, or one
-                damaged since it was written, gets so far).
+            UserError: see ``check_ids``.
         """
+        self.copy(start, out)
+        self.check_ids(start, out)
+
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """``read`` without its check."""
         tokens = self.dataset.tokens
         until_end = min(out.size, tokens.size - start)
         out[:until_end] = tokens[start : start + until_end]
         if until_end < out.size:
             out[until_end:] = tokens[: out.size - until_end]
-        self._check_ids(start, out)
 
-    def _check_ids(self, start: int, ids: np.ndarray) -> None:
+    def check_ids(self, start: int, ids: np.ndarray) -> None:
+        """Check the ids that were read from ``start`` on.
+
+        Raises:
+            UserError: an id is negative or not below the model's vocabulary (only a dataset without manifest, or one
+                damaged since it was written, gets so far).
+        """
         if self.vocab_size is None or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
             return
         offset = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
@@ -123,6 +133,7 @@ class SampleStream:
     def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float], sequence_length: int, seed: int):
         self.sources, self.sequence_length = tuple(sources), sequence_length
         self.blend = Blend(weights, seed)
+        self._last_block: tuple[int, list[Place]] = (-1, [])
         self.orders = tuple(
             StreamOrder(source.dataset.tokens.size, sequence_length, (seed, number), bin_path(source.prefix))
             for number, source in enumerate(sources)
@@ -139,14 +150,37 @@ class SampleStream:
         for place in places:  # all reads of the batch are under way before the first is waited for
             self.sources[place.source].dataset.announce(place.token, self.sequence_length + 1)
         for row, place in zip(batch, places, strict=True):
-            self.sources[place.source].read(place.token, row)
+            self.sources[place.source].copy(place.token, row)
+        if batch.size and not self._are_known_ids(batch):
+            for row, place in zip(batch, places, strict=True):
+                self.sources[place.source].check_ids(place.token, row)
         return batch
 
     def locate(self, positions: Iterable[int]) -> list[Place]:
         """Where the samples at ``positions`` lie, without reading them."""
-        positions = np.fromiter(positions, np.int64)
-        if (positions < 0).any():
-            raise IndexError(f"position {positions.min()} of a run; positions begin at 0")
+        places = []
+        for position in positions:
+            if position < 0:
+                raise IndexError(f"position {position} of a run; positions begin at 0")
+            block, row = divmod(int(position), LOCATED_TOGETHER)
+            places.append(self._block(block)[row])
+        return places
+
+    def _are_known_ids(self, batch: np.ndarray) -> bool:
+        """Whether every id is one of the model's vocabulary, as far as it is known."""
+        limits = [source.vocab_size for source in self.sources if source.vocab_size is not None]
+        return not limits or (int(batch.min()) >= 0 and int(batch.max()) < min(limits))
+
+    def _block(self, number: int) -> list[Place]:
+        """Places of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
+        known, places = self._last_block  # one read and one write of one name: threads may share a stream
+        if known != number:
+            first = number * LOCATED_TOGETHER
+            places = self._located(np.arange(first, first + LOCATED_TOGETHER))
+            self._last_block = (number, places)
+        return places
+
+    def _located(self, positions: np.ndarray) -> list[Place]:
         draws = self.blend.draws(positions)
         epochs, tokens = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(draws.sources):

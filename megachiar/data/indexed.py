@@ -391,7 +391,8 @@ class IndexedDataset:
     def __init__(self, prefix: Path | str, *, random_access: bool = False):
         self.prefix = Path(prefix)
         idx, bin_ = idx_path(prefix), bin_path(prefix)
-        index = np.frombuffer(_map_file(idx, self.prefix), np.uint8)
+        index_map = _map_file(idx, self.prefix)
+        index = np.frombuffer(index_map, np.uint8)
         code, sequences, starts = _read_header(index, idx)
         self.dtype = DTYPE_CODES[code]
         index_bytes = HEADER.size + 12 * sequences + 8 * starts
@@ -408,6 +409,7 @@ class IndexedDataset:
         self._check_stream_size(len(self._map), bin_)
         self._check_rows(_spread_rows(sequences))
         self._check_starts(_spread_rows(self.documents))
+        index_map.madvise(mmap.MADV_DONTNEED)  # a training run hardly looks at the index again: its pages may go
         self.tokens = np.frombuffer(self._map, self.dtype)
 
     def __len__(self) -> int:
