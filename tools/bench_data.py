@@ -215,19 +215,20 @@ def open_large(options: argparse.Namespace, folder: Path) -> dict:
         "me = psutil.Process(); before = me.memory_full_info().uss; began = time.perf_counter()\n"
         f"samples = build_training_samples([(sys.argv[1], 1.0)], {SEQUENCE_LENGTH}, 0)\n"
         "samples.sample(0); seconds = time.perf_counter() - began\n"
-        "print(seconds, me.memory_info().rss / 2**20, (me.memory_full_info().uss - before) / 2**20)\n"
+        "peak = float(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "print(seconds, peak / 2**10, (me.memory_full_info().uss - before) / 2**20)\n"
     )
     rounds = []
     for _ in range(options.rounds):
         done = subprocess.run([sys.executable, "-c", program, str(prefix)], capture_output=True, text=True, check=True)
         rounds.append([float(value) for value in done.stdout.split()])
-    seconds, resident, added = (Spread.of(list(values)) for values in zip(*rounds, strict=True))
+    seconds, peak, added = (Spread.of(list(values)) for values in zip(*rounds, strict=True))
     print(f"{DOCUMENTS:,} documents, {DOCUMENTS * TOKENS_PER_DOCUMENT:,} tokens, sequence length {SEQUENCE_LENGTH}")
     print(
         f"  first sample after {seconds.told(' s', digits=4)}; memory of its own added {added.told(' MiB', digits=1)}"
     )
-    print(f"  the whole process, with Python and its libraries: {resident.told(' MiB', digits=0)}")
-    return {"seconds": seconds, "added_mib": added, "resident_mib": resident}
+    print(f"  the whole process, with Python and its libraries, at its peak: {peak.told(' MiB', digits=0)}")
+    return {"seconds": seconds, "added_mib": added, "peak_mib": peak}
 
 
 def write_sparse(prefix: Path, documents: int, tokens: int) -> Path:

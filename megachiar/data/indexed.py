@@ -391,8 +391,8 @@ class IndexedDataset:
     def __init__(self, prefix: Path | str, *, random_access: bool = False):
         self.prefix = Path(prefix)
         idx, bin_ = idx_path(prefix), bin_path(prefix)
-        index_map = _map_file(idx, self.prefix)
-        index = np.frombuffer(index_map, np.uint8)
+        self._index_map = _map_file(idx, self.prefix)
+        index = np.frombuffer(self._index_map, np.uint8)
         code, sequences, starts = _read_header(index, idx)
         self.dtype = DTYPE_CODES[code]
         index_bytes = HEADER.size + 12 * sequences + 8 * starts
@@ -409,7 +409,6 @@ class IndexedDataset:
         self._check_stream_size(len(self._map), bin_)
         self._check_rows(_spread_rows(sequences))
         self._check_starts(_spread_rows(self.documents))
-        index_map.madvise(mmap.MADV_DONTNEED)  # a training run hardly looks at the index again: its pages may go
         self.tokens = np.frombuffer(self._map, self.dtype)
 
     def __len__(self) -> int:
@@ -486,6 +485,7 @@ class IndexedDataset:
                     f"sequence {part.start + row:,} has length {lengths[row]:,} and begins at byte {pointers[row]:,}, "
                     f"but the lengths before it end at byte {expected[row]:,}",
                 )
+            self._let_go_of_index()
 
     def _check_starts(self, rows: Iterator[slice]) -> None:
         """Documents begin with sequence 0, in order, and end with the last sequence."""
@@ -500,6 +500,11 @@ class IndexedDataset:
             if (starts[1:] < starts[:-1]).any():
                 row = part.start + int(np.argmax(starts[1:] < starts[:-1]))
                 raise _broken_index(self.prefix, f"document {row + 1:,} begins before document {row:,}")
+            self._let_go_of_index()
+
+    def _let_go_of_index(self) -> None:
+        """Give back the pages of the index that were read: a training run hardly looks at it again."""
+        self._index_map.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_again(prefix: Path, random_access: bool) -> IndexedDataset:
