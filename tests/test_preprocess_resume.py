@@ -153,6 +153,19 @@ def stop_at_file(monkeypatch, number: int) -> None:
     monkeypatch.setattr(journal, "LARGEST_SHARE", 1)
 
 
+def stop_after_renames(monkeypatch, number: int) -> None:
+    """Let whatever puts files in their places fail after ``number`` of them."""
+    real, placed = os.replace, []
+
+    def stop(source: Path, target: Path) -> None:
+        if len(placed) == number:
+            raise Stop
+        placed.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", stop)
+
+
 def test_only_what_is_missing_is_read_again(tmp_path, model, corpus, undisturbed, monkeypatch):
     from megachiar.data import preprocess as module
 
@@ -236,16 +249,9 @@ def test_a_journal_cut_short_by_a_power_cut_counts_up_to_its_last_whole_line(
 
 def test_a_run_killed_between_its_last_renames_is_completed(tmp_path, model, corpus, undisturbed, monkeypatch):
     """The first part is in its place when the run ends: the next one must neither refuse it nor begin again."""
-    folder, real, placed = tmp_path / "again", os.replace, []
-
-    def stop_after(source: Path, target: Path) -> None:
-        if len(placed) == 4:
-            raise Stop
-        placed.append(target)
-        real(source, target)
-
+    folder = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", stop_after)
+        stop_after_renames(patch, 4)
         with pytest.raises(Stop):
             run(settings(folder, model, corpus))
     assert (folder / "out_train.idx").exists() and not (folder / "out_valid.idx").exists()
@@ -323,16 +329,8 @@ def test_a_merge_killed_between_its_last_renames_is_completed(tmp_path, model, c
     with open(os.devnull, "w") as quiet:
         for number in range(2):
             make_shard(wanted, number, 2, quiet)
-    real, placed = os.replace, []
-
-    def stop_after(source: Path, target: Path) -> None:
-        if len(placed) == 4:
-            raise Stop
-        placed.append(target)
-        real(source, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", stop_after)
+        stop_after_renames(patch, 4)
         with pytest.raises(Stop):
             merge_shards(wanted, 2)
     assert (tmp_path / "merged" / "out_train.idx").exists()

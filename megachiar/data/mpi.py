@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import TextIO
 
 from megachiar.data.preprocess import Report
@@ -38,8 +39,9 @@ def preprocess_with_mpi(settings: PreprocessSettings, stream: TextIO | None = No
     except UserError as error:
         failure = error
     except BaseException:
-        MPI.COMM_WORLD.Abort(1)  # the others would wait for this rank for ever
-        raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)  # the others would wait for this rank for ever; it ends this process too
     if any(world.allgather(failure is not None)):
         if failure is not None:
             raise failure

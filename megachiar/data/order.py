@@ -15,7 +15,7 @@ any place to begin.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,24 +49,22 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     Returns:
         int64 array of the shape of ``values``.
     """
-    columns, rows = _grid(size)
-    values = np.asarray(values, dtype=np.int64)
-    result = _feistel(values.reshape(-1), columns, rows, keys)
-    outside = result >= size
-    while outside.any():
-        result[outside] = _feistel(result[outside], columns, rows, keys)
-        outside = result >= size
-    return result.reshape(values.shape)
+    return _walk(_feistel, values, size, keys)
 
 
 def unpermute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """The inverse of ``permute``: ``unpermute(permute(v, size, keys), size, keys) == v``."""
+    return _walk(_feistel_back, values, size, keys)
+
+
+def _walk(step: Callable[..., np.ndarray], values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """``step`` of each value, again and again until it is inside ``range(size)``."""
     columns, rows = _grid(size)
     values = np.asarray(values, dtype=np.int64)
-    result = _feistel_back(values.reshape(-1), columns, rows, keys)
+    result = step(values.reshape(-1), columns, rows, keys)
     outside = result >= size
     while outside.any():
-        result[outside] = _feistel_back(result[outside], columns, rows, keys)
+        result[outside] = step(result[outside], columns, rows, keys)
         outside = result >= size
     return result.reshape(values.shape)
 

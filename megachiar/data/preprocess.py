@@ -266,12 +266,13 @@ class _Run:
         documents = sum(output.builder.documents for output in outputs)
         skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
         if documents == 0 and not self.settings.allow_empty:
+            self.journal.sources.clear()  # the same call cannot do better: nothing is worth keeping
             raise UserError(
                 "--input", f"held no usable document (skipped: {skipped or 'none'})", "check the input and --text-key"
             )
         for output in outputs:
             if output.builder.documents == 0 and not self.settings.allow_empty:
-                self.journal.sources.clear()  # the same call cannot do better: nothing is worth keeping
+                self.journal.sources.clear()
                 raise UserError(
                     output.prefix,
                     f"this part of the split got none of the {documents:,} documents",

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import library
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_dropout
@@ -95,7 +96,7 @@ class _Dropout(torch.autograd.Function):
         return _dropped(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
 
 
-@torch.library.custom_op("megachiar::dropped", mutates_args=())
+@library.custom_op("megachiar::dropped", mutates_args=())
 def _dropped(x: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_column: int) -> torch.Tensor:
     """One operation to ``torch.compile``: its blocks are not to be unrolled."""
     drop = Dropper(KeyedDropout(probability, keys, site), x.shape[1], first_column)
