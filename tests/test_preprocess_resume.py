@@ -377,6 +377,8 @@ def test_a_damaged_shard_is_not_merged(tmp_path, model, corpus):
 def test_more_shards_than_inputs_are_refused(tmp_path, model, corpus):
     with pytest.raises(UserError, match="13 shards of 12 inputs"):
         make_shard(settings(tmp_path, model, corpus), 0, 13)
+    with pytest.raises(UserError, match="0 shards"):
+        merge_shards(settings(tmp_path, model, corpus), 0)
     with pytest.raises(UserError, match="shard 3 of 3"):
         make_shard(settings(tmp_path, model, corpus), 3, 3)
 

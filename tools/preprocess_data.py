@@ -69,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def shard_of(text: str) -> tuple[int, int]:
     """(K, N) of ``"K/N"``."""
-    number, shards = text.split("/")
+    number, _, shards = text.partition("/")
+    if not (number.isdecimal() and shards.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form K/N, such as 0/64")
     return int(number), int(shards)
 
 

@@ -90,6 +90,8 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
     Raises:
         UserError: shards are missing, damaged or of another call; an output exists; a part has no document.
     """
+    if shards < 1:
+        raise UserError("--merge-shards", f"{shards} shards", "give the number of shards that were made")
     everything = [shard_settings(settings, number, shards) for number in range(shards)]
     log = _merged_log(everything)
     if not _finishing(settings).exists():
