@@ -124,10 +124,10 @@ def test_documents_come_out_as_they_went_in(folder, tokenizer):
 
 def test_a_sample_is_the_one_a_run_reads(folder, tokenizer):
     stream = build_training_samples([(folder / "text", 1.0)], 8, seed=3)
-    for number in (0, 1, stream.orders[0].samples_per_epoch * 2 + 1):
+    for number in (0, 1, stream.order.orders[0].samples_per_epoch * 2 + 1):
         shown = show_sample(folder / "text", number, 8, 3, tokenizer)
         assert shown["ids"] == stream.sample(number).tolist()
-        assert shown["epoch"] == number // stream.orders[0].samples_per_epoch
+        assert shown["epoch"] == number // stream.order.orders[0].samples_per_epoch
         assert shown["text"] == tokenizer.decode(shown["ids"])
         dataset = stream.sources[0].dataset
         places = np.arange(shown["first_token"], shown["first_token"] + 9) % dataset.tokens.size

@@ -25,6 +25,9 @@ class DataConfig(Section):
     order: Literal["keyed", "megatron"] = "keyed"
     """keyed: a pure function of seed and position, without an index. megatron: megatron-core's own order, index for
     index, which depends on the number of samples of the whole run."""
+    on_change: Literal["refuse", "continue"] = "refuse"
+    """What to do where sources, weights, sequence length or batch are not those that the run was saved with: refuse, or
+    continue, every source from where it is. Of the keyed order."""
     max_epochs: PositiveFloat | None = None
     """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported:
     up to there repeated text is nearly as good as new (arXiv:2305.16264)."""

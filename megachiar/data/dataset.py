@@ -14,7 +14,7 @@ import numpy as np
 from megachiar.data.files import bin_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.manifest import Manifest, check_manifest, check_vocabulary, read_manifest
-from megachiar.data.order import Blend, StreamOrder
+from megachiar.data.order import OrderedSource, RunOrder
 from megachiar.errors import UserError
 
 LOCATED_TOGETHER = 1024  # positions of a run
@@ -97,8 +97,8 @@ class SourceUse(NamedTuple):
         share: of all samples, in (0, 1].
         tokens: tokens of the dataset.
         samples_per_epoch: samples that one pass over it gives.
-        samples: samples taken from it.
-        epochs: passes over it, a fraction included.
+        samples: samples taken from it, in this order.
+        epochs: passes over it in the whole run, a fraction included.
     """
 
     prefix: Path
@@ -118,26 +118,16 @@ class Place(NamedTuple):
 
 
 class SampleStream:
-    """The endless series of a run's training samples: sample k is a pure function of (sources, weights, seed, k).
+    """The endless series of a run's training samples: sample k is a pure function of the sources, the order and k.
 
     Args:
-        sources: to read from.
-        weights: share of samples of each source, relative to the others.
-        sequence_length: T.
-        seed: of the order.
-
-    Raises:
-        UserError: a source is shorter than one sample, or a weight is not above 0.
+        sources: to read from, as ``order`` numbers them.
+        order: where each sample lies.
     """
 
-    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float], sequence_length: int, seed: int):
-        self.sources, self.sequence_length = tuple(sources), sequence_length
-        self.blend = Blend(weights, seed)
+    def __init__(self, sources: Sequence[TokenSource], order: RunOrder):
+        self.sources, self.order, self.sequence_length = tuple(sources), order, order.sequence_length
         self._last_block: tuple[int, list[Place]] = (-1, [])
-        self.orders = tuple(
-            StreamOrder(source.dataset.tokens.size, sequence_length, (seed, number), bin_path(source.prefix))
-            for number, source in enumerate(sources)
-        )
 
     def sample(self, position: int) -> np.ndarray:
         """Sample ``position`` of the run, int64 (T + 1,)."""
@@ -160,9 +150,9 @@ class SampleStream:
         """Where the samples at ``positions`` lie, without reading them."""
         places = []
         for position in positions:
-            if position < 0:
-                raise IndexError(f"position {position} of a run; positions begin at 0")
-            block, row = divmod(int(position), LOCATED_TOGETHER)
+            if position < self.order.first:
+                raise IndexError(f"position {position} of a run; positions begin at {self.order.first}")
+            block, row = divmod(int(position) - self.order.first, LOCATED_TOGETHER)
             places.append(self._block(block)[row])
         return places
 
@@ -175,20 +165,11 @@ class SampleStream:
         """Places of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
         known, places = self._last_block  # one read and one write of one name: threads may share a stream
         if known != number:
-            first = number * LOCATED_TOGETHER
-            places = self._located(np.arange(first, first + LOCATED_TOGETHER))
+            first = self.order.first + number * LOCATED_TOGETHER
+            columns = self.order.places(np.arange(first, first + LOCATED_TOGETHER))
+            places = [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
             self._last_block = (number, places)
         return places
-
-    def _located(self, positions: np.ndarray) -> list[Place]:
-        draws = self.blend.draws(positions)
-        epochs, tokens = np.empty_like(positions), np.empty_like(positions)
-        for number in np.unique(draws.sources):
-            chosen = draws.sources == number
-            order = self.orders[number]
-            epochs[chosen] = order.epochs(draws.samples[chosen])
-            tokens[chosen] = order.starts(draws.samples[chosen])
-        return [Place(*row) for row in zip(draws.sources.tolist(), epochs.tolist(), tokens.tolist(), strict=True)]
 
     def documents(self, position: int) -> list[int]:
         """The documents that sample ``position`` is made of, in order."""
@@ -199,8 +180,8 @@ class SampleStream:
         return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
 
     def describe(self, samples: int) -> list[SourceUse]:
-        """What the first ``samples`` samples of the run take from each source."""
-        counts = self.blend.counts(samples).tolist()
+        """What the samples of the run up to ``samples`` take from each source."""
+        blend, consumed = self.order.blend, self.order.consumed(samples)
         return [
             SourceUse(
                 prefix=source.prefix,
@@ -208,9 +189,11 @@ class SampleStream:
                 tokens=order.tokens,
                 samples_per_epoch=order.samples_per_epoch,
                 samples=count,
-                epochs=count / order.samples_per_epoch,
+                epochs=used.epoch + used.tokens / (order.samples_per_epoch * self.sequence_length),
             )
-            for source, order, share, count in zip(self.sources, self.orders, self.blend.shares, counts, strict=True)
+            for source, order, share, count, used in zip(
+                self.sources, self.order.orders, blend.shares, blend.counts(samples).tolist(), consumed, strict=True
+            )
         ]
 
 
@@ -223,7 +206,11 @@ def build_training_samples(
         UserError: as ``open_sources``; or a source is too short, or a weight not above 0.
     """
     opened = open_sources([prefix for prefix, _ in sources], vocab_size)
-    return SampleStream(opened, [weight for _, weight in sources], sequence_length, seed)
+    ordered = [
+        OrderedSource(source.dataset.tokens.size, weight, number, where=bin_path(source.prefix))
+        for number, (source, (_, weight)) in enumerate(zip(opened, sources, strict=True))
+    ]
+    return SampleStream(opened, RunOrder(ordered, sequence_length, seed))
 
 
 def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) -> list[TokenSource]:

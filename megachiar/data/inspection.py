@@ -12,6 +12,7 @@ from megachiar.data.dataset import SampleStream, build_training_samples
 from megachiar.data.files import bin_path, idx_path, manifest_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.manifest import Manifest, check_manifest, check_tokenizer, read_manifest
+from megachiar.data.megatron_order import MegatronStream
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
@@ -171,22 +172,10 @@ def show_sample(
     }
 
 
-def show_step(
-    stream: SampleStream, step: int, global_batch_size: int, tokenizer: Tokenizer | None
+def show_samples(
+    stream: SampleStream | MegatronStream, positions: range, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """What step ``step`` of a run reads, sample by sample: position, source, epoch, documents, ids and text.
-
-    Args:
-        stream: the run's samples.
-        step: counted from 0; step s reads the samples [s * G, (s + 1) * G).
-        global_batch_size: G.
-
-    Raises:
-        UserError: the step is negative.
-    """
-    if step < 0:
-        raise UserError("--step", f"{step}", "steps are counted from 0")
-    positions = range(step * global_batch_size, (step + 1) * global_batch_size)
+    """What a run reads at ``positions``, sample by sample: position, source, epoch, documents, ids and text."""
     shown = []
     for position, place, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
         shown.append(

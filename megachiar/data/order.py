@@ -106,6 +106,13 @@ def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+class Consumed(NamedTuple):
+    """What was read of a source: whole epochs, and targets of the next one, in the order of that epoch's samples."""
+
+    epoch: int = 0
+    tokens: int = 0
+
+
 class StreamOrder:
     """Order of one source's samples: an endless series of epochs, each a permutation of the source's n samples.
 
@@ -139,6 +146,16 @@ class StreamOrder:
                 "use a larger dataset or a shorter data.sequence_length",
             )
         self.tokens, self.sequence_length, self._key = tokens, sequence_length, key
+
+    def first_after(self, consumed: Consumed) -> int:
+        """The first of the source's samples that begins after what was read of it, with whatever sequence length."""
+        in_epoch = min(-(-consumed.tokens // self.sequence_length), self.samples_per_epoch)
+        return consumed.epoch * self.samples_per_epoch + in_epoch
+
+    def consumed(self, samples: int) -> Consumed:
+        """What the source's first ``samples`` samples of the run are in epochs and tokens."""
+        epoch, in_epoch = divmod(samples, self.samples_per_epoch)
+        return Consumed(epoch, in_epoch * self.sequence_length)
 
     def epochs(self, samples: np.ndarray) -> np.ndarray:
         """Epoch that each of this source's samples of the run (int64) belongs to."""
@@ -196,12 +213,13 @@ class Blend:
     Args:
         weights: of the sources, positive, any sum.
         seed: of the run.
+        first: position of the run that the blend begins at; each source's draws are counted from there.
 
     Raises:
         UserError: a weight is not positive and finite, or too small beside the others.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int):
+    def __init__(self, weights: Sequence[float], seed: int, first: int = 0):
         shares = np.asarray(weights, dtype=np.float64)
         if shares.size == 0 or not np.isfinite(shares).all() or (shares <= 0).any():
             raise UserError(
@@ -210,12 +228,13 @@ class Blend:
         self.shares = shares / shares.sum()
         self.quotas = _quotas(self.shares)
         self.block = int(self.quotas.sum())
-        self._seed = seed
+        self.first = first
+        self._key = (seed, first) if first else (seed,)
         self._last_block = (0, self._draws_of_block(0))
 
     def draws(self, positions: np.ndarray) -> Draws:
-        """Source and sample of the source for each position of the run, int64 (n,)."""
-        positions = np.asarray(positions, dtype=np.int64)
+        """Source and sample of the source for each position of the run, int64 (n,), none before ``first``."""
+        positions = np.asarray(positions, dtype=np.int64) - self.first
         blocks = positions // self.block
         sources, samples = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
@@ -226,8 +245,8 @@ class Blend:
         return Draws(sources, samples)
 
     def counts(self, positions: int) -> np.ndarray:
-        """Samples drawn from each source by the first ``positions`` positions of the run, int64 (sources,)."""
-        whole, rest = divmod(positions, self.block)
+        """Samples drawn from each source by the positions from ``first`` to ``positions``, int64 (sources,)."""
+        whole, rest = divmod(positions - self.first, self.block)
         begun = self._block(whole).sources[:rest]
         return whole * self.quotas + np.bincount(begun, minlength=self.quotas.size)
 
@@ -241,12 +260,73 @@ class Blend:
     def _draws_of_block(self, number: int) -> Draws:
         """The draws of all positions of a block, in order."""
         ends = np.cumsum(self.quotas)
-        slots = permute(np.arange(self.block), self.block, round_keys("blend", self._seed, number))
+        slots = permute(np.arange(self.block), self.block, round_keys("blend", *self._key, number))
         sources = np.searchsorted(ends, slots, side="right")
         by_source = np.argsort(sources, kind="stable")
         turn = np.empty_like(sources)  # of a draw among its source's draws in this block
         turn[by_source] = np.arange(self.block) - (ends - self.quotas)[sources[by_source]]
         return Draws(sources, number * self.quotas[sources] + turn)
+
+
+class OrderedSource(NamedTuple):
+    """A source as an order knows it.
+
+    Attributes:
+        tokens: length of its stream.
+        weight: of its samples, relative to the others'.
+        number: what names its order beside the seed; another one for each source of the run.
+        consumed: what was read of it before.
+        where: named in errors.
+    """
+
+    tokens: int
+    weight: float
+    number: int
+    consumed: Consumed = Consumed()
+    where: object = "dataset"
+
+
+class RunOrder:
+    """Where the samples of a run lie, from ``first`` on: a blend of ordered sources.
+
+    Attributes:
+        blend, orders: what it is made of.
+        first: the first position that it knows.
+
+    Args:
+        sources: at least one.
+        sequence_length: T.
+        seed: of the run.
+        first: position of the run that it begins at.
+
+    Raises:
+        UserError: a source is shorter than one sample, or a weight cannot be kept.
+    """
+
+    def __init__(self, sources: Sequence[OrderedSource], sequence_length: int, seed: int, first: int = 0):
+        self.sequence_length, self.first = sequence_length, first
+        self.blend = Blend([source.weight for source in sources], seed, first)
+        self.orders = tuple(
+            StreamOrder(source.tokens, sequence_length, (seed, source.number), source.where) for source in sources
+        )
+        self._begin = [order.first_after(s.consumed) for order, s in zip(self.orders, sources, strict=True)]
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, epoch and first token of the sample at each position, all int64 (n,)."""
+        draws = self.blend.draws(positions)
+        epochs, tokens = np.empty_like(draws.samples), np.empty_like(draws.samples)
+        for number in np.unique(draws.sources):
+            chosen, order = draws.sources == number, self.orders[number]
+            samples = draws.samples[chosen] + self._begin[number]
+            epochs[chosen], tokens[chosen] = order.epochs(samples), order.starts(samples)
+        return draws.sources, epochs, tokens
+
+    def consumed(self, position: int) -> list[Consumed]:
+        """What was read of each source before ``position``, at least ``first``, in the whole run."""
+        counts = self.blend.counts(position).tolist()
+        return [
+            order.consumed(begin + count) for order, begin, count in zip(self.orders, self._begin, counts, strict=True)
+        ]
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:

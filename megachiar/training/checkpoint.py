@@ -15,6 +15,7 @@ A killed run leaves such a folder behind; it is never read, and the next run rem
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from safetensors import SafetensorError
 from megachiar import __version__
 from megachiar.config import ModelConfig, RunConfig, load_config
 from megachiar.data.files import sync_folder, write_atomically
+from megachiar.data.history import Change, DataHistory
 from megachiar.errors import UserError, disk_errors
 from megachiar.model import ChiarFormer, build_model
 from megachiar.topology import LaunchError
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # reading a checkpoint needs no engine
     from megachiar.training.engine import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMAT_VERSION = 3
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
 # Model keys that may differ between a checkpoint and the run that loads it: they change no weight's meaning.
@@ -46,23 +49,13 @@ _FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share
 _FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
 
 
-class DataRecord(BaseModel):
-    """One training source as the checkpoint's position refers to it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokens: int
-    checksum: str | None
-    weight: float
-
-
 class CheckpointState(BaseModel):
     """What ``state.json`` records.
 
     Attributes:
         step: optimizer steps taken.
         samples: training samples consumed by all ranks together: the position in the data.
-        data: the sources these samples were drawn from; ``sequence_length``, ``seed`` and ``order`` fix theirs.
+        data: where these samples came from.
         optimizer_steps: of them, those that changed weights: fp16 overflows are left out.
         loss_scale: of fp16, with its counters; else None.
         layout: what wrote the files, for the reader's eye.
@@ -71,14 +64,11 @@ class CheckpointState(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = FORMAT_VERSION
     created_by: str = f"megachiar {__version__}"
     step: int
     samples: int
-    data: list[DataRecord]
-    sequence_length: int
-    seed: int
-    order: str = "keyed"
+    data: DataHistory
     optimizer_steps: int
     loss_scale: dict[str, float] | None
     layout: str
@@ -96,9 +86,15 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of ``checkpoint``; None if it is whole."""
+    """What is wrong with the files of ``checkpoint``; None if it is whole.
+
+    Raises:
+        LaunchError: it is of another version of the format: to pass over it would lose the run.
+    """
     try:
-        state = CheckpointState.model_validate_json((checkpoint / STATE_FILE).read_bytes())
+        text = (checkpoint / STATE_FILE).read_bytes()
+        _refuse_other_format(checkpoint, text)
+        state = CheckpointState.model_validate_json(text)
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
     except (OSError, ValidationError) as error:
@@ -110,6 +106,19 @@ def damage(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, {size} were written"
     return None
+
+
+def _refuse_other_format(checkpoint: Path, text: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        state = json.loads(text)
+        version = state.get("format_version") if isinstance(state, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise LaunchError(
+                checkpoint / STATE_FILE,
+                f"format_version {version}, written by {state.get('created_by')}; this is megachiar {__version__}, "
+                f"which reads {FORMAT_VERSION}",
+                "use the version that wrote it, or another logging.folder",
+            )
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -141,8 +150,8 @@ def find_checkpoint(path: Path | str) -> Path:
     raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
 
 
-def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int | None) -> Path:
-    """Write a checkpoint; every rank calls it. Afterwards the ``keep`` newest remain.
+def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | None) -> Path:
+    """Write a checkpoint of a run that has read ``data``; every rank calls it. Afterwards the ``keep`` newest remain.
 
     Raises:
         UserError: the disk is full or read-only; no folder that looks whole is left.
@@ -166,11 +175,8 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
             (incomplete / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
             state = CheckpointState(
                 step=step,
-                samples=step * config.training.global_batch_size,
+                samples=data.samples_before(step),
                 data=data,
-                sequence_length=config.sequence_length,
-                seed=config.training.seed,
-                order=config.sample_order,
                 optimizer_steps=step - engine.skipped_steps,
                 loss_scale=loss_scale_state(engine),
                 layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
@@ -183,18 +189,17 @@ def save_checkpoint(engine: Engine, step: int, data: list[DataRecord], keep: int
     return final
 
 
-def resume(engine: Engine, checkpoint: Path, data: list[DataRecord]) -> CheckpointState:
+def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     """Set weights, optimizer and loss scale; returns the record with the position to go on from.
 
     Raises:
-        UserError: the checkpoint is damaged, of another model or of other data.
+        UserError: the checkpoint is damaged or of another model.
     """
     from megachiar.training.state import read_optimizer_into, read_weights_into, set_loss_scale_state
 
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
     check_same_model(checkpoint, saved.model, engine.config.model)
-    _check_same_data(checkpoint, state, engine.config, data)
     store = Store(checkpoint)
     read_weights_into(engine, store)
     read_optimizer_into(engine, store, state.optimizer_steps)
@@ -278,27 +283,32 @@ def _binding_keys(model: ModelConfig) -> dict[str, Any]:
     return flat
 
 
-def _check_same_data(checkpoint: Path, state: CheckpointState, config: RunConfig, data: list[DataRecord]) -> None:
-    pairs = [
-        ("data.train", state.data, data),
-        ("data.sequence_length", state.sequence_length, config.sequence_length),
-        ("training.seed", state.seed, config.training.seed),
-        ("data.order", state.order, config.sample_order),
-        ("training.global_batch_size", state.samples, state.step * config.training.global_batch_size),
-    ]
-    for key, before, now in pairs:
-        if before != now:
-            raise LaunchError(
-                f"{checkpoint}: {key}",
-                f"was {_brief(before)} when it was saved and is {_brief(now)} now: the order of samples would change",
-                "go on with the same data and batch, or start a new run with checkpoint.load_from",
+def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, wanted: DataHistory) -> list[Change]:
+    """What the run reads otherwise from now on than it did up to ``checkpoint``.
+
+    Args:
+        wanted: what ``config`` would read from the beginning.
+
+    Raises:
+        LaunchError: something changed that ``data.on_change`` does not allow, or that has no meaning in mid-run.
+    """
+    changes = state.data.changes(wanted, state.step)
+    for change in changes:
+        if not change.defined:
+            remedy = "go on with the saved value, or start a new run with checkpoint.load_from"
+        elif config.data.on_change == "refuse":
+            remedy = (
+                "set it back, or set data.on_change=continue: every source then goes on from where it is; or start a "
+                "new run with checkpoint.load_from"
             )
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(f"{d.tokens:,} tokens {(d.checksum or '')[:15]} weight {d.weight}" for d in value) + "]"
-    return repr(value)
+        else:
+            continue
+        raise LaunchError(
+            f"{checkpoint}: {change.key}",
+            f"was {change.before} when it was saved and is {change.now} now: the order of samples would change",
+            remedy,
+        )
+    return changes
 
 
 def _step_of(path: Path) -> int:

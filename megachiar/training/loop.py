@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.loader import BatchLoader
@@ -45,8 +46,11 @@ class Progress:
     saved_step: int | None = None
 
 
-def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[str], None]) -> Progress:
+def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[str], None]) -> tuple[Progress, RunData]:
     """Go on from the newest whole checkpoint of the run folder, as ``checkpoint.resume`` says.
+
+    Returns:
+        how far the run is, and its data from there on.
 
     Raises:
         UserError: there is one and ``resume`` is ``never``, or it does not fit this run.
@@ -54,16 +58,20 @@ def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[st
     config = engine.config
     found = _agree(_newest(config.checkpoint_folder, display_line) if engine.topology.is_main else None)
     if found is None:
-        return Progress()
+        return Progress(), data
     if config.checkpoint.resume == "never":
         raise LaunchError(
             config.logging.folder,
             f"holds {found.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
-    state = checkpoints.resume(engine, found, data.records)
+    changes = checkpoints.check_data(found, checkpoints.read_state(found), config, data.history)
+    state = checkpoints.resume(engine, found)
     display_line(f"resumed from {found} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    return Progress(state.step, state.samples, state.step)
+    for change in changes:
+        line = f"{change.key} was {change.before} up to here and is {change.now} from here on"
+        display_line(f"[yellow]  {escape(line)}[/]")
+    return Progress(state.step, state.samples, state.step), data.going_on(state.data, state.step)
 
 
 def _newest(folder: Path, display_line: Callable[[str], None]) -> Path | None:
@@ -166,7 +174,7 @@ class Trainer:
             "gradient_norm": result.gradient_norm,
             "skipped": result.skipped,
             "samples": self.progress.samples,
-            "tokens": self.progress.samples * config.sequence_length,
+            "tokens": self.data.history.tokens_before(self.progress.samples),
             "tokens_per_second": rate,
             "model_flops_per_second": rate * flops,
             "model_flops_utilisation": rate * flops / (topology.world_size * self.peak) if self.peak else None,
@@ -206,7 +214,7 @@ class Trainer:
         last = step == self.config.training.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
-        path = checkpoints.save_checkpoint(self.engine, step, self.data.records, self.config.checkpoint.keep)
+        path = checkpoints.save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
 

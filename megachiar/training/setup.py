@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
@@ -16,7 +17,14 @@ from megachiar.training.checkpoint import find_checkpoint, start_from, whole_che
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
-from megachiar.training.sources import RunData, describe_uses, keep_tokenizer, open_data, with_document_end
+from megachiar.training.sources import (
+    RunData,
+    describe_uses,
+    keep_tokenizer,
+    open_data,
+    refuse_too_small,
+    with_document_end,
+)
 from megachiar.training.watch import PeerWatch
 
 
@@ -46,7 +54,10 @@ def train(
     engine = Engine(config, topology, device)
     introduce(config, engine, data, console)
     start_from_another_run(engine, console)
-    progress = resume_if_possible(engine, data, console.print)
+    progress, data = resume_if_possible(engine, data, console.print)
+    refuse_too_small(config, data)
+    for line in describe_uses(config, data):
+        console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
         console.print(f"nothing to do: {config.logging.folder} is at step {progress.step} of {config.training.steps}")
@@ -97,8 +108,6 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
         f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
     )
-    for line in describe_uses(config, data.training):
-        console.print(f"  {line}")
     if data.tokenizer is None:
         console.print(
             "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megachiar.config import RunConfig
@@ -15,12 +15,14 @@ from megachiar.data.dataset import (
     check_same_tokenizer,
     open_sources,
 )
+from megachiar.data.files import bin_path
+from megachiar.data.history import DataHistory, OrderRecord, SourceRecord
 from megachiar.data.manifest import check_tokenizer, read_manifest
 from megachiar.data.megatron_order import MegatronStream
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
-from megachiar.training.checkpoint import DataRecord
+from megachiar.training.checkpoint import check_data, read_state, whole_checkpoints
 
 EPOCHS_WORTH_REPORTING = 4
 
@@ -32,14 +34,26 @@ class RunData:
     Attributes:
         training: its samples by position.
         validation: by name.
-        records: the sources as checkpoints refer to them.
+        history: what the run has read and reads, as checkpoints record it.
         tokenizer: None where neither config nor manifest names one.
     """
 
     training: SampleStream | MegatronStream
     validation: dict[str, ValidationSet]
-    records: list[DataRecord]
+    history: DataHistory
     tokenizer: Tokenizer | None
+
+    def going_on(self, history: DataHistory, step: int) -> RunData:
+        """The data of a run that goes on at ``step`` with this data, after what ``history`` says it has read.
+
+        Raises:
+            LaunchError: a source is shorter than one sample.
+        """
+        if self.history.order != "keyed":
+            return self
+        continued = history.going_on(self.history, step)
+        sources = dict(zip(continued.numbers_of(self.history.sources), self.training.sources, strict=True))
+        return replace(self, history=continued, training=_stream(continued, continued.orders[-1], sources))
 
 
 def open_data(config: RunConfig) -> RunData:
@@ -50,8 +64,9 @@ def open_data(config: RunConfig) -> RunData:
     """
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
-        sources = [(source.path, source.weight) for source in config.data.train]
-        training = _in_order(config, open_sources([path for path, _ in sources], vocab_size))
+        sources = open_sources([source.path for source in config.data.train], vocab_size)
+        history = _beginning(config, sources)
+        training = _in_order(config, history, sources)
         validation = {
             name: ValidationSet(prefix, length, vocab_size=vocab_size)
             for name, prefix in config.data.validation.items()
@@ -59,34 +74,88 @@ def open_data(config: RunConfig) -> RunData:
         everything = [*training.sources, *(v.source for v in validation.values())]
         check_same_tokenizer([(source.prefix, source.manifest) for source in everything])
         tokenizer = find_tokenizer(config, training)
-        _refuse_too_small(config, training)
     except UserError as error:  # every rank reads the same files
         raise LaunchError(error.where, error.problem, error.remedy) from error
-    records = [
-        DataRecord(
-            tokens=source.dataset.tokens.size,
-            checksum=source.manifest.content if source.manifest else None,
-            weight=weight,
-        )
-        for source, (_, weight) in zip(training.sources, sources, strict=True)
-    ]
-    return RunData(training, validation, records, tokenizer)
+    return RunData(training, validation, history, tokenizer)
 
 
-def _in_order(config: RunConfig, sources: list[TokenSource]) -> SampleStream | MegatronStream:
+def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | MegatronStream, range]:
+    """The data of a run, its samples around ``step``, and the positions that this step (counted from 0) reads.
+
+    A run that has checkpoints has read what the newest one says; from there on it reads what ``config`` says.
+
+    Raises:
+        LaunchError: as ``open_data`` and ``checkpoint.check_data``; or a dataset that the step read is gone.
+    """
+    data = open_data(config)
+    past = whole_checkpoints(config.checkpoint_folder)
+    if past:
+        state = read_state(past[-1])
+        check_data(past[-1], state, config, data.history)
+        data = data.going_on(state.data, state.step)
+    history = data.history
+    positions = range(history.samples_before(step), history.samples_before(step + 1))
+    order = history.order_at(positions.start)
+    if order == history.orders[-1]:
+        return data, data.training, positions
+    sources = {share.source: _past_source(history, share.source) for share in order.shares}
+    return data, _stream(history, order, sources), positions
+
+
+def _past_source(history: DataHistory, number: int) -> TokenSource:
+    record = history.sources[number]
+    source = TokenSource(record.path)
+    if not record.same_data(_record(source)):
+        raise LaunchError(record.path, "is not the dataset any more that this step read", "bring that one back")
+    return source
+
+
+def _record(source: TokenSource) -> SourceRecord:
+    return SourceRecord(
+        path=str(source.prefix),
+        tokens=source.dataset.tokens.size,
+        checksum=source.manifest.content if source.manifest else None,
+    )
+
+
+def _beginning(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
+    return DataHistory.beginning(
+        [(_record(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
+        config.sequence_length,
+        config.training.global_batch_size,
+        config.training.seed,
+        config.sample_order,
+    )
+
+
+def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource]) -> SampleStream | MegatronStream:
     """The samples of a run in the order that ``data.order`` names."""
-    weights, seed = [source.weight for source in config.data.train], config.training.seed
     if config.data.order == "keyed":
-        return SampleStream(sources, weights, config.sequence_length, seed)
+        return _stream(history, history.orders[0], dict(enumerate(sources)))
+    weights = [source.weight for source in config.data.train]
     samples = config.training.steps * config.training.global_batch_size
-    return MegatronStream(sources, weights, config.sequence_length, seed, samples)
+    return MegatronStream(sources, weights, config.sequence_length, config.training.seed, samples)
 
 
-def _refuse_too_small(config: RunConfig, training: SampleStream | MegatronStream) -> None:
+def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSource]) -> SampleStream:
+    """The samples of one order, out of ``sources`` by number."""
+    chosen = [sources[share.source] for share in order.shares]
+    try:
+        return SampleStream(chosen, history.run_order(order, [bin_path(source.prefix) for source in chosen]))
+    except UserError as error:
+        raise LaunchError(error.where, error.problem, error.remedy) from error
+
+
+def refuse_too_small(config: RunConfig, data: RunData) -> None:
+    """Refuse to pass over a source more often than ``data.max_epochs``.
+
+    Raises:
+        LaunchError: names the source, its passes, and the share of its weight that would do.
+    """
     limit = config.data.max_epochs
-    for use in source_uses(config, training):
+    for use in source_uses(config, data):
         if limit is not None and use.epochs > limit:
-            raise UserError(
+            raise LaunchError(
                 f"data.train {use.prefix}",
                 f"{use.tokens:,} tokens at {use.share:.1%} of the samples are passed over {use.epochs:.2f} times, more "
                 f"than data.max_epochs {limit:g}",
@@ -94,15 +163,15 @@ def _refuse_too_small(config: RunConfig, training: SampleStream | MegatronStream
             )
 
 
-def source_uses(config: RunConfig, training: SampleStream | MegatronStream) -> list[SourceUse]:
-    """What the whole run takes from each source."""
-    return training.describe(config.training.steps * config.training.global_batch_size)
+def source_uses(config: RunConfig, data: RunData) -> list[SourceUse]:
+    """What the whole run takes from each of the sources that it reads now."""
+    return data.training.describe(data.history.samples_before(config.training.steps))
 
 
-def describe_uses(config: RunConfig, training: SampleStream | MegatronStream) -> list[str]:
+def describe_uses(config: RunConfig, data: RunData) -> list[str]:
     """A line for each source; what is passed over too often says so."""
     lines = []
-    for use in source_uses(config, training):
+    for use in source_uses(config, data):
         line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
         if config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
             line += " (small for its weight: repeated text teaches ever less)"
