@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -95,7 +96,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path,
     slow = (
         "import runpy, sys, time\n"
         "from megachiar.data import journal, readers, preprocess\n"
-        "journal.SECONDS_BETWEEN_CHECKPOINTS = 0\njournal.LARGEST_SHARE = 1\n"
+        "journal.SECONDS_BETWEEN_CHECKPOINTS = 0\njournal.LARGEST_SHARE = float('inf')\n"
         "read = readers.read_chunks\n"
         "def slowly(*a):\n    time.sleep(0.03)\n    yield from read(*a)\n"
         "preprocess.read_chunks = slowly\n"
@@ -150,7 +151,7 @@ def stop_at_file(monkeypatch, number: int) -> None:
 
     monkeypatch.setattr(module, "read_chunks", failing)
     monkeypatch.setattr(journal, "SECONDS_BETWEEN_CHECKPOINTS", 0)
-    monkeypatch.setattr(journal, "LARGEST_SHARE", 1)
+    monkeypatch.setattr(journal, "LARGEST_SHARE", math.inf)  # whatever a checkpoint costs
 
 
 def stop_after_renames(monkeypatch, number: int) -> None:
@@ -187,7 +188,7 @@ def test_files_that_were_mended_or_added_later_are_read(tmp_path, model, corpus,
     whole = corpus[9].read_text()
     corpus[9].write_text(whole + '{"text": broken\n')
     monkeypatch.setattr(journal, "SECONDS_BETWEEN_CHECKPOINTS", 0)
-    monkeypatch.setattr(journal, "LARGEST_SHARE", 1)
+    monkeypatch.setattr(journal, "LARGEST_SHARE", math.inf)  # whatever a checkpoint costs
     with pytest.raises(UserError, match=r"in_09\.jsonl.*broken JSON"):
         run(settings(tmp_path / "again", model, corpus))
     assert (tmp_path / "again" / "out.journal").exists()

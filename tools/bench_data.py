@@ -282,7 +282,7 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
             lengths = rng.integers(100, 900, 1000)
             builder.add_documents(rng.integers(1, VOCABULARY, int(lengths.sum()), dtype=np.int64), lengths)
     stream = build_training_samples([(prefix, 1.0)], SEQUENCE_LENGTH, 0)
-    count = min(2000, stream.orders[0].samples_per_epoch // (options.rounds + 1))
+    count = min(2000, stream.order.orders[0].samples_per_epoch // (options.rounds + 1))
     ours = {"one by one": [], "by 8": []}
     for number in range(options.rounds + 1):
         first = number * count
