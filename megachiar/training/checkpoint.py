@@ -109,16 +109,18 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _refuse_other_format(checkpoint: Path, text: bytes) -> None:
-    with contextlib.suppress(ValueError):
+    try:
         state = json.loads(text)
-        version = state.get("format_version") if isinstance(state, dict) else None
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            raise LaunchError(
-                checkpoint / STATE_FILE,
-                f"format_version {version}, written by {state.get('created_by')}; this is megachiar {__version__}, "
-                f"which reads {FORMAT_VERSION}",
-                "use the version that wrote it, or another logging.folder",
-            )
+    except ValueError:
+        return  # damaged
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise LaunchError(
+            checkpoint / STATE_FILE,
+            f"format_version {version}, written by {state.get('created_by')}; this is megachiar {__version__}, "
+            f"which reads {FORMAT_VERSION}",
+            "use the version that wrote it, or another logging.folder",
+        )
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
