@@ -14,11 +14,11 @@ import torch
 from megachiar.kernels import attention, gpu, triton_attention
 from megachiar.kernels.dropout import KeyedDropout, column_keys, head_keys, row_keys
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
-from megachiar.kernels.triton_attention import Mask, attend
+from megachiar.kernels.triton_attention import Layout, Mask, attend
 
 HEADS, SITE, RATE = 2, 5, 0.25
 LENGTHS = ((1, 16), (17, 16), (40, 16), (20, 64))
-CHOICES = ("none", "all", "some", "few", "one sequence without", "last of each", "first of each")
+CHOICES = ("all", "some", "few", "one sequence without", "last of each", "first of each")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,44 +46,35 @@ def deviations(
     """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
     generator = torch.Generator().manual_seed(length * c)
     chosen = choose(choice, length, generator)
-    b, counts = len(chosen), chosen.sum(1)
-    slots = max(1, int(counts.max()))
-    at, since = torch.full((2, b, slots), 7)  # what stands behind the valid ones is nobody's business
+    b = len(chosen)
     openings = document_openings(b, length, generator) if documents else torch.zeros(b, length, dtype=torch.int64)
-    for i in range(b):
-        at[i, : counts[i]] = chosen[i].nonzero().flatten()
-        since[i, : counts[i]] = openings[i, chosen[i]]
-    k, v, q_of_all, direction = (torch.randn(b, HEADS, length, c, generator=generator).to(dtype) for _ in range(4))
-    keys = row_keys(3, torch.arange(b)[:, None], torch.arange(length))
-
-    def packed(x: torch.Tensor) -> torch.Tensor:
-        """Rows (b, h, length, ...) of the chosen; junk in the other slots."""
-        out = torch.full((*x.shape[:2], slots, *x.shape[3:]), 3, dtype=x.dtype)
-        for i in range(b):
-            out[i, :, : counts[i]] = x[i, :, chosen[i]]
-        return out
-
+    k, v, q_of_all, direction = (torch.randn(b, length, HEADS, c, generator=generator).to(dtype) for _ in range(4))
+    keys = row_keys(3, torch.arange(b)[:, None], torch.arange(length))  # (b, length)
+    rows = chosen.flatten().nonzero().flatten()
+    starts = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int()
+    first_keys = torch.arange(0, (b + 1) * length, length, dtype=torch.int32)
+    since = (openings + first_keys[:-1, None]).flatten()[rows].int() if documents else None
+    layout = Layout(starts, first_keys, rows.int(), length, length, since)
+    layout = Layout(*(x.to(device) if torch.is_tensor(x) else x for x in layout))
     mixed = mix64(head_keys(keys, 1, HEADS).transpose(1, 2) + wrap64(SITE * GOLDEN))  # (b, h, length)
     columns = column_keys(0, length, torch.device("cpu"))
-    keys_of_chosen = packed(keys[:, None])[:, 0].flatten()
-    mask = Mask.of(KeyedDropout(RATE, keys_of_chosen.to(device), SITE), b, 1, HEADS, length)
-    inputs = [x.to(device).requires_grad_() for x in (packed(q_of_all), k, v)]
-    places = at.to(device), counts.to(device), None, mask if dropped else None
-    output = attend(*inputs, *places, since.to(device) if documents else None)
-    weight = packed(direction)
-    for i in range(b):
-        weight[i, :, counts[i] :] = 0
-    of_inputs = torch.autograd.grad((output.cpu().double() * weight.double()).sum(), inputs)
+    mask = Mask.of(KeyedDropout(RATE, keys.flatten()[rows].to(device), SITE), 1, HEADS, length) if dropped else None
+    inputs = [x.to(device).requires_grad_() for x in (q_of_all.flatten(0, 1)[rows], k, v)]
+    output = attend(inputs[0], *(x.flatten(0, 1) for x in inputs[1:]), layout, None, mask)
+    weight = direction.flatten(0, 1)[rows].to(device)
+    of_inputs = torch.autograd.grad(output, inputs, weight)
 
-    expected_inputs = [x.double().requires_grad_() for x in (q_of_all, k, v)]
-    whole = dense(*expected_inputs, stays_of(mixed, columns) if dropped else None, openings)
+    by_head = [x.double().transpose(1, 2).requires_grad_() for x in (q_of_all, k, v)]
+    whole = dense(*by_head, stays_of(mixed, columns) if dropped else None, openings)  # (b, h, length, c)
     wanted = chosen[:, None, :, None].double()
-    expected = torch.autograd.grad((whole * direction.double() * wanted).sum(), expected_inputs)
-    pairs = {"output": (output, packed(whole.detach())), "q": (of_inputs[0], packed(expected[0]))}
-    for i in range(b):
-        for _, want in pairs.values():
-            want[i, :, counts[i] :] = 0
-    pairs |= {"k": (of_inputs[1], expected[1]), "v": (of_inputs[2], expected[2])}
+    expected = torch.autograd.grad((whole * direction.double().transpose(1, 2) * wanted).sum(), by_head)
+    of_q, of_k, of_v = (x.transpose(1, 2) for x in expected)
+    pairs = {
+        "output": (output, whole.detach().transpose(1, 2).flatten(0, 1)[rows]),
+        "q": (of_inputs[0], of_q.flatten(0, 1)[rows]),
+        "k": (of_inputs[1], of_k),
+        "v": (of_inputs[2], of_v),
+    }
     return {name: relative(got.detach().cpu().double(), want) for name, (got, want) in pairs.items()}
 
 
@@ -117,9 +108,7 @@ def dispatched() -> dict[str, float]:
             triton_attention.attend = lambda *a, call=attend, seen=launched: seen.append(0) or call(*a)
             got = call()
             gpu.has_kernels, triton_attention.attend = has_kernels, attend
-            assert launched or (how is None and name in ("causal", "among")), (
-                name
-            )  # without dropout torch's own is at hand
+            assert launched or (how is None and name == "causal"), name  # without dropout torch's own is at hand
             found[f"{name}, {'dropout' if how else 'plain'}"] = relative(got, expected)
     return found
 
@@ -128,8 +117,6 @@ def choose(choice: str, length: int, generator: torch.Generator) -> torch.Tensor
     """(3, length) bool."""
     chosen = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(choice, 0.6)
     match choice:
-        case "none":
-            chosen[:] = False
         case "all":
             chosen[:] = True
         case "one sequence without":

@@ -17,6 +17,9 @@ from megachiar.kernels.keyed_attention import keyed_attention
 
 QUERY_CHUNK = 256
 """Queries of a sequence that share one masked product: each chunk sees only the keys up to its last position."""
+AMONG_BY_TRITON = 2048
+"""Tokens of a sequence up to which chosen rows among themselves go to the Triton kernel, which reads them as they lie;
+of longer ones it pays to pack them for torch's."""
 
 
 def causal_attention(
@@ -44,9 +47,14 @@ def causal_attention(
     queries, keys = q.shape[2], k.shape[2]
     dropped = dropout is not None and dropout.probability > 0
     if dropped or since is not None:
-        at = torch.arange(keys - queries, keys).expand(len(q), -1)
         if _by_triton(q):
-            return _triton(q, k, v, at.to(q.device), since, None, dropout, first_head, scale)
+            rows = torch.arange(len(q) * queries, device=q.device)
+            since = since.flatten() if since is not None else None
+            mixed = _routed_by_triton(
+                q.transpose(1, 2).flatten(0, 1), k, v, rows, queries, dropout, first_head, scale, since
+            )
+            return mixed.unflatten(0, (len(q), queries)).transpose(1, 2)
+        at = torch.arange(keys - queries, keys).expand(len(q), -1)
         if dropped:
             return keyed_attention(q, k, v, at, dropout, first_head, scale, since)
         if q.device.type != "cpu":
@@ -95,9 +103,11 @@ def routed_attention(
         packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
         since = since.view(sequences, queries) if since is not None else None
         return causal_attention(packed, k, v, dropout, first_head, scale, since).transpose(1, 2).flatten(0, 1)
+    if _by_triton(q):
+        return _routed_by_triton(q, k, v, rows, queries, dropout, first_head, scale, since)
     at = rows % queries + (keys - queries)
     dropped = dropout is not None and dropout.probability > 0
-    if q.device.type == "cpu" and not (dropped or _by_triton(q)):
+    if q.device.type == "cpu" and not dropped:
         asked = cpu_attention.Asked(_starts(rows, sequences, queries), at, since)
         return cpu_attention.attend(q, k, v, asked, scale)
     packing = Packing(rows, sequences, queries)
@@ -105,9 +115,7 @@ def routed_attention(
     since = packing.pack(since) if since is not None else None
     if dropped:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    if _by_triton(q):
-        mixed = _triton(grid, k, v, at, since, packing.counts, dropout, first_head, scale)
-    elif dropped:
+    if dropped:
         mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale, since)
     else:
         mixed = masked_attention(grid, k, v, at, since, scale)
@@ -145,7 +153,11 @@ def attention_among(
     # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
     if since is not None:  # of the first chosen row of the document, its number among the rows
         since = torch.searchsorted(rows, rows - rows % queries + since)
-    if q.device.type == "cpu" and not ((dropout is not None and dropout.probability > 0) or _by_triton(q)):
+    dropped = dropout is not None and dropout.probability > 0
+    if _by_triton(q) and (dropped or since is not None or queries <= AMONG_BY_TRITON):
+        starts, own = _device_starts(rows, sequences, queries), torch.arange(len(rows), device=rows.device)
+        return _by_rows(q, k, v, starts, starts, own, queries, queries, dropout, first_head, scale, since)
+    if q.device.type == "cpu" and not dropped:
         starts = _starts(rows, sequences, queries)
         before = torch.tensor(starts).index_select(0, rows // queries)
         at, since = torch.arange(len(rows)) - before, since - before if since is not None else None
@@ -217,24 +229,58 @@ def _by_triton(q: torch.Tensor) -> bool:
     return gpu.has_kernels(q.device) and triton_attention.supports(q)
 
 
-def _triton(
+def _device_starts(rows: torch.Tensor, sequences: int, queries: int) -> torch.Tensor:
+    """As ``_starts``, where the rows are."""
+    return torch.searchsorted(rows, torch.arange(sequences + 1, device=rows.device) * queries)
+
+
+def _routed_by_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    at: torch.Tensor,
-    since: torch.Tensor | None,
-    counts: torch.Tensor | None,
+    rows: torch.Tensor,
+    queries: int,
     dropout: KeyedDropout | None,
     first_head: int,
     scale: float | None,
+    since: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of queries (B, h, S, c) at positions ``at`` and ``since`` (B, S); ``counts`` (B,) of them are valid, or all."""
+    """Arguments and result as those of ``routed_attention``; keys and values are read as they lie."""
+    sequences, keys = k.shape[0], k.shape[2]
+    own = rows
+    if queries != keys or since is not None:
+        first_key = rows // queries * keys
+        own = rows % queries + (first_key + (keys - queries))
+        since = since + first_key if since is not None else None
+    key_starts = torch.arange(sequences + 1, device=q.device) * keys
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    starts = _device_starts(rows, sequences, queries)
+    return _by_rows(q, k, v, starts, key_starts, own, queries, keys, dropout, first_head, scale, since)
+
+
+def _by_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    own: torch.Tensor,
+    longest: int,
+    longest_keys: int,
+    dropout: KeyedDropout | None,
+    first_head: int,
+    scale: float | None,
+    since: torch.Tensor | None,
+) -> torch.Tensor:
+    """(n, h, c) of queries (n, h, c), keys and values (m, h, c); the rest as in ``triton_attention.Layout``."""
     mask = None
     if dropout is not None and dropout.probability > 0:
-        mask = triton_attention.Mask.of(dropout, len(q), first_head, q.shape[1], k.shape[2])
-    if counts is None:
-        counts = torch.full((len(q),), q.shape[2], device=q.device)
-    return triton_attention.attend(q, k, v, at, counts, scale, mask, since)
+        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], longest_keys)
+    starts, key_starts, own = starts.int(), key_starts.int(), own.int()
+    layout = triton_attention.Layout(
+        starts, key_starts, own, longest, longest_keys, since.int() if since is not None else None
+    )
+    return triton_attention.attend(q, k, v, layout, scale, mask)
 
 
 def masked_attention(

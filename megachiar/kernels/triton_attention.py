@@ -1,10 +1,14 @@
 """Routed causal attention in Triton: blocks of keys that no query of a block can see are skipped in both passes.
 
-Queries lie packed, ascending by position, each sequence's valid ones first; how many they are is read on the device, so
-that the host waits for nothing. Neither pass keeps a (S, T) tensor: probabilities are computed again, and so are the
-masks where they are dropped (see ``dropout``: keyed by row, head and the key's position).
+Queries and keys are read where they lie, row by row, and results are written alike: nothing is packed, and how many
+rows a sequence has is read on the device, so that the host waits for nothing. Neither pass keeps a (n, T) tensor:
+probabilities are computed again, and so are the masks where they are dropped (see ``dropout``: keyed by row, head and
+the key's position).
 
-Shapes: B = sequences, h = heads, S = slots for queries of a sequence, T = its keys, c = channels of a head.
+    keys      [0 ......... b)[b ............. c)[c ....... end)      of a block of queries
+    masked     with documents        no             yes
+
+Shapes: n = rows of queries, m = rows of keys, B = sequences, h = heads, c = channels of a head.
 """
 
 from __future__ import annotations
@@ -33,26 +37,49 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(c: int, dtype: torch.dtype, backward: bool) -> Tiles:
-    """Block sizes that compile for sm_90 without spilled registers (``tests/test_kernels_triton.py`` looks)."""
+def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
+    """Of the kernel ``forward``, ``queries`` or ``keys`` (of the gradients): block sizes that compile for sm_90 without
+    spilled registers (``tests/test_kernels_triton.py`` looks), the fastest of those that were tried on an H200."""
     if INTERPRETED:
         return Tiles(16, 16, 4, 1)
     wide = c > 64
     if dtype == torch.float32:
-        if backward:
-            return Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 1)
-        return Tiles(64, 32, 8 if wide else 4, 1)
-    if backward:
-        return Tiles(32, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
-    return Tiles(128, 64, 8, 2)
+        if kernel == "forward":
+            return Tiles(64, 32, 8 if wide else 4, 1)
+        return Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 1)
+    if kernel == "keys":
+        return Tiles(32, 128, 8, 2) if wide else Tiles(64, 64, 4, 2)
+    if wide:
+        return Tiles(128, 64, 8, 3 if kernel == "forward" else 2)
+    return Tiles(64, 64, 4, 3 if kernel == "forward" else 2)
+
+
+class Layout(NamedTuple):
+    """Which queries see which keys: those of their sequence up to their own.
+
+    Attributes:
+        starts: (B + 1,) int32, the first row of queries of each sequence, and n.
+        key_starts: (B + 1,) int32, its first row of keys, and m.
+        own: (n,) int32, ascending: the row of keys up to which each query sees.
+        longest, longest_keys: no sequence has more queries, or keys.
+        since: (n,) int32, the row of keys from which each query sees, no later than its own; it never falls. None: from
+            the first one of its sequence.
+    """
+
+    starts: torch.Tensor
+    key_starts: torch.Tensor
+    own: torch.Tensor
+    longest: int
+    longest_keys: int
+    since: torch.Tensor | None = None
 
 
 class Mask(NamedTuple):
     """Dropout of probabilities.
 
     Attributes:
-        keys: (B, h, S) int64 of the queries' rows and heads, mixed with the site.
-        columns: (T,) int32 of the keys.
+        keys: (n, h) int64 of the queries' rows and heads, mixed with the site.
+        columns: (longest_keys,) int32 of a sequence's keys.
         least: number from which a probability stays.
         scale: of those that stay.
     """
@@ -63,10 +90,9 @@ class Mask(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, how: KeyedDropout, sequences: int, first_head: int, heads: int, columns: int) -> Mask:
-        """``how`` with the keys (B * S,) of the queries' rows, for the heads from ``first_head`` and T columns."""
-        of_heads = head_keys(how.keys.view(sequences, -1), first_head, heads).transpose(1, 2)
-        mixed = mix64(of_heads + wrap64(how.site * GOLDEN))
+    def of(cls, how: KeyedDropout, first_head: int, heads: int, columns: int) -> Mask:
+        """``how`` with the keys (n,) of the queries' rows, for the heads from ``first_head``."""
+        mixed = mix64(head_keys(how.keys, first_head, heads) + wrap64(how.site * GOLDEN))
         return cls(mixed, column_keys(0, columns, mixed.device), least_kept(how.probability), how.scale)
 
 
@@ -79,107 +105,223 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    at: torch.Tensor,
-    counts: torch.Tensor,
+    layout: Layout,
     scale: float | None = None,
     mask: Mask | None = None,
-    since: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of queries to the keys up to their own position.
+    """Attention of queries to the keys that ``layout`` lets them see.
 
     Args:
-        q: (B, h, S, c).
-        k, v: (B, h, T, c).
-        at: (B, S) positions of the queries; the first ``counts`` of a sequence are valid and ascend.
-        counts: (B,).
-        scale: of the products; 1 / sqrt(c) if not given.
+        q: (n, h, c), at least one row.
+        k, v: (m, h, c).
+        layout: of the rows.
+        scale: of the products, above 0; 1 / sqrt(c) if not given.
         mask: of dropout.
-        since: (B, S) position of the first key that each query sees, no later than its own; it never falls among the
-            valid ones of a sequence. 0 if not given.
 
     Returns:
-        (B, h, S, c); 0 where a slot is not valid. Products of 16-bit types are summed in fp32.
+        (n, h, c). Products of 16-bit types are summed in fp32.
     """
-    valid = torch.arange(at.shape[1], device=at.device) < counts[:, None]
-    at = at.masked_fill(~valid, k.shape[2]).int()  # behind all keys: still ascending
-    if since is not None:
-        since = since.masked_fill(~valid, k.shape[2]).int()
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _Attention.apply(q, k, v, at, since, counts.int(), scale, mask)
+    return _Attention.apply(q, k, v, layout, scale, mask)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, at, since, counts, scale, mask):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        b, h, s, c = q.shape
-        size = tiles(c, q.dtype, backward=False)
-        output, sums = torch.zeros_like(q), q.new_zeros(b, h, s, dtype=torch.float32)
-        _forward[triton.cdiv(s, size.queries), b * h](
-            *(q, k, v, output, sums, at, at if since is None else since, counts),
-            *(*_of_mask(mask, at), scale * LOG2_E, k.shape[2], s),
-            **_constants(q, h, c, size, mask, since),
+    def forward(ctx, q, k, v, layout, scale, mask):
+        q, k, v = _dense(q), _dense(k), _dense(v)
+        n, h, c = q.shape
+        size = tiles("forward", c, q.dtype)
+        output, sums = q.new_empty(n, h, c), q.new_empty(n, h, dtype=torch.float32)
+        sequences = len(layout.starts) - 1
+        _forward[triton.cdiv(layout.longest, size.queries), sequences * h](
+            *(q, k, v, output, sums),
+            *_places(layout),
+            *(*_of_mask(mask, layout), scale * LOG2_E),
+            *(*_strides(q), *_strides(k), *_strides(v)),
+            **_constants(h, c, q.dtype, size, mask, layout),
         )
-        ctx.save_for_backward(q, k, v, output, sums, at, since, counts)
-        ctx.scale, ctx.mask = scale, mask
+        ctx.save_for_backward(q, k, v, output, sums)
+        ctx.layout, ctx.scale, ctx.mask = layout, scale, mask
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, output, sums, at, since, counts = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        b, h, s, c = q.shape
-        keys = k.shape[2]
-        inner = (gradient.float() * output.float()).sum(-1)  # (B, h, S)
-        of_q, of_k, of_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        size = tiles(c, q.dtype, backward=True)
-        mask = _of_mask(ctx.mask, at)
-        constants = _constants(q, h, c, size, ctx.mask, since)
-        places = (at, at if since is None else since, counts)
-        _backward_queries[triton.cdiv(s, size.queries), b * h](
-            *(q, k, v, gradient, sums, inner, *places, *mask, of_q, ctx.scale, keys, s), **constants
+        q, k, v, output, sums = ctx.saved_tensors
+        layout, gradient = ctx.layout, _dense(gradient)
+        h, c = q.shape[1:]
+        inner = torch.empty_like(sums)
+        of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
+        mask = _of_mask(ctx.mask, layout)
+        strides = *_strides(q), *_strides(k), *_strides(v), *_strides(gradient)
+        heads = (len(layout.starts) - 1) * h
+        size = tiles("queries", c, q.dtype)
+        _backward_queries[triton.cdiv(layout.longest, size.queries), heads](
+            *(q, k, v, gradient, output, sums, inner),
+            *_places(layout),
+            *(*mask, of_q, ctx.scale, *strides),
+            **_constants(h, c, q.dtype, size, ctx.mask, layout),
         )
-        # Of each block of keys the first query that sees it, and the first of those that see only later ones.
-        starts = torch.arange(0, keys, size.keys, device=at.device, dtype=torch.int32).expand(b, -1).contiguous()
-        first = torch.searchsorted(at, starts).int()
-        last = first if since is None else torch.searchsorted(since, starts + (size.keys - 1), right=True).int()
-        _backward_keys[triton.cdiv(keys, size.keys), b * h](
-            *(q, k, v, gradient, sums, inner, *places, first, last, *mask, of_k, of_v, ctx.scale, keys, s), **constants
+        size = tiles("keys", c, q.dtype)
+        blocks = triton.cdiv(layout.longest_keys, size.keys)
+        _backward_keys[blocks, heads](
+            *(q, k, v, gradient, sums, inner),
+            *(*_places(layout), _bounds(layout, blocks, size.keys)),
+            *(*mask, of_k, of_v, ctx.scale, *strides),
+            **_constants(h, c, q.dtype, size, ctx.mask, layout),
         )
-        return of_q, of_k, of_v, None, None, None, None, None
+        return of_q, of_k, of_v, None, None, None
 
 
-def _of_mask(mask: Mask | None, at: torch.Tensor) -> tuple:
-    """Two keys of 32 bits a row, those of the columns, and what stays; unused tensors without dropout."""
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(1)
+
+
+def _places(layout: Layout) -> tuple[torch.Tensor, ...]:
+    """An unused tensor stands for what is not there."""
+    return layout.starts, layout.key_starts, layout.own, layout.own if layout.since is None else layout.since
+
+
+def _bounds(layout: Layout, blocks: int, size: int) -> torch.Tensor:
+    """Rows of queries (2 or 4, B, blocks) int32 for blocks of ``size`` keys: the first that sees some of a block, and
+    all that are not behind it; with ``since`` the first that sees only later keys than its first, and than its last."""
+    first = layout.key_starts[:-1, None] + torch.arange(0, blocks * size, size, device=layout.own.device)
+    edges = torch.stack([first, first + (size - 1)]).int()
+    bounds = torch.searchsorted(layout.own, edges, out_int32=True)
+    if layout.since is None:
+        return bounds
+    return torch.cat([bounds, torch.searchsorted(layout.since, edges, right=True, out_int32=True)])
+
+
+def _of_mask(mask: Mask | None, layout: Layout) -> tuple:
+    """Two keys of 32 bits a row and head, those of the columns, and what stays; unused tensors without dropout."""
     if mask is None:
-        return at, at, at, 0, 1.0
+        return layout.own, layout.own, layout.own, 0, 1.0
     keys = mask.keys.contiguous()
     return (keys >> 32).int(), (keys << 32 >> 32).int() | 1, mask.columns, mask.least, mask.scale
 
 
-def _constants(q: torch.Tensor, h: int, c: int, size: Tiles, mask: Mask | None, since: torch.Tensor | None) -> dict:
+def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, layout: Layout) -> dict:
     return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
         "QUERIES": size.queries,
         "KEYS": size.keys,
-        "COMPUTE": compute_type(q.dtype),
-        "PRECISION": product_precision(q.dtype),
+        "COMPUTE": compute_type(dtype),
+        "PRECISION": product_precision(dtype),
         "DROPOUT": mask is not None,
-        "DOCUMENTS": since is not None,
+        "DOCUMENTS": layout.since is not None,
         "FACTOR": FACTOR,
     }
 
 
 def _stays_kernel(first, second, columns, least, FACTOR: tl.constexpr):
-    """Which of (rows, columns) dropout leaves."""
-    number = (first.to(tl.uint32, bitcast=True)[:, None] ^ columns.to(tl.uint32, bitcast=True)[None, :]) * FACTOR
-    number = (number ^ (number >> 15)) * second.to(tl.uint32, bitcast=True)[:, None]
+    """What dropout leaves of rows and columns that broadcast against each other."""
+    number = (first.to(tl.uint32, bitcast=True) ^ columns.to(tl.uint32, bitcast=True)) * FACTOR
+    number = (number ^ (number >> 15)) * second.to(tl.uint32, bitcast=True)
     return number.to(tl.int32, bitcast=True) >= least
 
 
 _stays = jit(_stays_kernel)
+
+
+def _read_kernel(x, stride, row, rows, channel, GUARDED: tl.constexpr):
+    """Rows of ``x``; with ``GUARDED`` those from ``rows`` on are 0."""
+    place = x + row[:, None] * stride + channel[None, :]
+    if GUARDED:
+        return tl.load(place, mask=(row < rows)[:, None], other=0.0)
+    return tl.load(place)
+
+
+_read = jit(_read_kernel)
+
+
+def _seen_kernel(key, position, opening, DOCUMENTS: tl.constexpr):
+    """Which keys are seen by queries; they broadcast against each other."""
+    seen = key <= position
+    if DOCUMENTS:
+        seen = seen & (key >= opening)
+    return seen
+
+
+_seen = jit(_seen_kernel)
+
+
+def _edges_kernel(position, opening, count, start, keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOC: tl.constexpr):
+    """For a block of queries: its first key, those from which on and up to which all see all, and the end."""
+    row = start + tl.arange(0, QUERIES)
+    end = tl.max(tl.where(row < count, position, -1), 0) + 1
+    unmasked = (tl.min(tl.where(row < count, position, keys), 0) + 1) // KEYS * KEYS
+    first, plain = 0, 0
+    if DOC:
+        first = tl.min(tl.where(row < count, opening, keys), 0) // KEYS * KEYS
+        plain = tl.cdiv(tl.max(tl.where(row < count, opening, 0), 0), KEYS) * KEYS
+        unmasked = tl.maximum(unmasked, first)
+        plain = tl.minimum(plain, unmasked)
+    return first, plain, unmasked, end
+
+
+_edges = jit(_edges_kernel)
+
+
+def _forward_range_kernel(
+    begin,
+    end,
+    queries,
+    position,
+    opening,
+    k,
+    v,
+    k_row,
+    v_row,
+    keys,
+    channel,
+    one,
+    two,
+    columns,
+    least,
+    kept_scale,
+    scale,
+    top,
+    total,
+    mixed,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    for first in range(begin, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        of_key = _read(k, k_row, key, keys, channel, MASKED).to(COMPUTE)
+        of_value = _read(v, v_row, key, keys, channel, MASKED).to(COMPUTE)
+        score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION)
+        highest = score
+        if MASKED:
+            seen = _seen(key[None, :], position[:, None], opening[:, None], DOCUMENTS)
+            highest = tl.where(seen, score, -1e30)
+        new_top = tl.maximum(top, tl.max(highest, 1) * scale)
+        shrink = tl.exp2(top - new_top)
+        weight = tl.exp2(score * scale - new_top[:, None])
+        if MASKED:
+            weight = tl.where(seen, weight, 0.0)
+        total = total * shrink + tl.sum(weight, 1)
+        if DROPOUT:
+            of_column = tl.load(columns + key, mask=key < keys, other=0)
+            stays = _stays(one[:, None], two[:, None], of_column[None, :], least, FACTOR)
+            weight = tl.where(stays, weight * kept_scale, 0.0)
+        mixed = mixed * shrink[:, None] + tl.dot(weight.to(COMPUTE), of_value, input_precision=PRECISION)
+        top = new_top
+    return top, total, mixed
+
+
+_forward_range = jit(_forward_range_kernel)
 
 
 def _forward_kernel(
@@ -188,17 +330,22 @@ def _forward_kernel(
     v,
     out,
     sums,
-    at,
+    starts,
+    key_starts,
+    own,
     since,
-    counts,
     first_keys,
     second_keys,
     columns,
     least,
     kept_scale,
     scale,
-    keys,
-    slots,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
     H: tl.constexpr,
     C: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -209,54 +356,99 @@ def _forward_kernel(
     DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    sequence = head // H
-    count = tl.load(counts + sequence)
-    start = tl.program_id(0) * QUERIES
+    sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
+    row_first = tl.load(starts + sequence).to(tl.int64)
+    key_first = tl.load(key_starts + sequence).to(tl.int64)
+    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # those that see most begin first
     if start < count:
         row = start + tl.arange(0, QUERIES)
         valid = row < count
         channel = tl.arange(0, C)
-        slot = (head * slots + row)[:, None] * C + channel[None, :]
-        position = tl.load(at + sequence * slots + row, mask=valid, other=-1)
-        lowest = tl.load(at + sequence * slots + start)
-        highest = tl.load(at + sequence * slots + tl.minimum(start + QUERIES, count) - 1)
-        queries = tl.load(q + slot, mask=valid[:, None], other=0.0).to(COMPUTE)
+        position = (tl.load(own + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
+        opening = position
+        if DOCUMENTS:
+            opening = (tl.load(since + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
+        queries = _read(q + row_first * q_row + head * q_head, q_row, row, count, channel, True).to(COMPUTE)
+        one, two = row, row
         if DROPOUT:
-            one = tl.load(first_keys + head * slots + row, mask=valid, other=0)
-            two = tl.load(second_keys + head * slots + row, mask=valid, other=1)
+            one = tl.load(first_keys + (row_first + row) * H + head, mask=valid, other=0)
+            two = tl.load(second_keys + (row_first + row) * H + head, mask=valid, other=1)
+        first, plain, unmasked, end = _edges(position, opening, count, start, keys, QUERIES, KEYS, DOCUMENTS)
+        k += key_first * k_row + head * k_head
+        v += key_first * v_row + head * v_head
         top = tl.full((QUERIES,), -1e30, tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         mixed = tl.zeros((QUERIES, C), tl.float32)
-        unmasked = (lowest + 1) // KEYS * KEYS  # every query of the block sees the keys before
-        earliest = 0
         if DOCUMENTS:
-            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
-            earliest = tl.load(since + sequence * slots + start) // KEYS * KEYS
-            latest = tl.load(since + sequence * slots + tl.minimum(start + QUERIES, count) - 1)
-        for begin in range(earliest, highest + 1, KEYS):
-            key = begin + tl.arange(0, KEYS)
-            inside = key < keys
-            place = (head * keys + key)[:, None] * C + channel[None, :]
-            of_key = tl.load(k + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-            of_value = tl.load(v + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-            score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * scale
-            if begin >= unmasked:
-                score = tl.where(key[None, :] <= position[:, None], score, -1e30)
-            if DOCUMENTS:  # noqa: SIM102 - one is decided when the kernel is compiled
-                if begin < latest:  # a row that sees none of these keys forgets them when it sees its first
-                    score = tl.where(key[None, :] >= opening[:, None], score, -1e30)
-            new_top = tl.maximum(top, tl.max(score, 1))
-            shrink = tl.exp2(top - new_top)
-            weight = tl.exp2(score - new_top[:, None])
-            total = total * shrink + tl.sum(weight, 1)
-            if DROPOUT:
-                of_column = tl.load(columns + key, mask=inside, other=0)
-                weight = tl.where(_stays(one, two, of_column, least, FACTOR), weight * kept_scale, 0.0)
-            mixed = mixed * shrink[:, None] + tl.dot(weight.to(COMPUTE), of_value, input_precision=PRECISION)
-            top = new_top
-        tl.store(out + slot, (mixed / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None])
-        tl.store(sums + head * slots + row, top + tl.log2(total), mask=valid)
+            top, total, mixed = _forward_range(
+                first, plain, queries, position, opening, k, v, k_row, v_row, keys, channel, one, two, columns, least,
+                kept_scale, scale, top, total, mixed, True, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+            )  # fmt: skip
+        top, total, mixed = _forward_range(
+            plain, unmasked, queries, position, opening, k, v, k_row, v_row, keys, channel, one, two, columns, least,
+            kept_scale, scale, top, total, mixed, False, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+        )  # fmt: skip
+        top, total, mixed = _forward_range(
+            unmasked, end, queries, position, opening, k, v, k_row, v_row, keys, channel, one, two, columns, least,
+            kept_scale, scale, top, total, mixed, True, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+        )  # fmt: skip
+        place = (row_first + row) * H + head
+        result = (mixed / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * C + channel[None, :], result, mask=valid[:, None])
+        tl.store(sums + place, top + tl.log2(total), mask=valid)
+
+
+def _queries_range_kernel(
+    begin,
+    end,
+    queries,
+    of_output,
+    log_sum,
+    product,
+    position,
+    opening,
+    k,
+    v,
+    k_row,
+    v_row,
+    keys,
+    channel,
+    one,
+    two,
+    columns,
+    least,
+    kept_scale,
+    scale,
+    result,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    for first in range(begin, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        of_key = _read(k, k_row, key, keys, channel, MASKED).to(COMPUTE)
+        of_value = _read(v, v_row, key, keys, channel, MASKED).to(COMPUTE)
+        score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION)
+        weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[:, None])
+        if MASKED:
+            weight = tl.where(_seen(key[None, :], position[:, None], opening[:, None], DOCUMENTS), weight, 0.0)
+        slope = tl.dot(of_output, tl.trans(of_value), input_precision=PRECISION)
+        if DROPOUT:
+            of_column = tl.load(columns + key, mask=key < keys, other=0)
+            stays = _stays(one[:, None], two[:, None], of_column[None, :], least, FACTOR)
+            slope = tl.where(stays, slope * kept_scale, 0.0)
+        slope = weight * (slope - product[:, None])
+        result += tl.dot(slope.to(COMPUTE), of_key, input_precision=PRECISION)
+    return result
+
+
+_queries_range = jit(_queries_range_kernel)
 
 
 def _backward_queries_kernel(
@@ -264,11 +456,13 @@ def _backward_queries_kernel(
     k,
     v,
     gradient,
+    output,
     sums,
     inner,
-    at,
+    starts,
+    key_starts,
+    own,
     since,
-    counts,
     first_keys,
     second_keys,
     columns,
@@ -276,8 +470,14 @@ def _backward_queries_kernel(
     kept_scale,
     of_q,
     scale,
-    keys,
-    slots,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    g_row,
+    g_head,
     H: tl.constexpr,
     C: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -288,47 +488,121 @@ def _backward_queries_kernel(
     DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    sequence = head // H
-    count = tl.load(counts + sequence)
-    start = tl.program_id(0) * QUERIES
+    sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
+    row_first = tl.load(starts + sequence).to(tl.int64)
+    key_first = tl.load(key_starts + sequence).to(tl.int64)
+    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     if start < count:
         row = start + tl.arange(0, QUERIES)
         valid = row < count
         channel = tl.arange(0, C)
-        slot = (head * slots + row)[:, None] * C + channel[None, :]
-        position = tl.load(at + sequence * slots + row, mask=valid, other=-1)
-        highest = tl.load(at + sequence * slots + tl.minimum(start + QUERIES, count) - 1)
-        queries = tl.load(q + slot, mask=valid[:, None], other=0.0).to(COMPUTE)
-        of_output = tl.load(gradient + slot, mask=valid[:, None], other=0.0).to(COMPUTE)
-        log_sum = tl.load(sums + head * slots + row, mask=valid, other=0.0)
-        product = tl.load(inner + head * slots + row, mask=valid, other=0.0)
-        if DROPOUT:
-            one = tl.load(first_keys + head * slots + row, mask=valid, other=0)
-            two = tl.load(second_keys + head * slots + row, mask=valid, other=1)
-        result = tl.zeros((QUERIES, C), tl.float32)
-        earliest = 0
+        position = (tl.load(own + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
+        opening = position
         if DOCUMENTS:
-            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
-            earliest = tl.load(since + sequence * slots + start) // KEYS * KEYS
-        for begin in range(earliest, highest + 1, KEYS):
-            key = begin + tl.arange(0, KEYS)
-            inside = key < keys
-            place = (head * keys + key)[:, None] * C + channel[None, :]
-            of_key = tl.load(k + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-            of_value = tl.load(v + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-            score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            seen = (key[None, :] <= position[:, None]) & inside[None, :]
+            opening = (tl.load(since + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
+        place = (row_first + row) * H + head
+        whole = place[:, None] * C + channel[None, :]
+        queries = _read(q + row_first * q_row + head * q_head, q_row, row, count, channel, True).to(COMPUTE)
+        of_output = _read(gradient + row_first * g_row + head * g_head, g_row, row, count, channel, True)
+        outputs = tl.load(output + whole, mask=valid[:, None], other=0.0)
+        product = tl.sum(of_output.to(tl.float32) * outputs.to(tl.float32), 1)
+        tl.store(inner + place, product, mask=valid)
+        of_output = of_output.to(COMPUTE)
+        log_sum = tl.load(sums + place, mask=valid, other=0.0)
+        one, two = row, row
+        if DROPOUT:
+            one = tl.load(first_keys + place, mask=valid, other=0)
+            two = tl.load(second_keys + place, mask=valid, other=1)
+        first, plain, unmasked, end = _edges(position, opening, count, start, keys, QUERIES, KEYS, DOCUMENTS)
+        k += key_first * k_row + head * k_head
+        v += key_first * v_row + head * v_head
+        result = tl.zeros((QUERIES, C), tl.float32)
+        if DOCUMENTS:
+            result = _queries_range(
+                first, plain, queries, of_output, log_sum, product, position, opening, k, v, k_row, v_row, keys,
+                channel, one, two, columns, least, kept_scale, scale, result, True, KEYS, COMPUTE, PRECISION, DROPOUT,
+                DOCUMENTS, FACTOR,
+            )  # fmt: skip
+        result = _queries_range(
+            plain, unmasked, queries, of_output, log_sum, product, position, opening, k, v, k_row, v_row, keys, channel,
+            one, two, columns, least, kept_scale, scale, result, False, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS,
+            FACTOR,
+        )  # fmt: skip
+        result = _queries_range(
+            unmasked, end, queries, of_output, log_sum, product, position, opening, k, v, k_row, v_row, keys, channel,
+            one, two, columns, least, kept_scale, scale, result, True, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS,
+            FACTOR,
+        )  # fmt: skip
+        tl.store(of_q + whole, (result * scale).to(of_q.dtype.element_ty), mask=valid[:, None])
+
+
+def _keys_range_kernel(
+    begin,
+    end,
+    key,
+    of_key,
+    of_value,
+    of_column,
+    q,
+    gradient,
+    sums,
+    inner,
+    own,
+    since,
+    first_keys,
+    second_keys,
+    least,
+    kept_scale,
+    scale,
+    q_row,
+    g_row,
+    count,
+    key_first,
+    channel,
+    key_gradient,
+    value_gradient,
+    MASKED: tl.constexpr,
+    H: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    for start in range(begin, end, QUERIES):
+        row = start + tl.arange(0, QUERIES)
+        valid = row < count  # the others' rows of 0 add nothing
+        queries = _read(q, q_row, row, count, channel, True).to(COMPUTE)
+        of_output = _read(gradient, g_row, row, count, channel, True).to(COMPUTE)
+        log_sum = tl.load(sums + row * H, mask=valid, other=0.0)
+        product = tl.load(inner + row * H, mask=valid, other=0.0)
+        # Keys by queries: what is multiplied next stays in the registers where it was computed.
+        score = tl.dot(of_key, tl.trans(queries), input_precision=PRECISION)
+        weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[None, :])
+        if MASKED:
+            position = (tl.load(own + row, mask=valid, other=-1) - key_first).to(tl.int32)
+            opening = position
             if DOCUMENTS:
-                seen = seen & (key[None, :] >= opening[:, None])
-            weight = tl.where(seen, tl.exp2(score - log_sum[:, None]), 0.0)
-            slope = tl.dot(of_output, tl.trans(of_value), input_precision=PRECISION)
-            if DROPOUT:
-                of_column = tl.load(columns + key, mask=inside, other=0)
-                slope = tl.where(_stays(one, two, of_column, least, FACTOR), slope * kept_scale, 0.0)
-            slope = weight * (slope - product[:, None]) * scale
-            result += tl.dot(slope.to(COMPUTE), of_key, input_precision=PRECISION)
-        tl.store(of_q + slot, result.to(of_q.dtype.element_ty), mask=valid[:, None])
+                opening = (tl.load(since + row, mask=valid, other=0) - key_first).to(tl.int32)
+            weight = tl.where(_seen(key[:, None], position[None, :], opening[None, :], DOCUMENTS), weight, 0.0)
+        slope = tl.dot(of_value, tl.trans(of_output), input_precision=PRECISION)
+        dropped = weight
+        if DROPOUT:
+            one = tl.load(first_keys + row * H, mask=valid, other=0)
+            two = tl.load(second_keys + row * H, mask=valid, other=1)
+            stays = _stays(one[None, :], two[None, :], of_column[:, None], least, FACTOR)
+            dropped = tl.where(stays, weight * kept_scale, 0.0)
+            slope = tl.where(stays, slope * kept_scale, 0.0)
+        value_gradient += tl.dot(dropped.to(COMPUTE), of_output, input_precision=PRECISION)
+        slope = weight * (slope - product[None, :])
+        key_gradient += tl.dot(slope.to(COMPUTE), queries, input_precision=PRECISION)
+    return key_gradient, value_gradient
+
+
+_keys_range = jit(_keys_range_kernel)
 
 
 def _backward_keys_kernel(
@@ -338,11 +612,11 @@ def _backward_keys_kernel(
     gradient,
     sums,
     inner,
-    at,
+    starts,
+    key_starts,
+    own,
     since,
-    counts,
-    first_query,
-    last_query,
+    bounds,
     first_keys,
     second_keys,
     columns,
@@ -351,8 +625,14 @@ def _backward_keys_kernel(
     of_k,
     of_v,
     scale,
-    keys,
-    slots,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    g_row,
+    g_head,
     H: tl.constexpr,
     C: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -363,51 +643,63 @@ def _backward_keys_kernel(
     DOCUMENTS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    sequence = head // H
-    count = tl.load(counts + sequence)
-    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    inside = key < keys
-    channel = tl.arange(0, C)
-    place = (head * keys + key)[:, None] * C + channel[None, :]
-    of_key = tl.load(k + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-    of_value = tl.load(v + place, mask=inside[:, None], other=0.0).to(COMPUTE)
-    if DROPOUT:
-        of_column = tl.load(columns + key, mask=inside, other=0)
-    key_gradient = tl.zeros((KEYS, C), tl.float32)
-    value_gradient = tl.zeros((KEYS, C), tl.float32)
-    begin = tl.load(first_query + sequence * tl.num_programs(0) + tl.program_id(0))
-    end = count
-    if DOCUMENTS:
-        end = tl.minimum(count, tl.load(last_query + sequence * tl.num_programs(0) + tl.program_id(0)))
-    for start in range(begin, end, QUERIES):
-        row = start + tl.arange(0, QUERIES)
-        valid = row < count
-        slot = (head * slots + row)[:, None] * C + channel[None, :]
-        position = tl.load(at + sequence * slots + row, mask=valid, other=-1)
-        queries = tl.load(q + slot, mask=valid[:, None], other=0.0).to(COMPUTE)
-        of_output = tl.load(gradient + slot, mask=valid[:, None], other=0.0).to(COMPUTE)
-        log_sum = tl.load(sums + head * slots + row, mask=valid, other=0.0)
-        product = tl.load(inner + head * slots + row, mask=valid, other=0.0)
-        score = tl.dot(queries, tl.trans(of_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        seen = (key[None, :] <= position[:, None]) & valid[:, None]
-        if DOCUMENTS:
-            opening = tl.load(since + sequence * slots + row, mask=valid, other=0)
-            seen = seen & (key[None, :] >= opening[:, None])
-        weight = tl.where(seen, tl.exp2(score - log_sum[:, None]), 0.0)
-        slope = tl.dot(of_output, tl.trans(of_value), input_precision=PRECISION)
-        dropped = weight
+    sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
+    row_first = tl.load(starts + sequence).to(tl.int64)
+    key_first = tl.load(key_starts + sequence).to(tl.int64)
+    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    if block * KEYS < keys:
+        key = block * KEYS + tl.arange(0, KEYS)
+        inside = key < keys
+        channel = tl.arange(0, C)
+        of_key = _read(k + key_first * k_row + head * k_head, k_row, key, keys, channel, True).to(COMPUTE)
+        of_value = _read(v + key_first * v_row + head * v_head, v_row, key, keys, channel, True).to(COMPUTE)
+        of_column = key
         if DROPOUT:
-            one = tl.load(first_keys + head * slots + row, mask=valid, other=0)
-            two = tl.load(second_keys + head * slots + row, mask=valid, other=1)
-            stays = _stays(one, two, of_column, least, FACTOR)
-            dropped = tl.where(stays, weight * kept_scale, 0.0)
-            slope = tl.where(stays, slope * kept_scale, 0.0)
-        value_gradient += tl.dot(tl.trans(dropped).to(COMPUTE), of_output, input_precision=PRECISION)
-        slope = weight * (slope - product[:, None]) * scale
-        key_gradient += tl.dot(tl.trans(slope).to(COMPUTE), queries, input_precision=PRECISION)
-    tl.store(of_k + place, key_gradient.to(of_k.dtype.element_ty), mask=inside[:, None])
-    tl.store(of_v + place, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
+            of_column = tl.load(columns + key, mask=inside, other=0)
+        #    rows that see:    some   |   all   |   with documents some again
+        bound = bounds + sequence * blocks + block
+        step = (tl.num_programs(1) // H) * blocks
+        begin = (tl.load(bound) - row_first).to(tl.int32)
+        full = tl.minimum((tl.load(bound + step) - row_first).to(tl.int32), count)
+        end, plain = count, count
+        if DOCUMENTS:
+            plain = tl.minimum((tl.load(bound + 2 * step) - row_first).to(tl.int32), count)
+            end = tl.minimum((tl.load(bound + 3 * step) - row_first).to(tl.int32), count)
+        middle = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), QUERIES) * QUERIES, end)
+        q += row_first * q_row + head * q_head
+        gradient += row_first * g_row + head * g_head
+        sums += row_first * H + head
+        inner += row_first * H + head
+        first_keys += row_first * H + head
+        second_keys += row_first * H + head
+        own += row_first
+        since += row_first
+        key_gradient = tl.zeros((KEYS, C), tl.float32)
+        value_gradient = tl.zeros((KEYS, C), tl.float32)
+        key_gradient, value_gradient = _keys_range(
+            begin, middle, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
+            second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+            value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+        )  # fmt: skip
+        last = end
+        if DOCUMENTS:
+            last = middle + tl.maximum(plain - middle, 0) // QUERIES * QUERIES
+        key_gradient, value_gradient = _keys_range(
+            middle, last, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
+            second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+            value_gradient, False, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+        )  # fmt: skip
+        if DOCUMENTS:
+            key_gradient, value_gradient = _keys_range(
+                last, end, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
+                second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+                value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
+            )  # fmt: skip
+        place = ((key_first + key) * H + head)[:, None] * C + channel[None, :]
+        tl.store(of_k + place, (key_gradient * scale).to(of_k.dtype.element_ty), mask=inside[:, None])
+        tl.store(of_v + place, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
 
 
 _forward = jit(_forward_kernel)
