@@ -33,7 +33,13 @@ def test_torch_can_be_asked_for(allowed):
 @pytest.mark.skipif(gpu.triton is None, reason="needs triton")
 @pytest.mark.parametrize(
     ("d", "heads", "others"),
-    [(256, 4, ()), (384, 4, ("routed attention",)), (160, 10, ("DCT",)), (32768, 256, ("norms", "RoPE"))],
+    [
+        (256, 4, ()),
+        (384, 4, ("routed attention", "spectral entropy", "DCT mixing")),
+        (160, 10, ("spectral entropy", "DCT mixing")),
+        (4096, 32, ("DCT mixing",)),
+        (32768, 256, ("spectral entropy", "DCT mixing", "norms", "RoPE")),
+    ],
 )
 def test_a_gpu_runs_triton_where_the_kernels_take_the_sizes(d, heads, others):
     first, *rest = chosen_kernels(d, heads, GPU, torch.bfloat16)

@@ -30,9 +30,9 @@ from megachiar.kernels import (  # noqa: E402
     triton_attention,
     triton_cross_entropy,
     triton_dropout,
+    triton_factored,
     triton_norm,
     triton_rope,
-    triton_spectral,
 )
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -40,12 +40,14 @@ KERNELS = {
     triton_attention: ("_forward", "_backward_queries", "_backward_keys"),
     triton_cross_entropy: ("_read", "_slope"),
     triton_dropout: ("_drop",),
+    triton_factored: ("_entropy", "_mix"),
     triton_norm: ("_norm", "_norm_backward"),
     triton_rope: ("_rotate",),
-    triton_spectral: ("_transform", "_mix"),
 }
 SIZES = (256, 1024, 4096)
 """Channels of a token."""
+MIXED = {torch.bfloat16: (256, 1024), torch.float32: (256, 512)}
+"""Those that are mixed by a kernel: the narrowest and the widest."""
 
 
 class Compiled:
@@ -80,6 +82,10 @@ def main() -> None:
         for d in SIZES:
             work_on_rows(d, dtype)
             note(f"{dtype}, {d} channels")
+        for d in MIXED[dtype]:
+            for backward in (False, True):
+                mix(d, dtype, backward)
+                note(f"{dtype}, {d} channels, backward {backward}")
         lose_and_drop(dtype)
         note(f"{dtype}")
     print(json.dumps(found))
@@ -87,12 +93,20 @@ def main() -> None:
 
 def work_on_rows(d: int, dtype: torch.dtype) -> None:
     x, weight = torch.zeros(4, d, dtype=dtype), torch.ones(d, dtype=dtype)
-    spectrum, _ = triton_spectral.transform(x, 2.0, 1e-8)
-    triton_spectral.mix(spectrum, weight, 1.0, x, (weight, weight, 1e-5), dtype)
+    if triton_factored.has_entropy(x):
+        triton_factored.entropy(x, 2.0)
     normed = triton_norm.normed(x, x, weight, weight, 1e-5)
     triton_norm.norm_backward(x, *normed[1:], weight)
     heads, tables = x.view(4, d // 64, 64), torch.zeros(4, 1, 64, dtype=dtype)
     triton_rope.rotated(heads, tables, tables, back=True)
+
+
+def mix(d: int, dtype: torch.dtype, backward: bool) -> None:
+    x, weight = torch.zeros(4, d, dtype=dtype), torch.ones(d, dtype=dtype)
+    if backward:
+        triton_factored.mix_backward(x, x, weight, 1.0, True)
+    else:
+        triton_factored.mix(x, weight, 1.0, True, (weight, weight, 1e-5))
 
 
 def lose_and_drop(dtype: torch.dtype) -> None:

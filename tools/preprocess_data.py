@@ -88,6 +88,7 @@ def main() -> None:
         split=Split.parse(arguments.split) if arguments.split is not None else None,
         on_error=arguments.on_error,
         workers=arguments.workers,
+        fork=not arguments.mpi,  # this program has no threads; what MPI's libraries do is theirs
         engine=arguments.engine,
         shuffle_seed=arguments.shuffle_seed,
         overwrite=arguments.overwrite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,20 +44,25 @@ class EncodedChunk(NamedTuple):
 class ChunkEncoder:
     """Chunk -> ``EncodedChunk``: all the work that is done in worker processes."""
 
-    def __init__(self, settings: PreprocessSettings, fingerprint: str, engine: Engine):
-        """``fingerprint``: of the tokenizer that the run began with; ``engine``: ``fast`` or ``reference``.
+    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer):
+        self._settings, self._tokenizer = settings, tokenizer
+        self._dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+
+    @classmethod
+    def load(cls, settings: PreprocessSettings, fingerprint: str, engine: Engine) -> ChunkEncoder:
+        """The same in a process of its own, from the tokenizer's files.
+
+        Args:
+            fingerprint: of the tokenizer that the run began with.
+            engine: ``fast`` or ``reference``.
 
         Raises:
             UserError: the tokenizer's files changed since.
         """
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; parallel are the processes
-        self._settings = settings
-        self._tokenizer: Tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
-        self._dtype = dtype_for_vocabulary(self._tokenizer.vocab_size)
-        if self._tokenizer.fingerprint != fingerprint:
+        tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+        if tokenizer.fingerprint != fingerprint:
             raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
-        if engine == "fast":
-            self._tokenizer = FastTokenizer(self._tokenizer)
+        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else tokenizer)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         log = TroubleLog(self._settings.on_error)

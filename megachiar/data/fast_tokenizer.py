@@ -118,6 +118,7 @@ class ChosenEngine(NamedTuple):
 
     kind: Engine
     why: str
+    tokenizer: Tokenizer
 
 
 def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) -> ChosenEngine:
@@ -130,10 +131,10 @@ def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) ->
         UserError: ``fast`` is wanted, but missing, unable, or not equal to the reference.
     """
     if wanted == "reference":
-        return ChosenEngine("reference", "asked for")
+        return ChosenEngine("reference", "asked for", reference)
     if wanted == "auto" and importlib.util.find_spec("gigatoken") is None:
         return ChosenEngine(
-            "reference", "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'"
+            "reference", "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'", reference
         )
     try:
         fast = FastTokenizer(reference)
@@ -142,9 +143,9 @@ def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) ->
     except UserError as error:
         if wanted == "fast":
             raise
-        return ChosenEngine("reference", error.problem)
+        return ChosenEngine("reference", error.problem, reference)
     return ChosenEngine(
-        "fast", f"{fast.name}, equal to the reference on {len(HARD_TEXTS)} hard texts and the input's first"
+        "fast", f"{fast.name}, equal to the reference on {len(HARD_TEXTS)} hard texts and the input's first", fast
     )
 
 

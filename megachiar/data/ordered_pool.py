@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import stat
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -40,16 +42,18 @@ class Outcome(NamedTuple):
 
 
 def ordered_map(
-    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int, *, fork: bool = False
 ) -> Iterator[Result]:
     """``function(item)`` for every item, in the order of the items.
 
     Close the iterator (``contextlib.closing``) to stop early; no worker is left behind.
 
     Args:
-        make_function: called once in each worker to make the function; picklable.
+        make_function: called once in each worker to make the function; picklable, unless workers are forked.
         items: read one by one, at most ``WINDOW * workers`` ahead of the results.
         workers: processes; 1 works in this process.
+        fork: workers are copies of this process, there at once with all that it has loaded, instead of fresh ones. Only
+            for a process none of whose threads may hold a lock that a worker needs.
 
     Raises:
         UserError: the function raised it for the item whose turn it is, or a worker died.
@@ -64,7 +68,8 @@ def ordered_map(
     try:
         # A worker begins with Ctrl-C ignored as its parent has it, or it could die of it half-way through its imports.
         with interrupts_go_to(signal.SIG_IGN):
-            crew.extend(_Worker(make_function, number) for number in range(workers))
+            for number in range(workers):
+                crew.append(_Worker(make_function, number, [worker.connection for worker in crew] if fork else None))
         yield from _serve(crew, enumerate(items))
     except BaseException:
         for worker in crew:
@@ -78,11 +83,15 @@ def ordered_map(
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, make_function: Callable[[], Callable], number: int):
-        context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit locks of its threads
+    def __init__(self, make_function: Callable[[], Callable], number: int, earlier: list[Connection] | None):
+        """``earlier``: this process's ends of the pipes so far, if workers are forked; None begins a fresh process."""
+        context = multiprocessing.get_context("forkserver" if earlier is None else "fork")
         self.number = number
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(make_function, theirs), daemon=True, name=f"worker-{number}")
+        inherited = None if earlier is None else [*earlier, self.connection]
+        self.process = context.Process(
+            target=_work, args=(make_function, theirs, inherited), daemon=True, name=f"worker-{number}"
+        )
         self.process.start()
         theirs.close()  # or the pipe would stay open when the worker dies
 
@@ -150,9 +159,14 @@ def _unwrap(outcome: Outcome) -> Any:
     return outcome.result
 
 
-def _work(make_function: Callable[[], Callable], connection: Connection) -> None:
-    """A worker's life: until its parent closes the pipe, by will or by death."""
+def _work(make_function: Callable[[], Callable], connection: Connection, inherited: list[Connection] | None) -> None:
+    """A worker's life: until its parent closes the pipe, by will or by death.
+
+    ``inherited``: the parent's ends of pipes that a forked worker came with.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    if inherited is not None:
+        _let_go(inherited)
     function = None
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -163,6 +177,20 @@ def _work(make_function: Callable[[], Callable], connection: Connection) -> None
             except Exception as error:
                 outcome = Outcome(error=_portable(error))
             connection.send(outcome)
+
+
+def _let_go(inherited: list[Connection]) -> None:
+    """Close what belongs to the parent alone.
+
+    A pipe held open here would hide the parent's death from its other workers, and an open file would stay locked after
+    it, against the run that goes on.
+    """
+    for connection in inherited:
+        connection.close()
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # the list's own is gone
+            if descriptor > 2 and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
 
 
 def _portable(error: Exception) -> Exception:

@@ -244,8 +244,11 @@ class _Run:
         stream = chunks()
         first = list(itertools.islice(stream, 1))
         self.engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
-        make_encoder = functools.partial(ChunkEncoder, settings, self.tokenizer.fingerprint, self.engine.kind)
-        results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers)
+        if settings.fork or settings.workers == 1:
+            make_encoder = functools.partial(ChunkEncoder, settings, self.engine.tokenizer)
+        else:
+            make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, self.engine.kind)
+        results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers, fork=settings.fork)
         resumable = all(source.can_be_read_again for source in settings.sources)
         with contextlib.closing(results):
             for result in results:

@@ -25,6 +25,7 @@ class PreprocessSettings:
         split: parts by document hash, None for one dataset.
         on_error: what an unusable document does, see ``TroubleLog``.
         workers: tokenizing processes; 1 works in this one.
+        fork: workers are copies of this process, see ``ordered_map``.
         shuffle_seed: shuffle the documents of each part by this key; None keeps the order of the input.
         overwrite: replace datasets that exist, at the end of the run.
         restart: forget what an unfinished run left, instead of going on from there.
@@ -41,6 +42,7 @@ class PreprocessSettings:
     split: Split | None = None
     on_error: OnError = "refuse"
     workers: int = 1
+    fork: bool = False
     engine: Engine = "auto"
     shuffle_seed: int | None = None
     overwrite: bool = False

@@ -9,9 +9,9 @@ from megachiar.kernels import (
     gpu,
     triton_attention,
     triton_cross_entropy,
+    triton_factored,
     triton_norm,
     triton_rope,
-    triton_spectral,
 )
 
 
@@ -25,13 +25,11 @@ def chosen_kernels(hidden_size: int, heads: int, device: torch.device, dtype: to
         return [f"torch, with SDPA for attention and {transform} for the DCT ({why_not})"]
     tables = rows.new_empty(1, 1, by_head.shape[-1])
     sizes = ", ".join(map(str, triton_attention.HEAD_SIZES))
+    widths = f"hidden_size is no power of two from {triton_factored.NARROWEST} on"
     choices = (
         ("routed attention", triton_attention.supports(by_head), f"torch SDPA: heads have no {sizes} channels"),
-        (
-            "DCT, entropy and mixing",
-            triton_spectral.supports(rows),
-            f"torch, {transform}: hidden_size is no multiple of 64",
-        ),
+        ("spectral entropy", triton_factored.has_entropy(rows), f"torch, matrix product: {widths}"),
+        ("DCT mixing", triton_factored.has_mix(rows), f"torch, matrix product: {widths} or too large"),
         ("norms", triton_norm.supports(rows), f"torch: hidden_size is above {triton_norm.WIDEST}"),
         ("RoPE", triton_rope.supports(by_head, tables), "torch: a head has too many channels, or an odd number"),
         ("loss", triton_cross_entropy.supports(rows), "torch"),

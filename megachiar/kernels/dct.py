@@ -29,6 +29,9 @@ FFT_FROM = 128
 """Channels from which the FFT beats the matrix product on a CPU (2048 rows there and back: 1.5 against 1.8 ms at 128,
 1.2 against 0.9 ms at 96)."""
 
+WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+"""Whether this torch gives products of 16-bit numbers in fp32 (``out_dtype`` of ``torch.mm``, on a GPU)."""
+
 
 def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II of ``x`` (..., d); same shape. 16-bit types are transformed in fp32 and returned in fp32."""
@@ -51,7 +54,10 @@ def idct(spectrum: torch.Tensor) -> torch.Tensor:
 
 def packed_dct(x: torch.Tensor) -> torch.Tensor:
     """The numbers of ``dct`` of ``x`` (..., d) in the order that is cheapest: (..., P)."""
-    x, d = _computable(x), x.shape[-1]
+    d = x.shape[-1]
+    if _by_halves(x):
+        return _product_of_halves(x)
+    x = _computable(x)
     if not by_fft(d, x.device):
         return _exact_product(x, dct_matrix(d, x.device, x.dtype).mT)
     tables = _fft_tables(d, x.device, x.dtype)
@@ -112,6 +118,28 @@ def _exact_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return rows @ matrix
     finally:
         settings.allow_tf32 = before
+
+
+def _by_halves(x: torch.Tensor) -> bool:
+    """Whether rows of 16 bits are transformed by two products of their type, a tenth of an exact fp32 one's time."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cuda" and x.element_size() == 2 and WIDE_RESULTS and not needs_gradient
+
+
+def _product_of_halves(x: torch.Tensor) -> torch.Tensor:
+    """fp32, as exact as a product of fp32 numbers: the matrix is the sum of a high and a low part."""
+    high, low = _matrix_halves(x.shape[-1], x.device, x.dtype)
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    result = torch.mm(rows, high, out_dtype=torch.float32) + torch.mm(rows, low, out_dtype=torch.float32)
+    return result.view(x.shape)
+
+
+@kept_table
+def _matrix_halves(d: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``C^T`` (d, d) as a sum of two in ``dtype``."""
+    exact = dct_matrix(d, torch.device("cpu"), torch.float64).mT.contiguous()
+    high = exact.to(dtype)
+    return high.to(device), (exact - high.double()).to(device=device, dtype=dtype)
 
 
 def _computable(x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megachiar.kernels import gpu, triton_norm, triton_spectral
-from megachiar.kernels.dct import packed, packed_dct, packed_idct, packed_power, unpacked
+from megachiar.kernels import gpu, triton_factored, triton_norm
+from megachiar.kernels.dct import dct_matrix, packed, packed_dct, packed_idct, packed_power, unpacked
+from megachiar.kernels.norm import add_and_norm
 
 
 def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
@@ -35,13 +36,17 @@ def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0
 
 def spectrum_and_entropy(
     x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed spectrum (N, P) and entropy (N,) of rows (N, d), both fp32 (fp64 for fp64 rows) and without gradient."""
-    if _by_triton(x):
-        return triton_spectral.transform(x.detach(), dc_weight, epsilon)
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Packed spectrum (N, P) and entropy (N,) of rows (N, d), both fp32 (fp64 for fp64 rows) and without gradient.
+
+    On a GPU there is no spectrum: to compute it again costs less there than to write it and read it again.
+    """
     with torch.no_grad():
+        if _by_triton(x) and triton_factored.has_entropy(x) and epsilon == 0:
+            return None, triton_factored.entropy(x.detach(), dc_weight)
         spectrum = packed_dct(x)
-        return spectrum, _entropy(spectrum, x.shape[-1], dc_weight, epsilon)
+        entropy = _entropy(spectrum, x.shape[-1], dc_weight, epsilon)
+        return (spectrum if x.device.type == "cpu" else None), entropy
 
 
 def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -> torch.Tensor:
@@ -69,7 +74,11 @@ def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spect
     Returns:
         (N, d) in the type of ``x``.
     """
-    return _SpectralMix.apply(x, weight, gain, spectrum)
+    if _by_triton(x) and triton_factored.has_mix(x):
+        return _FactoredMix.apply(x, weight, gain)
+    if x.device.type == "cpu":
+        return _SpectralMix.apply(x, weight, gain, spectrum)
+    return F.linear(x, _filter_matrix(weight, gain))
 
 
 def mix_add_and_norm(
@@ -82,13 +91,19 @@ def mix_add_and_norm(
     epsilon: float,
 ) -> torch.Tensor:
     """LayerNorm (weight and bias (d,)) of ``x + spectral_mix(x, filters, gain, spectrum)``."""
-    if _by_triton(x):
-        return _MixAddAndNorm.apply(x, filters, gain, spectrum, weight, bias, epsilon)
-    return F.layer_norm(x + spectral_mix(x, filters, gain, spectrum), x.shape[-1:], weight, bias, epsilon)
+    if _by_triton(x) and triton_factored.has_mix(x):
+        return _MixAddAndNorm.apply(x, filters, gain, weight, bias, epsilon)
+    return add_and_norm(x, spectral_mix(x, filters, gain, spectrum), weight, bias, epsilon)
 
 
 def _by_triton(x: torch.Tensor) -> bool:
-    return gpu.has_kernels(x.device) and triton_spectral.supports(x)
+    return gpu.has_kernels(x.device)
+
+
+def _filter_matrix(weight: torch.Tensor, gain: float) -> torch.Tensor:
+    """``gain * C^T diag(weight) C``, symmetric: one product with it is what a GPU does faster than two transforms."""
+    matrix = dct_matrix(len(weight), weight.device, weight.dtype)
+    return (matrix.mT * (gain * weight)) @ matrix
 
 
 class _SpectralMix(torch.autograd.Function):
@@ -96,55 +111,62 @@ class _SpectralMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, gain, spectrum):
-        spectrum = _spectrum(x) if spectrum is None else spectrum
+        spectrum = packed_dct(x) if spectrum is None else spectrum
         ctx.save_for_backward(spectrum.to(x.dtype), weight)  # for the filter's gradient alone
         ctx.gain = gain
-        return _filtered(spectrum, weight, gain, x)
+        return _filtered(spectrum, weight, gain, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         spectrum, weight = ctx.saved_tensors
-        gradient_spectrum = _spectrum(gradient)
+        gradient_spectrum = packed_dct(gradient)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = _filtered(gradient_spectrum, weight, ctx.gain, gradient)
+            of_x = _filtered(gradient_spectrum, weight, ctx.gain, gradient.dtype)
         if ctx.needs_input_grad[1]:
             of_weight = _of_filters(gradient_spectrum, spectrum, weight, ctx.gain)
         return of_x, of_weight, None, None
 
 
-class _MixAddAndNorm(torch.autograd.Function):
-    """With Triton: between the spectrum and the normalised rows nothing is written but what the norm's slope needs."""
+class _FactoredMix(torch.autograd.Function):
+    """With Triton: nothing of the spectra is written."""
 
     @staticmethod
-    def forward(ctx, x, filters, gain, spectrum, weight, bias, epsilon):
-        x = x.contiguous()
-        spectrum = _spectrum(x) if spectrum is None else spectrum
-        mixed = triton_spectral.mix(spectrum, filters, gain, x, (weight, bias, epsilon), x.dtype)
-        ctx.save_for_backward(spectrum.to(x.dtype), filters, *mixed[1:], weight)  # it is for the filter's gradient
+    def forward(ctx, x, filters, gain):
+        ctx.save_for_backward(x, filters)
+        ctx.gain = gain
+        return triton_factored.mix(x, filters, gain, False, None).rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, filters = ctx.saved_tensors
+        return *triton_factored.mix_backward(gradient, x, filters, ctx.gain, False), None
+
+
+class _MixAddAndNorm(torch.autograd.Function):
+    """With Triton: all of the sub-layer in one pass over the rows; only what the norm's slope needs is written too."""
+
+    @staticmethod
+    def forward(ctx, x, filters, gain, weight, bias, epsilon):
+        mixed = triton_factored.mix(x, filters, gain, True, (weight, bias, epsilon))
+        ctx.save_for_backward(x, filters, *mixed[1:], weight)
         ctx.gain = gain
         return mixed.rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        spectrum, filters, sums, mean, scale, weight = ctx.saved_tensors
-        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, sums, mean, scale, weight)
-        of_spectrum = _spectrum(of_sums)
-        of_x = triton_spectral.mix(of_spectrum, filters, ctx.gain, of_sums, None, sums.dtype).rows
-        return of_x, _of_filters(of_spectrum, spectrum, filters, ctx.gain), None, None, of_weight, of_bias, None
+        x, filters, *normed = ctx.saved_tensors
+        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, *normed)
+        of_x, of_filters = triton_factored.mix_backward(of_sums, x, filters, ctx.gain, True)
+        return of_x, of_filters, None, of_weight, of_bias, None
 
 
-def _spectrum(x: torch.Tensor) -> torch.Tensor:
-    return triton_spectral.transform(x)[0] if _by_triton(x) else packed_dct(x)
-
-
-def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float, like: torch.Tensor) -> torch.Tensor:
-    """Back from a filtered spectrum, to rows of the type and device of ``like``."""
-    if _by_triton(like):
-        return triton_spectral.mix(spectrum, weight, gain, None, None, like.dtype).rows
-    return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight)).to(like.dtype)
+def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float, dtype: torch.dtype) -> torch.Tensor:
+    """Back from a filtered spectrum, to rows of ``dtype``."""
+    return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight)).to(dtype)
 
 
 def _of_filters(of_spectrum: torch.Tensor, spectrum: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:

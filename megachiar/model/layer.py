@@ -141,12 +141,12 @@ class RoutedLayer(nn.Module):
         x: torch.Tensor,
         chosen: torch.Tensor,
         choice: Choice,
-        spectrum: torch.Tensor,
+        spectrum: torch.Tensor | None,
         grid: Grid,
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
         if name == "dct":
-            return self.dct(chosen, spectrum.index_select(0, choice.own))
+            return self.dct(chosen, spectrum.index_select(0, choice.own) if spectrum is not None else None)
         operator = self.attention if name == "attention" else self.rbf
         return operator(x, chosen, choice, grid, cache and cache.layer(f"{self.name}.{name}"))

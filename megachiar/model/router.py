@@ -28,14 +28,14 @@ class Decision:
     Attributes:
         operator: (m,) int64, index into the layer's operators.
         entropy: (m,) H without gradient.
-        spectrum: (m, P) packed DCT of the rows without gradient.
+        spectrum: (m, P) packed DCT of the rows without gradient, where mixing is to have it.
         gates: (m, O) softmax weights with gradient for soft and hard routers, else None.
         utilisation: (O,) mean use of each operator with a gradient, where the collapse regulariser wants it.
     """
 
     operator: torch.Tensor
     entropy: torch.Tensor
-    spectrum: torch.Tensor
+    spectrum: torch.Tensor | None
     gates: torch.Tensor | None
     utilisation: torch.Tensor | None
 
@@ -77,7 +77,7 @@ class Router(nn.Module):
             operator = self._by_bounds(self._hash(grid, x.device))
         else:
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
-            gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(spectrum.dtype), -1)
+            gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(entropy.dtype), -1)
             operator = gates.argmax(-1)
             utilisation = gates.mean(0) if self.regularised else None
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
