@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
 from megachiar.errors import EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console  # where it is used: a program that only writes a line starts without it
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -27,6 +28,8 @@ def global_rank() -> int:
 
 def make_console() -> Console:
     """A console on standard error that does not break lines in log files; silent on ranks other than 0."""
+    from rich.console import Console
+
     width = None if sys.stderr.isatty() else 200
     return Console(stderr=True, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0)
 
@@ -38,13 +41,21 @@ def silence() -> Iterator[None]:
         yield
 
 
+def _plain_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
 def report(error: UserError) -> None:
     """Print ``error`` once: rank 0 for what every rank sees alike, otherwise the rank it happened on."""
     rank = global_rank()
     if rank and error.same_on_every_rank:
         return
+    from rich.markup import escape
+
     prefix = f"[rank {rank}] " if rank else ""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(prefix + str(error))}")
+    _plain_console().print(f"[bold red]error:[/] {escape(prefix + str(error))}")
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -55,7 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
         report(error)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        _plain_console().print("interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `tool | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

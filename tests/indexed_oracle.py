@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megachiar.data.manifest import Manifest, TokenizerRecord, write_manifest
+from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 LETTERS = {
@@ -84,9 +84,9 @@ def make_manifest(prefix: Path, **changes: object) -> Manifest:
         "words": int(dataset.tokens.size),
         "skipped": {"empty": 2},
         "largest_token_id": int(dataset.tokens.max()),
-        "checksums": {
-            key: [hashlib.sha256(Path(f"{prefix}.{key}").read_bytes()).hexdigest()] for key in ("bin", "idx")
-        },
+        "checksums": Checksums(
+            **{key: [hashlib.sha256(Path(f"{prefix}.{key}").read_bytes()).hexdigest()] for key in ("bin", "idx")}
+        ),
         "sources": [f"{Path(prefix).name}.txt"],
         "created_by": "test",
     }

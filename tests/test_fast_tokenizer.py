@@ -118,10 +118,16 @@ def test_both_engines_write_the_same_files(tmp_path, byte_level, workers):
     "text", ["", " ", "a", " a  b\tc\n", "\x1c\x1da\x1eb\x1f", "a\x0b\x0cb\r\n", "é\u2003ü \x85x", "_ - ."]
 )
 def test_words_are_what_split_finds(text):
-    assert count_words(Document(text, text.encode())) == len(text.split())
+    assert count_words([Document(text, text.encode())]) == len(text.split())
+
+
+def test_words_of_several_documents_are_those_of_each():
+    texts = ["a b", "c", "", " d ", "é f\x85g", "h"]
+    assert count_words(Document(text, text.encode()) for text in texts) == sum(len(text.split()) for text in texts)
+    assert count_words([]) == 0
 
 
 def test_every_ascii_character_is_whitespace_or_not_as_in_split():
     for code in range(128):
         text = f"a{chr(code)}b"
-        assert count_words(Document(text, text.encode())) == len(text.split()), code
+        assert count_words([Document(text, text.encode())]) == len(text.split()), code

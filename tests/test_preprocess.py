@@ -350,7 +350,7 @@ def test_append_eod_needs_a_token_for_it(tmp_path):
 
 def test_a_tokenizer_that_changes_during_the_run_is_noticed(tmp_path, model):
     with pytest.raises(UserError, match="was changed during the run"):
-        ChunkEncoder(prepare(tmp_path, model), "sha256:of another one", "reference")
+        ChunkEncoder.load(prepare(tmp_path, model), "sha256:of another one", "reference")
 
 
 def test_a_part_that_fails_at_the_end_takes_the_others_with_it(tmp_path, model, monkeypatch):

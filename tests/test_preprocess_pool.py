@@ -6,10 +6,14 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
+from megachiar.data.indexed import open_locked
 from megachiar.data.ordered_pool import WINDOW, WorkerError, ordered_map
 from megachiar.errors import UserError
 
@@ -60,9 +64,14 @@ def no_process_is_left():
     assert multiprocessing.active_children() == []
 
 
+@pytest.fixture(params=[False, True], ids=["fresh", "forked"])
+def fork(request) -> bool:
+    return request.param
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_results_come_in_order(workers):
-    results = list(ordered_map(make(square_slowly_at_first), range(30), workers))
+def test_results_come_in_order(workers, fork):
+    results = list(ordered_map(make(square_slowly_at_first), range(30), workers, fork=fork))
     assert results == [number * number for number in range(30)]
 
 
@@ -70,9 +79,9 @@ def test_no_items_give_no_results():
     assert list(ordered_map(make(square_slowly_at_first), [], 2)) == []
 
 
-def test_large_items_and_results_pass_in_both_directions():
+def test_large_items_and_results_pass_in_both_directions(fork):
     items = [bytes([number]) * 3_000_000 for number in range(6)]
-    assert list(ordered_map(make(bytes.upper), items, 2)) == [item.upper() for item in items]
+    assert list(ordered_map(make(bytes.upper), items, 2, fork=fork)) == [item.upper() for item in items]
 
 
 def test_items_are_read_only_a_little_ahead():
@@ -108,15 +117,15 @@ def test_a_defect_keeps_its_traceback():
 @pytest.mark.parametrize(
     ("function", "how"), [(die_at_seven, "was killed by SIGKILL"), (exit_at_seven, "ended with code 3")]
 )
-def test_a_worker_that_dies_ends_the_run(function, how):
+def test_a_worker_that_dies_ends_the_run(function, how, fork):
     with pytest.raises(UserError, match=how) as caught:
-        list(ordered_map(make(function), range(30), 2))
+        list(ordered_map(make(function), range(30), 2, fork=fork))
     assert "fewer --workers" in caught.value.remedy
 
 
-def test_a_worker_that_cannot_start_says_why():
+def test_a_worker_that_cannot_start_says_why(fork):
     with pytest.raises(UserError, match="tokenizer: does not load"):
-        list(ordered_map(refuse_to_start, range(30), 2))
+        list(ordered_map(refuse_to_start, range(30), 2, fork=fork))
 
 
 def test_an_input_that_breaks_ends_the_run():
@@ -126,3 +135,35 @@ def test_an_input_that_breaks_ends_the_run():
 
     with pytest.raises(UserError, match="input: truncated"):
         list(ordered_map(make(fail_at_seven), items(), 2))
+
+
+def test_forked_workers_have_what_this_process_has_loaded():
+    """Nothing is pickled: a function that lives nowhere but in this process is there."""
+    loaded = {"factor": 3}
+    assert list(ordered_map(lambda: lambda n: n * loaded["factor"], range(8), 2, fork=True)) == list(range(0, 24, 3))
+
+
+def test_forked_workers_let_go_of_files_and_pipes_of_a_parent_that_is_killed(tmp_path):
+    """All end at once, though each came with its parent's ends of the pipes so far; and no lock outlives the parent."""
+    program = (
+        "import os, sys, time\n"
+        "from megachiar.data.indexed import open_locked\n"
+        "from megachiar.data.ordered_pool import ordered_map\n"
+        "from pathlib import Path\n"
+        "held = open_locked(Path(sys.argv[1]))\n"
+        "def work(n):\n    print(os.getpid(), flush=True)\n    time.sleep(0.1)\n    return n\n"
+        "for n in ordered_map(lambda: work, iter(int, 1), 3, fork=True):\n    pass\n"
+    )
+    locked = tmp_path / "locked"
+    process = subprocess.Popen([sys.executable, "-c", program, str(locked)], stdout=subprocess.PIPE, text=True)
+    workers: set[int] = set()
+    while len(workers) < 3:
+        workers.add(int(process.stdout.readline()))
+    with pytest.raises(UserError, match="another process is writing"):
+        open_locked(locked)
+    process.kill()
+    process.wait()
+    open_locked(locked).close()  # at once, while workers may still be at work
+    process.stdout.read()  # to its end: all that could write to it are gone
+    process.stdout.close()
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers)

@@ -169,9 +169,7 @@ def test_an_interrupted_run_cleans_up(tmp_path, model, workers):
 @needs_proc
 def test_a_killed_worker_ends_the_run(tmp_path, model):
     with waiting_run(tmp_path, model, 2) as process:
-        family = members(process.pid)
-        helpers = [child for child, parent in family.items() if parent == process.pid]
-        workers = [child for child, parent in family.items() if parent in helpers]
+        workers = [child for child, parent in members(process.pid).items() if parent == process.pid]
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker, signal.SIGKILL)

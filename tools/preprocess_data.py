@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import get_args
 
-from megachiar.console import make_console, run
+from megachiar.console import run
 from megachiar.data.fast_tokenizer import Engine
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.mpi import preprocess_with_mpi
@@ -95,11 +96,10 @@ def main() -> None:
         restart=arguments.restart,
     )
     report = work(settings, arguments)
-    console = make_console()
     if report is None and arguments.shard is not None:
-        console.print("the shard is whole already: nothing is done", markup=False)
+        print("the shard is whole already: nothing is done", file=sys.stderr)
     for line in report.lines() if report is not None else ():
-        console.print(line, markup=False)
+        print(line, file=sys.stderr)
 
 
 def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:

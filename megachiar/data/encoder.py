@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from megachiar.data.settings import PreprocessSettings
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
-WORD_MARKS = bytes(ord(" ") if chr(code).isspace() else ord("x") for code in range(128)) + bytes(128)  # of ASCII
+IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
 
 
 class EncodedPart(NamedTuple):
@@ -59,6 +60,7 @@ class ChunkEncoder:
         Raises:
             UserError: the tokenizer's files changed since.
         """
+        encode_without_threads()
         tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
         if tokenizer.fingerprint != fingerprint:
             raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
@@ -86,24 +88,37 @@ class ChunkEncoder:
         return self._settings.split.part_of(document.utf8) if self._settings.split else 0
 
     def _encoded_part(self, members: list[tuple[Document, Sequence[int]]]) -> EncodedPart:
-        end = [self._tokenizer.eod_id] if self._settings.append_eod else []
-        lengths = np.array([len(ids) + len(end) for _, ids in members], dtype=np.int64)
-        pieces = [np.asarray(piece, dtype=np.int64) for _, ids in members for piece in (ids, end) if len(piece)]
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        room = int(self._settings.append_eod)
+        lengths = np.array([len(ids) + room for _, ids in members], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        tokens = np.empty(lengths.sum(), np.int64)
+        for (_, ids), end in zip(members, ends.tolist(), strict=True):
+            tokens[end - room - len(ids) : end - room] = ids
+        if self._settings.append_eod:
+            tokens[ends - 1] = self._tokenizer.eod_id
         return EncodedPart(
             tokens=narrow(tokens, self._dtype, self._settings.tokenizer),
             lengths=lengths,
             text_bytes=sum(len(document.utf8) for document, _ in members),
-            words=sum(count_words(document) for document, _ in members),
+            words=count_words(document for document, _ in members),
         )
 
 
-def count_words(document: Document) -> int:
+def encode_without_threads() -> None:
+    """Let ``tokenizers`` work in the thread that calls it: it is processes that work side by side here."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
+
+
+def count_words(documents: Iterable[Document]) -> int:
     """What stands between whitespace, as ``str.split`` finds it; several times faster where all is ASCII."""
-    if not document.text.isascii():
-        return len(document.text.split())
-    marked = document.utf8.translate(WORD_MARKS)
-    return marked.count(b" x") + marked.startswith(b"x")
+    plain, words = [b""], 0
+    for document in documents:
+        if document.text.isascii():
+            plain.append(document.utf8)
+        else:
+            words += len(document.text.split())
+    marks = np.frombuffer(b" ".join(plain).translate(IN_WORD), np.bool_)
+    return words + int(np.count_nonzero(marks[1:] > marks[:-1]))
 
 
 def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:

@@ -70,9 +70,10 @@ class FastTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[Sequence[int]]:
         encoded: list[Sequence[int]] = [self._encode(text) for text in texts]
-        for row, ids in enumerate(encoded):
-            if len(ids) and self._is_suspect(ids):
-                encoded[row] = self._reference.encode(texts[row])
+        if encoded and self._is_suspect(np.concatenate(encoded)):
+            for row, ids in enumerate(encoded):
+                if self._is_suspect(ids):
+                    encoded[row] = self._reference.encode(texts[row])
         if self._batches % CHECKED_EVERY == 0:
             self._check_one(texts, encoded)
         self._batches += 1
@@ -91,7 +92,7 @@ class FastTokenizer:
             self._compare(text, self.encode(text))
 
     def _is_suspect(self, ids: np.ndarray) -> bool:
-        return int(ids.max()) >= self._forbidden.size or bool(self._forbidden[ids].any())
+        return ids.size > 0 and (int(ids.max()) >= self._forbidden.size or bool(self._forbidden[ids].any()))
 
     def _check_one(self, texts: list[str], encoded: list[Sequence[int]]) -> None:
         for text, ids in zip(texts, encoded, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def summarise(
         "sequences": len(dataset),
         "tokens": int(dataset.tokens.size),
         "document_tokens": _document_sizes(dataset),
-        "manifest": manifest.model_dump() if manifest else None,
+        "manifest": asdict(manifest) if manifest else None,
         "verified": ["header", "sizes", "counts"],
         "not_checked": [],
     }

@@ -2,6 +2,9 @@
 
 The indexed format itself knows neither its tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
 works; what cannot be checked then is listed by ``inspect_dataset``.
+
+pydantic, which checks a manifest that is read, takes longer to import than many a corpus to tokenize: who only writes
+one does without.
 """
 
 from __future__ import annotations
@@ -10,10 +13,9 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, ClassVar, Literal
 
 from megachiar.data.files import (
     CHECKSUM_BLOCK,
@@ -28,9 +30,11 @@ from megachiar.errors import UserError
 
 FORMAT_VERSION = 2
 VERIFYING_THREADS = 4
+_STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
 
 
-class TokenizerRecord(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
     """The tokenizer a dataset was made with.
 
     Attributes:
@@ -41,30 +45,35 @@ class TokenizerRecord(BaseModel):
         eod_id: id that ends a document, if it has one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = _STRICT
 
     kind: str
     file: str
     fingerprint: str
-    vocab_size: int = Field(gt=0)
+    vocab_size: int
     eod_id: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_at_least(self, vocab_size=1)
 
-class Checksums(BaseModel):
+
+@dataclass(frozen=True, kw_only=True)
+class Checksums:
     """SHA-256 of each block of ``PREFIX.bin`` and ``PREFIX.idx``, hexadecimal; the last block is what is left.
 
     Attributes:
         block_bytes: bytes of a block.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = _STRICT
 
     block_bytes: Literal[67108864] = CHECKSUM_BLOCK
     bin: list[str]
     idx: list[str]
 
 
-class Manifest(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
     """What ``PREFIX.json`` records.
 
     Attributes:
@@ -84,23 +93,26 @@ class Manifest(BaseModel):
         created_by: tool and version.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = _STRICT
 
     format_version: Literal[2] = FORMAT_VERSION
     tokenizer: TokenizerRecord
     dtype: str
     append_eod: bool
-    documents: int = Field(gt=0)
-    tokens: int = Field(gt=0)
-    text_bytes: int = Field(ge=0)
-    words: int = Field(ge=0)
-    skipped: dict[str, int] = {}
-    largest_token_id: int = Field(ge=0)
+    documents: int
+    tokens: int
+    text_bytes: int
+    words: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    largest_token_id: int
     checksums: Checksums
     shuffle_seed: int | None = None
-    sources: list[str] = []
-    options: dict[str, str] = {}
+    sources: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
     created_by: str
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, documents=1, tokens=1, text_bytes=0, words=0, largest_token_id=0)
 
     @property
     def content(self) -> str:
@@ -109,7 +121,13 @@ class Manifest(BaseModel):
 
     def to_json(self) -> bytes:
         """The content of ``PREFIX.json``."""
-        return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_at_least(record: Any, **least: int) -> None:
+    for key, limit in least.items():
+        if getattr(record, key) < limit:
+            raise ValueError(f"{key} is {getattr(record, key)}, below {limit}")
 
 
 def write_manifest(prefix: Path | str, manifest: Manifest) -> None:
@@ -127,6 +145,8 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     Raises:
         UserError: the file is no manifest, or of a version that is not known.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = manifest_path(prefix)
     try:
         content = path.read_bytes()
@@ -135,7 +155,7 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     except OSError as error:
         raise UserError(path, f"cannot read the manifest: {error.strerror}", "make it readable") from None
     try:
-        return Manifest.model_validate_json(content)
+        return TypeAdapter(Manifest).validate_json(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise UserError(path, f"not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None

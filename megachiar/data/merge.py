@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,24 +212,23 @@ def _merged_manifest(
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
-    return first.model_copy(
-        update={
-            "tokenizer": _with_absolute_file(first.tokenizer, manifest_path(inputs[0]).parent),
-            "documents": builder.documents,
-            "tokens": builder.tokens,
-            "text_bytes": sum(manifest.text_bytes for manifest in manifests),
-            "words": sum(manifest.words for manifest in manifests),
-            "skipped": dict(skipped),
-            "largest_token_id": builder.largest_token_id,
-            "checksums": Checksums(**builder.checksums),
-            "shuffle_seed": shuffle_seed,
-            "options": first.options if same_options else {},
-            "sources": [source for manifest in manifests for source in manifest.sources],
-            "created_by": f"megachiar {__version__} merge_datasets",
-        }
+    return replace(
+        first,
+        tokenizer=_with_absolute_file(first.tokenizer, manifest_path(inputs[0]).parent),
+        documents=builder.documents,
+        tokens=builder.tokens,
+        text_bytes=sum(manifest.text_bytes for manifest in manifests),
+        words=sum(manifest.words for manifest in manifests),
+        skipped=dict(skipped),
+        largest_token_id=builder.largest_token_id,
+        checksums=Checksums(**builder.checksums),
+        shuffle_seed=shuffle_seed,
+        options=first.options if same_options else {},
+        sources=[source for manifest in manifests for source in manifest.sources],
+        created_by=f"megachiar {__version__} merge_datasets",
     )
 
 
 def _with_absolute_file(tokenizer: TokenizerRecord, folder: Path) -> TokenizerRecord:
     """A relative path is relative to the first input's folder, which need not be the output's."""
-    return tokenizer.model_copy(update={"file": str((folder / tokenizer.file).resolve())})
+    return replace(tokenizer, file=str((folder / tokenizer.file).resolve()))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import megachiar
-from megachiar.data.encoder import ChunkEncoder, EncodedPart
+from megachiar.data.encoder import ChunkEncoder, EncodedPart, encode_without_threads
 from megachiar.data.fast_tokenizer import CHECKED_BYTES, ChosenEngine, choose_engine
 from megachiar.data.files import dataset_files, put_in_place, remove_dataset
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
@@ -104,6 +104,7 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
         UserError: an output exists, the input or tokenizer cannot be used, a worker died, or the disk is full. No
             dataset is left then, but the inputs that were done are kept for the next run.
     """
+    encode_without_threads()
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
     if settings.append_eod and tokenizer.eod_id is None:
         raise UserError(
@@ -169,6 +170,7 @@ class _Run:
         self.settings, self.tokenizer, self.journal, self.stream = settings, tokenizer, journal, stream
         self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
         self.engine: ChosenEngine | None = None
+        self.made: dict[Path, Manifest] = {}
 
     def go(self) -> Report:
         with TextProgress("preprocessing", _total_size(self.settings.sources), self.stream) as progress:
@@ -178,7 +180,7 @@ class _Run:
                 self._shuffle()
             self._place()
             return Report(
-                manifests={prefix: _known_manifest(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
+                manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
                 log=self.journal.log,
                 seconds=progress.elapsed,
                 engine=f"{self.engine.kind} ({self.engine.why})" if self.engine else "",
@@ -303,7 +305,14 @@ class _Run:
                     remove_dataset(unshuffled(prefix))
 
     def _manifest(self, output: Output, log: TroubleLog, builder: IndexedDatasetBuilder) -> bytes:
-        return make_manifest(self.settings, self.tokenizer, output, log).to_json()
+        self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log)
+        return made.to_json()
+
+    def _manifest_of(self, prefix: Path) -> Manifest:
+        """This run's, or that of the earlier run whose outputs were left to be placed."""
+        manifest = self.made.get(prefix) or read_manifest(prefix)
+        assert manifest is not None
+        return manifest
 
 
 def make_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
@@ -353,9 +362,3 @@ def _first_texts(chunks: list[Chunk], text_key: str) -> Iterator[str]:
 
 def _is_there(prefix: Path) -> bool:
     return all(path.exists() for path in dataset_files(prefix))
-
-
-def _known_manifest(prefix: Path) -> Manifest:
-    manifest = read_manifest(prefix)
-    assert manifest is not None
-    return manifest

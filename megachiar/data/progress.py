@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress  # imported where a bar is shown: a log file's lines start without it
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
 MEGA = 1_000_000
 
 Shown = TypeVar("Shown", bound="ByteProgress")
@@ -40,7 +41,7 @@ class ByteProgress:
     def __enter__(self: Shown) -> Shown:
         self._start = self._last_line = time.monotonic()
         if self._stream.isatty():
-            self._bar = _make_bar(Console(file=self._stream), self.total is not None)
+            self._bar = _make_bar(self._stream, self.total is not None)
             self._task = self._bar.add_task(self.label, total=self.total, rates="")
             self._bar.start()
         return self
@@ -60,6 +61,9 @@ class ByteProgress:
         self.consumed += consumed
         if self._bar is not None:
             self._bar.update(self._task, completed=self.consumed, rates=_joined(self.rates(), self._left()))
+            if time.monotonic() - self._last_line >= SECONDS_BETWEEN_PICTURES:
+                self._last_line = time.monotonic()
+                self._bar.refresh()
         elif time.monotonic() - self._last_line >= self._every:
             self._last_line = time.monotonic()
             print(self.line(), file=self._stream, flush=True)
@@ -114,10 +118,14 @@ class TextProgress(ByteProgress):
         return f"{_megabytes(self.per_second(self.text_bytes))}/s, {documents:,.0f} documents/s"
 
 
-def _make_bar(console: Console, total_known: bool) -> Progress:
+def _make_bar(stream: TextIO, total_known: bool) -> Progress:
+    """A bar without a thread of its own: the processes that a job forks must not inherit the locks of one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
     share = [BarColumn(), TaskProgressColumn()] if total_known else []
     columns = [SpinnerColumn(), TextColumn("{task.description}"), *share, TextColumn("{task.fields[rates]}")]
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=Console(file=stream), transient=True, auto_refresh=False)
 
 
 def _joined(*parts: str) -> str:

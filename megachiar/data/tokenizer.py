@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from megachiar.errors import UserError
 
@@ -161,12 +161,10 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise UserError(path, "the vocabulary is empty", "give a trained tokenizer")
         self.vocab_size = max(vocabulary.values()) + 1
-        description = json.loads(tokenizer.to_str())
-        _check_loses_no_bytes(path, description, vocabulary)
+        _check_loses_no_bytes(path, tokenizer, vocabulary)
         self.eod_id = self._choose_eod(eod_token, vocabulary)
         self._make_plain()
-        model = description["model"]
-        unknown = model.get("unk_id", vocabulary.get(model.get("unk_token")))  # may stand for any character
+        unknown = _unknown_id(tokenizer.model, vocabulary)  # may stand for any character
         added = tokenizer.get_added_tokens_decoder()
         self.controls = {index: token.content for index, token in added.items() if token.special and index != unknown}
         self._guard = ControlGuard(path, self.controls, self._encode_plain)
@@ -348,16 +346,22 @@ def _parse_merges(path: Path, content: bytes) -> list[tuple[str, str]]:
     return merges
 
 
-def _check_loses_no_bytes(path: Path, description: dict, vocabulary: dict[str, int]) -> None:
-    """Refuse a byte-level BPE whose vocabulary lacks bytes: the library would drop them from the text without a word.
+def _unknown_id(model: Any, vocabulary: dict[str, int]) -> int | None:
+    """Id of what stands for an unknown character in a model of ``tokenizers``."""
+    if hasattr(model, "unk_token"):
+        return vocabulary.get(model.unk_token)
+    return json.loads(model.__getstate__()).get("unk_id")  # a unigram model tells it nowhere else
 
-    ``description``: the parsed ``tokenizer.json``.
-    """
-    from tokenizers import pre_tokenizers
 
-    model = description["model"]
-    by_bytes = '"ByteLevel"' in json.dumps([description.get("pre_tokenizer"), description.get("normalizer")])
-    if model.get("type") != "BPE" or not by_bytes or model.get("unk_token") or model.get("byte_fallback"):
+def _check_loses_no_bytes(path: Path, tokenizer: Any, vocabulary: dict[str, int]) -> None:
+    """Refuse a byte-level BPE whose vocabulary lacks bytes: the library would drop them from text without a word."""
+    from tokenizers import models, pre_tokenizers
+
+    model = tokenizer.model
+    parts = [part.__getstate__() for part in (tokenizer.pre_tokenizer, tokenizer.normalizer) if part is not None]
+    if not isinstance(model, models.BPE) or not any(b'"ByteLevel"' in part for part in parts):
+        return
+    if model.unk_token or model.byte_fallback:
         return
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
     if missing:
