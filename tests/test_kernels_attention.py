@@ -14,7 +14,7 @@ from megachiar.kernels import keyed_attention as keyed_module
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.permute import join_rows, part_rows
-from megachiar.kernels.rope import rotary_table, rotate
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 
 HEADS, CHANNELS = 2, 4
 
@@ -360,6 +360,15 @@ def test_angles_are_exact_at_far_positions_in_fp32():
 def test_gradient_of_the_rotation():
     cos, sin = rotary_table(5, 6, 100.0, torch.device("cpu"), torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos[:, None], sin[:, None]), noise(2, 5, 3, 6).requires_grad_())
+
+
+def test_keys_are_rotated_and_values_are_not():
+    cos, sin = (table[:, None] for table in rotary_table(5, 6, 100.0, torch.device("cpu"), torch.float64))
+    kv = noise(2, 5, 2, 3, 6).requires_grad_()
+    keys, values = keys_and_values(kv, cos, sin)
+    torch.testing.assert_close(keys, rotate(kv[:, :, 0], cos, sin), rtol=0, atol=0)
+    torch.testing.assert_close(values, kv[:, :, 1], rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda x: keys_and_values(x, cos, sin), kv)
 
 
 # Parting and joining rows --------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from megachiar.kernels import (  # noqa: E402
     triton_dropout,
     triton_factored,
     triton_norm,
+    triton_permute,
     triton_rope,
 )
 
@@ -42,6 +43,7 @@ KERNELS = {
     triton_dropout: ("_drop",),
     triton_factored: ("_entropy", "_mix"),
     triton_norm: ("_norm", "_norm_backward"),
+    triton_permute: ("_scatter",),
     triton_rope: ("_rotate",),
 }
 SIZES = (256, 1024, 4096)
@@ -97,6 +99,7 @@ def work_on_rows(d: int, dtype: torch.dtype) -> None:
         triton_factored.entropy(x, 2.0)
     normed = triton_norm.normed(x, x, weight, weight, 1e-5)
     triton_norm.norm_backward(x, *normed[1:], weight)
+    triton_permute.scatter(x, torch.arange(4), torch.zeros(4, d, dtype=dtype))
     heads, tables = x.view(4, d // 64, 64), torch.zeros(4, 1, 64, dtype=dtype)
     triton_rope.rotated(heads, tables, tables, back=True)
 

@@ -16,10 +16,11 @@ import scipy.fft
 import torch
 import torch.nn.functional as F
 
-from megachiar.kernels import dct, gpu, triton_cross_entropy, triton_factored, triton_norm, triton_rope
+from megachiar.kernels import dct, gpu, triton_cross_entropy, triton_factored, triton_norm, triton_permute, triton_rope
 from megachiar.kernels.cross_entropy import IGNORED_TARGET, linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
-from megachiar.kernels.rope import rotary_table, rotate
+from megachiar.kernels.permute import join_rows, part_rows
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_mix, spectrum_and_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +30,7 @@ LAUNCHERS = (
     (triton_factored, "_mix"),
     (triton_norm, "_norm"),
     (triton_norm, "_norm_backward"),
+    (triton_permute, "_scatter"),
     (triton_rope, "_rotate"),
     (triton_cross_entropy, "_read"),
     (triton_cross_entropy, "_slope"),
@@ -63,6 +65,7 @@ def main() -> None:
             for added in (False, True):
                 found[f"{name}: norm of {case}, added {added}"] = norm(n, d, dtype, device, added)
         found[f"{name}: norm of 4 rows of 100"] = norm(4, 100, dtype, device, True)
+        found[f"{name}: rows parted and joined"] = parted_and_joined(dtype, device)
         for heads, c in ((1, 2), (3, 6), (4, 16)):
             found[f"{name}: rotation, {heads} heads of {c}"] = rotation(heads, c, dtype, device)
         for rows, vocabulary in ((1, 5), (9, 64), (9, 151)):
@@ -147,12 +150,31 @@ def rotation(heads: int, c: int, dtype: torch.dtype, device: torch.device) -> di
             first, second = x.unbind(2)
             by_position = turn(first, cos[2:7, None], sin[2:7, None])
             by_row = turn(second.flatten(0, 1), cos[rows][:, None], sin[rows][:, None])
-            return torch.cat([by_position.flatten(0, 1), by_row])
+            if turn is rotate:
+                keys, values = keys_and_values(x.clone(), cos[2:7, None], sin[2:7, None])
+            else:
+                keys, values = by_position, second
+            return torch.cat([y.flatten(0, -3) for y in (by_position, by_row, keys, values)])
 
         return function
 
     tables = [table.to(dtype).double() for table in exact]
     return compared(together(rotate, rounded), together(turned, tables), {"x": both}, dtype, device)
+
+
+def parted_and_joined(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    order, sizes = torch.randperm(11, generator=torch.Generator().manual_seed(1)), (4, 0, 7)
+
+    def kernels(x):
+        parts = part_rows(x, order.to(device), sizes)
+        return join_rows([part * (i + 1) for i, part in enumerate(parts)], order.to(device))
+
+    def definition(x):
+        factor = torch.empty(11, dtype=x.dtype)
+        factor[order] = torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype).repeat_interleave(torch.tensor(sizes))
+        return x * factor[:, None]
+
+    return compared(kernels, definition, {"x": noise(11, 100, seed=1)}, dtype, device)
 
 
 class Half:

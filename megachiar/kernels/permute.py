@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megachiar.kernels import gpu, triton_permute
+
 
 def part_rows(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """``x[order]`` for rows (N, d) and a permutation of N, in parts of ``sizes``, each with a storage of its own: what
@@ -52,5 +54,8 @@ def _parted(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple
 def _joined(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
     rows = torch.empty(len(order), *parts[0].shape[1:], dtype=parts[0].dtype, device=order.device)
     for part, place in zip(parts, order.split([len(part) for part in parts]), strict=True):
-        rows.index_copy_(0, place, part)
+        if gpu.has_kernels(part.device) and triton_permute.supports(part):
+            triton_permute.scatter(part, place, rows)
+        else:
+            rows.index_copy_(0, place, part)
     return rows

@@ -46,8 +46,42 @@ class _Rotate(torch.autograd.Function):
         return _rotated(gradient, cos, sin, back=True), None, None
 
 
+def keys_and_values(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated keys (..., h, c) and values (..., h, c) of ``kv`` (..., 2, h, c), which may be overwritten: it is to be
+    the fresh result of a product. Their gradients are written side by side, where the product's backward wants them.
+    """
+    return _KeysAndValues.apply(kv, cos, sin)
+
+
+class _KeysAndValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        keys, values = kv.detach().unbind(-3)
+        if _by_triton(keys, cos):
+            return triton_rope.rotated(keys, cos, sin, out=keys), values
+        return _rotated(keys, cos, sin, back=False), values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_keys, of_values):
+        cos, sin = ctx.saved_tensors
+        gradient = of_keys.new_empty(*of_keys.shape[:-2], 2, *of_keys.shape[-2:])
+        keys, values = gradient.unbind(-3)
+        if _by_triton(of_keys, cos):
+            triton_rope.rotated(of_keys, cos, sin, back=True, out=keys)
+        else:
+            keys.copy_(_rotated(of_keys, cos, sin, back=True))
+        values.copy_(of_values)
+        return gradient, None, None
+
+
+def _by_triton(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    return gpu.has_kernels(x.device) and triton_rope.supports(x, cos)
+
+
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    if gpu.has_kernels(x.device) and triton_rope.supports(x, cos):
+    if _by_triton(x, cos):
         return triton_rope.rotated(x, cos, sin, back)
     sin = -sin if back else sin
     first, second = x.chunk(2, -1)

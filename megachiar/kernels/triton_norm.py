@@ -13,8 +13,8 @@ from megachiar.kernels.gpu import INTERPRETED, jit, launch_options, tl, triton
 
 WIDEST = 16384
 """Channels up to which a program holds a row."""
-PROGRAMS = 264
-"""Of the backward pass at most: two for each processor of an H100. Each sums up the weights' gradients of its rows."""
+PROGRAMS = 1056
+"""Of the backward pass at most: eight for each processor of an H100. Each sums up the weights' gradients of its rows."""
 
 
 class Normed(NamedTuple):

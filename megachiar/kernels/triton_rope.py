@@ -27,19 +27,24 @@ def supports(x: torch.Tensor, cos: torch.Tensor) -> bool:
     )
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """Pairs of channels of ``x`` turned by the tables' angles, or back by them; contiguous."""
+def rotated(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pairs of channels of ``x`` turned by the tables' angles, or back by them: contiguous, or in ``out``, whose rows
+    and heads lie evenly and which may be ``x``."""
     heads, c = x.shape[-2:]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if x.numel() == 0:
         return out
     rows = x.flatten(0, -3)  # without a copy where the rows lie evenly
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
+    into = out.view(-1, heads, c) if out.is_contiguous() else out.flatten(0, -3)
+    assert into.data_ptr() == out.data_ptr() and into.stride(-1) == 1
     cos, sin = (t.reshape(-1, c).contiguous() for t in (cos, sin))
     half = triton.next_power_of_2(c // 2)
     _rotate[(len(rows),)](
-        *(rows, cos, sin, out, rows.stride(0), rows.stride(1), len(cos)),
+        *(rows, cos, sin, into, *rows.stride()[:2], *into.stride()[:2], len(cos)),
         BACK=back,
         H=heads,
         C=c,
@@ -57,6 +62,8 @@ def _kernel(
     out,
     row_stride,
     head_stride,
+    out_row_stride,
+    out_head_stride,
     repeat,
     BACK: tl.constexpr,
     H: tl.constexpr,
@@ -76,7 +83,7 @@ def _kernel(
     place = row * row_stride + head * head_stride + channel
     first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + place + C // 2, mask=inside, other=0.0).to(tl.float32)
-    to = row * (H * C) + head * C + channel
+    to = row * out_row_stride + head * out_head_stride + channel
     tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
     tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)
 

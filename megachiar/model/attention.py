@@ -11,7 +11,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
-from megachiar.kernels.rope import rotary_table, rotate
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 from megachiar.model.cache import LayerCache
 from megachiar.model.choice import Choice
 from megachiar.model.grid import Grid, dropout_of
@@ -71,10 +71,9 @@ class SelfAttention(nn.Module):
         self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid, cache: LayerCache | None
     ) -> torch.Tensor:
         """Chosen rows to all of their sequence: (n, h, c)."""
-        q, k, v = self._project(x, chosen, rows, grid)
+        q, kv = self._project(x, chosen, rows, grid)
         cos, sin = self._table(grid, x)
-        k = rotate(k, cos[:, None], sin[:, None]).transpose(1, 2)  # (B, h, S, c)
-        v = v.transpose(1, 2)
+        k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos[:, None], sin[:, None]))  # (B, h, S, c)
         if cache is not None:
             k, v = cache.extend(k, v)
         if rows is None:
@@ -95,12 +94,10 @@ class SelfAttention(nn.Module):
             q, kv = query_key_value_of_chosen(normed, choice.counts, self.query, self.key_value)
         else:
             q, kv = self.query(normed), self.key_value(normed)
-        k, v = kv.unflatten(-1, (2, self.heads, self.head_size)).unbind(-3)
-        cos, sin = self._table(grid, chosen)
         at = rows % grid.length
-        q, k = (
-            rotate(y, cos[at][:, None], sin[at][:, None]) for y in (q.unflatten(-1, (self.heads, self.head_size)), k)
-        )
+        cos, sin = (table[at][:, None] for table in self._table(grid, chosen))
+        q = rotate(q.unflatten(-1, (self.heads, self.head_size)), cos, sin)
+        k, v = keys_and_values(kv.unflatten(-1, (2, self.heads, self.head_size)), cos, sin)
         if cache is None:
             return attention_among(
                 *(q, k, v, rows, grid.sequences, grid.length, self._dropout(grid, rows), self.first_head),
@@ -121,8 +118,8 @@ class SelfAttention(nn.Module):
 
     def _project(
         self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (n, h, c), keys and values (B, S, h, c)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (n, h, c), keys and values (B, S, 2, h, c)."""
         keys_from = self.norm(x) if self.pre else x
         if self.group.size > 1:
             q, kv = query_key_value(keys_from, rows, self.query, self.key_value)
@@ -130,8 +127,8 @@ class SelfAttention(nn.Module):
             source = Chosen(keys_from, rows) if rows is not None else None
             queries_from = chosen if not self.pre else keys_from if rows is None else keys_from.index_select(0, rows)
             q, kv = self.query(queries_from, source), self.key_value(keys_from)
-        k, v = kv.view(grid.sequences, grid.length, 2, self.heads, self.head_size).unbind(2)
-        return q.unflatten(-1, (self.heads, self.head_size)), k, v
+        kv = kv.view(grid.sequences, grid.length, 2, self.heads, self.head_size)
+        return q.unflatten(-1, (self.heads, self.head_size)), kv
 
     def _dropout(self, grid: Grid, rows: torch.Tensor | None):
         if not (self.training and self.dropout and grid.keys is not None):
