@@ -89,6 +89,13 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
     return lambda: a @ b, 2 * size**3
 
 
+def copy(device: torch.device) -> tuple[Callable[[], object], int]:
+    """A large copy, the yardstick of a machine's memory, and the bytes it reads and writes."""
+    numbers = torch.ones(2**29 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(numbers)
+    return lambda: target.copy_(numbers), 2 * numbers.nbytes
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on, for the record."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -124,7 +124,7 @@ def _rank_environment(env: Mapping[str, str]) -> dict[str, str]:
         if names[0] in env and int(env.get(names[1], "1")) > 1:
             return _mpi()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any: nobody else is to find it
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, str]:

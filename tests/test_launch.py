@@ -14,7 +14,7 @@ from megachiar.errors import UserError
 def test_alone_is_a_world_of_one():
     env = launch._rank_environment({})
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("0", "1", "0", "1")
-    assert env["MASTER_ADDR"] == "127.0.0.1" and 1024 < int(env["MASTER_PORT"]) < 65536
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "0")  # two runs that start at once take two ports
 
 
 SLURM = {

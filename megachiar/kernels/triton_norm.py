@@ -14,7 +14,7 @@ from megachiar.kernels.gpu import INTERPRETED, jit, launch_options, tl, triton
 WIDEST = 16384
 """Channels up to which a program holds a row."""
 PROGRAMS = 1056
-"""Of the backward pass at most: eight for each processor of an H100. Each sums up the weights' gradients of its rows."""
+"""Of the backward pass at most: eight for each processor of an H100. Each sums the weights' gradients of its rows."""
 
 
 class Normed(NamedTuple):
@@ -46,7 +46,8 @@ def normed(
     mean, scale = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
     if n:
         _norm[(n,)](
-            *(x, x if change is None else change.contiguous(), weight, bias, sums, rows, mean, scale, epsilon),
+            *(x, x if change is None else change.contiguous(), weight, bias, sums, rows, mean, scale),
+            EPSILON=epsilon,
             ADDED=change is not None,
             **_constants(d),
         )
@@ -81,7 +82,7 @@ def _norm_kernel(
     out,
     means,
     scales,
-    epsilon,
+    EPSILON: tl.constexpr,
     ADDED: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -98,7 +99,7 @@ def _norm_kernel(
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / D
     centred = tl.where(inside, value - mean, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + epsilon)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPSILON)
     of_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     of_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, (centred * scale * of_weight + of_bias).to(out.dtype.element_ty), mask=inside)
