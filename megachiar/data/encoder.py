@@ -11,6 +11,7 @@ import numpy as np
 
 from megachiar.data.fast_tokenizer import Engine, FastTokenizer
 from megachiar.data.indexed import dtype_for_vocabulary
+from megachiar.data.piece_tokenizer import in_pieces
 from megachiar.data.readers import Chunk, Document, Trouble, TroubleLog, parse_chunk
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +65,7 @@ class ChunkEncoder:
         tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
         if tokenizer.fingerprint != fingerprint:
             raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
-        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else tokenizer)
+        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else in_pieces(tokenizer))
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         log = TroubleLog(self._settings.on_error)

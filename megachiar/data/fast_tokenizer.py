@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from megachiar.data.piece_tokenizer import in_pieces
 from megachiar.data.tokenizer import Tokenizer
 from megachiar.errors import UserError
 
@@ -132,11 +133,10 @@ def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) ->
         UserError: ``fast`` is wanted, but missing, unable, or not equal to the reference.
     """
     if wanted == "reference":
-        return ChosenEngine("reference", "asked for", reference)
+        return ChosenEngine("reference", "asked for", in_pieces(reference))
     if wanted == "auto" and importlib.util.find_spec("gigatoken") is None:
-        return ChosenEngine(
-            "reference", "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'", reference
-        )
+        why = "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'"
+        return ChosenEngine("reference", why, in_pieces(reference))
     try:
         fast = FastTokenizer(reference)
         fast.check(HARD_TEXTS)
@@ -144,7 +144,7 @@ def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) ->
     except UserError as error:
         if wanted == "fast":
             raise
-        return ChosenEngine("reference", error.problem, reference)
+        return ChosenEngine("reference", error.problem, in_pieces(reference))
     return ChosenEngine(
         "fast", f"{fast.name}, equal to the reference on {len(HARD_TEXTS)} hard texts and the input's first", fast
     )

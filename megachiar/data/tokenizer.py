@@ -151,7 +151,11 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the ``tokenizers`` library; GPT-2's BPE is one whose parts come from two files."""
+    """A tokenizer of the ``tokenizers`` library; GPT-2's BPE is one whose parts come from two files.
+
+    Attributes:
+        cuts_like_gpt2: words are what GPT-2's expression finds in the text as it is, and each is encoded by itself.
+    """
 
     def __init__(self, kind: str, path: Path, tokenizer, contents: list[bytes], eod_token: str | None):
         """``tokenizer``: a ``tokenizers.Tokenizer``, owned by this from now on; ``contents``: of its files."""
@@ -164,6 +168,7 @@ class HuggingFaceTokenizer:
         _check_loses_no_bytes(path, tokenizer, vocabulary)
         self.eod_id = self._choose_eod(eod_token, vocabulary)
         self._make_plain()
+        self.cuts_like_gpt2 = _cuts_like_gpt2(tokenizer)
         unknown = _unknown_id(tokenizer.model, vocabulary)  # may stand for any character
         added = tokenizer.get_added_tokens_decoder()
         self.controls = {index: token.content for index, token in added.items() if token.special and index != unknown}
@@ -351,6 +356,20 @@ def _unknown_id(model: Any, vocabulary: dict[str, int]) -> int | None:
     if hasattr(model, "unk_token"):
         return vocabulary.get(model.unk_token)
     return json.loads(model.__getstate__()).get("unk_id")  # a unigram model tells it nowhere else
+
+
+def _cuts_like_gpt2(tokenizer: Any) -> bool:
+    from tokenizers import models, pre_tokenizers
+
+    cut, added = tokenizer.pre_tokenizer, tokenizer.get_added_tokens_decoder().values()
+    return (
+        isinstance(tokenizer.model, models.BPE)
+        and isinstance(cut, pre_tokenizers.ByteLevel)
+        and cut.use_regex
+        and not cut.add_prefix_space
+        and tokenizer.normalizer is None
+        and all(token.special for token in added)  # which are looked for in no text here
+    )
 
 
 def _check_loses_no_bytes(path: Path, tokenizer: Any, vocabulary: dict[str, int]) -> None:
