@@ -5,9 +5,10 @@
     python tools/bench_data.py read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
-on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, in turn, round by
-round; and compares the files. `open` measures how long a dataset of 10 million documents and 5 billion tokens takes
-until the first sample, and what memory. `read` counts samples a second in training order, beside the peer's GPTDataset.
+on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to see what
+memory they take, then in turn, round by round; and compares the files. `open` measures how long a dataset of 10 million
+documents and 5 billion tokens takes until the first sample, and what memory. `read` counts samples a second in training
+order, beside the peer's GPTDataset.
 
 --peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).
 """
@@ -61,36 +62,35 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
     corpus = write_corpus(folder / "corpus.jsonl", options.megabytes)
     tokenizer = make_tokenizer(folder)
     commands = our_commands(options, corpus, tokenizer, folder) | peer_commands(options, corpus, tokenizer, folder)
-    memory: dict[str, list[float]] = {name: [] for name in commands}
 
-    def contender(name: str):
+    def contender(name: str, look: bool = False):
         def measure() -> float:
             for path in outputs(folder, name):
                 path.unlink()
-            seconds, peak = watch(commands[name], options)
-            memory[name].append(peak)
-            return seconds
+            seconds, peak = carry_out(commands[name], look)
+            return peak if look else seconds
 
         return measure
 
+    memory = {name: contender(name, look=True)() for name in commands}  # apart: looking takes time, most from the peers
     times = in_turn({name: contender(name) for name in commands}, options.rounds)
     size = corpus.stat().st_size / MEGA
     print(f"{size:.0f} MB of jsonl, {options.workers} workers, {options.rounds} rounds: median (quartiles)")
     for name in commands:
-        seconds, peak = times.spread(name), Spread.of(memory[name])
-        print(f"  {name:24} {seconds.told(' s')}, {size / seconds.median:.1f} MB/s, {peak.told(' MiB', digits=0)}")
+        seconds = times.spread(name)
+        print(f"  {name:24} {seconds.told(' s')}, {size / seconds.median:.1f} MB/s; at most {memory[name]:.0f} MiB")
     ratios = compare(times, memory, commands)
     compare_files(folder, list(commands))
     return {"seconds": times.seconds, "memory_mib": memory, "ratios": ratios, "megabytes": size}
 
 
-def compare(times: Times, memory: dict[str, list[float]], names: dict) -> dict[str, float]:
+def compare(times: Times, memory: dict[str, float], names: dict) -> dict[str, float]:
     ratios = {}
     for ours in (name for name in names if name.startswith("ours")):
         for peer in (name for name in names if name.startswith("peer")):
             speed = times.speed_up(ours, peer)
-            room = Spread.of([a / b for a, b in zip(memory[ours], memory[peer], strict=True)])
-            print(f"  {ours} is {speed.told('x')} as fast as {peer}, with {room.told('x')} of its memory")
+            room = memory[ours] / memory[peer]
+            print(f"  {ours} is {speed.told('x')} as fast as {peer}, with {room:.2f}x of its memory")
             ratios[f"{ours} over {peer}"] = speed.median
     return ratios
 
@@ -137,14 +137,18 @@ def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, fo
     return {name: command for name, command in commands.items() if name in options.peer_tools}
 
 
-def watch(command: list[str], options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of a command, and the most memory that it and its children held together, MiB (shared pages once)."""
+def carry_out(command: list[str], look: bool) -> tuple[float, float]:
+    """Seconds of a command and, if asked to ``look`` all the while, the most memory that it and its children held.
+
+    Memory in MiB, shared pages counted once.
+    """
     peak, began = 0.0, time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
+        while look and process.poll() is None:
             peak = max(peak, held_by(process.pid))
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        process.wait()
         seconds = time.perf_counter() - began
         if process.returncode:
             output.seek(0)
