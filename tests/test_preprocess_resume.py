@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -83,55 +84,77 @@ def undisturbed(tmp_path, model, corpus) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------ the journal
 
 
+# A file is read slowly enough that kills fall everywhere, and each is a checkpoint; what is read first is told.
+SLOWED_TOOL = """
+import runpy, sys, time
+from megachiar.data import journal, preprocess, readers
+journal.SECONDS_BETWEEN_CHECKPOINTS = 0
+journal.LARGEST_SHARE = float("inf")
+read = readers.read_chunks
+
+def slowly(sources, options):
+    print(sources[0].name, flush=True)
+    time.sleep(0.02)
+    yield from read(sources, options)
+
+preprocess.read_chunks = slowly
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("shuffle_seed", [None, 7])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path, model, corpus, workers, shuffle_seed):
-    """Real kills of the real tool at random moments; every run is the same command."""
+    """Real kills of the real tool at random moments; every run is the same command.
+
+    Moments are counted from the first file that a run reads, or a busy machine would spend them all on imports; one in
+    five falls before it.
+    """
     run(settings(tmp_path / "whole", model, corpus, shuffle_seed=shuffle_seed))
     folder = tmp_path / "killed"
-    command = [sys.executable, str(TOOL), "--input", *map(str, corpus), "--tokenizer", str(model), "--append-eod"]
+    command = [sys.executable, "-c", SLOWED_TOOL, str(TOOL), "--input", *map(str, corpus), "--tokenizer", str(model)]
     command += ["--output-prefix", str(folder / "out"), "--split", "train=3,valid=1", "--workers", str(workers)]
-    command += ["--shuffle-seed", str(shuffle_seed)] if shuffle_seed is not None else []
-    # A file is read slowly enough that kills fall everywhere, and each is a checkpoint.
-    slow = (
-        "import runpy, sys, time\n"
-        "from megachiar.data import journal, readers, preprocess\n"
-        "journal.SECONDS_BETWEEN_CHECKPOINTS = 0\njournal.LARGEST_SHARE = float('inf')\n"
-        "read = readers.read_chunks\n"
-        "def slowly(*a):\n    time.sleep(0.03)\n    yield from read(*a)\n"
-        "preprocess.read_chunks = slowly\n"
-        "if __name__ == '__main__':\n"
-        "    sys.argv = sys.argv[1:]\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", slow, *command[1:2], "--help"], check=True, capture_output=True)
-    start_up, pause = time.monotonic() - began, random.Random(workers)
-    kills = 0
+    command += ["--append-eod"] + (["--shuffle-seed", str(shuffle_seed)] if shuffle_seed is not None else [])
+
+    def begin() -> tuple[subprocess.Popen, float]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, start_new_session=True, **pipes), time.monotonic()
+
+    def end(process: subprocess.Popen) -> None:
+        """Wait for its end, which must be a good one or a kill."""
+        error = process.communicate(timeout=120)[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), error
 
     def is_whole() -> bool:
         """Whether nothing is left to do; a kill may also come after the last of it."""
         return (folder / "out_valid.idx").exists() and not (folder / "out.journal").exists()
 
-    while kills < 20 or not is_whole():
+    process, began = begin()
+    assert process.stdout.readline()
+    start_up, reading = time.monotonic() - began, time.monotonic()
+    end(process)
+    work, pause = time.monotonic() - reading, random.Random(workers)
+    went_on = 0
+    for kill in range(20):
         if is_whole():  # it came to its end between the kills: compare, and disturb another run
             assert contents(folder) == contents(tmp_path / "whole")
             shutil.rmtree(folder)
-        process = subprocess.Popen(
-            [sys.executable, "-c", slow, *command[1:]],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            process.wait(start_up * pause.uniform(0.8, 3) if kills < 20 else 60)
-        except subprocess.TimeoutExpired:
+        process, _ = begin()
+        if kill % 5 == 4:
+            time.sleep(start_up * pause.random())
+        else:
+            first = process.stdout.readline().decode().strip()  # empty: all was read before
+            went_on += first != str(corpus[0])
+            time.sleep(work * pause.uniform(0, 0.6))
+        with contextlib.suppress(ProcessLookupError):  # it has come to its end
             os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        ended = process.wait()
-        error = process.stderr.read().decode()
-        process.stderr.close()
-        assert ended in (0, -signal.SIGKILL), error
+        end(process)
+    if not is_whole():
+        end(begin()[0])
     assert contents(folder) == contents(tmp_path / "whole")
+    assert went_on >= 5
 
 
 class Stop(Exception):
