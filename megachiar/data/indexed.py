@@ -13,6 +13,9 @@ sequences; megachiar writes one sequence per document and reads any.
                  34          i32[S]   length of each sequence, in tokens
                  34 + 4S     i64[S]   where each sequence begins in PREFIX.bin, in bytes
                  34 + 12S    i64[D]   the sequence each document begins with, and S at the end
+
+GPT-NeoX's merge tool writes an index with D = 1: it loses where documents begin. As each of its documents is one
+sequence, each sequence of such a dataset is read as a document.
 """
 
 from __future__ import annotations
@@ -378,6 +381,7 @@ class IndexedDataset:
         document_starts: first sequence of each document, then the number of sequences, int64 (documents + 1,).
         tokens: all tokens as one stream, (tokens,) of ``dtype``.
         documents: number of documents.
+        tells_documents: whether the index says where documents begin; if not, each sequence is one.
 
     Args:
         prefix: path of the dataset without ``.bin``.
@@ -401,7 +405,10 @@ class IndexedDataset:
         self.lengths = index[HEADER.size : first_pointer].view("<i4")
         self.pointers = index[first_pointer:first_start].view("<i8")
         self.document_starts = index[first_start:index_bytes].view("<i8")
-        self.documents = starts - 1
+        self.tells_documents = starts > 1
+        if not self.tells_documents:
+            self.document_starts = np.arange(sequences + 1, dtype="<i8")
+        self.documents = self.document_starts.size - 1
         self._map = _map_file(bin_, self.prefix)
         self._random_access = random_access
         if random_access:
@@ -561,8 +568,8 @@ def _check_index_size(size: int, expected: int, sequences: int, starts: int, pat
             f"which take {expected:,} bytes" + (multimodal if size == expected + sequences else ""),
             "the file was cut short or overwritten: copy it again or preprocess again",
         )
-    if sequences == 0 or starts < 2:
-        raise UserError(path, f"holds {sequences:,} sequences in {max(starts - 1, 0):,} documents", "preprocess again")
+    if sequences == 0 or starts == 0:
+        raise UserError(path, f"holds {sequences:,} sequences and {starts:,} document starts", "preprocess again")
 
 
 def _broken_index(prefix: Path, problem: str) -> UserError:
