@@ -26,7 +26,7 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 @pytest.fixture(params=[1, 4, 5, ROWS, 1000], ids=lambda n: f"{n}rows")
 def chunk_rows(request, monkeypatch):
     """Rows of a chunk: one, a divisor of nothing, all, more than all."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCABULARY * request.param)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * VOCABULARY * request.param)
 
 
 def test_loss_and_gradients_are_pytorchs(chunk_rows):

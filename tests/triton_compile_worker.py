@@ -41,15 +41,13 @@ KERNELS = {
     triton_attention: ("_forward", "_backward_queries", "_backward_keys"),
     triton_cross_entropy: ("_read", "_slope"),
     triton_dropout: ("_drop",),
-    triton_factored: ("_entropy", "_mix"),
+    triton_factored: ("_entropy",),
     triton_norm: ("_norm", "_norm_backward"),
     triton_permute: ("_scatter",),
     triton_rope: ("_rotate",),
 }
 SIZES = (256, 1024, 4096)
 """Channels of a token."""
-MIXED = {torch.bfloat16: (256, 1024), torch.float32: (256, 512)}
-"""Those that are mixed by a kernel: the narrowest and the widest."""
 
 
 class Compiled:
@@ -84,10 +82,6 @@ def main() -> None:
         for d in SIZES:
             work_on_rows(d, dtype)
             note(f"{dtype}, {d} channels")
-        for d in MIXED[dtype]:
-            for backward in (False, True):
-                mix(d, dtype, backward)
-                note(f"{dtype}, {d} channels, backward {backward}")
         lose_and_drop(dtype)
         note(f"{dtype}")
     print(json.dumps(found))
@@ -95,21 +89,13 @@ def main() -> None:
 
 def work_on_rows(d: int, dtype: torch.dtype) -> None:
     x, weight = torch.zeros(4, d, dtype=dtype), torch.ones(d, dtype=dtype)
-    if triton_factored.has_entropy(x):
+    if triton_factored.supports(x):
         triton_factored.entropy(x, 2.0)
     normed = triton_norm.normed(x, x, weight, weight, 1e-5)
     triton_norm.norm_backward(x, *normed[1:], weight)
     triton_permute.scatter(x, torch.arange(4), torch.zeros(4, d, dtype=dtype))
     heads, tables = x.view(4, d // 64, 64), torch.zeros(4, 1, 64, dtype=dtype)
     triton_rope.rotated(heads, tables, tables, back=True)
-
-
-def mix(d: int, dtype: torch.dtype, backward: bool) -> None:
-    x, weight = torch.zeros(4, d, dtype=dtype), torch.ones(d, dtype=dtype)
-    if backward:
-        triton_factored.mix_backward(x, x, weight, 1.0, True)
-    else:
-        triton_factored.mix(x, weight, 1.0, True, (weight, weight, 1e-5))
 
 
 def lose_and_drop(dtype: torch.dtype) -> None:

@@ -27,7 +27,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((0, 256), (1, 512), (5, 192), (37, 256))
 LAUNCHERS = (
     (triton_factored, "_entropy"),
-    (triton_factored, "_mix"),
     (triton_norm, "_norm"),
     (triton_norm, "_norm_backward"),
     (triton_permute, "_scatter"),

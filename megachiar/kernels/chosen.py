@@ -25,15 +25,16 @@ def chosen_kernels(hidden_size: int, heads: int, device: torch.device, dtype: to
         return [f"torch, with SDPA for attention and {transform} for the DCT ({why_not})"]
     tables = rows.new_empty(1, 1, by_head.shape[-1])
     sizes = ", ".join(map(str, triton_attention.HEAD_SIZES))
-    widths = f"hidden_size is no power of two from {triton_factored.NARROWEST} on"
+    widest = triton_factored.WIDEST // rows.element_size()
+    widths = f"hidden_size is no power of two from {triton_factored.NARROWEST} to {widest}"
     choices = (
         ("routed attention", triton_attention.supports(by_head), f"torch SDPA: heads have no {sizes} channels"),
-        ("spectral entropy", triton_factored.has_entropy(rows), f"torch, matrix product: {widths}"),
-        ("DCT mixing", triton_factored.has_mix(rows), f"torch, matrix product: {widths} or too large"),
+        ("spectral entropy", triton_factored.supports(rows), f"torch, matrix product: {widths}"),
         ("norms", triton_norm.supports(rows), f"torch: hidden_size is above {triton_norm.WIDEST}"),
         ("RoPE", triton_rope.supports(by_head, tables), "torch: a head has too many channels, or an odd number"),
         ("loss", triton_cross_entropy.supports(rows), "torch"),
     )
     by_triton = [name for name, supported, _ in choices if supported]
     others = [f"{name} by {instead}" for name, supported, instead in choices if not supported]
-    return [f"Triton for {', '.join(by_triton)}", *others, "attention in every row by torch SDPA (flash or cuDNN)"]
+    by_torch = ["attention in every row by torch SDPA (flash or cuDNN)", "DCT mixing by one matrix product of torch"]
+    return [f"Triton for {', '.join(by_triton)}", *others, *by_torch]

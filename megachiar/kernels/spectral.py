@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megachiar.kernels import gpu, triton_factored, triton_norm
+from megachiar.kernels import gpu, triton_factored
 from megachiar.kernels.dct import dct_matrix, packed, packed_dct, packed_idct, packed_power, unpacked
 from megachiar.kernels.norm import add_and_norm
 
@@ -42,7 +42,7 @@ def spectrum_and_entropy(
     On a GPU there is no spectrum: to compute it again costs less there than to write it and read it again.
     """
     with torch.no_grad():
-        if _by_triton(x) and triton_factored.has_entropy(x) and epsilon == 0:
+        if gpu.has_kernels(x.device) and triton_factored.supports(x) and epsilon == 0:
             return None, triton_factored.entropy(x.detach(), dc_weight)
         spectrum = packed_dct(x)
         entropy = _entropy(spectrum, x.shape[-1], dc_weight, epsilon)
@@ -74,8 +74,6 @@ def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spect
     Returns:
         (N, d) in the type of ``x``.
     """
-    if _by_triton(x) and triton_factored.has_mix(x):
-        return _FactoredMix.apply(x, weight, gain)
     if x.device.type == "cpu":
         return _SpectralMix.apply(x, weight, gain, spectrum)
     return F.linear(x, _filter_matrix(weight, gain))
@@ -91,13 +89,7 @@ def mix_add_and_norm(
     epsilon: float,
 ) -> torch.Tensor:
     """LayerNorm (weight and bias (d,)) of ``x + spectral_mix(x, filters, gain, spectrum)``."""
-    if _by_triton(x) and triton_factored.has_mix(x):
-        return _MixAddAndNorm.apply(x, filters, gain, weight, bias, epsilon)
     return add_and_norm(x, spectral_mix(x, filters, gain, spectrum), weight, bias, epsilon)
-
-
-def _by_triton(x: torch.Tensor) -> bool:
-    return gpu.has_kernels(x.device)
 
 
 def _filter_matrix(weight: torch.Tensor, gain: float) -> torch.Tensor:
@@ -127,41 +119,6 @@ class _SpectralMix(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = _of_filters(gradient_spectrum, spectrum, weight, ctx.gain)
         return of_x, of_weight, None, None
-
-
-class _FactoredMix(torch.autograd.Function):
-    """With Triton: nothing of the spectra is written."""
-
-    @staticmethod
-    def forward(ctx, x, filters, gain):
-        ctx.save_for_backward(x, filters)
-        ctx.gain = gain
-        return triton_factored.mix(x, filters, gain, False, None).rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, filters = ctx.saved_tensors
-        return *triton_factored.mix_backward(gradient, x, filters, ctx.gain, False), None
-
-
-class _MixAddAndNorm(torch.autograd.Function):
-    """With Triton: all of the sub-layer in one pass over the rows; only what the norm's slope needs is written too."""
-
-    @staticmethod
-    def forward(ctx, x, filters, gain, weight, bias, epsilon):
-        mixed = triton_factored.mix(x, filters, gain, True, (weight, bias, epsilon))
-        ctx.save_for_backward(x, filters, *mixed[1:], weight)
-        ctx.gain = gain
-        return mixed.rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, filters, *normed = ctx.saved_tensors
-        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, *normed)
-        of_x, of_filters = triton_factored.mix_backward(of_sums, x, filters, ctx.gain, True)
-        return of_x, of_filters, None, of_weight, of_bias, None
 
 
 def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float, dtype: torch.dtype) -> torch.Tensor:

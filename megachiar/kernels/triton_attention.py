@@ -44,14 +44,16 @@ def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16, 16, 4, 1)
     wide = c > 64
     if dtype == torch.float32:
-        if kernel == "forward":
-            return Tiles(64, 32, 8 if wide else 4, 1)
-        return Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 1)
+        if kernel == "queries":
+            return Tiles(16, 32, 4, 1)
+        if wide:
+            return Tiles(16, 32 if kernel == "forward" else 16, 4, 1)
+        return Tiles(32, 32, 4, 1)
     if kernel == "keys":
         return Tiles(32, 128, 8, 2) if wide else Tiles(64, 64, 4, 2)
     if wide:
         return Tiles(128, 64, 8, 3 if kernel == "forward" else 2)
-    return Tiles(64, 64, 4, 3 if kernel == "forward" else 2)
+    return Tiles(64, 64, 4, 3)
 
 
 class Layout(NamedTuple):
@@ -219,17 +221,16 @@ def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | Non
     }
 
 
-def _stays_kernel(first, second, columns, least, FACTOR: tl.constexpr):
+@jit
+def _stays(first, second, columns, least, FACTOR: tl.constexpr):
     """What dropout leaves of rows and columns that broadcast against each other."""
     number = (first.to(tl.uint32, bitcast=True) ^ columns.to(tl.uint32, bitcast=True)) * FACTOR
     number = (number ^ (number >> 15)) * second.to(tl.uint32, bitcast=True)
     return number.to(tl.int32, bitcast=True) >= least
 
 
-_stays = jit(_stays_kernel)
-
-
-def _read_kernel(x, stride, row, rows, channel, GUARDED: tl.constexpr):
+@jit
+def _read(x, stride, row, rows, channel, GUARDED: tl.constexpr):
     """Rows of ``x``; with ``GUARDED`` those from ``rows`` on are 0."""
     place = x + row[:, None] * stride + channel[None, :]
     if GUARDED:
@@ -237,10 +238,8 @@ def _read_kernel(x, stride, row, rows, channel, GUARDED: tl.constexpr):
     return tl.load(place)
 
 
-_read = jit(_read_kernel)
-
-
-def _seen_kernel(key, position, opening, DOCUMENTS: tl.constexpr):
+@jit
+def _seen(key, position, opening, DOCUMENTS: tl.constexpr):
     """Which keys are seen by queries; they broadcast against each other."""
     seen = key <= position
     if DOCUMENTS:
@@ -248,10 +247,8 @@ def _seen_kernel(key, position, opening, DOCUMENTS: tl.constexpr):
     return seen
 
 
-_seen = jit(_seen_kernel)
-
-
-def _edges_kernel(position, opening, count, start, keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOC: tl.constexpr):
+@jit
+def _edges(position, opening, count, start, keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOC: tl.constexpr):
     """For a block of queries: its first key, those from which on and up to which all see all, and the end."""
     row = start + tl.arange(0, QUERIES)
     end = tl.max(tl.where(row < count, position, -1), 0) + 1
@@ -265,10 +262,8 @@ def _edges_kernel(position, opening, count, start, keys, QUERIES: tl.constexpr, 
     return first, plain, unmasked, end
 
 
-_edges = jit(_edges_kernel)
-
-
-def _forward_range_kernel(
+@jit
+def _forward_range(
     begin,
     end,
     queries,
@@ -319,9 +314,6 @@ def _forward_range_kernel(
         mixed = mixed * shrink[:, None] + tl.dot(weight.to(COMPUTE), of_value, input_precision=PRECISION)
         top = new_top
     return top, total, mixed
-
-
-_forward_range = jit(_forward_range_kernel)
 
 
 def _forward_kernel(
@@ -400,7 +392,8 @@ def _forward_kernel(
         tl.store(sums + place, top + tl.log2(total), mask=valid)
 
 
-def _queries_range_kernel(
+@jit
+def _queries_range(
     begin,
     end,
     queries,
@@ -446,9 +439,6 @@ def _queries_range_kernel(
         slope = weight * (slope - product[:, None])
         result += tl.dot(slope.to(COMPUTE), of_key, input_precision=PRECISION)
     return result
-
-
-_queries_range = jit(_queries_range_kernel)
 
 
 def _backward_queries_kernel(
@@ -538,7 +528,8 @@ def _backward_queries_kernel(
         tl.store(of_q + whole, (result * scale).to(of_q.dtype.element_ty), mask=valid[:, None])
 
 
-def _keys_range_kernel(
+@jit
+def _keys_range(
     begin,
     end,
     key,
@@ -600,9 +591,6 @@ def _keys_range_kernel(
         slope = weight * (slope - product[None, :])
         key_gradient += tl.dot(slope.to(COMPUTE), queries, input_precision=PRECISION)
     return key_gradient, value_gradient
-
-
-_keys_range = jit(_keys_range_kernel)
 
 
 def _backward_keys_kernel(

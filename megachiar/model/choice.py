@@ -57,10 +57,11 @@ def agree(operator: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def sort_rows(operator: torch.Tensor, operators: int, grid: Grid) -> Sorted:
-    """Sort by the routes (N,) of all rows."""
-    blocks = grid.group.size if grid.group.shards_rows else 1
-    by_rank = operator.view(blocks, -1)
-    me = grid.group.rank if blocks > 1 else 0
+    """Sort by the routes (N,) of all rows. How many each operator has is what the host waits for, once a layer."""
+    if not grid.group.shards_rows:
+        found = [torch.nonzero(operator == o).flatten() for o in reversed(range(operators))]
+        return Sorted(torch.cat(found), [Choice(rows, None, rows) for rows in found], [len(rows) for rows in found])
+    by_rank, me = operator.view(grid.group.size, -1), grid.group.rank
     order = torch.argsort(by_rank[me], descending=True, stable=True)
     counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()  # the one copy to host
     sizes = [of_operator[me] for of_operator in counts]
@@ -68,9 +69,6 @@ def sort_rows(operator: torch.Tensor, operators: int, grid: Grid) -> Sorted:
     for index, of_operator in enumerate(counts):
         own = order[start : start + sizes[index]]
         start += sizes[index]
-        if blocks == 1:
-            choices.append(Choice(own, None, own))
-        else:
-            rows = torch.nonzero_static(operator == operators - 1 - index, size=sum(of_operator)).flatten()
-            choices.append(Choice(rows, of_operator, own))
+        rows = torch.nonzero_static(operator == operators - 1 - index, size=sum(of_operator)).flatten()
+        choices.append(Choice(rows, of_operator, own))
     return Sorted(order, choices, sizes)

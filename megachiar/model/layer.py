@@ -124,7 +124,9 @@ class RoutedLayer(nn.Module):
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
             gate = decision.gates.gather(-1, operator[grid.own, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())
-        use = torch.tensor(by.sizes[::-1], dtype=torch.float32, device=x.device) / len(x)
+        # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
+        shares = (size / len(x) for size in reversed(by.sizes))
+        use = torch.stack([torch.full((), share, dtype=torch.float32, device=x.device) for share in shares])
         return self.feed_forward(y, grid.keys), use
 
     def _blend(self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None) -> torch.Tensor:

@@ -58,5 +58,5 @@ class RbfMixing(nn.Module):
         return residual_norm(chosen, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        angle = x @ self.frequencies / math.sqrt(self.frequencies.shape[1])
+        angle = x @ self.frequencies.to(x.dtype) / math.sqrt(self.frequencies.shape[1])
         return torch.cat([angle.cos(), angle.sin()], -1)
