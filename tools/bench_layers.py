@@ -7,7 +7,7 @@ against a layer whose rows all attend (``scaled_dot_product_attention``); then t
 one forward and backward pass, in turn with its rival; the speed-up is the median over rounds, with quartiles. Also what
 autograd keeps of the forward pass, in MiB, and how near a pass comes to the machine's limit: the time in which a large
 matrix product would do its FLOPs, or a large copy move the bytes that it must read and write once, whichever is longer,
-by the time it took.
+by the time it took. On a GPU also for how long it was busy: where passes are short, the host is what takes time.
 
 FLOPs count a multiply-add as 2 and a backward pass as twice the forward; causal attention those keys that a query sees.
 Bytes are counted for operators alone: those of inputs, results and their gradients.
@@ -195,10 +195,13 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
     first, report = next(iter(passes)), {}
     for name, work in passes.items():
         speed_up, kept, spread = times.speed_up(name, over=first), kept_bytes(work), times.spread(name)
-        of_limit, rate = limits.seconds(work) / spread.median, work.flops / spread.median
+        busy = busy_seconds(work) if device.type == "cuda" else None
+        took = spread.median if busy is None else busy
+        of_limit, rate = limits.seconds(work) / took, work.flops / took
+        busy_told = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
         print(
-            f"{name:38} {spread.told(' ms', 1e3, 2):30} {speed_up.told('x'):22} keeps {kept / 2**20:7.1f} MiB  "
-            f"{rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
+            f"{name:38} {spread.told(' ms', 1e3, 2):30} {speed_up.told('x'):22}{busy_told}  "
+            f"keeps {kept / 2**20:7.1f} MiB  {rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
             flush=True,
         )
         report[name] = {
@@ -207,9 +210,22 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
             "kept_bytes": kept,
             "flops": work.flops,
             "bytes": work.bytes,
+            "busy_seconds": busy,
             "of_limit": of_limit,
         }
     return report
+
+
+def busy_seconds(work: Pass, calls: int = 3) -> float:
+    """Of the GPU in one pass: all kernels' times together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            work.run()
+        torch.cuda.synchronize()
+    kernels = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(kernel.self_device_time_total for kernel in kernels) / calls / 1e6
 
 
 def kept_bytes(work: Pass) -> int:

@@ -155,8 +155,11 @@ def attention_among(
         since = torch.searchsorted(rows, rows - rows % queries + since)
     dropped = dropout is not None and dropout.probability > 0
     if _by_triton(q) and (dropped or since is not None or queries <= AMONG_BY_TRITON):
-        starts, own = _device_starts(rows, sequences, queries), torch.arange(len(rows), device=rows.device)
-        return _by_rows(q, k, v, starts, starts, own, queries, queries, dropout, first_head, scale, since)
+        starts = triton_attention.first_rows(rows.int(), sequences, queries)
+        own = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        since = since.int() if since is not None else None
+        layout = triton_attention.Layout(starts, starts, own, queries, queries, since)
+        return _by_rows(q, k, v, layout, dropout, first_head, scale)
     if q.device.type == "cpu" and not dropped:
         starts = _starts(rows, sequences, queries)
         before = torch.tensor(starts).index_select(0, rows // queries)
@@ -229,11 +232,6 @@ def _by_triton(q: torch.Tensor) -> bool:
     return gpu.has_kernels(q.device) and triton_attention.supports(q)
 
 
-def _device_starts(rows: torch.Tensor, sequences: int, queries: int) -> torch.Tensor:
-    """As ``_starts``, where the rows are."""
-    return torch.searchsorted(rows, torch.arange(sequences + 1, device=rows.device) * queries)
-
-
 def _routed_by_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -247,39 +245,37 @@ def _routed_by_triton(
 ) -> torch.Tensor:
     """Arguments and result as those of ``routed_attention``; keys and values are read as they lie."""
     sequences, keys = k.shape[0], k.shape[2]
+    rows = rows.int()
     own = rows
     if queries != keys or since is not None:
         first_key = rows // queries * keys
         own = rows % queries + (first_key + (keys - queries))
         since = since + first_key if since is not None else None
-    key_starts = torch.arange(sequences + 1, device=q.device) * keys
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
-    starts = _device_starts(rows, sequences, queries)
-    return _by_rows(q, k, v, starts, key_starts, own, queries, keys, dropout, first_head, scale, since)
+    layout = triton_attention.Layout(
+        triton_attention.first_rows(rows, sequences, queries),
+        triton_attention.multiples(sequences + 1, keys, q.device),
+        own,
+        queries,
+        keys,
+        since.int() if since is not None else None,
+    )
+    return _by_rows(q, k, v, layout, dropout, first_head, scale)
 
 
 def _by_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    starts: torch.Tensor,
-    key_starts: torch.Tensor,
-    own: torch.Tensor,
-    longest: int,
-    longest_keys: int,
+    layout: triton_attention.Layout,
     dropout: KeyedDropout | None,
     first_head: int,
     scale: float | None,
-    since: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(n, h, c) of queries (n, h, c), keys and values (m, h, c); the rest as in ``triton_attention.Layout``."""
+    """(n, h, c) of queries (n, h, c), keys and values (m, h, c)."""
     mask = None
     if dropout is not None and dropout.probability > 0:
-        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], longest_keys)
-    starts, key_starts, own = starts.int(), key_starts.int(), own.int()
-    layout = triton_attention.Layout(
-        starts, key_starts, own, longest, longest_keys, since.int() if since is not None else None
-    )
+        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], layout.longest_keys)
     return triton_attention.attend(q, k, v, layout, scale, mask)
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from megachiar.kernels.dropout import FACTOR, KeyedDropout, column_keys, head_keys, least_kept
 from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
+from megachiar.kernels.tables import kept_table
 
 HEAD_SIZES = (16, 32, 64, 128)
 """Channels of a head that the kernels take."""
@@ -39,7 +40,7 @@ class Tiles(NamedTuple):
 
 def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
     """Of the kernel ``forward``, ``queries`` or ``keys`` (of the gradients): block sizes that compile for sm_90 without
-    spilled registers (``tests/test_kernels_triton.py`` looks), the fastest of those that were tried on an H200."""
+    spilled registers (``tests/test_kernels_triton.py`` looks); of 16 bits the fastest of those tried on an H200."""
     if INTERPRETED:
         return Tiles(16, 16, 4, 1)
     wide = c > 64
@@ -74,6 +75,17 @@ class Layout(NamedTuple):
     longest: int
     longest_keys: int
     since: torch.Tensor | None = None
+
+
+@kept_table
+def multiples(count: int, of: int, device: torch.device) -> torch.Tensor:
+    """(count,) int32 of 0, ``of``, 2 ``of``, ..."""
+    return torch.arange(0, count * of, of, dtype=torch.int32, device=device)
+
+
+def first_rows(rows: torch.Tensor, sequences: int, queries: int) -> torch.Tensor:
+    """``Layout.starts`` of ascending ``rows`` (n,) int32 among those of sequences of ``queries`` rows."""
+    return torch.searchsorted(rows, multiples(sequences + 1, queries, rows.device), out_int32=True)
 
 
 class Mask(NamedTuple):
@@ -191,8 +203,8 @@ def _places(layout: Layout) -> tuple[torch.Tensor, ...]:
 def _bounds(layout: Layout, blocks: int, size: int) -> torch.Tensor:
     """Rows of queries (2 or 4, B, blocks) int32 for blocks of ``size`` keys: the first that sees some of a block, and
     all that are not behind it; with ``since`` the first that sees only later keys than its first, and than its last."""
-    first = layout.key_starts[:-1, None] + torch.arange(0, blocks * size, size, device=layout.own.device)
-    edges = torch.stack([first, first + (size - 1)]).int()
+    first = layout.key_starts[:-1, None] + multiples(blocks, size, layout.own.device)
+    edges = torch.stack([first, first + (size - 1)])
     bounds = torch.searchsorted(layout.own, edges, out_int32=True)
     if layout.since is None:
         return bounds
