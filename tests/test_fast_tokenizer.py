@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
 
+from megachiar.data import fast_tokenizer as module
 from megachiar.data.encoder import count_words
-from megachiar.data.fast_tokenizer import CHECKED_EVERY, HARD_TEXTS, FastTokenizer, choose_engine
+from megachiar.data.fast_tokenizer import CHECKED_EVERY, HARD_TEXTS, LARGEST_GROWTH, FastTokenizer, choose_engine
+from megachiar.data.memory import give_back_free_memory, resident_bytes
 from megachiar.data.preprocess import preprocess
 from megachiar.data.readers import Document, find_sources
 from megachiar.data.settings import PreprocessSettings
@@ -82,6 +84,29 @@ def test_a_difference_later_on_is_found_by_looking_now_and_then(byte_level, brok
         fast.encode_batch(["a horse"])
     with pytest.raises(UserError, match="gives other ids"):
         fast.encode_batch(["a zebra"])
+
+
+def test_what_gigatoken_remembers_is_bounded(byte_level, monkeypatch):
+    """Memory that grows beyond the limit ends with a new engine, which gives the same ids."""
+    held = iter([100, 100 + LARGEST_GROWTH, 101 + LARGEST_GROWTH, 102, 102 + LARGEST_GROWTH])
+    monkeypatch.setattr(module, "resident_bytes", lambda: next(held))
+    fast, engines = FastTokenizer(byte_level), []
+    for _ in range(3 * CHECKED_EVERY + 2):
+        assert np.array_equal(fast.encode_batch(["a horse"])[0], byte_level.encode("a horse"))
+        if fast._encode not in engines:
+            engines.append(fast._encode)
+    assert len(engines) == 2
+
+
+def test_memory_is_told_and_given_back():
+    before = resident_bytes()
+    kept, freed = [], []
+    for number in range(200_000):
+        (freed if number % 100 else kept).append(bytes(600))  # above Python's own small blocks
+    held = resident_bytes()
+    freed.clear()
+    give_back_free_memory()
+    assert before + 100_000_000 < held and resident_bytes() < held - 80_000_000
 
 
 def test_without_gigatoken_the_reference_serves_and_fast_says_what_to_install(byte_level, monkeypatch):

@@ -7,12 +7,14 @@ which it sees a control token (it takes a literal ``<s>`` for one) is encoded by
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from megachiar.data.memory import give_back_free_memory, resident_bytes
 from megachiar.data.piece_tokenizer import in_pieces
 from megachiar.data.tokenizer import Tokenizer
 from megachiar.errors import UserError
@@ -32,6 +34,7 @@ HARD_TEXTS = (
 )
 CHECKED_BYTES = 1 << 16  # of the input's first documents, and at most of a document that is checked now and then
 CHECKED_EVERY = 64  # batches
+LARGEST_GROWTH = 24 << 20  # bytes: gigatoken remembers every word it meets; beyond that it is opened anew
 
 
 class FastTokenizer:
@@ -52,7 +55,8 @@ class FastTokenizer:
                 "--engine fast", "needs gigatoken, which is not installed", "pip install 'megachiar[fast]'"
             ) from error
         try:
-            self._encode = _open(gigatoken, reference).encode
+            self._open = functools.partial(_open, gigatoken, reference)
+            self._encode = self._open().encode
         except Exception as error:  # whatever a library raises of its own for what it does not know
             raise UserError(
                 reference.path, f"gigatoken cannot serve this tokenizer: {error}", "use --engine reference"
@@ -64,12 +68,14 @@ class FastTokenizer:
         self.name = f"gigatoken {gigatoken.__version__}" if hasattr(gigatoken, "__version__") else "gigatoken"
         self._forbidden = np.zeros(max(reference.vocab_size, 1), bool)
         self._forbidden[[index for index in reference.controls if index < reference.vocab_size]] = True
-        self._batches = 0
+        self._batches = self._resident = 0
 
     def encode(self, text: str) -> Sequence[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[Sequence[int]]:
+        if self._batches % CHECKED_EVERY == 1:
+            self._bound_memory()
         encoded: list[Sequence[int]] = [self._encode(text) for text in texts]
         if encoded and self._is_suspect(np.concatenate(encoded)):
             for row, ids in enumerate(encoded):
@@ -91,6 +97,16 @@ class FastTokenizer:
         """
         for text in texts:
             self._compare(text, self.encode(text))
+
+    def _bound_memory(self) -> None:
+        give_back_free_memory()
+        if not self._resident:
+            self._resident = resident_bytes()
+        elif resident_bytes() - self._resident > LARGEST_GROWTH:
+            del self._encode  # before the next one is there
+            self._encode = self._open().encode
+            give_back_free_memory()
+            self._resident = resident_bytes()
 
     def _is_suspect(self, ids: np.ndarray) -> bool:
         return ids.size > 0 and (int(ids.max()) >= self._forbidden.size or bool(self._forbidden[ids].any()))

@@ -27,6 +27,7 @@ from megachiar.data.files import dataset_files, put_in_place, remove_dataset
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.journal import Journal, OutputState
 from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, read_manifest
+from megachiar.data.memory import give_back_free_memory
 from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.progress import MEGA, TextProgress
 from megachiar.data.readers import Chunk, Document, Source, TroubleLog, parse_chunk, read_chunks
@@ -34,6 +35,8 @@ from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shuffle import shuffle_documents, unshuffled
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
+
+CHUNKS_BETWEEN_TIDYING = 64  # of this process's memory
 
 
 @dataclass
@@ -253,8 +256,10 @@ class _Run:
         results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers, fork=settings.fork)
         resumable = all(source.can_be_read_again for source in settings.sources)
         with contextlib.closing(results):
-            for result in results:
+            for chunks_done, result in enumerate(results, 1):
                 number = waiting.popleft()
+                if chunks_done % CHUNKS_BETWEEN_TIDYING == 0:
+                    give_back_free_memory()
                 if resumable and number > len(self.journal.sources) and self.journal.due():
                     finished = range(len(self.journal.sources), number)
                     states = [output.state() for output in outputs]
