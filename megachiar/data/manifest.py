@@ -9,6 +9,7 @@ one does without.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -145,8 +146,6 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     Raises:
         UserError: the file is no manifest, or of a version that is not known.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     path = manifest_path(prefix)
     try:
         content = path.read_bytes()
@@ -154,11 +153,20 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
         return None
     except OSError as error:
         raise UserError(path, f"cannot read the manifest: {error.strerror}", "make it readable") from None
+    from pydantic import ValidationError
+
     try:
-        return TypeAdapter(Manifest).validate_json(content)
+        return _schema().validate_json(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise UserError(path, f"not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
+
+
+@functools.cache
+def _schema() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
 
 
 _WITHOUT_MANIFEST = "preprocess again, or remove the file to use the dataset without the checks it allows"
