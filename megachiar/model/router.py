@@ -86,8 +86,9 @@ class Router(nn.Module):
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
         """Operator 0 up to the first bound, the last one above the last: at a bound the cheaper operator is taken."""
-        operator = torch.zeros(value.shape, dtype=torch.long, device=value.device)
-        for bound in self.bounds:
+        first, *others = self.bounds
+        operator = (value > first).long()
+        for bound in others:
             operator += value > bound
         return operator
 
