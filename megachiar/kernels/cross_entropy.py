@@ -14,8 +14,8 @@ from megachiar.kernels import gpu, triton_cross_entropy
 
 IGNORED_TARGET = -100
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Most that the fp32 logits of one chunk of rows take, by the device. Each chunk adds to the whole weight's gradient,
-which a GPU feels where chunks are small."""
+"""Most that the fp32 logits of one chunk of rows take, by the device; others as a CPU. Each chunk adds to the gradient
+of the whole weight, which a GPU feels where chunks are small."""
 
 
 class Vocabulary(Protocol):
@@ -65,7 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         of_hidden = torch.zeros_like(hidden) if needed else None
         of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
-        rows = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
+        chunk = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+        rows = max(1, chunk // (4 * len(weight)))
         first = part_of.first if part_of is not None else 0
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
