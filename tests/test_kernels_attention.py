@@ -107,12 +107,21 @@ def test_attention_among_chosen_rows_sees_no_other(length, choice):
     assert_same(attention_among(q[rows], k[rows], v[rows], rows, sequences, length), expected, tensors)
 
 
+WAYS = {"pieces": (3, 0.0), "a piece a sequence": (512, 0.0), "together": (512, math.inf)}
+"""Of a CPU: ``LEAF`` and ``MOST_PADDED``."""
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    leaf, padded = WAYS[request.param]
+    monkeypatch.setattr(cpu_attention, "LEAF", leaf)
+    monkeypatch.setattr(cpu_attention, "MOST_PADDED", padded)
+
+
 @pytest.mark.parametrize("scale", (None, 1.0))
-@pytest.mark.parametrize("chunk", (3, 512))
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (8, 8), (5, 12), (1, 6)])
-def test_routed_attention_is_the_chosen_rows_of_the_dense_formula(monkeypatch, queries, keys, choice, chunk, scale):
-    monkeypatch.setattr(cpu_attention, "LEAF", chunk)
+def test_routed_attention_is_the_chosen_rows_of_the_dense_formula(way, queries, keys, choice, scale):
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
@@ -141,14 +150,32 @@ def test_gradcheck_of_routed_attention():
     assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5), (flat, k, v))
 
 
+@pytest.mark.parametrize("way", ("a piece a sequence", "together"), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_routed_attention_in_16_bits_is_near_the_dense_formula(dtype):
-    q, k, v = (t.detach().to(dtype) for t in inputs(2, 16, 16))
+def test_routed_attention_in_16_bits_is_near_the_dense_formula(way, dtype):
+    tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
     rows = chosen_rows("some", 2, 16)
-    expected = dense_oracle(q.double(), k.double(), v.double()).transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    expected = dense_oracle(*(t.double() for t in tensors)).transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    q, k, v = tensors
     got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, rows, 16)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+    gradients = (torch.autograd.grad(y.double().square().sum(), tensors) for y in (got, expected))
+    for g, e in zip(*gradients, strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(g, e, rtol=0.04, atol=0.04)
+
+
+def test_sequences_of_few_queries_take_one_call(monkeypatch):
+    calls = []
+    function = cpu_attention._AttendTogether.apply
+    monkeypatch.setattr(cpu_attention._AttendTogether, "apply", lambda *a: calls.append(a) or function(*a))
+    _, k, v = inputs(3, 40, 40)
+    for counts, together in (((9, 10, 8), True), ((1, 10, 8), False), ((10, 10, 10), True)):
+        rows = torch.cat([torch.arange(count) * 4 + 40 * b for b, count in enumerate(counts)])
+        routed_attention(noise(len(rows), HEADS, CHANNELS), k, v, rows, 40)
+        assert bool(calls) is together, counts
+        calls.clear()
 
 
 # Dropout of probabilities --------------------------------------------------------------------------------------------
@@ -395,12 +422,10 @@ def documents(sequences: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dropped", (False, True))
-@pytest.mark.parametrize("chunk", (3, 512))
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("length", (1, 13, 70))
-def test_attention_keeps_to_documents(monkeypatch, length, choice, chunk, dropped):
+def test_attention_keeps_to_documents(way, length, choice, dropped):
     """Of all rows, of chosen ones to all, and of chosen ones to each other."""
-    monkeypatch.setattr(cpu_attention, "LEAF", chunk)
     sequences = 3
     tensors, since = inputs(sequences, length, length), documents(sequences, length)
     rows = chosen_rows(choice, sequences, length)

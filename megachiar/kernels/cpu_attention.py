@@ -32,6 +32,8 @@ LEAF = 288
 """Most queries of a masked piece. A bit more than a power of two: half of such a length of tokens is a leaf, or two."""
 SMALL = 256
 """Queries below which a rectangle's backward pass is faster in fp32 than in 16 bits, as that of all leaves is."""
+MOST_PADDED = 1.25
+"""Most queries, by those that there are, to which sequences of few are padded for one call."""
 CAUSAL_FROM = 768
 """Queries from which on the kernel's own causal mask serves best, where they are all of a stretch: it takes them in
 larger blocks then."""
@@ -66,7 +68,96 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked, scal
     Returns:
         (n, h, c).
     """
+    together = _Together.of(asked, k, _rounding(q.dtype)) if k.ndim == 4 else None
+    if together is not None:
+        return _AttendTogether.apply(q, k, v, together, scale)
     return _Attend.apply(q, k, v, asked, scale)
+
+
+class _Together(NamedTuple):
+    """Sequences of few queries, each no more than a leaf, for one call: the queries of each padded to the most of any.
+
+    Attributes:
+        sequences, length: B and S, the queries that each is padded to.
+        place: (n,) int64, where each row stands among B * S.
+        at, since: as ``Asked``, (B, S).
+    """
+
+    sequences: int
+    length: int
+    place: torch.Tensor
+    at: torch.Tensor
+    since: torch.Tensor | None
+
+    @classmethod
+    def of(cls, asked: Asked, k: torch.Tensor, rounding: int) -> _Together | None:
+        """None where the sequences are too long, or their queries so unequal that the padding costs more than calls."""
+        counts = [end - start for start, end in itertools.pairwise(asked.starts)]
+        length = _up(max(counts), rounding)
+        if not 1 < len(counts) <= MOST_PADDED * len(asked.at) / length or length > LEAF:
+            return None
+        shift = [b * length - start for b, start in enumerate(asked.starts[:-1])]
+        place = torch.arange(len(asked.at))
+        place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
+        last, first = k.shape[2] - 1, 0  # padding sees all: its sums are finite
+        at, since = (
+            seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
+            if seen is not None
+            else None
+            for seen, of_padding in ((asked.at, last), (asked.since, first))
+        )
+        return cls(len(counts), length, place, at, since)
+
+    def padded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(n, h, c) to (B, h, S, c) in ``dtype``, or (n, h) to (B, h, S); zero where no row stands."""
+        if len(x) == self.sequences * self.length:
+            whole = x.to(dtype)
+        else:
+            whole = x.new_zeros(self.sequences * self.length, *x.shape[1:], dtype=dtype)
+            whole.index_copy_(0, self.place, x.to(dtype))
+        return whole.unflatten(0, (self.sequences, self.length)).transpose(1, 2)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, h, S, c) to (n, h, c), or (B, h, S) to (n, h)."""
+        whole = x.transpose(1, 2).flatten(0, 1)
+        return whole if len(whole) == len(self.place) else whole.index_select(0, self.place)
+
+    def mask(self, keys: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the products (B, 1, S, T)."""
+        key = torch.arange(keys)
+        hidden = key > self.at[..., None]
+        if self.since is not None:
+            hidden |= key < self.since[..., None]
+        return _hiding(hidden, dtype)[:, None]
+
+
+class _AttendTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, together, scale):
+        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(together.padded(q, q.dtype), k, v, 0.0, False),
+            attn_mask=together.mask(k.shape[2], q.dtype),
+            scale=scale,
+        )
+        result, sums = together.rows(result), together.rows(sums)
+        ctx.save_for_backward(q, k, v, result, sums)
+        ctx.together, ctx.scale = together, scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (q, k, v, result, sums), together = ctx.saved_tensors, ctx.together
+        wide = _wide(q.dtype)  # as in leaves
+        of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(together.padded(x, wide) for x in (gradient, q)),
+            *(k.to(wide), v.to(wide)),
+            *(together.padded(x, wide) for x in (result, sums)),
+            *(0.0, False),
+            attn_mask=together.mask(k.shape[2], wide),
+            scale=ctx.scale,
+        )
+        return together.rows(of_q).to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None
 
 
 class _Piece(NamedTuple):
@@ -262,7 +353,12 @@ def _mask(piece: _Piece, rows: slice, asked: Asked, dtype: torch.dtype) -> torch
         hidden |= key < asked.since[rows, None].clamp(min=piece.since)
     elif piece.key < piece.since:
         hidden |= key < piece.since
-    return _padded(torch.where(hidden, -torch.inf, 0.0).to(dtype), dtype)[None, None]
+    return _padded(_hiding(hidden, dtype), dtype)[None, None]
+
+
+def _hiding(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """-inf where a key is hidden, 0 elsewhere."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:

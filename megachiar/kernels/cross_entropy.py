@@ -16,6 +16,8 @@ IGNORED_TARGET = -100
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Most that the fp32 logits of one chunk of rows take, by the device; others as a CPU. Each chunk adds to the gradient
 of the whole weight, which a GPU feels where chunks are small."""
+CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
+"""On a CPU a chunk is no larger than this, which a cache may hold, if that still leaves it so many rows."""
 
 
 class Vocabulary(Protocol):
@@ -65,8 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         of_hidden = torch.zeros_like(hidden) if needed else None
         of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
-        chunk = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-        rows = max(1, chunk // (4 * len(weight)))
+        rows = _rows_of_chunk(hidden.device.type, len(weight))
         first = part_of.first if part_of is not None else 0
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -76,8 +77,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part], slope = losses_and_slope(logits, targets[part] - first, counted[part], part_of, wide)
             if needed:
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
-                of_hidden[part] = slope @ weight
-                of_weight += slope.mT @ hidden[part]
+                torch.mm(slope, weight, out=of_hidden[part])
+                if slope.dtype == wide:
+                    of_weight.addmm_(slope.mT, hidden[part])
+                else:
+                    of_weight += slope.mT @ hidden[part]
         ctx.save_for_backward(of_hidden, of_weight, count)
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses
@@ -88,6 +92,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, count = ctx.saved_tensors
         factor = of_loss / count
         return (of_hidden * factor).to(of_hidden.dtype), (of_weight * factor).to(of_hidden.dtype), None, None
+
+
+def _rows_of_chunk(device: str, vocabulary: int) -> int:
+    rows = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
+    if device == "cpu":
+        rows = min(rows, max(CACHED_ROWS, CACHED_BYTES // (4 * vocabulary)))
+    return max(1, rows)
 
 
 def _by_torch(

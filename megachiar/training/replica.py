@@ -57,9 +57,13 @@ class Replica:
             mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
             dist_init_required=False,
         )
-        if not config.parallel.zero_stage and topology.data_size == 1:
-            # Nobody to add gradients up with: DeepSpeed would copy all of them into one buffer and back.
-            self.deepspeed.enable_backward_allreduce = False
+        self._norm = None
+        if not config.parallel.zero_stage:
+            # DeepSpeed would compute the norm a second time, parameter by parameter.
+            self.deepspeed.clip_fp32_gradients = self._clip
+            if topology.data_size == 1:
+                # Nobody to add gradients up with: DeepSpeed would copy all of them into one buffer and back.
+                self.deepspeed.enable_backward_allreduce = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.deepspeed.module.named_parameters()
@@ -71,15 +75,13 @@ class Replica:
         """Forward, backward and optimizer step over all micro-batches of the step."""
         self.deepspeed.train()
         totals = []
-        norm = None
         for inputs, targets, samples in micro_batches:
             output = self.deepspeed(inputs, targets, samples)
             self.deepspeed.backward(output.loss + output.regulariser)
             totals.append(_flatten(output))
-            norm = self._unclipped_norm()
+            self._norm = self._unclipped_norm()
             self.deepspeed.step()
-        if norm is None:
-            norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if self._norm is None else self._norm.item()
         return StepReport(torch.stack(totals).double().mean(0).tolist(), norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
@@ -88,12 +90,17 @@ class Replica:
         with torch.no_grad():
             return self.deepspeed(inputs, targets).token_losses.double().sum().item()
 
-    def _unclipped_norm(self) -> float | None:
+    def _unclipped_norm(self) -> torch.Tensor | None:
         """Gradient norm before clipping where DeepSpeed does not tell it (ZeRO 0); gradients are reduced by now."""
         if self.config.parallel.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
             return None
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).item()
+        return nn.utils.get_total_norm(gradients)
+
+    def _clip(self) -> None:
+        nn.utils.clip_grads_with_norm_(
+            self.deepspeed.module.parameters(), self.config.optimizer.clip_gradient_norm, self._norm
+        )
 
 
 class ModelParallelUnit:
