@@ -107,12 +107,12 @@ def test_diverse_text_does_not_fill_the_workers_memory(byte_level):
 
     def growth(number: int) -> int:
         rng = np.random.default_rng(number)
-        fast.encode_batch(["".join(f" {word:08x}" for word in rng.integers(0, 1 << 32, 20_000))])
+        letters = rng.integers(ord("a"), ord("z") + 1, (20_000, 10), np.uint8)
+        letters[:, 0] = ord(" ")
+        fast.encode_batch([letters.tobytes().decode()])
         return own_bytes() - began
 
-    fast = FastTokenizer(byte_level)
-    growth(0)
-    began = own_bytes()
+    fast, began = FastTokenizer(byte_level), own_bytes()
     bounded = max(ordered_map(lambda: growth, range(1, 81), 2, fork=True))
     alone = max(map(growth, range(1, 41)))  # as many as each of the two had
     assert bounded < POOL_GROWTH + (12 << 20) and alone > 1.5 * bounded
@@ -132,7 +132,7 @@ def test_large_blocks_are_given_back_at_once():
         "from megachiar.data.memory import keep_large_blocks_apart, own_bytes\n"
         "keep_large_blocks_apart()\n"
         "for _ in range(3):\n"
-        "    before, blocks = own_bytes(), [bytes(6 << 20) for _ in range(4)]\n"
+        "    before, blocks = own_bytes(), [b'x' * (6 << 20) for _ in range(4)]\n"
         "    small, held = bytes(600), own_bytes()\n"
         "    blocks.clear()\n"
         "    assert held - before > 20 << 20 and own_bytes() - before < 2 << 20\n"
@@ -141,6 +141,7 @@ def test_large_blocks_are_given_back_at_once():
 
 
 def test_memory_is_told_and_given_back():
+    give_back_free_memory()
     before = own_bytes()
     kept, freed = [], []
     for number in range(200_000):
