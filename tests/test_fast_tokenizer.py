@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
 
+from megachiar.data import encoder
 from megachiar.data import fast_tokenizer as module
 from megachiar.data.encoder import count_words
 from megachiar.data.fast_tokenizer import CHECKED_EVERY, HARD_TEXTS, LARGEST_GROWTH, FastTokenizer, choose_engine
-from megachiar.data.memory import give_back_free_memory, resident_bytes
+from megachiar.data.memory import give_back_free_memory, own_bytes
+from megachiar.data.ordered_pool import LARGEST_GROWTH as POOL_GROWTH
+from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.preprocess import preprocess
 from megachiar.data.readers import Document, find_sources
 from megachiar.data.settings import PreprocessSettings
@@ -89,7 +93,7 @@ def test_a_difference_later_on_is_found_by_looking_now_and_then(byte_level, brok
 def test_what_gigatoken_remembers_is_bounded(byte_level, monkeypatch):
     """Memory that grows beyond the limit ends with a new engine, which gives the same ids."""
     held = iter([100, 100 + LARGEST_GROWTH, 101 + LARGEST_GROWTH, 102, 102 + LARGEST_GROWTH])
-    monkeypatch.setattr(module, "resident_bytes", lambda: next(held))
+    monkeypatch.setattr(module, "own_bytes", lambda: next(held))
     fast, engines = FastTokenizer(byte_level), []
     for _ in range(3 * CHECKED_EVERY + 2):
         assert np.array_equal(fast.encode_batch(["a horse"])[0], byte_level.encode("a horse"))
@@ -98,15 +102,54 @@ def test_what_gigatoken_remembers_is_bounded(byte_level, monkeypatch):
     assert len(engines) == 2
 
 
+def test_diverse_text_does_not_fill_the_workers_memory(byte_level):
+    """Words that never come again: gigatoken by itself keeps them all."""
+
+    def growth(number: int) -> int:
+        rng = np.random.default_rng(number)
+        letters = rng.integers(ord("a"), ord("z") + 1, (20_000, 10), np.uint8)
+        letters[:, 0] = ord(" ")
+        fast.encode_batch([letters.tobytes().decode()])
+        return own_bytes() - began
+
+    fast, began = FastTokenizer(byte_level), own_bytes()
+    bounded = max(ordered_map(lambda: growth, range(1, 81), 2, fork=True))
+    alone = max(map(growth, range(1, 41)))  # as many as each of the two had
+    assert bounded < POOL_GROWTH + (12 << 20) and alone > 1.5 * bounded
+
+
+def test_control_strings_are_found_in_every_group_of_texts(byte_level, monkeypatch):
+    monkeypatch.setattr(module, "LOOKED_AT_TOGETHER", 40)
+    end = byte_level.controls[byte_level.eod_id]
+    texts = ["a", f"b {end}", "c" * 50, f"{'d' * 50} {end}", "", "e", "f" * 39, f"g {end}"]
+    for text, ids in zip(texts, FastTokenizer(byte_level).encode_batch(texts), strict=True):
+        assert np.array_equal(ids, byte_level.encode(text)) and byte_level.eod_id not in ids
+
+
+def test_large_blocks_are_given_back_at_once():
+    """Also after some were freed, which is when glibc begins to keep them."""
+    program = (
+        "from megachiar.data.memory import keep_large_blocks_apart, own_bytes\n"
+        "keep_large_blocks_apart()\n"
+        "for _ in range(3):\n"
+        "    before, blocks = own_bytes(), [b'x' * (6 << 20) for _ in range(4)]\n"
+        "    small, held = bytes(600), own_bytes()\n"
+        "    blocks.clear()\n"
+        "    assert held - before > 20 << 20 and own_bytes() - before < 2 << 20\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_memory_is_told_and_given_back():
-    before = resident_bytes()
+    give_back_free_memory()
+    before = own_bytes()
     kept, freed = [], []
     for number in range(200_000):
         (freed if number % 100 else kept).append(bytes(600))  # above Python's own small blocks
-    held = resident_bytes()
+    held = own_bytes()
     freed.clear()
     give_back_free_memory()
-    assert before + 100_000_000 < held and resident_bytes() < held - 80_000_000
+    assert before + 100_000_000 < held and own_bytes() < held - 80_000_000
 
 
 def test_without_gigatoken_the_reference_serves_and_fast_says_what_to_install(byte_level, monkeypatch):
@@ -150,6 +193,12 @@ def test_words_of_several_documents_are_those_of_each():
     texts = ["a b", "c", "", " d ", "é f\x85g", "h"]
     assert count_words(Document(text, text.encode()) for text in texts) == sum(len(text.split()) for text in texts)
     assert count_words([]) == 0
+
+
+def test_words_are_counted_across_blocks(monkeypatch):
+    monkeypatch.setattr(encoder, "COUNTED_AT_ONCE", 3)
+    for text in ("abc def", "abcd", "ab  cd", "  ab", "a b c d e", "äbc def", "äbcd", "äb  cd  ", "  äb", "ä b c d e"):
+        assert count_words([Document(text, text.encode())]) == len(text.split()), text
 
 
 def test_every_ascii_character_is_whitespace_or_not_as_in_split():

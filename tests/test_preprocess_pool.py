@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from megachiar.data.indexed import open_locked
-from megachiar.data.ordered_pool import WINDOW, WorkerError, ordered_map
+from megachiar.data.memory import own_bytes
+from megachiar.data.ordered_pool import LARGEST_GROWTH, WINDOW, WorkerError, ordered_map
 from megachiar.errors import UserError
 
 
@@ -56,6 +57,19 @@ def exit_at_seven(number: int) -> int:
 
 def refuse_to_start():
     raise UserError("tokenizer", "does not load")
+
+
+kept: list[bytes] = []
+
+
+def remember_a_megabyte(number: int) -> tuple[int, int, int]:
+    kept.append(os.urandom(1 << 20))
+    return os.getpid(), os.getppid(), own_bytes()
+
+
+def forget_twenty_megabytes(number: int) -> int:
+    os.urandom(20 << 20)
+    return os.getpid()
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +183,16 @@ def test_forked_workers_let_go_of_files_and_pipes_of_a_parent_that_is_killed(tmp
     process.stdout.close()
     left = psutil.wait_procs(family, timeout=20)[1]  # a process closes its files a moment before it is gone
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in left)  # nobody may be there to bury it
+
+
+@pytest.mark.skipif(own_bytes() == 0, reason="the system does not tell memory")
+def test_what_a_worker_remembers_is_bounded(fork):
+    """A copy that has outgrown its bounds is followed by one that has what the worker had loaded, and no more."""
+    results = list(ordered_map(make(remember_a_megabyte), range(100), 2, fork=fork))
+    copies, workers, held = (set(column) for column in zip(*results, strict=True))
+    assert len(workers) == 2 and 100 / 20 <= len(copies) <= 2 + 100 / 8
+    assert max(held) - min(held) < LARGEST_GROWTH + (6 << 20)
+
+
+def test_memory_that_can_be_given_back_is_no_reason_for_another_copy(fork):
+    assert len(set(ordered_map(make(forget_twenty_megabytes), range(20), 2, fork=fork))) <= 2

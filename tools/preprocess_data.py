@@ -22,6 +22,7 @@ from typing import get_args
 from megachiar.console import run
 from megachiar.data.fast_tokenizer import Engine
 from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.memory import keep_large_blocks_apart
 from megachiar.data.mpi import preprocess_with_mpi
 from megachiar.data.preprocess import Report, preprocess
 from megachiar.data.settings import PreprocessSettings
@@ -77,6 +78,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    keep_large_blocks_apart()
     arguments = parse_arguments()
     settings = PreprocessSettings(
         sources=named_sources(arguments),

@@ -18,6 +18,7 @@ from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
+COUNTED_AT_ONCE = 1 << 17  # characters: a word in a list of them takes ten times its room
 
 
 class EncodedPart(NamedTuple):
@@ -69,6 +70,11 @@ class ChunkEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         log = TroubleLog(self._settings.on_error)
+        parts = self._encode(chunk, log)  # the text is gone by now: a large one leaves room for its tokens
+        return EncodedChunk([self._encoded_part(*part) for part in parts], log, chunk.consumed)
+
+    def _encode(self, chunk: Chunk, log: TroubleLog) -> list[tuple[list[Sequence[int]], int, int]]:
+        """For each part of the split, the ids of its documents, and bytes and words of their text."""
         documents = []
         for item in parse_chunk(chunk, self._settings.read.text_key):
             if isinstance(item, Trouble):
@@ -83,26 +89,29 @@ class ChunkEncoder:
                 log.add(Trouble("empty", place, f"the tokenizer makes no token of {document.text[:40]!r}"))
                 continue
             members[self._part_of(document)].append((document, ids))
-        return EncodedChunk([self._encoded_part(part) for part in members], log, chunk.consumed)
+        return [
+            (
+                [ids for _, ids in part],
+                sum(len(document.utf8) for document, _ in part),
+                count_words(document for document, _ in part),
+            )
+            for part in members
+        ]
 
     def _part_of(self, document: Document) -> int:
         return self._settings.split.part_of(document.utf8) if self._settings.split else 0
 
-    def _encoded_part(self, members: list[tuple[Document, Sequence[int]]]) -> EncodedPart:
+    def _encoded_part(self, encoded: list[Sequence[int]], text_bytes: int, words: int) -> EncodedPart:
         room = int(self._settings.append_eod)
-        lengths = np.array([len(ids) + room for _, ids in members], dtype=np.int64)
+        lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
-        tokens = np.empty(lengths.sum(), np.int64)
-        for (_, ids), end in zip(members, ends.tolist(), strict=True):
+        types = {ids.dtype if isinstance(ids, np.ndarray) else np.dtype(np.int64) for ids in encoded}
+        tokens = np.empty(lengths.sum(), np.result_type(np.uint8, *types))
+        for ids, end in zip(encoded, ends.tolist(), strict=True):
             tokens[end - room - len(ids) : end - room] = ids
         if self._settings.append_eod:
             tokens[ends - 1] = self._tokenizer.eod_id
-        return EncodedPart(
-            tokens=narrow(tokens, self._dtype, self._settings.tokenizer),
-            lengths=lengths,
-            text_bytes=sum(len(document.utf8) for document, _ in members),
-            words=count_words(document for document, _ in members),
-        )
+        return EncodedPart(narrow(tokens, self._dtype, self._settings.tokenizer), lengths, text_bytes, words)
 
 
 def encode_without_threads() -> None:
@@ -117,13 +126,25 @@ def count_words(documents: Iterable[Document]) -> int:
         if document.text.isascii():
             plain.append(document.utf8)
         else:
-            words += len(document.text.split())
-    marks = np.frombuffer(b" ".join(plain).translate(IN_WORD), np.bool_)
-    return words + int(np.count_nonzero(marks[1:] > marks[:-1]))
+            words += _count_any(document.text)
+    text = b" ".join(plain)
+    for first in range(0, len(text) - 1, COUNTED_AT_ONCE):
+        marks = np.frombuffer(text[first : first + COUNTED_AT_ONCE + 1].translate(IN_WORD), np.bool_)
+        words += int(np.count_nonzero(marks[1:] > marks[:-1]))
+    return words
+
+
+def _count_any(text: str) -> int:
+    words = 0
+    for first in range(0, len(text), COUNTED_AT_ONCE):
+        words += len(text[first : first + COUNTED_AT_ONCE].split())
+        if first and not (text[first - 1].isspace() or text[first].isspace()):
+            words -= 1  # which was cut in two
+    return words
 
 
 def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:
-    """``tokens`` (int64, any shape) in ``dtype``.
+    """``tokens`` (any integer type and shape) in ``dtype``.
 
     Raises:
         UserError: an id does not fit; stored anyway it would be another token.

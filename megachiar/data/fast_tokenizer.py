@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megachiar.data.memory import give_back_free_memory, resident_bytes
+from megachiar.data.memory import give_back_free_memory, own_bytes
 from megachiar.data.piece_tokenizer import in_pieces
 from megachiar.data.tokenizer import Tokenizer
 from megachiar.errors import UserError
@@ -34,6 +34,7 @@ HARD_TEXTS = (
 )
 CHECKED_BYTES = 1 << 16  # of the input's first documents, and at most of a document that is checked now and then
 CHECKED_EVERY = 64  # batches
+LOOKED_AT_TOGETHER = 1 << 19  # characters
 LARGEST_GROWTH = 24 << 20  # bytes: gigatoken remembers every word it meets; beyond that it is opened anew
 
 
@@ -76,11 +77,7 @@ class FastTokenizer:
     def encode_batch(self, texts: list[str]) -> list[Sequence[int]]:
         if self._batches % CHECKED_EVERY == 1:
             self._bound_memory()
-        encoded: list[Sequence[int]] = [self._encode(text) for text in texts]
-        if encoded and self._is_suspect(np.concatenate(encoded)):
-            for row, ids in enumerate(encoded):
-                if self._is_suspect(ids):
-                    encoded[row] = self._reference.encode(texts[row])
+        encoded = [ids for group in _groups(texts) for ids in self._encode_group(group)]
         if self._batches % CHECKED_EVERY == 0:
             self._check_one(texts, encoded)
         self._batches += 1
@@ -98,15 +95,23 @@ class FastTokenizer:
         for text in texts:
             self._compare(text, self.encode(text))
 
+    def _encode_group(self, texts: list[str]) -> list[Sequence[int]]:
+        encoded: list[Sequence[int]] = [self._encode(text) for text in texts]
+        if self._is_suspect(np.concatenate(encoded) if len(encoded) > 1 else encoded[0]):
+            for row, ids in enumerate(encoded):
+                if self._is_suspect(ids):
+                    encoded[row] = self._reference.encode(texts[row])
+        return encoded
+
     def _bound_memory(self) -> None:
         give_back_free_memory()
         if not self._resident:
-            self._resident = resident_bytes()
-        elif resident_bytes() - self._resident > LARGEST_GROWTH:
+            self._resident = own_bytes()
+        elif own_bytes() - self._resident > LARGEST_GROWTH:
             del self._encode  # before the next one is there
             self._encode = self._open().encode
             give_back_free_memory()
-            self._resident = resident_bytes()
+            self._resident = own_bytes()
 
     def _is_suspect(self, ids: np.ndarray) -> bool:
         return ids.size > 0 and (int(ids.max()) >= self._forbidden.size or bool(self._forbidden[ids].any()))
@@ -129,6 +134,20 @@ class FastTokenizer:
             f"not {list(map(int, expected[place:][:5]))}",
             "use --engine reference, with --restart if a run was begun",
         )
+
+
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """``texts`` in groups whose ids are looked at together; a large text is one by itself, which needs no copy."""
+    group: list[str] = []
+    room = LOOKED_AT_TOGETHER
+    for text in texts:
+        if group and len(text) > room:
+            yield group
+            group, room = [], LOOKED_AT_TOGETHER
+        group.append(text)
+        room -= len(text)
+    if group:
+        yield group
 
 
 class ChosenEngine(NamedTuple):

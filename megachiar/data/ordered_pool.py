@@ -5,11 +5,18 @@
 The standard pools do not do: ``Pool`` waits for ever when a worker is killed, and the workers of both it and
 ``ProcessPoolExecutor`` outlive a parent that is killed. Here each worker hangs on a pipe of its own, so that either end
 sees at once when the other is gone.
+
+What a worker's libraries remember and what its heap has of holes ends with it: a worker makes the function and forks a
+copy of itself that works; when the copy has grown by ``LARGEST_GROWTH``, the next one takes over its pipe. All copies
+share what the worker had loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -21,6 +28,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
 from megachiar.data.interrupts import interrupts_go_to
+from megachiar.data.memory import give_back_free_memory, own_bytes
 from megachiar.errors import UserError
 
 Item = TypeVar("Item")
@@ -28,6 +36,9 @@ Result = TypeVar("Result")
 
 WINDOW = 4  # results per worker that may be under way or held back
 PATIENCE = 5.0  # seconds a worker has to go away by itself
+LARGEST_GROWTH = 16 << 20  # bytes that a worker's copy may grow by
+OUTGROWN = 75  # exit code of a copy that has
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 class WorkerError(RuntimeError):
@@ -167,16 +178,68 @@ def _work(make_function: Callable[[], Callable], connection: Connection, inherit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     if inherited is not None:
         _let_go(inherited)
-    function = None
+    try:
+        function = make_function()
+    except Exception as error:
+        function = functools.partial(_raise, _portable(error))
+    gc.freeze()  # or each copy's first collection would write to, and so duplicate, all that it shares with the others
+    give_back_free_memory()
+    while (code := _end_of_copy(function, connection)) == OUTGROWN:
+        pass
+    if code < 0:
+        os.kill(os.getpid(), -code)  # the parent is told how the copy died
+    os._exit(code)
+
+
+def _end_of_copy(function: Callable, connection: Connection) -> int:
+    """Exit code of a copy of this process that works until it is outgrown or the pipe is closed; -N for signal N."""
+    worker = os.getpid()
+    copy = os.fork()
+    if copy:
+        return os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+    code = 1
+    try:
+        _die_with(worker)
+        code = OUTGROWN if _serve_pipe(function, connection) else 0
+    finally:
+        os._exit(code)
+
+
+def _serve_pipe(function: Callable, connection: Connection) -> bool:
+    """Do what comes through the pipe, until it is closed (False) or this process has outgrown its bounds (True)."""
+    began = own_bytes()
     with contextlib.suppress(EOFError, OSError):
-        while True:
+        while not _has_outgrown(began):
             item = connection.recv()
             try:
-                function = function or make_function()
                 outcome = Outcome(result=function(item))
             except Exception as error:
                 outcome = Outcome(error=_portable(error))
             connection.send(outcome)
+            del item, outcome
+        return True
+    return False
+
+
+def _has_outgrown(began: int) -> bool:
+    """Whether this process, which began with so many bytes, has grown beyond its bounds, by more than can be freed."""
+    if own_bytes() - began <= LARGEST_GROWTH:
+        return False
+    give_back_free_memory()
+    return own_bytes() - began > LARGEST_GROWTH // 2
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the parent is, where the system can do it; elsewhere the closed pipe tells, after the item."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+def _raise(error: Exception, _item: object) -> None:
+    raise error
 
 
 def _let_go(inherited: list[Connection]) -> None:

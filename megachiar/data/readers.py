@@ -450,8 +450,8 @@ def _line_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
         searched = 0 if cut else len(buffer)
         if cut:
             data = bytes(memoryview(buffer)[:cut])
-            yield chunk(data)
             del buffer[:cut]
+            yield chunk(data)
             line, offset, consumed = line + data.count(b"\n"), offset + cut, 0
         elif len(buffer) > options.max_document_bytes:
             what = "document" if layout == "blank-line" else "line"
