@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -22,7 +23,6 @@ import numpy as np
 import yaml
 
 from megachiar.data.indexed import IndexedDatasetBuilder
-from megachiar.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 FORKS = sys.platform == "linux"  # elsewhere a process that has imported torch is better not forked
@@ -183,6 +183,15 @@ def _rank_server() -> socket.socket:
     return ours
 
 
+def _rendezvous_port() -> int:
+    """A free port below those that the kernel hands out, or it could go to a connection before the ranks take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start_ranks(
     world_size: int, *arguments: str | Path, fresh: bool = False
 ) -> list[subprocess.Popen[str]] | list[ForkedRank]:
@@ -191,7 +200,7 @@ def start_ranks(
     They are forked from one process that has imported what training imports, which saves seconds for each. ``fresh``
     ranks are new interpreters, as a launcher's are: each imports everything, and orders sets by a hash of its own.
     """
-    port, program = str(free_port()), [str(argument) for argument in arguments]
+    port, program = str(_rendezvous_port()), [str(argument) for argument in arguments]
     ranks = []
     for rank in range(world_size):
         env = process_environment(
