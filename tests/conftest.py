@@ -2,15 +2,17 @@
 
 LONGEST = (
     "test_training_layouts.py",
+    "test_kernels_triton.py",
+    "test_readme.py",
     "test_training_resume.py",
     "test_checkpoint_layouts.py",
-    "test_training_plan.py",
-    "test_readme.py",
+    "test_benchmarks.py",
     "test_model_shards.py",
-    "test_after_training.py",
+    "test_preprocess_resume.py",
+    "test_launch.py",
+    "test_training_plan.py",
     "test_training_watch.py",
     "test_training_bad_input.py",
-    "test_launch.py",
 )
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import json
 import os
+import random
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +23,9 @@ import numpy as np
 import yaml
 
 from megachiar.data.indexed import IndexedDatasetBuilder
-from megachiar.launch import free_port
 
 ROOT = Path(__file__).parents[1]
+FORKS = sys.platform == "linux"  # elsewhere a process that has imported torch is better not forked
 
 
 def write_tokens(prefix: Path, *, documents: int = 24, seed: int = 0, vocab_size: int = 64) -> Path:
@@ -81,34 +90,140 @@ def python(*arguments: str | Path, timeout: float = 240, **env: str) -> subproce
     return run_command(sys.executable, *arguments, timeout=timeout, **env)
 
 
-def start_ranks(
-    world_size: int, *arguments: str | Path, stdout: int | None = subprocess.PIPE
-) -> list[subprocess.Popen[str]]:
-    """Start ``python ARGUMENTS`` as ``world_size`` real ranks on this machine, as a launcher would."""
-    port = str(free_port())
-    return [
+def forked_python(*arguments: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """``python``, forked as ranks are: without the seconds that a tool spends on importing torch."""
+    if not FORKS:
+        return python(*arguments, timeout=timeout, **env)
+    program = [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile() as errors:
+        process = ForkedRank(program, process_environment(**env), errors.fileno())
+        try:
+            output, _ = process.communicate(timeout)
+        finally:
+            process.kill()
+        errors.seek(0)
+        return subprocess.CompletedProcess(program, process.returncode, output, errors.read().decode())
+
+
+class ForkedRank:
+    """A rank that the server of ``rank_server.py`` forked, with what tests use of ``subprocess.Popen``.
+
+    Its standard error goes where its output goes, or into the file of the descriptor ``errors``.
+    """
+
+    def __init__(self, arguments: Sequence[str], env: dict[str, str], errors: int | None = None):
+        self.args, self.returncode, self._read = arguments, None, b""
+        self._output, output_of_rank = os.pipe()
+        self._status, status_of_rank = os.pipe()
+        message = json.dumps({"arguments": arguments, "cwd": str(ROOT), "env": env}).encode()
+        errors = output_of_rank if errors is None else errors
+        socket.send_fds(_rank_server(), [message], [output_of_rank, errors, status_of_rank])
+        os.close(output_of_rank)
+        os.close(status_of_rank)
+        self.pid = self._number()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.returncode = self._number()
+            os.close(self._status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.poll() is None:
+            self._await(self._status, timeout)
+        return self.poll()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        until = None if timeout is None else time.monotonic() + timeout
+        left = timeout
+        while self._output is not None:
+            self._await(self._output, left)
+            left = None if until is None else max(0, until - time.monotonic())
+            read = os.read(self._output, 2**16)
+            self._read += read
+            if not read:
+                os.close(self._output)
+                self._output = None
+        self.wait(left)
+        return self._read.decode(), None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _await(self, descriptor: int, timeout: float | None) -> None:
+        if not select.select([descriptor], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    def _number(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(self._status, 1)
+            assert byte, "the server of ranks is gone"
+            line += byte
+        return int(line)
+
+
+@functools.cache
+def _rank_server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, str(ROOT / "tests" / "rank_server.py"), str(theirs.fileno())],
             cwd=ROOT,
-            env=process_environment(
-                RANK=str(rank),
-                WORLD_SIZE=str(world_size),
-                LOCAL_RANK=str(rank),
-                LOCAL_WORLD_SIZE=str(world_size),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
+            env=process_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
         )
-        for rank in range(world_size)
-    ]
+    return ours
 
 
-def run_ranks(world_size: int, *arguments: str | Path, timeout: float = 240, codes: Sequence[int] = (0,)) -> list[str]:
+def _rendezvous_port() -> int:
+    """A free port below those that the kernel hands out, or it could go to a connection before the ranks take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def start_ranks(
+    world_size: int, *arguments: str | Path, fresh: bool = False
+) -> list[subprocess.Popen[str]] | list[ForkedRank]:
+    """Start ``python ARGUMENTS`` as ``world_size`` real ranks on this machine, as a launcher would.
+
+    They are forked from one process that has imported what training imports, which saves seconds for each. ``fresh``
+    ranks are new interpreters, as a launcher's are: each imports everything, and orders sets by a hash of its own.
+    """
+    port, program = str(_rendezvous_port()), [str(argument) for argument in arguments]
+    ranks = []
+    for rank in range(world_size):
+        env = process_environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        if fresh or not FORKS:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, *program], cwd=ROOT, env=env, **pipes))
+        else:
+            ranks.append(ForkedRank(program, env))
+    return ranks
+
+
+def run_ranks(
+    world_size: int, *arguments: str | Path, timeout: float = 240, codes: Sequence[int] = (0,), fresh: bool = False
+) -> list[str]:
     """Run ranks to their end and return what each printed; fails unless every exit code is one of ``codes``."""
-    processes = start_ranks(world_size, *arguments)
+    processes = start_ranks(world_size, *arguments, fresh=fresh)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -119,10 +234,12 @@ def run_ranks(world_size: int, *arguments: str | Path, timeout: float = 240, cod
     return outputs
 
 
-def pretrain(config: Path, *overrides: str, ranks: int = 1, codes: Sequence[int] = (0,)) -> list[str]:
+def pretrain(
+    config: Path, *overrides: str, ranks: int = 1, codes: Sequence[int] = (0,), fresh: bool = False
+) -> list[str]:
     """Train ``config`` with ``ranks`` processes; returns what they printed."""
     sets = ["--set", *overrides] if overrides else []
-    return run_ranks(ranks, "-m", "megachiar.pretrain", "--config", config, *sets, codes=codes)
+    return run_ranks(ranks, "-m", "megachiar.pretrain", "--config", config, *sets, codes=codes, fresh=fresh)
 
 
 def find_mpirun() -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import pretrain, python, run_command, small_config, write_config
+from support import forked_python, pretrain, run_command, small_config, write_config
 
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ def write_corpus(path: Path, documents: int, seed: int) -> Path:
 
 
 def tool(name: str, *arguments: object, code: int = 0) -> str:
-    done = python(f"tools/{name}.py", *arguments)
+    done = forked_python(f"tools/{name}.py", *arguments)
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     return done.stdout if code == 0 else " ".join(done.stderr.split())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import python
+from support import forked_python, python
 
 from megachiar.benchmark import Spread, Times, in_turn, timed
 
@@ -41,15 +41,22 @@ def test_timed_measures_one_call_after_the_warm_up():
     assert len(calls) == warm + 1
 
 
-def test_training_steps_beside_a_peer(tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "override", "more"),
+    [
+        ("deeper", "model.num_layers=4", True),
+        pytest.param("compiled", "training.compile=aot_eager", False, marks=pytest.mark.slow),
+    ],
+)
+def test_training_steps_beside_a_peer(tmp_path, variant, override, more):
     (tmp_path / "peer.py").write_text(PEER)
     peer = f"other={sys.executable} {tmp_path / 'peer.py'}"
     result = tmp_path / "made" / "result.json"
-    others = ("--precision", "fp32", "bf16", "--peer", peer, "--variant", "compiled", "training.compile=aot_eager")
-    done = python("tools/bench_train.py", *STEPS, *others, "--json", result)
+    others = ("--precision", "fp32", "bf16", "--peer", peer, "--variant", variant, override)
+    done = forked_python("tools/bench_train.py", *STEPS, *others, "--json", result)
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text())["contenders"]
-    ours = {f"{kind} {precision}" for kind in ("chiar", "compiled", "baseline") for precision in ("fp32", "bf16")}
+    ours = {f"{kind} {precision}" for kind in ("chiar", variant, "baseline") for precision in ("fp32", "bf16")}
     assert set(record) == ours | {"other"}
     assert record["other"]["seconds"] == [32.0, 32.0]  # what the peer says of itself, a step
     chiar = record["chiar fp32"]
@@ -57,12 +64,13 @@ def test_training_steps_beside_a_peer(tmp_path):
     assert chiar["speed_up"]["other"][0] == pytest.approx(sum(32.0 / s for s in chiar["seconds"]) / 2)
     assert chiar["flops"] < record["baseline fp32"]["flops"]
     assert chiar["attention_share"] == pytest.approx((0 + 0.5 + 1) / 3, abs=0.1)  # of its three layers
+    assert (record[f"{variant} fp32"]["flops"] > chiar["flops"]) == more
     assert 0 < chiar["step_bytes"] < chiar["peak_bytes"]
     assert "of other" in done.stdout
 
 
 def test_a_peer_that_ends_is_named_and_ends_the_benchmark():
-    done = python("tools/bench_train.py", *STEPS, "--peer", f"broken={sys.executable} -c 'raise SystemExit(7)'")
+    done = forked_python("tools/bench_train.py", *STEPS, "--peer", f"broken={sys.executable} -c 'raise SystemExit(7)'")
     assert done.returncode == 2
     assert "broken" in done.stderr and "exit code 7" in done.stderr
     assert "Traceback" not in done.stderr
@@ -73,13 +81,13 @@ def test_a_peer_that_ends_is_named_and_ends_the_benchmark():
     [(("chiar", "model.dropout=0.1"), "no other contender has"), (("odd", "model.heads=3"), "model.heads")],
 )
 def test_a_variant_that_is_none_is_refused(variant, message):
-    done = python("tools/bench_train.py", *STEPS, "--variant", *variant)
+    done = forked_python("tools/bench_train.py", *STEPS, "--variant", *variant)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sizes_that_make_no_model_are_refused():
-    done = python("tools/bench_train.py", *STEPS, "--heads", "5")
+    done = forked_python("tools/bench_train.py", *STEPS, "--heads", "5")
     assert done.returncode == 2
     assert "num_attention_heads" in done.stderr and "Traceback" not in done.stderr
 
@@ -87,7 +95,7 @@ def test_sizes_that_make_no_model_are_refused():
 def test_layers_and_operators(tmp_path):
     result = tmp_path / "layers.json"
     sizes = ("--sequence-length", "8", "32", "--tokens", "16")
-    done = python("tools/bench_layers.py", *SMALL, *sizes, "--json", result)
+    done = forked_python("tools/bench_layers.py", *SMALL, *sizes, "--json", result)
     assert done.returncode == 0, done.stderr
     lengths = json.loads(result.read_text())["lengths"]
     assert {length: found["sequences"] for length, found in lengths.items()} == {"8": 2, "32": 1}

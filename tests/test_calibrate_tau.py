@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 import yaml
 from model_cases import THREE, small_model_config
-from support import ROOT, pretrain, python, small_config, write_config, write_tokens
+from support import ROOT, forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
 from megachiar.data.dataset import TokenSource, ValidationSet
@@ -135,7 +135,7 @@ def run_folder(request, tmp_path_factory):
 
 
 def test_tau_of_the_embedding_is_the_middle_of_its_percentiles(run_folder):
-    done = python(TOOL, run_folder, "--json")
+    done = forked_python(TOOL, run_folder, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     weights = read_weights(whole_checkpoints(run_folder / "checkpoints")[-1])
@@ -153,7 +153,7 @@ def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_fold
     """The list that is printed goes into the config as it is, and the model then routes as wanted."""
     share = 0.3
     valid = run_folder.parent / "valid"
-    done = python(TOOL, run_folder, "--where", "layers", "--attention-share", str(share), "--data", valid)
+    done = forked_python(TOOL, run_folder, "--where", "layers", "--attention-share", str(share), "--data", valid)
     assert done.returncode == 0, done.stderr
     router = yaml.safe_load(done.stdout[done.stdout.index("# under model.router") :])
     assert len(router["tau"]) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from support import ROOT, python, run_ranks, small_config, write_config, write_tokens
+from support import ROOT, forked_python, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.data.dataset import SampleStream, TokenSource
 from megachiar.data.history import DataHistory, SourceRecord
@@ -209,7 +209,7 @@ def test_a_run_changes_its_data_on_the_way_and_every_step_can_be_named(tmp_path)
     assert seen[3] == (24, 24 * 32) and seen[9] == (24 + 6 * 16, 24 * 32 + 6 * 16 * 16)
 
     def step(number: int) -> list[dict]:
-        done = python("tools/inspect_dataset.py", "--config", config, "--step", str(number), "--json")
+        done = forked_python("tools/inspect_dataset.py", "--config", config, "--step", str(number), "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["samples"]
 
@@ -222,5 +222,5 @@ def test_a_run_changes_its_data_on_the_way_and_every_step_can_be_named(tmp_path)
     assert {s["source"] for s in fourth + last} == {str(paths["train"]), str(paths["more"])}
     counts = [sum(s["source"] == str(paths["more"]) for s in itertools.chain(*map(step, range(3, 9))))]
     assert 60 <= counts[0] <= 84  # three quarters of 96
-    seed = python("tools/inspect_dataset.py", "--config", config, "--step", "1", "--set", "training.seed=8")
+    seed = forked_python("tools/inspect_dataset.py", "--config", config, "--step", "1", "--set", "training.seed=8")
     assert seed.returncode == 2 and "training.seed: was 1234" in " ".join(seed.stderr.split())

@@ -104,8 +104,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("shuffle_seed", [None, 7])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("workers", "shuffle_seed"),
+    [(1, None), (2, 7), pytest.param(1, 7, marks=pytest.mark.slow), pytest.param(2, None, marks=pytest.mark.slow)],
+)
 def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path, model, corpus, workers, shuffle_seed):
     """Real kills of the real tool at random moments; every run is the same command.
 

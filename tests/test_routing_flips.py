@@ -10,7 +10,7 @@ import scipy.fft
 import scipy.stats
 import torch
 from model_cases import ROUTERS, lively_model, small_model_config, token_batch
-from support import pretrain, python, small_config, write_config, write_tokens
+from support import forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.kernels.spectral import spectrum_and_entropy
 from megachiar.training.flips import routing_flips
@@ -79,13 +79,13 @@ def test_the_tool(tmp_path):
     write_tokens(tmp_path / "valid", seed=1, documents=4)
     config = small_config(tmp_path, training={"steps": 2})
     pretrain(write_config(tmp_path / "config.yaml", config))
-    done = python(TOOL, tmp_path / "run", "--data", tmp_path / "valid", "--sequences", "8", "--json")
+    done = forked_python(TOOL, tmp_path / "run", "--data", tmp_path / "valid", "--sequences", "8", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["step"] == 2 and found["precision"] == "bf16"
     assert [layer["layer"] for layer in found["layers"]] == [2, 3]
     assert all(layer["tokens"] == 8 * 32 and 0 <= layer["whole"] < 0.2 for layer in found["layers"])
-    done = python(TOOL, tmp_path / "run", "--precision", "fp16")
+    done = forked_python(TOOL, tmp_path / "run", "--precision", "fp16")
     assert done.returncode == 0 and "whole model" in done.stdout
 
 
@@ -93,5 +93,5 @@ def test_the_tool(tmp_path):
     ("arguments", "message"), [(("--sequences", "0"), "--sequences 0"), ((), "no such folder")], ids=str
 )
 def test_bad_arguments_end_in_one_message(tmp_path, arguments, message):
-    done = python(TOOL, tmp_path / "no_run", *arguments)
+    done = forked_python(TOOL, tmp_path / "no_run", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +90,47 @@ CHIAR_ONLY = {
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
-SINGLE = "1 process"
-# What layouts whose names begin alike are compared with.
-SINGLES = {
-    "regularised": [REGULARISED],
-    "documents": DOCUMENTS,
-    "bf16": [BF16],
-    "fp16, regularised": [FP16, REGULARISED],
+# The fast tests: each way to share the work, each ZeRO stage and precision, offload, recomputation, the regulariser and
+# documents, each alone or with what it meets in the code. `pytest -m slow` trains the others.
+FAST = {
+    "1 process, micro-batch 8",
+    "1 process, recompute 2",
+    "tp 2, sequence",
+    "pp 2, recompute 1",
+    "dp 2, ZeRO 1, micro-batch 4",
+    "dp 2, ZeRO 2, offload, micro-batch 4",
+    "dp 2, ZeRO 3",
+    "pp 2, offload, micro-batch 4",
+    "tp 2, pp 2, sequence, micro-batch 4",
+    "tp 2, dp 2, ZeRO 3, micro-batch 4",
+    "pp 2, dp 2",
+    "regularised: dp 2, ZeRO 2",
+    "documents: pp 2, recompute 2",
+    "documents: tp 2, pp 2, sequence",
+    "bf16: tp 2, sequence, micro-batch 4",
+    "bf16: pp 2, bf16 gradients",
+    "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
+    "fp16, regularised: pp 2",
 }
+# Of the baseline, whose layers are those of CHIAR without a router: what cuts layers, and one in 16 bits.
+FAST_BASELINE = {"1 process, micro-batch 8", "tp 2, sequence", "pp 2, recompute 1", "bf16: dp 2, ZeRO 2"}
+SINGLE = "1 process"
+# The runs of one process that the others are compared with.
+SINGLES = {
+    SINGLE: [ZERO + "0"],
+    f"regularised: {SINGLE}": [REGULARISED],
+    f"documents: {SINGLE}": DOCUMENTS,
+    f"bf16: {SINGLE}": [BF16],
+    f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
+}
+
+
+def asked(layouts: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by kind of model and layout."""
+    fast = {"chiar": FAST, "baseline": FAST_BASELINE}
+    cases = [(kind, name) for kind in fast for name in layouts if kind == "chiar" or name not in CHIAR_ONLY]
+    marked = [pytest.param(k, n, marks=[] if n in fast[k] else pytest.mark.slow, id=f"{k}-{n}") for k, n in cases]
+    return pytest.mark.parametrize(("runs", "name"), marked, indirect=["runs"])
 
 
 def single_of(name: str) -> str:
@@ -105,10 +140,13 @@ def single_of(name: str) -> str:
 
 
 class Runs:
-    """Recordings by layout, made when they are first asked for; ranks of one number do all their layouts in one go."""
+    """Recordings by layout, made when they are first asked for; ranks of one number do all their layouts in one go.
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind = folder, kind
+    ``names``: the layouts that will be asked for.
+    """
+
+    def __init__(self, folder: Path, kind: str, names: set[str]):
+        self.folder, self.kind, self.names = folder, kind, names
         write_tokens(folder / "train")
         write_tokens(folder / "valid", seed=1, documents=4)
         config = small_config(folder)
@@ -116,19 +154,17 @@ class Runs:
         config["training"]["steps"] = STEPS
         self.config = write_config(folder / "config.yaml", config)
         self.recordings: dict[str, dict[str, np.ndarray]] = {}
-        wanted = {single_of(name) for name in HALF_LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS if self.has(name)}
-        kinds = {single: sets for name, sets in SINGLES.items() if (single := single_of(f"{name}: ")) in wanted}
-        self._run(1, {SINGLE: [ZERO + "0"]} | kinds)
+        singles = {single_of(n) for n in names}
+        self._run(1, {name: sets for name, sets in SINGLES.items() if name in singles | {SINGLE}})
         self.lines: list[str] = []
 
-    def has(self, name: str) -> bool:
-        return self.kind == "chiar" or name not in CHIAR_ONLY
-
     def of(self, name: str) -> dict[str, np.ndarray]:
-        if name not in self.recordings:
+        if name in SINGLES and name not in self.recordings:
+            self._run(1, {name: SINGLES[name]})
+        elif name not in self.recordings:
             layouts = EXACT_LAYOUTS | HALF_LAYOUTS
             ranks = layouts[name][0]
-            self._run(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and self.has(n)})
+            self._run(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and n in self.names})
         return self.recordings[name]
 
     def replayed(self, name: str) -> dict[str, np.ndarray]:
@@ -140,31 +176,41 @@ class Runs:
 
     def _run(self, ranks: int, layouts: dict[str, list[str]], replay: Path | None = None) -> None:
         described = {n: {"set": sets, "replay": replay and str(replay)} for n, sets in layouts.items()}
-        run_ranks(ranks, WORKER, self.config, self.folder, json.dumps(described), timeout=570)
+        arguments = self.config, self.folder, json.dumps(described)
+        run_ranks(ranks, WORKER, *arguments, timeout=570, fresh=ranks == 2 and self.kind == "chiar")  # as launchers do
         for name in layouts:
             self.recordings[name] = dict(np.load(self.folder / f"{name}.npz"))
 
 
-@pytest.fixture(scope="module", params=["chiar", "baseline"])
-def runs(request, tmp_path_factory):
-    made = Runs(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def runs_of(request, tmp_path_factory):
+    """kind -> its runs, of the layouts that are asked for in this session; their table is printed at the end."""
+    here = [item.callspec.params for item in request.session.items if item.path == request.path]
+
+    @functools.cache
+    def made(kind: str) -> Runs:
+        names = {params["name"] for params in here if "name" in params and params["runs"] == kind}
+        all_made.append(Runs(tmp_path_factory.mktemp(kind), kind, names))
+        return all_made[-1]
+
+    all_made: list[Runs] = []
     yield made
-    print(
-        "\n".join(
-            ["", f"| {made.kind} | loss | gradient norm | parameters | routes that flipped |", "|---|---|---|---|---|"]
-        )
-    )
-    print("\n".join(made.lines))
+    for runs in all_made:
+        print(f"\n| {runs.kind} | loss | gradient norm | parameters | routes that flipped |\n|---|---|---|---|---|")
+        print("\n".join(runs.lines))
 
 
-def _marked(name: str, ranks: int):
-    return pytest.param(name, marks=pytest.mark.slow) if ranks > 4 else name
+@pytest.fixture(params=["chiar", "baseline"])
+def runs(request, runs_of) -> Runs:
+    return runs_of(request.param)
 
 
-@pytest.mark.parametrize("name", [_marked(n, ranks) for n, (ranks, _) in EXACT_LAYOUTS.items()])
+def of_kinds(*kinds):
+    return pytest.mark.parametrize("runs", kinds, indirect=True)
+
+
+@asked(EXACT_LAYOUTS)
 def test_the_loss_does_not_depend_on_the_layout(runs, name):
-    if not runs.has(name):
-        pytest.skip("trained as CHIAR alone")
     single, other = runs.of(single_of(name)), runs.of(name)
     flips = _flips(single, other)
     for margin in flips.values():
@@ -186,10 +232,8 @@ def test_the_loss_does_not_depend_on_the_layout(runs, name):
         assert _deviation(single["regulariser"], other["regulariser"]) <= 2e-6
 
 
-@pytest.mark.parametrize("name", HALF_LAYOUTS)
+@asked(HALF_LAYOUTS)
 def test_losses_in_16_bits_come_near(runs, name):
-    if not runs.has(name):
-        pytest.skip("trained as CHIAR alone")
     single, other = runs.of(single_of(name)), runs.of(name)
     loss, norm = (_deviation(single[key], other[key]) for key in ("loss", "gradient_norm"))
     runs.lines.append(f"| {name} | {loss:.1e} | {norm:.1e} | | |")
@@ -199,22 +243,21 @@ def test_losses_in_16_bits_come_near(runs, name):
         assert _deviation(single["regulariser"], other["regulariser"]) <= 1e-2
 
 
+@of_kinds("chiar", pytest.param("baseline", marks=pytest.mark.slow))  # its layouts with documents are
 def test_documents_move_the_run(runs):
     """What their comparisons stand on."""
     assert _deviation(runs.of(SINGLE)["loss"][5:], runs.of(single_of("documents: "))["loss"][5:]) > 1e-4
 
 
+@of_kinds("chiar")
 def test_the_regulariser_moves_the_run(runs):
     """What its comparisons stand on: without its gradient it would have another value."""
-    if runs.kind == "baseline":
-        pytest.skip("the baseline routes nothing")
     regularised = runs.of(single_of("regularised: "))
     assert _deviation(runs.of(SINGLE)["loss"][5:], regularised["loss"][5:]) > 1e-3
 
 
+@of_kinds("chiar")
 def test_replayed_routes_are_taken(runs):
-    if runs.kind == "baseline":
-        pytest.skip("the baseline routes nothing")
     single, name = runs.of(SINGLE), "tp 2, pp 2, sequence, micro-batch 4"
     changed = dict(single)
     changed["routes"] = 1 - single["routes"]

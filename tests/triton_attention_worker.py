@@ -1,6 +1,8 @@
 """Routed attention's kernels against the dense formula in float64: greatest deviations of each case as JSON.
 
-python triton_attention_worker.py cpu|cuda          on a CPU with TRITON_INTERPRET=1
+python triton_attention_worker.py cpu|cuda pairs|all          on a CPU with TRITON_INTERPRET=1
+
+``pairs``: half of all cases, in which each two of length, rows, type, dropout and documents still meet.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ def main() -> None:
     if sys.argv[1] == "dispatch":
         print(json.dumps(dispatched()))
         return
-    device = torch.device(sys.argv[1])
+    device, pairs = torch.device(sys.argv[1]), sys.argv[2] == "pairs"
     found = {}
-    for length, c in LENGTHS:
-        for choice in CHOICES:
-            for name, dtype in DTYPES.items():
+    for i, (length, c) in enumerate(LENGTHS):
+        for j, choice in enumerate(CHOICES):
+            for k, (name, dtype) in enumerate(DTYPES.items()):
                 for dropped, documents in ((False, False), (True, False), (False, True), (True, True)):
                     if choice not in ("all", "some") and (name == "bf16" or (documents and dropped)):
+                        continue
+                    if pairs and (i + j + k + dropped + documents) % 2:
                         continue
                     case = f"{name}: {choice} of {length}, {c} channels"
                     case += f"{', dropout' if dropped else ''}{', documents' if documents else ''}"
