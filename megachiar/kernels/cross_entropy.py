@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
                 torch.mm(slope, weight, out=of_hidden[part])
                 if slope.dtype == wide:
-                    of_weight.addmm_(slope.mT, hidden[part])
+                    torch.addmm(of_weight, slope.mT, hidden[part], out=of_weight)
                 else:
                     of_weight += slope.mT @ hidden[part]
         ctx.save_for_backward(of_hidden, of_weight, count)
