@@ -53,7 +53,12 @@ class Outcome(NamedTuple):
 
 
 def ordered_map(
-    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int, *, fork: bool = False
+    make_function: Callable[[], Callable[[Item], Result]],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    fork: bool = False,
+    remembers: int = 0,
 ) -> Iterator[Result]:
     """``function(item)`` for every item, in the order of the items.
 
@@ -65,6 +70,7 @@ def ordered_map(
         workers: processes; 1 works in this process.
         fork: workers are copies of this process, there at once with all that it has loaded, instead of fresh ones. Only
             for a process none of whose threads may hold a lock that a worker needs.
+        remembers: bytes that the function keeps on purpose and bounds itself: a copy may grow by so much more.
 
     Raises:
         UserError: the function raised it for the item whose turn it is, or a worker died.
@@ -80,7 +86,8 @@ def ordered_map(
         # A worker begins with Ctrl-C ignored as its parent has it, or it could die of it half-way through its imports.
         with interrupts_go_to(signal.SIG_IGN):
             for number in range(workers):
-                crew.append(_Worker(make_function, number, [worker.connection for worker in crew] if fork else None))
+                earlier = [worker.connection for worker in crew] if fork else None
+                crew.append(_Worker(make_function, number, earlier, LARGEST_GROWTH + remembers))
         yield from _serve(crew, enumerate(items))
     except BaseException:
         for worker in crew:
@@ -94,14 +101,20 @@ def ordered_map(
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, make_function: Callable[[], Callable], number: int, earlier: list[Connection] | None):
-        """``earlier``: this process's ends of the pipes so far, if workers are forked; None begins a fresh process."""
+    def __init__(
+        self, make_function: Callable[[], Callable], number: int, earlier: list[Connection] | None, growth: int
+    ):
+        """
+        Args:
+            earlier: this process's ends of the pipes so far, if workers are forked; None begins a fresh process.
+            growth: bytes that a copy may grow by.
+        """
         context = multiprocessing.get_context("forkserver" if earlier is None else "fork")
         self.number = number
         self.connection, theirs = context.Pipe()
         inherited = None if earlier is None else [*earlier, self.connection]
         self.process = context.Process(
-            target=_work, args=(make_function, theirs, inherited), daemon=True, name=f"worker-{number}"
+            target=_work, args=(make_function, theirs, inherited, growth), daemon=True, name=f"worker-{number}"
         )
         self.process.start()
         theirs.close()  # or the pipe would stay open when the worker dies
@@ -170,7 +183,9 @@ def _unwrap(outcome: Outcome) -> Any:
     return outcome.result
 
 
-def _work(make_function: Callable[[], Callable], connection: Connection, inherited: list[Connection] | None) -> None:
+def _work(
+    make_function: Callable[[], Callable], connection: Connection, inherited: list[Connection] | None, growth: int
+) -> None:
     """A worker's life: until its parent closes the pipe, by will or by death.
 
     ``inherited``: the parent's ends of pipes that a forked worker came with.
@@ -184,14 +199,14 @@ def _work(make_function: Callable[[], Callable], connection: Connection, inherit
         function = functools.partial(_raise, _portable(error))
     gc.freeze()  # or each copy's first collection would write to, and so duplicate, all that it shares with the others
     give_back_free_memory()
-    while (code := _end_of_copy(function, connection)) == OUTGROWN:
+    while (code := _end_of_copy(function, connection, growth)) == OUTGROWN:
         pass
     if code < 0:
         os.kill(os.getpid(), -code)  # the parent is told how the copy died
     os._exit(code)
 
 
-def _end_of_copy(function: Callable, connection: Connection) -> int:
+def _end_of_copy(function: Callable, connection: Connection, growth: int) -> int:
     """Exit code of a copy of this process that works until it is outgrown or the pipe is closed; -N for signal N."""
     worker = os.getpid()
     copy = os.fork()
@@ -200,16 +215,16 @@ def _end_of_copy(function: Callable, connection: Connection) -> int:
     code = 1
     try:
         _die_with(worker)
-        code = OUTGROWN if _serve_pipe(function, connection) else 0
+        code = OUTGROWN if _serve_pipe(function, connection, growth) else 0
     finally:
         os._exit(code)
 
 
-def _serve_pipe(function: Callable, connection: Connection) -> bool:
+def _serve_pipe(function: Callable, connection: Connection, growth: int) -> bool:
     """Do what comes through the pipe, until it is closed (False) or this process has outgrown its bounds (True)."""
     began = own_bytes()
     with contextlib.suppress(EOFError, OSError):
-        while not _has_outgrown(began):
+        while not _has_outgrown(began, growth):
             item = connection.recv()
             try:
                 outcome = Outcome(result=function(item))
@@ -221,12 +236,12 @@ def _serve_pipe(function: Callable, connection: Connection) -> bool:
     return False
 
 
-def _has_outgrown(began: int) -> bool:
+def _has_outgrown(began: int, growth: int) -> bool:
     """Whether this process, which began with so many bytes, has grown beyond its bounds, by more than can be freed."""
-    if own_bytes() - began <= LARGEST_GROWTH:
+    if own_bytes() - began <= growth:
         return False
     give_back_free_memory()
-    return own_bytes() - began > LARGEST_GROWTH // 2
+    return own_bytes() - began > growth - LARGEST_GROWTH // 2
 
 
 def _die_with(parent: int) -> None:

@@ -26,7 +26,8 @@ PIECE = re.compile(
     r"|[^ \n]+(?:(?<![!-~\w])[ \n]+[^ \n]*)*"  # up to whitespace that follows none: tabs may belong to it
     r")|[ \n]+"  # at the end of the text
 )
-MOST_KNOWN = 1 << 18  # pieces: some 60 MB
+MOST_KNOWN = 1 << 18  # pieces
+MOST_KNOWN_BYTES = 64 << 20  # of them, about
 LONGEST_KNOWN = 64  # characters
 CHECKED_EVERY = 64  # batches
 LONGEST_CHECKED = 1 << 16  # characters

@@ -29,6 +29,7 @@ from megachiar.data.journal import Journal, OutputState
 from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, read_manifest
 from megachiar.data.memory import give_back_free_memory
 from megachiar.data.ordered_pool import ordered_map
+from megachiar.data.piece_tokenizer import MOST_KNOWN_BYTES
 from megachiar.data.progress import MEGA, TextProgress
 from megachiar.data.readers import Chunk, Document, Source, TroubleLog, parse_chunk, read_chunks
 from megachiar.data.settings import PreprocessSettings
@@ -253,7 +254,10 @@ class _Run:
             make_encoder = functools.partial(ChunkEncoder, settings, self.engine.tokenizer)
         else:
             make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, self.engine.kind)
-        results = ordered_map(make_encoder, itertools.chain(first, stream), settings.workers, fork=settings.fork)
+        remembers = MOST_KNOWN_BYTES if self.engine.kind == "reference" else 0
+        results = ordered_map(
+            *(make_encoder, itertools.chain(first, stream), settings.workers), fork=settings.fork, remembers=remembers
+        )
         resumable = all(source.can_be_read_again for source in settings.sources)
         with contextlib.closing(results):
             for chunks_done, result in enumerate(results, 1):
