@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
 import torch
-from support import forked_python, python
+import torch.nn.functional as F
+from support import ROOT, forked_python, python
 
 from megachiar.benchmark import Spread, Times, in_turn, timed
 
@@ -42,21 +44,22 @@ def test_timed_measures_one_call_after_the_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("variant", "override", "more"),
+    ("variant", "override", "more", "precisions"),
     [
-        ("deeper", "model.num_layers=4", True),
-        pytest.param("compiled", "training.compile=aot_eager", False, marks=pytest.mark.slow),
+        ("deeper", "model.num_layers=4", True, ["fp32"]),
+        pytest.param("compiled", "training.compile=aot_eager", False, ["fp32", "bf16"], marks=pytest.mark.slow),
     ],
 )
-def test_training_steps_beside_a_peer(tmp_path, variant, override, more):
+def test_training_steps_beside_a_peer(tmp_path, variant, override, more, precisions):
     (tmp_path / "peer.py").write_text(PEER)
     peer = f"other={sys.executable} {tmp_path / 'peer.py'}"
     result = tmp_path / "made" / "result.json"
-    others = ("--precision", "fp32", "bf16", "--peer", peer, "--variant", variant, override)
+    others = ("--precision", *precisions, "--bound", "--peer", peer, "--variant", variant, override)
     done = forked_python("tools/bench_train.py", *STEPS, *others, "--json", result)
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text())["contenders"]
-    ours = {f"{kind} {precision}" for kind in ("chiar", variant, "baseline") for precision in ("fp32", "bf16")}
+    kinds = ("chiar", variant, "baseline", "products")
+    ours = {f"{kind} {precision}" for kind in kinds for precision in precisions}
     assert set(record) == ours | {"other"}
     assert record["other"]["seconds"] == [32.0, 32.0]  # what the peer says of itself, a step
     chiar = record["chiar fp32"]
@@ -66,7 +69,25 @@ def test_training_steps_beside_a_peer(tmp_path, variant, override, more):
     assert chiar["attention_share"] == pytest.approx((0 + 0.5 + 1) / 3, abs=0.1)  # of its three layers
     assert (record[f"{variant} fp32"]["flops"] > chiar["flops"]) == more
     assert 0 < chiar["step_bytes"] < chiar["peak_bytes"]
+    assert record["products fp32"]["flops"] == pytest.approx(chiar["flops"], rel=0.01)
+    assert "peak_bytes" not in record["products fp32"]  # what it keeps is no step's
     assert "of other" in done.stdout
+
+
+def test_the_bound_of_a_step_is_its_products_alone():
+    ones, product = torch.ones(4, 4), torch.empty(4, 4)
+
+    def step() -> torch.Tensor:
+        x = torch.addmm(ones, ones, ones, out=product).sigmoid().view(1, 1, 4, 4)
+        return F.scaled_dot_product_attention(x, x, x)
+
+    repeat = runpy.run_path(str(ROOT / "tools" / "bench_train.py"))["products_of"](step)
+    product.zero_()
+    with torch.profiler.profile() as profile:
+        repeat()
+    assert (product == 5).all()
+    called = {event.key for event in profile.key_averages()}
+    assert any("attention" in name for name in called) and "aten::sigmoid" not in called
 
 
 def test_a_peer_that_ends_is_named_and_ends_the_benchmark():

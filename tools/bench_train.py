@@ -10,6 +10,9 @@ round, and wait for their turn without computing. Thresholds are set so that ``-
 layer's tokens take attention in the first step; the share of the measured steps is printed. So are the most memory the
 process has had and, on a CPU, the most that tensors made in a step take at once: the first depends on the heap's holes.
 
+``--bound`` adds a contender that does nothing but the matrix products and attention calls of a CHIAR-Former step, one
+after another, on the tensors they had in it: what a step would take if all else cost nothing.
+
 A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar.pretrain`` does.
 
 A peer is a command that is started once a contender. It finds the size of the model in the environment
@@ -40,7 +43,7 @@ from megachiar.config import RunConfig, load_config
 from megachiar.console import run, silence
 from megachiar.errors import UserError
 
-CHIAR, BASELINE = "chiar", "baseline"
+CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contenders = {
         f"{kind} {precision}": Contender.ours(options, kind, precision)
-        for kind in (CHIAR, *variants, BASELINE)
+        for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
         for precision in options.precision
     }
     contenders |= {name: Contender.peer(options, name, command) for name, command in options.peer}
@@ -92,7 +95,9 @@ def main() -> int:
             rate = products[product][1] / times.spread(product).median
             reached = report["flops"] / spread.median
             line += f"  {reached / 1e9:7.0f} GFLOP/s, {reached / rate:.0%} of the matrix product's"
-            line += f"  share {report['attention_share']:.2f}  memory {report['peak_bytes'] / 2**20:.0f} MiB"
+            line += f"  share {report['attention_share']:.2f}"
+            if "peak_bytes" in report:
+                line += f"  memory {report['peak_bytes'] / 2**20:.0f} MiB"
             if "step_bytes" in report:
                 line += f", tensors of a step {report['step_bytes'] / 2**20:.0f} MiB"
             entry["of_matrix_product"] = reached / rate
@@ -171,17 +176,26 @@ def serve(options: argparse.Namespace) -> None:
     if kind != BASELINE:
         calibrate(engine, torch.from_numpy(tokens[:, :-1]).to(device), options.attention_share)
     shares = []
+
+    def step() -> None:
+        result = engine.train_step([(0, tokens)], 1e-4)
+        shares.append(float(np.mean(result.attention_share)))
+
+    if kind == BOUND:
+        step()
+        step = products_of(step)
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
-            result = engine.train_step([(0, tokens)], 1e-4)
-        shares.append(float(np.mean(result.attention_share)))
+            step()
         print(time.perf_counter() - start, flush=True)
     share = float(np.mean(shares))
     flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
-    report = {"flops": flops, "attention_share": share, "peak_bytes": peak}
-    if device.type == "cpu":
+    report = {"flops": flops, "attention_share": share}
+    if kind != BOUND:
+        report["peak_bytes"] = peak
+    if kind != BOUND and device.type == "cpu":
         report["step_bytes"] = allocated_peak(lambda: engine.train_step([(0, tokens)], 1e-4))
     print(json.dumps(report), flush=True)
     torch.distributed.destroy_process_group()
@@ -241,6 +255,32 @@ def calibrate(engine, tokens, share: float) -> None:
         hook.remove()
 
 
+def products_of(step: Callable[[], object]) -> Callable[[], None]:
+    """A call that repeats the matrix products and attention calls of ``step``, and nothing else."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            kwargs = kwargs or {}
+            if name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name:
+                calls.append((function, args, kwargs))
+            return function(*args, **kwargs)
+
+    with Record():
+        step()
+
+    @torch.no_grad()
+    def repeat() -> None:
+        for function, args, kwargs in calls:
+            function(*args, **kwargs)
+
+    return repeat
+
+
 def allocated_peak(step: Callable[[], object]) -> int:
     """Most bytes that tensors made by a call take at once: what the process's peak shows but for the heap's holes."""
     import torch
@@ -272,6 +312,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="see above"
     )
+    parser.add_argument("--bound", action="store_true", help="time the products of a step alone as well")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps a round (%(default)s)")
@@ -279,7 +320,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    taken = [CHIAR, BASELINE]
+    taken = [CHIAR, BASELINE, BOUND]
     for name, *_ in options.variant:
         if name in taken or any(c.isspace() for c in name):
             parser.error(f"--variant {name!r}: take a name of one word that no other contender has")
