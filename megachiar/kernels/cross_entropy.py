@@ -19,6 +19,9 @@ of the whole weight, which a GPU feels where chunks are small."""
 CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
 """On a CPU a chunk is no larger than this, which a cache may hold, if that still leaves it so many rows."""
 
+SMALLEST_SHARE = 1e-30
+"""Of a softmax, so that its logarithm is exact in fp32."""
+
 
 class Vocabulary(Protocol):
     """The part of a vocabulary whose weights are at hand, and how the parts become one.
@@ -65,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counted = targets != IGNORED_TARGET
         count = counted.sum().clamp_min(1)
         losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        of_hidden = torch.zeros_like(hidden) if needed else None
+        of_hidden = torch.empty_like(hidden) if needed else None
         of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
         rows = _rows_of_chunk(hidden.device.type, len(weight))
         first = part_of.first if part_of is not None else 0
@@ -108,9 +111,13 @@ def _by_torch(
     elsewhere = (target < 0) | (target >= logits.shape[1])
     target, elsewhere = target.masked_fill(elsewhere, 0)[:, None], elsewhere[:, None]
     slope = torch.softmax(logits, -1, dtype=wide)
-    # The logarithm of the sum, from the likeliest token: of rarer ones the softmax may have vanished.
-    scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
-    at_target = logits.gather(-1, target).to(wide).masked_fill_(elsewhere, 0)
+    at_target, share = logits.gather(-1, target).to(wide), slope.gather(-1, target)
+    # The logarithm of the sum, from a token whose share of it has not vanished: its target's, or the likeliest.
+    if logits.device.type == "cpu" and share.amin() > SMALLEST_SHARE:
+        scale = at_target - share.log()
+    else:
+        scale = logits.amax(-1, keepdim=True).to(wide) - slope.amax(-1, keepdim=True).log()
+    at_target = at_target.masked_fill_(elsewhere, 0)
     factor = counted[:, None].to(wide)
     if part_of is not None:
         own = scale
