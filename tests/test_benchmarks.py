@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from support import ROOT, forked_python, python
 
 from megachiar.benchmark import Spread, Times, in_turn, timed
+from megachiar.errors import UserError
 
 SMALL = ("--hidden-size", "32", "--heads", "2", "--threads", "1", "--rounds", "2")
 STEPS = (*SMALL, "--layers", "3", "--sequence-length", "16", "--batch", "2", "--vocab-size", "64")
@@ -88,6 +89,14 @@ def test_the_bound_of_a_step_is_its_products_alone():
     assert (product == 5).all()
     called = {event.key for event in profile.key_averages()}
     assert any("attention" in name for name in called) and "aten::sigmoid" not in called
+
+
+def test_a_bound_is_refused_on_a_gpu(monkeypatch):
+    main = runpy.run_path(str(ROOT / "tools" / "bench_train.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *STEPS, "--bound"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="cannot replay a step on cuda"):
+        main()
 
 
 def test_a_peer_that_ends_is_named_and_ends_the_benchmark():

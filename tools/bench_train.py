@@ -11,7 +11,7 @@ layer's tokens take attention in the first step; the share of the measured steps
 process has had and, on a CPU, the most that tensors made in a step take at once: the first depends on the heap's holes.
 
 ``--bound`` adds a contender that does nothing but the matrix products and attention calls of a CHIAR-Former step, one
-after another, on the tensors they had in it: what a step would take if all else cost nothing.
+after another, on the tensors they had in it: what a step would take if all else cost nothing. It is for CPUs.
 
 A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar.pretrain`` does.
 
@@ -60,9 +60,11 @@ def main() -> int:
 
     from megachiar.benchmark import in_turn, machine, matrix_product, timed, write_json
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.bound and device.type != "cpu":
+        raise UserError("--bound", f"cannot replay a step on {device}", "leave it out, or set CUDA_VISIBLE_DEVICES=''")
     torch.set_num_threads(options.threads)
     launch.keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contenders = {
         f"{kind} {precision}": Contender.ours(options, kind, precision)
         for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
@@ -191,12 +193,11 @@ def serve(options: argparse.Namespace) -> None:
         print(time.perf_counter() - start, flush=True)
     share = float(np.mean(shares))
     flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
     report = {"flops": flops, "attention_share": share}
     if kind != BOUND:
-        report["peak_bytes"] = peak
-    if kind != BOUND and device.type == "cpu":
-        report["step_bytes"] = allocated_peak(lambda: engine.train_step([(0, tokens)], 1e-4))
+        report["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
+        if device.type == "cpu":
+            report["step_bytes"] = allocated_peak(step)
     print(json.dumps(report), flush=True)
     torch.distributed.destroy_process_group()
 
@@ -256,7 +257,10 @@ def calibrate(engine, tokens, share: float) -> None:
 
 
 def products_of(step: Callable[[], object]) -> Callable[[], None]:
-    """A call that repeats the matrix products and attention calls of ``step``, and nothing else."""
+    """A call that repeats the matrix products and attention calls of ``step``, and nothing else.
+
+    On a CPU: elsewhere the backward pass runs in a thread of its own and kernels of ours are no operators of torch.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 

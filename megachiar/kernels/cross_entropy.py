@@ -20,7 +20,7 @@ CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
 """On a CPU a chunk is no larger than this, which a cache may hold, if that still leaves it so many rows."""
 
 SMALLEST_SHARE = 1e-30
-"""Of a softmax, so that its logarithm is exact in fp32."""
+"""Of a softmax in fp32, well above where numbers lose digits: its logarithm can be relied on."""
 
 
 class Vocabulary(Protocol):
