@@ -45,6 +45,24 @@ def test_loss_and_gradients_are_pytorchs(chunk_rows):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_logits_with_spare_columns_give_the_same(monkeypatch, dtype):
+    """As a vocabulary of some thousand gets them: here every row is taken for a whole page."""
+    monkeypatch.setattr(module, "PAGE", dtype.itemsize)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 4)
+    hidden, weight, targets = problem(dtype)
+    assert module._logits(hidden.detach(), weight.detach()).shape == (ROWS, VOCABULARY + module.SPARE)
+    loss, token_losses = linear_cross_entropy(hidden, weight, targets)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    each = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none", ignore_index=IGNORED_TARGET)
+    expected = each.sum() / (targets != IGNORED_TARGET).sum()
+    near = {"rtol": 0, "atol": 1e-13 if dtype == torch.float64 else 1e-5, "check_dtype": False}
+    torch.testing.assert_close(token_losses, each.detach(), **near)
+    gradients = zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, exact), strict=True)
+    for gradient, wanted in gradients:
+        torch.testing.assert_close(gradient, wanted, **near)
+
+
 def test_gradcheck(chunk_rows):
     hidden, weight, targets = problem()
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets).loss, (hidden, weight))
