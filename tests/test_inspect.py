@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,19 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The tool as ``run_tool`` runs it, without a process of its own: (exit code, output, errors)."""
+
+    def run(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
 def test_the_tool_prints_a_summary_and_text(folder):
     summary = run_tool(folder / "text", "--verify")
     assert (summary.returncode, summary.stderr) == (0, "")
@@ -174,9 +188,10 @@ def test_the_tool_prints_json(folder):
     assert json.loads(run_tool(folder / "bare", "--json").stdout)["shown"] is None
 
 
-def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path):
+def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path, run_here):
+    alone = run_tool(tmp_path / "missing")
+    assert (alone.returncode, alone.stdout) == (2, "") and "does not exist" in alone.stderr
     for arguments, problem in (
-        ([tmp_path / "missing"], "does not exist"),
         ([tmp_path / "missing", "--verify"], "does not exist"),
         ([folder / "text.bin"], "named without its suffix"),
         ([folder / "text", "--document", 9], "there is no document 9"),
@@ -184,12 +199,12 @@ def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path):
         ([folder / "text", "--sample", 0], "needs --sequence-length and --seed"),
         ([folder / "text", "--seed", 0], "belong to --sample"),
     ):
-        done = run_tool(*arguments)
-        assert done.returncode == 2 and done.stdout == "", arguments
-        assert problem in done.stderr and "Traceback" not in done.stderr
+        code, output, errors = run_here(*arguments)
+        assert (code, output) == (2, ""), arguments
+        assert problem in errors and "Traceback" not in errors
 
 
-def test_a_step_is_shown_as_a_run_reads_it(tmp_path):
+def test_a_step_is_shown_as_a_run_reads_it(tmp_path, run_here):
     """Each sample of the step, from two sources, with the tokens that the loaders of any layout give."""
     from support import small_config, write_config, write_tokens
 
@@ -214,5 +229,5 @@ def test_a_step_is_shown_as_a_run_reads_it(tmp_path):
     assert [sample["ids"] for sample in samples] == [ids for _, ids in sorted(read)]
     text = run_tool("--config", path, "--step", 0).stdout
     assert text.startswith("position: 0\nsource: ") and "documents: " in text
-    assert run_tool("--config", path).returncode == 2 and run_tool(first, "--step", 1).returncode == 2
-    assert "counted from 0" in run_tool("--config", path, "--step", -1).stderr
+    assert run_here("--config", path)[0] == 2 and run_here(first, "--step", 1)[0] == 2
+    assert "counted from 0" in run_here("--config", path, "--step", -1)[2]
