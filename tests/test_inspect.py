@@ -190,7 +190,8 @@ def test_the_tool_prints_json(folder):
 
 def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path, run_here):
     alone = run_tool(tmp_path / "missing")
-    assert (alone.returncode, alone.stdout) == (2, "") and "does not exist" in alone.stderr
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert "does not exist" in alone.stderr and "Traceback" not in alone.stderr
     for arguments, problem in (
         ([tmp_path / "missing", "--verify"], "does not exist"),
         ([folder / "text.bin"], "named without its suffix"),

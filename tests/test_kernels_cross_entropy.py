@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,32 @@ def test_logits_with_spare_columns_give_the_same(monkeypatch, dtype):
     gradients = zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, exact), strict=True)
     for gradient, wanted in gradients:
         torch.testing.assert_close(gradient, wanted, **near)
+
+
+def test_a_target_of_another_part_is_not_taken_from_a_spare_column(monkeypatch):
+    """Ids of the second part are numbers of the first one's spare columns. The parts' gradients add up to the whole."""
+    monkeypatch.setattr(module, "PAGE", torch.float64.itemsize)
+    hidden, weight, targets = problem()
+    whole = linear_cross_entropy(hidden, weight, targets)
+    logits = (hidden @ weight.T).detach()
+    at_target = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+
+    class Part(NamedTuple):
+        first: int
+
+        def merge(self, scale, target):
+            inside = (targets >= self.first) & (targets < self.first + len(rows))
+            torch.testing.assert_close(target, at_target.where(inside, 0.0), rtol=0, atol=1e-13)
+            return logits.logsumexp(1), at_target
+
+    gradients = []
+    for first, rows in ((0, weight[:8]), (8, weight[8:])):
+        loss, token_losses = linear_cross_entropy(hidden, rows, targets, Part(first))
+        torch.testing.assert_close(token_losses, whole.token_losses, rtol=0, atol=1e-13)
+        gradients.append(torch.autograd.grad(loss, (hidden, weight)))
+    expected = torch.autograd.grad(whole.loss, (hidden, weight))
+    for parts, wanted in zip(zip(*gradients, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(parts), wanted, rtol=0, atol=1e-13)
 
 
 def test_gradcheck(chunk_rows):
