@@ -20,8 +20,8 @@ CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
 """On a CPU a chunk is no larger than this, which a cache may hold, if that still leaves it so many rows."""
 
 PAGE, SPARE = 4096, 64
-"""On a CPU rows of logits whose bytes are a multiple of PAGE get SPARE columns more: rows that all start at one place of
-a page fight over one part of the cache, and the head's products take 4 to 14 % longer (V 8192 to 32768 on Zen 3)."""
+"""On a CPU rows of logits whose bytes are a multiple of PAGE get SPARE columns more: rows that all start at one place
+of a page fight over one part of the cache, and the head's products take 4 to 14 % longer (V 8192 to 32768 on Zen 3)."""
 
 SMALLEST_SHARE = 1e-30
 """Of a softmax in fp32, well above where numbers lose digits: its logarithm can be relied on."""
