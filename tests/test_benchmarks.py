@@ -100,6 +100,13 @@ def test_a_bound_is_refused_on_a_gpu(monkeypatch):
         main()
 
 
+@pytest.mark.parametrize("command", ("/nowhere/program", "python -c 'no end"))
+def test_a_peer_that_cannot_be_started_is_named(command):
+    done = forked_python("tools/bench_train.py", *STEPS, "--peer", f"broken={command}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"--peer broken: cannot start {command!r}" in done.stderr and "remedy" in done.stderr
+
+
 def test_a_peer_that_ends_is_named_and_ends_the_benchmark():
     done = forked_python("tools/bench_train.py", *STEPS, "--peer", f"broken={sys.executable} -c 'raise SystemExit(7)'")
     assert done.returncode == 2

@@ -65,12 +65,12 @@ def main() -> int:
         raise UserError("--bound", f"cannot replay a step on {device}", "leave it out, or set CUDA_VISIBLE_DEVICES=''")
     torch.set_num_threads(options.threads)
     launch.keep_freed_memory()
+    peers = {name: Contender.peer(options, name, command) for name, command in options.peer}
     contenders = {
         f"{kind} {precision}": Contender.ours(options, kind, precision)
         for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
         for precision in options.precision
-    }
-    contenders |= {name: Contender.peer(options, name, command) for name, command in options.peer}
+    } | peers
     for contender in contenders.values():
         contender.train(options.warm_up)
     products = {}
@@ -128,7 +128,10 @@ class Contender:
     @classmethod
     def peer(cls, options: argparse.Namespace, name: str, command: str) -> Contender:
         sizes = ("hidden_size", "layers", "heads", "sequence_length", "batch", "vocab_size", "threads")
-        return cls(name, shlex.split(command), {f"BENCH_{s.upper()}": str(getattr(options, s)) for s in sizes})
+        try:
+            return cls(name, shlex.split(command), {f"BENCH_{s.upper()}": str(getattr(options, s)) for s in sizes})
+        except (OSError, ValueError) as error:  # no such program, or quotes that do not end
+            raise UserError(f"--peer {name}", f"cannot start {command!r}: {error}", "check the command") from None
 
     def train(self, steps: int) -> float:
         """Seconds a step of ``steps``."""

@@ -40,7 +40,7 @@ def model_shape(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             "model.num_attention_heads",
             f"{heads} does not divide model.hidden_size {d}",
-            f"choose one of {_divisors(d)}",
+            f"choose one of {_divisors(d)}" if d % 2 == 0 else "make hidden_size even: every head needs an even number",
         )
     elif (d // heads) % 2:
         yield Problem(
