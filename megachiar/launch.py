@@ -66,7 +66,7 @@ def prepare_environment() -> None:
 
 
 def configure_torch(threads: int | None) -> None:
-    """Set what only torch can: CPU threads of this rank, the C allocator, DeepSpeed's compiled op for inference."""
+    """Set what only torch can: CPU threads of this rank and the C allocator."""
     import torch
 
     if not torch.cuda.is_available():
@@ -76,7 +76,6 @@ def configure_torch(threads: int | None) -> None:
         threads = max(1, _usable_cores() // _int("LOCAL_WORLD_SIZE"))
     if threads is not None:
         torch.set_num_threads(threads)
-    skip_compiled_collectives()
 
 
 def _usable_cores() -> int:
@@ -91,13 +90,6 @@ def quiet_deepspeed() -> None:
     _quiet()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def skip_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives on CPU (a minute, a compiler; only inference)."""
-    from deepspeed.ops import __compatible_ops__
-
-    __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def keep_freed_memory() -> None:

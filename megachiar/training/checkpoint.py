@@ -158,7 +158,8 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
     Raises:
         UserError: the disk is full or read-only; no folder that looks whole is left.
     """
-    from megachiar.training.state import loss_scale_state, write_state
+    from megachiar.training.deepspeed_patches import loss_scale_state
+    from megachiar.training.state import write_state
 
     config, topology = engine.config, engine.topology
     folder = config.checkpoint_folder
@@ -180,7 +181,7 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
                 samples=data.samples_before(step),
                 data=data,
                 optimizer_steps=step - engine.skipped_steps,
-                loss_scale=loss_scale_state(engine),
+                loss_scale=loss_scale_state(engine.deepspeed),
                 layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
                 files=_sync_files(incomplete),
             )
@@ -197,7 +198,8 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     Raises:
         UserError: the checkpoint is damaged or of another model.
     """
-    from megachiar.training.state import read_optimizer_into, read_weights_into, set_loss_scale_state
+    from megachiar.training.deepspeed_patches import set_loss_scale_state
+    from megachiar.training.state import read_optimizer_into, read_weights_into
 
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
@@ -207,7 +209,7 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     read_optimizer_into(engine, store, state.optimizer_steps)
     engine.skipped_steps = state.step - state.optimizer_steps
     if state.loss_scale is not None:
-        set_loss_scale_state(engine, state.loss_scale)
+        set_loss_scale_state(engine.deepspeed, state.loss_scale)
     return state
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import compiler
 from torch import nn
 
 from megachiar.config import RunConfig
@@ -20,6 +17,7 @@ from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
 from megachiar.topology import Topology
+from megachiar.training import deepspeed_patches
 from megachiar.training.pipeline import PipelineReplica
 from megachiar.training.replica import Replica
 
@@ -65,6 +63,8 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
         device = torch.device("cpu")
     choose_kernels(config, device)
     check_compiler(config, device)
+    deepspeed_patches.check_deepspeed_version()
+    deepspeed_patches.skip_compiled_collectives()
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -118,9 +118,9 @@ class Engine:
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
         self.config, self.topology, self.device = config, topology, device
         if device.type == "cpu" and config.precision.compute == "fp16":
-            allow_fp16_on_cpu()
+            deepspeed_patches.allow_fp16_on_cpu()
         with silence():
-            import_muon_uncompiled()
+            deepspeed_patches.import_muon_uncompiled()
             kind = PipelineReplica if topology.pipeline_size > 1 else Replica
             self.replica = kind(config, topology, device)
         self._skipped_before = 0
@@ -147,11 +147,11 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Steps of the run whose gradients overflowed in fp16."""
-        return self._skipped_before + self.deepspeed.skipped_steps
+        return self._skipped_before + deepspeed_patches.skipped_steps(self.deepspeed)
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self._skipped_before = count - self.deepspeed.skipped_steps
+        self._skipped_before = count - deepspeed_patches.skipped_steps(self.deepspeed)
 
     def train_step(
         self, micro_batches: Iterable[tuple[int, np.ndarray]], learning_rate: float, stop: bool = False
@@ -166,9 +166,9 @@ class Engine:
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        skipped_before = self.deepspeed.skipped_steps
+        skipped_before = self.skipped_steps
         report = self.replica.step(self._on_device(micro_batches))
-        skipped = float(self.deepspeed.skipped_steps > skipped_before)
+        skipped = float(self.skipped_steps > skipped_before)
         whole = self.topology.is_last_stage  # of what every stage knows, one of them tells
         values = [*report.values, report.gradient_norm if whole else 0.0, skipped, float(stop)]
         return _unflatten(self.mean_over_ranks(values), self.config.model.num_layers)
@@ -210,25 +210,6 @@ class Engine:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
-
-
-def import_muon_uncompiled() -> None:
-    """DeepSpeed asks of any optimizer whether it is Muon. To import Muon is to compile its kernels, for which torch
-    loads all of its compiler: a fifth of the time in which a small run starts. No run here uses them."""
-    compile_function, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    except ImportError:  # a DeepSpeed without Muon
-        pass
-    finally:
-        compiler.compile = compile_function
-
-
-def allow_fp16_on_cpu() -> None:
-    """Let DeepSpeed run fp16 on a CPU without fp16 instructions: slowly, but a config can be tried before the GPUs."""
-    accelerator = get_accelerator()
-    accelerator.is_fp16_supported = lambda: True
-    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _unflatten(values: list[float], layers: int) -> StepResult:

@@ -9,14 +9,11 @@ documents begin, if attention keeps to them), which need no gradient.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megachiar.config import RunConfig
@@ -24,36 +21,21 @@ from megachiar.config.deepspeed import to_deepspeed
 from megachiar.model.compiled import compile_parts
 from megachiar.model.stages import StagePart, pipeline_parts, stage_bounds
 from megachiar.topology import Topology
+from megachiar.training import deepspeed_patches
 from megachiar.training.optimizer import build_optimizer
 from megachiar.training.replica import MicroBatches, StepReport
 
 
-class Stages(PipelineModule):
-    """This rank's stage, bounded as ``bounds`` says, with the loss of the tied head."""
+class Stages(deepspeed_patches.BoundedPipeline):
+    """This rank's stage with the loss of the tied head."""
 
-    def __init__(self, parts: list, bounds: list[int], topology: PipeModelDataParallelTopology):
-        self.bounds = bounds
+    def __init__(self, parts: list, bounds: list[int], topology: Any):
         self.losses: list[torch.Tensor] = []
-        super().__init__(parts, topology=topology, loss_fn=self.loss)
-
-    def _partition_layers(self, method: str = "") -> None:
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self.parts = self.bounds
-        self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
-
-    def get_tied_weights_and_groups(self) -> list[tuple]:
-        """What DeepSpeed adds up over the stages that hold a tied weight, and their process group.
-
-        It reads ``.grad``; an optimizer that accumulates in another dtype has moved the gradient to ``.grad_accum``.
-        """
-        return [
-            (weight if getattr(weight, "grad_accum", None) is None else SimpleNamespace(grad=weight.grad_accum), group)
-            for weight, group in super().get_tied_weights_and_groups()
-        ]
+        super().__init__(parts, bounds, topology, self.loss)
 
     def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """Mean loss a token in training, which is kept for the log; the sum over tokens in evaluation."""
-        result = self.tied_modules["embedding"].loss(*outputs, targets.flatten())
+        result = self.tied_module("embedding").loss(*outputs, targets.flatten())
         if not self.training:
             return result.token_losses.double().sum()
         self.losses.append(result.loss.detach())
@@ -71,7 +53,7 @@ class PipelineReplica:
         bounds = stage_bounds(
             config.model, interval, length, config.model.expected_attention_share, topology.pipeline_size
         )
-        grid = PipeModelDataParallelTopology(topology.pipeline_size, topology.tensor.size, topology.data_size)
+        grid = deepspeed_patches.pipeline_topology(topology.pipeline_size, topology.tensor.size, topology.data_size)
         stages = Stages(parts, bounds, grid)
         if config.training.compile is not None:
             compile_parts(stages, config.training.compile)
@@ -91,7 +73,7 @@ class PipelineReplica:
 
     def step(self, micro_batches: MicroBatches) -> StepReport:
         """All micro-batches of the step through the pipeline, and the optimizer step."""
-        scale = self._loss_scale() / self.deepspeed.gradient_accumulation_steps()
+        scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
         batches = (((inputs, samples), targets) for inputs, targets, samples in micro_batches)
@@ -117,11 +99,7 @@ class PipelineReplica:
             report[:, [int(index) for index in part.layers]] = statistics.double().cpu()
         return [loss.item(), regulariser, *report.flatten().tolist()]
 
-    def _loss_scale(self) -> float:
-        """What gradients are scaled by in fp16; 1 otherwise."""
-        return float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0)) if self.deepspeed.fp16_enabled() else 1.0
-
 
 def _in_the_model(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in named:
-        yield re.sub(r"^(\d+|tied_modules)\.", "", name), tensor
+        yield deepspeed_patches.without_part_number(name), tensor

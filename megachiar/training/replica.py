@@ -14,6 +14,7 @@ from megachiar.config.deepspeed import to_deepspeed
 from megachiar.model import ModelOutput, build_model
 from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
+from megachiar.training import deepspeed_patches
 from megachiar.training.optimizer import build_optimizer
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -59,11 +60,9 @@ class Replica:
         )
         self._norm = None
         if not config.parallel.zero_stage:
-            # DeepSpeed would compute the norm a second time, parameter by parameter.
-            self.deepspeed.clip_fp32_gradients = self._clip
+            deepspeed_patches.replace_gradient_clipping(self.deepspeed, self._clip)
             if topology.data_size == 1:
-                # Nobody to add gradients up with: DeepSpeed would copy all of them into one buffer and back.
-                self.deepspeed.enable_backward_allreduce = False
+                deepspeed_patches.skip_gradient_reduction(self.deepspeed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.deepspeed.module.named_parameters()

@@ -15,16 +15,17 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import nn
 
 from megachiar.parallel.shard import shard_of
+from megachiar.training import deepspeed_patches
 from megachiar.training.engine import Engine
 from megachiar.training.store import MOMENTS, ShardWriter, Store
-
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def write_state(engine: Engine, folder: Path) -> None:
@@ -64,21 +65,6 @@ def read_optimizer_into(engine: Engine, store: Store, steps: int) -> None:
             _set(engine, parameter, key, value)
 
 
-def loss_scale_state(engine: Engine) -> dict[str, float] | None:
-    """The dynamic loss scale of fp16 and where it is in its window; None without one."""
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if not engine.deepspeed.fp16_enabled() or scaler is None or not getattr(scaler, "dynamic", False):
-        return None
-    return {key: getattr(scaler, key) for key in _SCALER_KEYS}
-
-
-def set_loss_scale_state(engine: Engine, state: dict[str, float]) -> None:
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if engine.deepspeed.fp16_enabled() and getattr(scaler, "dynamic", False):
-        for key in _SCALER_KEYS:
-            setattr(scaler, key, state[key] if key == "cur_scale" else int(state[key]))
-
-
 def _own_parameters(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     """The tied weight is written by the first stage."""
     for name, parameter in engine.named_parameters():
@@ -97,7 +83,7 @@ def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> torch.Te
 
 def _set_computing(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """The weight that computes, in its own type."""
-    if hasattr(parameter, "ds_id"):  # ZeRO 3 holds a shard of it
+    if deepspeed_patches.is_sharded(parameter):
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
     else:
@@ -110,55 +96,39 @@ def _set(engine: Engine, parameter: nn.Parameter, key: str | None, value: torch.
     if engine.config.parallel.zero_stage == 0:
         if key is not None:
             engine.deepspeed.optimizer.state[parameter][key].copy_(value)
-    elif hasattr(parameter, "ds_id"):
-        length, rank = parameter.ds_tensor.numel(), engine.topology.data_rank
+    elif deepspeed_patches.is_sharded(parameter):
+        length, rank = deepspeed_patches.shard_length(parameter), engine.topology.data_rank
         own = value.flatten()[rank * length : (rank + 1) * length]
         own = torch.cat([own, own.new_zeros(length - len(own))])
         if key is None:
             safe_set_local_fp32_param(parameter, own)
         else:
             safe_set_local_optimizer_state(parameter, own, key)
-    elif parameter._hp_mapping is not None:
-        parameter.set_full_hp_param(value, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
 
 
 def _complete_states(engine: Engine) -> None:
-    """Make AdamW's states, which it would make in its first step, and let each parameter find its own.
-
-    DeepSpeed links them once, after the first group's first step, and misses those of other groups.
-    """
-    base, stage = _adamw(engine), engine.config.parallel.zero_stage
-    for tensor in _flat_tensors(engine):
+    """Make AdamW's states, which it would make in its first step, and let each parameter find its own."""
+    stage = engine.config.parallel.zero_stage
+    base = deepspeed_patches.base_optimizer(engine.deepspeed, stage)
+    for tensor in deepspeed_patches.stepped_tensors(engine.deepspeed, stage):
         state: dict[str, Any] = base.state[tensor]
         state.setdefault("step", torch.zeros((), device=tensor.device))
         for key in MOMENTS:
             state.setdefault(key, torch.zeros_like(tensor))
     if stage in (1, 2):
-        for _, parameter in engine.named_parameters():
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                flat = base.param_groups[mapping.param_group_index]["params"][0]
-                mapping.set_optim_state_fragment(flat, base.state[flat])
+        deepspeed_patches.link_optimizer_states(base, (parameter for _, parameter in engine.named_parameters()))
 
 
 def _count_steps(engine: Engine, steps: int) -> None:
     """Tell AdamW how many steps it has taken."""
-    base = _adamw(engine)
-    for tensor in _flat_tensors(engine):
+    stage = engine.config.parallel.zero_stage
+    base = deepspeed_patches.base_optimizer(engine.deepspeed, stage)
+    for tensor in deepspeed_patches.stepped_tensors(engine.deepspeed, stage):
         base.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
     for group in base.param_groups:  # apex counts here
         if "step" in group:
             group["step"] = steps
-
-
-def _adamw(engine: Engine) -> torch.optim.Optimizer:
-    """The optimizer within DeepSpeed's."""
-    optimizer = engine.deepspeed.optimizer
-    return optimizer if engine.config.parallel.zero_stage == 0 else optimizer.optimizer
-
-
-def _flat_tensors(engine: Engine) -> list[torch.Tensor]:
-    """What AdamW steps: this rank's shards of flattened parameters, or with ZeRO 0 the parameters."""
-    if engine.config.parallel.zero_stage == 3:
-        return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
-    return [tensor for group in _adamw(engine).param_groups for tensor in group["params"]]

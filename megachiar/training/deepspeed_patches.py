@@ -1,0 +1,292 @@
+"""Every name of DeepSpeed's that its documentation does not promise, in this one file.
+
+Each entry says why we need the name, since which release DeepSpeed has it (read in the sources of releases 0.12.6 to
+0.19.8), and how to see that the entry can go. ``PRIVATE_NAMES`` and ``PRIVATE_ATTRIBUTES`` list them all. The contract
+test fails when the installed DeepSpeed lacks one, or when another file of the package uses one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+from torch import nn
+
+from megachiar.errors import UserError
+
+KNOWN_VERSIONS = "0.19.8"
+"""DeepSpeed releases that every entry was tried with."""
+
+PRIVATE_NAMES = {
+    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.runtime.compiler": ("compile",),
+    "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator": ("is_fp16_supported", "supported_dtypes"),
+    "deepspeed.runtime.engine:DeepSpeedEngine": ("clip_fp32_gradients",),
+    "deepspeed.runtime.pipe.topology": ("PipeModelDataParallelTopology",),
+    "deepspeed.runtime.pipe.module:PipelineModule": (
+        "_partition_layers",
+        "_set_bounds",
+        "get_tied_weights_and_groups",
+    ),
+    "deepspeed.utils.tensor_fragment:tensor_fragment": ("set_optim_state_fragment",),
+}
+"""Module or ``module:Class`` -> names in it."""
+
+PRIVATE_ATTRIBUTES = {
+    "engine": ("enable_backward_allreduce", "skipped_steps"),
+    "pipeline": ("_topo", "global_rank", "parts", "tied_modules"),
+    "ZeRO 1 and 2 optimizer": ("optimizer",),
+    "ZeRO 3 optimizer": ("fp32_partitioned_groups_flat", "optimizer"),
+    "fp16 optimizer": ("cur_scale", "loss_scaler"),
+    "fp16 loss scaler": ("dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+    "ZeRO 1 and 2 parameter": ("_hp_mapping",),
+    "ZeRO 1 and 2 mapping": ("param_group_index",),
+    "ZeRO 3 parameter": ("ds_id", "ds_tensor"),
+}
+"""Kind of object -> attributes that it has once DeepSpeed has set it up; only a running engine shows them."""
+
+
+def missing_names() -> Iterator[str]:
+    """Yield each entry of ``PRIVATE_NAMES`` that the installed DeepSpeed lacks, as ``module:Class.name``."""
+    for owner, names in PRIVATE_NAMES.items():
+        module, _, cls = owner.partition(":")
+        try:
+            holder = importlib.import_module(module)
+            holder = getattr(holder, cls) if cls else holder
+        except (ImportError, AttributeError):
+            yield from (f"{owner}.{name}" for name in names)
+            continue
+        yield from (f"{owner}.{name}" for name in names if not hasattr(holder, name))
+
+
+def check_deepspeed_version() -> None:
+    """Refuse a DeepSpeed that lacks a name we rely on, before anything has started.
+
+    Raises:
+        UserError: names the missing entries and a version that has them.
+    """
+    missing = list(missing_names())
+    if missing:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__}",
+            f"lacks what this program relies on: {', '.join(missing)}",
+            f"pip install deepspeed=={KNOWN_VERSIONS}",
+        )
+
+
+# Before an engine starts
+
+
+def skip_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on a CPU.
+
+    Why: it takes a minute and a C++ compiler, and only inference uses them. Since: 0.15.
+    It can go when ``init_distributed("gloo")`` starts in seconds on a machine without g++.
+    """
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling its kernels.
+
+    Why: DeepSpeed asks of any optimizer whether it is Muon. To import Muon is to compile its kernels, for which torch
+    loads all of its compiler: a fifth of the time in which a small run starts. No run here uses them. Since: 0.18.
+    It can go when ``deepspeed.initialize`` no longer imports ``torch._dynamo``.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # a DeepSpeed without Muon
+        pass
+    finally:
+        compiler.compile = compile_function
+
+
+def allow_fp16_on_cpu() -> None:
+    """Let DeepSpeed run fp16 on a CPU without fp16 instructions.
+
+    Why: it is slow, but a config can be tried before the GPUs are there. Since: 0.12 or before.
+    It can go when DeepSpeed warns instead of refusing.
+    """
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+
+
+# The engine
+
+
+def replace_gradient_clipping(engine: deepspeed.DeepSpeedEngine, clip: Callable[[], None]) -> None:
+    """Clip by ``clip`` where ZeRO 0 would clip by its own function.
+
+    Why: DeepSpeed computes the gradient norm a second time there, parameter by parameter. Since: 0.12 or before.
+    It can go when ZeRO 0 tells the norm by ``get_global_grad_norm`` before it clips.
+    """
+    engine.clip_fp32_gradients = clip
+
+
+def skip_gradient_reduction(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Leave gradients where they are under ZeRO 0 with one data-parallel rank.
+
+    Why: there is nobody to reduce with, and DeepSpeed would copy all gradients into one buffer and back.
+    Since: 0.12 or before. It can go when DeepSpeed skips the reduction over a group of one rank.
+    """
+    engine.enable_backward_allreduce = False
+
+
+def skipped_steps(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Return how many steps this process has skipped because gradients overflowed in fp16.
+
+    Why: no documented call tells it. Since: 0.12 or before.
+    It can go when ``engine.step`` returns whether it was applied.
+    """
+    return engine.skipped_steps
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Return the factor that losses are scaled by in fp16; 1 otherwise.
+
+    Why: a pipeline scales its loss itself, so that a regulariser that starts inside of it must do so too.
+    Since: 0.12 or before. It can go when a pipeline's loss function is given the scale.
+    """
+    return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
+
+
+_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scale_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float] | None:
+    """Return the dynamic loss scale of fp16 and where it is in its window; None without one.
+
+    Why: our checkpoints fit every layout, DeepSpeed's own save does not. Since: 0.12 or before.
+    It can go when the loss scaler has a documented ``state_dict``.
+    """
+    scaler = _dynamic_scaler(engine)
+    return None if scaler is None else {key: getattr(scaler, key) for key in _SCALER_KEYS}
+
+
+def set_loss_scale_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, float]) -> None:
+    """Set what ``loss_scale_state`` returned; nothing happens in a run without a dynamic loss scale."""
+    scaler = _dynamic_scaler(engine)
+    if scaler is not None:
+        for key in _SCALER_KEYS:
+            setattr(scaler, key, state[key] if key == "cur_scale" else int(state[key]))
+
+
+def _dynamic_scaler(engine: deepspeed.DeepSpeedEngine) -> Any | None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+
+
+# A pipeline
+
+
+def pipeline_topology(pipeline_size: int, tensor_size: int, data_size: int) -> Any:
+    """Return DeepSpeed's grid of ranks in our order, pipeline stages outermost and tensor-parallel ranks innermost.
+
+    Why: ``PipelineModule`` takes its process groups from it. Since: 0.12 or before.
+    It can go when a pipeline takes process groups.
+    """
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    return PipeModelDataParallelTopology(pipeline_size, tensor_size, data_size)
+
+
+class BoundedPipeline(PipelineModule):
+    """A pipeline whose stages begin at the parts that ``bounds`` names.
+
+    Why: DeepSpeed balances parameters or layers; we balance FLOPs, which differ between DCT and attention layers.
+    Since: 0.12 or before. It can go when ``partition_method`` takes bounds.
+
+    Attributes:
+        bounds: index of each stage's first part, and the number of parts at the end.
+    """
+
+    def __init__(self, parts: list, bounds: list[int], topology: Any, loss_fn: Callable):
+        self.bounds = bounds
+        super().__init__(parts, topology=topology, loss_fn=loss_fn)
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self.bounds
+        self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple]:
+        """Return what DeepSpeed adds up over the stages that hold a tied weight, and their process group.
+
+        Why: it reads ``.grad``; an optimizer that accumulates in another dtype has moved the gradient to
+        ``.grad_accum``. Since: 0.12 or before. It can go when a tied weight trains in bf16 without this method.
+        """
+        return [
+            (weight if getattr(weight, "grad_accum", None) is None else SimpleNamespace(grad=weight.grad_accum), group)
+            for weight, group in super().get_tied_weights_and_groups()
+        ]
+
+    def tied_module(self, name: str) -> nn.Module:
+        """Return this stage's copy of the tied module ``name``."""
+        return self.tied_modules[name]
+
+
+def without_part_number(name: str) -> str:
+    """Return a parameter's name in the model: without the part's number that a pipeline puts before it."""
+    first, _, rest = name.partition(".")
+    return rest if first.isdigit() or first == "tied_modules" else name
+
+
+# The optimizer's state
+
+
+def base_optimizer(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> torch.optim.Optimizer:
+    """Return the optimizer that we built, inside of the one that ZeRO wraps around it.
+
+    Why: its moments and its count of steps are saved and restored. Since: 0.12 or before.
+    It can go when DeepSpeed gives the inner optimizer by a documented name.
+    """
+    return engine.optimizer if zero_stage == 0 else engine.optimizer.optimizer
+
+
+def stepped_tensors(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> list[torch.Tensor]:
+    """Return what the optimizer steps: shards of flattened parameters, or with ZeRO 0 the parameters.
+
+    Why: ZeRO 3 keeps them beside the optimizer's groups. Since: 0.12 or before. It can go with ``base_optimizer``.
+    """
+    if zero_stage == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [tensor for group in base_optimizer(engine, zero_stage).param_groups for tensor in group["params"]]
+
+
+def link_optimizer_states(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Let each parameter of ZeRO 1 and 2 find its part of the flattened optimizer state.
+
+    Why: DeepSpeed links them once, after the first group's first step, and misses those of other groups. Since: 0.14.
+    It can go when ``safe_get_full_optimizer_state`` works before the first step, for every group.
+    """
+    for parameter in parameters:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+            mapping.set_optim_state_fragment(flat, optimizer.state[flat])
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether ZeRO 3 holds a shard of this parameter instead of all of it."""
+    return hasattr(parameter, "ds_id")
+
+
+def shard_length(parameter: nn.Parameter) -> int:
+    """Return the number of elements of a ZeRO 3 shard, padding included: equal on all ranks.
+
+    Why: ``safe_set_local_...`` wants a tensor of just this length. Since: 0.12 or before.
+    It can go when those functions pad.
+    """
+    return parameter.ds_tensor.numel()
