@@ -84,7 +84,7 @@ def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
         writer = ShardWriter(_place(rank, writers))
         piece = whole if shard is None else torch.from_numpy(_cut(whole.numpy(), shard, rank, writers))
         if writer.is_mine(shard):
-            writer.add("weights", "w", piece, shard if writers > 1 else None)
+            writer.add("w", None, piece, shard if writers > 1 else None)
         writer.write(tmp_path)
     store = Store(tmp_path)
     assert torch.equal(store.whole("w"), whole)

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from megachiar.data.order import BLOCK_SIZES, Blend, StreamOrder, permute, round_keys
+from megachiar.data.order import BLOCK_SIZES, Blend, StreamOrder
+from megachiar.data.permutation import permute, round_keys
 from megachiar.errors import UserError
 
 SIZES = [*range(1, 40), 63, 64, 65, 99, 100, 101, 255, 256, 257, 1_000, 4_095, 10_007, 65_536, 100_003]

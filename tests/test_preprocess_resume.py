@@ -23,7 +23,7 @@ from text_helpers import train
 from megachiar.data import files, indexed, journal, shuffle
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.manifest import read_manifest
-from megachiar.data.order import permute, round_keys
+from megachiar.data.permutation import permute, round_keys
 from megachiar.data.preprocess import preprocess
 from megachiar.data.readers import find_sources
 from megachiar.data.settings import PreprocessSettings

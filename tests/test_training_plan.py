@@ -11,8 +11,8 @@ import pytest
 from support import ROOT, python, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
-from megachiar.model.stages import balanced
 from megachiar.training.layout import plan_ranks
+from megachiar.training.partition import balanced
 from megachiar.training.search import Machine, find_layouts
 
 ZERO, BF16, TP, PP = (

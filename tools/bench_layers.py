@@ -35,7 +35,7 @@ from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
 from megachiar.model.grid import Grid
 from megachiar.model.init import initialise
-from megachiar.model.stages import build_layer
+from megachiar.model.layer_stack import build_layer
 from megachiar.topology import ALONE
 
 DENSE = "attention in every row"

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
-from megachiar.data.order import permute, round_keys, unpermute
+from megachiar.data.permutation import permute, round_keys, unpermute
 from megachiar.errors import disk_errors
 
 BUCKET_BYTES = 1 << 28  # tokens that a bucket aims at

@@ -15,8 +15,8 @@ from megachiar.model.cache import DecodingCache
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.grid import Grid, document_starts
 from megachiar.model.init import initialise
+from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics
 from megachiar.model.norm import RowNorm
-from megachiar.model.stages import RoutingStatistics, build_layer, run_layers, statistics
 from megachiar.topology import ALONE, TensorGroup
 
 

@@ -34,7 +34,8 @@ from megachiar.data.history import Change, DataHistory
 from megachiar.errors import UserError, disk_errors
 from megachiar.model import ChiarFormer, build_model
 from megachiar.topology import LaunchError
-from megachiar.training.store import MOMENTS, Store
+from megachiar.training.optimizer import MOMENTS
+from megachiar.training.store import ShardWriter, Store
 
 if TYPE_CHECKING:  # reading a checkpoint needs no engine
     from megachiar.training.engine import Engine
@@ -159,7 +160,6 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
         UserError: the disk is full or read-only; no folder that looks whole is left.
     """
     from megachiar.training.deepspeed_patches import loss_scale_state
-    from megachiar.training.state import write_state
 
     config, topology = engine.config, engine.topology
     folder = config.checkpoint_folder
@@ -171,7 +171,7 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
     engine.barrier()
     with _write_errors(incomplete):
         incomplete.mkdir(exist_ok=True)
-        write_state(engine, incomplete)
+        _write_tensors(engine, incomplete)
     engine.barrier()
     if topology.is_main:
         with disk_errors(folder):
@@ -192,6 +192,20 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
     return final
 
 
+def _write_tensors(engine: Engine, folder: Path) -> None:
+    """Write this rank's share of weights, moments and buffers; every rank calls it."""
+    from megachiar.training.state import gather_state
+
+    writer = ShardWriter(engine.topology)
+    mine = False
+    for tensor in gather_state(engine):
+        if tensor.moment is None:
+            mine = writer.is_mine(tensor.shard)
+        if mine:
+            writer.add(tensor.name, tensor.moment, tensor.value, tensor.shard)
+    writer.write(folder)
+
+
 def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     """Set weights, optimizer and loss scale; returns the record with the position to go on from.
 
@@ -199,14 +213,14 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
         UserError: the checkpoint is damaged or of another model.
     """
     from megachiar.training.deepspeed_patches import set_loss_scale_state
-    from megachiar.training.state import read_optimizer_into, read_weights_into
+    from megachiar.training.state import set_moments, set_weights
 
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
     check_same_model(checkpoint, saved.model, engine.config.model)
-    store = Store(checkpoint)
-    read_weights_into(engine, store)
-    read_optimizer_into(engine, store, state.optimizer_steps)
+    read = Store(checkpoint).reader(engine.topology.tensor)
+    set_weights(engine, read)
+    set_moments(engine, read, state.optimizer_steps)
     engine.skipped_steps = state.step - state.optimizer_steps
     if state.loss_scale is not None:
         set_loss_scale_state(engine.deepspeed, state.loss_scale)
@@ -219,11 +233,11 @@ def start_from(engine: Engine, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is damaged or of another model.
     """
-    from megachiar.training.state import read_weights_into
+    from megachiar.training.state import set_weights
 
     read_state(checkpoint)
     check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)
-    read_weights_into(engine, Store(checkpoint))
+    set_weights(engine, Store(checkpoint).reader(engine.topology.tensor))
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -26,9 +26,10 @@ from megachiar.config.deepspeed import to_deepspeed
 from megachiar.model.activations import KeptValues, end_activations, layer_activations
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
-from megachiar.model.stages import build_layer, stage_bounds
+from megachiar.model.layer_stack import build_layer
 from megachiar.model.traffic import end_traffic, layer_traffic
 from megachiar.topology import TensorGroup
+from megachiar.training.partition import stage_bounds
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 

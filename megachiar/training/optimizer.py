@@ -12,6 +12,9 @@ from torch import nn
 from megachiar.config.sections import OptimizerConfig
 from megachiar.errors import UserError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's running means, by their names in torch's optimizer state and in our checkpoints."""
+
 
 @dataclass(frozen=True)
 class BuiltOptimizer:

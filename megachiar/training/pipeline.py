@@ -19,10 +19,11 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.model.compiled import compile_parts
-from megachiar.model.stages import StagePart, pipeline_parts, stage_bounds
 from megachiar.topology import Topology
 from megachiar.training import deepspeed_patches
 from megachiar.training.optimizer import build_optimizer
+from megachiar.training.partition import stage_bounds
+from megachiar.training.pipeline_stages import StagePart, pipeline_parts
 from megachiar.training.replica import MicroBatches, StepReport
 
 

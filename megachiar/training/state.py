@@ -1,13 +1,13 @@
-"""What DeepSpeed holds of a run, in and out: master weights, AdamW's moments and the loss scale, under any ZeRO stage.
+"""What DeepSpeed holds of a run, in and out: master weights and AdamW's moments, under any ZeRO stage.
 
-Optimizers with ZeRO keep shards of flattened parameters. Its own functions (``safe_get_full_...``) put a parameter
-together again; what they do not cover, states that do not exist before the first step, is made here.
+Optimizers with ZeRO keep shards of flattened parameters. DeepSpeed's own functions (``safe_get_full_...``) put a
+parameter together again. What they do not cover, states that do not exist before the first step, is made here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -22,47 +22,63 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from megachiar.parallel.shard import shard_of
+from megachiar.parallel.shard import Shard, shard_of
 from megachiar.training import deepspeed_patches
 from megachiar.training.engine import Engine
-from megachiar.training.store import MOMENTS, ShardWriter, Store
+from megachiar.training.optimizer import MOMENTS
+
+ReadTensor = Callable[[str, Shard | None], torch.Tensor]
+"""Returns this rank's part of the tensor that a checkpoint has under a name, fp32."""
 
 
-def write_state(engine: Engine, folder: Path) -> None:
-    """Write this rank's share of parameters, moments and buffers; every rank calls it."""
-    writer = ShardWriter(engine.topology)
+@dataclass(frozen=True)
+class GatheredTensor:
+    """This tensor-parallel rank's part of one tensor, put together over the ranks of ZeRO.
+
+    Attributes:
+        name: of the parameter or buffer in the model.
+        moment: which of ``MOMENTS`` this is; None for the fp32 master weight and for a buffer's value.
+        shard: how tensor-parallel ranks cut the parameter; None where each has all of it.
+        value: the tensor.
+    """
+
+    name: str
+    moment: str | None
+    shard: Shard | None
+    value: torch.Tensor
+
+
+def gather_state(engine: Engine) -> Iterator[GatheredTensor]:
+    """Yield weight and moments of every parameter of this rank's stage, then its buffers, one tensor at a time.
+
+    All ranks of a data-parallel group gather together: each must take all tensors. The tied weight comes from the
+    first stage alone.
+    """
     _complete_states(engine)
     for name, parameter in _own_parameters(engine):
-        shard = shard_of(parameter)
-        mine = writer.is_mine(shard)
-        for key in (None, *MOMENTS):
-            value = _whole(engine, parameter, key)  # ZeRO's ranks gather it together
-            if mine:
-                writer.add("optimizer" if key else "weights", f"{name}.{key}" if key else name, value, shard)
+        for moment in (None, *MOMENTS):
+            yield GatheredTensor(name, moment, shard_of(parameter), _whole(engine, parameter, moment))
     for name, buffer in engine.named_buffers():
-        if writer.is_mine(None):
-            writer.add("weights", name, buffer, None)
-    writer.write(folder)
+        yield GatheredTensor(name, None, None, buffer)
 
 
-def read_weights_into(engine: Engine, store: Store) -> None:
-    """Set weights (master ones and those that compute) and buffers."""
+def set_weights(engine: Engine, read: ReadTensor) -> None:
+    """Set weights (master weights and those that compute) and buffers to what ``read`` returns."""
     for name, parameter in engine.named_parameters():
-        value = store.part(name, shard_of(parameter), engine.topology.tensor).to(engine.device)
+        value = read(name, shard_of(parameter)).to(engine.device)
         _set_computing(parameter, value)
         _set(engine, parameter, None, value)
     for name, buffer in engine.named_buffers():
-        buffer.copy_(store.whole(name))
+        buffer.copy_(read(name, None))
 
 
-def read_optimizer_into(engine: Engine, store: Store, steps: int) -> None:
-    """Set AdamW's moments, and ``steps`` as the number of steps it has taken."""
+def set_moments(engine: Engine, read: ReadTensor, steps: int) -> None:
+    """Set AdamW's moments to what ``read`` returns for NAME.MOMENT, and ``steps`` as the steps that it has taken."""
     _complete_states(engine)
     _count_steps(engine, steps)
     for name, parameter in engine.named_parameters():
         for key in MOMENTS:
-            value = store.part(f"{name}.{key}", shard_of(parameter), engine.topology.tensor).to(engine.device)
-            _set(engine, parameter, key, value)
+            _set(engine, parameter, key, read(f"{name}.{key}", shard_of(parameter)).to(engine.device))
 
 
 def _own_parameters(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:

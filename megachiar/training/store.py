@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,6 @@ from safetensors.torch import save_file
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorGroup, Topology
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class ShardWriter:
         self._count += 1
         return turn == self._topology.data_rank and (shard is not None or self._topology.tensor.rank == 0)
 
-    def add(self, kind: str, name: str, tensor: torch.Tensor, shard: Shard | None) -> None:
-        """Keep ``tensor`` for the ``kind`` of file (weights or optimizer), on the CPU."""
+    def add(self, name: str, moment: str | None, tensor: torch.Tensor, shard: Shard | None) -> None:
+        """Keep a weight (``moment`` None) or one of its moments, as fp32 on the CPU."""
+        kind, name = ("weights", name) if moment is None else ("optimizer", f"{name}.{moment}")
         self._tensors[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         if shard is not None:
             self._shards[name] = [shard.dim, shard.blocks]
@@ -90,6 +90,10 @@ class Store:
     def whole(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``, fp32 on the CPU."""
         return self.part(name, None, TensorGroup())
+
+    def reader(self, group: TensorGroup) -> Callable[[str, Shard | None], torch.Tensor]:
+        """Return a function that reads what this rank of ``group`` holds of a tensor."""
+        return lambda name, shard: self.part(name, shard, group)
 
     def part(self, name: str, shard: Shard | None, group: TensorGroup) -> torch.Tensor:
         """What a rank of ``group`` holds of tensor ``name`` where it is cut as ``shard`` says.

@@ -1,82 +1,24 @@
-"""The stack as one list of parts, in the order a token passes them.
+"""The parts of the model that a pipeline shares out among its stages, as DeepSpeed wants them described.
 
-    embedding | layers.0 | layers.1 | ... | layers.L-1 | norm | embedding (the tied head)
-
-One rank (or tensor group) runs the whole list as ``ChiarFormer``; a pipeline gives each stage a piece of it. The parts
-and the names of their parameters are the same.
+StageEmbedding | StagePart (layers) | StagePart | ... | StageNorm | StageEmbedding (the tied head)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.cache import DecodingCache
 from megachiar.model.embedding import TiedEmbedding
-from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.model.grid import Grid, document_starts
 from megachiar.model.init import initialise
-from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
+from megachiar.model.layer_stack import build_layer, run_layers, statistics
 from megachiar.model.norm import RowNorm
 from megachiar.topology import TensorGroup
-
-
-class RoutingStatistics(NamedTuple):
-    """What the routers did in a forward pass: each (layers,) fp32, of this rank's rows, without gradient.
-
-    Attributes:
-        attention_share, rbf_share: share of tokens that took the operator.
-        entropy: mean spectral entropy H; nan where a layer does not route.
-        gate: mean g of the MetaRouter; nan where a layer has none.
-    """
-
-    attention_share: torch.Tensor
-    rbf_share: torch.Tensor
-    entropy: torch.Tensor
-    gate: torch.Tensor
-
-
-def build_layer(config: ModelConfig, index: int, group: TensorGroup) -> nn.Module:
-    """chiar: DCT only, routed ..., attention only. baseline: attention in every layer."""
-    if index in config.routed_layers:
-        return RoutedLayer(config, index, group)
-    is_first_of_chiar = config.kind == "chiar" and index == 0
-    return FixedLayer(config, index, "dct" if is_first_of_chiar else "attention", group)
-
-
-def run_layers(
-    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, interval: int | None
-) -> tuple[torch.Tensor, list[LayerOutput]]:
-    """Rows after ``layers``, and what each reported.
-
-    With ``interval``, of each so many layers only the input is kept, and the rest is computed once more in the backward
-    pass: with the routes that were taken, and with the same dropout, since that is keyed.
-    """
-    if interval is None or not torch.is_grad_enabled():
-        return _run(layers, x, grid, cache, None)
-    outputs: list[LayerOutput] = []
-    for start in range(0, len(layers), interval):
-        part, routes = layers[start : start + interval], Routes()
-        x, reported = checkpoint(_run, part, x, grid, cache, routes, use_reentrant=False, preserve_rng_state=False)
-        outputs += reported
-    return x, outputs
-
-
-def _run(
-    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None
-) -> tuple[torch.Tensor, list[LayerOutput]]:
-    outputs = []
-    for layer in layers:
-        output = layer(x, grid, cache, routes)
-        x = output.rows
-        outputs.append(output._replace(rows=None))
-    return x, outputs
+from megachiar.training.partition import layer_groups
 
 
 class StagePart(nn.Module):
@@ -123,13 +65,6 @@ class StagePart(nn.Module):
         regularisers, reports = zip(*self._reports, strict=True)
         self._reports.clear()
         return torch.stack(regularisers).mean(0), torch.stack(reports).mean(0)
-
-
-def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:
-    """What layers report, layer by layer."""
-    return RoutingStatistics(
-        *(torch.stack([getattr(o, name) for o in outputs]).detach().float() for name in RoutingStatistics._fields)
-    )
 
 
 class _WithLoss(torch.autograd.Function):
@@ -193,7 +128,6 @@ def pipeline_parts(
     document_end: int | None = None,
 ) -> list:
     """The list for a pipeline: specifications that the stage which owns a part builds."""
-    from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     def tied(work: Callable) -> TiedLayerSpec:
         return TiedLayerSpec(
@@ -206,41 +140,3 @@ def pipeline_parts(
     layers = [LayerSpec(StagePart, config, seed, indices, group, interval, length) for indices in groups]
     first, last = tied(StageEmbedding.first_part), tied(StageEmbedding.last_part)
     return [first, *layers, LayerSpec(StageNorm, config, group), last]
-
-
-def layer_groups(config: ModelConfig, interval: int | None) -> list[range]:
-    """Layers that a pipeline does not part: those whose activations are recomputed together."""
-    step = interval or 1
-    return [range(start, min(start + step, config.num_layers)) for start in range(0, config.num_layers, step)]
-
-
-def stage_bounds(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[int]:
-    """Parts of ``pipeline_parts`` at which stages begin, and their number: the costliest stage costs least.
-
-    Args:
-        config: of the model.
-        interval: as in ``pipeline_parts``.
-        length: tokens of a sequence.
-        share: of a routed layer's tokens that take attention, as far as is known.
-        stages: at most as many as ``layer_groups``.
-    """
-    layers = [layer_flops_per_token(config, index, length, share).total for index in range(config.num_layers)]
-    costs = [sum(layers[i] for i in indices) for indices in layer_groups(config, interval)]
-    costs[-1] += forward_flops_per_token(config, length, share).head
-    bounds = balanced(costs, stages)
-    # Parts: the embedding goes with the first group, the norm and the head with the last.
-    return [0, *(bound + 1 for bound in bounds[1:-1]), len(costs) + 3]
-
-
-def balanced(costs: Sequence[float], stages: int) -> list[int]:
-    """Bounds of ``stages`` runs of ``costs``, none empty, whose greatest sum is least; early runs take the ties."""
-    sums = [0.0, *accumulate(costs)]
-    best = {(0, 0): (0.0, [0])}
-    for stage in range(1, stages + 1):
-        for end in range(stage, len(costs) - (stages - stage) + 1):
-            best[stage, end] = min(
-                (max(best[stage - 1, start][0], sums[end] - sums[start]), [*best[stage - 1, start][1], end])
-                for start in range(stage - 1, end)
-                if (stage - 1, start) in best
-            )
-    return best[stages, len(costs)][1]

@@ -1,0 +1,81 @@
+"""The layers of the model as one list, and how a rank runs the part of it that it holds.
+
+    embedding | layers.0 | layers.1 | ... | layers.L-1 | norm | embedding (the tied head)
+
+One rank or tensor-parallel group runs the whole list as ``ChiarFormer``. A pipeline gives each stage a part of it; the
+names of the parameters are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megachiar.config.model import ModelConfig
+from megachiar.model.cache import DecodingCache
+from megachiar.model.grid import Grid
+from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
+from megachiar.topology import TensorGroup
+
+
+class RoutingStatistics(NamedTuple):
+    """What the routers did in a forward pass: each (layers,) fp32, of this rank's rows, without gradient.
+
+    Attributes:
+        attention_share, rbf_share: share of tokens that took the operator.
+        entropy: mean spectral entropy H; nan where a layer does not route.
+        gate: mean g of the MetaRouter; nan where a layer has none.
+    """
+
+    attention_share: torch.Tensor
+    rbf_share: torch.Tensor
+    entropy: torch.Tensor
+    gate: torch.Tensor
+
+
+def build_layer(config: ModelConfig, index: int, group: TensorGroup) -> nn.Module:
+    """chiar: DCT only, routed ..., attention only. baseline: attention in every layer."""
+    if index in config.routed_layers:
+        return RoutedLayer(config, index, group)
+    is_first_of_chiar = config.kind == "chiar" and index == 0
+    return FixedLayer(config, index, "dct" if is_first_of_chiar else "attention", group)
+
+
+def run_layers(
+    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, interval: int | None
+) -> tuple[torch.Tensor, list[LayerOutput]]:
+    """Rows after ``layers``, and what each reported.
+
+    With ``interval``, of each so many layers only the input is kept, and the rest is computed once more in the backward
+    pass: with the routes that were taken, and with the same dropout, since that is keyed.
+    """
+    if interval is None or not torch.is_grad_enabled():
+        return _run(layers, x, grid, cache, None)
+    outputs: list[LayerOutput] = []
+    for start in range(0, len(layers), interval):
+        part, routes = layers[start : start + interval], Routes()
+        x, reported = checkpoint(_run, part, x, grid, cache, routes, use_reentrant=False, preserve_rng_state=False)
+        outputs += reported
+    return x, outputs
+
+
+def _run(
+    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None
+) -> tuple[torch.Tensor, list[LayerOutput]]:
+    outputs = []
+    for layer in layers:
+        output = layer(x, grid, cache, routes)
+        x = output.rows
+        outputs.append(output._replace(rows=None))
+    return x, outputs
+
+
+def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:
+    """What layers report, layer by layer."""
+    return RoutingStatistics(
+        *(torch.stack([getattr(o, name) for o in outputs]).detach().float() for name in RoutingStatistics._fields)
+    )
