@@ -131,3 +131,10 @@ def test_no_module_hides_another():
     ours = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     others = set(sys.stdlib_module_names) | set(packages_distributions()) - {"megachiar", "tests"}
     assert not (ours - {"__init__"}) & others
+
+
+def test_no_test_imports_another():
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for line, module in imports(path.read_text()):
+            assert module.rpartition(".")[2] not in names, f"{path}:{line}: imports {module}"

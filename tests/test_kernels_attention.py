@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels_dropout import numpy_head_keys, numpy_mask, some_keys
+from dropout_oracle import numpy_head_keys, numpy_mask, some_keys
 
 from megachiar.kernels import cpu_attention
 from megachiar.kernels import keyed_attention as keyed_module

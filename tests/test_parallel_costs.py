@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support import run_ranks, small_config, write_config, write_tokens
-from test_training_layouts import SP, TP, WORKER
 
 from megachiar.config import ModelConfig
 from megachiar.model.activations import end_activations, layer_activations
 from megachiar.model.traffic import Traffic, end_traffic, layer_traffic
 
-COSTS_WORKER = WORKER.with_name("costs_worker.py")
+WORKER = Path(__file__).with_name("costs_worker.py")
+SP = "parallel.sequence=true"
 # A hash sends the same positions of every sequence to attention, so that both ranks own as many: nothing is padded.
 MODEL = {
     "num_layers": 6,
@@ -41,8 +42,8 @@ def counted(tmp_path_factory):
     config = small_config(folder, model=MODEL)
     del config["data"]["validation"]
     path = write_config(folder / "config.yaml", config)
-    cases = {name: [TP + "2", *sets] for name, sets in CASES.items()}
-    run_ranks(2, COSTS_WORKER, path, folder, json.dumps(cases))
+    cases = {name: ["parallel.tensor_size=2", *sets] for name, sets in CASES.items()}
+    run_ranks(2, WORKER, path, folder, json.dumps(cases))
     return {
         name: (_model(sets), SP in sets, json.loads((folder / f"{name}.json").read_text()))
         for name, sets in CASES.items()
