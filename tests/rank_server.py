@@ -14,9 +14,10 @@ import gc
 import json
 import os
 import runpy
-import signal
+import selectors
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megachiar import launch
@@ -24,37 +25,71 @@ from megachiar import launch
 LARGEST_MESSAGE = 2**18
 
 
-def serve(requests: socket.socket) -> dict:
-    """Fork a rank for each message; returns its message in the rank, and never in the server."""
-    status_of: dict[int, int] = {}
+@dataclass(frozen=True)
+class Rank:
+    """A forked rank.
 
-    def reap(_number: int, _frame: object) -> None:
-        while status_of:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            tell(status_of[pid], os.waitstatus_to_exitcode(status))
-            os.close(status_of.pop(pid))
+    Attributes:
+        pid: the number of its process.
+        process: a descriptor of its process, which can be read once it has ended.
+        status: the descriptor where its number and then its exit code are written.
+    """
 
-    signal.signal(signal.SIGCHLD, reap)
-    while True:
-        message, (output, errors, status), _, _ = socket.recv_fds(requests, LARGEST_MESSAGE, 3)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # until it is known whose end is told where
-        pid = os.fork()
-        if not pid:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for descriptor in (*status_of.values(), status):
-                os.close(descriptor)
-            os.dup2(output, 1)
-            os.dup2(errors, 2)
-        else:
-            status_of[pid] = status
-            tell(status, pid)
-        os.close(output)
-        os.close(errors)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        if not pid:
-            return json.loads(message)
+    pid: int
+    process: int
+    status: int
+
+    def report_end(self) -> None:
+        """Write the exit code of this rank, which has ended."""
+        _, status = os.waitpid(self.pid, 0)
+        tell(self.status, os.waitstatus_to_exitcode(status))
+
+    def close(self) -> None:
+        os.close(self.process)
+        os.close(self.status)
+
+
+def serve(requests: socket.socket) -> dict | None:
+    """Fork a rank for each message; returns its message in the rank, and None in the server when nobody asks any more.
+
+    Messages and ends of ranks are events of one loop, each handled before the next. A signal handler would not do: the
+    signal of another rank's end interrupts it.
+    """
+    ranks: dict[int, Rank] = {}
+    with selectors.DefaultSelector() as events:
+        events.register(requests, selectors.EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in events.select()}
+            for process in ready & ranks.keys():
+                events.unregister(process)
+                rank = ranks.pop(process)
+                rank.report_end()
+                rank.close()
+            if requests.fileno() in ready:
+                message, descriptors, _, _ = socket.recv_fds(requests, LARGEST_MESSAGE, 3)
+                if not message:
+                    return None
+                rank = fork(*descriptors)
+                if rank is None:
+                    for other in ranks.values():
+                        other.close()
+                    return json.loads(message)
+                ranks[rank.process] = rank
+                events.register(rank.process, selectors.EVENT_READ)
+
+
+def fork(output: int, errors: int, status: int) -> Rank | None:
+    """Fork a rank whose standard output and error are those given; returns None in the rank."""
+    pid = os.fork()
+    if pid:
+        tell(status, pid)
+    else:
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        os.close(status)
+    os.close(output)
+    os.close(errors)
+    return Rank(pid, os.pidfd_open(pid), status) if pid else None
 
 
 def tell(descriptor: int, number: int) -> None:
@@ -82,8 +117,6 @@ if __name__ == "__main__":
     gc.freeze()  # what is imported is no rank's to collect: its end would take a second instead of a third of one
 
     with socket.socket(fileno=int(sys.argv[1])) as asked:
-        try:
-            request = serve(asked)
-        except ValueError:  # no descriptors: the other end was closed
-            sys.exit()
-    become(**request)
+        request = serve(asked)
+    if request is not None:
+        become(**request)

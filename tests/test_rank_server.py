@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,21 @@ def test_it_has_imported_what_training_imports(tmp_path):
     path = tmp_path / "program.py"
     path.write_text("import sys\nprint('deepspeed' in sys.modules, 'megachiar.training.setup' in sys.modules)")
     assert forked_python(path).stdout.startswith("True True")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+def test_a_rank_may_end_while_the_end_of_another_is_written(program):
+    """The pipe that the end of the first rank is written to is full, so that the server is busy with it for a while."""
+    first, second = start_ranks(2, program, "wait")
+    filler = os.open(f"/proc/self/fd/{first._status}", os.O_WRONLY | os.O_NONBLOCK)
+    written = os.write(filler, bytes(2**20))
+    os.close(filler)
+    for rank in (first, second):
+        process = os.pidfd_open(rank.pid)
+        os.kill(rank.pid, signal.SIGKILL)
+        select.select([process], [], [])  # until it has ended
+        os.close(process)
+        time.sleep(0.2)  # the server learns of it
+    assert os.read(first._status, written) == bytes(written)
+    assert [rank.wait(timeout=30) for rank in (first, second)] == [-signal.SIGKILL, -signal.SIGKILL]
+    assert run_ranks(2, program, "0")

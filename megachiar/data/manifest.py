@@ -46,7 +46,7 @@ class TokenizerRecord:
         eod_id: id that ends a document, if it has one.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     kind: str
     file: str
@@ -66,7 +66,7 @@ class Checksums:
         block_bytes: bytes of a block.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     block_bytes: Literal[67108864] = CHECKSUM_BLOCK
     bin: list[str]
@@ -94,7 +94,7 @@ class Manifest:
         created_by: tool and version.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     format_version: Literal[2] = FORMAT_VERSION
     tokenizer: TokenizerRecord

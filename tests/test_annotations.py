@@ -1,0 +1,26 @@
+"""Every Python that is promised can evaluate the annotations of every class.
+
+pydantic does so for each schema, and what an annotation may be differs from one Python to another: 3.10 has no plain
+``ClassVar``. A fault of one Python shows only when the tests run on it: ``make test-pythons``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+
+import pytest
+
+import megachiar
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(megachiar.__path__, "megachiar."))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_annotations_of_classes_can_be_evaluated(name):
+    module = importlib.import_module(name)
+    for _, one in inspect.getmembers(module, inspect.isclass):
+        if one.__module__ == name:
+            typing.get_type_hints(one)
