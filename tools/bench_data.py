@@ -37,6 +37,7 @@ from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
 from megachiar.data.readers import find_sources
 from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.errors import UserError
+from megachiar.options import CommandParser
 
 MEGA = 1_000_000
 TOOLS = Path(__file__).resolve().parent
@@ -322,7 +323,7 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("what", choices=("preprocess", "open", "read"))
     parser.add_argument("--megabytes", type=int, default=40, help="of text; for read: thousands of documents")
     parser.add_argument("--workers", type=int, default=2)

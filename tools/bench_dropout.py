@@ -8,7 +8,6 @@ Prints times and their ratio, medians with quartiles: below 1 keyed dropout is f
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 
@@ -19,12 +18,13 @@ from megachiar.benchmark import in_turn, timed
 from megachiar.console import run
 from megachiar.kernels.attention import causal_attention
 from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
+from megachiar.options import CommandParser
 
 PROBABILITY = 0.1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
     options = parser.parse_args(sys.argv[1:])

@@ -36,6 +36,7 @@ from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spect
 from megachiar.model.grid import Grid
 from megachiar.model.init import initialise
 from megachiar.model.stages import build_layer
+from megachiar.options import CommandParser
 from megachiar.topology import ALONE
 
 DENSE = "attention in every row"
@@ -242,7 +243,7 @@ def kept_bytes(work: Pass) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--hidden-size", type=int, default=512, help="d (%(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[256, 1024, 4096], help="T (256 1024 4096)")

@@ -42,6 +42,7 @@ from megachiar import launch
 from megachiar.config import RunConfig, load_config
 from megachiar.console import run, silence
 from megachiar.errors import UserError
+from megachiar.options import CommandParser
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
 
@@ -305,7 +306,7 @@ def peak_bytes() -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--hidden-size", type=int, default=256, help="d (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="(%(default)s)")

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megachiar.console import run
+from megachiar.options import CommandParser, add_json_option
 from megachiar.training.bigram import bigram_baseline
 
 
@@ -25,13 +26,13 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--train", type=Path, required=True, metavar="PREFIX", help="dataset the pairs are counted in")
     add("--valid", type=Path, required=True, metavar="PREFIX", help="dataset the discounts are fitted on")
     add("--test", type=Path, required=True, metavar="PREFIX", help="dataset that is scored")
     add("--vocab-size", type=positive, metavar="V", help="default: of the datasets' tokenizer, else the largest id + 1")
-    add("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     return parser.parse_args()
 
 

@@ -21,20 +21,21 @@ from megachiar.config import ModelConfig
 from megachiar.console import make_console, run
 from megachiar.data.dataset import TokenSource, ValidationSet
 from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
 from megachiar.training.checkpoint import load_for_inference
 from megachiar.training.inference import default_device
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one checkpoint of it; a baseline too")
+    parser = CommandParser(__doc__)
+    add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument("--where", choices=("embedding", "layers"), default="embedding", help="what to measure")
     parser.add_argument("--attention-share", type=float, help="layers: share of tokens for attention (default 0.5)")
     parser.add_argument("--sequences", type=int, default=64, help="layers: windows that are measured (default 64)")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="embedding: tokens that are read (default 10 M)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_json_option(parser)
     return parser.parse_args()
 
 

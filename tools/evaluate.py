@@ -17,19 +17,20 @@ from rich.table import Table
 from megachiar.console import make_console, run
 from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.checkpoint import DTYPES, find_checkpoint, load_for_inference
 from megachiar.training.evaluation import Evaluation, evaluate
 from megachiar.training.inference import default_device, model_score, with_progress
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one checkpoint of it")
+    parser = CommandParser(__doc__)
+    add_run_argument(parser)
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows scored at once (default 8)")
     parser.add_argument("--sequence-length", type=int, help="tokens of a window (default: the run's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the run computed in)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_json_option(parser)
     return parser.parse_args()
 
 

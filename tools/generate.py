@@ -10,18 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from megachiar.console import run
 from megachiar.errors import UserError
 from megachiar.model.generation import generate
+from megachiar.options import CommandParser, add_run_argument
 from megachiar.training.checkpoint import find_checkpoint, load_for_inference
 from megachiar.training.inference import default_device, run_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one checkpoint of it")
+    parser = CommandParser(__doc__)
+    add_run_argument(parser)
     parser.add_argument("--prompt", default="", help="text to go on from; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")

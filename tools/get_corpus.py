@@ -14,10 +14,11 @@ from pathlib import Path
 
 from megachiar.console import make_console, run
 from megachiar.data.corpus import WIKITEXT, shakespeare_and_milton, wikitext, write_corpus
+from megachiar.options import CommandParser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--source", choices=("shakespeare", *WIKITEXT), default="shakespeare")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the files are written")
     return parser.parse_args()

@@ -27,14 +27,14 @@ from megachiar.data.inspection import find_tokenizer, show_document, show_sample
 from megachiar.data.progress import ByteProgress
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_config_options, add_json_option
 from megachiar.training.sources import open_at_step
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("prefix", type=Path, nargs="?", metavar="PREFIX", help="the dataset, without .bin")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="of --step: the run's config")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of --step: changes of the config")
+    add_config_options(parser, required=False)
     parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--document", type=int, metavar="N", help="show document N")
@@ -43,10 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
     parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     arguments = parser.parse_args()
     if (arguments.config is None) != (arguments.step is None):
         parser.error("--config and --step belong together")
+    if arguments.overrides and arguments.config is None:
+        parser.error("--set belongs to --config")
     if (arguments.prefix is None) == (arguments.config is None):
         parser.error("give either PREFIX or --config")
     if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
@@ -87,7 +89,7 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def print_step(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.overrides)
     if arguments.step < 0:
         raise UserError("--step", f"{arguments.step}", "steps are counted from 0")
     data, stream, positions = open_at_step(config, arguments.step)

@@ -16,10 +16,11 @@ from megachiar.data.files import bin_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.merge import merge_datasets
 from megachiar.data.progress import ByteProgress
+from megachiar.options import CommandParser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
     parser.add_argument("--shuffle-seed", type=int, metavar="S", help="shuffle the documents by this key")

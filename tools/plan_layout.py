@@ -18,13 +18,14 @@ from rich.table import Table
 from megachiar.config import RunConfig, load_config
 from megachiar.console import run
 from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_config_options
 from megachiar.training.plan import gib
 from megachiar.training.search import Layout, Machine, find_layouts
 
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    config = load_config(options.config, options.set)
+    config = load_config(options.config, options.overrides)
     machine = Machine(
         gpus=options.gpus,
         gpus_per_node=min(options.gpus, options.gpus_per_node),
@@ -49,9 +50,8 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    parser = CommandParser(__doc__)
+    add_config_options(parser)
     parser.add_argument("--gpus", type=_positive(int), required=True, help="GPUs in all")
     parser.add_argument("--memory-gib", type=_positive(float), required=True, help="memory of one GPU")
     parser.add_argument("--gpus-per-node", type=_positive(int), default=8, help="GPUs that share a node (%(default)s)")

@@ -29,6 +29,7 @@ from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shards import make_shard, merge_shards
 from megachiar.data.split import Split
 from megachiar.data.tokenizer import TokenizerKind
+from megachiar.options import CommandParser
 
 
 def usable_cores() -> int:
@@ -37,7 +38,7 @@ def usable_cores() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add_input_options(parser)
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")

@@ -20,6 +20,7 @@ from rich.table import Table
 from megachiar.console import run
 from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.calibration import spread_windows
 from megachiar.training.checkpoint import load_for_inference
 from megachiar.training.flips import LayerFlips, routing_flips
@@ -29,14 +30,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one checkpoint of it")
+    parser = CommandParser(__doc__)
+    add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument(
         "--precision", choices=sorted(DTYPES), default="bf16", help="to compare with fp32 (%(default)s)"
     )
     parser.add_argument("--sequences", type=int, default=64, help="windows that are read (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_json_option(parser)
     return parser.parse_args()
 
 

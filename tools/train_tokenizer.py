@@ -15,10 +15,11 @@ from typing import get_args
 from megachiar.console import make_console, run
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
+from megachiar.options import CommandParser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add_input_options(parser)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="file to write, *.model or *.json")
