@@ -23,14 +23,18 @@ class OptionError(UserError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command.
+    """The parser of ``megachiar COMMAND``, which is the same under every way to start it.
 
     It differs from argparse's in two ways: an option of several values keeps the values of all its uses, and
     ``--a.b=c`` overrides a key of the config.
     """
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"megachiar {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for action in (None, "store"):
             self.register("action", action, _Store)
 

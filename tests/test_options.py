@@ -6,20 +6,20 @@ import json
 import re
 
 import pytest
-from support import ROOT, forked_python, small_config, write_config, write_tokens
+from support import forked_python, small_config, write_config, write_tokens
 
+from megachiar.cli.main import COMMANDS
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options, add_run_argument
 
-PLAN = ("tools/plan_layout.py", "--gpus", "2", "--memory-gib", "80", "--config", "configs/tiny.yaml")
-SET = {"megachiar/pretrain.py", "tools/inspect_dataset.py", "tools/plan_layout.py"}
-"""The commands that read a config."""
-PROGRAMS = ["megachiar/pretrain.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
-WITHOUT_OPTIONS = {"tools/config_schema.py", "tools/quickstart.py"}
+MEGACHIAR = ("-m", "megachiar")
+PRETRAIN = ("megachiar/pretrain.py", "--local_rank=0", "--config", "configs/tiny.yaml", "--dry-run")
+PLAN = (*MEGACHIAR, "plan", "--gpus", "2", "--memory-gib", "80", "--config", "configs/tiny.yaml")
+READ_A_CONFIG = {"pretrain", "inspect", "plan"}
 
 
 def config_parser() -> CommandParser:
-    parser = CommandParser("A command.")
+    parser = CommandParser("command", "A command.")
     add_config_options(parser)
     return parser
 
@@ -48,7 +48,7 @@ def test_a_short_override_takes_no_word_after_it():
 
 
 def test_an_option_of_several_values_keeps_those_of_every_use():
-    parser = CommandParser("A command.")
+    parser = CommandParser("command", "A command.")
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--share", nargs="+", type=float, default=[0.5])
     parser.add_argument("--seed", type=int)
@@ -63,20 +63,22 @@ def test_an_override_without_a_value_is_refused():
         config_parser().parse_args(["--config", "x", "--a.b", "3"])
 
 
-@pytest.mark.parametrize("program", sorted(set(PROGRAMS) - WITHOUT_OPTIONS))
-def test_every_command_takes_overrides_or_says_that_it_reads_no_config(program):
-    takes = re.search("^  --set ", forked_python(program, "--help").stdout, re.M) is not None
-    assert takes == (program in SET)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_overrides_or_says_that_it_reads_no_config(command):
+    takes = re.search("^  --set ", forked_python(*MEGACHIAR, command, "--help").stdout, re.M) is not None
+    assert takes == (command in READ_A_CONFIG)
     if not takes:
-        done = forked_python(program, "--model.num_layers=3")
+        done = forked_python(*MEGACHIAR, command, "--model.num_layers=3")
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "--model.num_layers=3: sets a key of a config" in done.stderr and "has no --set" in done.stderr
+        assert (
+            "--model.num_layers=3: sets a key of a config" in done.stderr
+            and f"megachiar {command} has no --set" in done.stderr
+        )
 
 
 def test_pretrain_takes_every_override():
     sets = ("--set", "training.steps=7", "--set", "training.seed=5", "training.global_batch_size=64")
-    command = ("megachiar/pretrain.py", "--local_rank=0", "--config", "configs/tiny.yaml", "--dry-run")
-    done = forked_python(*command, *sets, "--training.steps=9")
+    done = forked_python(*PRETRAIN, *sets, "--training.steps=9")
     assert done.returncode == 0, done.stderr
     for line in ("  steps: 9\n", "  seed: 5\n", "  global_batch_size: 64\n"):
         assert line in done.stdout
@@ -94,7 +96,7 @@ def test_inspection_takes_every_override(tmp_path):
     write_tokens(tmp_path / "valid", seed=1)
     config = write_config(tmp_path / "config.yaml", small_config(tmp_path))
     sets = ("--set", "training.seed=8", "--set", "training.global_batch_size=2", "--training.micro_batch_size=1")
-    command = ("tools/inspect_dataset.py", "--config", config, "--step", "1", "--json")
+    command = (*MEGACHIAR, "inspect", "--config", config, "--step", "1", "--json")
     done, plain = forked_python(*command, *sets), forked_python(*command)
     assert done.returncode == 0, done.stderr
     samples = json.loads(done.stdout)["samples"]
@@ -102,7 +104,7 @@ def test_inspection_takes_every_override(tmp_path):
     assert samples != json.loads(forked_python(*command, *sets[2:]).stdout)["samples"], "the seed was set, too"
 
 
-@pytest.mark.parametrize("program", [("megachiar/pretrain.py", "--config", "configs/tiny.yaml", "--dry-run"), PLAN])
+@pytest.mark.parametrize("program", [PRETRAIN, PLAN])
 def test_an_unknown_key_is_refused_with_the_nearest(program):
     done = forked_python(*program, "--trainin.steps=3")
     assert done.returncode == 2 and "did you mean `training`?" in done.stderr and "Traceback" not in done.stderr

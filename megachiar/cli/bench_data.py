@@ -1,8 +1,8 @@
 """Time the data tools side by side with Megatron-LM's, start-up included, and say what memory they take.
 
-    python tools/bench_data.py preprocess --megabytes 40 --peer ~/Megatron-LM
-    python tools/bench_data.py open
-    python tools/bench_data.py read --peer ~/Megatron-LM
+    megachiar bench-data preprocess --megabytes 40 --peer ~/Megatron-LM
+    megachiar bench-data open
+    megachiar bench-data read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
 on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to see what
@@ -23,14 +23,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from megachiar.benchmark import Spread, Times, in_turn, write_json
-from megachiar.console import run
 from megachiar.data.dataset import build_training_samples
 from megachiar.data.files import bin_path
 from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
@@ -40,7 +39,6 @@ from megachiar.errors import UserError
 from megachiar.options import CommandParser
 
 MEGA = 1_000_000
-TOOLS = Path(__file__).resolve().parent
 TEXT_SUFFIXES = (".py", ".pyi", ".md", ".txt", ".rst", ".h", ".hpp")
 SECONDS_BETWEEN_LOOKS = 0.05  # at the memory of a process and its children
 VOCABULARY = 32_000
@@ -49,8 +47,8 @@ DOCUMENTS, TOKENS_PER_DOCUMENT = 10_000_000, 500  # of the large synthetic datas
 SEQUENCE_LENGTH = 2048
 
 
-def main() -> None:
-    options = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         record = {"preprocess": preprocess, "open": open_large, "read": read}[options.what](options, Path(folder))
     write_json(options.json, {"options": {k: str(v) for k, v in vars(options).items()}, **record})
@@ -114,7 +112,7 @@ def outputs(folder: Path, name: str) -> list[Path]:
 
 
 def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
-    common = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", str(corpus), "--append-eod"]
+    common = [sys.executable, "-m", "megachiar", "preprocess", "--input", str(corpus), "--append-eod"]
     common += ["--tokenizer", str(tokenizer / "tokenizer.json"), "--workers", str(options.workers)]
     return {
         f"ours {engine}": [*common, "--engine", engine, "--output-prefix", str(folder / f"ours_{engine}")]
@@ -322,8 +320,8 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
     return record
 
 
-def parse() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-data", __doc__)
     parser.add_argument("what", choices=("preprocess", "open", "read"))
     parser.add_argument("--megabytes", type=int, default=40, help="of text; for read: thousands of documents")
     parser.add_argument("--workers", type=int, default=2)
@@ -334,8 +332,4 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-tools", nargs="+", default=["peer", "peer fast"], choices=("peer", "peer fast"))
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run(main)
+    return parser.parse_args(argv)

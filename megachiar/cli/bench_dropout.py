@@ -1,6 +1,6 @@
 """Time keyed dropout beside torch's own, forward and backward, in turn in one process.
 
-    python tools/bench_dropout.py --threads 2
+    megachiar bench-dropout --threads 2
 
 Prints times and their ratio, medians with quartiles: below 1 keyed dropout is faster. Attention is compared with
 ``scaled_dot_product_attention(dropout_p=...)``.
@@ -8,14 +8,12 @@ Prints times and their ratio, medians with quartiles: below 1 keyed dropout is f
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from megachiar.benchmark import in_turn, timed
-from megachiar.console import run
 from megachiar.kernels.attention import causal_attention
 from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
 from megachiar.options import CommandParser
@@ -23,11 +21,11 @@ from megachiar.options import CommandParser
 PROBABILITY = 0.1
 
 
-def main() -> int:
-    parser = CommandParser(__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser("bench-dropout", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
-    options = parser.parse_args(sys.argv[1:])
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32, torch.bfloat16):
@@ -78,7 +76,3 @@ def compare(
     told = {name: times.spread(name).told(" ms", 1e3) for name in times.seconds}
     ratio = times.speed_up("torch", over="keyed").told()
     print(f"{what:45} torch {told['torch']:28} keyed {told['keyed']:28} ratio {ratio}", flush=True)
-
-
-if __name__ == "__main__":
-    run(main)

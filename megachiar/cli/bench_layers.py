@@ -1,6 +1,6 @@
 """Time operators and whole layers side by side: routed against attention in every row, forward and backward.
 
-    python tools/bench_layers.py --hidden-size 512 --sequence-length 256 1024 4096 16384
+    megachiar bench-layers --hidden-size 512 --sequence-length 256 1024 4096 16384
 
 For each length: a routed layer at each ``--attention-share`` with keys of all tokens and of routed tokens alone,
 against a layer whose rows all attend (``scaled_dot_product_attention``); then the operators by themselves. Each line is
@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ import torch
 from megachiar import launch
 from megachiar.benchmark import copy, in_turn, machine, matrix_product, timed, write_json
 from megachiar.config import ModelConfig
-from megachiar.console import run
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
@@ -72,8 +70,8 @@ class Limits(NamedTuple):
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -242,8 +240,8 @@ def kept_bytes(work: Pass) -> int:
     return sum(kept.values())
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-layers", __doc__)
     parser.add_argument("--hidden-size", type=int, default=512, help="d (%(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[256, 1024, 4096], help="T (256 1024 4096)")
@@ -253,8 +251,4 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="times each is measured (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    run(main)
+    return parser.parse_args(argv)

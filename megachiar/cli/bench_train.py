@@ -1,9 +1,9 @@
 """Time training steps side by side: CHIAR-Former, its attention-only baseline, and any other program.
 
-    python tools/bench_train.py --hidden-size 256 --layers 4 --heads 4 --sequence-length 256 --batch 8
-    python tools/bench_train.py --precision fp32 bf16 --peer published='python /path/to/adapter.py'
+    megachiar bench-train --hidden-size 256 --layers 4 --heads 4 --sequence-length 256 --batch 8
+    megachiar bench-train --precision fp32 bf16 --peer published='python /path/to/adapter.py'
 
-    python tools/bench_train.py --variant compiled training.compile=inductor
+    megachiar bench-train --variant compiled training.compile=inductor
 
 A step is what a run does: forward, backward, AdamW. Each contender is a process of its own; they take turns, round by
 round, and wait for their turn without computing. Thresholds are set so that ``--attention-share`` of each routed
@@ -13,7 +13,7 @@ process has had and, on a CPU, the most that tensors made in a step take at once
 ``--bound`` adds a contender that does nothing but the matrix products and attention calls of a CHIAR-Former step, one
 after another, on the tensors they had in it: what a step would take if all else cost nothing. It is for CPUs.
 
-A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar.pretrain`` does.
+A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar pretrain`` does.
 
 A peer is a command that is started once a contender. It finds the size of the model in the environment
 (BENCH_HIDDEN_SIZE, BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS),
@@ -33,22 +33,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
 from megachiar import launch
 from megachiar.config import RunConfig, load_config
-from megachiar.console import run, silence
+from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
     if options.serve:
         serve(options)
         return 0
@@ -68,7 +69,7 @@ def main() -> int:
     launch.keep_freed_memory()
     peers = {name: Contender.peer(options, name, command) for name, command in options.peer}
     contenders = {
-        f"{kind} {precision}": Contender.ours(options, kind, precision)
+        f"{kind} {precision}": Contender.ours(argv, kind, precision)
         for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
         for precision in options.precision
     } | peers
@@ -123,8 +124,9 @@ class Contender:
         )
 
     @classmethod
-    def ours(cls, options: argparse.Namespace, kind: str, precision: str) -> Contender:
-        return cls(kind, [sys.executable, __file__, *sys.argv[1:], "--serve", kind, precision], {})
+    def ours(cls, argv: Sequence[str], kind: str, precision: str) -> Contender:
+        command = [sys.executable, "-m", "megachiar", "bench-train"]
+        return cls(kind, [*command, *argv, "--serve", kind, precision], {})
 
     @classmethod
     def peer(cls, options: argparse.Namespace, name: str, command: str) -> Contender:
@@ -305,8 +307,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-train", __doc__)
     parser.add_argument("--hidden-size", type=int, default=256, help="d (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="(%(default)s)")
@@ -327,7 +329,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="steps before (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     taken = [CHIAR, BASELINE, BOUND]
     for name, *_ in options.variant:
         if name in taken or any(c.isspace() for c in name):
@@ -341,7 +343,3 @@ def named(text: str) -> tuple[str, str]:
     if not (name and equals and command):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")
     return name, command
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,8 +1,8 @@
 """Find thresholds for the router from a trained model and a text, beside what white noise would give.
 
-python tools/calibrate_tau.py runs/400m_baseline                     # one tau, from the embedding, as published
-python tools/calibrate_tau.py runs/400m_baseline --where layers      # a tau for each routed layer, half to attention
-python tools/calibrate_tau.py runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
+megachiar calibrate runs/400m_baseline                     # one tau, from the embedding, as published
+megachiar calibrate runs/400m_baseline --where layers      # a tau for each routed layer, half to attention
+megachiar calibrate runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
 
 A threshold belongs to one width of the model and one checkpoint. Paste what is printed under model.router.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import ModelConfig
-from megachiar.console import make_console, run
+from megachiar.console import make_console
 from megachiar.data.dataset import TokenSource, ValidationSet
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
@@ -27,8 +28,8 @@ from megachiar.training.checkpoint import load_for_inference
 from megachiar.training.inference import default_device
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("calibrate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument("--where", choices=("embedding", "layers"), default="embedding", help="what to measure")
@@ -36,11 +37,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64, help="layers: windows that are measured (default 64)")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="embedding: tokens that are read (default 10 M)")
     add_json_option(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     check(options)
     config, model, state = load_for_inference(options.run, default_device())
     check_layers(options.run, config.model)
@@ -103,7 +104,3 @@ def warn(found: Calibration) -> None:
             f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}: a threshold "
             "there routes like a coin. Compare with router.kind random at the same share."
         )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,20 +1,21 @@
 """How well a run predicts a text: token perplexity, word perplexity, bits per byte.
 
-python tools/evaluate.py runs/tiny                            # on the validation sets of its config
-python tools/evaluate.py runs/tiny --data data/shakespeare/test
-python tools/evaluate.py runs/tiny/checkpoints/step_00000500 --data data/shakespeare/test --json
+megachiar evaluate runs/tiny                            # on the validation sets of its config
+megachiar evaluate runs/tiny --data data/shakespeare/test
+megachiar evaluate runs/tiny/checkpoints/step_00000500 --data data/shakespeare/test --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import Progress
 from rich.table import Table
 
-from megachiar.console import make_console, run
+from megachiar.console import make_console
 from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
@@ -23,19 +24,19 @@ from megachiar.training.evaluation import Evaluation, evaluate
 from megachiar.training.inference import default_device, model_score, with_progress
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("evaluate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows scored at once (default 8)")
     parser.add_argument("--sequence-length", type=int, help="tokens of a window (default: the run's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the run computed in)")
     add_json_option(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     checkpoint = find_checkpoint(options.run)
     device = default_device()
     config, model, state = load_for_inference(checkpoint, device, DTYPES.get(options.dtype))
@@ -79,7 +80,3 @@ def print_table(checkpoint: Path, results: dict[str, Evaluation]) -> None:
     console.file = None  # the result goes to standard output
     console.stderr = False
     console.print(table)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,7 +1,7 @@
 """Count the tokens that a trained model routes otherwise in bf16 (or fp16) than in fp32.
 
-python tools/routing_flips.py runs/tiny --data data/shakespeare/valid
-python tools/routing_flips.py runs/tiny --precision fp16 --json
+megachiar flips runs/tiny --data data/shakespeare/valid
+megachiar flips runs/tiny --precision fp16 --json
 
 "rounded": only the rows that a router reads are rounded. "whole model": all of it computes in 16 bits, so that what
 earlier layers did otherwise counts too. Entropy is computed in fp32 in any case.
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from megachiar.console import run
 from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
@@ -29,8 +29,8 @@ from megachiar.training.inference import default_device
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("flips", __doc__)
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument(
@@ -38,11 +38,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sequences", type=int, default=64, help="windows that are read (%(default)s)")
     add_json_option(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
     config, model, state = load_for_inference(options.run, default_device(), torch.float32)
@@ -69,7 +69,3 @@ def print_table(found: list[LayerFlips], title: str) -> None:
         shares = f"{layer.rounded:.2%}", f"{layer.whole:.2%}"
         table.add_row(str(layer.layer), f"{layer.tokens:,}", *shares, f"{layer.entropy_change:.1e}", margin)
     Console(width=140, highlight=False).print(table)
-
-
-if __name__ == "__main__":
-    run(main)

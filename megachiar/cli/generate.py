@@ -1,8 +1,8 @@
 """Sample text from a run.
 
-python tools/generate.py runs/tiny --prompt "To be, or"
-python tools/generate.py runs/tiny --prompt "To be, or" --temperature 0.7 --top-p 0.9 --max-new-tokens 300 --seed 1
-echo "To be, or" | python tools/generate.py runs/tiny --prompt -
+megachiar generate runs/tiny --prompt "To be, or"
+megachiar generate runs/tiny --prompt "To be, or" --temperature 0.7 --top-p 0.9 --max-new-tokens 300 --seed 1
+echo "To be, or" | megachiar generate runs/tiny --prompt -
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
-from megachiar.console import run
 from megachiar.errors import UserError
 from megachiar.model.generation import generate
 from megachiar.options import CommandParser, add_run_argument
@@ -19,8 +19,8 @@ from megachiar.training.checkpoint import find_checkpoint, load_for_inference
 from megachiar.training.inference import default_device, run_tokenizer
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("generate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--prompt", default="", help="text to go on from; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens (default 200)")
@@ -30,11 +30,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1, help="samples of the same prompt (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has seed + 1 (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     check_sampling(options)
     checkpoint = find_checkpoint(options.run)
     config, model, _ = load_for_inference(checkpoint, default_device())
@@ -79,7 +79,3 @@ def check_sampling(options: argparse.Namespace) -> None:
     for flag, value, holds, limit in rules:
         if not holds:
             raise UserError(f"{flag} {value}", f"must be {limit}", "change it")
-
-
-if __name__ == "__main__":
-    run(main)

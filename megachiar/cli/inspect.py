@@ -1,10 +1,10 @@
 """Look into an indexed dataset: what it holds, whether it is intact, and the text of a document or training sample.
 
-    python tools/inspect_dataset.py data/train
-    python tools/inspect_dataset.py data/train --verify
-    python tools/inspect_dataset.py data/train --document 7
-    python tools/inspect_dataset.py data/train --sample 0 --sequence-length 1024 --seed 1
-    python tools/inspect_dataset.py --config configs/tiny.yaml --step 100
+    megachiar inspect data/train
+    megachiar inspect data/train --verify
+    megachiar inspect data/train --document 7
+    megachiar inspect data/train --sample 0 --sequence-length 1024 --seed 1
+    megachiar inspect --config configs/tiny.yaml --step 100
 
 The last one prints the documents and the text that a step of a run reads, whatever its layout.
 
@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megachiar.config import load_config
-from megachiar.console import run
 from megachiar.data.files import bin_path, idx_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
@@ -31,8 +30,8 @@ from megachiar.options import CommandParser, add_config_options, add_json_option
 from megachiar.training.sources import open_at_step
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("inspect", __doc__)
     parser.add_argument("prefix", type=Path, nargs="?", metavar="PREFIX", help="the dataset, without .bin")
     add_config_options(parser, required=False)
     parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
@@ -44,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     add_json_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if (arguments.config is None) != (arguments.step is None):
         parser.error("--config and --step belong together")
     if arguments.overrides and arguments.config is None:
@@ -58,8 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     if arguments.step is not None:
         print_step(arguments)
         return
@@ -137,7 +136,3 @@ def print_text(shown: Mapping[str, Any]) -> None:
         print(*shown["ids"])
     else:
         print(shown["text"])
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,6 +1,6 @@
 """Join indexed datasets of one tokenizer into one.
 
-    python tools/merge_datasets.py data/part0 data/part1 --output data/whole
+    megachiar merge data/part0 data/part1 --output data/whole
 
 Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared, and
 the output is whole or not there at all.
@@ -9,9 +9,9 @@ the output is whole or not there at all.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.console import run
 from megachiar.data.files import bin_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.merge import merge_datasets
@@ -19,8 +19,8 @@ from megachiar.data.progress import ByteProgress
 from megachiar.options import CommandParser
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("merge", __doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
     parser.add_argument("--shuffle-seed", type=int, metavar="S", help="shuffle the documents by this key")
@@ -30,11 +30,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="merge datasets without manifest (made by another program); that they are of one tokenizer is up to you",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     total = sum(IndexedDataset(prefix).tokens.nbytes for prefix in arguments.inputs)
     with ByteProgress("merging", total) as progress:
         merge_datasets(
@@ -47,7 +47,3 @@ def main() -> None:
         )
     merged = IndexedDataset(arguments.output)
     print(f"{bin_path(arguments.output)}: {merged.documents:,} documents, {merged.tokens.size:,} tokens")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,6 +1,6 @@
 """List the layouts in which a config fits a cluster, best first.
 
-    python tools/plan_layout.py --gpus 64 --memory-gib 80 --config configs/7b.yaml
+    megachiar plan --gpus 64 --memory-gib 80 --config configs/7b.yaml
 
 Each layout is planned as ``--dry-run`` plans it: memory by formula (tests hold it against tensors that are really
 allocated), FLOPs and traffic counted. The time of a step is an estimate to rank layouts by, from the speeds given:
@@ -10,21 +10,20 @@ arithmetic, the pipeline's bubble, the tensor group's traffic (in the open), and
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import RunConfig, load_config
-from megachiar.console import run
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options
 from megachiar.training.plan import gib
 from megachiar.training.search import Layout, Machine, find_layouts
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
     config = load_config(options.config, options.overrides)
     machine = Machine(
         gpus=options.gpus,
@@ -49,8 +48,8 @@ def main() -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("plan", __doc__)
     add_config_options(parser)
     parser.add_argument("--gpus", type=_positive(int), required=True, help="GPUs in all")
     parser.add_argument("--memory-gib", type=_positive(float), required=True, help="memory of one GPU")
@@ -62,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--network-gb-s", type=_positive(float), default=40, help="GB/s it sends beyond (%(default)s)")
     parser.add_argument("--top", type=_positive(int), default=12, help="layouts that are listed (%(default)s)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if not 0 <= options.reserve < 1:
         parser.error(f"argument --reserve: {options.reserve} is no share in [0, 1)")
     return options
@@ -101,7 +100,3 @@ def table_of(layouts: list[Layout], config: RunConfig) -> Table:
             layout.reason,
         )
     return table
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,13 +1,13 @@
 """Tokenize a corpus into Megatron's indexed format: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
 
-    python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
+    megachiar preprocess --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
 Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
 input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
 goes on with the first file that is missing. Exit code 2: a problem you can mend, and no dataset was written.
 
-Many machines: `mpirun -n 16 python tools/preprocess_data.py --mpi ...`, or `--shard K/N` in each of N jobs and then
+Many machines: `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
 `--merge-shards N`; the files are those of one process.
 """
 
@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megachiar.console import run
 from megachiar.data.fast_tokenizer import Engine
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.memory import keep_large_blocks_apart
@@ -37,8 +37,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("preprocess", __doc__)
     add_input_options(parser)
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
     shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
     shared.add_argument("--merge-shards", type=int, metavar="N", help="join N shards that were made, and remove them")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -78,9 +78,9 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(shards)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     keep_large_blocks_apart()
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     settings = PreprocessSettings(
         sources=named_sources(arguments),
         tokenizer=arguments.tokenizer,
@@ -114,7 +114,3 @@ def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report 
     if arguments.merge_shards is not None:
         return merge_shards(settings, arguments.merge_shards)
     return preprocess(settings)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,15 +1,14 @@
 """From nothing to a trained model: the commands a newcomer would type, run one after the other (`make quickstart`).
 
 A step whose result is there and newer than what it is made from is skipped, so that a quickstart that was interrupted
-goes on where it stopped. Exit code: 0; that of the first command that failed; 1 if the model is no better than an
-interpolated bigram.
+goes on where it stopped. It works in the current folder, with the shipped config `tiny`. Exit code: 0; that of the
+first command that failed; 1 if the model is no better than an interpolated bigram.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -22,15 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import load_config
-from megachiar.console import make_console, run
+from megachiar.config.shipped import copy_shipped_config
+from megachiar.console import make_console
 from megachiar.data.files import bin_path, idx_path, manifest_path
 from megachiar.errors import UserError
+from megachiar.options import CommandParser
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = Path("configs/tiny.yaml")
 DATA = Path("data/shakespeare")
 PARTS = ("train", "valid", "test")
 TOKENIZER = DATA / "tokenizer.model"
+MEGACHIAR = ["-m", "megachiar"]
 PROMPT = "To be, or not to be"
 
 
@@ -62,7 +62,8 @@ class Step:
     @property
     def command(self) -> str:
         """As one would type it."""
-        return shlex.join(["python", *self.arguments])
+        ours = list(self.arguments[:2]) == MEGACHIAR
+        return shlex.join(["megachiar", *self.arguments[2:]] if ours else ["python", *self.arguments])
 
 
 class StepFailed(Exception):
@@ -77,17 +78,17 @@ class StepFailed(Exception):
         self.code = code
 
 
-def steps(vocab_size: int, run_folder: Path) -> list[Step]:
+def steps(config: Path, vocab_size: int, run_folder: Path) -> list[Step]:
     """The quickstart, in order, for a config with this vocabulary and run folder."""
     corpus = [DATA / f"{part}.jsonl" for part in PARTS]
-    tokenizer = ["tools/train_tokenizer.py", "--input", str(corpus[0]), "--vocab-size", str(vocab_size)]
-    bigram = ["tools/bigram_baseline.py", "--vocab-size", str(vocab_size), "--json"]
+    tokenizer = [*MEGACHIAR, "tokenizer", "--input", str(corpus[0]), "--vocab-size", str(vocab_size)]
+    bigram = [*MEGACHIAR, "bigram", "--vocab-size", str(vocab_size), "--json"]
     for part in PARTS:
         bigram += [f"--{part}", str(DATA / part)]
-    evaluate = ["tools/evaluate.py", str(run_folder), "--data", str(DATA / "test"), "--json"]
-    sample = ["tools/generate.py", str(run_folder), "--prompt", PROMPT, "--max-new-tokens", "120"]
+    evaluate = [*MEGACHIAR, "evaluate", str(run_folder), "--data", str(DATA / "test"), "--json"]
+    sample = [*MEGACHIAR, "generate", str(run_folder), "--prompt", PROMPT, "--max-new-tokens", "120"]
     return [
-        Step("corpus", ["tools/get_corpus.py", "--output", str(DATA)], made=corpus),
+        Step("corpus", [*MEGACHIAR, "corpus", "--output", str(DATA)], made=corpus),
         Step(
             "tokenizer",
             [*tokenizer, "--output", str(TOKENIZER), "--overwrite"],
@@ -95,7 +96,7 @@ def steps(vocab_size: int, run_folder: Path) -> list[Step]:
             source=corpus[:1],
         ),
         *(preprocess(part) for part in PARTS),
-        Step("training", ["-m", "megachiar.pretrain", "--config", str(CONFIG)]),
+        Step("training", [*MEGACHIAR, "pretrain", "--config", str(config)]),
         Step("bigram", bigram, reads=True),
         Step("evaluation", evaluate, reads=True),
         Step("sample", sample, reads=True),
@@ -104,7 +105,7 @@ def steps(vocab_size: int, run_folder: Path) -> list[Step]:
 
 def preprocess(part: str) -> Step:
     prefix, text = DATA / part, DATA / f"{part}.jsonl"
-    arguments = ["tools/preprocess_data.py", "--input", str(text), "--tokenizer", str(TOKENIZER), "--append-eod"]
+    arguments = [*MEGACHIAR, "preprocess", "--input", str(text), "--tokenizer", str(TOKENIZER), "--append-eod"]
     return Step(
         f"{part} data",
         [*arguments, "--overwrite", "--output-prefix", str(prefix)],
@@ -137,7 +138,7 @@ def run_steps(todo: Sequence[Step], console: Console) -> tuple[dict[str, str], d
         if done.returncode:
             code = done.returncode if done.returncode > 0 else 128 - done.returncode
             console.print(f"{head} failed with exit code {code}: {step.command}", style="bold red", markup=False)
-            console.print("When that is mended, `make quickstart` goes on from here.", markup=False)
+            console.print("When that is mended, the quickstart goes on from here.", markup=False)
             raise StepFailed(code)
         seconds[step.title] = time.monotonic() - began
         console.print(f"{step.title}: {seconds[step.title]:.0f} s", style="dim", markup=False)
@@ -146,7 +147,9 @@ def run_steps(todo: Sequence[Step], console: Console) -> tuple[dict[str, str], d
     return outputs, seconds
 
 
-def summarise(outputs: dict[str, str], seconds: dict[str, float], run_folder: Path, console: Console) -> int:
+def summarise(
+    outputs: dict[str, str], seconds: dict[str, float], config: Path, run_folder: Path, console: Console
+) -> int:
     """Print what came out; 0 if the model beats the bigram model, else 1."""
     bigram, model = json.loads(outputs["bigram"]), json.loads(outputs["evaluation"])
     if bigram["tokens"] != model["tokens"]:
@@ -162,8 +165,8 @@ def summarise(outputs: dict[str, str], seconds: dict[str, float], run_folder: Pa
     console.print("Where to look next", style="bold")
     for line in (
         f"tensorboard --logdir {run_folder.parent}      curves; the same numbers as text: {run_folder}/metrics.jsonl",
-        f"python tools/generate.py {run_folder} --prompt 'Shall I'      more samples",
-        f"{CONFIG}      the whole run in one file; a baseline: --set model.kind=baseline logging.folder=runs/baseline",
+        f"megachiar generate {run_folder} --prompt 'Shall I'      more samples",
+        f"{config}      the whole run in one file; a baseline: --set model.kind=baseline logging.folder=runs/baseline",
         'README.md, "Train on your own text"',
     ):
         console.print(f"  {line}", markup=False)
@@ -188,16 +191,21 @@ def results_table(bigram: dict, model: dict) -> Table:
     return table
 
 
-def main() -> int:
-    os.chdir(ROOT)
-    console, config = make_console(), load_config(CONFIG)
+def find_config() -> Path:
+    """The config that is trained: that of a checkout, or a copy of the shipped one in the current folder."""
+    for path in (Path("configs/tiny.yaml"), Path("tiny.yaml")):
+        if path.exists():
+            return path
+    return copy_shipped_config("tiny", Path())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    CommandParser("quickstart", __doc__).parse_args(argv)
+    path, console = find_config(), make_console()
+    config = load_config(path)
     folder = Path(config.logging.folder)
     try:
-        outputs, seconds = run_steps(steps(config.model.vocab_size, folder), console)
+        outputs, seconds = run_steps(steps(path, config.model.vocab_size, folder), console)
     except StepFailed as failure:
         return failure.code
-    return summarise(outputs, seconds, folder, console)
-
-
-if __name__ == "__main__":
-    run(main)
+    return summarise(outputs, seconds, path, folder, console)

@@ -1,6 +1,6 @@
-"""Train a tokenizer on a corpus, which is named as for tools/preprocess_data.py.
+"""Train a tokenizer on a corpus, which is named as for `megachiar preprocess`.
 
-    python tools/train_tokenizer.py --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
+    megachiar tokenizer --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
 
 Writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give the
 same file. Exit code 2: a problem you can mend, and nothing was written.
@@ -9,17 +9,18 @@ same file. Exit code 2: a problem you can mend, and nothing was written.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megachiar.console import make_console, run
+from megachiar.console import make_console
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 from megachiar.options import CommandParser
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("tokenizer", __doc__)
     add_input_options(parser)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="file to write, *.model or *.json")
@@ -28,11 +29,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--algorithm", choices=get_args(Algorithm), default="bpe", help="unigram: SentencePiece only (default: bpe)")
     add("--max-text-mib", type=int, default=200, help="train on an even sample of at most this (default: 200)")
     add("--overwrite", action="store_true", help="replace an existing file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
     settings = TrainingSettings(
         sources=named_sources(arguments),
@@ -55,7 +56,3 @@ def main() -> None:
         f"({report.read_bytes:,} bytes)",
         markup=False,
     )
-
-
-if __name__ == "__main__":
-    run(main)

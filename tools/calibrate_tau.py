@@ -1,0 +1,7 @@
+"""``megachiar calibrate`` from a checkout."""
+
+from megachiar.cli.calibrate import main
+from megachiar.console import run
+
+if __name__ == "__main__":
+    run(main)
