@@ -170,6 +170,7 @@ def test_relative_paths_of_a_config_are_of_the_current_folder(tmp_path):
         ["preprocess", "--input", "corpus.txt", "--tokenizer", "t.json", "--output-prefix", "data/shakespeare/train"],
     ):
         subprocess.run([*command, *arguments], cwd=tmp_path, env=env, check=True, capture_output=True)
-    again = subprocess.run([*inspect, "--model.vocab_size=270"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    inspect += ["--model.vocab_size=270", "--data.validation.valid=data/shakespeare/train"]
+    again = subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(json.loads(again.stdout)["samples"]) == load_config(tmp_path / "tiny.yaml").training.global_batch_size
