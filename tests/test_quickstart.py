@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from support import ROOT, python
 
@@ -186,3 +189,23 @@ def test_every_requirement_is_pinned_once_for_each_python():
     for name, markers in pins().items():
         both = {'python_version < "3.11"', 'python_version >= "3.11"'}
         assert markers == [""] or set(markers) == both or (len(markers) == 1 and markers[0] in both), name
+
+
+def test_what_the_requirements_require_is_pinned_too():
+    """Of the packages that are installed here; those of an extra that is not are left to a machine that has it."""
+    left_open = re.compile(r"triton|nvidia-.*|cuda-.*|megachiar")
+    todo, seen = [("megachiar", extra) for extra in metadata("megachiar").get_all("Provides-Extra")], set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen or (left_open.fullmatch(name) and name != "megachiar"):
+            continue
+        seen.add((name, extra))
+        try:
+            found = [Requirement(text) for text in requires(name) or ()]
+        except PackageNotFoundError:
+            continue
+        for requirement in found:
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                todo += [(canonicalize_name(requirement.name), more) for more in requirement.extras or ("",)]
+    assert len({name for name, _ in seen}) > 50
+    assert {name for name, _ in seen} - set(pins()) == {"megachiar"}
