@@ -13,7 +13,7 @@ RUN = $(VENV)/bin/python
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
-	@$(RUN) tools/quickstart.py
+	@$(RUN) -m megachiar quickstart
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -30,10 +30,10 @@ $(VENV)/bin/python:
 		|| { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: setup.py constraints.txt | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/installed-dev: setup.py constraints.txt | $(VENV)/bin/python
+$(VENV)/installed-dev: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/installed

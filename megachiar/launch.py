@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megachiar.errors import UserError
 
@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_top_pad, 2**28)
 
 
-def drop_launcher_arguments(arguments: list[str]) -> list[str]:
+def drop_launcher_arguments(arguments: Sequence[str]) -> list[str]:
     """``arguments`` without the ``--local_rank=N`` that the DeepSpeed launcher adds (the environment has it too)."""
     return [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]
 

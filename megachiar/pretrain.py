@@ -1,6 +1,6 @@
 """Pretrain a CHIAR-Former (or its attention-only baseline) as one YAML file says.
 
-    python -m megachiar.pretrain --config configs/tiny.yaml
+    megachiar pretrain --config configs/tiny.yaml
     deepspeed megachiar/pretrain.py --config configs/400m.yaml
     torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml
 
@@ -12,39 +12,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from megachiar import launch
 from megachiar.console import global_rank, make_console, run
+from megachiar.options import CommandParser, add_config_options
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="megachiar.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        dest="overrides",
-        action="append",
-        nargs="+",
-        default=[],
-        help="override keys of the config, such as training.steps=10; may be repeated",
-    )
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser("pretrain", __doc__)
+    add_config_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved config, parameters, memory per rank and FLOPs a step, and exit",
     )
     parser.add_argument("--world-size", type=int, help="--dry-run: ranks to plan for (default: those started)")
-    options = parser.parse_args(launch.drop_launcher_arguments(arguments))
-    options.overrides = [override for group in options.overrides for override in group]
-    return options
+    return parser.parse_args(launch.drop_launcher_arguments(argv))
 
 
-def main() -> int:
-    options = parse_arguments(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     signals = launch.StopSignals()
     signals.install()
     launch.prepare_environment()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import ROOT, forked_python, python
+from support import forked_python, python
 
 from megachiar.benchmark import Spread, Times, in_turn, timed
+from megachiar.cli import bench_train
 from megachiar.errors import UserError
 
 SMALL = ("--hidden-size", "32", "--heads", "2", "--threads", "1", "--rounds", "2")
@@ -83,7 +83,7 @@ def test_the_bound_of_a_step_is_its_products_alone():
         x = torch.addmm(ones, ones, ones, out=product).sigmoid().view(1, 1, 4, 4)
         return F.scaled_dot_product_attention(x, x, x)
 
-    repeat = runpy.run_path(str(ROOT / "tools" / "bench_train.py"))["products_of"](step)
+    repeat = bench_train.products_of(step)
     product.zero_()
     with torch.profiler.profile() as profile:
         repeat()
@@ -93,11 +93,9 @@ def test_the_bound_of_a_step_is_its_products_alone():
 
 
 def test_a_bound_is_refused_on_a_gpu(monkeypatch):
-    main = runpy.run_path(str(ROOT / "tools" / "bench_train.py"))["main"]
-    monkeypatch.setattr(sys, "argv", ["bench_train.py", *STEPS, "--bound"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="cannot replay a step on cuda"):
-        main()
+        bench_train.main([*STEPS, "--bound"])
 
 
 @pytest.mark.parametrize("command", ("/nowhere/program", "python -c 'no end"))

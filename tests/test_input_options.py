@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 import pytest
-from text_helpers import run_tool
+from support import ROOT, python
 
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.readers import ReadOptions, Source
@@ -45,11 +44,11 @@ def test_a_limit_that_no_document_meets_is_refused(size):
         read_options(parse("--input", "-", "--max-document-mib", size))
 
 
-@pytest.mark.parametrize("tool", ["preprocess_data", "train_tokenizer"])
+@pytest.mark.parametrize("tool", ["preprocess", "tokenizer"])
 def test_the_tools_have_them_and_their_commands_are_shown_as_they_are_typed(tool):
-    shown = run_tool(tool, "--help").stdout
+    shown = python("-m", "megachiar", tool, "--help").stdout
     for option in ("--input", "--format", "--text-key", "--txt-documents", "--max-document-mib", "--on-error"):
         assert re.search(rf"^  {option} ", shown, re.M), option
-    source = (Path(__file__).parents[1] / "tools" / f"{tool}.py").read_text()
-    command = re.search(r"^    python .*?\n\n", source, re.M | re.S)[0].replace("\\\\", "\\")
+    source = (ROOT / "megachiar" / "cli" / f"{tool}.py").read_text()
+    command = re.search(r"^    megachiar .*?\n\n", source, re.M | re.S)[0].replace("\\\\", "\\")
     assert command in shown

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from support import ROOT, python
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from megachiar.cli import quickstart
 from megachiar.errors import UserError
 
-sys.path.insert(0, str(ROOT / "tools"))
-import quickstart
-
+CONFIG = Path("configs/tiny.yaml")
 BIGRAM = {"token_ppl": 60.0, "tokens": 1234}
 MODEL = {"token_ppl": 50.0, "word_ppl": 900.0, "bits_per_byte": 2.0, "step": 9, "tokens": 1234}
 
@@ -33,18 +39,18 @@ def step(title: str, code: str, **more) -> quickstart.Step:
 
 
 def test_it_is_the_whole_way_in_order():
-    todo = quickstart.steps(777, Path("runs/here"))
+    todo = quickstart.steps(CONFIG, 777, Path("runs/here"))
     data = ["train data", "valid data", "test data"]
     assert [s.title for s in todo] == ["corpus", "tokenizer", *data, "training", "bigram", "evaluation", "sample"]
     commands = {s.title: s.command for s in todo}
-    assert commands["training"] == "python -m megachiar.pretrain --config configs/tiny.yaml"
+    assert commands["training"] == "megachiar pretrain --config configs/tiny.yaml"
     assert "--vocab-size 777" in commands["tokenizer"] and "--vocab-size 777" in commands["bigram"]
-    assert commands["sample"].startswith("python tools/generate.py runs/here --prompt 'To be")
+    assert commands["sample"].startswith("megachiar generate runs/here --prompt 'To be")
 
 
-@pytest.mark.parametrize("step", quickstart.steps(777, Path("runs/here")), ids=lambda s: s.title)
+@pytest.mark.parametrize("step", quickstart.steps(CONFIG, 777, Path("runs/here")), ids=lambda s: s.title)
 def test_every_command_exists_and_knows_its_flags(step):
-    program = step.arguments[:2] if step.arguments[0] == "-m" else step.arguments[:1]
+    program = step.arguments[:3]
     done = python(*program, "--help")
     assert done.returncode == 0
     for flag in (a for a in step.arguments if a.startswith("--")):
@@ -53,7 +59,7 @@ def test_every_command_exists_and_knows_its_flags(step):
 
 def test_each_step_finds_what_the_earlier_ones_made():
     made: set[Path] = set()
-    for s in quickstart.steps(777, Path("runs/here")):
+    for s in quickstart.steps(CONFIG, 777, Path("runs/here")):
         assert set(s.source) <= made
         made |= set(s.made)
 
@@ -104,7 +110,7 @@ def test_the_first_failure_ends_it_with_its_code_and_command(tmp_path, console, 
 def test_the_summary_compares_and_says_where_to_look(ppl, code, console):
     sample = "To be [exit] [/b] [bold]loud[/bold]"
     outputs = {"bigram": json.dumps(BIGRAM), "evaluation": json.dumps({**MODEL, "token_ppl": ppl}), "sample": sample}
-    assert quickstart.summarise(outputs, {"training": 61.0}, Path("runs/tiny"), console) == code
+    assert quickstart.summarise(outputs, {"training": 61.0}, CONFIG, Path("runs/tiny"), console) == code
     text = console.export_text()
     assert sample in text, "stage directions are not markup"
     assert "60.00" in text and f"{ppl:.2f}" in text and "1,234 tokens" in text and "training 61 s" in text
@@ -122,7 +128,7 @@ def test_the_bigrams_other_numbers_follow_from_its_perplexity(console):
 def test_models_scored_on_other_tokens_are_not_compared(console):
     outputs = {"bigram": json.dumps({**BIGRAM, "tokens": 1233}), "evaluation": json.dumps(MODEL), "sample": ""}
     with pytest.raises(UserError, match="scored on 1,233 tokens, the model on 1,234"):
-        quickstart.summarise(outputs, {}, Path("runs/tiny"), console)
+        quickstart.summarise(outputs, {}, CONFIG, Path("runs/tiny"), console)
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -174,14 +180,32 @@ def pins() -> dict[str, list[str]]:
 
 
 def test_every_requirement_is_pinned_once_for_each_python():
-    setup = ast.parse((ROOT / "setup.py").read_text())
-    call = next(node for node in ast.walk(setup) if isinstance(node, ast.Call) and node.keywords)
-    values = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg != "packages"}
-    extras = ast.literal_eval(values["extras_require"])
-    requirements = [*ast.literal_eval(values["install_requires"]), *(r for extra in extras.values() for r in extra)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     names = {re.match(r"[A-Za-z0-9_.-]+", r)[0].lower().replace("_", "-") for r in requirements}
     assert len(names) > 15
     assert names - set(pins()) == {"triton"}, "triton is pinned by each build of torch"
     for name, markers in pins().items():
         both = {'python_version < "3.11"', 'python_version >= "3.11"'}
         assert markers == [""] or set(markers) == both or (len(markers) == 1 and markers[0] in both), name
+
+
+def test_what_the_requirements_require_is_pinned_too():
+    """Of the packages that are installed here; those of an extra that is not are left to a machine that has it."""
+    left_open = re.compile(r"triton|nvidia-.*|cuda-.*|megachiar")
+    todo, seen = [("megachiar", extra) for extra in metadata("megachiar").get_all("Provides-Extra")], set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen or (left_open.fullmatch(name) and name != "megachiar"):
+            continue
+        seen.add((name, extra))
+        try:
+            found = [Requirement(text) for text in requires(name) or ()]
+        except PackageNotFoundError:
+            continue
+        for requirement in found:
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                todo += [(canonicalize_name(requirement.name), more) for more in requirement.extras or ("",)]
+    assert len({name for name, _ in seen}) > 50
+    assert {name for name, _ in seen} - set(pins()) == {"megachiar"}

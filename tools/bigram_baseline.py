@@ -1,52 +1,7 @@
-"""Perplexity of an interpolated bigram model, to hold a run's beside it: on the same tokens as tools/evaluate.py.
+"""``megachiar bigram`` from a checkout."""
 
-    python tools/bigram_baseline.py --train data/shakespeare/train --valid data/shakespeare/valid \\
-        --test data/shakespeare/test
-
-Pairs are counted in --train, the discounts fitted on --valid, and every token of --test after the first is scored.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-from dataclasses import asdict
-from pathlib import Path
-
+from megachiar.cli.bigram import main
 from megachiar.console import run
-from megachiar.training.bigram import bigram_baseline
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--train", type=Path, required=True, metavar="PREFIX", help="dataset the pairs are counted in")
-    add("--valid", type=Path, required=True, metavar="PREFIX", help="dataset the discounts are fitted on")
-    add("--test", type=Path, required=True, metavar="PREFIX", help="dataset that is scored")
-    add("--vocab-size", type=positive, metavar="V", help="default: of the datasets' tokenizer, else the largest id + 1")
-    add("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
-    result = bigram_baseline(options.train, options.valid, options.test, options.vocab_size)
-    if options.json:
-        print(json.dumps(asdict(result)))
-    else:
-        discounts = ", ".join(f"{discount:.3f}" for discount in result.discounts)
-        print(
-            f"interpolated bigram: test token PPL {result.token_ppl:.2f} over {result.tokens:,} tokens "
-            f"(valid {result.valid_token_ppl:.2f}; discounts {discounts}; vocabulary {result.vocab_size:,})"
-        )
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,38 +1,7 @@
-"""Fetch a corpus to start with: train.jsonl, valid.jsonl and test.jsonl, whole works held out.
+"""``megachiar corpus`` from a checkout."""
 
-python tools/get_corpus.py --output data/shakespeare                            # Shakespeare and Milton, 6.5 MB
-python tools/get_corpus.py --source wikitext-103 --output data/wikitext-103     # needs the extra hf and a network
-
-Each line is {"text", "work", "edition"}. Without a network the first one takes 0.4 MB of English text that every Python
-carries, and says so.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from megachiar.console import make_console, run
-from megachiar.data.corpus import WIKITEXT, shakespeare_and_milton, wikitext, write_corpus
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=("shakespeare", *WIKITEXT), default="shakespeare")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the files are written")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options, console = parse_arguments(), make_console()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False)
-
-    works = shakespeare_and_milton(say) if options.source == "shakespeare" else wikitext(options.source)
-    for part, (documents, size) in write_corpus(works, options.output).items():
-        say(f"{options.output / part}.jsonl: {documents:,} documents, {size / 1e6:.2f} MB of text")
-
+from megachiar.cli.corpus import main
+from megachiar.console import run
 
 if __name__ == "__main__":
     run(main)

@@ -1,60 +1,7 @@
-"""Train a tokenizer on a corpus, which is named as for tools/preprocess_data.py.
+"""``megachiar tokenizer`` from a checkout."""
 
-    python tools/train_tokenizer.py --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
-
-Writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give the
-same file. Exit code 2: a problem you can mend, and nothing was written.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-from typing import get_args
-
-from megachiar.console import make_console, run
-from megachiar.data.input_options import add_input_options, named_sources, read_options
-from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_input_options(parser)
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="file to write, *.model or *.json")
-    add("--vocab-size", type=int, required=True, help="tokens of the vocabulary, everything included")
-    add("--kind", choices=tuple(SUFFIXES), help="default: by the suffix of --output")
-    add("--algorithm", choices=get_args(Algorithm), default="bpe", help="unigram: SentencePiece only (default: bpe)")
-    add("--max-text-mib", type=int, default=200, help="train on an even sample of at most this (default: 200)")
-    add("--overwrite", action="store_true", help="replace an existing file")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
-    settings = TrainingSettings(
-        sources=named_sources(arguments),
-        output=arguments.output,
-        vocab_size=arguments.vocab_size,
-        kind=arguments.kind or by_suffix,
-        algorithm=arguments.algorithm,
-        read=read_options(arguments),
-        max_text_bytes=arguments.max_text_mib << 20,
-        on_error=arguments.on_error,
-        overwrite=arguments.overwrite,
-    )
-    report = train_tokenizer(settings)
-    console = make_console()
-    for trouble in report.log.examples:
-        console.print(f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]", markup=False)
-    console.print(
-        f"{settings.output}: {report.tokenizer.vocab_size:,} tokens, end of document {report.tokenizer.eod_id}, "
-        f"trained on {report.used_documents:,} documents ({report.used_bytes:,} bytes) of {report.read_documents:,} "
-        f"({report.read_bytes:,} bytes)",
-        markup=False,
-    )
-
+from megachiar.cli.tokenizer import main
+from megachiar.console import run
 
 if __name__ == "__main__":
     run(main)

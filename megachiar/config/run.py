@@ -169,7 +169,7 @@ def _type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Proble
         if name not in mapping and not field.is_required():
             sections[name] = field.default
         elif name not in mapping:
-            problems.append(Problem(name, "section is missing", f"add `{name}:`; see configs/tiny.yaml"))
+            problems.append(Problem(name, "section is missing", f"add `{name}:`; see `megachiar config show tiny`"))
         elif not isinstance(value, dict):
             problems.append(Problem(name, f"is {_show(value)}, not a mapping of keys", f"write keys below `{name}:`"))
         elif name == "deepspeed":

@@ -69,7 +69,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(path, "no such config file", "check the path; shipped configs are in configs/") from None
+        raise UserError(
+            path, "no such config file", "check the path; `megachiar config list` names shipped ones"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
     try:
@@ -90,7 +92,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         detail = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(place, f"not valid YAML: {detail}", "mend the syntax at this place") from None
     if not isinstance(mapping, dict):
-        raise UserError(path, f"holds {type(mapping).__name__}, not a mapping of sections", "see configs/tiny.yaml")
+        raise UserError(
+            path,
+            f"holds {type(mapping).__name__}, not a mapping of sections",
+            "see `megachiar config show tiny`",
+        )
     return mapping, lines
 
 

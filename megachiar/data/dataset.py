@@ -85,7 +85,7 @@ class TokenSource:
             bin_path(self.prefix),
             f"token {token:,} (document {self.dataset.document_of_token(token):,}) is id {ids[offset]}, "
             f"but the model's vocabulary is 0 to {self.vocab_size - 1:,}",
-            "train with the vocabulary the dataset was made with, or check the file with tools/inspect_dataset.py",
+            "train with the vocabulary the dataset was made with, or check the file with `megachiar inspect`",
         )
 
 

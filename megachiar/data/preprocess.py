@@ -1,4 +1,4 @@
-"""Text -> tokens on disk: the engine behind ``tools/preprocess_data.py``.
+"""Text -> tokens on disk: the engine behind ``megachiar preprocess``.
 
     sources -> chunks -> [parse, tokenize, split]  -> builders -> (shuffle) -> PREFIX.bin, .idx, .json
                parent      workers, in any order      parent, in the order of the input

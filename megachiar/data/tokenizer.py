@@ -387,7 +387,7 @@ def _check_loses_no_bytes(path: Path, tokenizer: Any, vocabulary: dict[str, int]
         raise UserError(
             path,
             f"the byte-level vocabulary lacks {len(missing)} of the 256 bytes: text with them would lose characters",
-            "train it with the whole byte alphabet, as tools/train_tokenizer.py does",
+            "train it with the whole byte alphabet, as `megachiar tokenizer` does",
         )
 
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer on a corpus: the engine behind ``tools/train_tokenizer.py``.
+"""Train a tokenizer on a corpus: the engine behind ``megachiar tokenizer``.
 
 Both kinds encode any text and give it back, character for character:
 

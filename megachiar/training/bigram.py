@@ -207,5 +207,5 @@ def _check_ids(source: TokenSource, vocab_size: int) -> None:
         raise UserError(
             bin_path(source.prefix),
             f"holds id {wrong}, but the vocabulary is 0 to {vocab_size - 1:,}",
-            "give the --vocab-size of its tokenizer, or check the file with tools/inspect_dataset.py",
+            "give the --vocab-size of its tokenizer, or check the file with `megachiar inspect`",
         )

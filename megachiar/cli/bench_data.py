@@ -1,0 +1,335 @@
+"""Time the data tools side by side with Megatron-LM's, start-up included, and say what memory they take.
+
+    megachiar bench-data preprocess --megabytes 40 --peer ~/Megatron-LM
+    megachiar bench-data open
+    megachiar bench-data read --peer ~/Megatron-LM
+
+`preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
+on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to see what
+memory they take, then in turn, round by round; and compares the files. `open` measures how long a dataset of 10 million
+documents and 5 billion tokens takes until the first sample, and what memory. `read` counts samples a second in training
+order, beside the peer's GPTDataset.
+
+--peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from megachiar.benchmark import Spread, Times, in_turn, write_json
+from megachiar.data.dataset import build_training_samples
+from megachiar.data.files import bin_path
+from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
+from megachiar.data.readers import find_sources
+from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megachiar.errors import UserError
+from megachiar.options import CommandParser
+
+MEGA = 1_000_000
+TEXT_SUFFIXES = (".py", ".pyi", ".md", ".txt", ".rst", ".h", ".hpp")
+SECONDS_BETWEEN_LOOKS = 0.05  # at the memory of a process and its children
+VOCABULARY = 32_000
+TRAINING_MEGABYTES = 8  # of text that the tokenizer is trained on
+DOCUMENTS, TOKENS_PER_DOCUMENT = 10_000_000, 500  # of the large synthetic dataset
+SEQUENCE_LENGTH = 2048
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        record = {"preprocess": preprocess, "open": open_large, "read": read}[options.what](options, Path(folder))
+    write_json(options.json, {"options": {k: str(v) for k, v in vars(options).items()}, **record})
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def preprocess(options: argparse.Namespace, folder: Path) -> dict:
+    corpus = write_corpus(folder / "corpus.jsonl", options.megabytes)
+    tokenizer = make_tokenizer(folder)
+    commands = our_commands(options, corpus, tokenizer, folder) | peer_commands(options, corpus, tokenizer, folder)
+
+    def contender(name: str, look: bool = False):
+        def measure() -> float:
+            for path in outputs(folder, name):
+                path.unlink()
+            seconds, peak = carry_out(commands[name], look)
+            return peak if look else seconds
+
+        return measure
+
+    memory = {name: contender(name, look=True)() for name in commands}  # apart: looking takes time, most from the peers
+    times = in_turn({name: contender(name) for name in commands}, options.rounds)
+    size = corpus.stat().st_size / MEGA
+    print(f"{size:.0f} MB of jsonl, {options.workers} workers, {options.rounds} rounds: median (quartiles)")
+    for name in commands:
+        seconds = times.spread(name)
+        print(f"  {name:24} {seconds.told(' s')}, {size / seconds.median:.1f} MB/s; at most {memory[name]:.0f} MiB")
+    ratios = compare(times, memory, commands)
+    compare_files(folder, list(commands))
+    return {"seconds": times.seconds, "memory_mib": memory, "ratios": ratios, "megabytes": size}
+
+
+def compare(times: Times, memory: dict[str, float], names: dict) -> dict[str, float]:
+    ratios = {}
+    for ours in (name for name in names if name.startswith("ours")):
+        for peer in (name for name in names if name.startswith("peer")):
+            speed = times.speed_up(ours, peer)
+            room = memory[ours] / memory[peer]
+            print(f"  {ours} is {speed.told('x')} as fast as {peer}, with {room:.2f}x of its memory")
+            ratios[f"{ours} over {peer}"] = speed.median
+    return ratios
+
+
+def compare_files(folder: Path, names: list[str]) -> None:
+    """Say whether all wrote the same tokens."""
+    contents = {}
+    for name in names:
+        (path,) = (path for path in outputs(folder, name) if path.suffix == ".bin")
+        contents.setdefault(path.read_bytes(), []).append(name)
+    verdict = "the same bytes" if len(contents) == 1 else f"DIFFERENT bytes: {list(contents.values())}"
+    print(f"  all wrote {verdict}")
+
+
+def outputs(folder: Path, name: str) -> list[Path]:
+    """The files that a contender wrote; Megatron appends what was in its documents to the prefix."""
+    prefix = name.replace(" ", "_")
+    stems = (prefix, f"{prefix}_text_document")
+    return [path for path in folder.iterdir() if path.stem in stems]
+
+
+def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
+    common = [sys.executable, "-m", "megachiar", "preprocess", "--input", str(corpus), "--append-eod"]
+    common += ["--tokenizer", str(tokenizer / "tokenizer.json"), "--workers", str(options.workers)]
+    return {
+        f"ours {engine}": [*common, "--engine", engine, "--output-prefix", str(folder / f"ours_{engine}")]
+        for engine in options.engines
+    }
+
+
+def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
+    if options.peer is None:
+        return {}
+    tool = options.peer / "tools" / "preprocess_data.py"
+    if not tool.exists():
+        raise UserError("--peer", f"{tool} does not exist", "give the folder of a Megatron-LM checkout")
+    common = ["--input", str(corpus), "--append-eod", "--tokenizer-type", "HuggingFaceTokenizer"]
+    common += ["--tokenizer-model", str(tokenizer), "--output-prefix"]
+    python, fast = options.peer_python, tool.with_name("preprocess_data_fast.py")
+    commands = {
+        "peer": [python, str(tool), *common, str(folder / "peer"), "--workers", str(options.workers)],
+        "peer fast": [python, str(fast), *common, str(folder / "peer_fast"), "--use-gigatoken"],
+    }
+    return {name: command for name, command in commands.items() if name in options.peer_tools}
+
+
+def carry_out(command: list[str], look: bool) -> tuple[float, float]:
+    """Seconds of a command and, if asked to ``look`` all the while, the most memory that it and its children held.
+
+    Memory in MiB, shared pages counted once.
+    """
+    peak, began = 0.0, time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while look and process.poll() is None:
+            peak = max(peak, held_by(process.pid))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        process.wait()
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            output.seek(0)
+            text = output.read().decode(errors="replace")[-2000:]
+            raise UserError(" ".join(command), f"ended with code {process.returncode}: {text}", "run it by itself")
+    return seconds, peak
+
+
+def held_by(process: int) -> float:
+    total = 0
+    try:
+        parent = psutil.Process(process)
+        for member in (parent, *parent.children(recursive=True)):
+            total += member.memory_full_info().pss
+    except psutil.Error:  # it ended in between
+        pass
+    return total / 2**20
+
+
+def write_corpus(path: Path, megabytes: int) -> Path:
+    """Text files of this Python's installation, as jsonl, until there are ``megabytes`` of text."""
+    room = megabytes * MEGA
+    with open(path, "w") as file:
+        while room > 0:
+            before = room
+            for text in installed_texts():
+                file.write(json.dumps({"text": text}) + "\n")
+                room -= len(text.encode())
+                if room <= 0:
+                    return path
+            if room == before:
+                raise UserError(path, "found no text in this installation", "use a full Python installation")
+            print(f"  the installation's text comes again: {(megabytes * MEGA - room) / MEGA:.0f} MB so far")
+    return path
+
+
+def installed_texts() -> Iterator[str]:
+    for root in (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"]):
+        for path in sorted(Path(root).rglob("*")):
+            if path.suffix in TEXT_SUFFIXES and path.is_file():
+                text = path.read_text(encoding="utf-8", errors="ignore")
+                if text.strip() and "<|" not in text:  # the peer makes control tokens of control strings
+                    yield text
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A folder with a byte-level BPE as Hugging Face keeps it."""
+    output = folder / "tokenizer"
+    output.mkdir()
+    sample = write_corpus(folder / "sample.jsonl", TRAINING_MEGABYTES)
+    train_tokenizer(TrainingSettings(find_sources([sample]), output / "tokenizer.json", VOCABULARY, "huggingface"))
+    described = json.loads((output / "tokenizer.json").read_text())
+    end = next(token["content"] for token in described["added_tokens"] if token["special"])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    (output / "tokenizer_config.json").write_text(json.dumps(config))
+    return output
+
+
+# ------------------------------------------------------------------------------------------------ opening and reading
+
+
+def open_large(options: argparse.Namespace, folder: Path) -> dict:
+    """A sparse dataset of 10 M documents: time and memory until the first sample, in a process of its own."""
+    prefix = write_sparse(folder / "large", DOCUMENTS, TOKENS_PER_DOCUMENT)
+    program = (
+        "import sys, time, psutil\n"
+        "from megachiar.data.dataset import build_training_samples\n"
+        "me = psutil.Process(); before = me.memory_full_info().uss; began = time.perf_counter()\n"
+        f"samples = build_training_samples([(sys.argv[1], 1.0)], {SEQUENCE_LENGTH}, 0)\n"
+        "samples.sample(0); seconds = time.perf_counter() - began\n"
+        "peak = float(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "print(seconds, peak / 2**10, (me.memory_full_info().uss - before) / 2**20)\n"
+    )
+    rounds = []
+    for _ in range(options.rounds):
+        done = subprocess.run([sys.executable, "-c", program, str(prefix)], capture_output=True, text=True, check=True)
+        rounds.append([float(value) for value in done.stdout.split()])
+    seconds, peak, added = (Spread.of(list(values)) for values in zip(*rounds, strict=True))
+    print(f"{DOCUMENTS:,} documents, {DOCUMENTS * TOKENS_PER_DOCUMENT:,} tokens, sequence length {SEQUENCE_LENGTH}")
+    print(
+        f"  first sample after {seconds.told(' s', digits=4)}; memory of its own added {added.told(' MiB', digits=1)}"
+    )
+    print(f"  the whole process, with Python and its libraries, at its peak: {peak.told(' MiB', digits=0)}")
+    return {"seconds": seconds, "added_mib": added, "peak_mib": peak}
+
+
+def write_sparse(prefix: Path, documents: int, tokens: int) -> Path:
+    """A dataset of equal documents of zeros that take no room on the disk."""
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
+        np.full(documents, tokens, "<i4").tofile(index)
+        (np.arange(documents, dtype="<i8") * tokens * 2).tofile(index)
+        np.arange(documents + 1, dtype="<i8").tofile(index)
+    with open(bin_path(prefix), "wb") as file:
+        file.truncate(documents * tokens * 2)
+    return prefix
+
+
+PEER_READER = """
+import sys, time
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+import numpy as np, torch
+
+class Tokenizer:
+    eod = 0
+    pad = 1
+    vocab_size = 32000
+    unique_identifiers = {"class": "none"}
+
+prefix, length, count, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+config = GPTDatasetConfig(
+    random_seed=0, sequence_length=length, split=None, blend_per_split=[([prefix], None), None, None],
+    reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+    tokenizer=Tokenizer(), mid_level_dataset_surplus=0.005,
+)
+indexed = IndexedDataset(prefix, mmap=True)
+documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
+dataset = GPTDataset(indexed, prefix, documents, None, Split.train, config)
+for number in range(rounds + 1):
+    began = time.perf_counter()
+    for k in range(number * count, (number + 1) * count):
+        dataset[k % len(dataset)]
+    if number:
+        print("RATE", count / (time.perf_counter() - began))
+"""
+
+
+def read(options: argparse.Namespace, folder: Path) -> dict:
+    """Samples a second in training order, from random tokens that are not zero."""
+    prefix, rng = folder / "tokens", np.random.default_rng(0)
+    with IndexedDatasetBuilder(prefix, "uint16") as builder:
+        for _ in range(options.megabytes):
+            lengths = rng.integers(100, 900, 1000)
+            builder.add_documents(rng.integers(1, VOCABULARY, int(lengths.sum()), dtype=np.int64), lengths)
+    stream = build_training_samples([(prefix, 1.0)], SEQUENCE_LENGTH, 0)
+    count = min(2000, stream.order.orders[0].samples_per_epoch // (options.rounds + 1))
+    ours = {"one by one": [], "by 8": []}
+    for number in range(options.rounds + 1):
+        first = number * count
+        rates = {}
+        began = time.perf_counter()
+        for position in range(first, first + count):
+            stream.sample(position)
+        rates["one by one"] = count / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for position in range(first, first + count, 8):
+            stream.batch(range(position, position + 8))
+        rates["by 8"] = count / (time.perf_counter() - began)
+        if number:  # the first round warms up
+            for name, rate in rates.items():
+                ours[name].append(rate)
+    record: dict = {"samples_per_second": dict(ours)}
+    for name, rates in ours.items():
+        print(f"  ours, {name}: {Spread.of(rates).told(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
+    if options.peer is not None:
+        environment = {**os.environ, "PYTHONPATH": f"{options.peer}:{os.environ.get('PYTHONPATH', '')}"}
+        arguments = [str(prefix), str(SEQUENCE_LENGTH), str(count), str(options.rounds)]
+        command = [options.peer_python, "-c", PEER_READER, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        rates = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RATE")]
+        if not rates:
+            raise UserError("--peer", f"its GPTDataset did not run: {done.stderr[-2000:]}", "use --peer-python")
+        print(f"  peer's GPTDataset: {Spread.of(rates).told(digits=0)} samples/s")
+        for name, own in ours.items():
+            ratio = Spread.of([a / b for a, b in zip(own, rates, strict=True)])
+            print(f"  ours, {name}, is {ratio.told('x')} as fast")
+        record["samples_per_second"]["peer"] = rates
+    return record
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-data", __doc__)
+    parser.add_argument("what", choices=("preprocess", "open", "read"))
+    parser.add_argument("--megabytes", type=int, default=40, help="of text; for read: thousands of documents")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", default=["fast", "reference"], choices=("fast", "reference"))
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of Megatron-LM")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--peer-tools", nargs="+", default=["peer", "peer fast"], choices=("peer", "peer fast"))
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    return parser.parse_args(argv)

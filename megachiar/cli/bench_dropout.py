@@ -1,0 +1,78 @@
+"""Time keyed dropout beside torch's own, forward and backward, in turn in one process.
+
+    megachiar bench-dropout --threads 2
+
+Prints times and their ratio, medians with quartiles: below 1 keyed dropout is faster. Attention is compared with
+``scaled_dot_product_attention(dropout_p=...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from megachiar.benchmark import in_turn, timed
+from megachiar.kernels.attention import causal_attention
+from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
+from megachiar.options import CommandParser
+
+PROBABILITY = 0.1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser("bench-dropout", __doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in ((2048, 1024), (4096, 4096)):
+            bench_rows(rows, columns, dtype, device, options.rounds)
+        for length in (256, 1024):
+            bench_attention(8, 4, length, 64, dtype, device, options.rounds)
+    return 0
+
+
+def bench_rows(n: int, m: int, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
+    x = torch.randn(n, m, device=device).to(dtype).requires_grad_()
+    gradient = torch.randn(n, m, device=device).to(dtype)
+    at = torch.arange(n, device=device)
+    how = KeyedDropout(PROBABILITY, row_keys(1, at // 256, at % 256), 3)
+    compare(
+        f"rows ({n}, {m}) {dtype}",
+        lambda: torch.autograd.grad(F.dropout(x, PROBABILITY), [x], gradient),
+        lambda: torch.autograd.grad(dropout(x, how), [x], gradient),
+        device,
+        rounds,
+    )
+
+
+def bench_attention(
+    sequences: int, heads: int, length: int, size: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> None:
+    shape = (sequences, heads, length, size)
+    q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
+    gradient = torch.randn(shape, device=device).to(dtype)
+    samples, positions = torch.arange(sequences, device=device), torch.arange(length, device=device)
+    how = KeyedDropout(PROBABILITY, row_keys(1, samples[:, None], positions).flatten(), 3)
+    attend = F.scaled_dot_product_attention
+    compare(
+        f"attention {shape} {dtype}",
+        lambda: torch.autograd.grad(attend(q, k, v, dropout_p=PROBABILITY, is_causal=True), [q, k, v], gradient),
+        lambda: torch.autograd.grad(causal_attention(q, k, v, how), [q, k, v], gradient),
+        device,
+        rounds,
+    )
+
+
+def compare(
+    what: str, torchs: Callable[[], object], keyed: Callable[[], object], device: torch.device, rounds: int
+) -> None:
+    """Print the times of both, measured in turn, and their ratio."""
+    times = in_turn({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
+    told = {name: times.spread(name).told(" ms", 1e3) for name in times.seconds}
+    ratio = times.speed_up("torch", over="keyed").told()
+    print(f"{what:45} torch {told['torch']:28} keyed {told['keyed']:28} ratio {ratio}", flush=True)

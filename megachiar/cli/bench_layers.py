@@ -1,0 +1,254 @@
+"""Time operators and whole layers side by side: routed against attention in every row, forward and backward.
+
+    megachiar bench-layers --hidden-size 512 --sequence-length 256 1024 4096 16384
+
+For each length: a routed layer at each ``--attention-share`` with keys of all tokens and of routed tokens alone,
+against a layer whose rows all attend (``scaled_dot_product_attention``); then the operators by themselves. Each line is
+one forward and backward pass, in turn with its rival; the speed-up is the median over rounds, with quartiles. Also what
+autograd keeps of the forward pass, in MiB, and how near a pass comes to the machine's limit: the time in which a large
+matrix product would do its FLOPs, or a large copy move the bytes that it must read and write once, whichever is longer,
+by the time it took. On a GPU also for how long it was busy: where passes are short, the host is what takes time.
+
+FLOPs count a multiply-add as 2 and a backward pass as twice the forward; causal attention those keys that a query sees.
+Bytes are counted for operators alone: those of inputs, results and their gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megachiar import launch
+from megachiar.benchmark import copy, in_turn, machine, matrix_product, timed, write_json
+from megachiar.config import ModelConfig
+from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
+from megachiar.kernels.cross_entropy import linear_cross_entropy
+from megachiar.kernels.norm import add_and_norm
+from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
+from megachiar.model.grid import Grid
+from megachiar.model.init import initialise
+from megachiar.model.layer_stack import build_layer
+from megachiar.options import CommandParser
+from megachiar.topology import ALONE
+
+DENSE = "attention in every row"
+VOCABULARY = 32768
+
+
+class Pass(NamedTuple):
+    """A forward pass, whose result is differentiated.
+
+    Attributes:
+        forward: gives the result, or None where nothing is to be differentiated.
+        flops, bytes: of forward and backward, as the protocol above counts them; 0 bytes where they are not counted.
+    """
+
+    forward: Callable[[], torch.Tensor | None]
+    flops: float
+    bytes: float = 0
+
+    def run(self) -> None:
+        result = self.forward()
+        if result is not None:
+            result.sum().backward()
+
+
+class Limits(NamedTuple):
+    """What the machine does at most: FLOPs and bytes a second, as measured."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, work: Pass) -> float:
+        """That ``work`` needs at least."""
+        return max(work.flops / self.flops, work.bytes / self.bytes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        launch.keep_freed_memory()
+    limits = measure_limits(getattr(torch, options.precision), device)
+    print(f"d {options.hidden_size}, {options.heads} heads, {options.precision}; {machine(device)}")
+    print(f"matrix product {limits.flops / 1e9:,.0f} GFLOP/s, copy {limits.bytes / 1e9:,.0f} GB/s")
+    record: dict = {"machine": machine(device), "options": vars(options) | {"json": str(options.json)}, "lengths": {}}
+    record["limits"] = limits._asdict()
+    for length in options.sequence_length:
+        sequences = max(1, options.tokens // length)
+        print(f"\n{sequences} sequences of {length} tokens")
+        layers = compare(layer_passes(options, sequences, length, device), limits, options.rounds, device)
+        operators = compare(operator_passes(options, sequences, length, device), limits, options.rounds, device)
+        record["lengths"][length] = {"sequences": sequences, "layers": layers, "operators": operators}
+    write_json(options.json, record)
+    return 0
+
+
+def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
+    """Of this machine, medians of 9."""
+    with torch.no_grad():
+        (product, flops), (copied, size) = matrix_product(dtype, device), copy(device)
+        times = in_turn({"product": timed(product, device), "copy": timed(copied, device)}, 9)
+    return Limits(flops / times.spread("product").median, size / times.spread("copy").median)
+
+
+def layer_passes(options, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
+    dtype, d = getattr(torch, options.precision), options.hidden_size
+    x = torch.randn(sequences * length, d, device=device).to(dtype).requires_grad_()
+    grid = Grid(sequences, length)
+
+    def layer(share: float | None, keys: str) -> Pass:
+        config = model_config(options, length, share, keys, x)
+        index = 1 if share is not None else 2
+        module = build_layer(config, index, ALONE)
+        initialise(module, config, 0, ALONE, prefix=f"layers.{index}")
+        module = module.to(device=device, dtype=dtype).train()
+        f = 1.0 if share is None else share
+        projections = 4 * f + (4 * f if keys == "routed" else 4)  # query and output, key and value
+        flops = 3 * len(x) * d * d * (projections + 16)
+        pairs = len(x) * (length + 1) / 2 * f * (f if keys == "routed" else 1)
+        return Pass(lambda: module(x, grid, None, None).rows, flops + 12 * d * pairs)
+
+    passes = {f"layer, {DENSE}": layer(None, "all")}
+    for share in options.attention_share:
+        for keys in ("all", "routed"):
+            passes[f"layer, share {share:g}, keys of {keys}"] = layer(share, keys)
+    return passes
+
+
+def model_config(options, length: int, share: float | None, keys: str, x: torch.Tensor) -> ModelConfig:
+    """Three layers, the middle one routed at a threshold that sends ``share`` of ``x`` to attention."""
+    entropy = spectral_entropy(x.detach())
+    tau = entropy.float().quantile(1 - share).clamp(0, 1).item() if share is not None else 0.5
+    return ModelConfig.model_validate(
+        {
+            "num_layers": 3,
+            "hidden_size": options.hidden_size,
+            "num_attention_heads": options.heads,
+            "vocab_size": 16,
+            "max_sequence_length": length,
+            "router": {"tau": tau},
+            "attention": {"keys": keys},
+        }
+    )
+
+
+def operator_passes(options, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
+    """The products of attention by themselves, and what works row by row, of all rows."""
+    dtype, heads, d = getattr(torch, options.precision), options.heads, options.hidden_size
+    shape = (sequences, length, heads, d // heads)
+    q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
+    tokens, row = sequences * length, d * q.element_size()
+
+    def attention(forward: Callable[[], torch.Tensor], queries: int, keys: int, pairs: float) -> Pass:
+        return Pass(forward, 12 * d * pairs, 6 * row * (queries + keys))
+
+    def flat(y: torch.Tensor) -> torch.Tensor:
+        return y.flatten(0, 1)
+
+    by_head = tuple(y.transpose(1, 2) for y in (q, k, v))
+    pairs = tokens * (length + 1) / 2
+    passes = {f"operator, {DENSE}": attention(lambda: causal_attention(*by_head), tokens, tokens, pairs)}
+    for share in options.attention_share:
+        rows = (torch.rand(tokens, device=device) < share).nonzero().flatten()
+        chosen = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
+        n, positions = len(rows), (rows % length + 1).sum().item()
+        among = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
+        passes[f"operator, share {share:g}, keys of all"] = attention(
+            lambda c=chosen, r=rows: routed_attention(c[0], *by_head[1:], r, length), n, tokens, positions
+        )
+        passes[f"operator, share {share:g}, keys of routed"] = attention(
+            lambda c=chosen, r=rows: attention_among(*c, r, sequences, length), n, n, among
+        )
+    x, change = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
+    filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    head = torch.randn(VOCABULARY, d, device=device).mul_(0.02).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (tokens,), device=device)
+    transform = 2.5 * d * math.log2(d)
+    passes["operator, spectral entropy"] = Pass(
+        lambda: spectrum_and_entropy(x.detach()) and None, tokens * transform, tokens * row
+    )
+    passes["operator, DCT mixing and norm"] = Pass(
+        lambda: mix_add_and_norm(x, filters, 1.0, None, weight, bias, 1e-5), 4 * tokens * transform, 5 * tokens * row
+    )
+    passes["operator, residual and norm"] = Pass(
+        lambda: add_and_norm(x, change, weight, bias, 1e-5), 0, (4 + 3) * tokens * row
+    )
+    passes[f"operator, loss, {VOCABULARY} tokens"] = Pass(
+        lambda: linear_cross_entropy(x, head, targets).loss, 6 * tokens * d * VOCABULARY
+    )
+    return passes
+
+
+def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.device) -> dict[str, dict]:
+    """Print and return the times of all, and how much faster each is than the first."""
+    calls = 8 if device.type == "cuda" else 1  # in a row: the host runs ahead of the GPU, as it does in training
+    times = in_turn({name: timed(work.run, device, calls) for name, work in passes.items()}, rounds)
+    first, report = next(iter(passes)), {}
+    for name, work in passes.items():
+        speed_up, kept, spread = times.speed_up(name, over=first), kept_bytes(work), times.spread(name)
+        busy = busy_seconds(work) if device.type == "cuda" else None
+        took = spread.median if busy is None else busy
+        of_limit, rate = limits.seconds(work) / took, work.flops / took
+        busy_told = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
+        print(
+            f"{name:38} {spread.told(' ms', 1e3, 2):30} {speed_up.told('x'):22}{busy_told}  "
+            f"keeps {kept / 2**20:7.1f} MiB  {rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
+            flush=True,
+        )
+        report[name] = {
+            "seconds": times.seconds[name],
+            "speed_up": speed_up,
+            "kept_bytes": kept,
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "busy_seconds": busy,
+            "of_limit": of_limit,
+        }
+    return report
+
+
+def busy_seconds(work: Pass, calls: int = 3) -> float:
+    """Of the GPU in one pass: all kernels' times together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            work.run()
+        torch.cuda.synchronize()
+    kernels = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(kernel.self_device_time_total for kernel in kernels) / calls / 1e6
+
+
+def kept_bytes(work: Pass) -> int:
+    """Bytes that autograd keeps, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work.forward()
+    return sum(kept.values())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-layers", __doc__)
+    parser.add_argument("--hidden-size", type=int, default=512, help="d (%(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--sequence-length", type=int, nargs="+", default=[256, 1024, 4096], help="T (256 1024 4096)")
+    parser.add_argument("--tokens", type=int, default=4096, help="in all, at least one sequence (%(default)s)")
+    parser.add_argument("--attention-share", type=float, nargs="+", default=[0.5, 0.25], help="(0.5 0.25)")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="times each is measured (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    return parser.parse_args(argv)

@@ -1,0 +1,345 @@
+"""Time training steps side by side: CHIAR-Former, its attention-only baseline, and any other program.
+
+    megachiar bench-train --hidden-size 256 --layers 4 --heads 4 --sequence-length 256 --batch 8
+    megachiar bench-train --precision fp32 bf16 --peer published='python /path/to/adapter.py'
+
+    megachiar bench-train --variant compiled training.compile=inductor
+
+A step is what a run does: forward, backward, AdamW. Each contender is a process of its own; they take turns, round by
+round, and wait for their turn without computing. Thresholds are set so that ``--attention-share`` of each routed
+layer's tokens take attention in the first step; the share of the measured steps is printed. So are the most memory the
+process has had and, on a CPU, the most that tensors made in a step take at once: the first depends on the heap's holes.
+
+``--bound`` adds a contender that does nothing but the matrix products and attention calls of a CHIAR-Former step, one
+after another, on the tensors they had in it: what a step would take if all else cost nothing. It is for CPUs.
+
+A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar pretrain`` does.
+
+A peer is a command that is started once a contender. It finds the size of the model in the environment
+(BENCH_HIDDEN_SIZE, BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS),
+builds it, and for each line with a number on its standard input trains so many steps and prints their seconds as a
+line of its own. Lines that are no number are passed over. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from megachiar import launch
+from megachiar.config import RunConfig, load_config
+from megachiar.console import silence
+from megachiar.errors import UserError
+from megachiar.options import CommandParser
+
+CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    if options.serve:
+        serve(options)
+        return 0
+    variants = [name for name, *_ in options.variant]
+    for precision in options.precision:
+        for kind in (CHIAR, *variants):
+            config_of(options, kind, precision)  # sizes that make no model are refused here, once
+
+    import torch
+
+    from megachiar.benchmark import in_turn, machine, matrix_product, timed, write_json
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.bound and device.type != "cpu":
+        raise UserError("--bound", f"cannot replay a step on {device}", "leave it out, or set CUDA_VISIBLE_DEVICES=''")
+    torch.set_num_threads(options.threads)
+    launch.keep_freed_memory()
+    peers = {name: Contender.peer(options, name, command) for name, command in options.peer}
+    contenders = {
+        f"{kind} {precision}": Contender.ours(argv, kind, precision)
+        for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
+        for precision in options.precision
+    } | peers
+    for contender in contenders.values():
+        contender.train(options.warm_up)
+    products = {}
+    for precision in options.precision:
+        product, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
+        products[f"matrix product {precision}"] = (timed(product, device), flops)
+    measured = {name: (lambda c=contender: c.train(options.steps)) for name, contender in contenders.items()}
+    times = in_turn(measured | {name: measure for name, (measure, _) in products.items()}, options.rounds)
+    reports = {name: contender.finish() for name, contender in contenders.items()}
+
+    tokens = options.batch * options.sequence_length
+    shape = f"d {options.hidden_size}, {options.layers} layers, T {options.sequence_length}, batch {options.batch}"
+    print(f"{shape}, vocabulary {options.vocab_size}; {machine(device)}")
+    print("milliseconds a step: median (quartiles); speed-up over another contender in the same round\n")
+    record = {"machine": machine(device), "options": vars(options) | {"json": str(options.json)}, "contenders": {}}
+    others = [*(f"baseline {p}" for p in options.precision), *(name for name, _ in options.peer)]
+    for name, report in reports.items():
+        spread = times.spread(name)
+        line = f"{name:16} {spread.told(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
+        entry = {"seconds": times.seconds[name], **report}
+        if "flops" in report:
+            precision = name.split()[-1]
+            product = f"matrix product {precision}"
+            rate = products[product][1] / times.spread(product).median
+            reached = report["flops"] / spread.median
+            line += f"  {reached / 1e9:7.0f} GFLOP/s, {reached / rate:.0%} of the matrix product's"
+            line += f"  share {report['attention_share']:.2f}"
+            if "peak_bytes" in report:
+                line += f"  memory {report['peak_bytes'] / 2**20:.0f} MiB"
+            if "step_bytes" in report:
+                line += f", tensors of a step {report['step_bytes'] / 2**20:.0f} MiB"
+            entry["of_matrix_product"] = reached / rate
+        ratios = {other: times.speed_up(name, other) for other in others if other != name}
+        print(line)
+        for other, ratio in ratios.items():
+            print(f"{'':16} {ratio.told('x')} of {other}")
+        record["contenders"][name] = entry | {"speed_up": ratios}
+    write_json(options.json, record)
+    return 0
+
+
+class Contender:
+    """A process that trains so many steps when it is told to."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]):
+        self.name = name
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    @classmethod
+    def ours(cls, argv: Sequence[str], kind: str, precision: str) -> Contender:
+        command = [sys.executable, "-m", "megachiar", "bench-train"]
+        return cls(kind, [*command, *argv, "--serve", kind, precision], {})
+
+    @classmethod
+    def peer(cls, options: argparse.Namespace, name: str, command: str) -> Contender:
+        sizes = ("hidden_size", "layers", "heads", "sequence_length", "batch", "vocab_size", "threads")
+        try:
+            return cls(name, shlex.split(command), {f"BENCH_{s.upper()}": str(getattr(options, s)) for s in sizes})
+        except (OSError, ValueError) as error:  # no such program, or quotes that do not end
+            raise UserError(f"--peer {name}", f"cannot start {command!r}: {error}", "check the command") from None
+
+    def train(self, steps: int) -> float:
+        """Seconds a step of ``steps``."""
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is gone: said below
+        for line in self.process.stdout:
+            try:
+                return float(line) / steps
+            except ValueError:
+                continue
+        raise UserError(
+            self.name,
+            f"ended with exit code {self.process.wait()} instead of training",
+            "its own messages are above; run its command alone",
+        )
+
+    def finish(self) -> dict:
+        """End the process; what it reports at its end."""
+        self.process.stdin.close()
+        last = self.process.stdout.read().strip().splitlines()
+        self.process.wait()
+        return json.loads(last[-1]) if last and last[-1].startswith("{") else {}
+
+
+def serve(options: argparse.Namespace) -> None:
+    """One of ours: build, calibrate, then train as many steps as each line of standard input says."""
+    kind, precision = options.serve
+    launch.prepare_environment()
+    launch.configure_torch(options.threads)
+    import numpy as np
+    import torch
+
+    from megachiar.model.flops import training_flops_per_token
+    from megachiar.topology import build_topology
+    from megachiar.training.engine import Engine, start_process_group
+
+    config = config_of(options, kind, precision)
+    before = peak_bytes()
+    with silence():
+        topology = build_topology(config)
+        device = start_process_group(config, topology)
+        engine = Engine(config, topology.with_groups(), device)
+    tokens = np.random.default_rng(0).integers(0, options.vocab_size, (options.batch, options.sequence_length + 1))
+    if kind != BASELINE:
+        calibrate(engine, torch.from_numpy(tokens[:, :-1]).to(device), options.attention_share)
+    shares = []
+
+    def step() -> None:
+        result = engine.train_step([(0, tokens)], 1e-4)
+        shares.append(float(np.mean(result.attention_share)))
+
+    if kind == BOUND:
+        step()
+        step = products_of(step)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(time.perf_counter() - start, flush=True)
+    share = float(np.mean(shares))
+    flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
+    report = {"flops": flops, "attention_share": share}
+    if kind != BOUND:
+        report["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
+        if device.type == "cpu":
+            report["step_bytes"] = allocated_peak(step)
+    print(json.dumps(report), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConfig:
+    """A run of one batch a step. Its dataset is never opened.
+
+    Raises:
+        ConfigError: sizes that make no model.
+    """
+    fields = {
+        "model": {
+            "kind": BASELINE if kind == BASELINE else CHIAR,
+            "num_layers": options.layers,
+            "hidden_size": options.hidden_size,
+            "num_attention_heads": options.heads,
+            "vocab_size": options.vocab_size,
+            "max_sequence_length": options.sequence_length,
+            "dropout": options.dropout,
+            "router": {"tau": 0.5},
+        },
+        "data": {"train": [{"path": "none"}]},
+        "parallel": {"zero_stage": 0 if precision == "fp32" else 1},
+        "precision": {"compute": precision},
+        "optimizer": {"learning_rate": 1e-4},
+        "training": {
+            "steps": 1_000_000,
+            "evaluate_every": None,
+            "global_batch_size": options.batch,
+            "micro_batch_size": options.batch,
+        },
+        "logging": {"folder": "none"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bench.yaml")
+        path.write_text(yaml.safe_dump(fields))
+        return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
+
+
+def calibrate(engine, tokens, share: float) -> None:
+    """Thresholds that send ``share`` of each routed layer's tokens of this batch to attention, layer by layer."""
+    import torch
+
+    from megachiar.kernels.spectral import spectral_entropy
+    from megachiar.model.router import Router
+
+    def set_bound(router: Router, arguments: tuple) -> None:
+        entropy = spectral_entropy(arguments[0], router.dc_weight, router.epsilon)
+        router.bounds = (entropy.float().quantile(1 - share).item(),)
+
+    routers = [module for module in engine.deepspeed.module.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_pre_hook(set_bound) for router in routers]
+    with torch.no_grad():
+        engine.deepspeed(tokens)
+    for hook in hooks:
+        hook.remove()
+
+
+def products_of(step: Callable[[], object]) -> Callable[[], None]:
+    """A call that repeats the matrix products and attention calls of ``step``, and nothing else.
+
+    On a CPU: elsewhere the backward pass runs in a thread of its own and kernels of ours are no operators of torch.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            kwargs = kwargs or {}
+            if name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name:
+                calls.append((function, args, kwargs))
+            return function(*args, **kwargs)
+
+    with Record():
+        step()
+
+    @torch.no_grad()
+    def repeat() -> None:
+        for function, args, kwargs in calls:
+            function(*args, **kwargs)
+
+    return repeat
+
+
+def allocated_peak(step: Callable[[], object]) -> int:
+    """Most bytes that tensors made by a call take at once: what the process's peak shows but for the heap's holes."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = (e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(changes), default=0)
+
+
+def peak_bytes() -> int:
+    """Most memory this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("bench-train", __doc__)
+    parser.add_argument("--hidden-size", type=int, default=256, help="d (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--heads", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="T (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="(%(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="(%(default)s)")
+    parser.add_argument("--attention-share", type=float, default=0.5, help="of routed layers (%(default)s)")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="(fp32)")
+    parser.add_argument("--peer", type=named, action="append", default=[], metavar="NAME=COMMAND", help="see above")
+    parser.add_argument(
+        "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="see above"
+    )
+    parser.add_argument("--bound", action="store_true", help="time the products of a step alone as well")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="steps a round (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    taken = [CHIAR, BASELINE, BOUND]
+    for name, *_ in options.variant:
+        if name in taken or any(c.isspace() for c in name):
+            parser.error(f"--variant {name!r}: take a name of one word that no other contender has")
+        taken.append(name)
+    return options
+
+
+def named(text: str) -> tuple[str, str]:
+    name, equals, command = text.partition("=")
+    if not (name and equals and command):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")
+    return name, command

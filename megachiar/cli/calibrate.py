@@ -1,0 +1,106 @@
+"""Find thresholds for the router from a trained model and a text, beside what white noise would give.
+
+megachiar calibrate runs/400m_baseline                     # one tau, from the embedding, as published
+megachiar calibrate runs/400m_baseline --where layers      # a tau for each routed layer, half to attention
+megachiar calibrate runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
+
+A threshold belongs to one width of the model and one checkpoint. Paste what is printed under model.router.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megachiar.config import ModelConfig
+from megachiar.console import make_console
+from megachiar.data.dataset import TokenSource, ValidationSet
+from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
+from megachiar.training.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
+from megachiar.training.checkpoint import load_for_inference
+from megachiar.training.inference import default_device
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("calibrate", __doc__)
+    add_run_argument(parser)
+    parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
+    parser.add_argument("--where", choices=("embedding", "layers"), default="embedding", help="what to measure")
+    parser.add_argument("--attention-share", type=float, help="layers: share of tokens for attention (default 0.5)")
+    parser.add_argument("--sequences", type=int, default=64, help="layers: windows that are measured (default 64)")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="embedding: tokens that are read (default 10 M)")
+    add_json_option(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    check(options)
+    config, model, state = load_for_inference(options.run, default_device())
+    check_layers(options.run, config.model)
+    data = options.data or config.data.train[0].path
+    if options.where == "embedding":
+        source = TokenSource(data, config.model.vocab_size)
+        found = calibrate_on_embedding(model, source, options.tokens)
+    else:
+        dataset = ValidationSet(data, config.sequence_length, vocab_size=config.model.vocab_size)
+        share = 0.5 if options.attention_share is None else options.attention_share
+        found = calibrate_on_layers(model, dataset, share, options.sequences)
+    if options.json:
+        print(json.dumps({"run": str(options.run), "step": state.step, "data": str(data), **found.as_dict()}))
+    else:
+        print_table(found, f"spectral entropy H, {options.run} at step {state.step:,}, {data}")
+        snippet = yaml.safe_dump(found.router, sort_keys=False, default_flow_style=None)
+        print(f"\n# under model.router\n{snippet}", end="")
+    warn(found)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        UserError: names the flag, its value and its limits.
+    """
+    share = options.attention_share
+    if share is not None and options.where == "embedding":
+        raise UserError("--attention-share", "has no effect with --where embedding", "add --where layers or remove it")
+    if share is not None and not 0 <= share <= 1:
+        raise UserError(f"--attention-share {share}", "must be between 0 and 1", "change it")
+    for flag, value in (("--sequences", options.sequences), ("--tokens", options.tokens)):
+        if value < 1:
+            raise UserError(f"{flag} {value}", "must be at least 1", "change it")
+
+
+def check_layers(path: Path, model: ModelConfig) -> None:
+    if model.num_layers < 3:
+        raise UserError(path, f"has {model.num_layers} layers; only layers 2 to L-1 route", "use a deeper model")
+
+
+def print_table(found: Calibration, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("at")
+    for name in ("tokens", "mean", "sd", *(f"{p}%" for p in PERCENTILES), "from noise", "thresholds"):
+        table.add_column(name, justify="right")
+    rows = [(p.name, f"{p.tokens:,}", p.measured, f"{p.noise_distance:.2f}", p.bounds) for p in found.places]
+    for name, tokens, h, distance, bounds in [*rows, ("white noise", "", found.noise, "", ())]:
+        numbers = [h.mean, h.deviation, *h.percentiles.values()]
+        thresholds = " ".join(f"{bound:.4f}" for bound in bounds)
+        table.add_row(name, tokens, *(f"{number:.4f}" for number in numbers), distance, thresholds)
+    Console(width=140, highlight=False).print(table)
+
+
+def warn(found: Calibration) -> None:
+    """Say on standard error where routing by H would be routing by a coin."""
+    names = [place.name for place in found.places if place.like_noise]
+    if names:
+        make_console().print(
+            f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}: a threshold "
+            "there routes like a coin. Compare with router.kind random at the same share."
+        )

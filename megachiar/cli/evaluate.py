@@ -1,0 +1,82 @@
+"""How well a run predicts a text: token perplexity, word perplexity, bits per byte.
+
+megachiar evaluate runs/tiny                            # on the validation sets of its config
+megachiar evaluate runs/tiny --data data/shakespeare/test
+megachiar evaluate runs/tiny/checkpoints/step_00000500 --data data/shakespeare/test --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+from rich.table import Table
+
+from megachiar.console import make_console
+from megachiar.data.dataset import ValidationSet
+from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
+from megachiar.training.checkpoint import DTYPES, find_checkpoint, load_for_inference
+from megachiar.training.evaluation import Evaluation, evaluate
+from megachiar.training.inference import default_device, model_score, with_progress
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("evaluate", __doc__)
+    add_run_argument(parser)
+    parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows scored at once (default 8)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a window (default: the run's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the run computed in)")
+    add_json_option(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    checkpoint = find_checkpoint(options.run)
+    device = default_device()
+    config, model, state = load_for_inference(checkpoint, device, DTYPES.get(options.dtype))
+    datasets = {str(p): p for p in options.data} if options.data else dict(config.data.validation)
+    if not datasets:
+        raise UserError(checkpoint, "its config names no validation set", "give --data PREFIX")
+    length = sequence_length(options.sequence_length, config.sequence_length, config.model.max_sequence_length)
+    results = {}
+    for name, prefix in datasets.items():
+        dataset = ValidationSet(prefix, length, vocab_size=config.model.vocab_size)
+        with Progress(console=make_console(), transient=True) as bar:
+            task = bar.add_task(name, total=dataset.windows)
+            score = with_progress(model_score(model, device), lambda n, t=task, b=bar: b.advance(t, n))
+            results[name] = evaluate(score, dataset, options.batch_size)
+    if options.json:
+        values = {name: result.as_dict() for name, result in results.items()}
+        only = next(iter(values.values())) if len(values) == 1 else {"datasets": values}
+        print(json.dumps({"checkpoint": str(checkpoint), "step": state.step, **only}))
+    else:
+        print_table(checkpoint, results)
+
+
+def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
+    """Tokens of a window: ``wanted``, else what the run trained on."""
+    if wanted is not None and not 1 <= wanted <= longest:
+        raise UserError(
+            f"--sequence-length {wanted}", f"not between 1 and model.max_sequence_length {longest}", "change it"
+        )
+    return wanted or trained
+
+
+def print_table(checkpoint: Path, results: dict[str, Evaluation]) -> None:
+    table = Table(title=str(checkpoint), title_justify="left")
+    for name in ("dataset", "tokens", "loss", "token PPL", "word PPL", "bits/byte"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+    for name, r in results.items():
+        word = f"{r.word_ppl:.2f}" if r.word_ppl else "-"
+        bits = f"{r.bits_per_byte:.4f}" if r.bits_per_byte else "-"
+        table.add_row(name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.token_ppl:.2f}", word, bits)
+    console = make_console()
+    console.file = None  # the result goes to standard output
+    console.stderr = False
+    console.print(table)

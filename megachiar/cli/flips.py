@@ -1,0 +1,71 @@
+"""Count the tokens that a trained model routes otherwise in bf16 (or fp16) than in fp32.
+
+megachiar flips runs/tiny --data data/shakespeare/valid
+megachiar flips runs/tiny --precision fp16 --json
+
+"rounded": only the rows that a router reads are rounded. "whole model": all of it computes in 16 bits, so that what
+earlier layers did otherwise counts too. Entropy is computed in fp32 in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megachiar.data.dataset import ValidationSet
+from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_json_option, add_run_argument
+from megachiar.training.calibration import spread_windows
+from megachiar.training.checkpoint import load_for_inference
+from megachiar.training.flips import LayerFlips, routing_flips
+from megachiar.training.inference import default_device
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("flips", __doc__)
+    add_run_argument(parser)
+    parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
+    parser.add_argument(
+        "--precision", choices=sorted(DTYPES), default="bf16", help="to compare with fp32 (%(default)s)"
+    )
+    parser.add_argument("--sequences", type=int, default=64, help="windows that are read (%(default)s)")
+    add_json_option(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    if options.sequences < 1:
+        raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
+    config, model, state = load_for_inference(options.run, default_device(), torch.float32)
+    if not config.model.routed_layers:
+        raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
+    data = options.data or config.data.train[0].path
+    dataset = ValidationSet(data, config.sequence_length, vocab_size=config.model.vocab_size)
+    windows = spread_windows(dataset, options.sequences)
+    found = routing_flips(model, DTYPES[options.precision], *windows, config.training.micro_batch_size)
+    if options.json:
+        layers = [layer.as_dict() for layer in found]
+        record = {"run": str(options.run), "step": state.step, "data": str(data), "precision": options.precision}
+        print(json.dumps({**record, "layers": layers}))
+    else:
+        print_table(found, f"routes in {options.precision} against fp32, {options.run} at step {state.step:,}, {data}")
+
+
+def print_table(found: list[LayerFlips], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "tokens", "flips: rounded", "whole model", "mean change of H", "median |H - tau|"):
+        table.add_column(name, justify="right")
+    for layer in found:
+        margin = "" if layer.margin is None else f"{layer.margin:.1e}"
+        shares = f"{layer.rounded:.2%}", f"{layer.whole:.2%}"
+        table.add_row(str(layer.layer), f"{layer.tokens:,}", *shares, f"{layer.entropy_change:.1e}", margin)
+    Console(width=140, highlight=False).print(table)

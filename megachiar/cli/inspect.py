@@ -1,0 +1,138 @@
+"""Look into an indexed dataset: what it holds, whether it is intact, and the text of a document or training sample.
+
+    megachiar inspect data/train
+    megachiar inspect data/train --verify
+    megachiar inspect data/train --document 7
+    megachiar inspect data/train --sample 0 --sequence-length 1024 --seed 1
+    megachiar inspect --config configs/tiny.yaml --step 100
+
+The last one prints the documents and the text that a step of a run reads, whatever its layout.
+
+Exit code 0: what was checked is in order. Exit code 2: it is not, and the message says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megachiar.config import load_config
+from megachiar.data.files import bin_path, idx_path
+from megachiar.data.indexed import IndexedDataset
+from megachiar.data.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
+from megachiar.data.progress import ByteProgress
+from megachiar.data.tokenizer import load_tokenizer
+from megachiar.errors import UserError
+from megachiar.options import CommandParser, add_config_options, add_json_option
+from megachiar.training.sources import open_at_step
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("inspect", __doc__)
+    parser.add_argument("prefix", type=Path, nargs="?", metavar="PREFIX", help="the dataset, without .bin")
+    add_config_options(parser, required=False)
+    parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--document", type=int, metavar="N", help="show document N")
+    shown.add_argument("--sample", type=int, metavar="N", help="show sample N of a run on this dataset alone")
+    shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 0) of a run reads; with --config")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
+    parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
+    parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
+    add_json_option(parser)
+    arguments = parser.parse_args(argv)
+    if (arguments.config is None) != (arguments.step is None):
+        parser.error("--config and --step belong together")
+    if arguments.overrides and arguments.config is None:
+        parser.error("--set belongs to --config")
+    if (arguments.prefix is None) == (arguments.config is None):
+        parser.error("give either PREFIX or --config")
+    if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
+        parser.error("--sample needs --sequence-length and --seed")
+    if arguments.sample is None and (arguments.sequence_length is not None or arguments.seed is not None):
+        parser.error("--sequence-length and --seed belong to --sample")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.step is not None:
+        print_step(arguments)
+        return
+    if arguments.verify:
+        IndexedDataset(arguments.prefix)  # a missing file is reported before its size is asked for
+        total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
+        with ByteProgress("verifying", total) as progress:
+            summary = summarise(arguments.prefix, verify=True, on_bytes=progress.advance)
+    else:
+        summary = summarise(arguments.prefix)
+    shown = look_inside(arguments)
+    if arguments.json:
+        print(json.dumps({**summary, "shown": shown}, ensure_ascii=False))
+    elif shown is None:
+        print_summary(summary)
+    else:
+        print_text(shown)
+
+
+def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.document is None and arguments.sample is None:
+        return None
+    tokenizer = find_tokenizer(arguments.prefix, arguments.tokenizer)
+    if arguments.document is not None:
+        return show_document(arguments.prefix, arguments.document, tokenizer)
+    return show_sample(arguments.prefix, arguments.sample, arguments.sequence_length, arguments.seed, tokenizer)
+
+
+def print_step(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.step < 0:
+        raise UserError("--step", f"{arguments.step}", "steps are counted from 0")
+    data, stream, positions = open_at_step(config, arguments.step)
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer is not None else data.tokenizer
+    samples = show_samples(stream, positions, tokenizer)
+    if arguments.json:
+        print(json.dumps({"step": arguments.step, "samples": samples}, ensure_ascii=False))
+        return
+    for shown in samples:
+        print_text(shown)
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    for path, size in summary["files"].items():
+        print(f"{path}: {size:,} bytes")
+    sizes = summary["document_tokens"]
+    print(f"documents       {summary['documents']:,} in {summary['sequences']:,} sequences")
+    print(f"tokens          {summary['tokens']:,} of {summary['dtype']}")
+    print(
+        f"document size   {sizes['smallest']:,} to {sizes['largest']:,} tokens, "
+        f"mean {sizes['mean']:,.1f}, median {sizes['median']:,.1f}"
+    )
+    if "largest_token_id" in summary:
+        print(f"ids             {summary['smallest_token_id']:,} to {summary['largest_token_id']:,}")
+    manifest = summary["manifest"]
+    if manifest is not None:
+        tokenizer = manifest["tokenizer"]
+        print(f"text            {manifest['text_bytes']:,} bytes, {manifest['words']:,} words")
+        print(f"tokenizer       {tokenizer['kind']} {tokenizer['file']}, {tokenizer['vocab_size']:,} ids")
+        print(f"                {tokenizer['fingerprint']}")
+        print(f"end of document {tokenizer['eod_id'] if manifest['append_eod'] else 'not appended'}")
+        print(f"skipped         {manifest['skipped'] or 'nothing'}")
+        print(f"made by         {manifest['created_by']} from {len(manifest['sources']):,} files")
+    print(f"in order        {', '.join(summary['verified'])}")
+    for what in summary["not_checked"]:
+        print(f"not checked     {what}")
+
+
+def print_text(shown: Mapping[str, Any]) -> None:
+    for key, value in shown.items():
+        if key not in ("ids", "text"):
+            print(f"{key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:,}'}")
+    if shown["text"] is None:
+        print("no tokenizer was found (give one with --tokenizer); ids:")
+        print(*shown["ids"])
+    else:
+        print(shown["text"])

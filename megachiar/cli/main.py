@@ -1,0 +1,109 @@
+"""The console command ``megachiar``: finds the command that is asked for and starts it.
+
+Nothing but that command is imported, so that help and version are there at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import megachiar
+from megachiar import launch
+from megachiar.console import run
+from megachiar.options import OptionError
+
+GROUPS = {
+    "Data": {
+        "corpus": "fetch a corpus to start with",
+        "tokenizer": "train a tokenizer on a corpus",
+        "preprocess": "tokenize a corpus into a dataset (.bin, .idx and a manifest)",
+        "merge": "join datasets of one tokenizer",
+        "inspect": "show what a dataset, or a step of a run, holds and verify it",
+    },
+    "Training": {
+        "quickstart": "go from nothing to a trained model in minutes, on a CPU",
+        "config": "list, show and copy the shipped configs",
+        "plan": "list the layouts in which a config fits a cluster",
+        "pretrain": "train as a config says",
+    },
+    "Trained models": {
+        "evaluate": "measure perplexity and bits per byte on a dataset",
+        "generate": "sample text",
+        "calibrate": "find thresholds for the router",
+        "bigram": "measure the perplexity of a bigram model, to compare with",
+        "flips": "count the tokens that 16 bits route otherwise than fp32",
+    },
+    "Benchmarks": {
+        "bench-train": "time training steps, beside the baseline and other programs",
+        "bench-layers": "time layers and operators",
+        "bench-data": "time the data tools, beside Megatron-LM's",
+        "bench-dropout": "time keyed dropout, beside torch's",
+    },
+}
+COMMANDS = {command: summary for group in GROUPS.values() for command, summary in group.items()}
+ELSEWHERE = {"pretrain": "megachiar.pretrain"}  # launchers start it as a file of its own
+
+
+def start() -> None:
+    """Run the command line of this process and exit."""
+    run(main)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run a command line.
+
+    Returns:
+        the exit code, None for 0.
+
+    Raises:
+        UserError: there is no such command, or what the command itself refuses.
+    """
+    first, *rest = launch.drop_launcher_arguments(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if first in ("--help", "-h"):
+        print(help_text())
+    elif first == "--version":
+        print(version_text())
+    elif first not in COMMANDS:
+        raise OptionError(f"megachiar {first}", "there is no such command", nearest_command(first))
+    else:
+        return importlib.import_module(module_of(first)).main(rest)
+    return None
+
+
+def module_of(command: str) -> str:
+    return ELSEWHERE.get(command, f"megachiar.cli.{command.replace('-', '_')}")
+
+
+def nearest_command(word: str) -> str:
+    near = difflib.get_close_matches(word.lstrip("-"), COMMANDS, n=1, cutoff=0.5)
+    meant = f"did you mean `megachiar {near[0]}`? " if near else ""
+    return f"{meant}`megachiar --help` lists all commands"
+
+
+def help_text() -> str:
+    lines = ["usage: megachiar COMMAND ...", "", "Pretrain CHIAR-Former language models, from a laptop to a cluster."]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {command:14} {summary}" for command, summary in commands.items())]
+    lines += ["", "megachiar COMMAND --help   the options of a command", "megachiar --version        the version"]
+    return "\n".join(lines)
+
+
+def version_text() -> str:
+    """The version and, from a checkout, its commit; ``-dirty`` says that files were changed since."""
+    commit = checkout_commit(Path(megachiar.__file__).resolve().parents[1])
+    return f"megachiar {megachiar.__version__}" + (f" (commit {commit})" if commit else "")
+
+
+def checkout_commit(root: Path) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that it does not read
+        return None

@@ -1,0 +1,49 @@
+"""Join indexed datasets of one tokenizer into one.
+
+    megachiar merge data/part0 data/part1 --output data/whole
+
+Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared, and
+the output is whole or not there at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megachiar.data.files import bin_path
+from megachiar.data.indexed import IndexedDataset
+from megachiar.data.merge import merge_datasets
+from megachiar.data.progress import ByteProgress
+from megachiar.options import CommandParser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("merge", __doc__)
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="datasets to join, in this order")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="dataset to write")
+    parser.add_argument("--shuffle-seed", type=int, metavar="S", help="shuffle the documents by this key")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--allow-missing-manifest",
+        action="store_true",
+        help="merge datasets without manifest (made by another program); that they are of one tokenizer is up to you",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    total = sum(IndexedDataset(prefix).tokens.nbytes for prefix in arguments.inputs)
+    with ByteProgress("merging", total) as progress:
+        merge_datasets(
+            arguments.inputs,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            allow_missing_manifest=arguments.allow_missing_manifest,
+            shuffle_seed=arguments.shuffle_seed,
+            on_bytes=progress.advance,
+        )
+    merged = IndexedDataset(arguments.output)
+    print(f"{bin_path(arguments.output)}: {merged.documents:,} documents, {merged.tokens.size:,} tokens")

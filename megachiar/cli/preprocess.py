@@ -1,0 +1,116 @@
+"""Tokenize a corpus into Megatron's indexed format: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
+
+    megachiar preprocess --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
+        --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
+
+Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
+input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
+goes on with the first file that is missing. Exit code 2: a problem you can mend, and no dataset was written.
+
+Many machines: `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
+`--merge-shards N`; the files are those of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from megachiar.data.fast_tokenizer import Engine
+from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.memory import keep_large_blocks_apart
+from megachiar.data.mpi import preprocess_with_mpi
+from megachiar.data.preprocess import Report, preprocess
+from megachiar.data.settings import PreprocessSettings
+from megachiar.data.shards import make_shard, merge_shards
+from megachiar.data.split import Split
+from megachiar.data.tokenizer import TokenizerKind
+from megachiar.options import CommandParser
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("preprocess", __doc__)
+    add_input_options(parser)
+    add = parser.add_argument
+    add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
+    add("--tokenizer-kind", choices=get_args(TokenizerKind), default="auto")
+    add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
+    add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
+    add(
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="shuffle the documents by this key (needs the output's size twice)",
+    )
+    add(
+        "--engine",
+        choices=get_args(Engine),
+        default="auto",
+        help="fast: gigatoken, after it was proved equal on a sample; reference: the tokenizer's own library; auto: "
+        "fast where it is installed and equal (default: %(default)s)",
+    )
+    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (default: one per usable core)")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    add("--restart", action="store_true", help="forget what an unfinished run left instead of going on")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
+    shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
+    shared.add_argument("--merge-shards", type=int, metavar="N", help="join N shards that were made, and remove them")
+    return parser.parse_args(argv)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(K, N) of ``"K/N"``."""
+    number, _, shards = text.partition("/")
+    if not (number.isdecimal() and shards.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form K/N, such as 0/64")
+    return int(number), int(shards)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    keep_large_blocks_apart()
+    arguments = parse_arguments(argv)
+    settings = PreprocessSettings(
+        sources=named_sources(arguments),
+        tokenizer=arguments.tokenizer,
+        tokenizer_kind=arguments.tokenizer_kind,
+        eod_token=arguments.eod_token,
+        output_prefix=arguments.output_prefix,
+        read=read_options(arguments),
+        append_eod=arguments.append_eod,
+        split=Split.parse(arguments.split) if arguments.split is not None else None,
+        on_error=arguments.on_error,
+        workers=arguments.workers,
+        fork=not arguments.mpi,  # this program has no threads; what MPI's libraries do is theirs
+        engine=arguments.engine,
+        shuffle_seed=arguments.shuffle_seed,
+        overwrite=arguments.overwrite,
+        restart=arguments.restart,
+    )
+    report = work(settings, arguments)
+    if report is None and arguments.shard is not None:
+        print("the shard is whole already: nothing is done", file=sys.stderr)
+    for line in report.lines() if report is not None else ():
+        print(line, file=sys.stderr)
+
+
+def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:
+    """What was asked for: the whole, a shard, the merge of shards, or an MPI rank's part."""
+    if arguments.mpi:
+        return preprocess_with_mpi(settings)
+    if arguments.shard is not None:
+        return make_shard(settings, *arguments.shard)
+    if arguments.merge_shards is not None:
+        return merge_shards(settings, arguments.merge_shards)
+    return preprocess(settings)

@@ -1,0 +1,58 @@
+"""Train a tokenizer on a corpus, which is named as for `megachiar preprocess`.
+
+    megachiar tokenizer --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
+
+Writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give the
+same file. Exit code 2: a problem you can mend, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from megachiar.console import make_console
+from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
+from megachiar.options import CommandParser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("tokenizer", __doc__)
+    add_input_options(parser)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="file to write, *.model or *.json")
+    add("--vocab-size", type=int, required=True, help="tokens of the vocabulary, everything included")
+    add("--kind", choices=tuple(SUFFIXES), help="default: by the suffix of --output")
+    add("--algorithm", choices=get_args(Algorithm), default="bpe", help="unigram: SentencePiece only (default: bpe)")
+    add("--max-text-mib", type=int, default=200, help="train on an even sample of at most this (default: 200)")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
+    settings = TrainingSettings(
+        sources=named_sources(arguments),
+        output=arguments.output,
+        vocab_size=arguments.vocab_size,
+        kind=arguments.kind or by_suffix,
+        algorithm=arguments.algorithm,
+        read=read_options(arguments),
+        max_text_bytes=arguments.max_text_mib << 20,
+        on_error=arguments.on_error,
+        overwrite=arguments.overwrite,
+    )
+    report = train_tokenizer(settings)
+    console = make_console()
+    for trouble in report.log.examples:
+        console.print(f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]", markup=False)
+    console.print(
+        f"{settings.output}: {report.tokenizer.vocab_size:,} tokens, end of document {report.tokenizer.eod_id}, "
+        f"trained on {report.used_documents:,} documents ({report.used_bytes:,} bytes) of {report.read_documents:,} "
+        f"({report.read_bytes:,} bytes)",
+        markup=False,
+    )

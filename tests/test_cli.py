@@ -1,0 +1,176 @@
+"""The console command: what it lists is there, it imports only what is asked for, and tools/ are the same functions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from support import ROOT, forked_python, process_environment, python
+
+import megachiar
+from megachiar.cli import config, quickstart
+from megachiar.cli.main import COMMANDS, ELSEWHERE, checkout_commit, main, module_of, nearest_command, start
+from megachiar.config import load_config
+from megachiar.config.shipped import shipped_configs
+from megachiar.errors import UserError
+
+TOOLS = {path: re.search(r"megachiar\.cli\.(\w+) ", path.read_text())[1] for path in (ROOT / "tools").glob("*.py")}
+WITHOUT_TOOL = {"pretrain"}  # megachiar/pretrain.py is its file
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_but_the_standard_library(option):
+    program = (
+        "import sys; before = set(sys.modules)\n"
+        f"from megachiar.cli.main import main; main([{option!r}])\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "megachiar"
+
+
+def test_help_names_every_command_once(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) is None
+        shown = capsys.readouterr().out
+        assert re.findall(r"^  ([\w-]+)  +\w", shown, re.M) == list(COMMANDS)
+        assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_every_command_is_a_module_and_every_module_a_command():
+    modules = {path.stem for path in (ROOT / "megachiar" / "cli").glob("*.py")} - {"__init__", "main"}
+    assert modules == {command.replace("-", "_") for command in COMMANDS} - set(ELSEWHERE)
+    for command in COMMANDS:
+        assert callable(importlib.import_module(module_of(command)).main)
+
+
+def test_every_command_but_training_has_its_tool():
+    assert sorted(TOOLS.values()) == sorted(command.replace("-", "_") for command in set(COMMANDS) - WITHOUT_TOOL)
+
+
+@pytest.mark.parametrize("tool", sorted(set(TOOLS) - {ROOT / "tools" / "config_schema.py"}), ids=lambda path: path.stem)
+def test_a_tool_is_the_command(tool):
+    command = TOOLS[tool].replace("_", "-")
+    by_file, by_name = forked_python(tool, "--help"), forked_python("-m", "megachiar", command, "--help")
+    assert by_file.returncode == by_name.returncode == 0
+    assert by_file.stdout == by_name.stdout and by_name.stdout.startswith(f"usage: megachiar {command} ")
+
+
+def test_the_way_in_of_launchers_is_the_command():
+    shown = [
+        forked_python(*way, "--help").stdout
+        for way in (["megachiar/pretrain.py"], ["-m", "megachiar.pretrain"], ["-m", "megachiar", "pretrain"])
+    ]
+    assert shown[0] == shown[1] == shown[2] and shown[0].startswith("usage: megachiar pretrain ")
+
+
+def test_the_schema_tool_prints_the_schema():
+    assert python("tools/config_schema.py").stdout == (ROOT / "configs" / "schema.json").read_text()
+
+
+def test_the_installed_script_starts_it():
+    (script,) = entry_points(group="console_scripts", name="megachiar")
+    assert script.load() is start
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("genrate", "generate"), ("bench_train", "bench-train"), ("--plan", "plan"), ("x", None)],
+)
+def test_an_unknown_command_is_one_message_with_the_nearest(word, meant):
+    done = python("-m", "megachiar", word, "--set", "a.b=1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"error: megachiar {word}: there is no such command" in done.stderr and len(done.stderr.splitlines()) == 2
+    assert ("did you mean" in done.stderr) == (meant is not None)
+    assert nearest_command(word).startswith(f"did you mean `megachiar {meant}`?" if meant else "`megachiar --help`")
+
+
+def test_a_launchers_argument_may_come_before_the_command():
+    done = forked_python("-m", "megachiar", "--local_rank=0", "config", "list")
+    assert done.returncode == 0 and "tiny" in done.stdout
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(
+        ["git", "-C", folder, *identity, *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_the_version_tells_a_checkouts_commit(tmp_path, capsys):
+    assert checkout_commit(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("a")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "a")
+    git(tmp_path, "tag", "v1")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert checkout_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("b")
+    assert checkout_commit(tmp_path) == f"{commit}-dirty"
+    main(["--version"])
+    assert capsys.readouterr().out.startswith(f"megachiar {megachiar.__version__}")
+
+
+def test_a_damaged_checkout_has_no_commit(tmp_path):
+    (tmp_path / ".git").write_text("gitdir: /nowhere")
+    assert checkout_commit(tmp_path) is None
+
+
+def test_every_shipped_config_is_listed_and_shown(capsys):
+    config.main(["list"])
+    listed = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +\w.{15,}$", listed, re.M) == list(shipped_configs()) and len(shipped_configs()) == 6
+    config.main(["show", "tiny"])
+    assert capsys.readouterr().out == (ROOT / "configs" / "tiny.yaml").read_text()
+
+
+def test_a_shipped_config_is_copied_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config.main(["init", "tiny"])
+    assert "tiny.yaml" in capsys.readouterr().out
+    assert load_config("tiny.yaml") == load_config(ROOT / "configs" / "tiny.yaml")
+    Path("tiny.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"tiny\.yaml: exists already\n .*--overwrite"):
+        config.main(["init", "tiny.yaml"])
+    assert Path("tiny.yaml").read_text() == "mine"
+    config.main(["init", "tiny", "--overwrite"])
+    assert Path("tiny.yaml").read_text() != "mine"
+    with pytest.raises(UserError, match=r"tinny: there is no such shipped config\n .*did you mean tiny\? "):
+        config.main(["init", "tinny"])
+
+
+def test_the_quickstart_takes_the_config_at_hand_or_brings_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.find_config() == Path("tiny.yaml") and Path("tiny.yaml").exists()
+    Path("tiny.yaml").write_text("mine")
+    assert quickstart.find_config() == Path("tiny.yaml") and Path("tiny.yaml").read_text() == "mine"
+    monkeypatch.chdir(ROOT)
+    assert quickstart.find_config() == Path("configs/tiny.yaml")
+
+
+def test_relative_paths_of_a_config_are_of_the_current_folder(tmp_path):
+    """A copied config finds what lies where its user is, and says where it looked."""
+    command = [sys.executable, "-m", "megachiar"]
+    env = process_environment(PYTHONPATH=str(ROOT))
+    subprocess.run([*command, "config", "init", "tiny"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    inspect = [*command, "inspect", "--config", "tiny.yaml", "--step", "0", "--json"]
+    done = subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "data/shakespeare/train" in done.stderr and str(ROOT) not in done.stderr
+    (tmp_path / "corpus.txt").write_text("All the world's a stage, and all the men and women merely players.\n" * 200)
+    for arguments in (
+        ["tokenizer", "--input", "corpus.txt", "--vocab-size", "270", "--output", "t.json"],
+        ["preprocess", "--input", "corpus.txt", "--tokenizer", "t.json", "--output-prefix", "data/shakespeare/train"],
+    ):
+        subprocess.run([*command, *arguments], cwd=tmp_path, env=env, check=True, capture_output=True)
+    inspect += ["--model.vocab_size=270", "--data.validation.valid=data/shakespeare/train"]
+    again = subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads(again.stdout)["samples"]) == load_config(tmp_path / "tiny.yaml").training.global_batch_size
