@@ -36,6 +36,12 @@ setup(
         "mpi": ["mpi4py>=4"],
         "remote": ["fsspec>=2024.2"],
         "hf": ["datasets>=3", "transformers>=4.44"],
+        # The site of docs/, built on Python 3.11 or newer: the tools need it.
+        "docs": [
+            'sphinx>=9; python_version >= "3.11"',
+            'myst-parser>=5; python_version >= "3.11"',
+            'furo>=2025.12; python_version >= "3.11"',
+        ],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
