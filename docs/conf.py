@@ -6,7 +6,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
-import generate
+import generated_pages
 
 project = "megachiar"
 copyright = "the megachiar authors"
@@ -20,4 +20,4 @@ suppress_warnings = []
 
 def setup(app: Sphinx) -> None:
     """Write the generated pages before Sphinx looks for its sources."""
-    generate.main()
+    generated_pages.main()

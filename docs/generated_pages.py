@@ -1,6 +1,6 @@
 """Write the pages that follow from the code: the config reference, and the list of all error messages.
 
-    python docs/generate.py            writes docs/configuration.md, which is committed, and docs/generated/messages.md
+    python docs/generated_pages.py            writes docs/configuration.md, which is committed, and docs/generated/messages.md
 
 The site's build runs it, and a test fails where docs/configuration.md is not what it would write.
 """
@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 INTRODUCTION = """# Configuration
 
-<!-- Written by docs/generate.py from the types in megachiar/config. -->
+<!-- Written by docs/generated_pages.py from the types in megachiar/config. -->
 
 One YAML file is one run. Every key has a type, a unit and a meaning; this page is made from the code. Unknown keys are
 refused with the nearest known one. All problems of a file are reported at once, each with file, line, key, value and
