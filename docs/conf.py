@@ -15,9 +15,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "megachiar"
 exclude_patterns = ["_build"]
-suppress_warnings = []
 
 
 def setup(app: Sphinx) -> None:
-    """Write the generated pages before Sphinx looks for its sources."""
-    generated_pages.main()
+    """Write the page that is not committed before Sphinx looks for its sources."""
+    generated_pages.write_messages()
