@@ -1,6 +1,7 @@
 # make quickstart   everything, from an empty machine to a trained model and a sample
 # make test         the tests
 # make test-slow    the long ones
+# make docs         the site of docs/ in docs/_build, on Python 3.11 or newer
 #
 # PYTHON: the interpreter to start from, 3.10 or newer.   VENV: where the virtual environment lies.
 # pip takes the default torch of your platform; a torch that VENV has already, in the pinned version, stays.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow
+.PHONY: quickstart test test-slow docs
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -20,6 +21,10 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
+
+docs: $(VENV)/installed-docs
+	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
+	@echo "open docs/_build/index.html"
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null \
@@ -36,4 +41,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/installed

@@ -7,7 +7,8 @@
 # From the top folder of the checkout, after editing slurm/env.sh. Options for both sbatch calls go into SBATCH_*
 # variables (SBATCH_PARTITION=cpu bash slurm/preprocess.sh ...). Each shard takes its share of the files in their order,
 # so that the dataset is byte for byte what one process would write. The shards lie in OUTPUT_PREFIX.shards until the
-# merge is whole. After a failure run the same command again: what is done already is not done again.
+# merge is whole. After a failure run the same command again: what is done already is not done again; after a
+# success it says so and queues nothing.
 
 #SBATCH --job-name=megachiar-preprocess
 #SBATCH --nodes=1
@@ -28,6 +29,11 @@ submit() {
     load_settings # before a folder is made under data/, which may have to become a link
     split_at_dashes "$@"
     check_call
+    if merged_before; then # by this call? the tool tells
+        load_environment
+        preprocess --merge-shards "$shards"
+        return
+    fi
     mkdir -p "$output.shards" || exit $EXIT_USER_ERROR
     write_plan "$output.shards/plan"
     local array merge jobs="$output.shards/jobs"
@@ -81,9 +87,21 @@ check_call() {
             file="$output$part.$suffix"
             [ ! "$file" -ef "$tokenizer" ] || fail "$file is the tokenizer: choose another OUTPUT_PREFIX"
             [ ! -e "$file" ] || [ -e "$output.shards/finishing" ] || [[ " ${flags[*]} " = *" --overwrite "* ]] ||
+                merged_before ||
                 fail "$file exists already: choose another OUTPUT_PREFIX, or add -- --overwrite"
         done
     done
+}
+
+# Whether every part is whole, no shard is left, and nothing asks to replace them.
+merged_before() {
+    local part suffix
+    for part in "${parts[@]}"; do
+        for suffix in bin idx json; do
+            [ -e "$output$part.$suffix" ] || return
+        done
+    done
+    [ ! -e "$output.shards" ] && [[ " ${flags[*]} " != *" --overwrite "* ]]
 }
 
 # What the jobs read: the call as bash variables. Shards of another call must not end in this dataset.

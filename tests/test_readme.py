@@ -1,9 +1,10 @@
-"""Every command of the README works: each ```bash block says, in a comment above it, how it is tested.
+"""Every command of README and docs/ works: each ```bash block says, in a comment above it, how it is tested.
 
-<!-- test: run -->         executed word for word, in order, in one clone of the working tree
+<!-- test: run -->         executed word for word, in order, in one clone of the working tree: before and after the
+                           quickstart's commands
 <!-- test: quickstart -->  a make target that is executed on a clone with an empty home (slow set)
 <!-- test: make -->        a make target that exists; running it here would run these tests again
-<!-- test: cluster -->     commands for GPUs, clusters or a network: parsed, and all they name must exist
+<!-- test: cluster -->     commands for GPUs, clusters, a network or a trained run: parsed, and all they name must exist
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ import pytest
 from support import ROOT, process_environment, python
 
 from megachiar.config import load_config
+from megachiar.data import corpus
+from megachiar.data.existing import note_path, write_note
 from megachiar.errors import UserError
 
 README = ROOT / "README.md"
+NOT_OURS = {"_build", "generated"}
+PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if not NOT_OURS & set(p.parts))]
+LARGEST_README = 10_000  # bytes
 KINDS = ("run", "quickstart", "make", "cluster")
 BLOCK = re.compile(
     r"(?:<!-- test: (?P<kind>[\w-]+) -->\s*\n)?^```(?:bash|sh|shell|console)\n(?P<commands>.*?)^```", re.M | re.S
 )
-OUR_PATH = re.compile(r"(?:tools|slurm|configs|megachiar|tests)/[\w./-]*|constraints\.txt")
+OUR_PATH = re.compile(r"(?:tools|slurm|configs|megachiar|tests|docs)/[\w./-]*|constraints\.txt")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
 class Block(NamedTuple):
@@ -48,8 +55,8 @@ def blocks(readme: str) -> list[Block]:
     ]
 
 
-def of_kind(kind: str) -> list[str]:
-    return [block.commands for block in blocks(README.read_text()) if block.kind == kind]
+def of_kind(kind: str, pages: list[Path] = PAGES) -> list[str]:
+    return [block.commands for page in pages for block in blocks(page.read_text()) if block.kind == kind]
 
 
 def commands_of(block: str) -> Iterator[list[str]]:
@@ -67,8 +74,8 @@ def commands_of(block: str) -> Iterator[list[str]]:
                 words.append(word)
 
 
-def problems(readme: str) -> list[str]:
-    """What is wrong with the commands of a README, without running them; each with its line."""
+def problems(readme: str, folder: Path = ROOT) -> list[str]:
+    """What is wrong with the commands, paths and links of a page in ``folder``, without running them."""
     found = []
     for block in blocks(readme):
         if block.kind not in KINDS:
@@ -80,6 +87,7 @@ def problems(readme: str) -> list[str]:
     for path in set(re.findall(rf"`({OUR_PATH.pattern})[^`\n]*`", readme)):
         if not (ROOT / path).exists():
             found.append(f"text: there is no {path}")
+    found += [f"link: there is no {path}" for path in LINK.findall(readme) if not (folder / path).exists()]
     return found
 
 
@@ -149,8 +157,16 @@ def override_problems(word: str, arguments: list[str]) -> Iterator[str]:
             yield str(error)
 
 
-def test_the_readme_has_no_problem():
-    assert problems(README.read_text()) == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_problem(page):
+    assert [each for each in problems(page.read_text(), page.parent) if "docs/generated" not in each] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = README.read_text()
+    assert len(text.encode()) <= LARGEST_README
+    linked = {ROOT / path for path in LINK.findall(text)}
+    assert linked >= {page for page in PAGES[1:] if page.parent.name != "benchmarks" and page.name != "index.md"}
 
 
 def test_the_readme_has_blocks_of_every_kind():
@@ -197,6 +213,7 @@ def test_a_good_readme_has_no_problem():
             "training.steps",
         ),
         ("See `tools/nothing.py --help`.\n", "text: there is no tools/nothing.py"),
+        ("See [that](docs/nothing.md#part).\n", "link: there is no docs/nothing.md"),
     ],
 )
 def test_each_flaw_is_seen(readme, problem):
@@ -217,24 +234,64 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(1500)
-def test_run_blocks_run_word_for_word(tmp_path):
-    folder = clone(tmp_path)
+def environment_of(folder: Path) -> dict[str, str]:
+    """What commands of a clone run in: this Python, and the clone's package."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = process_environment(PATH=path, PYTHONPATH=str(folder))
     del env["OMP_NUM_THREADS"]
+    return env
+
+
+def run_blocks(folder: Path, env: dict[str, str]) -> None:
+    """Run the ``run`` blocks of all pages, word for word, in order."""
     for commands in of_kind("run"):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", commands], cwd=folder, env=env, capture_output=True, text=True
-        )
+        done = run_shell(commands, folder, env)
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
-    assert (folder / "runs" / "tiny" / "metrics.jsonl").exists()
+
+
+def run_shell(commands: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-euo", "pipefail", "-c", commands]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def results(folder: Path) -> dict[str, int]:
+    """Time of change of each dataset, tokenizer and checkpoint."""
+    found = [path for path in (folder / "data").rglob("*") if path.suffix != ".yaml"]
+    found += (folder / "runs").rglob("*.safetensors")
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found if path.is_file()}
+
+
+def put_small_corpus(folder: Path) -> None:
+    """Put a small corpus where the quickstart's is, as if it had been fetched, and let it train for 4 steps."""
+    data = folder / "data" / "shakespeare"
+    counts = corpus.write_corpus(corpus.python_help_texts(), data)
+    write_note(note_path(data / "corpus"), {"source": "shakespeare"}, list(corpus.part_paths(data).values()), counts)
+    config = folder / "configs" / "tiny.yaml"
+    assert "  steps: 1200\n" in config.read_text()
+    config.write_text(config.read_text().replace("  steps: 1200\n", "  steps: 4\n"))
+
+
+@pytest.mark.timeout(1500)
+def test_run_blocks_run_word_for_word_before_and_after_the_quickstart_and_twice(tmp_path):
+    folder = clone(tmp_path)
+    put_small_corpus(folder)
+    env = environment_of(folder)
+    run_blocks(folder, env)
+    assert (folder / "runs" / "mine" / "metrics.jsonl").exists()
+    quickstart = run_shell("python tools/quickstart.py", folder, env)
+    assert quickstart.returncode == 1 and "no better than the bigram model" in quickstart.stderr, quickstart.stderr
+    before = results(folder)
+    run_blocks(folder, env)
+    assert results(folder) == before, "what was done is not done again"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_quickstart_for_real(tmp_path):
-    """On a fresh clone with an empty home and package cache; it fails by itself if the bigram model is better."""
+    """On a fresh clone with an empty home and package cache; it fails by itself if the bigram model is better.
+
+    After it every block of the pages works, and the quickstart works again.
+    """
     folder = clone(tmp_path / "clone")
     (tmp_path / "home").mkdir()
     env = process_environment(HOME=str(tmp_path / "home"), PIP_CACHE_DIR=str(tmp_path / "home" / "cache"))
@@ -244,3 +301,9 @@ def test_quickstart_for_real(tmp_path):
     done = subprocess.run(["bash", "-c", commands], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "interpolated bigram" in done.stderr and "A sample" in done.stderr
+    run_blocks(folder, environment_of(folder))
+    before = results(folder)
+    again = subprocess.run(["bash", "-c", commands], cwd=folder, env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and "runs/tiny is finished" in again.stderr, again.stdout + again.stderr
+    run_blocks(folder, environment_of(folder))
+    assert results(folder) == before, "what was done is not done again"

@@ -350,6 +350,12 @@ def test_shards_and_merge_give_the_files_of_one_process(cluster, tmp_path):
     for name in ("web_train.bin", "web_train.idx", "web_valid.bin", "web_valid.idx"):
         assert not (cluster.folder / "out" / "web.shards").exists()
         assert (cluster.folder / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    before = submitted(cluster.calls.read_text())
+    code, output, calls = cluster.run("preprocess.sh", "out/web", str(model), "3", *files, "--", *flags)
+    assert code == 0 and "exists already and is what this command makes" in output, output
+    code, output, calls = cluster.run("preprocess.sh", "out/web", str(model), "3", *files[1:], "--", *flags)
+    assert code == 2 and "exists already, and not as this command makes it: it was made with inputs" in output, output
+    assert submitted(calls) == before
 
 
 def test_the_same_call_goes_on_and_another_is_refused(cluster, inputs):
@@ -366,10 +372,14 @@ def test_the_same_call_goes_on_and_another_is_refused(cluster, inputs):
 
 def test_a_dataset_that_exists_is_kept_unless_told(cluster, inputs):
     (cluster.folder / "out").mkdir()
-    for name in ("web.json", "web.idx", "web.bin"):  # looked for in the other order
+    for name in ("web.json", "web.idx"):  # looked for in the other order
         (cluster.folder / "out" / name).write_text("")
         code, output, _ = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs)
         assert code == 2 and f"out/{name} exists already" in output
+    (cluster.folder / "out" / "web.bin").write_text("")
+    code, output, calls = cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, PROGRAM="exit 2")
+    assert code == 2 and "--merge-shards 2" in calls, "the tool tells whether it is the same dataset"
+    assert "sbatch" not in calls
     assert cluster.run("preprocess.sh", "out/web", "tok.json", "2", *inputs, "--", "--overwrite")[0] == 0
 
 

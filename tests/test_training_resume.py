@@ -143,7 +143,7 @@ def test_only_the_newest_are_kept_and_a_finished_run_is_left_alone(tmp_path):
         checkpoint_name(10),
     ]
     (output,) = pretrain(config)
-    assert "nothing to do" in output
+    assert "is finished: it is at step 10 of training.steps 10. To train it further raise training.steps" in output
 
 
 def test_more_steps_can_be_asked_for_later(tmp_path):

@@ -4,7 +4,7 @@ megachiar corpus --output data/shakespeare                            # Shakespe
 megachiar corpus --source wikitext-103 --output data/wikitext-103     # needs the extra hf and a network
 
 Each line is {"text", "work", "edition"}. Without a network the first one takes 0.4 MB of English text that every Python
-carries, and says so.
+carries, and says so. A command that was done before does nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.console import make_console
-from megachiar.data.corpus import WIKITEXT, shakespeare_and_milton, wikitext, write_corpus
+from megachiar.data.corpus import WIKITEXT, get_corpus
+from megachiar.data.existing import SAME
 from megachiar.options import CommandParser
 
 
@@ -22,6 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("corpus", __doc__)
     parser.add_argument("--source", choices=("shakespeare", *WIKITEXT), default="shakespeare")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the files are written")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that hold another text")
     return parser.parse_args(argv)
 
 
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    works = shakespeare_and_milton(say) if options.source == "shakespeare" else wikitext(options.source)
-    for part, (documents, size) in write_corpus(works, options.output).items():
+    report = get_corpus(options.source, options.output, say, overwrite=options.overwrite)
+    for part, (documents, size) in report.counts.items():
         say(f"{options.output / part}.jsonl: {documents:,} documents, {size / 1e6:.2f} MB of text")
+    if report.existed:
+        say(f"{options.output}: {SAME}")

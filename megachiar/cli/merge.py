@@ -3,18 +3,20 @@
     megachiar merge data/part0 data/part1 --output data/whole
 
 Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared, and
-the output is whole or not there at all.
+the output is whole or not there at all. A command that was done before does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megachiar.data.existing import SAME, Differs
 from megachiar.data.files import bin_path
 from megachiar.data.indexed import IndexedDataset
-from megachiar.data.merge import merge_datasets
+from megachiar.data.merge import find_merged, merge_datasets
 from megachiar.data.progress import ByteProgress
 from megachiar.options import CommandParser
 
@@ -35,6 +37,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if not arguments.overwrite:
+        with contextlib.suppress(Differs):
+            find_merged(arguments.inputs, arguments.output, arguments.shuffle_seed)
+            print(f"{arguments.output}: {SAME}")
+            return
     total = sum(IndexedDataset(prefix).tokens.nbytes for prefix in arguments.inputs)
     with ByteProgress("merging", total) as progress:
         merge_datasets(

@@ -5,7 +5,8 @@
 
 Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
 input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
-goes on with the first file that is missing. Exit code 2: a problem you can mend, and no dataset was written.
+goes on with the first file that is missing; run again after a success, it does nothing. Exit code 2: a problem you can
+mend, and no dataset was written.
 
 Many machines: `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
 `--merge-shards N`; the files are those of one process.
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report = work(settings, arguments)
     if report is None and arguments.shard is not None:
-        print("the shard is whole already: nothing is done", file=sys.stderr)
+        print("the shard, or the whole dataset, is there already: nothing was done", file=sys.stderr)
     for line in report.lines() if report is not None else ():
         print(line, file=sys.stderr)
 

@@ -3,7 +3,7 @@
     megachiar tokenizer --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
 
 Writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give the
-same file. Exit code 2: a problem you can mend, and nothing was written.
+same file; a command that was done before does nothing. Exit code 2: a problem you can mend, and nothing was written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from megachiar.console import make_console
+from megachiar.data.existing import SAME
 from megachiar.data.input_options import add_input_options, named_sources, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 from megachiar.options import CommandParser
@@ -56,3 +57,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"({report.read_bytes:,} bytes)",
         markup=False,
     )
+    if report.existed:
+        console.print(f"{settings.output}: {SAME}", markup=False)

@@ -12,6 +12,8 @@ Most of one text that is taken is in training twice: 60 % of the runs of eight w
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import json
 import os
 import subprocess
@@ -22,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from megachiar.data.existing import Differs, note_path, read_note, write_note
 from megachiar.data.files import sync_folder, temporary_path
 from megachiar.errors import UserError, disk_errors
 
@@ -39,6 +42,16 @@ _LARGEST_TEXT = 16 << 20  # bytes; the largest there is has 0.5 MB
 _HELD_OUT_EVERY = 10  # every tenth help topic is held out, for validation and test in turn
 _SHINGLE = 8  # words in a row that say that a text was copied
 _COPIED = 0.05  # of a topic's shingles; more, and the topic is part of another one
+
+
+class CorpusReport(NamedTuple):
+    """What is in a corpus folder: part -> (documents, UTF-8 bytes of text).
+
+    ``existed`` tells that it was there already, made by the same call, and nothing was done.
+    """
+
+    counts: dict[str, tuple[int, int]]
+    existed: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,16 +71,51 @@ class Work:
     part: str
 
 
-def write_corpus(works: Iterable[Work], folder: Path) -> dict[str, tuple[int, int]]:
+def get_corpus(source: str, folder: Path, say: Callable[[str], None], *, overwrite: bool = False) -> CorpusReport:
+    """Fetch a corpus and write it into ``folder``; do nothing where that was done before.
+
+    Args:
+        source: ``shakespeare`` or a key of ``WIKITEXT``.
+        folder: where the files of the parts go.
+        say: called with a line of text where other text is taken because there is no network.
+        overwrite: fetch it again, and replace files that hold something else.
+
+    Raises:
+        UserError: a file holds something else, the source cannot be fetched, or the disk is full.
+    """
+    asked, note, files = {"source": source}, note_path(folder / "corpus"), list(part_paths(folder).values())
+    if not overwrite:
+        with contextlib.suppress(Differs):
+            return CorpusReport({part: tuple(c) for part, c in read_note(note, asked, files).items()}, existed=True)
+    works, substituted = (wikitext(source), False) if source in WIKITEXT else shakespeare_and_milton(say)
+    counts = write_corpus(works, folder, overwrite=overwrite)
+    if not substituted:
+        write_note(note, asked, files, counts)
+    return CorpusReport(counts)
+
+
+def part_paths(folder: Path) -> dict[str, Path]:
+    """Return the file of each part of a corpus."""
+    return {part: folder / f"{part}.jsonl" for part in PARTS}
+
+
+def write_corpus(works: Iterable[Work], folder: Path, *, overwrite: bool = False) -> dict[str, tuple[int, int]]:
     """Write ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` into ``folder``: all of them whole, or none new.
+
+    A file that holds the same already stays as it is, so that nothing that was made of it counts as outdated.
+
+    Args:
+        works: the documents.
+        folder: where the files go.
+        overwrite: replace files that hold something else.
 
     Returns:
         part -> (documents, UTF-8 bytes of text).
 
     Raises:
-        UserError: the disk is full, read-only or forbidden.
+        UserError: a file holds something else; the disk is full, read-only or forbidden.
     """
-    paths = {part: folder / f"{part}.jsonl" for part in PARTS}
+    paths = part_paths(folder)
     temporary = {part: temporary_path(path) for part, path in paths.items()}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +123,25 @@ def write_corpus(works: Iterable[Work], folder: Path) -> dict[str, tuple[int, in
             with ExitStack() as stack:
                 files = {part: stack.enter_context(open(path, "wb")) for part, path in temporary.items()}
                 counts = _write_lines(works, files)
-            for part, path in paths.items():
-                os.replace(temporary[part], path)
+            changed = [part for part in PARTS if not _same_content(temporary[part], paths[part])]
+            if not overwrite and (other := [paths[part] for part in changed if paths[part].exists()]):
+                remedy = "choose another --output, or pass --overwrite"
+                raise UserError(other[0], "exists already and holds another text than this corpus", remedy)
+            for part in PARTS:
+                if part in changed:
+                    os.replace(temporary[part], paths[part])
+                else:
+                    temporary[part].unlink()
         except BaseException:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
             raise
         sync_folder(folder)
     return counts
+
+
+def _same_content(new: Path, old: Path) -> bool:
+    return old.is_file() and filecmp.cmp(new, old, shallow=False)
 
 
 def _write_lines(works: Iterable[Work], files: dict[str, BinaryIO]) -> dict[str, tuple[int, int]]:
@@ -98,25 +157,28 @@ def _write_lines(works: Iterable[Work], files: dict[str, BinaryIO]) -> dict[str,
     return counts
 
 
-def shakespeare_and_milton(say: Callable[[str], None]) -> list[Work]:
+def shakespeare_and_milton(say: Callable[[str], None]) -> tuple[list[Work], bool]:
     """The works of the source package, or, if it cannot be had, English text that every Python carries.
 
     Args:
         say: told which it is where it is not the package.
+
+    Returns:
+        the works, and whether they are not those of the package.
 
     Raises:
         UserError: the package was fetched but is not what it should be.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return works_in_archive(download(Path(folder)))
+            return works_in_archive(download(Path(folder))), False
         except ConnectionError as error:
             say(
                 f"{PACKAGE}=={VERSION} cannot be fetched ({error}).\nTaking the help texts that every Python carries "
-                "instead, 0.4 MB of English: enough to see everything work, not to learn much. With a network, remove "
-                "the output and start again."
+                "instead, 0.4 MB of English: enough to see everything work, not to learn much. With a network, start "
+                "again with --overwrite."
             )
-    return python_help_texts()
+    return python_help_texts(), True
 
 
 def download(folder: Path) -> Path:

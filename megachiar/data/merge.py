@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megachiar import __version__
 from megachiar.data.dataset import check_same_tokenizer
+from megachiar.data.existing import Differs, compare, read_whole
 from megachiar.data.files import (
     BlockChecksums,
     bin_path,
@@ -63,13 +66,13 @@ def merge_datasets(
 
     Raises:
         UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
-            missing, the output is an input or exists, or the disk is full.
+            missing, the output is an input or exists as another one, or the disk is full.
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
     _refuse_own_inputs(inputs, output)
     if not overwrite:
-        _refuse_existing(output)
+        _refuse_existing(inputs, output, shuffle_seed)
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     for dataset in datasets:
         dataset.check_index()
@@ -110,10 +113,33 @@ def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None
                 raise UserError(output, f"is the input {prefix}", "write to another name")
 
 
-def _refuse_existing(output: Path | str) -> None:
+def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> Manifest:
+    """Return the manifest of ``output`` where it is what ``merge_datasets`` makes of ``inputs`` as they are now.
+
+    Raises:
+        Differs: it is not, or is not whole, or an input has no manifest.
+    """
+    made, parts = read_whole(output), [read_whole(prefix) for prefix in inputs]
+    asked = [_merged_values(parts, shuffle_seed), *({"tokenizer": part.tokenizer.fingerprint} for part in parts)]
+    found = {"tokenizer": made.tokenizer.fingerprint, **{key: getattr(made, key) for key in asked[0]}}
+    for values in asked:
+        compare({key: found[key] for key in values}, values)
+    made_at = manifest_path(output).stat().st_mtime_ns
+    for path in itertools.chain.from_iterable(map(dataset_files, inputs)):
+        if path.stat().st_mtime_ns > made_at:
+            raise Differs(f"{path} was changed since")
+    return made
+
+
+def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:
     for path in dataset_files(output):
         if path.exists():
-            raise UserError(path, "exists already", "choose another --output, or pass --overwrite")
+            problem = "exists already"
+            try:
+                find_merged(inputs, output, shuffle_seed)
+            except Differs as difference:
+                problem = f"exists already, and not as this command makes it: {difference}"
+            raise UserError(path, problem, "choose another --output, or pass --overwrite")
 
 
 def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
@@ -207,26 +233,33 @@ def _merged_manifest(
     builder: IndexedDatasetBuilder,
     shuffle_seed: int | None,
 ) -> Manifest:
-    first = manifests[0]
-    same_options = all(manifest.options == first.options for manifest in manifests)
+    return replace(
+        manifests[0],
+        tokenizer=_with_absolute_file(manifests[0].tokenizer, manifest_path(inputs[0]).parent),
+        largest_token_id=builder.largest_token_id,
+        checksums=Checksums(**builder.checksums),
+        created_by=f"megachiar {__version__} merge_datasets",
+        **_merged_values(manifests, shuffle_seed),
+    )
+
+
+def _merged_values(manifests: Sequence[Manifest], shuffle_seed: int | None) -> dict[str, Any]:
+    """Return those fields of the merged dataset's manifest that follow from the manifests of the inputs."""
+    options = manifests[0].options
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
-    return replace(
-        first,
-        tokenizer=_with_absolute_file(first.tokenizer, manifest_path(inputs[0]).parent),
-        documents=builder.documents,
-        tokens=builder.tokens,
-        text_bytes=sum(manifest.text_bytes for manifest in manifests),
-        words=sum(manifest.words for manifest in manifests),
-        skipped=dict(skipped),
-        largest_token_id=builder.largest_token_id,
-        checksums=Checksums(**builder.checksums),
-        shuffle_seed=shuffle_seed,
-        options=first.options if same_options else {},
-        sources=[source for manifest in manifests for source in manifest.sources],
-        created_by=f"megachiar {__version__} merge_datasets",
-    )
+    return {
+        "append_eod": manifests[0].append_eod,
+        "documents": sum(manifest.documents for manifest in manifests),
+        "tokens": sum(manifest.tokens for manifest in manifests),
+        "text_bytes": sum(manifest.text_bytes for manifest in manifests),
+        "words": sum(manifest.words for manifest in manifests),
+        "skipped": dict(skipped),
+        "shuffle_seed": shuffle_seed,
+        "options": options if all(manifest.options == options for manifest in manifests) else {},
+        "sources": [source for manifest in manifests for source in manifest.sources],
+    }
 
 
 def _with_absolute_file(tokenizer: TokenizerRecord, folder: Path) -> TokenizerRecord:

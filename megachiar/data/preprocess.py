@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import megachiar
 from megachiar.data.encoder import ChunkEncoder, EncodedPart, encode_without_threads
+from megachiar.data.existing import SAME, Differs, find_existing
 from megachiar.data.fast_tokenizer import CHECKED_BYTES, ChosenEngine, choose_engine
 from megachiar.data.files import dataset_files, put_in_place, remove_dataset
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
@@ -73,6 +74,7 @@ class Report:
         seconds: from the first byte read to the last one on the disk.
         engine: what encoded, and why; empty if an earlier run had encoded all.
         rate: megabytes of text a second; this run's own, without what an earlier one had done.
+        existed: whether the datasets were there already, as this call makes them, and nothing was done.
     """
 
     manifests: dict[Path, Manifest] = field(default_factory=dict)
@@ -80,6 +82,13 @@ class Report:
     seconds: float = 0.0
     engine: str = ""
     rate: float = 0.0
+    existed: bool = False
+
+    @classmethod
+    def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
+        """Report on datasets that were there already."""
+        skipped = next(iter(manifests.values())).skipped
+        return cls(manifests, TroubleLog("skip", collections.Counter(skipped)), existed=True)
 
     def lines(self) -> Iterator[str]:
         """The report as text, line by line."""
@@ -92,6 +101,10 @@ class Report:
                 f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte"
             )
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
+        if self.existed:
+            yield f"skipped documents: {left_out}"
+            yield f"{', '.join(map(str, self.manifests))}: {SAME}"
+            return
         yield f"skipped documents: {left_out}; {self.seconds:.1f} s, {self.rate:.2f} MB/s"
         if self.engine:
             yield f"engine: {self.engine}"
@@ -100,13 +113,16 @@ class Report:
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
     """Tokenize a corpus into datasets, going on where an earlier run of the same call was stopped.
 
+    Where an earlier run of the same call was finished, and no input was changed since, nothing is done.
+
     Args:
         settings: what to do.
         stream: where progress is shown, standard error if None.
 
     Raises:
-        UserError: an output exists, the input or tokenizer cannot be used, a worker died, or the disk is full. No
-            dataset is left then, but the inputs that were done are kept for the next run.
+        UserError: an output exists and is not what this call makes, the input or tokenizer cannot be used, a worker
+            died, or the disk is full. No new dataset is left then; the inputs that were done are kept for the next
+            run.
     """
     encode_without_threads()
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
@@ -117,10 +133,12 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
             "name it with --eod-token",
         )
     if not journal_path(settings).exists():
-        check_outputs(settings)  # before anything is written
+        if (existing := existing_report(settings, tokenizer)) is not None:
+            return existing
+        check_outputs(settings, tokenizer)  # before anything is written
     with open_journal(settings, tokenizer) as journal:
         if journal.stage != "placing":
-            check_outputs(settings)
+            check_outputs(settings, tokenizer)
         return _Run(settings, tokenizer, journal, stream or sys.stderr).go()
 
 
@@ -151,11 +169,21 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator
     journal.remove()
 
 
-def check_outputs(settings: PreprocessSettings) -> None:
+def existing_report(settings: PreprocessSettings, tokenizer: Tokenizer) -> Report | None:
+    """Report on the datasets of this call if an earlier one made them; None if there is something to do."""
+    if settings.overwrite or settings.restart:
+        return None
+    try:
+        return Report.of_existing(find_existing(settings, tokenizer))
+    except Differs:
+        return None
+
+
+def check_outputs(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     """Refuse outputs that exist, unless they may be replaced, and those that are read (text, tokenizer) in any case.
 
     Raises:
-        UserError: names the file.
+        UserError: names the file, and why it is not what this call would make.
     """
     read = [source.path for source in settings.sources if source.path is not None]
     read += [settings.tokenizer, *settings.tokenizer.glob("*")]  # tok.json would be the manifest of the prefix tok
@@ -164,7 +192,17 @@ def check_outputs(settings: PreprocessSettings) -> None:
         if path.resolve() in inputs:
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:
-            raise UserError(path, "exists already", "choose another --output-prefix, or pass --overwrite")
+            problem = f"exists already, and not as this command makes it: {why_different(settings, tokenizer)}"
+            raise UserError(path, problem, "choose another --output-prefix, or pass --overwrite")
+
+
+def why_different(settings: PreprocessSettings, tokenizer: Tokenizer) -> str:
+    """Say why what exists is not what this call would make."""
+    try:
+        find_existing(settings, tokenizer)
+    except Differs as difference:
+        return str(difference)
+    return "--restart makes it again"
 
 
 class _Run:

@@ -21,11 +21,11 @@ from megachiar.data.files import put_in_place, remove_dataset, write_atomically
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.manifest import read_manifest
 from megachiar.data.merge import append_dataset
-from megachiar.data.preprocess import Output, Report, check_outputs, make_manifest, preprocess
+from megachiar.data.preprocess import Output, Report, check_outputs, existing_report, make_manifest, preprocess
 from megachiar.data.readers import Trouble, TroubleLog
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shuffle import shuffle_documents, unshuffled
-from megachiar.data.tokenizer import load_tokenizer
+from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 
 
@@ -64,7 +64,7 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     """Make shard ``number`` of ``shards``.
 
     Returns:
-        What was done; None if the shard was whole already.
+        What was done; None if the shard, or the whole dataset, was there already.
 
     Raises:
         UserError: as ``preprocess`` and ``shard_settings``.
@@ -74,7 +74,9 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     known = _read_record(record)
     if known is not None and known["identity"] == identity and not settings.restart:
         return None
-    check_outputs(settings)
+    if _merged_before(settings) is not None:
+        return None
+    check_outputs(settings, _load_tokenizer(settings))
     record.unlink(missing_ok=True)
     for prefix in own.prefixes:
         remove_dataset(prefix)
@@ -92,11 +94,13 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
     """
     if shards < 1:
         raise UserError("--merge-shards", f"{shards} shards", "give the number of shards that were made")
+    if (merged := _merged_before(settings)) is not None:
+        return merged
     everything = [shard_settings(settings, number, shards) for number in range(shards)]
-    log = _merged_log(everything)
+    tokenizer = _load_tokenizer(settings)
     if not _finishing(settings).exists():
-        check_outputs(settings)
-    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+        check_outputs(settings, tokenizer)
+    log = _merged_log(everything)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
@@ -118,6 +122,15 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
                 put_in_place(prefix)
     shutil.rmtree(shard_folder(settings))
     return Report({prefix: read_manifest(prefix) for prefix in settings.prefixes}, log)
+
+
+def _merged_before(settings: PreprocessSettings) -> Report | None:
+    """Report on the datasets if an earlier call has made and merged all shards; None if there is something to do."""
+    return None if shard_folder(settings).exists() else existing_report(settings, _load_tokenizer(settings))
+
+
+def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
+    return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
 
 
 def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> None:
@@ -144,7 +157,7 @@ def _merged_log(shards: list[PreprocessSettings]) -> TroubleLog:
 
 def _identity(shard: PreprocessSettings) -> list:
     """What tells whether a shard is the one that a call would make."""
-    tokenizer = load_tokenizer(shard.tokenizer, shard.tokenizer_kind, shard.eod_token)
+    tokenizer = _load_tokenizer(shard)
     sources = [source.identity() for source in shard.sources]
     return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.deciding, sources]
 

@@ -7,7 +7,8 @@ Both kinds encode any text and give it back, character for character:
   library's: U+2581 (``▁``), its mark for a space, comes back as a space.
 * Hugging Face: byte-level BPE with GPT-2's splitting and all 256 bytes in the vocabulary.
 
-The same input and options give the same file, byte for byte.
+The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it says what they were, so
+that the same command, given again, does nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import io
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
+from megachiar.data.existing import Differs, note_path, read_note, write_note
 from megachiar.data.files import write_atomically
 from megachiar.data.interrupts import interrupts_go_to
 from megachiar.data.progress import TextProgress
@@ -66,9 +69,26 @@ class TrainingSettings:
     on_error: OnError = "refuse"
     overwrite: bool = False
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the file that is written: options, and the inputs as they are now."""
+        return {
+            "vocab_size": self.vocab_size,
+            "kind": self.kind,
+            "algorithm": self.algorithm,
+            "text_key": self.read.text_key,
+            "txt_documents": self.read.txt_documents,
+            "max_text_bytes": self.max_text_bytes,
+            "on_error": self.on_error,
+            "inputs": [source.identity() for source in self.sources],
+        }
+
 
 class TrainingReport(NamedTuple):
-    """The tokenizer as written, the documents and bytes of text it was trained on and read in all, what was skipped."""
+    """The tokenizer as written, the documents and bytes of text it was trained on and read in all, what was skipped.
+
+    ``existed`` tells that the tokenizer was there already, made by the same call, and nothing was done.
+    """
 
     tokenizer: Tokenizer
     used_documents: int
@@ -76,21 +96,25 @@ class TrainingReport(NamedTuple):
     read_documents: int
     read_bytes: int
     log: TroubleLog
+    existed: bool = False
 
 
 def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) -> TrainingReport:
-    """Train a tokenizer and write it, whole or not at all.
+    """Train a tokenizer and write it, whole or not at all; do nothing where the same call has done it before.
 
     Args:
         settings: what to train.
         stream: where progress is shown, standard error if None.
 
     Raises:
-        UserError: the output exists or has the wrong suffix, the corpus cannot be read or is too small for the
-            vocabulary, the vocabulary is too small for the corpus, or the disk is full.
+        UserError: the output has the wrong suffix, or exists and was not made by the same call; the corpus cannot be
+            read or is too small for the vocabulary, the vocabulary is too small for the corpus, or the disk is full.
     """
     _check(settings)
+    if settings.output.exists() and not settings.overwrite:
+        return _existing(settings)
     log = TroubleLog(settings.on_error)
+    asked = settings.deciding
     with TextProgress("reading", None, stream) as progress:
         sample = sample_texts(_counted(settings, log, progress), settings.max_text_bytes)
     if not sample:
@@ -101,9 +125,29 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     with interrupts_go_to(signal.SIG_DFL):
         content = train(settings, sample)
     write_atomically(settings.output, content)
-    used = sum(len(text.encode()) for text in sample)
-    tokenizer = load_tokenizer(settings.output, settings.kind)
-    return TrainingReport(tokenizer, len(sample), used, progress.documents, progress.text_bytes, log)
+    counts = {
+        "used_documents": len(sample),
+        "used_bytes": sum(len(text.encode()) for text in sample),
+        "read_documents": progress.documents,
+        "read_bytes": progress.text_bytes,
+    }
+    write_note(note_path(settings.output), asked, [settings.output], {**counts, "skipped": dict(log.counts)})
+    return TrainingReport(load_tokenizer(settings.output, settings.kind), **counts, log=log)
+
+
+def _existing(settings: TrainingSettings) -> TrainingReport:
+    """Report on the tokenizer that is there if it is the one that the settings ask for.
+
+    Raises:
+        UserError: it is another one; the message says how it differs.
+    """
+    try:
+        report = read_note(note_path(settings.output), settings.deciding, [settings.output])
+    except Differs as difference:
+        problem = f"exists already, and not as this command makes it: {difference}"
+        raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
+    log = TroubleLog("skip", Counter(report.pop("skipped")))
+    return TrainingReport(load_tokenizer(settings.output, settings.kind), **report, log=log, existed=True)
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
@@ -130,8 +174,6 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError(settings.output, f"a {settings.kind} tokenizer is a {suffix} file", f"name it NAME{suffix}")
     if settings.kind == "huggingface" and settings.algorithm != "bpe":
         raise UserError("--algorithm", "a huggingface tokenizer is trained by bpe", "use --kind sentencepiece")
-    if settings.output.exists() and not settings.overwrite:
-        raise UserError(settings.output, "exists already", "choose another --output, or pass --overwrite")
     if settings.output.resolve() in {source.path.resolve() for source in settings.sources if source.path is not None}:
         raise UserError(settings.output, "is an input and would be the output too", "choose another --output")
     if settings.max_text_bytes < 1:

@@ -60,7 +60,11 @@ def train(
         console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
-        console.print(f"nothing to do: {config.logging.folder} is at step {progress.step} of {config.training.steps}")
+        console.print(
+            f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
+            f"{config.training.steps:,}. To train it further raise training.steps; to begin another run name another "
+            "logging.folder."
+        )
         return 0
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:

@@ -1,0 +1,131 @@
+"""What docs/ says of the code is true: paths, keys, messages; and the generated page is current."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+
+import pytest
+from support import ROOT
+
+from megachiar.config import RunConfig
+
+sys.path.insert(0, str(ROOT / "docs"))
+import generated_pages
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(p for p in DOCS.rglob("*.md") if not {"_build", "generated"} & set(p.parts))]
+PATH = re.compile(r"(?<![\w./-])(?:megachiar|tools|tests|slurm|configs)/[\w/-]+\.(?:py|sh|yaml|json)\b")
+SHORTEST_FRAGMENT = 4  # letters of a message that are looked for
+
+
+def test_the_config_reference_is_that_of_the_types():
+    written = (DOCS / "configuration.md").read_text()
+    assert written == generated_pages.configuration(), "python docs/generated_pages.py writes it anew"
+
+
+def keys(name: str = "") -> set[str]:
+    """Return every key of the config with dots, sections left out."""
+    found = set()
+    model = generated_pages.section_of(RunConfig)
+    for part in name.split(".") if name else []:
+        model = generated_pages.section_of(model.model_fields[part].annotation)
+    for key, field in model.model_fields.items():
+        path = f"{name}.{key}" if name else key
+        inner = generated_pages.section_of(field.annotation)
+        found |= {path} if inner is None else keys(path)
+    return found
+
+
+def test_every_key_has_its_line_with_type_and_default():
+    text = generated_pages.configuration()
+    lines = {}
+    for heading, body in re.findall(r"^#{2,3} `([\w.]+)`\n(.*?)(?=^#{2,3} |\Z)", text, re.M | re.S):
+        lines |= {f"{heading}.{key}": rest for key, rest in re.findall(r"^\| `(\w+)` \|(.*)$", body, re.M)}
+    assert set(lines) >= keys() - {"deepspeed"}
+    assert lines["model.hidden_size"].startswith(" integer, at least 2 | **required** |")
+    assert lines["parallel.pipeline_size"].startswith(" integer, above 0 | `1` |")
+    assert lines["parallel.zero_stage"].startswith(" `0`, `1`, `2`, `3` | `1` |")
+    assert lines["precision.tf32"].startswith(" `true`, `false` | `true` |")
+    assert lines["optimizer.clip_gradient_norm"].startswith(" number, above 0 or `null` | `1.0` |")
+
+
+def test_the_keys_to_touch_first_exist():
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", generated_pages.INTRODUCTION, re.M)
+    named = {f"{section}.{key}" for section, row in rows for key in re.findall(r"`([\w.]+)`", row)}
+    sections = {f"{section}.{key}" for section, model in sections_of_run() for key in model.model_fields}
+    assert len(rows) == 9 and named <= keys() | sections
+
+
+def sections_of_run():
+    """Yield name and class of each section of the config."""
+    for name, field in RunConfig.model_fields.items():
+        if (model := generated_pages.section_of(field.annotation)) is not None:
+            yield name, model
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page):
+    missing = [path for path in PATH.findall(page.read_text()) if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def strings_of_the_code() -> str:
+    """Return all texts of the code and the scripts, one after another; of f-strings what stands between the values."""
+    found = [path.read_text() for path in (ROOT / "slurm").glob("*.sh")]
+    for path in [*(ROOT / "megachiar").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append(generated_pages.template(node))
+    return "\n".join(found)
+
+
+def messages_of(page: str) -> list[str]:
+    """Return the first column of a page's tables of messages."""
+    return re.findall(r"^\| `+ ?(.+?) ?`+ \|", page, re.M)
+
+
+def test_every_message_that_the_page_of_failures_names_is_one_of_the_code():
+    page, strings = (DOCS / "failures.md").read_text(), strings_of_the_code()
+    found = messages_of(page.split("## Without a message")[0])
+    assert len(found) > 40
+    for message in found:
+        fragments = [part.strip() for part in message.split("…") if len(part.strip()) >= SHORTEST_FRAGMENT]
+        assert fragments, message
+        for fragment in fragments:
+            assert fragment in strings, f"no message has {fragment!r}"
+
+
+def test_the_list_of_messages_has_each_error_with_its_remedy():
+    text = generated_pages.messages()
+    assert "| `{path}` | `no such config file` | `check the path; shipped configs are in configs/` |" in text
+    raised = sum(
+        getattr(node.func, "id", "") == "UserError" and len(node.args) > 1
+        for path in (ROOT / "megachiar").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    )
+    assert raised > 100 and text.count("\n| ") > 0.8 * raised
+
+
+def test_the_reading_order_counts_on_and_names_each_file_once():
+    text = (DOCS / "reading-order.md").read_text()
+    listed = re.findall(r"^(\d+)\. `([\w/.]+)`: [A-Za-z].+\.$", text, re.M)
+    assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+    files = [file for _, file in listed]
+    assert len(set(files)) == len(files) > 40 and all(file.startswith("megachiar/") for file in files)
+    assert len(re.findall(r"^\d+\.", text, re.M)) == len(listed), "each line has a file and one sentence"
+
+
+def test_each_word_of_the_glossary_has_a_meaning_and_a_file():
+    rows = [line for line in (DOCS / "glossary.md").read_text().splitlines() if line.startswith("| ")]
+    words = [row for row in rows if not row.startswith("| word |")]
+    assert len(words) > 50
+    for row in words:
+        word, meaning, where = (cell.strip() for cell in row.strip("| ").split(" | "))
+        assert meaning.endswith("."), word
+        assert (ROOT / where.strip("`")).is_file(), word
+    assert len({row.split("|")[1] for row in words}) == len(words)
