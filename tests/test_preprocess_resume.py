@@ -21,11 +21,11 @@ from support import find_mpirun
 from text_helpers import train
 
 from megachiar.data import files, indexed, journal, shuffle
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.manifest import read_manifest
 from megachiar.data.order import permute, round_keys
 from megachiar.data.preprocess import preprocess
-from megachiar.data.readers import find_sources
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shards import make_shard, merge_shards
 from megachiar.data.shuffle import shuffle_documents

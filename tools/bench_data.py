@@ -33,8 +33,8 @@ from megachiar.benchmark import Spread, Times, in_turn, write_json
 from megachiar.console import run
 from megachiar.data.dataset import build_training_samples
 from megachiar.data.files import bin_path
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
-from megachiar.data.readers import find_sources
 from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.errors import UserError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from megachiar.console import make_console, run
-from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.input_options import add_input_options, named_inputs, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 
 
@@ -33,8 +33,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
+    inputs = named_inputs(arguments)
     settings = TrainingSettings(
-        sources=named_sources(arguments),
+        sources=inputs.sources,
+        found=inputs.found,
         output=arguments.output,
         vocab_size=arguments.vocab_size,
         kind=arguments.kind or by_suffix,
