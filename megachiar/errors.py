@@ -7,6 +7,7 @@ defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,22 +35,45 @@ class UserError(ValueError):
         return type(self), (self.where, self.problem, self.remedy)
 
 
+WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space there or write somewhere else",
+    errno.EDQUOT: "free some of your quota or write somewhere else",
+    errno.EROFS: "write to a folder that is not mounted read-only",
+    errno.EACCES: "change the permissions or write somewhere else",
+    errno.EPERM: "change the permissions or write somewhere else",
+    errno.ENOENT: "leave the folder alone while this runs, and run it again",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
+    errno.EEXIST: "a file stands where a folder is needed: move it or choose another path",
+    errno.EISDIR: "a folder stands where a file is needed: move it or choose another path",
+    errno.EFBIG: "raise the file size limit (ulimit -f) or write smaller files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+READ_REMEDIES = {
+    errno.EACCES: "make it readable",
+    errno.EPERM: "make it readable",
+    errno.ENOENT: "check the path, and leave the file alone while this runs",
+    errno.ELOOP: "mend the link",
+    errno.EISDIR: "give the path of a file",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def disk_error(path: Path | str, error: OSError, verb: str = "write") -> UserError:
+    """The message for what the system refused: it names the file, what was tried (``verb``) and the remedy.
+
+    Args:
+        path: named where ``error`` itself names no file.
+    """
+    where = error.filename if isinstance(error.filename, str | os.PathLike) else path
+    remedies = READ_REMEDIES if verb == "read" else WRITE_REMEDIES
+    remedy = remedies.get(error.errno or 0, "check the disk and its connection; the system's log (dmesg) tells more")
+    return UserError(where, f"cannot {verb}: {error.strerror or error}", remedy)
+
+
 @contextmanager
-def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk under ``path`` into a ``UserError`` that names it."""
+def disk_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
+    """Turn whatever the system refuses while ``path`` is written (or ``verb``) into a ``UserError`` that names it."""
     try:
         yield
     except OSError as error:
-        remedies = {
-            errno.ENOSPC: "free some space there or write somewhere else",
-            errno.EDQUOT: "free some of your quota or write somewhere else",
-            errno.EROFS: "write to a folder that is not mounted read-only",
-            errno.EACCES: "change the permissions or write somewhere else",
-            errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
-            errno.EEXIST: "a file stands where a folder is needed: move it or choose another path",
-            errno.EISDIR: "a folder stands where a file is needed: move it or choose another path",
-            errno.EFBIG: "raise the file size limit (ulimit -f) or write smaller files",
-        }
-        if error.errno not in remedies:
-            raise
-        raise UserError(error.filename or path, f"cannot write: {error.strerror}", remedies[error.errno]) from error
+        raise disk_error(path, error, verb) from error

@@ -171,3 +171,16 @@ def test_reading_samples_and_a_peer_that_is_none(tmp_path):
     assert done.returncode == 0 and done.stdout.count("samples/s of 2048 tokens") == 2, done.stderr
     done = python("tools/bench_data.py", "preprocess", "--megabytes", "1", "--peer", tmp_path / "nowhere")
     assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_many_tiny_files_beside_one(tmp_path):
+    pytest.importorskip("gigatoken")
+    result = tmp_path / "result.json"
+    options = ("--files", "1500", "--rounds", "2", "--workers", "2", "--folder", tmp_path)
+    done = python("tools/bench_data.py", "files", *options, "--json", result)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("x (") == 2 and "all wrote the same bytes" in done.stdout
+    record = json.loads(result.read_text())
+    for engine in ("fast", "reference"):
+        one, many = record["seconds"][f"{engine}, one file"], record["seconds"][f"{engine}, many files"]
+        assert record["ratios"][engine] == pytest.approx(sum(b / a for a, b in zip(one, many, strict=True)) / 2)

@@ -11,13 +11,14 @@ from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
 
 from megachiar.data import encoder
 from megachiar.data import fast_tokenizer as module
+from megachiar.data.documents import Document
 from megachiar.data.encoder import count_words
 from megachiar.data.fast_tokenizer import CHECKED_EVERY, HARD_TEXTS, LARGEST_GROWTH, FastTokenizer, choose_engine
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.memory import give_back_free_memory, own_bytes
 from megachiar.data.ordered_pool import LARGEST_GROWTH as POOL_GROWTH
 from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.preprocess import preprocess
-from megachiar.data.readers import Document, find_sources
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError

@@ -8,8 +8,9 @@ import re
 import pytest
 from support import ROOT, python
 
-from megachiar.data.input_options import add_input_options, named_sources, read_options
-from megachiar.data.readers import ReadOptions, Source
+from megachiar.data.documents import ReadOptions
+from megachiar.data.input_options import add_input_options, named_inputs, read_options
+from megachiar.data.source import Source
 from megachiar.errors import UserError
 
 
@@ -22,7 +23,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 def test_what_is_not_said_is_the_readers_own_default():
     arguments = parse("--input", "-")
     assert read_options(arguments) == ReadOptions()
-    assert named_sources(arguments) == [Source(None, "jsonl")]
+    assert named_inputs(arguments).sources == [Source(None, "jsonl")]
     assert arguments.on_error == "refuse"
 
 
@@ -33,7 +34,7 @@ def test_every_option_arrives(tmp_path):
         *("--input", str(tmp_path / "b.data"), str(tmp_path / "a.*"), "--format", "txt.gz", "--text-key", "body"),
         *("--txt-documents", "line", "--max-document-mib", "3", "--on-error", "skip"),
     )
-    assert named_sources(arguments) == [Source(tmp_path / name, "txt", "gz") for name in ("b.data", "a.data")]
+    assert named_inputs(arguments).sources == [Source(tmp_path / name, "txt", "gz") for name in ("b.data", "a.data")]
     assert read_options(arguments) == ReadOptions("body", "line", 3 << 20)
     assert arguments.on_error == "skip"
 

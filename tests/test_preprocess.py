@@ -17,10 +17,11 @@ import tokenizers
 from pyarrow import parquet
 from text_helpers import DOCUMENTS, expected_index, numbered_documents, train, write_jsonl
 
+from megachiar.data.documents import ReadOptions
 from megachiar.data.encoder import ChunkEncoder, narrow
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.manifest import check_manifest, read_manifest
 from megachiar.data.preprocess import preprocess
-from megachiar.data.readers import ReadOptions, find_sources
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.split import Split
 from megachiar.data.tokenizer import load_tokenizer

@@ -20,12 +20,13 @@ import pytest
 from support import find_mpirun
 from text_helpers import train
 
-from megachiar.data import files, indexed, journal, shuffle
+from megachiar.data import chunk_groups, compression, files, indexed, journal, shuffle
+from megachiar.data.documents import ReadOptions
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.manifest import read_manifest
 from megachiar.data.permutation import permute, round_keys
 from megachiar.data.preprocess import preprocess
-from megachiar.data.readers import find_sources
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shards import make_shard, merge_shards
 from megachiar.data.shuffle import shuffle_documents
@@ -87,17 +88,18 @@ def undisturbed(tmp_path, model, corpus) -> dict[str, bytes]:
 # A file is read slowly enough that kills fall everywhere, and each is a checkpoint; what is read first is told.
 SLOWED_TOOL = """
 import runpy, sys, time
-from megachiar.data import journal, preprocess, readers
+from megachiar.data import chunk_groups, journal
+chunk_groups.GROUP_BYTES = HANDED_OVER
 journal.SECONDS_BETWEEN_CHECKPOINTS = 0
 journal.LARGEST_SHARE = float("inf")
-read = readers.read_chunks
+read = chunk_groups.read_chunks
 
 def slowly(sources, options):
     print(sources[0].name, flush=True)
     time.sleep(0.02)
     yield from read(sources, options)
 
-preprocess.read_chunks = slowly
+chunk_groups.read_chunks = slowly
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -116,7 +118,9 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path,
     """
     run(settings(tmp_path / "whole", model, corpus, shuffle_seed=shuffle_seed))
     folder = tmp_path / "killed"
-    command = [sys.executable, "-c", SLOWED_TOOL, str(TOOL), "--input", *map(str, corpus), "--tokenizer", str(model)]
+    group_bytes = 30_000 if workers == 1 else 0  # several files together, or each by itself
+    program = SLOWED_TOOL.replace("HANDED_OVER", str(group_bytes))
+    command = [sys.executable, "-c", program, str(TOOL), "--input", *map(str, corpus), "--tokenizer", str(model)]
     command += ["--output-prefix", str(folder / "out"), "--split", "train=3,valid=1", "--workers", str(workers)]
     command += ["--append-eod"] + (["--shuffle-seed", str(shuffle_seed)] if shuffle_seed is not None else [])
 
@@ -164,17 +168,16 @@ class Stop(Exception):
 
 
 def stop_at_file(monkeypatch, number: int) -> None:
-    """Let the next run fail when it comes to the input of this number."""
-    from megachiar.data import preprocess as module
-
-    read = module.read_chunks
+    """Let the next run fail when it comes to the input of this number; what is read is handed over file by file."""
+    read = chunk_groups.read_chunks
 
     def failing(sources, options):
         if sources[0].path.name == f"in_{number:02d}.jsonl":
             raise Stop
         return read(sources, options)
 
-    monkeypatch.setattr(module, "read_chunks", failing)
+    monkeypatch.setattr(chunk_groups, "read_chunks", failing)
+    monkeypatch.setattr(chunk_groups, "GROUP_BYTES", 0)
     monkeypatch.setattr(journal, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     monkeypatch.setattr(journal, "LARGEST_SHARE", math.inf)  # whatever a checkpoint costs
 
@@ -193,16 +196,14 @@ def stop_after_renames(monkeypatch, number: int) -> None:
 
 
 def test_only_what_is_missing_is_read_again(tmp_path, model, corpus, undisturbed, monkeypatch):
-    from megachiar.data import preprocess as module
-
     with monkeypatch.context() as patch:
         stop_at_file(patch, 8)
         with pytest.raises(Stop):
             run(settings(tmp_path / "again", model, corpus))
     kept = contents(tmp_path / "again")
     assert "out.journal" in kept and not any(name.endswith((".bin", ".idx", ".json")) for name in kept)
-    read, real = [], module.read_chunks
-    monkeypatch.setattr(module, "read_chunks", lambda s, o: read.append(s[0].path.name) or real(s, o))
+    read, real = [], chunk_groups.read_chunks
+    monkeypatch.setattr(chunk_groups, "read_chunks", lambda s, o: read.append(s[0].path.name) or real(s, o))
     run(settings(tmp_path / "again", model, corpus))
     assert read[0] >= "in_06.jsonl" and read[-1] == "in_11.jsonl"
     assert contents(tmp_path / "again") == undisturbed
@@ -212,6 +213,7 @@ def test_files_that_were_mended_or_added_later_are_read(tmp_path, model, corpus,
     """A broken line in a late file: what was done before it is kept, and the mended file is read."""
     whole = corpus[9].read_text()
     corpus[9].write_text(whole + '{"text": broken\n')
+    monkeypatch.setattr(chunk_groups, "GROUP_BYTES", 0)
     monkeypatch.setattr(journal, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     monkeypatch.setattr(journal, "LARGEST_SHARE", math.inf)  # whatever a checkpoint costs
     with pytest.raises(UserError, match=r"in_09\.jsonl.*broken JSON"):
@@ -221,6 +223,45 @@ def test_files_that_were_mended_or_added_later_are_read(tmp_path, model, corpus,
     run(settings(tmp_path / "again", model, corpus))
     run(settings(tmp_path / "whole", model, corpus))
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("group_bytes", [0, 5_000])
+def test_no_document_is_doubled_or_lost_wherever_checkpoints_fall(tmp_path, model, corpus, monkeypatch, group_bytes):
+    """Also in the middle of a file, and between files that were handed over together; files have several chunks."""
+    monkeypatch.setattr(compression, "READ_BYTES", 500)
+    monkeypatch.setattr(chunk_groups, "GROUP_BYTES", group_bytes)
+    changes = {"read": ReadOptions(chunk_bytes=500), "append_eod": True}
+    run(settings(tmp_path / "whole", model, corpus, **changes))
+    whole = corpus[11].read_text()
+    for wanted in (1, 2, 3, 5, 8, 13):
+        calls = itertools.count(1)
+        corpus[11].write_text(whole + "{broken\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.Journal, "due", lambda _, calls=calls, wanted=wanted: next(calls) == wanted)
+            with pytest.raises(UserError, match="broken JSON"):
+                run(settings(tmp_path / "again", model, corpus, **changes))
+        corpus[11].write_text(whole)
+        run(settings(tmp_path / "again", model, corpus, **changes))
+        assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_a_journal_of_the_version_before_is_gone_on_with(tmp_path, model, corpus, undisturbed, monkeypatch):
+    """It knew nothing of unknown tokens."""
+    with monkeypatch.context() as patch:
+        stop_at_file(patch, 8)
+        with pytest.raises(Stop):
+            run(settings(tmp_path / "again", model, corpus))
+    path = tmp_path / "again" / "out.journal"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        for output in line["outputs"]:
+            assert output.pop("unknown_tokens") == 0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(os.devnull, "w") as quiet:
+        report = preprocess(settings(tmp_path / "again", model, corpus), quiet)
+    assert contents(tmp_path / "again") == undisturbed
+    assert "uncounted (an earlier version began this run) <unk> (id 0)" in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize("what", ["changed", "reordered", "options", "tokenizer", "temporary file"])
@@ -326,6 +367,17 @@ def test_shards_made_apart_and_merged_are_what_one_process_makes(tmp_path, model
             make_shard(wanted, number, 5, quiet)
     merge_shards(wanted, 5)
     assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
+def test_the_report_of_a_merge_is_that_of_one_run(tmp_path, model, corpus):
+    with open(os.devnull, "w") as quiet:
+        whole = preprocess(settings(tmp_path / "whole", model, corpus), quiet)
+        wanted = settings(tmp_path / "merged", model, corpus)
+        for number in range(3):
+            make_shard(wanted, number, 3, quiet)
+    merged = merge_shards(wanted, 3)
+    assert merged.ending == whole.ending and merged.unknown_id == whole.unknown_id == 0
+    assert list(merged.unknown_tokens.values()) == list(whole.unknown_tokens.values()) == [0, 0]
 
 
 def test_a_shard_without_documents_of_a_part_is_no_trouble(tmp_path, model, corpus, undisturbed):

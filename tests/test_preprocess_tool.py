@@ -73,7 +73,7 @@ def test_standard_input_to_a_split_dataset(tmp_path, model):
         (b'{"text": ""}\n', [], "is empty"),
         (b"", [], "held no usable document"),
         (b"a", ["--split", "train"], "--split train: a weight is not a number"),
-        (b"ab", ["--format", "jsonl.gz"], "standard input: damaged near byte 0"),
+        (b"ab", ["--format", "jsonl.gz"], "standard input: is not gzip data, but plain text"),
         (b"a", ["--workers", "0"], "--workers: 0 workers"),
         (b"a", ["--tokenizer", "nowhere.model"], "nowhere.model: there is no such tokenizer"),
     ],

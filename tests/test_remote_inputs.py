@@ -8,8 +8,8 @@ import zipfile
 import pytest
 from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
 
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.preprocess import preprocess
-from megachiar.data.readers import find_sources
 from megachiar.data.settings import PreprocessSettings
 from megachiar.errors import UserError
 

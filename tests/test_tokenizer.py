@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from text_helpers import DOCUMENTS, numbered_documents, train
 
-from megachiar.data.tokenizer import load_tokenizer
+from megachiar.data.tokenizer import ControlTokenError, load_tokenizer
 from megachiar.errors import UserError
 
 CONTROL_TEXT = "a</s>b <s> <|endoftext|><|endoftext|>c [SEP]"
@@ -330,3 +330,103 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot read the tokenizer: Is a directory"):
         load_tokenizer(tmp_path)
+
+
+# --- files of other kinds of tokenizers -------------------------------------------------------------------------------
+
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\nJA== 3\n"
+TEKKEN = {
+    "config": {"pattern": "x", "num_vocab_tokens": 2, "version": "v3"},
+    "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}],
+    "special_tokens": [{"rank": 0, "token_str": "<unk>", "is_control": True}],
+}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["cl100k_base.tiktoken", "tokenizer.model", "tokenizer.json", "folder/qwen.tiktoken"])
+def test_a_vocabulary_of_tiktoken_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_bytes(TIKTOKEN)
+    for path in {tmp_path / name, (tmp_path / name).parent}:
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(path)
+        assert caught.value.where == str(tmp_path / name)
+        assert (
+            caught.value.problem.startswith("is a vocabulary of tiktoken") and "tokenizer.json" in caught.value.remedy
+        )
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json", "folder/tekken_240911.json"])
+def test_a_vocabulary_of_tekken_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_text(json.dumps(TEKKEN))
+    for path in {tmp_path / name, (tmp_path / name).parent}:
+        with pytest.raises(UserError, match=r"is a vocabulary of tekken .*\n.*tokenizer\.json of the same model"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"])
+def test_a_pointer_of_git_lfs_is_named(models, tmp_path, name):
+    folder = write_gpt2(tmp_path / "gpt2", models["huggingface"])
+    (folder / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{name}: is a pointer of git-LFS, not the file itself\n.*git lfs pull"):
+        load_tokenizer(folder / name)
+
+
+def test_other_files_given_for_a_tokenizer_are_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "model_max_length": 5}')
+    with pytest.raises(UserError, match="holds settings of a tokenizer, not its vocabulary"):
+        load_tokenizer(tmp_path / "tokenizer_config.json")
+    for name in ("page.json", "page.model"):
+        (tmp_path / name).write_text("<!DOCTYPE html><html></html>")
+        with pytest.raises(UserError, match="not a tokenizer, but a web page"):
+            load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}),
+        ("tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}),
+        ("config.json", {"model_type": "qwen2"}),
+    ],
+)
+def test_files_like_gpt2s_of_another_family_are_refused_unless_the_kind_is_named(models, tmp_path, name, content):
+    """A folder as Qwen's, whose rule for cutting text into words stands in tokenizer.json alone."""
+    folder = write_gpt2(tmp_path / "model", models["huggingface"])
+    (folder / name).write_text(json.dumps(content))
+    for path in (folder, folder / "vocab.json", folder / "merges.txt"):
+        with pytest.raises(UserError, match=f"{name} names {next(iter(content.values()))}") as caught:
+            load_tokenizer(path)
+        assert "tokenizer.json" in caught.value.remedy
+    assert load_tokenizer(folder, "gpt2").kind == "gpt2"
+    shutil.copy(models["huggingface"], folder / "tokenizer.json")
+    assert load_tokenizer(folder).kind == "huggingface"
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "GPT2TokenizerFast", "RobertaTokenizer", "PreTrainedTokenizerFast"])
+def test_files_of_families_that_cut_like_gpt2_are_read(models, tmp_path, named):
+    folder = write_gpt2(tmp_path / "model", models["huggingface"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    (folder / "config.json").write_text("broken")
+    assert load_tokenizer(folder).kind == "gpt2"
+
+
+@pytest.mark.parametrize("token", [";Ċ", ".ĊĊ", "fox</w>"])
+def test_a_vocabulary_that_gpt2s_rule_never_gives_is_refused(models, tmp_path, token):
+    """Nothing beside the files tells the family, but its tokens do."""
+    folder = write_gpt2(tmp_path / "model", models["huggingface"])
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({**vocabulary, token: len(vocabulary)}))
+    with pytest.raises(UserError, match="which GPT-2's rule for cutting text into words never gives"):
+        load_tokenizer(folder)
+
+
+def test_a_text_that_cannot_be_encoded_has_an_error_of_its_own(tmp_path):
+    tokenizer = word_level(["[UNK]", "</s>", "a"], ["</s>"])
+    tokenizer.normalizer = tokenizers.normalizers.Replace("END", "</s>")
+    loaded = load_tokenizer(write_json(tmp_path / "tokenizer.json", tokenizer))
+    with pytest.raises(ControlTokenError):
+        loaded.encode("a END")
+    with pytest.raises(ControlTokenError):
+        loaded.encode_batch(["a", "a END"])

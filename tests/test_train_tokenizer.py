@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from text_helpers import DOCUMENTS, numbered_documents, run_tool, write_jsonl
 
-from megachiar.data.readers import ReadOptions, find_sources
+from megachiar.data.documents import ReadOptions
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.data.tokenizer_training import TrainingSettings, sample_texts, train_tokenizer
 from megachiar.errors import UserError

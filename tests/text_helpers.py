@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import struct
 import subprocess
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import zstandard
 
-from megachiar.data.readers import find_sources
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.tokenizer_training import TrainedKind, TrainingSettings, train_tokenizer
 
+COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "old", "ships", "sail", "home")
 DOCUMENTS = [
@@ -37,11 +40,7 @@ def numbered_documents(count: int) -> list[str]:
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     """``texts`` as JSON lines, compressed if the suffix says so."""
     content = "".join(json.dumps({"id": number, key: text}) + "\n" for number, text in enumerate(texts)).encode()
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
-    elif path.suffix == ".zst":
-        content = zstandard.compress(content)
-    path.write_bytes(content)
+    path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(content))
     return path
 
 

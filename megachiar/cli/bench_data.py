@@ -1,14 +1,16 @@
 """Time the data tools side by side with Megatron-LM's, start-up included, and say what memory they take.
 
     megachiar bench-data preprocess --megabytes 40 --peer ~/Megatron-LM
+    megachiar bench-data files --files 20000
     megachiar bench-data open
     megachiar bench-data read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
 on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to see what
-memory they take, then in turn, round by round; and compares the files. `open` measures how long a dataset of 10 million
-documents and 5 billion tokens takes until the first sample, and what memory. `read` counts samples a second in training
-order, beside the peer's GPTDataset.
+memory they take, then in turn, round by round; and compares the files. `files` tokenizes the same text from one file
+and from a folder of many tiny ones, with each engine, and says how many times as long that takes. `open` measures how
+long a dataset of 10 million documents and 5 billion tokens takes until the first sample, and what memory. `read` counts
+samples a second in training order, beside the peer's GPTDataset.
 
 --peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).
 """
@@ -16,6 +18,7 @@ order, beside the peer's GPTDataset.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -32,8 +35,8 @@ import psutil
 from megachiar.benchmark import Spread, Times, in_turn, write_json
 from megachiar.data.dataset import build_training_samples
 from megachiar.data.files import bin_path
+from megachiar.data.find_inputs import find_sources
 from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
-from megachiar.data.readers import find_sources
 from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
@@ -45,12 +48,15 @@ VOCABULARY = 32_000
 TRAINING_MEGABYTES = 8  # of text that the tokenizer is trained on
 DOCUMENTS, TOKENS_PER_DOCUMENT = 10_000_000, 500  # of the large synthetic dataset
 SEQUENCE_LENGTH = 2048
+CHARACTERS_OF_A_FILE = 400  # of the many
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        record = {"preprocess": preprocess, "open": open_large, "read": read}[options.what](options, Path(folder))
+        record = {"preprocess": preprocess, "files": many_files, "open": open_large, "read": read}[options.what](
+            options, Path(folder)
+        )
     write_json(options.json, {"options": {k: str(v) for k, v in vars(options).items()}, **record})
 
 
@@ -206,6 +212,53 @@ def make_tokenizer(folder: Path) -> Path:
     return output
 
 
+def many_files(options: argparse.Namespace, folder: Path) -> dict:
+    """The same documents as lines of one file and as files of a folder."""
+    tokenizer = make_tokenizer(folder)
+    corpora = {"one file": folder / "one.jsonl", "many files": folder / "many"}
+    write_twice(corpora["one file"], corpora["many files"], options.files)
+    commands = {}
+    for name, corpus in corpora.items():
+        for engine, command in our_commands(options, corpus, tokenizer, folder).items():
+            title = f"{engine.removeprefix('ours ')}, {name}"
+            commands[title] = [*command[:-1], str(folder / title.replace(" ", "_"))]
+
+    def contender(title: str):
+        def measure() -> float:
+            for path in outputs(folder, title):
+                path.unlink()
+            return carry_out(commands[title], look=False)[0]
+
+        return measure
+
+    for title in commands:
+        contender(title)()  # every file is in memory from now on
+    times = in_turn({title: contender(title) for title in commands}, options.rounds)
+    print(f"{options.files:,} documents of {CHARACTERS_OF_A_FILE} characters, {options.workers} workers")
+    ratios = {}
+    for engine in options.engines:
+        one, many = f"{engine}, one file", f"{engine}, many files"
+        ratio = times.speed_up(one, over=many)
+        ratios[engine] = ratio.median
+        seconds = f"{times.spread(one).told(' s')} from one file, {times.spread(many).told(' s')} from many"
+        print(f"  {engine}: {seconds}: {ratio.told('x')} as long")
+    compare_files(folder, list(commands))
+    return {"seconds": times.seconds, "ratios": ratios}
+
+
+def write_twice(one: Path, many: Path, files: int) -> None:
+    """``files`` documents as lines of ``one`` and as files in folders of ``many``."""
+    size = CHARACTERS_OF_A_FILE
+    texts = itertools.chain.from_iterable(installed_texts() for _ in itertools.repeat(None))
+    pieces = (text[first : first + size] for text in texts for first in range(0, len(text), size))
+    with open(one, "w") as file:
+        for number, piece in enumerate(itertools.islice(filter(str.strip, pieces), files)):
+            file.write(json.dumps({"text": piece}) + "\n")
+            path = many / f"{number // 1000:05d}" / f"{number:08d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(piece.encode())
+
+
 # ------------------------------------------------------------------------------------------------ opening and reading
 
 
@@ -322,7 +375,8 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench-data", __doc__)
-    parser.add_argument("what", choices=("preprocess", "open", "read"))
+    parser.add_argument("what", choices=("preprocess", "files", "open", "read"))
+    parser.add_argument("--files", type=int, default=20_000, help="for files: how many tiny ones")
     parser.add_argument("--megabytes", type=int, default=40, help="of text; for read: thousands of documents")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

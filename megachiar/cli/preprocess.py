@@ -3,7 +3,7 @@
     megachiar preprocess --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
-Input may be jsonl, jsonl.gz, jsonl.zst, txt (.gz, .zst) and parquet: files, quoted globs, folders, or - for standard
+Input may be jsonl, txt (both also .gz, .zst, .xz, .bz2) and parquet: files, quoted globs, folders, or - for standard
 input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
 goes on with the first file that is missing; run again after a success, it does nothing. Exit code 2: a problem you can
 mend, and no dataset was written.
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import get_args
 
 from megachiar.data.fast_tokenizer import Engine
-from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.input_options import add_input_options, named_inputs, read_options
 from megachiar.data.memory import keep_large_blocks_apart
 from megachiar.data.mpi import preprocess_with_mpi
-from megachiar.data.preprocess import Report, preprocess
+from megachiar.data.preprocess import preprocess
+from megachiar.data.report import Report
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shards import make_shard, merge_shards
 from megachiar.data.split import Split
@@ -82,8 +83,10 @@ def shard_of(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     keep_large_blocks_apart()
     arguments = parse_arguments(argv)
+    inputs = named_inputs(arguments)
     settings = PreprocessSettings(
-        sources=named_sources(arguments),
+        sources=inputs.sources,
+        found=inputs.found,
         tokenizer=arguments.tokenizer,
         tokenizer_kind=arguments.tokenizer_kind,
         eod_token=arguments.eod_token,

@@ -15,7 +15,7 @@ from typing import get_args
 
 from megachiar.console import make_console
 from megachiar.data.existing import SAME
-from megachiar.data.input_options import add_input_options, named_sources, read_options
+from megachiar.data.input_options import add_input_options, named_inputs, read_options
 from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 from megachiar.options import CommandParser
 
@@ -36,8 +36,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
+    inputs = named_inputs(arguments)
     settings = TrainingSettings(
-        sources=named_sources(arguments),
+        sources=inputs.sources,
+        found=inputs.found,
         output=arguments.output,
         vocab_size=arguments.vocab_size,
         kind=arguments.kind or by_suffix,

@@ -1,4 +1,4 @@
-"""Chunk of text -> tokens of its documents: all the work of preprocessing that is done side by side."""
+"""Chunks of text -> tokens of their documents: all the work of preprocessing that is done side by side."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megachiar.data.chunk_groups import ChunkGroup
+from megachiar.data.documents import Document, Trouble, TroubleLog, parse_chunk
 from megachiar.data.fast_tokenizer import Engine, FastTokenizer
 from megachiar.data.indexed import dtype_for_vocabulary
 from megachiar.data.piece_tokenizer import in_pieces
-from megachiar.data.readers import Chunk, Document, Trouble, TroubleLog, parse_chunk
 from megachiar.data.settings import PreprocessSettings
-from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.data.tokenizer import ControlTokenError, Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
@@ -22,22 +23,24 @@ COUNTED_AT_ONCE = 1 << 17  # characters: a word in a list of them takes ten time
 
 
 class EncodedPart(NamedTuple):
-    """Documents of one chunk that belong to one part of the split.
+    """Documents of some chunks that belong to one part of the split.
 
     Attributes:
         tokens: of all documents, one after another, shape (sum(lengths),), in the dataset's type.
         lengths: tokens of each document, shape (documents,), int64.
         text_bytes, words: of their text: UTF-8 bytes, and what stands between whitespace.
+        unknown_tokens: how many tokens are the one for what the vocabulary does not have.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: int
     words: int
+    unknown_tokens: int
 
 
-class EncodedChunk(NamedTuple):
-    """What became of a chunk: one ``EncodedPart`` per part of the split, its troubles, and the input read for it."""
+class EncodedGroup(NamedTuple):
+    """What became of some chunks: one ``EncodedPart`` per part of the split, the troubles, and the input read."""
 
     parts: list[EncodedPart]
     log: TroubleLog
@@ -45,7 +48,7 @@ class EncodedChunk(NamedTuple):
 
 
 class ChunkEncoder:
-    """Chunk -> ``EncodedChunk``: all the work that is done in worker processes."""
+    """``ChunkGroup`` -> ``EncodedGroup``: all the work that is done in worker processes."""
 
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer):
         self._settings, self._tokenizer = settings, tokenizer
@@ -68,27 +71,24 @@ class ChunkEncoder:
             raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
         return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else in_pieces(tokenizer))
 
-    def __call__(self, chunk: Chunk) -> EncodedChunk:
+    def __call__(self, group: ChunkGroup) -> EncodedGroup:
         log = TroubleLog(self._settings.on_error)
-        parts = self._encode(chunk, log)  # the text is gone by now: a large one leaves room for its tokens
-        return EncodedChunk([self._encoded_part(*part) for part in parts], log, chunk.consumed)
+        parts = self._encode(group, log)  # the text is gone by now: a large one leaves room for its tokens
+        consumed = sum(chunk.consumed for chunk in group.chunks)
+        return EncodedGroup([self._encoded_part(*part) for part in parts], log, consumed)
 
-    def _encode(self, chunk: Chunk, log: TroubleLog) -> list[tuple[list[Sequence[int]], int, int]]:
+    def _encode(self, group: ChunkGroup, log: TroubleLog) -> list[tuple[list[Sequence[int]], int, int]]:
         """For each part of the split, the ids of its documents, and bytes and words of their text."""
-        documents = []
-        for item in parse_chunk(chunk, self._settings.read.text_key):
-            if isinstance(item, Trouble):
-                log.add(item)
-            else:
-                documents.append(item)
-        encoded = self._tokenizer.encode_batch([document.text for document in documents])
+        key = self._settings.read.text_key
+        items = [item for chunk in group.chunks for item in parse_chunk(chunk, key)]
+        encoded = iter(self._encode_documents([item for item in items if isinstance(item, Document)]))
         members: list[list[tuple[Document, Sequence[int]]]] = [[] for _ in self._settings.prefixes]
-        for document, ids in zip(documents, encoded, strict=True):
-            if not len(ids):
-                place = f"{chunk.source}, from line or document {chunk.first} on"
-                log.add(Trouble("empty", place, f"the tokenizer makes no token of {document.text[:40]!r}"))
-                continue
-            members[self._part_of(document)].append((document, ids))
+        for item in items:
+            ids = next(encoded) if isinstance(item, Document) else item
+            if isinstance(ids, Trouble):
+                log.add(ids)
+            else:
+                members[self._part_of(item)].append((item, ids))
         return [
             (
                 [ids for _, ids in part],
@@ -97,6 +97,23 @@ class ChunkEncoder:
             )
             for part in members
         ]
+
+    def _encode_documents(self, documents: list[Document]) -> list[Sequence[int] | Trouble]:
+        """The ids of each document, or the trouble that the tokenizer makes of it."""
+        try:
+            encoded = self._tokenizer.encode_batch([document.text for document in documents])
+        except ControlTokenError:  # by one of them: the others are good
+            return [self._encode_one(document) for document in documents]
+        return [
+            ids if len(ids) else _without_tokens(document) for document, ids in zip(documents, encoded, strict=True)
+        ]
+
+    def _encode_one(self, document: Document) -> Sequence[int] | Trouble:
+        try:
+            ids = self._tokenizer.encode_batch([document.text])[0]
+        except ControlTokenError as error:
+            return Trouble("control_token", document.where, f"the tokenizer {error.problem}")
+        return ids if len(ids) else _without_tokens(document)
 
     def _part_of(self, document: Document) -> int:
         return self._settings.split.part_of(document.utf8) if self._settings.split else 0
@@ -111,7 +128,14 @@ class ChunkEncoder:
             tokens[end - room - len(ids) : end - room] = ids
         if self._settings.append_eod:
             tokens[ends - 1] = self._tokenizer.eod_id
-        return EncodedPart(narrow(tokens, self._dtype, self._settings.tokenizer), lengths, text_bytes, words)
+        unknown, eod = self._tokenizer.unknown_id, self._tokenizer.eod_id
+        unknown_tokens = 0 if unknown in (None, eod) else int(np.count_nonzero(tokens == unknown))
+        narrowed = narrow(tokens, self._dtype, self._settings.tokenizer)
+        return EncodedPart(narrowed, lengths, text_bytes, words, unknown_tokens)
+
+
+def _without_tokens(document: Document) -> Trouble:
+    return Trouble("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
 
 
 def encode_without_threads() -> None:

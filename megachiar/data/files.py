@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from megachiar.errors import disk_errors
 
 READ_BLOCK = 1 << 22  # bytes read at once
 CHECKSUM_BLOCK = 1 << 26  # bytes that one checksum covers
+CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what such file systems answer
 
 
 def bin_path(prefix: Path | str) -> Path:
@@ -75,11 +77,21 @@ def put_in_place(prefix: Path | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames inside ``folder`` survive a power cut, on file systems that can promise it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+    """Make the renames inside ``folder`` survive a power cut, on file systems that can promise it.
+
+    Raises:
+        UserError: the disk fails.
+    """
+    with disk_errors(folder):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written, but not listed
+            return
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC_FOLDERS:
+                raise
         finally:
             os.close(descriptor)
 
@@ -102,8 +114,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_temporary(path: Path, content: bytes) -> None:
-    """Write ``content`` where ``path`` waits until it is put in its place, and make it survive a power cut."""
-    with open(temporary_path(path), "wb") as file:
+    """Write ``content`` where ``path`` waits until it is put in its place, and make it survive a power cut.
+
+    Raises:
+        UserError: the disk is full, read-only or forbidden.
+    """
+    with disk_errors(temporary_path(path)), open(temporary_path(path), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -151,7 +167,7 @@ def block_checksums(path: Path, on_bytes: Callable[[int], None] | None = None, t
 
     def digest_of(first: int) -> str:
         digest, position = hashlib.sha256(), first
-        with open(path, "rb", buffering=0) as file:
+        with disk_errors(path, "read"), open(path, "rb", buffering=0) as file:
             read_ahead(file, first, CHECKSUM_BLOCK)
             file.seek(first)
             while position < first + CHECKSUM_BLOCK and (

@@ -45,7 +45,7 @@ from megachiar.data.files import (
     temporary_path,
     write_temporary,
 )
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError, disk_error, disk_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -168,10 +168,7 @@ class IndexedDatasetBuilder:
         Raises:
             UserError: the disk is full.
         """
-        with disk_errors(self.prefix):
-            for file in (self._bin, self._idx, self._starts):
-                file.flush()
-                os.fsync(file.fileno())
+        self._sync("bin", "idx", "starts")
         return BuilderState(self.documents, self.sequences, self.tokens, self.largest_token_id, self._digests.whole)
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
@@ -212,9 +209,11 @@ class IndexedDatasetBuilder:
                 "split the document",
             )
         stored = self._as_stored(tokens)
-        with disk_errors(self.prefix):
+        with self._writing("bin"):
             self._bin.write(stored)
+        with self._writing("idx"):
             self._idx.write(lengths.astype("<i4").tobytes())
+        with self._writing("starts"):
             self._starts.write(ends.astype("<i8").tobytes())
         self._digests.update(stored)
         self.sequences += lengths.size
@@ -240,14 +239,12 @@ class IndexedDatasetBuilder:
         """Complete the files under their temporary names, for ``put_in_place``; see ``finish``."""
         if self.tokens == 0:
             raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
-        with disk_errors(self.prefix):
+        with self._writing("idx"):
             self._complete_index()
-            for file in (self._bin, self._idx):
-                file.flush()
-                os.fsync(file.fileno())
-            self.checksums = {"bin": self._digests.digests(), "idx": block_checksums(self._temporary["idx"])}
-            if make_manifest is not None:
-                write_temporary(manifest_path(self.prefix), make_manifest(self))
+        self._sync("bin", "idx")
+        self.checksums = {"bin": self._digests.digests(), "idx": block_checksums(self._temporary["idx"])}
+        if make_manifest is not None:
+            write_temporary(manifest_path(self.prefix), make_manifest(self))
 
     def close(self) -> None:
         """Let go of the files, which stay where they are, to be put in their places or gone on with."""
@@ -269,6 +266,22 @@ class IndexedDatasetBuilder:
             "idx": temporary_path(idx_path(self.prefix)),
             "starts": starts_path(self.prefix),
         }
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Name the temporary file ``name`` where the disk refuses to write it."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(self._temporary[name], error) from error
+
+    def _sync(self, *names: str) -> None:
+        """Make what was written so far survive a power cut."""
+        files = {"bin": self._bin, "idx": self._idx, "starts": self._starts}
+        for name in names:
+            with self._writing(name):
+                files[name].flush()
+                os.fsync(files[name].fileno())
 
     def _begin(self) -> None:
         """Cut the temporary files to what the state describes, nothing at first, and go on at their ends."""
@@ -528,7 +541,7 @@ def _map_file(path: Path, prefix: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise UserError(path, "the file does not exist", _remedy_for_missing(path, prefix)) from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(path, f"cannot read: {error.strerror}", "give the prefix of a dataset you may read") from None
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from megachiar.data.readers import FORMATS, OnError, ReadOptions, Source, TxtDocuments, find_sources
+from megachiar.data.documents import OnError, ReadOptions, TxtDocuments
+from megachiar.data.find_inputs import Inputs, find_inputs
+from megachiar.data.source import FORMATS
 from megachiar.errors import UserError
 
 DEFAULTS = ReadOptions()
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``named_sources`` and ``read_options`` read, and ``--on-error``."""
+    """Add the options that ``named_inputs`` and ``read_options`` read, and ``--on-error``."""
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
     add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
@@ -41,9 +43,9 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_sources(arguments: argparse.Namespace) -> list[Source]:
-    """The inputs, see ``find_sources``."""
-    return find_sources(arguments.input, arguments.format)
+def named_inputs(arguments: argparse.Namespace) -> Inputs:
+    """The inputs, see ``find_inputs``."""
+    return find_inputs(arguments.input, arguments.format, arguments.text_key)
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:

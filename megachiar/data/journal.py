@@ -6,6 +6,7 @@ is written after the data it tells of is on the disk; a last line cut short by a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megachiar.data.documents import Trouble, TroubleLog
 from megachiar.data.indexed import BuilderState, open_locked
-from megachiar.data.readers import Source, Trouble, TroubleLog
+from megachiar.data.source import Source
 from megachiar.errors import UserError, disk_errors
 
 Stage = Literal["encoding", "shuffling", "placing"]
@@ -27,11 +29,15 @@ LARGEST_SHARE = 0.02  # of the time that checkpoints may take
 
 @dataclass
 class OutputState:
-    """How far one output had come: its builder, and the text behind its tokens."""
+    """How far one output had come: its builder, the text behind its tokens, and how many of them are unknown.
+
+    ``unknown_tokens`` is None in a journal of a version that did not count them.
+    """
 
     builder: BuilderState
     text_bytes: int = 0
     words: int = 0
+    unknown_tokens: int | None = 0
 
 
 @dataclass
@@ -128,6 +134,7 @@ class Journal:
                     "blocks": output.builder.blocks[first:],
                     "text_bytes": output.text_bytes,
                     "words": output.words,
+                    "unknown_tokens": output.unknown_tokens,
                 }
                 for output, first in zip(outputs, known, strict=True)
             ],
@@ -141,15 +148,20 @@ class Journal:
 
     def remove(self) -> None:
         """The run is done, or nothing of it is worth keeping."""
-        self.path.unlink(missing_ok=True)
-        self.close()
+        try:
+            with disk_errors(self.path):
+                self.path.unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
+            self._file.close()
 
     def _read(self) -> list[dict[str, Any]]:
         """The whole lines; what follows the last one is cut off."""
-        content = self._file.read()
+        with disk_errors(self.path, "read"):
+            content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
@@ -182,6 +194,7 @@ class Journal:
                 ),
                 output["text_bytes"],
                 output["words"],
+                output.get("unknown_tokens"),
             )
             for output, blocks in zip(line["outputs"], before, strict=True)
         ]

@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import TextIO
 
-from megachiar.data.preprocess import Report
+from megachiar.data.report import Report
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shards import make_shard, merge_shards
 from megachiar.errors import EXIT_USER_ERROR, UserError

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from megachiar.data.interrupts import interrupts_go_to
 from megachiar.data.memory import give_back_free_memory, own_bytes
-from megachiar.errors import UserError
+from megachiar.errors import UserError, disk_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -272,7 +272,9 @@ def _let_go(inherited: list[Connection]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """``error`` if it survives the pipe, else one that tells its traceback."""
+    """``error`` if it survives the pipe, what a disk refuses as its message, else one that tells its traceback."""
+    if isinstance(error, OSError):
+        return disk_error("a worker", error, "read or write")
     if isinstance(error, UserError):
         with contextlib.suppress(Exception):
             return pickle.loads(pickle.dumps(error))

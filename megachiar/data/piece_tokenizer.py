@@ -53,6 +53,7 @@ class PieceTokenizer:
         self._reference = reference
         self.kind, self.path, self.fingerprint = reference.kind, reference.path, reference.fingerprint
         self.vocab_size, self.eod_id, self.controls = reference.vocab_size, reference.eod_id, reference.controls
+        self.unknown_id = reference.unknown_id
         self._known: dict[str, bytes] = {}  # piece -> its ids as int32
         self._batches = 0
 

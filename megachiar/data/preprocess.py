@@ -1,7 +1,7 @@
 """Text -> tokens on disk: the engine behind ``megachiar preprocess``.
 
-    sources -> chunks -> [parse, tokenize, split]  -> builders -> (shuffle) -> PREFIX.bin, .idx, .json
-               parent      workers, in any order      parent, in the order of the input
+    sources -> groups of chunks -> [parse, tokenize, split] -> builders -> (shuffle) -> PREFIX.bin, .idx, .json
+               parent              workers, in any order      parent, in the order of the input
 
 Output bytes depend on the input, the tokenizer and the options alone, never on the number of workers nor on how often
 the run was killed and started again: ``PREFIX.journal`` tells which inputs are done. All outputs of a run appear at its
@@ -16,15 +16,18 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import megachiar
+from megachiar.data.chunk_groups import ChunkGroup, read_groups
+from megachiar.data.documents import Document, TroubleLog, parse_chunk
 from megachiar.data.encoder import ChunkEncoder, EncodedPart, encode_without_threads
-from megachiar.data.existing import SAME, Differs, find_existing
+from megachiar.data.existing import Differs, find_existing
 from megachiar.data.fast_tokenizer import CHECKED_BYTES, ChosenEngine, choose_engine
 from megachiar.data.files import dataset_files, put_in_place, remove_dataset
+from megachiar.data.find_inputs import same_file
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.journal import Journal, OutputState
 from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, read_manifest
@@ -32,13 +35,14 @@ from megachiar.data.memory import give_back_free_memory
 from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.piece_tokenizer import MOST_KNOWN_BYTES
 from megachiar.data.progress import MEGA, TextProgress
-from megachiar.data.readers import Chunk, Document, Source, TroubleLog, parse_chunk, read_chunks
+from megachiar.data.report import Report, describe_ending
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shuffle import shuffle_documents, unshuffled
+from megachiar.data.source import Source
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 
-CHUNKS_BETWEEN_TIDYING = 64  # of this process's memory
+GROUPS_BETWEEN_TIDYING = 64  # of this process's memory
 
 
 @dataclass
@@ -47,67 +51,25 @@ class Output:
 
     Attributes:
         prefix: where it will be; until its documents are shuffled they lie elsewhere.
+        unknown_tokens: None where the version that began this run did not count them.
     """
 
     prefix: Path
     builder: IndexedDatasetBuilder
     text_bytes: int = 0
     words: int = 0
+    unknown_tokens: int | None = 0
 
     def add(self, part: EncodedPart) -> None:
         if part.lengths.size:
             self.builder.add_documents(part.tokens, part.lengths)
         self.text_bytes += part.text_bytes
         self.words += part.words
+        if self.unknown_tokens is not None:
+            self.unknown_tokens += part.unknown_tokens
 
     def state(self) -> OutputState:
-        return OutputState(self.builder.state(), self.text_bytes, self.words)
-
-
-@dataclass
-class Report:
-    """What a run did.
-
-    Attributes:
-        manifests: prefix -> manifest of each dataset written.
-        log: the documents left out.
-        seconds: from the first byte read to the last one on the disk.
-        engine: what encoded, and why; empty if an earlier run had encoded all.
-        rate: megabytes of text a second; this run's own, without what an earlier one had done.
-        existed: whether the datasets were there already, as this call makes them, and nothing was done.
-    """
-
-    manifests: dict[Path, Manifest] = field(default_factory=dict)
-    log: TroubleLog = field(default_factory=TroubleLog)
-    seconds: float = 0.0
-    engine: str = ""
-    rate: float = 0.0
-    existed: bool = False
-
-    @classmethod
-    def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
-        """Report on datasets that were there already."""
-        skipped = next(iter(manifests.values())).skipped
-        return cls(manifests, TroubleLog("skip", collections.Counter(skipped)), existed=True)
-
-    def lines(self) -> Iterator[str]:
-        """The report as text, line by line."""
-        for trouble in self.log.examples:
-            yield f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]"
-        for prefix, made in self.manifests.items():
-            ratio = made.tokens / max(1, made.text_bytes)
-            yield (
-                f"{prefix}.bin/.idx: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}), "
-                f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte"
-            )
-        left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
-        if self.existed:
-            yield f"skipped documents: {left_out}"
-            yield f"{', '.join(map(str, self.manifests))}: {SAME}"
-            return
-        yield f"skipped documents: {left_out}; {self.seconds:.1f} s, {self.rate:.2f} MB/s"
-        if self.engine:
-            yield f"engine: {self.engine}"
+        return OutputState(self.builder.state(), self.text_bytes, self.words, self.unknown_tokens)
 
 
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
@@ -124,7 +86,14 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
             died, or the disk is full. No new dataset is left then; the inputs that were done are kept for the next
             run.
     """
+    with disk_errors(settings.output_prefix, "read or write"):
+        return _preprocess(settings, stream or sys.stderr)
+
+
+def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
     encode_without_threads()
+    for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
+        print(line, file=stream)
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
     if settings.append_eod and tokenizer.eod_id is None:
         raise UserError(
@@ -139,7 +108,7 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
     with open_journal(settings, tokenizer) as journal:
         if journal.stage != "placing":
             check_outputs(settings, tokenizer)
-        return _Run(settings, tokenizer, journal, stream or sys.stderr).go()
+        return _Run(settings, tokenizer, journal, stream).go()
 
 
 def journal_path(settings: PreprocessSettings) -> Path:
@@ -164,7 +133,8 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator
         if journal.sources or journal.stage != "encoding":
             journal.close()
         else:
-            journal.remove()
+            with contextlib.suppress(UserError):  # what ended the run is what is told
+                journal.remove()
         raise
     journal.remove()
 
@@ -185,11 +155,9 @@ def check_outputs(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: names the file, and why it is not what this call would make.
     """
-    read = [source.path for source in settings.sources if source.path is not None]
-    read += [settings.tokenizer, *settings.tokenizer.glob("*")]  # tok.json would be the manifest of the prefix tok
-    inputs = {path.resolve() for path in read}
+    own = [settings.tokenizer, *settings.tokenizer.glob("*")]  # tok.json would be the manifest of the prefix tok
     for path in itertools.chain.from_iterable(map(dataset_files, settings.prefixes)):
-        if path.resolve() in inputs:
+        if path.resolve() in {file.resolve() for file in own} or same_file(path, settings.sources):
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:
             problem = f"exists already, and not as this command makes it: {why_different(settings, tokenizer)}"
@@ -221,12 +189,17 @@ class _Run:
             if self.journal.stage == "shuffling":
                 self._shuffle()
             self._place()
+            unknown = [state.unknown_tokens for state in self.journal.outputs]
             return Report(
                 manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
                 log=self.journal.log,
                 seconds=progress.elapsed,
                 engine=f"{self.engine.kind} ({self.engine.why})" if self.engine else "",
                 rate=progress.per_second(progress.text_bytes) / MEGA,
+                found=self.settings.found,
+                ending=describe_ending(self.tokenizer, self.settings.append_eod),
+                unknown_id=self.tokenizer.unknown_id,
+                unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),
             )
 
     def _encode(self, progress: TextProgress) -> None:
@@ -254,7 +227,8 @@ class _Run:
             for prefix, state in zip(self.settings.prefixes, known, strict=True):
                 first = prefix if self.settings.shuffle_seed is None else unshuffled(prefix)
                 builder = IndexedDatasetBuilder(first, self.dtype, state.builder if state else None)
-                outputs.append(Output(prefix, builder, *((state.text_bytes, state.words) if state else (0, 0))))
+                known_text = (state.text_bytes, state.words, state.unknown_tokens) if state else ()
+                outputs.append(Output(prefix, builder, *known_text))
             yield outputs
         except BaseException:
             for output in outputs:
@@ -275,17 +249,20 @@ class _Run:
     def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> TroubleLog:
         settings, log = self.settings, self.journal.log
         log.on_error = settings.on_error
-        waiting: collections.deque[int] = collections.deque()  # the source of each chunk under way
+        waiting: collections.deque[ChunkGroup] = collections.deque()  # groups under way, without their text
         identities: dict[int, list[Any]] = {}  # as they were before they were read
 
-        def chunks() -> Iterator[Chunk]:
+        def sources() -> Iterator[tuple[int, Source]]:
             for number, source in enumerate(settings.sources[done:], done):
                 identities[number] = source.identity()
-                for chunk in read_chunks([source], settings.read):
-                    waiting.append(number)
-                    yield chunk
+                yield number, source
 
-        stream = chunks()
+        def groups() -> Iterator[ChunkGroup]:
+            for group in read_groups(sources(), settings.read):
+                waiting.append(group._replace(chunks=[]))
+                yield group
+
+        stream = groups()
         first = list(itertools.islice(stream, 1))
         self.engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
         if settings.fork or settings.workers == 1:
@@ -298,12 +275,13 @@ class _Run:
         )
         resumable = all(source.can_be_read_again for source in settings.sources)
         with contextlib.closing(results):
-            for chunks_done, result in enumerate(results, 1):
-                number = waiting.popleft()
-                if chunks_done % CHUNKS_BETWEEN_TIDYING == 0:
+            for groups_done, result in enumerate(results, 1):
+                group = waiting.popleft()
+                if groups_done % GROUPS_BETWEEN_TIDYING == 0:
                     give_back_free_memory()
-                if resumable and number > len(self.journal.sources) and self.journal.due():
-                    finished = range(len(self.journal.sources), number)
+                finished = range(len(self.journal.sources), group.first_source)
+                # Only where a source begins: what of it was added before would be added again by the run that goes on.
+                if resumable and group.begins_source and finished and self.journal.due():
                     states = [output.state() for output in outputs]
                     self.journal.checkpoint([identities.pop(n) for n in finished], states, log)
                 for output, part in zip(outputs, result.parts, strict=True):
@@ -338,7 +316,8 @@ class _Run:
                 if state.builder.tokens == 0:
                     continue
                 put_in_place(unshuffled(prefix))
-                output = Output(prefix, IndexedDatasetBuilder(prefix, self.dtype), state.text_bytes, state.words)
+                builder = IndexedDatasetBuilder(prefix, self.dtype)
+                output = Output(prefix, builder, state.text_bytes, state.words, state.unknown_tokens)
                 stack.callback(output.builder.close)
                 shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, self.settings.shuffle_seed)
                 output.builder.complete(functools.partial(self._manifest, output, log))
@@ -398,9 +377,10 @@ def _total_size(sources: list[Source]) -> int | None:
     return None if None in sizes else sum(sizes)
 
 
-def _first_texts(chunks: list[Chunk], text_key: str) -> Iterator[str]:
+def _first_texts(groups: list[ChunkGroup], text_key: str) -> Iterator[str]:
     """Texts of the input's first documents, as many as are compared between engines."""
     room = CHECKED_BYTES
+    chunks = itertools.chain.from_iterable(group.chunks for group in groups)
     for item in itertools.chain.from_iterable(parse_chunk(chunk, text_key) for chunk in chunks):
         if isinstance(item, Document) and len(item.utf8) <= room:
             room -= len(item.utf8)

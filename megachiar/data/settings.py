@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megachiar.data.documents import OnError, ReadOptions
 from megachiar.data.fast_tokenizer import Engine
-from megachiar.data.readers import OnError, ReadOptions, Source
+from megachiar.data.find_inputs import FoundFiles
+from megachiar.data.source import Source
 from megachiar.data.split import Split
 from megachiar.data.tokenizer import TokenizerKind
 
@@ -30,6 +32,7 @@ class PreprocessSettings:
         overwrite: replace datasets that exist, at the end of the run.
         restart: forget what an unfinished run left, instead of going on from there.
         allow_empty: write no dataset where a part got no document, instead of refusing that.
+        found: what folders and globs among the inputs gave, to be told.
     """
 
     sources: list[Source]
@@ -48,6 +51,7 @@ class PreprocessSettings:
     overwrite: bool = False
     restart: bool = False
     allow_empty: bool = False
+    found: list[FoundFiles] = field(default_factory=list)
 
     @property
     def prefixes(self) -> list[Path]:

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from megachiar.data.documents import Trouble, TroubleLog
 from megachiar.data.files import put_in_place, remove_dataset, write_atomically
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.manifest import read_manifest
 from megachiar.data.merge import append_dataset
-from megachiar.data.preprocess import Output, Report, check_outputs, existing_report, make_manifest, preprocess
-from megachiar.data.readers import Trouble, TroubleLog
+from megachiar.data.preprocess import Output, check_outputs, existing_report, make_manifest, preprocess
+from megachiar.data.report import Report, describe_ending
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shuffle import shuffle_documents, unshuffled
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +70,11 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     Raises:
         UserError: as ``preprocess`` and ``shard_settings``.
     """
-    own = shard_settings(settings, number, shards)
+    with disk_errors(shard_folder(settings), "read or write"):
+        return _make_shard(settings, shard_settings(settings, number, shards), stream)
+
+
+def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
     record, identity = _record_path(own), _identity(own)
     known = _read_record(record)
     if known is not None and known["identity"] == identity and not settings.restart:
@@ -82,7 +87,9 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
         remove_dataset(prefix)
     report = preprocess(own, stream)
     log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
-    write_atomically(record, json.dumps({"identity": identity, **log}, ensure_ascii=False).encode())
+    unknown = [report.unknown_tokens[prefix] for prefix in own.prefixes]
+    whole = {"identity": identity, **log, "unknown_tokens": unknown}
+    write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
     return report
 
 
@@ -97,7 +104,16 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
     if (merged := _merged_before(settings)) is not None:
         return merged
     everything = [shard_settings(settings, number, shards) for number in range(shards)]
+    with disk_errors(shard_folder(settings), "read or write"):
+        return _merge(settings, everything, on_bytes)
+
+
+def _merge(
+    settings: PreprocessSettings, everything: list[PreprocessSettings], on_bytes: Callable[[int], None] | None
+) -> Report:
     tokenizer = _load_tokenizer(settings)
+    records = _records(everything)
+    log = _merged_log(records)
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
     log = _merged_log(everything)
@@ -121,7 +137,16 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
             for prefix in settings.prefixes:
                 put_in_place(prefix)
     shutil.rmtree(shard_folder(settings))
-    return Report({prefix: read_manifest(prefix) for prefix in settings.prefixes}, log)
+    counted = [_unknown_tokens(record, len(settings.prefixes)) for record in records]
+    unknown = [None if None in counts else sum(counts) for counts in zip(*counted, strict=True)]
+    return Report(
+        manifests={prefix: read_manifest(prefix) for prefix in settings.prefixes},
+        log=log,
+        found=settings.found,
+        ending=describe_ending(tokenizer, settings.append_eod),
+        unknown_id=tokenizer.unknown_id,
+        unknown_tokens=dict(zip(settings.prefixes, unknown, strict=True)),
+    )
 
 
 def _merged_before(settings: PreprocessSettings) -> Report | None:
@@ -142,17 +167,34 @@ def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | 
     output.words += manifest.words
 
 
-def _merged_log(shards: list[PreprocessSettings]) -> TroubleLog:
-    """What all shards left out, in the order of the inputs."""
-    log = TroubleLog("skip")
+def _records(shards: list[PreprocessSettings]) -> list[dict]:
+    """What each shard's maker recorded.
+
+    Raises:
+        UserError: a shard is missing or of another call.
+    """
+    records = []
     for number, shard in enumerate(shards):
         record = _read_record(_record_path(shard))
         if record is None or record["identity"] != _identity(shard):
             state = "was not made" if record is None else "was made by another call, or its inputs were changed since"
             raise UserError(shard.output_prefix, f"shard {number} of {len(shards)} {state}", "make it before the merge")
+        records.append(record)
+    return records
+
+
+def _merged_log(records: list[dict]) -> TroubleLog:
+    """What all shards left out, in the order of the inputs."""
+    log = TroubleLog("skip")
+    for record in records:
         examples = [Trouble(*example) for example in record["examples"]]
         log.merge(TroubleLog("skip", Counter(record["skipped"]), examples))
     return log
+
+
+def _unknown_tokens(record: dict, parts: int) -> list[int | None]:
+    """Of each part of a shard; None where an earlier version, which did not count them, made it."""
+    return record.get("unknown_tokens") or [None] * parts
 
 
 def _identity(shard: PreprocessSettings) -> list:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megachiar.data.foreign_tokenizers import foreign_file, refuse_foreign, refuse_other_rules
+from megachiar.data.recognition import refuse_pointer
 from megachiar.errors import UserError
 
 TokenizerKind = Literal["auto", "sentencepiece", "huggingface", "gpt2"]
@@ -36,6 +38,10 @@ HUGGINGFACE_EOD = (
 )
 
 
+class ControlTokenError(UserError):
+    """A tokenizer makes a control token of ordinary text, so that this text cannot be encoded."""
+
+
 class Tokenizer(Protocol):
     """What the rest of the project knows of a tokenizer.
 
@@ -44,6 +50,7 @@ class Tokenizer(Protocol):
         path: the file or folder it was loaded from.
         vocab_size: largest id that can occur, plus one.
         eod_id: id of the end-of-document token, None where the vocabulary has none.
+        unknown_id: id of the token for what the vocabulary does not have, None where it has none.
         fingerprint: ``"sha256:..."`` of the vocabulary file(s); equal fingerprints give equal ids.
         controls: id -> string of the tokens that never stand for text.
     """
@@ -52,6 +59,7 @@ class Tokenizer(Protocol):
     path: Path
     vocab_size: int
     eod_id: int | None
+    unknown_id: int | None
     fingerprint: str
     controls: dict[int, str]
 
@@ -83,7 +91,10 @@ def load_tokenizer(path: Path | str, kind: TokenizerKind = "auto", eod_token: st
     path = Path(path)
     if not path.exists():
         raise UserError(path, "there is no such tokenizer file or folder", "check the path of the tokenizer")
-    kind = _kind_of(path) if kind == "auto" else kind
+    if kind == "auto":
+        kind = _kind_of(path)
+        if kind == "gpt2":  # by its files alone; a kind that was named is believed
+            _refuse_other_rules(path)
     loaders: dict[str, Callable[[Path, str | None], Tokenizer]] = {
         "sentencepiece": SentencePieceTokenizer.load,
         "huggingface": HuggingFaceTokenizer.load,
@@ -107,6 +118,7 @@ class SentencePieceTokenizer:
                 raise RuntimeError("empty")  # the library takes it for a model without pieces
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
+            refuse_foreign(path, model)
             raise UserError(
                 path, f"not a SentencePiece model ({len(model)} bytes)", "give the .model file that its trainer wrote"
             ) from error
@@ -118,6 +130,7 @@ class SentencePieceTokenizer:
             self.eod_id: int | None = _lookup(path, eod_token, pieces)
         else:
             self.eod_id = eos if (eos := self._processor.eos_id()) >= 0 else None
+        self.unknown_id = unknown if (unknown := self._processor.unk_id()) >= 0 else None
         # The library itself never gives a piece of type CONTROL; an EOD that is an ordinary or user-defined piece is
         # what the guard is for.
         may_occur = self.eod_id is not None and not self._processor.is_control(self.eod_id)
@@ -169,9 +182,10 @@ class HuggingFaceTokenizer:
         self.eod_id = self._choose_eod(eod_token, vocabulary)
         self._make_plain()
         self.cuts_like_gpt2 = _cuts_like_gpt2(tokenizer)
-        unknown = _unknown_id(tokenizer.model, vocabulary)  # may stand for any character
+        self.unknown_id = _unknown_id(tokenizer.model, vocabulary)  # may stand for any character
         added = tokenizer.get_added_tokens_decoder()
-        self.controls = {index: token.content for index, token in added.items() if token.special and index != unknown}
+        special = {index: token.content for index, token in added.items() if token.special}
+        self.controls = {index: content for index, content in special.items() if index != self.unknown_id}
         self._guard = ControlGuard(path, self.controls, self._encode_plain)
 
     @classmethod
@@ -184,6 +198,7 @@ class HuggingFaceTokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
+            refuse_foreign(file, content)
             raise UserError(
                 file, f"not a Hugging Face tokenizer: {error}", "give the tokenizer.json its trainer wrote"
             ) from error
@@ -262,7 +277,7 @@ class ControlGuard:
         """``ids`` of ``text`` if they hold no control id, otherwise the ids of the text cut inside control strings.
 
         Raises:
-            UserError: a control id is left even then, because the tokenizer makes it out of other characters.
+            ControlTokenError: a control id is left even then: the tokenizer makes it out of other characters.
         """
         if self._controls.keys().isdisjoint(ids):
             return ids
@@ -271,12 +286,18 @@ class ControlGuard:
         apart = [index for part in self._encode_plain(parts) for index in part]
         left = sorted({self._controls[index] for index in self._controls.keys() & set(apart)})
         if left:
-            raise UserError(
+            raise ControlTokenError(
                 self._path,
                 f"encodes ordinary text as the control token {left[0]!r}",
                 f"take {left[0]!r} out of the text, or use a tokenizer that has control tokens apart from its pieces",
             )
         return apart
+
+
+def _refuse_other_rules(path: Path) -> None:
+    folder = path if path.is_dir() else path.parent
+    vocabulary_file, _ = _gpt2_files(folder)
+    refuse_other_rules(folder, _parse_vocabulary(vocabulary_file, _read(vocabulary_file)))
 
 
 def _kind_of(path: Path) -> str:
@@ -294,6 +315,9 @@ def _kind_of(path: Path) -> str:
         return "sentencepiece"
     elif path.suffix == ".json":
         return "huggingface"
+    foreign = foreign_file(path) if path.is_dir() else path
+    if foreign is not None:
+        refuse_foreign(foreign, _read(foreign))
     raise UserError(
         path,
         "cannot tell what kind of tokenizer this is",
@@ -324,6 +348,7 @@ def _gpt2_files(folder: Path) -> tuple[Path, Path]:
 
 def _parse_vocabulary(path: Path, content: bytes) -> dict[str, int]:
     """Token -> id of a GPT-2 ``vocab.json``."""
+    refuse_pointer(path, content)
     try:
         vocabulary = json.loads(content)
     except ValueError as error:
@@ -336,6 +361,7 @@ def _parse_vocabulary(path: Path, content: bytes) -> dict[str, int]:
 
 def _parse_merges(path: Path, content: bytes) -> list[tuple[str, str]]:
     """Pairs of a GPT-2 ``merges.txt``, in order of rank."""
+    refuse_pointer(path, content)
     try:
         lines = content.decode().splitlines()
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import itertools
 import re
 import signal
 import sys
@@ -25,11 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
+from megachiar.data.documents import OnError, ReadOptions, TroubleLog
 from megachiar.data.existing import Differs, note_path, read_note, write_note
 from megachiar.data.files import write_atomically
+from megachiar.data.find_inputs import FoundFiles, same_file
 from megachiar.data.interrupts import interrupts_go_to
 from megachiar.data.progress import TextProgress
-from megachiar.data.readers import OnError, ReadOptions, Source, TroubleLog, read_documents
+from megachiar.data.readers import read_documents
+from megachiar.data.source import Source
 from megachiar.data.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
@@ -57,6 +61,7 @@ class TrainingSettings:
         max_text_bytes: train on a sample of at most so much text, documents drawn evenly from the whole corpus.
         on_error: what an unusable document does.
         overwrite: replace ``output`` if it exists.
+        found: what folders and globs among the inputs gave, to be told.
     """
 
     sources: list[Source]
@@ -68,6 +73,7 @@ class TrainingSettings:
     max_text_bytes: int = 200 << 20
     on_error: OnError = "refuse"
     overwrite: bool = False
+    found: list[FoundFiles] = field(default_factory=list)
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -113,6 +119,8 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     _check(settings)
     if settings.output.exists() and not settings.overwrite:
         return _existing(settings)
+    for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
+        print(line, file=stream or sys.stderr)
     log = TroubleLog(settings.on_error)
     asked = settings.deciding
     with TextProgress("reading", None, stream) as progress:
@@ -174,7 +182,7 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError(settings.output, f"a {settings.kind} tokenizer is a {suffix} file", f"name it NAME{suffix}")
     if settings.kind == "huggingface" and settings.algorithm != "bpe":
         raise UserError("--algorithm", "a huggingface tokenizer is trained by bpe", "use --kind sentencepiece")
-    if settings.output.resolve() in {source.path.resolve() for source in settings.sources if source.path is not None}:
+    if same_file(settings.output, settings.sources):
         raise UserError(settings.output, "is an input and would be the output too", "choose another --output")
     if settings.max_text_bytes < 1:
         raise UserError("--max-text-mib", f"{settings.max_text_bytes >> 20} MiB of text to train on", "use at least 1")
