@@ -141,7 +141,7 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator
 
 def existing_report(settings: PreprocessSettings, tokenizer: Tokenizer) -> Report | None:
     """Report on the datasets of this call if an earlier one made them; None if there is something to do."""
-    if settings.overwrite or settings.restart:
+    if settings.overwrite:
         return None
     try:
         return Report.of_existing(find_existing(settings, tokenizer))
@@ -160,17 +160,17 @@ def check_outputs(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
         if path.resolve() in {file.resolve() for file in own} or same_file(path, settings.sources):
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:
-            problem = f"exists already, and not as this command makes it: {why_different(settings, tokenizer)}"
+            problem = describe_existing(settings, tokenizer)
             raise UserError(path, problem, "choose another --output-prefix, or pass --overwrite")
 
 
-def why_different(settings: PreprocessSettings, tokenizer: Tokenizer) -> str:
-    """Say why what exists is not what this call would make."""
+def describe_existing(settings: PreprocessSettings, tokenizer: Tokenizer) -> str:
+    """Say that an output exists, and why it is not what this call would make."""
     try:
         find_existing(settings, tokenizer)
     except Differs as difference:
-        return str(difference)
-    return "--restart makes it again"
+        return f"exists already, and not as this command makes it: {difference}"
+    return "exists already"
 
 
 class _Run:
