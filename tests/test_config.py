@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from megachiar.config import ConfigError, RunConfig, load_config
-from megachiar.config.deepspeed import OWNED, to_deepspeed
+from megachiar.config.deepspeed import MONITORS, OWNED, to_deepspeed
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError, data_parallel_size
 from megachiar.training.schedule import learning_rate
@@ -55,6 +61,47 @@ def test_schema_is_that_of_the_code():
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **RunConfig.model_json_schema(),
     }
+
+
+UNITS = (
+    r"tokens?|samples?|sequences?|steps?|epochs?|passes|layers?|channels|heads|ranks|threads|stages|windows|"
+    r"micro-batches|checkpoints|lines|seconds|nats|id of the token|optimizer\.learning_rate|rows|units of|"
+    # and what has none
+    r"factors?|share|probability|seed|threshold|standard deviation|norm"
+)
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that holds a value, by its dotted name."""
+    for name, field in section.model_fields.items():
+        inner = [part for part in types_in(field.annotation) if issubclass(part, BaseModel)]
+        if inner:
+            yield from leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def types_in(annotation: Any) -> list[type]:
+    """The types that an annotation is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [part for argument in get_args(annotation) for part in types_in(argument)]
+
+
+def test_every_key_has_a_description_and_every_number_a_unit():
+    fields = dict(leaves(RunConfig))
+    assert len(fields) > 60 and {"model.router.tau", "data.train.weight", "checkpoint.load_from"} <= set(fields)
+    without = [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")]
+    assert not without, f"no description: {without}"
+    numbers = [key for key, field in fields.items() if {int, float} & set(types_in(field.annotation))]
+    assert len(numbers) > 35
+    no_unit = [key for key in numbers if not re.search(rf"\b({UNITS})\b", fields[key].description, re.IGNORECASE)]
+    assert not no_unit, f"no unit: {no_unit}"
+
+
+def test_monitors_are_all_that_deepspeed_has():
+    monitors = set(DeepSpeedMonitorConfig.model_fields)
+    assert {"tensorboard", "wandb"} <= monitors and monitors <= set(MONITORS)
 
 
 def test_every_problem_of_every_section_is_reported_at_once(tmp_path):
@@ -175,6 +222,11 @@ CROSS_CHECKS = [
     (["data.train=[]"], "data.train", "at least 1"),
     (["data.train=[{path: a, wieght: 2.0}]"], "data.train.0.wieght", "did you mean `weight`?"),
     (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer.type", "use optimizer"),
+    (["deepspeed.tensorboard.enabled=true"], "deepspeed.tensorboard.enabled", "use logging.tensorboard"),
+    (["deepspeed.wandb={}"], "deepspeed.wandb", "use logging.tensorboard, or read metrics.jsonl"),
+    (["deepspeed.csv_monitor.enabled=true"], "deepspeed.csv_monitor.enabled", "use logging.tensorboard"),
+    (["deepspeed.comet.enabled=true"], "deepspeed.comet.enabled", "use logging.tensorboard"),
+    (["deepspeed.flops_profiler.enabled=true"], "deepspeed.flops_profiler.enabled", "use model_flops_per_second"),
     (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization.stage", "parallel.zero_stage makes it 1"),
 ]
 
