@@ -20,7 +20,8 @@ from megachiar.topology import LaunchError
 from megachiar.training import checkpoint as checkpoints
 from megachiar.training.engine import Engine, StepResult
 from megachiar.training.evaluation import evaluate
-from megachiar.training.metrics import Display, MetricsWriter, peak_flops, peak_memory_bytes
+from megachiar.training.metrics import Display, MetricsWriter, peak_memory_bytes
+from megachiar.training.peaks import peak_flops
 from megachiar.training.schedule import learning_rate
 from megachiar.training.sources import RunData
 

@@ -13,10 +13,11 @@ from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.topology import Topology
-from megachiar.training.checkpoint import find_checkpoint, start_from, whole_checkpoints
+from megachiar.training.checkpoint import compute_dtype, find_checkpoint, start_from, whole_checkpoints
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
+from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.sources import (
     RunData,
     describe_uses,
@@ -98,7 +99,7 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
         f"optimizer: {engine.replica.optimizer_implementation}"
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+    dtype = compute_dtype(config)
     kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
     if training.compile is not None:
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
@@ -108,6 +109,8 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
         f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
     )
+    if reason := why_no_utilisation(engine.device):
+        console.print(f"[yellow]  {escape(reason)}[/]")
     if data.tokenizer is None:
         console.print(
             "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"
