@@ -363,31 +363,31 @@ class TestSchedule:
         )
 
     def test_warm_up_begins_above_zero_and_ends_at_the_peak(self):
-        rates = [learning_rate(self.config("cosine"), step) for step in range(10)]
+        rates = [learning_rate(self.config("cosine"), step) for step in range(1, 11)]
         assert rates == pytest.approx([0.1 * (i + 1) for i in range(10)])
 
     def test_cosine(self):
         config = self.config("cosine")
-        assert learning_rate(config, 10) == pytest.approx(1.0)
-        assert learning_rate(config, 60) == pytest.approx(0.55)
-        assert learning_rate(config, 35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
-        assert learning_rate(config, 110) == learning_rate(config, 500) == pytest.approx(0.1)
+        assert learning_rate(config, 11) == pytest.approx(1.0)
+        assert learning_rate(config, 61) == pytest.approx(0.55)
+        assert learning_rate(config, 36) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+        assert learning_rate(config, 111) == learning_rate(config, 500) == pytest.approx(0.1)
 
     def test_linear(self):
         config = self.config("linear")
-        assert [learning_rate(config, s) for s in (10, 35, 60, 110)] == pytest.approx([1.0, 0.775, 0.55, 0.1])
+        assert [learning_rate(config, s) for s in (11, 36, 61, 111)] == pytest.approx([1.0, 0.775, 0.55, 0.1])
 
     def test_constant(self):
-        assert {learning_rate(self.config("constant"), s) for s in (10, 60, 109)} == {1.0}
+        assert {learning_rate(self.config("constant"), s) for s in (11, 61, 110)} == {1.0}
 
     def test_wsd_is_stable_then_decays(self):
         config = self.config("wsd", "schedule.decay_steps=100", "schedule.wsd_decay_fraction=0.2")
-        assert [learning_rate(config, s) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
-        assert learning_rate(config, 90) == pytest.approx(0.55)
-        assert learning_rate(config, 100) == learning_rate(config, 109) == pytest.approx(0.1)
+        assert [learning_rate(config, s) for s in (11, 51, 81)] == [1.0, 1.0, 1.0]
+        assert learning_rate(config, 91) == pytest.approx(0.55)
+        assert learning_rate(config, 101) == learning_rate(config, 110) == pytest.approx(0.1)
 
     def test_a_run_cut_short_stays_in_warm_up(self):
-        assert learning_rate(self.config("cosine", "training.steps=3"), 2) == pytest.approx(0.3)
+        assert learning_rate(self.config("cosine", "training.steps=3"), 3) == pytest.approx(0.3)
 
 
 def test_the_sources_may_stand_in_a_file_of_their_own(tmp_path):

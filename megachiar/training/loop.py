@@ -141,8 +141,9 @@ class Trainer:
         own = self.engine.topology.data_rank * self.config.training.micro_batch_size
         micro_batches = ((loader.position + own, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
-        result = self.engine.train_step(micro_batches, learning_rate(self.config, self.progress.step), stop)
-        self.progress.step += 1
+        step = self.progress.step + 1
+        result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
+        self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if not math.isfinite(result.loss):
             raise Diverged(
@@ -171,7 +172,7 @@ class Trainer:
         return {
             "loss": result.loss,
             "regulariser": result.regulariser,
-            "learning_rate": learning_rate(config, self.progress.step - 1),
+            "learning_rate": learning_rate(config, self.progress.step),
             "gradient_norm": result.gradient_norm,
             "skipped": result.skipped,
             "samples": self.progress.samples,
