@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,6 +106,24 @@ class LaunchError(UserError):
     """The ranks that were started do not fit the config: the same on every rank."""
 
     same_on_every_rank = True
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank what a rank met; every rank calls it, with None where it met nothing.
+
+    Raises:
+        LaunchError: the error of the first such rank, which it names with its host unless all met the same.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), error))
+    met = [(rank, host, found) for rank, (host, found) in enumerate(everyone) if found is not None]
+    if not met:
+        return
+    rank, host, first = met[0]
+    alike = len({str(found) for _, _, found in met}) == 1 and len(met) == len(everyone)
+    others = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
+    where = first.where if alike else f"rank {rank} on {host}{others}: {first.where}"
+    raise LaunchError(where, first.problem, first.remedy) from error
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -221,6 +221,7 @@ CROSS_CHECKS = [
     (["data.validation={}"], "training.evaluate_every", "no data.validation"),
     (["data.train=[]"], "data.train", "at least 1"),
     (["data.train=[{path: a, wieght: 2.0}]"], "data.train.0.wieght", "did you mean `weight`?"),
+    (["checkpoint.load=all"], "checkpoint.load", "without checkpoint.load_from"),
     (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer.type", "use optimizer"),
     (["deepspeed.tensorboard.enabled=true"], "deepspeed.tensorboard.enabled", "use logging.tensorboard"),
     (["deepspeed.wandb={}"], "deepspeed.wandb", "use logging.tensorboard, or read metrics.jsonl"),

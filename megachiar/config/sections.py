@@ -148,7 +148,11 @@ class CheckpointConfig(Section):
     """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
     has one."""
     load_from: Path | None = None
-    """Checkpoint (or run folder) to start from when the run folder has none yet: weights, optimizer and position."""
+    """Checkpoint, or run folder whose newest is meant, to start from as long as the run's own folder has none: a run
+    that has saved goes on from its own."""
+    load: Literal["weights", "all"] = "weights"
+    """What load_from brings. weights: those alone; optimizer, schedule, steps and data begin anew. all: optimizer, loss
+    scale, steps taken and the position in the data as well, as if this run went on with that one."""
 
 
 class LoggingConfig(Section):

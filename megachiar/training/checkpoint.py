@@ -297,11 +297,11 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
     changes = state.data.changes(wanted, state.step)
     for change in changes:
         if not change.defined:
-            remedy = "go on with the saved value, or start a new run with checkpoint.load_from"
+            remedy = "go on with the saved value, or start a new run from its weights alone with checkpoint.load_from"
         elif config.data.on_change == "refuse":
             remedy = (
                 "set it back, or set data.on_change=continue: every source then goes on from where it is; or start a "
-                "new run with checkpoint.load_from"
+                "new run from its weights alone with checkpoint.load_from"
             )
         else:
             continue
