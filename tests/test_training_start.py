@@ -207,7 +207,7 @@ def test_a_rank_that_sees_another_checkpoint_of_that_name_ends_all(apart):
     for folder, seed in zip(folders, (1, 2), strict=True):
         start_apart(config, [folder] * 2, f"training.seed={seed}")
     message = refused_apart(config, folders, f"training.steps={STEPS}", "training.seed=1")
-    assert "is another checkpoint than the one that rank 0 sees there" in message
+    assert "rank 0 starts from this checkpoint, but here stands another one" in message
 
 
 @pytest.mark.parametrize("load", ["weights", "all"])
@@ -232,8 +232,9 @@ def test_a_rank_that_does_not_see_the_data_ends_all(apart):
     [
         (["checkpoint.resume=never"], "checkpoint.resume is never"),
         (["logging.folder=new", "checkpoint.load_from=nowhere"], "nowhere: no such folder"),
+        (["logging.folder=run/config.yaml/new"], "cannot write: Not a directory"),
     ],
-    ids=["resume never", "load from nowhere"],
+    ids=["resume never", "load from nowhere", "a file in the way"],
 )
 def test_what_rank_0_refuses_ends_all_with_its_message_alone(apart, sets, message):
     config, (folder, _) = apart

@@ -17,7 +17,6 @@ and buckets of a fixed size, through which gradients (ZeRO 2 and 3) are reduced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 
 import torch
@@ -28,9 +27,10 @@ from megachiar.kernels.cross_entropy import buffer_bytes
 from megachiar.model.activations import KeptValues, end_activations, layer_activations
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
-from megachiar.model.stages import build_layer, stage_bounds
+from megachiar.model.norm import RowNorm
+from megachiar.model.stages import build_layer, layer_groups, stage_layers
 from megachiar.model.traffic import end_traffic, layer_traffic
-from megachiar.topology import TensorGroup
+from megachiar.topology import ALONE, TensorGroup
 from megachiar.training.checkpoint import DTYPES
 
 WIDTH = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -84,7 +84,7 @@ class RankPlan:
     Attributes:
         layers: of the stage, from 0.
         parameters: of the rank.
-        flops: of its forward passes in a step, without recomputation.
+        flops: of its forward passes in a step, those of recomputed layers twice, and of its backward passes.
     """
 
     layers: range
@@ -99,11 +99,7 @@ def plan_ranks(config: RunConfig, data_size: int, device: str = "cuda") -> list[
     model, parallel = config.model, config.parallel
     interval = config.training.activation_checkpoint_interval
     share = model.expected_attention_share
-    bounds = stage_bounds(model, interval, config.sequence_length, share, parallel.pipeline_size)
-    step = interval or 1
-    # Parts are the embedding, groups of layers, norm and head.
-    starts = [0, *((bound - 1) * step for bound in bounds[1:-1]), model.num_layers]
-    stages = [range(a, min(b, model.num_layers)) for a, b in pairwise(starts)]
+    stages = stage_layers(model, interval, config.sequence_length, share, parallel.pipeline_size)
     counts = _layer_parameters(config)
     return [_plan_stage(config, data_size, stages, number, counts, device) for number in range(len(stages))]
 
@@ -114,11 +110,15 @@ def _plan_stage(
     model, parallel, layers = config.model, config.parallel, stages[number]
     first, last = number == 0, number == len(stages) - 1
     head = _embedding_parameters(config)
-    parameters = sum(counts[i] for i in layers) + head * (first or last) + 2 * model.hidden_size * last
+    parameters = sum(counts[i] for i in layers) + head * (first or last) + _norm_parameters(config) * last
     share, length = model.expected_attention_share, config.sequence_length
     tokens = config.training.global_batch_size // data_size * length
-    flops = sum(layer_flops_per_token(model, i, length, share).total for i in layers)
-    flops += last * forward_flops_per_token(model, length, share).head
+    recomputes = config.training.activation_checkpoint_interval is not None
+    forward, backward = (
+        sum(layer_flops_per_token(model, i, length, share, backward=b).total for i in layers) for b in (False, True)
+    )
+    flops = (2 if recomputes else 1) * forward + backward
+    flops += last * sum(forward_flops_per_token(model, length, share, backward=b).head for b in (False, True))
     return RankPlan(
         layers=layers,
         parameters=parameters,
@@ -173,8 +173,8 @@ def _activations(config: RunConfig, stages: list[range], number: int, recompute:
     under_way = len(stages) - number  # 1F1B: each later stage holds one more forward pass than backward passes
     if not recompute:
         return under_way * sum(each) + ends
-    step = training.activation_checkpoint_interval or 1
-    groups = [sum(each[i : i + step]) for i in range(0, len(each), step)]
+    every = layer_groups(model, training.activation_checkpoint_interval)
+    groups = [sum(each[i - layers.start] for i in group) for group in every if group.start in layers]
     inputs = bytes_of(KeptValues(model.hidden_size, 0)) * len(groups)
     return under_way * inputs + max(groups) + ends
 
@@ -241,6 +241,12 @@ def _layer_parameters(config: RunConfig) -> list[int]:
         return kinds[kind]
 
     return [count(index) for index in range(model.num_layers)]
+
+
+def _norm_parameters(config: RunConfig) -> int:
+    with torch.device("meta"):
+        norm = RowNorm(config.model.hidden_size, config.model.norm_epsilon, ALONE)
+    return sum(parameter.numel() for parameter in norm.parameters())
 
 
 def _embedding_parameters(config: RunConfig) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from rich.markup import escape
@@ -79,19 +79,12 @@ def resolve_start(config: RunConfig, topology: Topology, say: Callable[[str], No
         LaunchError: on every rank alike: there is nothing to start from, ``checkpoint.resume`` forbids it, or a rank
             does not see the checkpoint.
     """
-    decided: list[Start | UserError | str | None] = [None, None]
-    if topology.is_main:
-        try:
-            start = _decide(config, say)
-            decided = [start, _fingerprint(start.path) if start.path is not None else None]
-        except UserError as error:
-            decided = [error, None]
-    dist.broadcast_object_list(decided, src=0)
-    start, fingerprint = decided
-    if isinstance(start, UserError):
-        raise LaunchError(start.where, start.problem, start.remedy)
-    raise_together(_cannot_see(start.path, fingerprint) if start.path is not None else None)
-    return start
+    decided = _from_rank_0(_decide(config, say) if topology.is_main else None)
+    if isinstance(decided, UserError):
+        raise LaunchError(decided.where, decided.problem, decided.remedy)
+    if decided.start.path is not None:
+        raise_together(_why_unseen(decided))
+    return decided.start
 
 
 def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Start:
@@ -145,15 +138,12 @@ def check_shared_folder(folder: Path, topology: Topology) -> None:
     """
     if topology.world_size == 1:
         return
-    name, problem = [f".seen-by-all-{secrets.token_hex(8)}" if topology.is_main else None], None
-    if topology.is_main:
-        problem = _put_mark(folder / name[0])
-    dist.broadcast_object_list(name, src=0)
-    mark = folder.absolute() / name[0]
+    mark = folder.absolute() / _from_rank_0(f".seen-by-all-{secrets.token_hex(8)}")
+    raise_together(_put_mark(mark) if topology.is_main else None)
     try:
-        if not topology.is_main and not _within(VISIBLE_WITHIN_S, mark.exists):
-            problem = UserError(mark.parent, "is another folder than rank 0's, or cannot be seen", _SHARE_THE_FOLDER)
-        raise_together(problem)
+        seen = topology.is_main or _within(VISIBLE_WITHIN_S, mark.exists)
+        unseen = UserError(mark.parent, "is another folder than rank 0's, or cannot be seen", _SHARE_THE_FOLDER)
+        raise_together(None if seen else unseen)
     finally:
         if topology.is_main:
             mark.unlink(missing_ok=True)
@@ -169,15 +159,32 @@ def _put_mark(path: Path) -> UserError | None:
     return None
 
 
-def _decide(config: RunConfig, say: Callable[[str], None]) -> Start:
-    start = find_start(config, say)
+class _Decision(NamedTuple):
+    """A start, and by what its checkpoint is known from another one of that name."""
+
+    start: Start
+    fingerprint: str | None
+
+
+def _decide(config: RunConfig, say: Callable[[str], None]) -> _Decision | UserError:
+    try:
+        start = find_start(config, say)
+    except UserError as error:
+        return error
     if start.kind == "resumed" and config.checkpoint.resume == "never":
-        raise UserError(
+        return UserError(
             config.logging.folder,
             f"holds {start.path.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
-    return start
+    return _Decision(start, _fingerprint(start.path) if start.path is not None else None)
+
+
+def _from_rank_0(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank; every rank calls it."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -192,25 +199,25 @@ def _fingerprint(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / checkpoints.STATE_FILE).read_bytes()).hexdigest()
 
 
-def _cannot_see(checkpoint: Path, fingerprint: str) -> UserError | None:
+def _why_unseen(decision: _Decision) -> UserError | None:
     """Why this rank cannot start from the checkpoint that rank 0 chose; None if it can."""
-    problem: str | None = None
-
-    def seen() -> bool:
-        nonlocal problem
-        problem = checkpoints.damage(checkpoint)
-        if problem is None and _fingerprint(checkpoint) != fingerprint:
-            problem = "is another checkpoint than the one that rank 0 sees there"
-        return problem is None
-
+    checkpoint = decision.start.path
     try:
-        if _within(VISIBLE_WITHIN_S, seen):
+        if _within(VISIBLE_WITHIN_S, lambda: _difference(checkpoint, decision.fingerprint) is None):
             return None
+        problem = _difference(checkpoint, decision.fingerprint)
     except UserError as error:
         return error
-    return UserError(
-        checkpoint.absolute(), f"rank 0 starts from this checkpoint, but here {problem}", _SHARE_THE_FOLDER
-    )
+    told = f"rank 0 starts from this checkpoint, but here {problem}"
+    return UserError(checkpoint.absolute(), told, _SHARE_THE_FOLDER)
+
+
+def _difference(checkpoint: Path, fingerprint: str) -> str | None:
+    """How ``checkpoint`` differs from the whole one of that fingerprint; None if it does not."""
+    problem = checkpoints.damage(checkpoint)
+    if problem is None and _fingerprint(checkpoint) != fingerprint:
+        return "stands another one"
+    return problem
 
 
 def _within(seconds: float, condition: Callable[[], bool]) -> bool:
