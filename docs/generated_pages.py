@@ -42,7 +42,7 @@ Keys you will touch first:
 | `optimizer` | `learning_rate`, `weight_decay`, `clip_gradient_norm` |
 | `schedule` | `kind`, `warmup_steps` |
 | `training` | `steps`, `global_batch_size`, `micro_batch_size`, `activation_checkpoint_interval`, `compile` |
-| `checkpoint` | `every`, `keep`, `resume`, `load_from` |
+| `checkpoint` | `every`, `keep`, `resume`, `load_from`, `load` |
 | `logging` | `folder`, `every` |
 """
 MESSAGES = """# Every message

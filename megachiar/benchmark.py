@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-WARM_UP = 3
-"""Calls before the first that is measured."""
-
 
 class Spread(NamedTuple):
     """Median and quartiles over rounds."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,24 +48,21 @@ class Topology:
 
     Attributes:
         rank, world_size: over all processes.
-        local_rank, local_world_size: over the processes of this machine.
+        local_rank: over the processes of this machine.
         pipeline_rank, pipeline_size: stages.
         data_rank, data_size: data-parallel replicas.
         tensor: the ranks that share this rank's layers; its ``handle`` is None until ``with_groups``.
-        model_group, data_group: process groups of one replica's ranks (pp x tp), and of one shard's replicas (dp);
-            None until ``with_groups``.
+        data_group: process group of one shard's replicas (dp); None until ``with_groups``.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int
     data_rank: int
     data_size: int
     pipeline_rank: int = 0
     pipeline_size: int = 1
     tensor: TensorGroup = ALONE
-    model_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
 
     @property
@@ -94,8 +93,7 @@ class Topology:
         grid = torch.arange(self.world_size).view(self.pipeline_size, self.data_size, self.tensor.size)
         tensor = _own_group(grid.flatten(0, 1), self.rank)
         data = _own_group(grid.transpose(1, 2).flatten(0, 1), self.rank)
-        model = _own_group(grid.transpose(0, 1).flatten(1), self.rank)
-        return replace(self, tensor=replace(self.tensor, handle=tensor), data_group=data, model_group=model)
+        return replace(self, tensor=replace(self.tensor, handle=tensor), data_group=data)
 
 
 def _own_group(groups: torch.Tensor, rank: int) -> dist.ProcessGroup:
@@ -108,6 +106,24 @@ class LaunchError(UserError):
     """The ranks that were started do not fit the config: the same on every rank."""
 
     same_on_every_rank = True
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank what a rank met; every rank calls it, with None where it met nothing.
+
+    Raises:
+        LaunchError: the error of the first such rank, which it names with its host unless all met the same.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), error))
+    met = [(rank, host, found) for rank, (host, found) in enumerate(everyone) if found is not None]
+    if not met:
+        return
+    rank, host, first = met[0]
+    alike = len({str(found) for _, _, found in met}) == 1 and len(met) == len(everyone)
+    others = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
+    where = first.where if alike else f"rank {rank} on {host}{others}: {first.where}"
+    raise LaunchError(where, first.problem, first.remedy) from error
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -152,7 +168,6 @@ def build_topology(config: RunConfig) -> Topology:
         rank=rank,
         world_size=world_size,
         local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         data_rank=rank // parallel.tensor_size % data_size,
         data_size=data_size,
         pipeline_rank=rank // (parallel.tensor_size * data_size),

@@ -61,7 +61,7 @@ def train(
             batches = (
                 (loader.position + topology.data_rank * micro, next(loader)) for _ in range(engine.accumulation_steps)
             )
-            results.append(engine.train_step(batches, learning_rate(config, step)))
+            results.append(engine.train_step(batches, learning_rate(config, step + 1)))
     evaluation = [
         evaluate(
             engine.evaluate,

@@ -100,4 +100,6 @@ def _cut(whole: np.ndarray, shard: Shard, rank: int, size: int) -> np.ndarray:
 
 
 def _place(rank: int, size: int) -> Topology:
-    return Topology(rank, size, rank, size, 0, 1, tensor=TensorGroup(rank, size))
+    return Topology(
+        rank=rank, world_size=size, local_rank=rank, data_rank=0, data_size=1, tensor=TensorGroup(rank, size)
+    )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from megachiar.config import ConfigError, RunConfig, load_config
-from megachiar.config.deepspeed import OWNED, to_deepspeed
+from megachiar.config.deepspeed import MONITORS, OWNED, to_deepspeed
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError, data_parallel_size
 from megachiar.training.schedule import learning_rate
@@ -55,6 +61,47 @@ def test_schema_is_that_of_the_code():
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **RunConfig.model_json_schema(),
     }
+
+
+UNITS = (
+    r"tokens?|samples?|sequences?|steps?|epochs?|passes|layers?|channels|heads|ranks|threads|stages|windows|"
+    r"micro-batches|checkpoints|lines|seconds|nats|id of the token|optimizer\.learning_rate|rows|units of|"
+    # and what has none
+    r"factors?|share|probability|seed|threshold|standard deviation|norm"
+)
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that holds a value, by its dotted name."""
+    for name, field in section.model_fields.items():
+        inner = [part for part in types_in(field.annotation) if issubclass(part, BaseModel)]
+        if inner:
+            yield from leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def types_in(annotation: Any) -> list[type]:
+    """The types that an annotation is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [part for argument in get_args(annotation) for part in types_in(argument)]
+
+
+def test_every_key_has_a_description_and_every_number_a_unit():
+    fields = dict(leaves(RunConfig))
+    assert len(fields) > 60 and {"model.router.tau", "data.train.weight", "checkpoint.load_from"} <= set(fields)
+    without = [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")]
+    assert not without, f"no description: {without}"
+    numbers = [key for key, field in fields.items() if {int, float} & set(types_in(field.annotation))]
+    assert len(numbers) > 35
+    no_unit = [key for key in numbers if not re.search(rf"\b({UNITS})\b", fields[key].description, re.IGNORECASE)]
+    assert not no_unit, f"no unit: {no_unit}"
+
+
+def test_monitors_are_all_that_deepspeed_has():
+    monitors = set(DeepSpeedMonitorConfig.model_fields)
+    assert {"tensorboard", "wandb"} <= monitors and monitors <= set(MONITORS)
 
 
 def test_every_problem_of_every_section_is_reported_at_once(tmp_path):
@@ -174,7 +221,13 @@ CROSS_CHECKS = [
     (["data.validation={}"], "training.evaluate_every", "no data.validation"),
     (["data.train=[]"], "data.train", "at least 1"),
     (["data.train=[{path: a, wieght: 2.0}]"], "data.train.0.wieght", "did you mean `weight`?"),
+    (["checkpoint.load=all"], "checkpoint.load", "without checkpoint.load_from"),
     (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer.type", "use optimizer"),
+    (["deepspeed.tensorboard.enabled=true"], "deepspeed.tensorboard.enabled", "use logging.tensorboard"),
+    (["deepspeed.wandb={}"], "deepspeed.wandb", "use logging.tensorboard, or read metrics.jsonl"),
+    (["deepspeed.csv_monitor.enabled=true"], "deepspeed.csv_monitor.enabled", "use logging.tensorboard"),
+    (["deepspeed.comet.enabled=true"], "deepspeed.comet.enabled", "use logging.tensorboard"),
+    (["deepspeed.flops_profiler.enabled=true"], "deepspeed.flops_profiler.enabled", "use model_flops_per_second"),
     (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization.stage", "parallel.zero_stage makes it 1"),
 ]
 
@@ -311,31 +364,31 @@ class TestSchedule:
         )
 
     def test_warm_up_begins_above_zero_and_ends_at_the_peak(self):
-        rates = [learning_rate(self.config("cosine"), step) for step in range(10)]
+        rates = [learning_rate(self.config("cosine"), step) for step in range(1, 11)]
         assert rates == pytest.approx([0.1 * (i + 1) for i in range(10)])
 
     def test_cosine(self):
         config = self.config("cosine")
-        assert learning_rate(config, 10) == pytest.approx(1.0)
-        assert learning_rate(config, 60) == pytest.approx(0.55)
-        assert learning_rate(config, 35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
-        assert learning_rate(config, 110) == learning_rate(config, 500) == pytest.approx(0.1)
+        assert learning_rate(config, 11) == pytest.approx(1.0)
+        assert learning_rate(config, 61) == pytest.approx(0.55)
+        assert learning_rate(config, 36) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+        assert learning_rate(config, 111) == learning_rate(config, 500) == pytest.approx(0.1)
 
     def test_linear(self):
         config = self.config("linear")
-        assert [learning_rate(config, s) for s in (10, 35, 60, 110)] == pytest.approx([1.0, 0.775, 0.55, 0.1])
+        assert [learning_rate(config, s) for s in (11, 36, 61, 111)] == pytest.approx([1.0, 0.775, 0.55, 0.1])
 
     def test_constant(self):
-        assert {learning_rate(self.config("constant"), s) for s in (10, 60, 109)} == {1.0}
+        assert {learning_rate(self.config("constant"), s) for s in (11, 61, 110)} == {1.0}
 
     def test_wsd_is_stable_then_decays(self):
         config = self.config("wsd", "schedule.decay_steps=100", "schedule.wsd_decay_fraction=0.2")
-        assert [learning_rate(config, s) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
-        assert learning_rate(config, 90) == pytest.approx(0.55)
-        assert learning_rate(config, 100) == learning_rate(config, 109) == pytest.approx(0.1)
+        assert [learning_rate(config, s) for s in (11, 51, 81)] == [1.0, 1.0, 1.0]
+        assert learning_rate(config, 91) == pytest.approx(0.55)
+        assert learning_rate(config, 101) == learning_rate(config, 110) == pytest.approx(0.1)
 
     def test_a_run_cut_short_stays_in_warm_up(self):
-        assert learning_rate(self.config("cosine", "training.steps=3"), 2) == pytest.approx(0.3)
+        assert learning_rate(self.config("cosine", "training.steps=3"), 3) == pytest.approx(0.3)
 
 
 def test_the_sources_may_stand_in_a_file_of_their_own(tmp_path):

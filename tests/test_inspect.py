@@ -213,7 +213,7 @@ def test_a_step_is_shown_as_a_run_reads_it(tmp_path, run_here):
     config = small_config(tmp_path, data={"validation": {}})
     config["data"]["train"] = [{"path": str(first), "weight": 2.0}, {"path": str(second), "weight": 1.0}]
     path = write_config(tmp_path / "config.yaml", config)
-    done = run_tool("--config", path, "--step", 3, "--json", "--set", "training.global_batch_size=6")
+    done = run_tool("--config", path, "--step", 4, "--json", "--set", "training.global_batch_size=6")
     assert (done.returncode, done.stderr) == (0, "")
     samples = json.loads(done.stdout)["samples"]
     assert [sample["position"] for sample in samples] == list(range(18, 24))
@@ -228,7 +228,7 @@ def test_a_step_is_shown_as_a_run_reads_it(tmp_path, run_here):
         with BatchLoader(stream, 1, 2, rank, 3, start_sample=18) as loader:
             read += [(18 + 3 * turn + rank, next(loader)[0].tolist()) for turn in range(2)]
     assert [sample["ids"] for sample in samples] == [ids for _, ids in sorted(read)]
-    text = run_tool("--config", path, "--step", 0).stdout
+    text = run_tool("--config", path, "--step", 1).stdout
     assert text.startswith("position: 0\nsource: ") and "documents: " in text
     assert run_here("--config", path)[0] == 2 and run_here(first, "--step", 1)[0] == 2
-    assert "counted from 0" in run_here("--config", path, "--step", -1)[2]
+    assert "0 is no step" in run_here("--config", path, "--step", 0)[2]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_memory_worker import CHUNK_BYTES, DTYPES, SHAPES, measure
+from support import ROOT, python
 
 from megachiar.kernels import cross_entropy as module
 from megachiar.kernels.cross_entropy import IGNORED_TARGET, linear_cross_entropy
@@ -152,3 +155,32 @@ def test_fp16_gradients_survive_a_loss_scale_over_many_rows():
     wide = hidden.detach().double().requires_grad_()
     (F.cross_entropy(wide @ weight.double().T, targets) * 2**14).backward()
     assert (hidden.grad.double() - wide.grad).norm() < 5e-3 * wide.grad.norm()
+
+
+def check_bytes(counted: int, formula: int, rows: int) -> None:
+    """The formula leaves out what is one number a row: a few of them of 8 bytes."""
+    assert formula <= counted <= formula + 64 * (rows + 1), f"{counted / formula:.3f} of what the formula says"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_memory_is_what_the_plan_counts(monkeypatch, shape, dtype):
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", CHUNK_BYTES)
+    check_bytes(*measure(*shape, dtype, by_triton=False), shape[0])
+
+
+@pytest.mark.parametrize("rows", (1, 1024, 3000))
+def test_memory_of_whole_chunks_is_what_the_plan_counts(rows):
+    """With the limits of a run: 2048 rows of this vocabulary are a chunk."""
+    check_bytes(*measure(rows, 8, 4096, torch.float32, by_triton=False), rows)
+
+
+def test_memory_of_the_triton_kernels_is_what_the_plan_counts():
+    pytest.importorskip("triton")
+    done = python(ROOT / "tests" / "loss_memory_worker.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == len(SHAPES) * len(DTYPES)
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            check_bytes(*found[f"{shape} {dtype}"], shape[0])

@@ -8,9 +8,11 @@ import random
 import time
 
 import pytest
+from loss_memory_worker import measure
 from support import ROOT, python, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
+from megachiar.model.dtypes import DTYPES
 from megachiar.training.layout import plan_ranks
 from megachiar.training.partition import balanced
 from megachiar.training.search import Machine, find_layouts
@@ -68,6 +70,28 @@ def test_memory_is_what_is_allocated(measured, name):
         bucket = 100_000 * (2 if BF16 in sets else 4) if config.parallel.zero_stage == 3 else 0
         planned = memory.parameters + memory.gradients + memory.optimizer + bucket
         assert planned == pytest.approx(seen, rel=0.08), f"rank {rank}: {planned / seen:.3f} of what is alive"
+
+
+@pytest.mark.parametrize("sets", [[], [BF16], [TP], [BF16, TP, "data.sequence_length=4"]], ids=str)
+def test_buffers_of_the_loss_are_what_it_takes(tmp_path, sets):
+    config = small_config(tmp_path)
+    config["model"] |= {"vocab_size": 3000, "hidden_size": 48, "num_attention_heads": 4}
+    config = load_config(write_config(tmp_path / "config.yaml", config), sets)
+    (plan,) = plan_ranks(config, 1, device="cpu")
+    rows = config.training.micro_batch_size * config.sequence_length
+    vocabulary = 3000 // config.parallel.tensor_size
+    taken, _ = measure(rows, 48, vocabulary, DTYPES[config.precision.compute], by_triton=False)
+    assert taken * 0.98 <= plan.memory.buffers <= taken
+
+
+def test_buffers_of_the_loss_are_the_last_stages_alone_and_follow_the_device():
+    seven = ROOT / "configs" / "7b.yaml"
+    config = load_config(seven)
+    first, last = (plan.memory.buffers for plan in plan_ranks(config, 4))
+    assert first == 0 < last
+    by_torch = plan_ranks(load_config(seven, ["precision.kernels=torch"]), 4)[-1].memory.buffers
+    on_cpu = plan_ranks(config, 4, device="cpu")[-1].memory.buffers
+    assert last < by_torch and on_cpu < by_torch
 
 
 def test_recomputed_activations_are_less_and_more_stages_hold_more_micro_batches():

@@ -16,7 +16,6 @@ Bytes are counted for operators alone: those of inputs, results and their gradie
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from megachiar.kernels.attention import attention_among, causal_attention, route
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
+from megachiar.model.flops import transform_flops
 from megachiar.model.grid import Grid
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer
@@ -171,7 +171,7 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     head = torch.randn(VOCABULARY, d, device=device).mul_(0.02).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,), device=device)
-    transform = 2.5 * d * math.log2(d)
+    transform = transform_flops(d)
     passes["operator, spectral entropy"] = Pass(
         lambda: spectrum_and_entropy(x.detach()) and None, tokens * transform, tokens * row
     )

@@ -25,7 +25,6 @@ from megachiar.data.indexed import IndexedDataset
 from megachiar.data.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
 from megachiar.data.progress import ByteProgress
 from megachiar.data.tokenizer import load_tokenizer
-from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options, add_json_option
 from megachiar.training.sources import open_at_step
 
@@ -38,7 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--document", type=int, metavar="N", help="show document N")
     shown.add_argument("--sample", type=int, metavar="N", help="show sample N of a run on this dataset alone")
-    shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 0) of a run reads; with --config")
+    shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 1) of a run reads; with --config")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
     parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
@@ -89,8 +88,6 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def print_step(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.step < 0:
-        raise UserError("--step", f"{arguments.step}", "steps are counted from 0")
     data, stream, positions = open_at_step(config, arguments.step)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer is not None else data.tokenizer
     samples = show_samples(stream, positions, tokenizer)

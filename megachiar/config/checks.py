@@ -13,6 +13,7 @@ from typing import Any
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
 from megachiar.config.sections import (
+    CheckpointConfig,
     DataConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -245,6 +246,15 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    if checkpoint.load == "all" and checkpoint.load_from is None:
+        yield Problem(
+            "checkpoint.load",
+            "is all without checkpoint.load_from",
+            "name a checkpoint or run folder there",
+        )
+
+
 def documents(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
     end = data.document_end
     if end is None:
@@ -285,6 +295,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    loading,
     documents,
     compilation,
 )

@@ -36,10 +36,18 @@ REPLACED = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "tensorboard": "logging.tensorboard",
     "pipeline": "parallel.pipeline_size",
     "amp": "precision.compute",
     "activation_checkpointing": "training.activation_checkpoint_interval",
+}
+# Raw keys of what DeepSpeed measures or logs by itself: a second set of curves or figures beside ours.
+_CURVES = "logging.tensorboard, or read metrics.jsonl in the run folder"
+MONITORS = {
+    "tensorboard": _CURVES,
+    "wandb": _CURVES,
+    "csv_monitor": _CURVES,
+    "comet": _CURVES,
+    "flops_profiler": "model_flops_per_second in metrics.jsonl, or --dry-run, which know routed layers and our kernels",
 }
 DEFAULTS = {
     "steps_per_print": 2**31 - 1,
@@ -73,6 +81,9 @@ def contradictions(config: RunConfig) -> Iterator[Problem]:
         key, top = ".".join(path), path[0]
         if top in REPLACED:
             yield Problem(f"deepspeed.{key}", "is set by typed keys, not raw ones", f"use {REPLACED[top]}")
+        elif top in MONITORS:
+            problem = f"is DeepSpeed's own {top}, which would report a second time what this project reports"
+            yield Problem(f"deepspeed.{key}", problem, f"remove it and use {MONITORS[top]}")
         elif key in OWNED and OWNED[key][1](config) != value:
             typed, owned = OWNED[key]
             yield Problem(

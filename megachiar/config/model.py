@@ -20,9 +20,10 @@ class DctConfig(Section):
     gain: PositiveFloat = 1.0
     """Factor outside the learned filter: op(x) = gain * C^T diag(w) C x. The published code has 2."""
     entropy_dc_weight: PositiveFloat = 1.0
-    """Weight of the zero-frequency bin's power in the spectral entropy. The published code has 2."""
+    """Factor on the zero-frequency bin's power in the spectral entropy. The published code has 2."""
     entropy_epsilon: Annotated[float, Field(ge=0.0, le=1e-3)] = 0.0
-    """Added inside the logarithm of the entropy. The published code has 1e-8, about -d * 1e-8 / ln d on H."""
+    """Added to a bin's share of the power inside the logarithm of the entropy. The published code has 1e-8, about
+    -d * 1e-8 / ln d on H."""
 
 
 class RouterConfig(Section):
@@ -36,9 +37,9 @@ class RouterConfig(Section):
     tau: Threshold | None = None
     """Threshold on H in [0, 1], two operators: attention where H > tau. One number, or one per routed layer."""
     tau_low: Threshold | None = None
-    """Three operators: DCT where H < tau_low."""
+    """Threshold on H in [0, 1], three operators: DCT where H < tau_low."""
     tau_high: Threshold | None = None
-    """Three operators: attention where H > tau_high, RBF between."""
+    """Threshold on H in [0, 1], three operators: attention where H > tau_high, RBF between."""
     attention_share: Share | None = None
     """random: share of tokens sent to attention."""
     rbf_share: Share | None = None
@@ -46,7 +47,8 @@ class RouterConfig(Section):
     seed: int = 0
     """random: seed of the hash."""
     collapse_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """lambda of the collapse regulariser -lambda * U added to the loss; U is the entropy of the mean operator use."""
+    """Factor lambda of the collapse regulariser -lambda * U added to the loss; U, in nats, is the entropy of the mean
+    operator use."""
     collapse_temperature: PositiveFloat = 0.01
     """threshold: width in H of the soft gates through which the regulariser gets its gradient (units of H)."""
 
@@ -57,14 +59,14 @@ class AttentionConfig(Section):
     attention, so that a token sent to DCT mixing costs attention nothing and takes no room in its cache; what it holds
     reaches others through layers that attend to all."""
     rope_base: PositiveFloat = 10000.0
-    """Base of the rotary position embedding."""
+    """Base of the rotary position embedding, in tokens: pair i of n turns by base^(-i/n) radians a token."""
 
 
 class RbfConfig(Section):
     features: Annotated[int, Field(gt=0, multiple_of=2)] = 64
-    """Random Fourier features phi(x): half cosines, half sines."""
+    """Random Fourier features phi(x) of a token: half cosines, half sines."""
     gamma: PositiveFloat = 1.0
-    """Width of the kernel exp(-gamma |x - y|^2): frequencies are drawn with variance 2 * gamma."""
+    """Factor in the kernel exp(-gamma |x - y|^2): frequencies are drawn with variance 2 * gamma."""
 
 
 class MetaRouterConfig(Section):
@@ -83,20 +85,23 @@ class ModelConfig(Section):
     """chiar: layer 1 DCT only, layers 2..L-1 routed, layer L attention only. baseline: attention in all
     layers, no gate."""
     num_layers: PositiveInt
+    """L, layers of the model."""
     hidden_size: Annotated[int, Field(ge=2)]
     """d, channels of a token."""
     num_attention_heads: PositiveInt
+    """Heads of each attention layer; each has hidden_size / num_attention_heads channels."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width of the feed-forward; 4 * hidden_size when not given."""
+    """Channels inside the feed-forward; 4 * hidden_size when not given."""
     vocab_size: PositiveInt
     """Rows of the embedding. At least the tokenizer's vocabulary; ids above it are never seen."""
     max_sequence_length: PositiveInt
     """Longest sequence in tokens for training and generation."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """After the embedding, inside the feed-forward and on attention probabilities."""
+    """Probability that an element is dropped: after the embedding, inside the feed-forward, of attention's weights."""
     norm: Literal["post", "pre"] = "post"
     """post: y = LN(x + op(x)), the paper's. pre: y = x + op(LN(x))."""
     norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance of a token's channels under the root of LayerNorm, in units of that variance."""
     initializer_std: PositiveFloat = 0.02
     """Standard deviation of linear and embedding weights at the start; biases start at 0."""
     dct: DctConfig = DctConfig()

@@ -68,9 +68,9 @@ class PrecisionConfig(Section):
     gradient_accumulation: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type gradients are summed in over micro-batches."""
     loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
-    """fp16 only: a fixed factor, or one that follows overflows."""
+    """fp16 only: a fixed factor on the loss, or one that follows overflows."""
     initial_loss_scale: PositiveFloat = 65536.0
-    """fp16 with a dynamic scale: where it starts; a power of two."""
+    """fp16 with a dynamic scale: the factor at the start; a power of two."""
     loss_scale_window: PositiveInt = 1000
     """fp16 with a dynamic scale: steps without overflow until it doubles."""
     tf32: bool = True
@@ -84,10 +84,13 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay. No decay on biases, norms and DCT filters."""
 
     learning_rate: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate: about what a step changes a weight by."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Factors by which the running means of the gradient and of its square shrink in a step."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean squared gradient that a step is divided by, in units of the gradient."""
     weight_decay: NonNegativeFloat = 0.01
+    """Factor: a step takes weight_decay * learning rate of a weight away."""
     clip_gradient_norm: PositiveFloat | None = 1.0
     """Global L2 norm that gradients are clipped to; null for no clipping."""
     implementation: Literal["auto", "torch", "apex"] = "auto"
@@ -95,7 +98,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps. Step 0 has learning_rate / warmup_steps, not 0."""
+    """Learning rate over steps. Step 1, the first, has learning_rate / warmup_steps, not 0."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """cosine, linear: from the peak to the minimum at decay_steps. constant: the peak. wsd: the peak until
@@ -103,21 +106,23 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     minimum_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate that the decay ends at, in the units of optimizer.learning_rate."""
     decay_steps: PositiveInt | None = None
-    """Step at which the minimum is reached; training.steps when not given."""
+    """Steps after which the minimum is reached; training.steps when not given."""
     wsd_decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """wsd: share of decay_steps that the decay takes."""
 
 
 class TrainingConfig(Section):
     steps: PositiveInt
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. Step N is the N-th of the run, counted from 1, in the log, in metrics, in the name of
+    a checkpoint and as an argument of every tool."""
     global_batch_size: PositiveInt
     """Sequences a step, over all ranks and micro-batches."""
     micro_batch_size: PositiveInt
     """Sequences of one forward pass on one rank."""
     seed: NonNegativeInt = 1234
-    """Seeds initial weights, order of samples and dropout."""
+    """Seed of initial weights, order of samples and dropout."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations on data.validation; null: only at the end."""
     evaluation_windows: PositiveInt | None = None
@@ -143,7 +148,11 @@ class CheckpointConfig(Section):
     """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
     has one."""
     load_from: Path | None = None
-    """Checkpoint (or run folder) to start from when the run folder has none yet: weights, optimizer and position."""
+    """Checkpoint, or run folder whose newest is meant, to start from as long as the run's own folder has none: a run
+    that has saved goes on from its own."""
+    load: Literal["weights", "all"] = "weights"
+    """What load_from brings. weights: those alone; optimizer, schedule, steps and data begin anew. all: optimizer, loss
+    scale, steps taken and the position in the data as well, as if this run went on with that one."""
 
 
 class LoggingConfig(Section):

@@ -57,7 +57,7 @@ class OrderRecord(_Record):
 
 
 class BatchRecord(_Record):
-    """Samples of a step from ``first_step`` on (counted from 0), which begins at ``first_sample``."""
+    """Samples of each step after the first ``first_step`` steps; these read ``first_sample`` samples."""
 
     first_step: int = 0
     first_sample: int = 0
@@ -110,9 +110,13 @@ class DataHistory(_Record):
         )
 
     def samples_before(self, step: int) -> int:
-        """Samples that the first ``step`` steps read: the position where step ``step`` begins."""
+        """Samples that the first ``step`` steps read: the run's position after step ``step``, counted from 1."""
         batch = self.batches[bisect.bisect_right(self.batches, step, key=lambda b: b.first_step) - 1]
         return batch.first_sample + (step - batch.first_step) * batch.global_batch_size
+
+    def samples_of(self, step: int) -> range:
+        """Positions of the samples that step ``step``, counted from 1, reads."""
+        return range(self.samples_before(step - 1), self.samples_before(step))
 
     def tokens_before(self, position: int) -> int:
         """Targets of the run's first ``position`` samples."""

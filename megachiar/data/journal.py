@@ -83,7 +83,7 @@ class Journal:
         except BaseException:
             journal.close()
             raise
-        journal._end = journal._last_checkpoint = time.monotonic()
+        journal._last_checkpoint = time.monotonic()
         journal._cost = 0.0
         if not lines:
             with disk_errors(path):

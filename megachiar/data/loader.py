@@ -1,11 +1,11 @@
 """Feed one data-parallel rank: its micro-batches of a run's samples, read ahead by a thread.
 
     position     0                                G                                   G = micro * accumulation * dp
-    step         |------------- step 0 -----------|------------- step 1 ----- ...
+    step         |------------- step 1 -----------|------------- step 2 ----- ...
     micro-step   |--- 0 ----|--- 1 ----| ...
     rank         | 0 | 1 |..| 0 | 1 |..|                                              micro samples each
 
-A step reads the samples [s * G, (s + 1) * G) of the run, whatever its split into ranks, micro-batches and
+Step s reads the samples [(s - 1) * G, s * G) of the run, whatever its split into ranks, micro-batches and
 accumulation steps: these only decide who reads which. So a run goes on exactly at any position in any layout.
 """
 

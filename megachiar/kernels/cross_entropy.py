@@ -75,24 +75,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if needed else None
         of_weight = torch.zeros_like(weight, dtype=wide) if needed else None
         rows = _rows_of_chunk(hidden.device.type, len(weight))
-        first = part_of.first if part_of is not None else 0
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight)
-            by_triton = gpu.has_kernels(logits.device) and triton_cross_entropy.supports(logits)
-            losses_and_slope = _by_triton if by_triton else _by_torch
-            target = targets[part] - first
-            if part_of is not None:
-                target.masked_fill_(target >= len(weight), -1)
-            losses[part], slope = losses_and_slope(logits, target, counted[part], part_of, wide)
+            losses[part], slope = _losses_and_slope(hidden[part], weight, targets[part], counted[part], part_of, wide)
             if needed:
-                slope = slope[:, : len(weight)]
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
                 torch.mm(slope, weight, out=of_hidden[part])
                 if slope.dtype == wide:
                     torch.addmm(of_weight, slope.mT, hidden[part], out=of_weight)
                 else:
                     of_weight += slope.mT @ hidden[part]
+            del slope  # before the next chunk's logits
         ctx.save_for_backward(of_hidden, of_weight, count)
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses
@@ -112,12 +105,69 @@ def _rows_of_chunk(device: str, vocabulary: int) -> int:
     return max(1, rows)
 
 
+def _columns(device: str, vocabulary: int, width: int) -> int:
+    """Columns of a chunk's logits, which take ``width`` bytes each."""
+    spare = device == "cpu" and width >= 4 and vocabulary * width % PAGE == 0
+    return vocabulary + SPARE * spare
+
+
+def buffer_bytes(
+    rows: int, channels: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", by_triton: bool = False
+) -> int:
+    """Bytes that the loss takes at most for itself, beside what it is given and the gradient of ``hidden``.
+
+    The most of three moments, at each of which the weight's gradient (V, d) is there in fp32:
+
+        softmax of a chunk      logits (n, V) and softmax (n, V) in fp32; logits of 16 bits also as a copy in fp32
+        gradient of a chunk     slope (n, V); of 16 bits also an addend (V, d) of the weight's gradient
+        backward pass           both gradients times that of the loss: (N, d), (V, d) in fp32; also (V, d) in 16 bits
+
+    Triton kernels make the slope in the logits' place.
+
+    Args:
+        rows, channels, vocabulary: N, d and V (of the rank's part).
+        dtype: of ``hidden`` and the weight.
+        device: its type.
+        by_triton: whether Triton kernels run.
+    """
+    width, wide = dtype.itemsize, max(4, dtype.itemsize)
+    chunk = min(rows, _rows_of_chunk(device, vocabulary)) * _columns(device, vocabulary, width)
+    of_weight, small = vocabulary * channels, width < wide
+    if by_triton:
+        slope = softmax = chunk * width
+    else:
+        softmax = chunk * (width + wide * (2 if small else 1))
+        slope = chunk * width
+    addend = slope + of_weight * width * small
+    scaled = of_weight * (wide + width * small) + rows * channels * width
+    return of_weight * wide + max(softmax, addend, scaled)
+
+
+def _losses_and_slope(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    counted: torch.Tensor,
+    part_of: Vocabulary | None,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (n,) of a chunk and their slope by its logits (n, V), in the type of the weight."""
+    logits = _logits(hidden, weight)
+    by_triton = gpu.has_kernels(logits.device) and triton_cross_entropy.supports(logits)
+    target = targets - (part_of.first if part_of is not None else 0)
+    if part_of is not None:
+        target.masked_fill_(target >= len(weight), -1)
+    losses, slope = (_by_triton if by_triton else _by_torch)(logits, target, counted, part_of, wide)
+    return losses, slope[:, : len(weight)]
+
+
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Products (n, V), which SPARE columns of -inf may follow."""
     vocabulary = len(weight)
-    if hidden.device.type != "cpu" or hidden.element_size() < 4 or vocabulary * hidden.element_size() % PAGE:
+    columns = _columns(hidden.device.type, vocabulary, hidden.element_size())
+    if columns == vocabulary:
         return hidden @ weight.mT
-    logits = hidden.new_empty(len(hidden), vocabulary + SPARE)
+    logits = hidden.new_empty(len(hidden), columns)
     logits[:, vocabulary:] = -torch.inf
     torch.mm(hidden, weight.mT, out=logits[:, :vocabulary])
     return logits

@@ -68,9 +68,3 @@ def _routed(config: ModelConfig, attention_share: float) -> KeptValues:
 def end_activations(config: ModelConfig) -> KeptValues:
     """Before the first layer nothing; after the last the input of the norm, and the gradient at its output."""
     return KeptValues(2 * config.hidden_size, 0)
-
-
-def activation_values_per_token(config: ModelConfig, attention_share: float) -> float:
-    """Of the whole model on one rank."""
-    parts = [layer_activations(config, index, attention_share) for index in range(config.num_layers)]
-    return sum((part.on_a_rank(1, False) for part in parts), end_activations(config).on_a_rank(1, False))

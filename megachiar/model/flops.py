@@ -134,12 +134,17 @@ def layer_flops_per_token(
     return TokenFlops(
         attention=projections + products,
         products=products,
-        spectral=transforms * 2.5 * d * math.log2(d),
+        spectral=transforms * transform_flops(d),
         rbf=rbf,
         gates=passes * gates,
         feed_forward=passes * 4 * d * config.ffn_size,
         head=0.0,
     )
+
+
+def transform_flops(d: int) -> float:
+    """FLOPs of a DCT of ``d`` channels, or of its inverse."""
+    return 2.5 * d * math.log2(d)
 
 
 def _seen(keys: float, count_masked: bool) -> float:

@@ -33,6 +33,7 @@ from megachiar.data.files import sync_folder, write_atomically
 from megachiar.data.history import Change, DataHistory
 from megachiar.errors import UserError, disk_errors
 from megachiar.model import ChiarFormer, build_model
+from megachiar.model.dtypes import DTYPES
 from megachiar.topology import LaunchError
 from megachiar.training.optimizer import MOMENTS
 from megachiar.training.store import ShardWriter, Store
@@ -40,7 +41,6 @@ from megachiar.training.store import ShardWriter, Store
 if TYPE_CHECKING:  # reading a checkpoint needs no engine
     from megachiar.training.engine import Engine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT_VERSION = 3
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -313,11 +313,11 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
     changes = state.data.changes(wanted, state.step)
     for change in changes:
         if not change.defined:
-            remedy = "go on with the saved value, or start a new run with checkpoint.load_from"
+            remedy = "go on with the saved value, or start a new run from its weights alone with checkpoint.load_from"
         elif config.data.on_change == "refuse":
             remedy = (
                 "set it back, or set data.on_change=continue: every source then goes on from where it is; or start a "
-                "new run with checkpoint.load_from"
+                "new run from its weights alone with checkpoint.load_from"
             )
         else:
             continue

@@ -1,7 +1,8 @@
 """What a layout costs each rank, in memory and in what it sends, from the config alone.
 
-Memory counts the tensors of a run; libraries, CUDA contexts and the allocator's gaps come on top. For one parameter of
-a rank (p: bytes of the compute type, g: bytes of the accumulation type, D: data-parallel ranks) DeepSpeed holds
+Memory counts the tensors of a run, on GPUs unless another device is asked for; libraries, CUDA contexts and the
+allocator's gaps come on top. For one parameter of a rank (p: bytes of the compute type, g: bytes of the accumulation
+type, D: data-parallel ranks) DeepSpeed holds
 
     ZeRO                        weights   gradients                   master weights and moments
     0 (fp32)                    4         4                           8
@@ -16,22 +17,24 @@ and buckets of a fixed size, through which gradients (ZeRO 2 and 3) are reduced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 
 import torch
 
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
+from megachiar.kernels.cross_entropy import buffer_bytes
 from megachiar.model.activations import KeptValues, end_activations, layer_activations
+from megachiar.model.dtypes import DTYPES
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.model.layer_stack import build_layer
+from megachiar.model.norm import RowNorm
 from megachiar.model.traffic import end_traffic, layer_traffic
-from megachiar.topology import TensorGroup
-from megachiar.training.partition import stage_bounds
+from megachiar.topology import ALONE, TensorGroup
+from megachiar.training.partition import layer_groups, stage_layers
 
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+WIDTH = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class RankPlan:
     Attributes:
         layers: of the stage, from 0.
         parameters: of the rank.
-        flops: of its forward passes in a step, without recomputation.
+        flops: of its forward passes in a step, those of recomputed layers twice, and of its backward passes.
     """
 
     layers: range
@@ -92,39 +95,43 @@ class RankPlan:
     traffic: StepTraffic
 
 
-def plan_ranks(config: RunConfig, data_size: int) -> list[RankPlan]:
-    """A rank of each stage; ranks of one stage are alike."""
+def plan_ranks(config: RunConfig, data_size: int, device: str = "cuda") -> list[RankPlan]:
+    """A rank of each stage, on a ``device`` of this type; ranks of one stage are alike."""
     model, parallel = config.model, config.parallel
     interval = config.training.activation_checkpoint_interval
     share = model.expected_attention_share
-    bounds = stage_bounds(model, interval, config.sequence_length, share, parallel.pipeline_size)
-    step = interval or 1
-    # Parts are the embedding, groups of layers, norm and head.
-    starts = [0, *((bound - 1) * step for bound in bounds[1:-1]), model.num_layers]
-    stages = [range(a, min(b, model.num_layers)) for a, b in pairwise(starts)]
+    stages = stage_layers(model, interval, config.sequence_length, share, parallel.pipeline_size)
     counts = _layer_parameters(config)
-    return [_plan_stage(config, data_size, stages, number, counts) for number in range(len(stages))]
+    return [_plan_stage(config, data_size, stages, number, counts, device) for number in range(len(stages))]
 
 
-def _plan_stage(config: RunConfig, data_size: int, stages: list[range], number: int, counts: list[int]) -> RankPlan:
+def _plan_stage(
+    config: RunConfig, data_size: int, stages: list[range], number: int, counts: list[int], device: str
+) -> RankPlan:
     model, parallel, layers = config.model, config.parallel, stages[number]
     first, last = number == 0, number == len(stages) - 1
     head = _embedding_parameters(config)
-    parameters = sum(counts[i] for i in layers) + head * (first or last) + 2 * model.hidden_size * last
+    parameters = sum(counts[i] for i in layers) + head * (first or last) + _norm_parameters(config) * last
     share, length = model.expected_attention_share, config.sequence_length
     tokens = config.training.global_batch_size // data_size * length
-    flops = sum(layer_flops_per_token(model, i, length, share).total for i in layers)
-    flops += last * forward_flops_per_token(model, length, share).head
+    recomputes = config.training.activation_checkpoint_interval is not None
+    forward, backward = (
+        sum(layer_flops_per_token(model, i, length, share, backward=b).total for i in layers) for b in (False, True)
+    )
+    flops = (2 if recomputes else 1) * forward + backward
+    flops += last * sum(forward_flops_per_token(model, length, share, backward=b).head for b in (False, True))
     return RankPlan(
         layers=layers,
         parameters=parameters,
         flops=flops * tokens / parallel.tensor_size,
-        memory=_memory(config, data_size, stages, number, parameters),
+        memory=_memory(config, data_size, stages, number, parameters, device),
         traffic=_traffic(config, data_size, stages, number, parameters),
     )
 
 
-def _memory(config: RunConfig, data_size: int, stages: list[range], number: int, parameters: int) -> Memory:
+def _memory(
+    config: RunConfig, data_size: int, stages: list[range], number: int, parameters: int, device: str
+) -> Memory:
     zero, compute = config.parallel.zero_stage, config.precision.compute
     width, summed = WIDTH[compute], WIDTH[config.precision.gradient_accumulation]
     if zero == 0:
@@ -146,7 +153,7 @@ def _memory(config: RunConfig, data_size: int, stages: list[range], number: int,
         parameters=parameters * width / (data_size if zero == 3 else 1),
         gradients=parameters * gradients,
         optimizer=parameters * optimizer,
-        buffers=_buffers(config, number == len(stages) - 1),
+        buffers=_buckets(config) + (_loss_buffers(config, device) if number == len(stages) - 1 else 0),
         activations_kept=kept,
         activations_recomputed=recomputed,
         recomputes=config.training.activation_checkpoint_interval is not None,
@@ -167,22 +174,29 @@ def _activations(config: RunConfig, stages: list[range], number: int, recompute:
     under_way = len(stages) - number  # 1F1B: each later stage holds one more forward pass than backward passes
     if not recompute:
         return under_way * sum(each) + ends
-    step = training.activation_checkpoint_interval or 1
-    groups = [sum(each[i : i + step]) for i in range(0, len(each), step)]
+    every = layer_groups(model, training.activation_checkpoint_interval)
+    groups = [sum(each[i - layers.start] for i in group) for group in every if group.start in layers]
     inputs = bytes_of(KeptValues(model.hidden_size, 0)) * len(groups)
     return under_way * inputs + max(groups) + ends
 
 
-def _buffers(config: RunConfig, has_head: bool) -> float:
-    """Buckets that gradients are reduced through, and what the loss holds for a chunk of rows."""
-    zero, width = config.parallel.zero_stage, WIDTH[config.precision.compute]
-    bucket = to_deepspeed(config)["zero_optimization"].get("reduce_bucket_size", 5e8) * width if zero >= 2 else 0
-    head = 0.0
-    if has_head:
-        part = config.model.vocab_size // config.parallel.tensor_size
-        rows = min(config.training.micro_batch_size * config.sequence_length, max(1, 128 * 2**20 // (4 * part)))
-        head = part * config.model.hidden_size * 4 + 3 * rows * part * 4  # the weight's gradient; logits, softmax
-    return bucket + head
+def _buckets(config: RunConfig) -> float:
+    """Bytes that gradients are reduced through."""
+    if config.parallel.zero_stage < 2:
+        return 0
+    return to_deepspeed(config)["zero_optimization"]["reduce_bucket_size"] * WIDTH[config.precision.compute]
+
+
+def _loss_buffers(config: RunConfig, device: str) -> int:
+    """Bytes that the head's loss takes for itself."""
+    return buffer_bytes(
+        rows=config.training.micro_batch_size * config.sequence_length,
+        channels=config.model.hidden_size,
+        vocabulary=config.model.vocab_size // config.parallel.tensor_size,
+        dtype=DTYPES[config.precision.compute],
+        device=device,
+        by_triton=device == "cuda" and config.precision.kernels != "torch",
+    )
 
 
 def _traffic(config: RunConfig, data_size: int, stages: list[range], number: int, parameters: int) -> StepTraffic:
@@ -228,6 +242,12 @@ def _layer_parameters(config: RunConfig) -> list[int]:
         return kinds[kind]
 
     return [count(index) for index in range(model.num_layers)]
+
+
+def _norm_parameters(config: RunConfig) -> int:
+    with torch.device("meta"):
+        norm = RowNorm(config.model.hidden_size, config.model.norm_epsilon, ALONE)
+    return sum(parameter.numel() for parameter in norm.parameters())
 
 
 def _embedding_parameters(config: RunConfig) -> int:

@@ -4,89 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch.distributed as dist
-from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.loader import BatchLoader
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.model.flops import training_flops_per_token
-from megachiar.topology import LaunchError
 from megachiar.training import checkpoint as checkpoints
 from megachiar.training.engine import Engine, StepResult
 from megachiar.training.evaluation import evaluate
-from megachiar.training.metrics import Display, MetricsWriter, peak_flops, peak_memory_bytes
+from megachiar.training.metrics import Display, MetricsWriter, peak_memory_bytes
+from megachiar.training.peaks import peak_flops
 from megachiar.training.schedule import learning_rate
 from megachiar.training.sources import RunData
+from megachiar.training.start import Progress
 
 
 class Diverged(UserError):
     """The loss is no number any more: the same on every rank."""
 
     same_on_every_rank = True
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps taken.
-        samples: training samples consumed.
-        saved_step: step of the newest checkpoint; None before the first.
-    """
-
-    step: int = 0
-    samples: int = 0
-    saved_step: int | None = None
-
-
-def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[str], None]) -> tuple[Progress, RunData]:
-    """Go on from the newest whole checkpoint of the run folder, as ``checkpoint.resume`` says.
-
-    Returns:
-        how far the run is, and its data from there on.
-
-    Raises:
-        UserError: there is one and ``resume`` is ``never``, or it does not fit this run.
-    """
-    config = engine.config
-    found = _agree(_newest(config.checkpoint_folder, display_line) if engine.topology.is_main else None)
-    if found is None:
-        return Progress(), data
-    if config.checkpoint.resume == "never":
-        raise LaunchError(
-            config.logging.folder,
-            f"holds {found.name} and checkpoint.resume is never",
-            "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
-        )
-    changes = checkpoints.check_data(found, checkpoints.read_state(found), config, data.history)
-    state = checkpoints.resume(engine, found)
-    display_line(f"resumed from {found} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    for change in changes:
-        line = f"{change.key} was {change.before} up to here and is {change.now} from here on"
-        display_line(f"[yellow]  {escape(line)}[/]")
-    return Progress(state.step, state.samples, state.step), data.going_on(state.data, state.step)
-
-
-def _newest(folder: Path, display_line: Callable[[str], None]) -> Path | None:
-    for path in sorted(folder.glob("step_*")):
-        if not path.name.endswith(".incomplete") and (problem := checkpoints.damage(path)):
-            display_line(f"[yellow]passing over {path}: {problem}[/]")
-    whole = checkpoints.whole_checkpoints(folder)
-    return whole[-1] if whole else None
-
-
-def _agree(path: Path | None) -> Path | None:
-    """Rank 0's choice for all: a shared file system may show the ranks different folders for a moment."""
-    chosen = [path]
-    dist.broadcast_object_list(chosen, src=0)
-    return chosen[0]
 
 
 class Trainer:
@@ -140,8 +77,9 @@ class Trainer:
         own = self.engine.topology.data_rank * self.config.training.micro_batch_size
         micro_batches = ((loader.position + own, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
-        result = self.engine.train_step(micro_batches, learning_rate(self.config, self.progress.step), stop)
-        self.progress.step += 1
+        step = self.progress.step + 1
+        result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
+        self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if not math.isfinite(result.loss):
             raise Diverged(
@@ -170,7 +108,7 @@ class Trainer:
         return {
             "loss": result.loss,
             "regulariser": result.regulariser,
-            "learning_rate": learning_rate(config, self.progress.step - 1),
+            "learning_rate": learning_rate(config, self.progress.step),
             "gradient_norm": result.gradient_norm,
             "skipped": result.skipped,
             "samples": self.progress.samples,

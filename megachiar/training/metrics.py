@@ -19,16 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megachiar.data.files import write_atomically
 from megachiar.errors import disk_errors
 
-# Dense bf16/fp16 tensor-core peak in FLOP/s by a part of the device's name (vendor data sheets).
-_PEAKS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("A40", 150e12),
-)
-
 
 class MetricsWriter:
     """Writes each record to ``metrics.jsonl`` and TensorBoard; rank 0 only.
@@ -100,14 +90,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Data-sheet peak of a rank's device in FLOP/s (dense, 16-bit); None where it is not known, as on a CPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megachiar.config.model import ModelConfig
 from megachiar.model.flops import forward_flops_per_token, layer_flops_per_token
@@ -25,12 +25,24 @@ def stage_bounds(config: ModelConfig, interval: int | None, length: int, share: 
         share: of a routed layer's tokens that take attention, as far as is known.
         stages: at most as many as ``layer_groups``.
     """
+    bounds = _group_bounds(config, interval, length, share, stages)
+    # Parts: the embedding goes with the first group, the norm and the head with the last.
+    return [0, *(bound + 1 for bound in bounds[1:-1]), bounds[-1] + 3]
+
+
+def stage_layers(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[range]:
+    """Layers of each stage; arguments as of ``stage_bounds``."""
+    groups = layer_groups(config, interval)
+    bounds = _group_bounds(config, interval, length, share, stages)
+    return [range(groups[a].start, groups[b - 1].stop) for a, b in pairwise(bounds)]
+
+
+def _group_bounds(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[int]:
+    """Groups of layers at which stages begin, and their number."""
     layers = [layer_flops_per_token(config, index, length, share).total for index in range(config.num_layers)]
     costs = [sum(layers[i] for i in indices) for indices in layer_groups(config, interval)]
     costs[-1] += forward_flops_per_token(config, length, share).head
-    bounds = balanced(costs, stages)
-    # Parts: the embedding goes with the first group, the norm and the head with the last.
-    return [0, *(bound + 1 for bound in bounds[1:-1]), len(costs) + 3]
+    return balanced(costs, stages)
 
 
 def balanced(costs: Sequence[float], stages: int) -> list[int]:

@@ -58,7 +58,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
     """Memory and traffic of one rank of each stage; of many stages, the first, the fullest and the last."""
     fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
     shown = range(len(stages)) if len(stages) <= 4 else sorted({0, fullest, len(stages) - 1})
-    table = Table(title="one rank of a stage, without what libraries hold (estimate)", title_justify="left")
+    table = Table(title="one rank of a stage on a GPU, without what libraries hold (estimate)", title_justify="left")
     table.add_column("")
     for number in shown:
         layers = stages[number].layers

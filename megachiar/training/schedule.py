@@ -8,20 +8,21 @@ from megachiar.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of the optimizer step number ``step`` (from 0).
+    """Learning rate of optimizer step ``step``, counted from 1.
 
-    Warm-up rises linearly and gives step 0 a share of the peak, not 0. From the end of the warm-up to
+    Warm-up rises linearly and gives step 1 a share of the peak, not 0. From the end of the warm-up to
     ``decay_steps`` the schedule's own curve; the minimum afterwards.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     end = schedule.decay_steps or config.training.steps
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
         start = max(start, round(end * (1 - schedule.wsd_decay_fraction)))
-    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    taken = step - 1  # steps before this one
+    progress = min(1.0, max(0.0, (taken - start) / max(1, end - start)))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return schedule.minimum_learning_rate + (peak - schedule.minimum_learning_rate) * remaining

@@ -107,8 +107,7 @@ def _time(config: RunConfig, machine: Machine, stages: list[RankPlan]) -> tuple[
     """Seconds of a step and where they go."""
     parallel, training = config.parallel, config.training
     micro_batches = training.global_batch_size // (training.micro_batch_size * parallel.data_size)
-    passes = 4 if training.activation_checkpoint_interval else 3  # forward, backward twice that; forward once more
-    arithmetic = max(stage.flops for stage in stages) * passes / machine.flops
+    arithmetic = max(stage.flops for stage in stages) / machine.flops
     bubble = arithmetic * (parallel.pipeline_size - 1) / micro_batches
     tensor = max(stage.traffic.tensor for stage in stages) / machine.node_bandwidth
     in_node = parallel.tensor_size * parallel.data_size <= machine.gpus_per_node
@@ -118,7 +117,7 @@ def _time(config: RunConfig, machine: Machine, stages: list[RankPlan]) -> tuple[
     shares = {"bubble": bubble, "tensor traffic": tensor, "stages' traffic": pipeline, "replicas' traffic": data}
     seconds = arithmetic + sum(shares.values())
     told = [f"{name} {part / seconds:.0%}" for name, part in shares.items() if part / seconds >= 0.005]
-    extra = ["a quarter of the arithmetic is done again"] if passes == 4 else []
+    extra = ["forward passes are done again"] if training.activation_checkpoint_interval else []
     return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *told, *extra])
 
 

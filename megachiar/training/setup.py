@@ -9,14 +9,16 @@ from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
+from megachiar.errors import UserError
 from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
-from megachiar.topology import Topology
-from megachiar.training.checkpoint import find_checkpoint, start_from, whole_checkpoints
+from megachiar.topology import Topology, raise_together
+from megachiar.training.checkpoint import compute_dtype
 from megachiar.training.engine import Engine, start_process_group
-from megachiar.training.loop import Progress, Trainer, resume_if_possible
+from megachiar.training.loop import Trainer
 from megachiar.training.metrics import Display, MetricsWriter
+from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.sources import (
     RunData,
     describe_uses,
@@ -25,16 +27,22 @@ from megachiar.training.sources import (
     refuse_too_small,
     with_document_end,
 )
+from megachiar.training.start import Progress, begin, check_shared_folder, resolve_start
 from megachiar.training.watch import PeerWatch
 
 
 def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
     """Train as ``config`` says; returns the exit code of the process."""
-    data = open_data(config)
-    config = with_document_end(config, data)
+    problem = None
+    try:
+        data = open_data(config)
+        config = with_document_end(config, data)
+    except UserError as error:
+        problem = error  # the others may see a dataset that this rank does not
     device = start_process_group(config, topology)
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):
+            raise_together(problem)
             return train(config, topology.with_groups(), device, data, signals, console)
     finally:
         signals.ignore()
@@ -50,11 +58,11 @@ def train(
     signals: StopSignals,
     console: Console,
 ) -> int:
-    """As ``pretrain``, among ranks that have met."""
+    """Train with the process group and the data already there, from where the run starts to its last step."""
+    start = resolve_start(config, topology, console.print)
     engine = Engine(config, topology, device)
     introduce(config, engine, data, console)
-    start_from_another_run(engine, console)
-    progress, data = resume_if_possible(engine, data, console.print)
+    progress, data = begin(engine, data, start, console.print)
     refuse_too_small(config, data)
     for line in describe_uses(config, data):
         console.print(f"  {escape(line)}")
@@ -66,21 +74,13 @@ def train(
             "logging.folder."
         )
         return 0
+    check_shared_folder(config.logging.folder, topology)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
         return Trainer(engine, data, progress, writer, display, signals).run()
     finally:
         if writer is not None:
             writer.close()
-
-
-def start_from_another_run(engine: Engine, console: Console) -> None:
-    """The weights of ``checkpoint.load_from``, for a run that has no checkpoint yet."""
-    source = engine.config.checkpoint.load_from
-    if source is not None and not whole_checkpoints(engine.config.checkpoint_folder):
-        checkpoint = find_checkpoint(source)
-        start_from(engine, checkpoint)
-        console.print(f"weights from {checkpoint}; optimizer, schedule and data start anew")
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
@@ -102,7 +102,7 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
         f"optimizer: {engine.replica.optimizer_implementation}"
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+    dtype = compute_dtype(config)
     kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
     if training.compile is not None:
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
@@ -112,6 +112,8 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
         f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
     )
+    if reason := why_no_utilisation(engine.device):
+        console.print(f"[yellow]  {escape(reason)}[/]")
     if data.tokenizer is None:
         console.print(
             "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"

@@ -22,7 +22,8 @@ from megachiar.data.megatron_order import MegatronStream
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
-from megachiar.training.checkpoint import check_data, read_state, whole_checkpoints
+from megachiar.training.checkpoint import check_data, read_state
+from megachiar.training.start import find_start
 
 EPOCHS_WORTH_REPORTING = 4
 
@@ -80,21 +81,24 @@ def open_data(config: RunConfig) -> RunData:
 
 
 def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | MegatronStream, range]:
-    """The data of a run, its samples around ``step``, and the positions that this step (counted from 0) reads.
+    """The data of a run, its samples around step ``step``, counted from 1, and the positions that it reads.
 
-    A run that has checkpoints has read what the newest one says; from there on it reads what ``config`` says.
+    A run that goes on from a checkpoint has read what that one says; from there on it reads what ``config`` says.
 
     Raises:
+        UserError: there is no such step.
         LaunchError: as ``open_data`` and ``checkpoint.check_data``; or a dataset that the step read is gone.
     """
+    if step < 1:
+        raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
     data = open_data(config)
-    past = whole_checkpoints(config.checkpoint_folder)
-    if past:
-        state = read_state(past[-1])
-        check_data(past[-1], state, config, data.history)
+    start = find_start(config)
+    if start.goes_on:
+        state = read_state(start.path)
+        check_data(start.path, state, config, data.history)
         data = data.going_on(state.data, state.step)
     history = data.history
-    positions = range(history.samples_before(step), history.samples_before(step + 1))
+    positions = history.samples_of(step)
     order = history.order_at(positions.start)
     if order == history.orders[-1]:
         return data, data.training, positions
