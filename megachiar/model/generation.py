@@ -21,6 +21,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eod_id: int | None = None,
+    known_ids: torch.Tensor | None = None,
 ) -> list[int]:
     """Continue ``prompt``.
 
@@ -33,6 +34,8 @@ def generate(
         top_p: sample among the likeliest tokens that together have this probability.
         seed: of the samples.
         eod_id: token that ends the text.
+        known_ids: bool (V,), which ids the tokenizer has: a model may have more, to fill up its vocabulary, and these
+            are never sampled. None: it has all of them.
 
     Returns:
         The new ids, without the prompt and without ``eod_id``.
@@ -50,6 +53,8 @@ def generate(
         if cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
         logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
+        if known_ids is not None:
+            logits = logits.masked_fill(~known_ids, -torch.inf)
         token = sample(logits, temperature, top_k, top_p, generator)
         if token == eod_id:
             break

@@ -21,6 +21,7 @@ from megachiar.training import checkpoint as checkpoints
 from megachiar.training.engine import Engine, StepResult
 from megachiar.training.evaluation import evaluate
 from megachiar.training.metrics import Display, MetricsWriter, peak_flops, peak_memory_bytes
+from megachiar.training.run_tokenizer import check_kept_tokenizer
 from megachiar.training.schedule import learning_rate
 from megachiar.training.sources import RunData
 
@@ -65,11 +66,12 @@ def resume_if_possible(engine: Engine, data: RunData, display_line: Callable[[st
             f"holds {found.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
+    check_kept_tokenizer(config.logging.folder, data.tokenizer_record)
     changes = checkpoints.check_data(found, checkpoints.read_state(found), config, data.history)
     state = checkpoints.resume(engine, found)
     display_line(f"resumed from {found} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    for change in changes:
-        line = f"{change.key} was {change.before} up to here and is {change.now} from here on"
+    lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
+    for line in (*lines, *checkpoints.describe_mask_change(found, config)):
         display_line(f"[yellow]  {escape(line)}[/]")
     return Progress(state.step, state.samples, state.step), data.going_on(state.data, state.step)
 

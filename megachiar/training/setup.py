@@ -9,21 +9,22 @@ from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
+from megachiar.data.recorded_tokenizer import keep_tokenizer
 from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.topology import Topology
 from megachiar.training.checkpoint import find_checkpoint, start_from, whole_checkpoints
+from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Progress, Trainer, resume_if_possible
 from megachiar.training.metrics import Display, MetricsWriter
+from megachiar.training.run_tokenizer import describe_other_tokenizer
 from megachiar.training.sources import (
     RunData,
     describe_uses,
-    keep_tokenizer,
     open_data,
     refuse_too_small,
-    with_document_end,
 )
 from megachiar.training.watch import PeerWatch
 
@@ -53,10 +54,10 @@ def train(
     """As ``pretrain``, among ranks that have met."""
     engine = Engine(config, topology, device)
     introduce(config, engine, data, console)
-    start_from_another_run(engine, console)
+    start_from_another_run(engine, data, console)
     progress, data = resume_if_possible(engine, data, console.print)
     refuse_too_small(config, data)
-    for line in describe_uses(config, data):
+    for line in (*describe_uses(config, data), *describe_document_ends(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
@@ -70,20 +71,23 @@ def train(
             writer.close()
 
 
-def start_from_another_run(engine: Engine, console: Console) -> None:
+def start_from_another_run(engine: Engine, data: RunData, console: Console) -> None:
     """The weights of ``checkpoint.load_from``, for a run that has no checkpoint yet."""
     source = engine.config.checkpoint.load_from
     if source is not None and not whole_checkpoints(engine.config.checkpoint_folder):
         checkpoint = find_checkpoint(source)
         start_from(engine, checkpoint)
         console.print(f"weights from {checkpoint}; optimizer, schedule and data start anew")
+        for line in describe_other_tokenizer(checkpoint, data.tokenizer_record):
+            console.print(f"[yellow]  {escape(line)}[/]")
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
     """Write the resolved config and the tokenizer, and open the metrics."""
     folder = config.logging.folder
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    keep_tokenizer(data.tokenizer, folder / "tokenizer")
+    if data.tokenizer is not None:
+        keep_tokenizer(data.tokenizer, folder)
     return MetricsWriter(folder, config.logging.tensorboard, progress.step)
 
 
