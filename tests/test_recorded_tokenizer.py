@@ -231,6 +231,20 @@ def test_a_manifest_behind_the_first_source_tells_the_tokenizer(folder, tmp_path
     assert read_kept_record(tmp_path / "run").kind == "gpt2"
 
 
+def test_a_tokenizer_that_is_gone_is_recorded_until_it_is_put_back(folder, tmp_path):
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"train{suffix}", tmp_path / f"train{suffix}")
+    run, data = tmp_path / "run", f"data.train=[{{path: {tmp_path / 'train'}}}]"
+    sets = [data, "data.validation={}", f"logging.folder={run}"]
+    output = " ".join(pretrain(folder / "config.yaml", *sets, "training.steps=1")[0].split())
+    assert "no tokenizer is known (tokenizer of the manifest is gone)" in output
+    assert "no tokenizer of this run is to be found" in tool("generate", run, code=2)
+    shutil.copytree(folder / "tokenizer", run / "tokenizer" / "tokenizer")
+    pretrain(folder / "config.yaml", *sets, "training.steps=2")
+    assert json.loads(tool("generate", run, "--json"))["prompt"] == ""
+    assert read_kept_record(run).eod_id == end_of(folder)
+
+
 def test_a_record_without_an_end_takes_the_tokenizers_own(tmp_path):
     tokenizer = load_tokenizer(train(tmp_path, "huggingface"))
     prefix = oracle.write(tmp_path / "a", [[[1, 2, 3]]])

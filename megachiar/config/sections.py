@@ -149,7 +149,7 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     folder: Path
-    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/."""
     every: PositiveInt = 10
     """Steps between lines of the log."""
     tensorboard: bool = True

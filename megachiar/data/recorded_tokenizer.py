@@ -87,8 +87,25 @@ def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
     with disk_errors(kept):
         for file in vocabulary_files(source, tokenizer.kind):
             write_atomically(kept / file.name if source.is_dir() else kept, file.read_bytes())
-    record = replace(describe_tokenizer(tokenizer, source.parent), file=f"{KEPT_FOLDER}/{source.name}")
-    write_atomically(run / KEPT_RECORD, (json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n").encode())
+    _write_record(describe_tokenizer(tokenizer, source.parent), run)
+
+
+def keep_record(record: TokenizerRecord, run: Path) -> None:
+    """Write what is known of a tokenizer that is gone, for when its files are put into the run folder.
+
+    A copy of the same tokenizer that the run folder has already stays known by its name.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    kept = read_kept_record(run)
+    if kept is None or kept.fingerprint != record.fingerprint:
+        _write_record(record, run)
+
+
+def _write_record(record: TokenizerRecord, run: Path) -> None:
+    kept = replace(record, file=f"{KEPT_FOLDER}/{Path(record.file).name}")
+    write_atomically(run / KEPT_RECORD, (json.dumps(asdict(kept), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_kept_record(run: Path) -> TokenizerRecord | None:

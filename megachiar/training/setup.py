@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
-from megachiar.data.recorded_tokenizer import keep_tokenizer
+from megachiar.data.recorded_tokenizer import keep_record, keep_tokenizer
 from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
@@ -22,6 +22,7 @@ from megachiar.training.metrics import Display, MetricsWriter
 from megachiar.training.run_tokenizer import describe_other_tokenizer
 from megachiar.training.sources import (
     RunData,
+    describe_seen_validation,
     describe_uses,
     open_data,
     refuse_too_small,
@@ -57,7 +58,7 @@ def train(
     start_from_another_run(engine, data, console)
     progress, data = resume_if_possible(engine, data, console.print)
     refuse_too_small(config, data)
-    for line in (*describe_uses(config, data), *describe_document_ends(data)):
+    for line in (*describe_uses(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
@@ -88,6 +89,8 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     if data.tokenizer is not None:
         keep_tokenizer(data.tokenizer, folder)
+    elif data.tokenizer_record is not None:
+        keep_record(data.tokenizer_record, folder)
     return MetricsWriter(folder, config.logging.tensorboard, progress.step)
 
 
@@ -113,6 +116,6 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
     )
     if data.tokenizer is None:
-        console.print(
-            "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"
-        )
+        record = data.tokenizer_record
+        lack = "no manifest, no data.tokenizer" if record is None else f"{record.file} of the manifest is gone"
+        console.print(f"[yellow]  no tokenizer is known ({escape(lack)}): the run cannot be sampled from[/]")

@@ -185,3 +185,19 @@ def describe_uses(config: RunConfig, data: RunData) -> list[str]:
             line += " (small for its weight: repeated text teaches ever less)"
         lines.append(line)
     return lines
+
+
+def describe_seen_validation(data: RunData) -> list[str]:
+    """Return a line for each validation set that is a training source as well, so that its loss is of learned text."""
+    lines = []
+    for name, dataset in data.validation.items():
+        twins = [source.prefix for source in data.training.sources if _hold_the_same(source, dataset.source)]
+        lines += [f"data.validation.{name} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    return lines
+
+
+def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
+    if one.prefix.resolve() == other.prefix.resolve():
+        return True
+    known = one.manifest is not None and other.manifest is not None
+    return known and one.manifest.content == other.manifest.content
