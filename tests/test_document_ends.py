@@ -101,6 +101,15 @@ def test_a_token_between_documents_of_the_text_is_found_wherever_it_stands(tmp_p
     assert why_unmasked(source, END, is_stated=False) is not None
 
 
+def test_one_document_runs_into_no_other(folder):
+    oracle.write_stream(folder / "one", np.arange(8, 64), documents=1)
+    with pytest.raises(LaunchError, match=r"one\.json: there is no manifest"):
+        resolved_end(folder, ["train"], "one")
+    oracle.make_manifest(folder / "one", vocab_size=64, append_eod=False)
+    assert resolved_end(folder, ["train"], "one") == END
+    assert describe_document_ends(open_data(load_config(config_file(folder, ["train"], "one")))) == []
+
+
 def test_a_refused_source_is_one_message_of_a_run(folder):
     path = config_file(folder, ["train", "none"])
     output = pretrain(path, *MASK, ranks=2, codes=(2, 2))

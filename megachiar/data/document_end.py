@@ -63,6 +63,8 @@ def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str |
         is_stated: the user's config names it, so that it may stand inside of documents that the dataset itself does
             not end with a token: then it is enough that it occurs.
     """
+    if is_one_document(source):
+        return None
     found = document_end(source)
     if end is None:
         return describe_end(source) if is_recorded(source.manifest) else None
@@ -73,6 +75,11 @@ def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str |
             return None
         return f"{describe_end(source)}, and id {end} does not occur in the tokens that were looked at"
     return f"{describe_end(source)}, not with id {end}" if found is not None else describe_end(source)
+
+
+def is_one_document(source: TokenSource) -> bool:
+    """Return whether ``source`` is, as its manifest says, one document, which runs into no other one."""
+    return source.manifest is not None and source.manifest.documents == 1
 
 
 def _occurs(source: TokenSource, token: int) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from megachiar.config import RunConfig
-from megachiar.data.document_end import document_end, is_recorded, recorded_end, why_unmasked
+from megachiar.data.document_end import document_end, is_one_document, is_recorded, recorded_end, why_unmasked
 from megachiar.data.files import manifest_path
 from megachiar.data.history import DataHistory
 from megachiar.data.manifest import read_manifest
@@ -64,10 +64,11 @@ def describe_document_ends(data: RunData) -> list[str]:
     """Return a line where documents end in several ways in what a run reads or, if it is still there, has read."""
     groups: dict[int | None, list[str]] = {}
     for source in data.sources:
-        groups.setdefault(document_end(source), []).append(str(source.prefix))
+        if not is_one_document(source):
+            groups.setdefault(document_end(source), []).append(str(source.prefix))
     for path, end in _earlier_ends(data.history):
         groups.setdefault(end, []).append(f"{path} (read earlier)")
-    if len(groups) == 1:
+    if len(groups) <= 1:
         return []
     parts = [
         f"{', '.join(names)} with {'no token of their own' if end is None else f'id {end}'}"
