@@ -67,7 +67,7 @@ def test_a_threshold_leaves_the_share_not_above_it(share):
 
 
 def test_all_tokens_are_counted_or_as_many_as_wanted_from_all_over_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("megachiar.training.calibration.READ_TOKENS", 100)
+    monkeypatch.setattr("megachiar.data.dataset.READ_TOKENS", 100)
     source = TokenSource(write_tokens(tmp_path / "train"))
     tokens = np.asarray(source.dataset.tokens)
     assert token_counts(source, 64, 10**9).tolist() == np.bincount(tokens, minlength=64).tolist()

@@ -15,7 +15,6 @@ from megachiar.data.files import manifest_path
 from megachiar.data.manifest import (
     Checksums,
     check_manifest,
-    check_tokenizer,
     check_vocabulary,
     read_manifest,
     write_manifest,
@@ -101,13 +100,6 @@ def test_a_vocabulary_larger_than_the_models_is_refused(prefix):
         check_vocabulary(prefix, lying, 299)
     with pytest.raises(UserError, match="the model only 256"):
         TokenSource(prefix, vocab_size=256)
-
-
-def test_another_tokenizer_is_refused(prefix):
-    manifest = oracle.make_manifest(prefix)
-    check_tokenizer(prefix, manifest, "sha256:aa")
-    with pytest.raises(UserError, match="made with tokenizer vocab"):
-        check_tokenizer(prefix, manifest, "sha256:bb")
 
 
 def test_counts_below_the_possible_are_refused(prefix):

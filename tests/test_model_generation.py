@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from model_cases import VARIANTS, lively_model, small_model_config
@@ -34,6 +36,18 @@ def test_temperature_sharpens_and_zero_takes_the_likeliest():
     logits = torch.tensor(LOGITS).log()
     assert_shares(draws(logits.tolist(), temperature=0.5), (2 * logits).softmax(-1).tolist())
     assert_shares(draws(logits.tolist(), 50, temperature=0), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 1e30}, {"temperature": math.inf}]
+)
+def test_an_unknown_id_is_never_drawn(settings):
+    known = torch.tensor([False, True, True, True])
+    shares = draws(torch.tensor(LOGITS).log().tolist(), **settings, known_ids=known)
+    assert shares[0] == 0 and (shares > 0).sum() >= 2
+    if settings == {"top_k": 3}:
+        assert_shares(shares, [0, 1 / 6, 2 / 6, 3 / 6])
+    assert_shares(draws(LOGITS, 50, temperature=0, known_ids=known), [0, 0, 0, 1])
 
 
 @pytest.mark.parametrize(

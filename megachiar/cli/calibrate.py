@@ -20,12 +20,12 @@ from rich.table import Table
 
 from megachiar.config import ModelConfig
 from megachiar.console import make_console
-from megachiar.data.dataset import TokenSource, ValidationSet
+from megachiar.data.dataset import TokenSource
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
-from megachiar.training.checkpoint import load_for_inference
-from megachiar.training.inference import default_device
+from megachiar.training.checkpoint import find_checkpoint, load_for_inference
+from megachiar.training.inference import check_readable, default_device, open_for_run
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,14 +43,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check(options)
-    config, model, state = load_for_inference(options.run, default_device())
+    checkpoint = find_checkpoint(options.run)
+    config, model, state = load_for_inference(checkpoint, default_device())
     check_layers(options.run, config.model)
     data = options.data or config.data.train[0].path
     if options.where == "embedding":
         source = TokenSource(data, config.model.vocab_size)
+        check_readable(checkpoint, config, source)
         found = calibrate_on_embedding(model, source, options.tokens)
     else:
-        dataset = ValidationSet(data, config.sequence_length, vocab_size=config.model.vocab_size)
+        dataset = open_for_run(checkpoint, config, data)
         share = 0.5 if options.attention_share is None else options.attention_share
         found = calibrate_on_layers(model, dataset, share, options.sequences)
     if options.json:

@@ -16,12 +16,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megachiar.console import make_console
-from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.checkpoint import DTYPES, find_checkpoint, load_for_inference
 from megachiar.training.evaluation import Evaluation, evaluate
-from megachiar.training.inference import default_device, model_score, with_progress
+from megachiar.training.inference import default_device, model_score, open_for_run, with_progress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     length = sequence_length(options.sequence_length, config.sequence_length, config.model.max_sequence_length)
     results = {}
     for name, prefix in datasets.items():
-        dataset = ValidationSet(prefix, length, vocab_size=config.model.vocab_size)
+        dataset = open_for_run(checkpoint, config, prefix, length)
         with Progress(console=make_console(), transient=True) as bar:
             task = bar.add_task(name, total=dataset.windows)
             score = with_progress(model_score(model, device), lambda n, t=task, b=bar: b.advance(t, n))

@@ -18,13 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megachiar.data.dataset import ValidationSet
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 from megachiar.training.calibration import spread_windows
-from megachiar.training.checkpoint import load_for_inference
+from megachiar.training.checkpoint import find_checkpoint, load_for_inference
 from megachiar.training.flips import LayerFlips, routing_flips
-from megachiar.training.inference import default_device
+from megachiar.training.inference import default_device, open_for_run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
-    config, model, state = load_for_inference(options.run, default_device(), torch.float32)
+    checkpoint = find_checkpoint(options.run)
+    config, model, state = load_for_inference(checkpoint, default_device(), torch.float32)
     if not config.model.routed_layers:
         raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     data = options.data or config.data.train[0].path
-    dataset = ValidationSet(data, config.sequence_length, vocab_size=config.model.vocab_size)
+    dataset = open_for_run(checkpoint, config, data)
     windows = spread_windows(dataset, options.sequences)
     found = routing_flips(model, DTYPES[options.precision], *windows, config.training.micro_batch_size)
     if options.json:

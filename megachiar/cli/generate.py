@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from megachiar.errors import UserError
-from megachiar.model.generation import generate
 from megachiar.options import CommandParser, add_run_argument
 from megachiar.training.checkpoint import find_checkpoint, load_for_inference
-from megachiar.training.inference import default_device, run_tokenizer
+from megachiar.training.inference import TextSampler, default_device
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,25 +37,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sampling(options)
     checkpoint = find_checkpoint(options.run)
     config, model, _ = load_for_inference(checkpoint, default_device())
-    tokenizer = run_tokenizer(checkpoint, config)
+    sampler = TextSampler(checkpoint, config, model)
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        if tokenizer.eod_id is None:
-            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
-        ids = [tokenizer.eod_id]
     for number in range(options.num_samples):
-        new = generate(
-            model,
-            ids,
+        text, new = sampler(
+            prompt,
             options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed + number,
-            eod_id=tokenizer.eod_id,
         )
-        text = tokenizer.decode([*ids, *new])
         if options.json:
             print(json.dumps({"prompt": prompt, "seed": options.seed + number, "text": text, "new_tokens": len(new)}))
         else:

@@ -24,7 +24,6 @@ from megachiar.data.files import bin_path, idx_path
 from megachiar.data.indexed import IndexedDataset
 from megachiar.data.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
 from megachiar.data.progress import ByteProgress
-from megachiar.data.tokenizer import load_tokenizer
 from megachiar.options import CommandParser, add_config_options, add_json_option
 from megachiar.training.sources import open_at_step
 
@@ -87,10 +86,10 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def print_step(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
+    tokenizer = [f"data.tokenizer={json.dumps(str(arguments.tokenizer))}"] if arguments.tokenizer is not None else []
+    config = load_config(arguments.config, [*arguments.overrides, *tokenizer])
     data, stream, positions = open_at_step(config, arguments.step)
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer is not None else data.tokenizer
-    samples = show_samples(stream, positions, tokenizer)
+    samples = show_samples(stream, positions, data.tokenizer)
     if arguments.json:
         print(json.dumps({"step": arguments.step, "samples": samples}, ensure_ascii=False))
         return

@@ -36,12 +36,13 @@ class DataConfig(Section):
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder. When not given, the one that the first source's manifest names."""
+    """Tokenizer file or folder. When not given, the one that the first manifest of a source names. Its kind and the
+    token that ends a document are those of that manifest."""
     document_mask: bool = False
     """Let no token see another document's, though a sample holds the ends and beginnings of several."""
     document_end: NonNegativeInt | None = None
-    """With document_mask: id of the token that ends a document; when not given, the one that the first source's
-    manifest names."""
+    """With document_mask: id of the token that ends a document; when not given, the one that the manifests name. A
+    source whose manifest names another one, or none while this id does not occur in it, is refused."""
     prefetch: PositiveInt = 4
     """Micro-batches that each rank reads ahead."""
 
@@ -157,7 +158,7 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     folder: Path
-    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/."""
     every: PositiveInt = 10
     """Steps between lines of the log."""
     tensorboard: bool = True

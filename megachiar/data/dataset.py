@@ -5,7 +5,7 @@ Shapes: n samples, T = sequence length. A training sample is T + 1 tokens: input
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from megachiar.data.order import OrderedSource, RunOrder
 from megachiar.errors import UserError
 
 LOCATED_TOGETHER = 1024  # positions of a run
+READ_TOKENS = 2**20
 IGNORED_TARGET = -100  # what PyTorch's cross-entropy leaves out
 
 
@@ -87,6 +88,18 @@ class TokenSource:
             f"but the model's vocabulary is 0 to {self.vocab_size - 1:,}",
             "train with the vocabulary the dataset was made with, or check the file with `megachiar inspect`",
         )
+
+
+def token_blocks(source: TokenSource, tokens: int) -> Iterator[np.ndarray]:
+    """Blocks of at most ``READ_TOKENS`` tokens, spread evenly over the text, ``tokens`` of them or all."""
+    whole = source.dataset.tokens.size
+    wanted = min(tokens, whole)
+    blocks = -(-wanted // READ_TOKENS)
+    for number in range(blocks):
+        begin, end = number * wanted // blocks, (number + 1) * wanted // blocks
+        block = np.empty(end - begin, np.int64)
+        source.read(begin + number * (whole - wanted) // max(1, blocks - 1), block)
+        yield block
 
 
 class SourceUse(NamedTuple):

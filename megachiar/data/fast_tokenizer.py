@@ -87,6 +87,9 @@ class FastTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._reference.decode(ids)
 
+    def known_ids(self) -> Sequence[int]:
+        return self._reference.known_ids()
+
     def check(self, texts: Iterable[str]) -> None:
         """Compare with the reference.
 

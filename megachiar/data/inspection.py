@@ -12,8 +12,9 @@ import numpy as np
 from megachiar.data.dataset import SampleStream, build_training_samples
 from megachiar.data.files import bin_path, idx_path, manifest_path
 from megachiar.data.indexed import IndexedDataset
-from megachiar.data.manifest import Manifest, check_manifest, check_tokenizer, read_manifest
+from megachiar.data.manifest import Manifest, check_manifest, read_manifest
 from megachiar.data.megatron_order import MegatronStream
+from megachiar.data.recorded_tokenizer import find_recorded, load_as_recorded
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
@@ -120,18 +121,10 @@ def find_tokenizer(prefix: Path | str, given: Path | None) -> Tokenizer | None:
         UserError: it is not the one the dataset was made with.
     """
     manifest = read_manifest(prefix)
-    if given is not None:
-        tokenizer = load_tokenizer(given)
-    elif manifest is None:
-        return None
-    else:
-        path = manifest_path(prefix).parent / manifest.tokenizer.file  # an absolute path stays as it is
-        if not path.exists():
-            return None
-        tokenizer = load_tokenizer(path, manifest.tokenizer.kind)
-    if manifest is not None:
-        check_tokenizer(prefix, manifest, tokenizer.fingerprint)
-    return tokenizer
+    if manifest is None:
+        return None if given is None else load_tokenizer(given)
+    path = given or find_recorded(prefix, manifest)
+    return None if path is None else load_as_recorded(path, manifest.tokenizer, manifest_path(prefix))
 
 
 def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

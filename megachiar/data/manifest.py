@@ -244,18 +244,3 @@ def check_vocabulary(prefix: Path | str, manifest: Manifest, vocab_size: int) ->
             f"{manifest.largest_token_id:,}), the model only {vocab_size:,}",
             f"set model.vocab_size to at least {needed:,}, or preprocess with the model's tokenizer",
         )
-
-
-def check_tokenizer(prefix: Path | str, manifest: Manifest, fingerprint: str) -> None:
-    """Check that the dataset was made with the tokenizer of this fingerprint.
-
-    Raises:
-        UserError: it was made with another one.
-    """
-    if manifest.tokenizer.fingerprint != fingerprint:
-        raise UserError(
-            manifest_path(prefix),
-            f"made with tokenizer {manifest.tokenizer.file} ({manifest.tokenizer.fingerprint}), "
-            f"but the one given has {fingerprint}",
-            "give the tokenizer the dataset was made with, or preprocess again",
-        )

@@ -81,6 +81,9 @@ class PieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._reference.decode(ids)
 
+    def known_ids(self) -> Sequence[int]:
+        return self._reference.known_ids()
+
     def _check_one(self, texts: list[str], encoded: list[Sequence[int]]) -> None:
         for text, ids in zip(texts, encoded, strict=True):
             if len(text) <= LONGEST_CHECKED:

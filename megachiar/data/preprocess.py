@@ -30,11 +30,12 @@ from megachiar.data.files import dataset_files, put_in_place, remove_dataset
 from megachiar.data.find_inputs import same_file
 from megachiar.data.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
 from megachiar.data.journal import Journal, OutputState
-from megachiar.data.manifest import Checksums, Manifest, TokenizerRecord, read_manifest
+from megachiar.data.manifest import Checksums, Manifest, read_manifest
 from megachiar.data.memory import give_back_free_memory
 from megachiar.data.ordered_pool import ordered_map
 from megachiar.data.piece_tokenizer import MOST_KNOWN_BYTES
 from megachiar.data.progress import MEGA, TextProgress
+from megachiar.data.recorded_tokenizer import describe_tokenizer
 from megachiar.data.report import Report, describe_ending
 from megachiar.data.settings import PreprocessSettings
 from megachiar.data.shuffle import shuffle_documents, unshuffled
@@ -344,18 +345,8 @@ class _Run:
 def make_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
     """The manifest of a complete output."""
     builder = output.builder
-    file, folder = tokenizer.path.resolve(), output.prefix.parent.resolve()
-    record = TokenizerRecord(
-        kind=tokenizer.kind,
-        file=str(
-            file.relative_to(folder) if file.is_relative_to(folder) else file
-        ),  # relative where both move together
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-    )
     return Manifest(
-        tokenizer=record,
+        tokenizer=describe_tokenizer(tokenizer, output.prefix.parent),
         dtype=builder.dtype.name,
         append_eod=settings.append_eod,
         documents=builder.documents,

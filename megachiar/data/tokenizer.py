@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from megachiar.data.foreign_tokenizers import foreign_file, refuse_foreign, refuse_other_rules
 from megachiar.data.recognition import refuse_pointer
@@ -75,34 +75,57 @@ class Tokenizer(Protocol):
         """Text of ``ids``; control tokens are left out."""
         ...
 
+    def known_ids(self) -> Sequence[int]:
+        """Every id that has a token, in ascending order: a vocabulary may have holes below ``vocab_size``."""
+        ...
 
-def load_tokenizer(path: Path | str, kind: TokenizerKind = "auto", eod_token: str | None = None) -> Tokenizer:
+
+def load_tokenizer(path: Path | str, kind: TokenizerKind = "auto", eod_token: str | int | None = None) -> Tokenizer:
     """Load the tokenizer at ``path``.
 
     Args:
         path: ``*.model`` (SentencePiece); ``*.json`` or a folder with ``tokenizer.json`` (Hugging Face); a folder with
             ``vocab.json`` and ``merges.txt``, or ``encoder.json`` and ``vocab.bpe``, or one of these files (GPT-2).
         kind: which of them it is; ``"auto"`` tells by the names.
-        eod_token: the token that ends a document, where the tokenizer's own is not wanted or cannot be told.
+        eod_token: the token that ends a document, by string or id, where the tokenizer's own is not wanted or cannot
+            be told.
 
     Raises:
         UserError: no such file, a file that is not a tokenizer, or ``eod_token`` is not in its vocabulary.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(path, "there is no such tokenizer file or folder", "check the path of the tokenizer")
-    if kind == "auto":
-        kind = _kind_of(path)
-        if kind == "gpt2":  # by its files alone; a kind that was named is believed
-            _refuse_other_rules(path)
-    loaders: dict[str, Callable[[Path, str | None], Tokenizer]] = {
+    resolved = _resolve_kind(path, kind)
+    if kind == "auto" and resolved == "gpt2":  # by its files alone; a kind that was named is believed
+        _refuse_other_rules(path)
+    loaders: dict[str, Callable[[Path, str | int | None], Tokenizer]] = {
         "sentencepiece": SentencePieceTokenizer.load,
         "huggingface": HuggingFaceTokenizer.load,
         "gpt2": HuggingFaceTokenizer.load_gpt2,
     }
-    if kind not in loaders:
-        raise UserError(path, f"unknown tokenizer kind {kind!r}", f"use auto or one of {', '.join(loaders)}")
-    return loaders[kind](path, eod_token)
+    return loaders[resolved](path, eod_token)
+
+
+def vocabulary_files(path: Path, kind: TokenizerKind) -> list[Path]:
+    """The files that the tokenizer of this kind at ``path``, a file or a folder, consists of.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    kind = _resolve_kind(path, kind)
+    if kind == "gpt2":
+        return list(_gpt2_files(path if path.is_dir() else path.parent))
+    if path.is_dir():
+        return [_single_model(path) if kind == "sentencepiece" else path / "tokenizer.json"]
+    return [path]
+
+
+def tokenizer_fingerprint(path: Path, kind: TokenizerKind) -> str:
+    """The ``fingerprint`` of the tokenizer of this kind at ``path``, without loading it.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    return _fingerprint([_read(file) for file in vocabulary_files(path, kind)])
 
 
 class SentencePieceTokenizer:
@@ -110,7 +133,7 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path, model: bytes, eod_token: str | None = None):
+    def __init__(self, path: Path, model: bytes, eod_token: str | int | None = None):
         import sentencepiece
 
         try:
@@ -141,10 +164,10 @@ class SentencePieceTokenizer:
         self._model = model
 
     @classmethod
-    def load(cls, path: Path, eod_token: str | None) -> SentencePieceTokenizer:
+    def load(cls, path: Path, eod_token: str | int | None) -> SentencePieceTokenizer:
         """Load a ``.model`` file, or the one in the folder ``path``."""
-        path = _single_model(path) if path.is_dir() else path
-        return cls(path, _read(path), eod_token)
+        (file,) = vocabulary_files(path, "sentencepiece")
+        return cls(file, _read(file), eod_token)
 
     def encode(self, text: str) -> list[int]:
         return self._guard.clean(text, self._processor.encode(text))
@@ -159,6 +182,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
 
+    def known_ids(self) -> range:
+        return range(self.vocab_size)
+
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts, num_threads=1)
 
@@ -170,7 +196,7 @@ class HuggingFaceTokenizer:
         cuts_like_gpt2: words are what GPT-2's expression finds in the text as it is, and each is encoded by itself.
     """
 
-    def __init__(self, kind: str, path: Path, tokenizer, contents: list[bytes], eod_token: str | None):
+    def __init__(self, kind: str, path: Path, tokenizer, contents: list[bytes], eod_token: str | int | None):
         """``tokenizer``: a ``tokenizers.Tokenizer``, owned by this from now on; ``contents``: of its files."""
         self.kind, self.path, self._tokenizer = kind, path, tokenizer
         self.fingerprint = _fingerprint(contents)
@@ -189,11 +215,11 @@ class HuggingFaceTokenizer:
         self._guard = ControlGuard(path, self.controls, self._encode_plain)
 
     @classmethod
-    def load(cls, path: Path, eod_token: str | None) -> HuggingFaceTokenizer:
+    def load(cls, path: Path, eod_token: str | int | None) -> HuggingFaceTokenizer:
         """Load a ``tokenizer.json``, or the one in the folder ``path``."""
         import tokenizers
 
-        file = path / "tokenizer.json" if path.is_dir() else path
+        (file,) = vocabulary_files(path, "huggingface")
         content = _read(file)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content.decode())
@@ -205,12 +231,11 @@ class HuggingFaceTokenizer:
         return cls("huggingface", file, tokenizer, [content], eod_token)
 
     @classmethod
-    def load_gpt2(cls, path: Path, eod_token: str | None) -> HuggingFaceTokenizer:
+    def load_gpt2(cls, path: Path, eod_token: str | int | None) -> HuggingFaceTokenizer:
         """Load GPT-2's vocabulary and merges from the folder ``path``, or from the folder of the file ``path``."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-        folder = path if path.is_dir() else path.parent
-        vocabulary_file, merges_file = _gpt2_files(folder)
+        vocabulary_file, merges_file = vocabulary_files(path, "gpt2")
         contents = [_read(vocabulary_file), _read(merges_file)]
         vocabulary, merges = _parse_vocabulary(vocabulary_file, contents[0]), _parse_merges(merges_file, contents[1])
         try:
@@ -221,8 +246,9 @@ class HuggingFaceTokenizer:
             ) from error
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
-        eod = eod_token or (GPT2_EOD if GPT2_EOD in vocabulary else None)
-        return cls("gpt2", folder, tokenizer, contents, eod)
+        if eod_token is None and GPT2_EOD in vocabulary:
+            eod_token = GPT2_EOD
+        return cls("gpt2", vocabulary_file.parent, tokenizer, contents, eod_token)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -237,10 +263,13 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
 
+    def known_ids(self) -> list[int]:
+        return sorted(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _choose_eod(self, eod_token: str | None, vocabulary: dict[str, int]) -> int | None:
+    def _choose_eod(self, eod_token: str | int | None, vocabulary: dict[str, int]) -> int | None:
         if eod_token is not None:
             return _lookup(self.path, eod_token, vocabulary)
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -298,6 +327,16 @@ def _refuse_other_rules(path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     vocabulary_file, _ = _gpt2_files(folder)
     refuse_other_rules(folder, _parse_vocabulary(vocabulary_file, _read(vocabulary_file)))
+
+
+def _resolve_kind(path: Path, kind: TokenizerKind) -> str:
+    """Return ``kind``, told by the names where it is ``"auto"``, of a ``path`` that exists."""
+    if not path.exists():
+        raise UserError(path, "there is no such tokenizer file or folder", "check the path of the tokenizer")
+    known = get_args(TokenizerKind)
+    if kind not in known:
+        raise UserError(path, f"unknown tokenizer kind {kind!r}", f"use one of {', '.join(known)}")
+    return _kind_of(path) if kind == "auto" else kind
 
 
 def _kind_of(path: Path) -> str:
@@ -417,14 +456,16 @@ def _check_loses_no_bytes(path: Path, tokenizer: Any, vocabulary: dict[str, int]
         )
 
 
-def _lookup(path: Path, token: str, vocabulary: dict[str, int]) -> int:
-    if token not in vocabulary:
+def _lookup(path: Path, token: str | int, vocabulary: dict[str, int]) -> int:
+    """The id of ``token``, a string or itself an id."""
+    is_there = token in vocabulary if isinstance(token, str) else token in vocabulary.values()
+    if not is_there:
         raise UserError(
             path,
             f"the end-of-document token {token!r} is not in the vocabulary",
             "name a token that the vocabulary has",
         )
-    return vocabulary[token]
+    return vocabulary[token] if isinstance(token, str) else token
 
 
 def _read(path: Path) -> bytes:

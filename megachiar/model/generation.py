@@ -21,6 +21,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eod_id: int | None = None,
+    known_ids: torch.Tensor | None = None,
 ) -> list[int]:
     """Continue ``prompt``.
 
@@ -33,6 +34,8 @@ def generate(
         top_p: sample among the likeliest tokens that together have this probability.
         seed: of the samples.
         eod_id: token that ends the text.
+        known_ids: bool (V,), which ids the tokenizer has: a model may have more, to fill up its vocabulary, and these
+            are never sampled. None: it has all of them.
 
     Returns:
         The new ids, without the prompt and without ``eod_id``.
@@ -50,7 +53,7 @@ def generate(
         if cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
         logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
-        token = sample(logits, temperature, top_k, top_p, generator)
+        token = sample(logits, temperature, top_k, top_p, generator, known_ids)
         if token == eod_id:
             break
         new.append(token)
@@ -70,12 +73,20 @@ def last_document(text: Sequence[int], end: int | None) -> list[int]:
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+    known_ids: torch.Tensor | None = None,
 ) -> int:
-    """One token id from logits (V,)."""
+    """Draw one token id from logits (V,), among ``known_ids``, bool (V,), if they are given."""
+    if temperature:
+        logits = logits / temperature
+    if known_ids is not None:
+        logits = logits.masked_fill(~known_ids, -torch.inf)
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)

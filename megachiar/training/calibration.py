@@ -6,7 +6,6 @@ that of noise of the same width, and how far the two are apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from megachiar.config import ModelConfig
-from megachiar.data.dataset import TokenSource, ValidationSet
+from megachiar.data.dataset import TokenSource, ValidationSet, token_blocks
 from megachiar.kernels.spectral import spectral_entropy, white_noise_entropy
 from megachiar.model import ChiarFormer
 
@@ -23,7 +22,6 @@ NOISE_SAMPLES = 50_000
 LIKE_NOISE = 0.1
 """Kolmogorov-Smirnov distance below which a distribution counts as noise's: no threshold on H would tell the two apart
 in more than 55% of cases."""
-READ_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -219,18 +217,6 @@ def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarra
     for block in token_blocks(source, tokens):
         counts += np.bincount(block, minlength=vocab_size)
     return counts
-
-
-def token_blocks(source: TokenSource, tokens: int) -> Iterator[np.ndarray]:
-    """Blocks of at most ``READ_TOKENS`` tokens, spread evenly over the text, ``tokens`` of them or all."""
-    whole = source.dataset.tokens.size
-    wanted = min(tokens, whole)
-    blocks = -(-wanted // READ_TOKENS)
-    for number in range(blocks):
-        begin, end = number * wanted // blocks, (number + 1) * wanted // blocks
-        block = np.empty(end - begin, np.int64)
-        source.read(begin + number * (whole - wanted) // max(1, blocks - 1), block)
-        yield block
 
 
 def spread_windows(dataset: ValidationSet, sequences: int) -> tuple[np.ndarray, np.ndarray]:

@@ -329,6 +329,18 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
     return changes
 
 
+def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
+    """Return a line where ``config`` keeps documents apart otherwise than the run did up to ``checkpoint``."""
+
+    def mask(end: int | None) -> str:
+        return "off" if end is None else f"at id {end}"
+
+    before, now = load_config(checkpoint / CONFIG_FILE).document_end, config.document_end
+    if before == now:
+        return []
+    return [f"data.document_mask was {mask(before)} up to here and is {mask(now)} from here on"]
+
+
 def _step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 

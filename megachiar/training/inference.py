@@ -9,37 +9,85 @@ import numpy as np
 import torch
 
 from megachiar.config import RunConfig
-from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.data.dataset import TokenSource, ValidationSet
+from megachiar.data.document_end import why_unmasked
+from megachiar.data.files import manifest_path
 from megachiar.errors import UserError
 from megachiar.model import ChiarFormer
+from megachiar.model.generation import generate
 from megachiar.training.evaluation import Score
-from megachiar.training.sources import recorded_tokenizer
+from megachiar.training.run_tokenizer import record_of_run, run_tokenizer
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
-    """The tokenizer of the run that wrote ``checkpoint``: its own copy, or the one its config or data names.
+def check_readable(checkpoint: Path, config: RunConfig, source: TokenSource) -> None:
+    """Check that a run's numbers on a dataset mean something: its ids are the run's, and documents are kept apart.
 
     Raises:
-        UserError: there is none any more.
+        UserError: the dataset was made with another tokenizer, or the run keeps to documents and cannot tell these.
     """
-    kept = checkpoint.parent.parent / "tokenizer"
-    candidates = sorted(kept.iterdir()) if kept.is_dir() else []
-    if len(candidates) > 1:  # the files of one tokenizer, not a folder or file
-        candidates = [kept]
-    if config.data.tokenizer is not None:
-        candidates.append(config.data.tokenizer)
-    named = recorded_tokenizer(config.data.train[0].path)
-    candidates += [named] if named else []
-    for candidate in candidates:
-        if candidate.exists():
-            return load_tokenizer(candidate)
-    raise UserError(
-        checkpoint, "no tokenizer of this run is to be found", f"put its file into {kept}, or set data.tokenizer"
-    )
+    recorded, manifest = record_of_run(checkpoint, config), source.manifest
+    if recorded is not None and manifest is not None and manifest.tokenizer.fingerprint != recorded.fingerprint:
+        raise UserError(
+            manifest_path(source.prefix),
+            f"made with tokenizer {manifest.tokenizer.file} ({manifest.tokenizer.fingerprint}), but {checkpoint} was "
+            f"trained with {recorded.file} ({recorded.fingerprint}): the ids mean other tokens",
+            "preprocess the text with the run's tokenizer",
+        )
+    if config.document_end is not None:
+        reason = why_unmasked(source, config.document_end, is_stated=True)
+        if reason is not None:
+            raise UserError(
+                source.prefix,
+                f"the run keeps attention to documents that end with id {config.document_end}, but {reason}",
+                "preprocess the text as the run's own data, with --append-eod",
+            )
+
+
+def open_for_run(
+    checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None
+) -> ValidationSet:
+    """Open a dataset that the run of ``checkpoint`` can score, in windows of the run's length if none is given.
+
+    Raises:
+        UserError: as ``ValidationSet`` and ``check_readable``.
+    """
+    dataset = ValidationSet(prefix, sequence_length or config.sequence_length, vocab_size=config.model.vocab_size)
+    check_readable(checkpoint, config, dataset.source)
+    return dataset
+
+
+class TextSampler:
+    """Continue text with the model of a run: prompt in, text out.
+
+    Attributes:
+        tokenizer: of the run.
+        end: id that ends a text, and that an empty prompt is taken for; None where nothing names one.
+    """
+
+    def __init__(self, checkpoint: Path, config: RunConfig, model: ChiarFormer):
+        self.tokenizer = run_tokenizer(checkpoint, config)
+        # Where attention keeps to documents, what ends them for the model is in its config.
+        self.end = self.tokenizer.eod_id if config.document_end is None else config.document_end
+        self._model = model
+        self._known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
+        self._known[list(self.tokenizer.known_ids())] = True
+
+    def __call__(self, prompt: str, max_new_tokens: int, **sampling: object) -> tuple[str, list[int]]:
+        """Return ``prompt`` with what follows it, and the new ids; ``sampling`` is as ``generate`` takes it.
+
+        Raises:
+            UserError: the prompt is empty and nothing names the token that ends a document.
+        """
+        ids = list(self.tokenizer.encode(prompt))
+        if not ids and self.end is None:
+            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
+        begin = ids or [self.end]
+        new = generate(self._model, begin, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
+        return self.tokenizer.decode([*ids, *new]), new
 
 
 def model_score(model: ChiarFormer, device: torch.device) -> Score:

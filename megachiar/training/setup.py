@@ -9,23 +9,24 @@ from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.data.files import write_atomically
+from megachiar.data.recorded_tokenizer import keep_record, keep_tokenizer
 from megachiar.errors import UserError
 from megachiar.kernels.chosen import chosen_kernels
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.topology import Topology, raise_together
 from megachiar.training.checkpoint import compute_dtype
+from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.engine import Engine, start_process_group
 from megachiar.training.loop import Trainer
 from megachiar.training.metrics import Display, MetricsWriter
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.sources import (
     RunData,
+    describe_seen_validation,
     describe_uses,
-    keep_tokenizer,
     open_data,
     refuse_too_small,
-    with_document_end,
 )
 from megachiar.training.start import Progress, begin, check_shared_folder, resolve_start
 from megachiar.training.watch import PeerWatch
@@ -64,7 +65,7 @@ def train(
     introduce(config, engine, data, console)
     progress, data = begin(engine, data, start, console.print)
     refuse_too_small(config, data)
-    for line in describe_uses(config, data):
+    for line in (*describe_uses(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
@@ -87,7 +88,10 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
     """Write the resolved config and the tokenizer, and open the metrics."""
     folder = config.logging.folder
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    keep_tokenizer(data.tokenizer, folder / "tokenizer")
+    if data.tokenizer is not None:
+        keep_tokenizer(data.tokenizer, folder)
+    elif data.tokenizer_record is not None:
+        keep_record(data.tokenizer_record, folder)
     return MetricsWriter(folder, config.logging.tensorboard, progress.step)
 
 
@@ -115,6 +119,6 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
     if reason := why_no_utilisation(engine.device):
         console.print(f"[yellow]  {escape(reason)}[/]")
     if data.tokenizer is None:
-        console.print(
-            "[yellow]  no tokenizer is known (no manifest, no data.tokenizer): the run cannot be sampled from[/]"
-        )
+        record = data.tokenizer_record
+        lack = "no manifest, no data.tokenizer" if record is None else f"{record.file} of the manifest is gone"
+        console.print(f"[yellow]  no tokenizer is known ({escape(lack)}): the run cannot be sampled from[/]")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megachiar.config import RunConfig
 from megachiar.data.dataset import (
@@ -17,12 +15,13 @@ from megachiar.data.dataset import (
 )
 from megachiar.data.files import bin_path
 from megachiar.data.history import DataHistory, OrderRecord, SourceRecord
-from megachiar.data.manifest import check_tokenizer, read_manifest
+from megachiar.data.manifest import TokenizerRecord
 from megachiar.data.megatron_order import MegatronStream
-from megachiar.data.tokenizer import Tokenizer, load_tokenizer
-from megachiar.errors import UserError, disk_errors
+from megachiar.data.tokenizer import Tokenizer
+from megachiar.errors import UserError
 from megachiar.topology import LaunchError
 from megachiar.training.checkpoint import check_data, read_state
+from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
 
 EPOCHS_WORTH_REPORTING = 4
@@ -43,6 +42,16 @@ class RunData:
     validation: dict[str, ValidationSet]
     history: DataHistory
     tokenizer: Tokenizer | None
+
+    @property
+    def sources(self) -> list[TokenSource]:
+        """Every dataset that is read from here on, to train or to validate on."""
+        return [*self.training.sources, *(dataset.source for dataset in self.validation.values())]
+
+    @property
+    def tokenizer_record(self) -> TokenizerRecord | None:
+        """What made the data, even where the tokenizer itself is gone; None where nothing tells."""
+        return record_of_data(self.sources, self.tokenizer)
 
     def going_on(self, history: DataHistory, step: int) -> RunData:
         """The data of a run that goes on at ``step`` with this data, after what ``history`` says it has read.
@@ -72,12 +81,11 @@ def open_data(config: RunConfig) -> RunData:
             name: ValidationSet(prefix, length, vocab_size=vocab_size)
             for name, prefix in config.data.validation.items()
         }
-        everything = [*training.sources, *(v.source for v in validation.values())]
-        check_same_tokenizer([(source.prefix, source.manifest) for source in everything])
-        tokenizer = find_tokenizer(config, training)
+        data = RunData(training, validation, history, tokenizer=None)
+        check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources])
+        return replace(data, tokenizer=find_tokenizer(config, data.sources))
     except UserError as error:  # every rank reads the same files
         raise LaunchError(error.where, error.problem, error.remedy) from error
-    return RunData(training, validation, history, tokenizer)
 
 
 def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | MegatronStream, range]:
@@ -183,70 +191,17 @@ def describe_uses(config: RunConfig, data: RunData) -> list[str]:
     return lines
 
 
-def find_tokenizer(config: RunConfig, training: SampleStream | MegatronStream) -> Tokenizer | None:
-    """The tokenizer that ``data.tokenizer`` or the first source's manifest names; None if there is neither.
-
-    Raises:
-        UserError: the one in the config is missing, has more ids than the model, or did not make the datasets.
-    """
-    manifest = training.sources[0].manifest
-    path = config.data.tokenizer or recorded_tokenizer(training.sources[0].prefix)
-    if path is None:
-        return None
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer {path}",
-            f"has {tokenizer.vocab_size:,} ids, but model.vocab_size is {config.model.vocab_size:,}",
-            f"set model.vocab_size to at least {tokenizer.vocab_size:,}",
-        )
-    if manifest is not None:
-        check_tokenizer(training.sources[0].prefix, manifest, tokenizer.fingerprint)
-    return tokenizer
+def describe_seen_validation(data: RunData) -> list[str]:
+    """Return a line for each validation set that is a training source as well, so that its loss is of learned text."""
+    lines = []
+    for name, dataset in data.validation.items():
+        twins = [source.prefix for source in data.training.sources if _hold_the_same(source, dataset.source)]
+        lines += [f"data.validation.{name} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    return lines
 
 
-def with_document_end(config: RunConfig, data: RunData) -> RunConfig:
-    """``config`` with the token that ends a document, where attention is to keep to documents.
-
-    Raises:
-        LaunchError: nothing names it, or the dataset was made without it.
-    """
-    if not config.data.document_mask or config.data.document_end is not None:
-        return config
-    source = data.training.sources[0]
-    if source.manifest is not None and not source.manifest.append_eod:
-        problem, remedy = f"is true, but documents of {source.prefix} end with no token of their own", "--append-eod"
-        raise LaunchError("data.document_mask", problem, f"preprocess it with {remedy}, or set data.document_end")
-    end = source.manifest.tokenizer.eod_id if source.manifest is not None else None
-    if end is None and data.tokenizer is not None:
-        end = data.tokenizer.eod_id
-    if end is None:
-        raise LaunchError(
-            "data.document_mask",
-            f"is true, but neither a manifest of {source.prefix} nor a tokenizer says which token ends a document",
-            "set data.document_end",
-        )
-    return config.model_copy(update={"data": config.data.model_copy(update={"document_end": end})})
-
-
-def recorded_tokenizer(prefix: Path) -> Path | None:
-    """Where the tokenizer that dataset ``prefix`` was made with is now: as recorded, or beside it; None if nowhere."""
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return None
-    recorded = manifest.tokenizer.file
-    candidates = (prefix.parent / recorded, prefix.parent / Path(recorded).name)
-    return next((path for path in candidates if path.exists()), None)
-
-
-def keep_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Copy the tokenizer's file or folder into the run folder, so that the run can be sampled from by itself."""
-    if tokenizer is None:
-        return
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        source = Path(tokenizer.path)
-        if source.is_dir():
-            shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(source, folder / source.name)
+def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
+    if one.prefix.resolve() == other.prefix.resolve():
+        return True
+    known = one.manifest is not None and other.manifest is not None
+    return known and one.manifest.content == other.manifest.content

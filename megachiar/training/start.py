@@ -22,6 +22,7 @@ from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together
 from megachiar.training import checkpoint as checkpoints
+from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
 
 if TYPE_CHECKING:  # to decide needs neither engine nor data
     from megachiar.training.engine import Engine
@@ -118,13 +119,16 @@ def begin(engine: Engine, data: RunData, start: Start, say: Callable[[str], None
     if start.kind == "weights":
         checkpoints.start_from(engine, start.path)
         say(f"weights from {start.path}; optimizer, schedule and data start anew")
+        for line in describe_other_tokenizer(start.path, data.tokenizer_record):
+            say(f"[yellow]  {escape(line)}[/]")
         return Progress(), data
+    check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
     changes = checkpoints.check_data(start.path, checkpoints.read_state(start.path), engine.config, data.history)
     state = checkpoints.resume(engine, start.path)
     what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
     say(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    for change in changes:
-        line = f"{change.key} was {change.before} up to here and is {change.now} from here on"
+    lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
+    for line in (*lines, *checkpoints.describe_mask_change(start.path, engine.config)):
         say(f"[yellow]  {escape(line)}[/]")
     saved = state.step if start.kind == "resumed" else None
     return Progress(state.step, state.samples, saved), data.going_on(state.data, state.step)

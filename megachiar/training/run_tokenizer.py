@@ -1,0 +1,167 @@
+"""The tokenizer of a run: found when it begins, held against what it was trained with, loaded again to read it.
+
+What the manifests of its data record is the truth; the run folder keeps the same record with a copy of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from megachiar.config import RunConfig, load_config
+from megachiar.data.dataset import TokenSource
+from megachiar.data.files import manifest_path
+from megachiar.data.manifest import Manifest, TokenizerRecord, read_manifest
+from megachiar.data.recorded_tokenizer import (
+    KEPT_FOLDER,
+    KEPT_RECORD,
+    describe_tokenizer,
+    find_recorded,
+    first_manifest,
+    load_as_recorded,
+    read_kept_record,
+)
+from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError
+from megachiar.topology import LaunchError
+from megachiar.training.checkpoint import CONFIG_FILE
+
+
+def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokenizer | None:
+    """Load the tokenizer that ``data.tokenizer`` or the first manifest among ``sources`` names.
+
+    Its kind and its end-of-document token are those that the manifest records.
+
+    Returns:
+        None if neither names one that is still there.
+
+    Raises:
+        UserError: the one in the config is missing, has more ids than the model, or did not make the datasets.
+    """
+    known = first_manifest((source.prefix, source.manifest) for source in sources)
+    path = config.data.tokenizer or (find_recorded(*known) if known is not None else None)
+    if path is None:
+        return None
+    if known is None:
+        tokenizer = load_tokenizer(path)
+    else:
+        prefix, manifest = known
+        tokenizer = load_as_recorded(path, manifest.tokenizer, manifest_path(prefix))
+    _check_fits(tokenizer, f"data.tokenizer {path}", config.model.vocab_size)
+    return tokenizer
+
+
+def record_of_data(sources: Sequence[TokenSource], tokenizer: Tokenizer | None) -> TokenizerRecord | None:
+    """Return what made ``sources``, as their first manifest says, or else describe ``tokenizer``, if there is one."""
+    known = first_manifest((source.prefix, source.manifest) for source in sources)
+    if known is not None:
+        return known[1].tokenizer
+    return describe_tokenizer(tokenizer, Path()) if tokenizer is not None else None
+
+
+def check_kept_tokenizer(run: Path, now: TokenizerRecord | None) -> None:
+    """Check that a run which goes on reads data of the tokenizer that its folder ``run`` keeps.
+
+    Raises:
+        LaunchError: its data is of another one, ``now``: every id would mean something else from here on.
+    """
+    kept = read_kept_record(run)
+    if kept is not None and now is not None and kept.fingerprint != now.fingerprint:
+        raise LaunchError(
+            run / KEPT_RECORD,
+            f"the run was trained with tokenizer {kept.file} ({kept.fingerprint}), but its data is now made with "
+            f"{now.file} ({now.fingerprint})",
+            "go on with data of the run's tokenizer, or start a new run in another logging.folder",
+        )
+
+
+def describe_other_tokenizer(checkpoint: Path, now: TokenizerRecord | None) -> list[str]:
+    """Return a line where a new run, of tokenizer ``now``, starts with weights that were trained with another one.
+
+    Raises:
+        UserError: the config or the record beside the checkpoint is damaged.
+    """
+    before = record_of_run(checkpoint, load_config(checkpoint / CONFIG_FILE))
+    if before is None or now is None or before.fingerprint == now.fingerprint:
+        return []
+    return [
+        f"{checkpoint} was trained with another tokenizer ({before.file}) than the data ({now.file}): "
+        "its ids mean other tokens here"
+    ]
+
+
+def record_of_run(checkpoint: Path, config: RunConfig) -> TokenizerRecord | None:
+    """Return the record of the tokenizer that the run of ``checkpoint`` was trained with; None if nothing tells.
+
+    An older run folder keeps no record: there it is that of the first manifest of its data that is still there.
+    """
+    kept = read_kept_record(checkpoint.parent.parent)
+    if kept is not None:
+        return kept
+    known = _manifest_of_run(config)
+    return known[1].tokenizer if known is not None else None
+
+
+def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
+    """Load the tokenizer of the run that wrote ``checkpoint``: its own copy, or the one its config or data names.
+
+    Its kind and its end-of-document token are those that the run folder, else a manifest of its data, records.
+
+    Raises:
+        UserError: there is none any more, or what is there is another one.
+    """
+    run = checkpoint.parent.parent
+    kept = read_kept_record(run)
+    path = next((path for path in _candidates(run, kept, config) if path.exists()), None)
+    if path is None:
+        raise UserError(
+            checkpoint,
+            "no tokenizer of this run is to be found",
+            f"put its file into {run / KEPT_FOLDER}, or set data.tokenizer",
+        )
+    if kept is not None:
+        tokenizer = load_as_recorded(path, kept, run / KEPT_RECORD)
+    else:
+        tokenizer = _load_of_older_run(path, record_of_run(checkpoint, config), checkpoint)
+    _check_fits(tokenizer, path, config.model.vocab_size)
+    return tokenizer
+
+
+def _candidates(run: Path, kept: TokenizerRecord | None, config: RunConfig) -> list[Path]:
+    """Return where the tokenizer of a run may be, the best place first."""
+    if kept is not None:
+        candidates = [run / kept.file]
+    else:
+        folder = run / KEPT_FOLDER
+        candidates = sorted(folder.iterdir()) if folder.is_dir() else []
+        if len(candidates) > 1:  # the files of one tokenizer, not a folder or file
+            candidates = [folder]
+    if config.data.tokenizer is not None:
+        candidates.append(config.data.tokenizer)
+    known = _manifest_of_run(config)
+    named = find_recorded(*known) if known is not None else None
+    return [*candidates, named] if named is not None else candidates
+
+
+def _load_of_older_run(path: Path, recorded: TokenizerRecord | None, checkpoint: Path) -> Tokenizer:
+    """Load the tokenizer at ``path`` as ``recorded``, or by itself if it is another one: a kept copy counts more."""
+    if recorded is not None:
+        with contextlib.suppress(UserError):
+            return load_as_recorded(path, recorded, checkpoint)
+    return load_tokenizer(path)
+
+
+def _manifest_of_run(config: RunConfig) -> tuple[Path, Manifest] | None:
+    """Return prefix and manifest of the first dataset of ``config`` whose manifest is still there."""
+    prefixes = [*(source.path for source in config.data.train), *config.data.validation.values()]
+    return first_manifest((prefix, read_manifest(prefix)) for prefix in prefixes)
+
+
+def _check_fits(tokenizer: Tokenizer, where: object, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            where,
+            f"has {tokenizer.vocab_size:,} ids, but model.vocab_size is {vocab_size:,}",
+            f"set model.vocab_size to at least {tokenizer.vocab_size:,}",
+        )
