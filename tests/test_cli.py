@@ -161,7 +161,7 @@ def test_relative_paths_of_a_config_are_of_the_current_folder(tmp_path):
     command = [sys.executable, "-m", "megachiar"]
     env = process_environment(PYTHONPATH=str(ROOT))
     subprocess.run([*command, "config", "init", "tiny"], cwd=tmp_path, env=env, check=True, capture_output=True)
-    inspect = [*command, "inspect", "--config", "tiny.yaml", "--step", "0", "--json"]
+    inspect = [*command, "inspect", "--config", "tiny.yaml", "--step", "1", "--json"]
     done = subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "data/shakespeare/train" in done.stderr and str(ROOT) not in done.stderr
     (tmp_path / "corpus.txt").write_text("All the world's a stage, and all the men and women merely players.\n" * 200)
