@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        from megachiar.training.plan import print_plan
+        from megachiar.training.dry_run import print_plan
 
         if global_rank() == 0:
             print_plan(config, options.world_size)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     topology = build_topology(config)
     launch.configure_torch(config.training.threads)
 
-    from megachiar.training.setup import pretrain
+    from megachiar.training.run import pretrain
 
     return pretrain(config, topology, signals, make_console())
 

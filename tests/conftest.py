@@ -1,21 +1,26 @@
 """Which tests come first: where several workers share the files, the longest must not be left for the end."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent
 LONGEST = (
-    "test_training_layouts.py",
-    "test_kernels_triton.py",
+    "engine/test_layouts.py",
+    "kernels/test_triton.py",
     "test_readme.py",
-    "test_training_resume.py",
-    "test_checkpoint_layouts.py",
-    "test_benchmarks.py",
-    "test_model_shards.py",
-    "test_preprocess_resume.py",
+    "checkpoint/test_resume.py",
+    "checkpoint/test_other_layouts.py",
+    "cli/test_benchmarks.py",
+    "model/test_shards.py",
+    "data/preprocessing/test_preprocess_resume.py",
     "test_launch.py",
-    "test_training_plan.py",
-    "test_training_watch.py",
-    "test_training_bad_input.py",
+    "planning/test_rank_plan.py",
+    "training/test_watch.py",
+    "training/test_bad_input.py",
 )
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    order = {name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+    order = {TESTS / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(LONGEST)))

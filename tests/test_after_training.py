@@ -13,9 +13,9 @@ import pytest
 import torch
 from support import forked_python, pretrain, run_command, small_config, write_config
 
-from megachiar.data.indexed import IndexedDataset
-from megachiar.data.tokenizer import load_tokenizer
-from megachiar.training.checkpoint import load_for_inference, whole_checkpoints
+from megachiar.checkpoint.checkpoint import load_for_inference, whole_checkpoints
+from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.training.metrics import read_metrics
 
 TEXT = "the moon and the sun go round in the night of a day when all men sleep but one who counts the stars"

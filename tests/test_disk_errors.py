@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from text_helpers import numbered_documents, run_tool, train, write_jsonl
 
-from megachiar.data import compression, encoder
-from megachiar.data.find_inputs import find_sources
-from megachiar.data.preprocess import preprocess
-from megachiar.data.settings import PreprocessSettings
-from megachiar.data.shards import make_shard, merge_shards
-from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megachiar.data.inputs import compression
+from megachiar.data.inputs.find_inputs import find_sources
+from megachiar.data.preprocessing import encoder
+from megachiar.data.preprocessing.preprocess import preprocess
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.shards import make_shard, merge_shards
+from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.errors import UserError, disk_error
 
 REFUSALS = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EACCES", "ESTALE", "ENXIO")
@@ -153,7 +154,7 @@ def test_shards(tmp_path, model, monkeypatch, refusal):
             merge_shards(wanted, 1)
         check(caught.value, "out.bin.tmp", refusal)
     with monkeypatch.context() as patch:
-        patch.setattr("megachiar.data.shards.shutil.rmtree", lambda path: (_ for _ in ()).throw(refusal))
+        patch.setattr("megachiar.data.preprocessing.shards.shutil.rmtree", lambda path: (_ for _ in ()).throw(refusal))
         with pytest.raises(UserError) as caught:
             merge_shards(wanted, 1)
         check(caught.value, "out.shards", refusal)

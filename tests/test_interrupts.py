@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megachiar.data.interrupts import interrupts_go_to
+from megachiar.interrupts import interrupts_go_to
 
 
 @pytest.fixture(autouse=True)

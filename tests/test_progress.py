@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from megachiar.data import progress as module
-from megachiar.data.progress import ByteProgress, TextProgress
+from megachiar import progress as module
+from megachiar.progress import ByteProgress, TextProgress
 
 
 class Terminal(io.StringIO):

@@ -70,7 +70,7 @@ def test_a_signal_ends_it_and_is_its_exit_code(program, number, fresh):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
 def test_it_has_imported_what_training_imports(tmp_path):
     path = tmp_path / "program.py"
-    path.write_text("import sys\nprint('deepspeed' in sys.modules, 'megachiar.training.setup' in sys.modules)")
+    path.write_text("import sys\nprint('deepspeed' in sys.modules, 'megachiar.training.run' in sys.modules)")
     assert forked_python(path).stdout.startswith("True True")
 
 

@@ -24,8 +24,8 @@ import pytest
 from support import ROOT, process_environment, python
 
 from megachiar.config import load_config
-from megachiar.data import corpus
-from megachiar.data.existing import note_path, write_note
+from megachiar.data.preprocessing import corpus
+from megachiar.data.preprocessing.existing import note_path, write_note
 from megachiar.errors import UserError
 
 README = ROOT / "README.md"

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from support import ROOT, pretrain
 
+from megachiar.checkpoint.checkpoint import load_for_inference
+from megachiar.checkpoint.sharded_tensors import Store
 from megachiar.config import load_config
-from megachiar.training.checkpoint import load_for_inference
-from megachiar.training.sources import open_data
-from megachiar.training.store import Store
+from megachiar.training.run_data import open_data
 
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"
 RECORDED = json.loads((WRITTEN / "recorded.json").read_text())

@@ -33,11 +33,11 @@ import numpy as np
 import psutil
 
 from megachiar.benchmark import Spread, Times, in_turn, write_json
-from megachiar.data.dataset import build_training_samples
-from megachiar.data.files import bin_path
-from megachiar.data.find_inputs import find_sources
-from megachiar.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
-from megachiar.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megachiar.data.inputs.find_inputs import find_sources
+from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
+from megachiar.data.sampling.dataset import build_training_samples
+from megachiar.data.storage.files import bin_path
+from megachiar.data.storage.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
 
@@ -267,7 +267,7 @@ def open_large(options: argparse.Namespace, folder: Path) -> dict:
     prefix = write_sparse(folder / "large", DOCUMENTS, TOKENS_PER_DOCUMENT)
     program = (
         "import sys, time, psutil\n"
-        "from megachiar.data.dataset import build_training_samples\n"
+        "from megachiar.data.sampling.dataset import build_training_samples\n"
         "me = psutil.Process(); before = me.memory_full_info().uss; began = time.perf_counter()\n"
         f"samples = build_training_samples([(sys.argv[1], 1.0)], {SEQUENCE_LENGTH}, 0)\n"
         "samples.sample(0); seconds = time.perf_counter() - began\n"

@@ -30,11 +30,11 @@ from megachiar.kernels.attention import attention_among, causal_attention, route
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
-from megachiar.model.flops import transform_flops
-from megachiar.model.grid import Grid
+from megachiar.model.batch_layout import Grid
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer
 from megachiar.options import CommandParser
+from megachiar.planning.flops import transform_flops
 from megachiar.topology import ALONE
 
 DENSE = "attention in every row"

@@ -170,9 +170,9 @@ def serve(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from megachiar.model.flops import training_flops_per_token
+    from megachiar.engine.engine import Engine, start_process_group
+    from megachiar.planning.flops import training_flops_per_token
     from megachiar.topology import build_topology
-    from megachiar.training.engine import Engine, start_process_group
 
     config = config_of(options, kind, precision)
     before = peak_bytes()

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megachiar.analysis.bigram import bigram_baseline
 from megachiar.options import CommandParser, add_json_option
-from megachiar.training.bigram import bigram_baseline
 
 
 def positive(text: str) -> int:

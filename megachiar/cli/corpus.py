@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.console import make_console
-from megachiar.data.corpus import WIKITEXT, get_corpus
-from megachiar.data.existing import SAME
+from megachiar.data.preprocessing.corpus import WIKITEXT, get_corpus
+from megachiar.data.preprocessing.existing import SAME
 from megachiar.options import CommandParser
 
 

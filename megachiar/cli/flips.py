@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megachiar.analysis.calibration import spread_windows
+from megachiar.analysis.flips import LayerFlips, routing_flips
+from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
 from megachiar.errors import UserError
+from megachiar.inference.loaded_run import default_device, open_for_run
 from megachiar.options import CommandParser, add_json_option, add_run_argument
-from megachiar.training.calibration import spread_windows
-from megachiar.training.checkpoint import find_checkpoint, load_for_inference
-from megachiar.training.flips import LayerFlips, routing_flips
-from megachiar.training.inference import default_device, open_for_run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,10 +12,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
 from megachiar.errors import UserError
+from megachiar.inference.loaded_run import TextSampler, default_device
 from megachiar.options import CommandParser, add_run_argument
-from megachiar.training.checkpoint import find_checkpoint, load_for_inference
-from megachiar.training.inference import TextSampler, default_device
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

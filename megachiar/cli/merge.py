@@ -13,12 +13,12 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.data.existing import SAME, Differs
-from megachiar.data.files import bin_path
-from megachiar.data.indexed import IndexedDataset
-from megachiar.data.merge import find_merged, merge_datasets
-from megachiar.data.progress import ByteProgress
+from megachiar.data.preprocessing.existing import SAME, Differs
+from megachiar.data.preprocessing.merge import find_merged, merge_datasets
+from megachiar.data.storage.files import bin_path
+from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.options import CommandParser
+from megachiar.progress import ByteProgress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

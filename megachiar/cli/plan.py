@@ -18,8 +18,8 @@ from rich.table import Table
 from megachiar.config import RunConfig, load_config
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options
-from megachiar.training.plan import gib
-from megachiar.training.search import Layout, Machine, find_layouts
+from megachiar.planning.layout_search import Layout, Machine, find_layouts
+from megachiar.training.dry_run import gib
 
 
 def main(argv: Sequence[str] | None = None) -> int:

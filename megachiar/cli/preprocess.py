@@ -21,17 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megachiar.data.fast_tokenizer import Engine
-from megachiar.data.input_options import add_input_options, named_inputs, read_options
-from megachiar.data.memory import keep_large_blocks_apart
-from megachiar.data.mpi import preprocess_with_mpi
-from megachiar.data.preprocess import preprocess
-from megachiar.data.report import Report
-from megachiar.data.settings import PreprocessSettings
-from megachiar.data.shards import make_shard, merge_shards
-from megachiar.data.split import Split
-from megachiar.data.tokenizer import TokenizerKind
+from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
+from megachiar.data.preprocessing.mpi import preprocess_with_mpi
+from megachiar.data.preprocessing.preprocess import preprocess
+from megachiar.data.preprocessing.report import Report
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.shards import make_shard, merge_shards
+from megachiar.data.preprocessing.split import Split
+from megachiar.data.tokenizers.fast import Engine
+from megachiar.data.tokenizers.tokenizer import TokenizerKind
 from megachiar.options import CommandParser
+from megachiar.process_memory import keep_large_blocks_apart
 
 
 def usable_cores() -> int:

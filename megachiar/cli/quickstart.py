@@ -23,7 +23,7 @@ from rich.table import Table
 from megachiar.config import load_config
 from megachiar.config.shipped import copy_shipped_config
 from megachiar.console import make_console
-from megachiar.data.files import bin_path, idx_path, manifest_path
+from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import get_args
 
 from megachiar.console import make_console
-from megachiar.data.existing import SAME
-from megachiar.data.input_options import add_input_options, named_inputs, read_options
-from megachiar.data.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
+from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
+from megachiar.data.preprocessing.existing import SAME
+from megachiar.data.preprocessing.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
 from megachiar.options import CommandParser
 
 

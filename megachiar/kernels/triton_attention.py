@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
 def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
     """Of the kernel ``forward``, ``queries`` or ``keys`` (of the gradients): block sizes that compile for sm_90 without
-    spilled registers (``tests/test_kernels_triton.py`` looks); of 16 bits the fastest of those tried on an H200."""
+    spilled registers (``tests/kernels/test_triton.py`` looks); of 16 bits the fastest of those tried on an H200."""
     if INTERPRETED:
         return Tiles(16, 16, 4, 1)
     wide = c > 64

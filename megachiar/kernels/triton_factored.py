@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(d: int, dtype: torch.dtype) -> Tiles:
-    """Sizes that compile for sm_90 without spilled registers (``tests/test_kernels_triton.py`` looks); of 16 bits the
+    """Sizes that compile for sm_90 without spilled registers (``tests/kernels/test_triton.py`` looks); of 16 bits the
     fastest of those tried on an H200."""
     if INTERPRETED:
         return Tiles(16, 8, 4, 1)

@@ -12,9 +12,9 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
-from megachiar.model.cache import LayerCache
-from megachiar.model.choice import Choice
-from megachiar.model.grid import Grid, dropout_of
+from megachiar.model.batch_layout import Grid, dropout_of
+from megachiar.model.dispatch import Choice
+from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import (
     ColumnParallelLinear,

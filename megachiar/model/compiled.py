@@ -17,9 +17,9 @@ import warnings
 import torch
 from torch import nn
 
+from megachiar.model.dct_mixing import DctMixing
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.router import Router
-from megachiar.model.spectral import DctMixing
 
 COMPILED = (Router, DctMixing, FeedForward)
 

@@ -9,7 +9,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megachiar.kernels.dropout import dropout
-from megachiar.model.grid import Grid, dropout_of
+from megachiar.model.batch_layout import Grid, dropout_of
 from megachiar.parallel.collectives import all_gather, enter, leave
 from megachiar.parallel.loss import VocabularyShard
 from megachiar.parallel.shard import Shard, sharded

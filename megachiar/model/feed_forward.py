@@ -8,7 +8,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.dropout import dropout
-from megachiar.model.grid import RowKeys, dropout_of
+from megachiar.model.batch_layout import RowKeys, dropout_of
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megachiar.topology import TensorGroup

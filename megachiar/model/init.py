@@ -10,7 +10,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.meta_router import MetaRouter
-from megachiar.model.rbf import RbfMixing
+from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.parallel.shard import shard_of
 from megachiar.topology import TensorGroup
 

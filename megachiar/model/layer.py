@@ -15,14 +15,14 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.permute import join_rows, part_rows
 from megachiar.model.attention import SelfAttention
-from megachiar.model.cache import DecodingCache
-from megachiar.model.choice import Choice, agree, sort_rows
+from megachiar.model.batch_layout import Grid
+from megachiar.model.dct_mixing import DctMixing
+from megachiar.model.dispatch import Choice, agree, sort_rows
 from megachiar.model.feed_forward import FeedForward
-from megachiar.model.grid import Grid
+from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.meta_router import MetaRouter
-from megachiar.model.rbf import RbfMixing
+from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Decision, Router, collapse_regulariser
-from megachiar.model.spectral import DctMixing
 from megachiar.topology import TensorGroup
 
 

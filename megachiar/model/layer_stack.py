@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.cache import DecodingCache
-from megachiar.model.grid import Grid
+from megachiar.model.batch_layout import Grid
+from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
 from megachiar.topology import TensorGroup
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.errors import UserError
-from megachiar.model.cache import LayerCache
-from megachiar.model.grid import Grid
+from megachiar.model.batch_layout import Grid
+from megachiar.model.kv_cache import LayerCache
 from megachiar.parallel.collectives import gather_rows
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup

@@ -15,7 +15,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import uniform_hash
 from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
-from megachiar.model.grid import Grid
+from megachiar.model.batch_layout import Grid
 from megachiar.parallel.collectives import sum_over_ranks
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.cache import DecodingCache
+from megachiar.model.batch_layout import Grid, document_starts
 from megachiar.model.embedding import TiedEmbedding
-from megachiar.model.grid import Grid, document_starts
 from megachiar.model.init import initialise
+from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics
 from megachiar.model.norm import RowNorm
 from megachiar.topology import ALONE, TensorGroup

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator
 
 from megachiar.config import RunConfig
-from megachiar.data.document_end import document_end, is_one_document, is_recorded, recorded_end, why_unmasked
-from megachiar.data.files import manifest_path
-from megachiar.data.history import DataHistory
-from megachiar.data.manifest import read_manifest
+from megachiar.data.sampling.document_end import document_end, is_one_document, is_recorded, recorded_end, why_unmasked
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.storage.files import manifest_path
+from megachiar.data.storage.manifest import read_manifest
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
-from megachiar.training.sources import RunData
+from megachiar.training.run_data import RunData
 
 
 def with_document_end(config: RunConfig, data: RunData) -> RunConfig:

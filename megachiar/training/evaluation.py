@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megachiar.data.dataset import IGNORED_TARGET, ValidationSet
+from megachiar.data.sampling.dataset import IGNORED_TARGET, ValidationSet
 
 # Summed cross-entropy in nats and number of targets of (inputs, targets), both (n, T).
 Score = Callable[[np.ndarray, np.ndarray], tuple[float, int]]

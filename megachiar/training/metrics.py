@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megachiar.data.files import write_atomically
+from megachiar.data.storage.files import write_atomically
 from megachiar.errors import disk_errors
 
 

@@ -9,11 +9,12 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megachiar.checkpoint.checkpoint import CONFIG_FILE
 from megachiar.config import RunConfig, load_config
-from megachiar.data.dataset import TokenSource
-from megachiar.data.files import manifest_path
-from megachiar.data.manifest import Manifest, TokenizerRecord, read_manifest
-from megachiar.data.recorded_tokenizer import (
+from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.storage.files import manifest_path
+from megachiar.data.storage.manifest import Manifest, TokenizerRecord, read_manifest
+from megachiar.data.tokenizers.recorded import (
     KEPT_FOLDER,
     KEPT_RECORD,
     describe_tokenizer,
@@ -22,10 +23,9 @@ from megachiar.data.recorded_tokenizer import (
     load_as_recorded,
     read_kept_record,
 )
-from megachiar.data.tokenizer import Tokenizer, load_tokenizer
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
-from megachiar.training.checkpoint import CONFIG_FILE
 
 
 def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokenizer | None:

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch.distributed as dist
 from rich.markup import escape
 
+from megachiar.checkpoint import checkpoint as checkpoints
 from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together
-from megachiar.training import checkpoint as checkpoints
 from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
 
 if TYPE_CHECKING:  # to decide needs neither engine nor data
-    from megachiar.training.engine import Engine
-    from megachiar.training.sources import RunData
+    from megachiar.engine.engine import Engine
+    from megachiar.training.run_data import RunData
 
 VISIBLE_WITHIN_S = 10.0
 """Seconds that another host may take to see what a shared file system shows rank 0."""

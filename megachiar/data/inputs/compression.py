@@ -1,0 +1,152 @@
+"""The bytes of an input in blocks, decompressed: gzip, Zstandard, xz and bzip2, however many members follow each other.
+
+The libraries' file objects take the end of a truncated file, or whatever follows a member, for its end; this does not.
+"""
+
+from __future__ import annotations
+
+import bz2
+import itertools
+import lzma
+import shlex
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from megachiar.data.inputs import remote
+from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_other_compression
+from megachiar.data.inputs.source import Compression, Source
+from megachiar.data.storage.files import read_ahead
+from megachiar.errors import UserError
+
+READ_BYTES = 1 << 18  # of a plain file at once
+COMPRESSED_READ_BYTES = 1 << 14  # at once; small, because one read may grow a thousandfold
+LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
+MOST_TEXT = 1 << 22  # bytes that xz and bzip2, which may grow ten thousandfold, give at once
+
+
+class Codec(NamedTuple):
+    """How one compression is undone.
+
+    Attributes:
+        new_member: makes what decompresses one member (gzip), frame (Zstandard) or stream (xz, bzip2).
+        broken: what that raises for damaged data.
+        bounded: it takes a bound for the text it gives at once, and says whether it ``needs_input``.
+        test: the shell's command that tells whether a file is whole.
+    """
+
+    new_member: Callable[[], Any]
+    broken: type[Exception]
+    bounded: bool
+    test: str
+
+
+def _zstd_codec() -> Codec:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW)
+    return Codec(decompressor.decompressobj, zstandard.ZstdError, False, "zstd -t")
+
+
+CODECS: dict[Compression, Callable[[], Codec]] = {
+    "gz": lambda: Codec(lambda: zlib.decompressobj(wbits=31), zlib.error, False, "gzip -t"),
+    "zst": _zstd_codec,
+    "xz": lambda: Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError, True, "xz -t"),
+    "bz2": lambda: Codec(bz2.BZ2Decompressor, OSError, True, "bzip2 -t"),
+}
+
+
+def text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
+    """The text of ``source`` in blocks, each with the bytes read from the disk for it.
+
+    Raises:
+        UserError: the source is not of its compression, damaged or truncated.
+    """
+    raw = raw_blocks(source)
+    if source.compression:
+        return _decompressed(raw, source, CODECS[source.compression]())
+    return ((block, len(block)) for block in raw)
+
+
+def raw_blocks(source: Source) -> Iterator[bytes]:
+    """The bytes of ``source`` as they lie on the disk."""
+    size = COMPRESSED_READ_BYTES if source.compression else READ_BYTES
+    if source.url is not None:
+        with remote.open_to_read(source.url) as file:
+            yield from _read_all(file, size)
+        return
+    if source.path is None:
+        yield from _read_all(sys.stdin.buffer, size)
+        return
+    with open(source.path, "rb", buffering=0) as file:
+        if block := file.read(size):
+            yield block
+        if len(block) == size:
+            read_ahead(file)
+            yield from _read_all(file, size)
+
+
+def _read_all(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while block := file.read(size):
+        yield block
+
+
+def gather(blocks: Iterator[bytes], least: int) -> tuple[bytes, Iterator[bytes]]:
+    """(the first ``least`` bytes or more, if there are so many; all blocks, those included)."""
+    head = b""
+    for block in blocks:
+        head += block
+        if len(head) >= least:
+            break
+    return head, itertools.chain([head] if head else [], blocks)
+
+
+def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterator[tuple[bytes, int]]:
+    """Decompress members that follow each other."""
+    head, raw = gather(raw, HEAD_BYTES)
+    refuse_other_compression(source, head)
+    member, position = None, 0  # bytes of the blocks before
+    for block in raw:
+        rest = block
+        while rest:
+            if member is None and position + len(block) > len(rest) and rest[0] == 0:
+                raise _padded(source, codec, position + len(block) - len(rest), rest, raw)
+            member = member or codec.new_member()
+            try:
+                for text in _texts(member, rest, codec):
+                    yield text, 0
+            except codec.broken as error:
+                raise _damaged(source, codec, f"damaged near byte {position}: {error}") from error
+            rest = member.unused_data if member.eof else b""
+            member = None if member.eof else member
+        position += len(block)
+        yield b"", len(block)
+    if member is not None or position == 0:
+        raise _damaged(source, codec, f"truncated: it ends after {position} bytes in the middle of the compressed data")
+
+
+def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
+    """What ``data`` gives, in bounded pieces where the library can."""
+    if not codec.bounded:
+        yield member.decompress(data)
+        return
+    yield member.decompress(data, MOST_TEXT)
+    while not (member.eof or member.needs_input):
+        yield member.decompress(b"", MOST_TEXT)
+
+
+def _padded(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[bytes]) -> UserError:
+    """The error for zeros after the whole members that end at byte ``end``; ``rest`` and ``raw`` are what follows."""
+    if any(part.count(0) != len(part) for part in itertools.chain([rest], raw)):
+        return _damaged(source, codec, f"damaged near byte {end}: zeros where compressed data should follow")
+    return UserError(
+        source.name,
+        f"holds only zeros from byte {end} on, after whole compressed data: padding, or an end that never came",
+        f"if it is as large as its original, fetch it again; if padded, cut it: `truncate -s {end} "
+        f"{shlex.quote(source.name)}`",
+    )
+
+
+def _damaged(source: Source, codec: Codec, problem: str) -> UserError:
+    return UserError(source.name, problem, f"fetch it again; `{codec.test}` tells when it is whole")

@@ -1,0 +1,59 @@
+"""How a corpus is named on a command line: the options that every tool that reads one has."""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from megachiar.data.inputs.documents import OnError, ReadOptions, TxtDocuments
+from megachiar.data.inputs.find_inputs import Inputs, find_inputs
+from megachiar.data.inputs.source import FORMATS
+from megachiar.errors import UserError
+
+DEFAULTS = ReadOptions()
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``named_inputs`` and ``read_options`` read, and ``--on-error``."""
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
+    add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
+    add(
+        "--text-key",
+        default=DEFAULTS.text_key,
+        help="JSON key or parquet column of the text (default: %(default)s)",
+    )
+    add(
+        "--txt-documents",
+        choices=get_args(TxtDocuments),
+        default=DEFAULTS.txt_documents,
+        help="a document of a text file is the whole file, a line, or what blank lines separate (default: %(default)s)",
+    )
+    add(
+        "--max-document-mib",
+        type=int,
+        default=DEFAULTS.max_document_bytes >> 20,
+        help="refuse larger documents, which memory must hold (default: %(default)s)",
+    )
+    add(
+        "--on-error",
+        choices=get_args(OnError),
+        default="refuse",
+        help="a broken or empty document: leave it out and count it, or stop (default: %(default)s)",
+    )
+
+
+def named_inputs(arguments: argparse.Namespace) -> Inputs:
+    """The inputs, see ``find_inputs``."""
+    return find_inputs(arguments.input, arguments.format, arguments.text_key)
+
+
+def read_options(arguments: argparse.Namespace) -> ReadOptions:
+    """How documents are found in them.
+
+    Raises:
+        UserError: ``--max-document-mib`` leaves no room for a document.
+    """
+    if arguments.max_document_mib < 1:
+        raise UserError("--max-document-mib", f"{arguments.max_document_mib} MiB", "use at least 1")
+    return ReadOptions(arguments.text_key, arguments.txt_documents, arguments.max_document_mib << 20)

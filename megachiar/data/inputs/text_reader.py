@@ -1,0 +1,120 @@
+"""Text files and JSON lines, cut into chunks of whole documents."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Iterator
+
+from megachiar.data.inputs.compression import text_blocks
+from megachiar.data.inputs.documents import Chunk, ReadOptions
+from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_what_is_no_text
+from megachiar.data.inputs.source import Source
+from megachiar.errors import UserError
+
+
+def text_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
+    """Chunks of a source of text or JSON lines.
+
+    Raises:
+        UserError: it holds something else, or a document above ``options.max_document_bytes``.
+    """
+    if source.format == "txt" and options.txt_documents == "file":
+        yield _whole_file(source, options)
+    else:
+        yield from _line_chunks(source, options)
+
+
+def first_bytes(source: Source, least: int) -> bytes:
+    """The first ``least`` decompressed bytes of ``source``, or a few more; all where there are fewer.
+
+    Raises:
+        UserError: they cannot be read or decompressed.
+    """
+    head = b""
+    for block, _ in text_blocks(source):
+        head += block
+        if len(head) >= least:
+            break
+    return head
+
+
+def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
+    """(length of the byte order mark, ``text_blocks`` without it); refuses what is not text at all."""
+    blocks = text_blocks(source)
+    head, consumed = b"", 0
+    for block, size in blocks:
+        head, consumed = head + block, consumed + size
+        if len(head) >= HEAD_BYTES:
+            break
+    refuse_what_is_no_text(source, head)
+    mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    return mark, itertools.chain([(head[mark:], consumed)], blocks)
+
+
+def _whole_file(source: Source, options: ReadOptions) -> Chunk:
+    parts, total, consumed = [], 0, 0
+    mark, blocks = _open_text(source)
+    for block, size in blocks:
+        parts.append(block)
+        total, consumed = total + len(block), consumed + size
+        if total > options.max_document_bytes:
+            raise too_large(source, "file", total, options, "split it with --txt-documents line or blank-line, or ")
+    data = [b"".join(parts)]
+    return Chunk(source.name, "documents", data, 1, mark, consumed, bool(source.compression))
+
+
+def _line_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
+    """Cut a source of lines or paragraphs into chunks of whole ones."""
+    layout = "jsonl" if source.format == "jsonl" else options.txt_documents
+    last_cut = _last_paragraph_end if layout == "blank-line" else _last_line_end
+    offset, blocks = _open_text(source)
+    buffer, searched, consumed, line = bytearray(), 0, 0, 1
+
+    def chunk(data: bytes) -> Chunk:
+        return Chunk(source.name, layout, data, line, offset, consumed, bool(source.compression))
+
+    for block, size in blocks:
+        buffer += block
+        consumed += size
+        if len(buffer) < options.chunk_bytes:
+            continue
+        cut = last_cut(buffer, searched)
+        searched = 0 if cut else len(buffer)
+        if cut:
+            data = bytes(memoryview(buffer)[:cut])
+            del buffer[:cut]
+            yield chunk(data)
+            line, offset, consumed = line + data.count(b"\n"), offset + cut, 0
+        elif len(buffer) > options.max_document_bytes:
+            what = "document" if layout == "blank-line" else "line"
+            remedy = "write one JSON object per line, or " if layout == "jsonl" else "split it, or "
+            raise too_large(source, f"{what} at line {line} (byte {offset})", len(buffer), options, remedy)
+    if buffer or consumed:
+        yield chunk(bytes(buffer))
+
+
+def _last_line_end(buffer: bytearray, searched: int) -> int:
+    """Bytes of ``buffer`` up to its last line end, 0 if there is none; none is in the first ``searched``."""
+    return buffer.rfind(b"\n", searched) + 1
+
+
+def _last_paragraph_end(buffer: bytearray, searched: int) -> int:
+    """Bytes of ``buffer`` up to the end of its last blank line, 0 if there is none."""
+    end = buffer.rfind(b"\n")
+    lowest = max(0, buffer.rfind(b"\n", 0, searched))  # a blank line may have begun in the searched part
+    while end > lowest:
+        start = buffer.rfind(b"\n", 0, end)
+        if start >= 0 and not buffer[start + 1 : end].strip():
+            return end + 1
+        end = start
+    return 0
+
+
+def too_large(source: Source, what: str, size: int, options: ReadOptions, remedy: str) -> UserError:
+    """The error for a document that memory should not hold."""
+    return UserError(
+        source.name,
+        f"the {what} has {size >> 20} MiB or more; documents may have {options.max_document_bytes >> 20} MiB",
+        f"{remedy}raise --max-document-mib",
+    )

@@ -1,0 +1,184 @@
+"""Chunks of text -> tokens of their documents: all the work of preprocessing that is done side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megachiar.data.inputs.chunk_groups import ChunkGroup
+from megachiar.data.inputs.documents import Document, Trouble, TroubleLog, parse_chunk
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.storage.indexed import dtype_for_vocabulary
+from megachiar.data.tokenizers.fast import Engine, FastTokenizer
+from megachiar.data.tokenizers.pieces import in_pieces
+from megachiar.data.tokenizers.tokenizer import ControlTokenError, Tokenizer, load_tokenizer
+from megachiar.errors import UserError
+
+IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
+COUNTED_AT_ONCE = 1 << 17  # characters: a word in a list of them takes ten times its room
+
+
+class EncodedPart(NamedTuple):
+    """Documents of some chunks that belong to one part of the split.
+
+    Attributes:
+        tokens: of all documents, one after another, shape (sum(lengths),), in the dataset's type.
+        lengths: tokens of each document, shape (documents,), int64.
+        text_bytes, words: of their text: UTF-8 bytes, and what stands between whitespace.
+        unknown_tokens: how many tokens are the one for what the vocabulary does not have.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: int
+    words: int
+    unknown_tokens: int
+
+
+class EncodedGroup(NamedTuple):
+    """What became of some chunks: one ``EncodedPart`` per part of the split, the troubles, and the input read."""
+
+    parts: list[EncodedPart]
+    log: TroubleLog
+    consumed: int
+
+
+class ChunkEncoder:
+    """``ChunkGroup`` -> ``EncodedGroup``: all the work that is done in worker processes."""
+
+    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer):
+        self._settings, self._tokenizer = settings, tokenizer
+        self._dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+
+    @classmethod
+    def load(cls, settings: PreprocessSettings, fingerprint: str, engine: Engine) -> ChunkEncoder:
+        """The same in a process of its own, from the tokenizer's files.
+
+        Args:
+            fingerprint: of the tokenizer that the run began with.
+            engine: ``fast`` or ``reference``.
+
+        Raises:
+            UserError: the tokenizer's files changed since.
+        """
+        encode_without_threads()
+        tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+        if tokenizer.fingerprint != fingerprint:
+            raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
+        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else in_pieces(tokenizer))
+
+    def __call__(self, group: ChunkGroup) -> EncodedGroup:
+        log = TroubleLog(self._settings.on_error)
+        parts = self._encode(group, log)  # the text is gone by now: a large one leaves room for its tokens
+        consumed = sum(chunk.consumed for chunk in group.chunks)
+        return EncodedGroup([self._encoded_part(*part) for part in parts], log, consumed)
+
+    def _encode(self, group: ChunkGroup, log: TroubleLog) -> list[tuple[list[Sequence[int]], int, int]]:
+        """For each part of the split, the ids of its documents, and bytes and words of their text."""
+        key = self._settings.read.text_key
+        items = [item for chunk in group.chunks for item in parse_chunk(chunk, key)]
+        encoded = iter(self._encode_documents([item for item in items if isinstance(item, Document)]))
+        members: list[list[tuple[Document, Sequence[int]]]] = [[] for _ in self._settings.prefixes]
+        for item in items:
+            ids = next(encoded) if isinstance(item, Document) else item
+            if isinstance(ids, Trouble):
+                log.add(ids)
+            else:
+                members[self._part_of(item)].append((item, ids))
+        return [
+            (
+                [ids for _, ids in part],
+                sum(len(document.utf8) for document, _ in part),
+                count_words(document for document, _ in part),
+            )
+            for part in members
+        ]
+
+    def _encode_documents(self, documents: list[Document]) -> list[Sequence[int] | Trouble]:
+        """The ids of each document, or the trouble that the tokenizer makes of it."""
+        try:
+            encoded = self._tokenizer.encode_batch([document.text for document in documents])
+        except ControlTokenError:  # by one of them: the others are good
+            return [self._encode_one(document) for document in documents]
+        return [
+            ids if len(ids) else _without_tokens(document) for document, ids in zip(documents, encoded, strict=True)
+        ]
+
+    def _encode_one(self, document: Document) -> Sequence[int] | Trouble:
+        try:
+            ids = self._tokenizer.encode_batch([document.text])[0]
+        except ControlTokenError as error:
+            return Trouble("control_token", document.where, f"the tokenizer {error.problem}")
+        return ids if len(ids) else _without_tokens(document)
+
+    def _part_of(self, document: Document) -> int:
+        return self._settings.split.part_of(document.utf8) if self._settings.split else 0
+
+    def _encoded_part(self, encoded: list[Sequence[int]], text_bytes: int, words: int) -> EncodedPart:
+        room = int(self._settings.append_eod)
+        lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        types = {ids.dtype if isinstance(ids, np.ndarray) else np.dtype(np.int64) for ids in encoded}
+        tokens = np.empty(lengths.sum(), np.result_type(np.uint8, *types))
+        for ids, end in zip(encoded, ends.tolist(), strict=True):
+            tokens[end - room - len(ids) : end - room] = ids
+        if self._settings.append_eod:
+            tokens[ends - 1] = self._tokenizer.eod_id
+        unknown, eod = self._tokenizer.unknown_id, self._tokenizer.eod_id
+        unknown_tokens = 0 if unknown in (None, eod) else int(np.count_nonzero(tokens == unknown))
+        narrowed = narrow(tokens, self._dtype, self._settings.tokenizer)
+        return EncodedPart(narrowed, lengths, text_bytes, words, unknown_tokens)
+
+
+def _without_tokens(document: Document) -> Trouble:
+    return Trouble("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
+
+
+def encode_without_threads() -> None:
+    """Let ``tokenizers`` work in the thread that calls it: it is processes that work side by side here."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
+
+
+def count_words(documents: Iterable[Document]) -> int:
+    """What stands between whitespace, as ``str.split`` finds it; several times faster where all is ASCII."""
+    plain, words = [b""], 0
+    for document in documents:
+        if document.text.isascii():
+            plain.append(document.utf8)
+        else:
+            words += _count_any(document.text)
+    text = b" ".join(plain)
+    for first in range(0, len(text) - 1, COUNTED_AT_ONCE):
+        marks = np.frombuffer(text[first : first + COUNTED_AT_ONCE + 1].translate(IN_WORD), np.bool_)
+        words += int(np.count_nonzero(marks[1:] > marks[:-1]))
+    return words
+
+
+def _count_any(text: str) -> int:
+    words = 0
+    for first in range(0, len(text), COUNTED_AT_ONCE):
+        words += len(text[first : first + COUNTED_AT_ONCE].split())
+        if first and not (text[first - 1].isspace() or text[first].isspace()):
+            words -= 1  # which was cut in two
+    return words
+
+
+def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:
+    """``tokens`` (any integer type and shape) in ``dtype``.
+
+    Raises:
+        UserError: an id does not fit; stored anyway it would be another token.
+    """
+    limits = np.iinfo(dtype)
+    if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+        worst = tokens.max() if tokens.max() > limits.max else tokens.min()
+        raise UserError(
+            tokenizer,
+            f"gave token id {worst}, but its vocabulary is stored as {dtype.name} ({limits.min} to {limits.max})",
+            "the tokenizer's own vocabulary size is wrong: export it again",
+        )
+    return tokens.astype(dtype)

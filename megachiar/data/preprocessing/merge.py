@@ -1,0 +1,267 @@
+"""Join datasets of one tokenizer into one, document after document."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megachiar import __version__
+from megachiar.data.preprocessing.existing import Differs, compare, read_whole
+from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
+from megachiar.data.storage.files import (
+    BlockChecksums,
+    bin_path,
+    block_checksums,
+    dataset_files,
+    idx_path,
+    manifest_path,
+    remove_dataset,
+)
+from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.storage.manifest import (
+    Checksums,
+    Manifest,
+    TokenizerRecord,
+    check_manifest,
+    check_same_tokenizer,
+    compare_checksums,
+    read_manifest,
+)
+from megachiar.errors import UserError
+
+COPY_BLOCK = 1 << 26  # bytes copied at once, unless one sequence is longer
+
+
+def merge_datasets(
+    inputs: Sequence[Path | str],
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    allow_missing_manifest: bool = False,
+    shuffle_seed: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Manifest | None:
+    """Write the documents of all ``inputs``, in their order, to the dataset ``output``, whole or not at all.
+
+    Sequences and documents stay as they are. The content of every input that has a manifest is compared with its
+    checksum on the way.
+
+    Args:
+        inputs: prefixes.
+        output: prefix, none of the inputs.
+        overwrite: replace a dataset that stands there, at the end.
+        allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it is of the same
+            tokenizer; the output then has none either.
+        shuffle_seed: put the documents in the order that ``shuffle_documents`` makes of theirs.
+        on_bytes: called with the number of bytes of each block copied.
+
+    Returns:
+        The output's manifest, None if an input has none.
+
+    Raises:
+        UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
+            missing, the output is an input or exists as another one, or the disk is full.
+    """
+    if not inputs:
+        raise UserError(output, "nothing to merge", "name at least one input dataset")
+    _refuse_own_inputs(inputs, output)
+    if not overwrite:
+        _refuse_existing(inputs, output, shuffle_seed)
+    datasets = [IndexedDataset(prefix) for prefix in inputs]
+    for dataset in datasets:
+        dataset.check_index()
+    _check_same_type(datasets)
+    manifests = _read_manifests(datasets, allow_missing_manifest)
+    known = [manifest for manifest in manifests if manifest is not None]
+
+    def make_manifest(builder: IndexedDatasetBuilder) -> bytes:
+        return _merged_manifest(inputs, known, builder, shuffle_seed).to_json()
+
+    first_output = output if shuffle_seed is None else unshuffled(output)
+    with IndexedDatasetBuilder(first_output, datasets[0].dtype) as builder:
+        for dataset, manifest in zip(datasets, manifests, strict=True):
+            append_dataset(builder, dataset, manifest, on_bytes)
+        builder.finish(None if shuffle_seed is not None or len(known) < len(manifests) else make_manifest)
+    if shuffle_seed is not None:
+        with IndexedDatasetBuilder(output, datasets[0].dtype) as builder:
+            shuffle_documents(IndexedDataset(unshuffled(output)), builder, shuffle_seed, on_bytes)
+            builder.finish(None if len(known) < len(manifests) else make_manifest)
+        remove_dataset(unshuffled(output))
+    return read_manifest(output)
+
+
+def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None:
+    """Refuse an output that is an input under this or another name, and an input named twice."""
+    taken: dict[Path, Path | str] = {}
+    for prefix in inputs:
+        resolved = bin_path(prefix).resolve()
+        if resolved in taken:
+            raise UserError(prefix, "is named twice among the inputs", "name each dataset once")
+        taken[resolved] = prefix
+    for path in (bin_path(output), idx_path(output)):
+        for prefix in inputs:
+            same = (bin_path(prefix), idx_path(prefix))
+            if path.resolve() in [other.resolve() for other in same] or (
+                path.exists() and any(other.exists() and path.samefile(other) for other in same)
+            ):
+                raise UserError(output, f"is the input {prefix}", "write to another name")
+
+
+def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> Manifest:
+    """Return the manifest of ``output`` where it is what ``merge_datasets`` makes of ``inputs`` as they are now.
+
+    Raises:
+        Differs: it is not, or is not whole, or an input has no manifest.
+    """
+    made, parts = read_whole(output), [read_whole(prefix) for prefix in inputs]
+    asked = [_merged_values(parts, shuffle_seed), *({"tokenizer": part.tokenizer.fingerprint} for part in parts)]
+    found = {"tokenizer": made.tokenizer.fingerprint, **{key: getattr(made, key) for key in asked[0]}}
+    for values in asked:
+        compare({key: found[key] for key in values}, values)
+    made_at = manifest_path(output).stat().st_mtime_ns
+    for path in itertools.chain.from_iterable(map(dataset_files, inputs)):
+        if path.stat().st_mtime_ns > made_at:
+            raise Differs(f"{path} was changed since")
+    return made
+
+
+def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:
+    for path in dataset_files(output):
+        if path.exists():
+            problem = "exists already"
+            try:
+                find_merged(inputs, output, shuffle_seed)
+            except Differs as difference:
+                problem = f"exists already, and not as this command makes it: {difference}"
+            raise UserError(path, problem, "choose another --output, or pass --overwrite")
+
+
+def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
+    first = datasets[0]
+    for dataset in datasets[1:]:
+        if dataset.dtype != first.dtype:
+            raise UserError(
+                idx_path(dataset.prefix),
+                f"holds {dataset.dtype.name}, but {idx_path(first.prefix)} holds {first.dtype.name}",
+                "preprocess both with the same tokenizer",
+            )
+
+
+def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> list[Manifest | None]:
+    manifests = [read_manifest(dataset.prefix) for dataset in datasets]
+    for dataset, manifest in zip(datasets, manifests, strict=True):
+        if manifest is not None:
+            check_manifest(dataset.prefix, manifest, dataset)
+        elif not allow_missing:
+            raise UserError(
+                manifest_path(dataset.prefix),
+                "there is no manifest, so that nothing tells which tokenizer made this dataset",
+                "if you know that it is the same as the others', pass --allow-missing-manifest",
+            )
+    check_same_tokenizer([(dataset.prefix, manifest) for dataset, manifest in zip(datasets, manifests, strict=True)])
+    known = [(d.prefix, m) for d, m in zip(datasets, manifests, strict=True) if m is not None]
+    for prefix, manifest in known[1:]:
+        _check_same_eod(prefix, manifest, *known[0])
+    return manifests
+
+
+def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first: Manifest) -> None:
+    if manifest.append_eod != first.append_eod:
+        raise UserError(
+            manifest_path(prefix),
+            f"append_eod is {manifest.append_eod}, but {first.append_eod} for {first_prefix}",
+            "preprocess both with or both without --append-eod",
+        )
+    if manifest.append_eod and manifest.tokenizer.eod_id != first.tokenizer.eod_id:
+        raise UserError(
+            manifest_path(prefix),
+            f"documents end with id {manifest.tokenizer.eod_id}, but with {first.tokenizer.eod_id} in {first_prefix}",
+            "preprocess both with the same --eod-token",
+        )
+
+
+def append_dataset(
+    builder: IndexedDatasetBuilder,
+    dataset: IndexedDataset,
+    manifest: Manifest | None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Copy ``dataset`` to the end of ``builder``, comparing it with the manifest's checksums.
+
+    Raises:
+        UserError: its content is not what the manifest records.
+    """
+    offset, documents = builder.sequences, 0
+    ends = dataset.document_starts[1:]
+    digests = BlockChecksums()
+    for part in _copy_blocks(dataset):
+        lengths = dataset.lengths[part]
+        first = int(dataset.pointers[part.start]) // dataset.dtype.itemsize
+        tokens = dataset.tokens[first : first + int(lengths.sum(dtype=np.int64))]
+        documents_done = int(np.searchsorted(ends, part.stop, side="right"))
+        builder.add_sequences(tokens, lengths, offset + ends[documents:documents_done])
+        documents = documents_done
+        if manifest is not None:
+            digests.update(tokens)
+        if on_bytes is not None:
+            on_bytes(tokens.nbytes)
+    if manifest is not None:
+        compare_checksums(bin_path(dataset.prefix), digests.digests(), manifest.checksums.bin)
+        compare_checksums(idx_path(dataset.prefix), block_checksums(idx_path(dataset.prefix)), manifest.checksums.idx)
+
+
+def _copy_blocks(dataset: IndexedDataset) -> Iterator[slice]:
+    """Sequences in runs of at most ``COPY_BLOCK`` bytes, or of one."""
+    first = 0
+    while first < len(dataset):
+        limit = int(dataset.pointers[first]) + COPY_BLOCK
+        last = max(first + 1, int(np.searchsorted(dataset.pointers, limit, side="right")) - 1)
+        last = len(dataset) if dataset.tokens.nbytes <= limit else last
+        yield slice(first, last)
+        first = last
+
+
+def _merged_manifest(
+    inputs: Sequence[Path | str],
+    manifests: Sequence[Manifest],
+    builder: IndexedDatasetBuilder,
+    shuffle_seed: int | None,
+) -> Manifest:
+    return replace(
+        manifests[0],
+        tokenizer=_with_absolute_file(manifests[0].tokenizer, manifest_path(inputs[0]).parent),
+        largest_token_id=builder.largest_token_id,
+        checksums=Checksums(**builder.checksums),
+        created_by=f"megachiar {__version__} merge_datasets",
+        **_merged_values(manifests, shuffle_seed),
+    )
+
+
+def _merged_values(manifests: Sequence[Manifest], shuffle_seed: int | None) -> dict[str, Any]:
+    """Return those fields of the merged dataset's manifest that follow from the manifests of the inputs."""
+    options = manifests[0].options
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+    return {
+        "append_eod": manifests[0].append_eod,
+        "documents": sum(manifest.documents for manifest in manifests),
+        "tokens": sum(manifest.tokens for manifest in manifests),
+        "text_bytes": sum(manifest.text_bytes for manifest in manifests),
+        "words": sum(manifest.words for manifest in manifests),
+        "skipped": dict(skipped),
+        "shuffle_seed": shuffle_seed,
+        "options": options if all(manifest.options == options for manifest in manifests) else {},
+        "sources": [source for manifest in manifests for source in manifest.sources],
+    }
+
+
+def _with_absolute_file(tokenizer: TokenizerRecord, folder: Path) -> TokenizerRecord:
+    """A relative path is relative to the first input's folder, which need not be the output's."""
+    return replace(tokenizer, file=str((folder / tokenizer.file).resolve()))

@@ -1,0 +1,92 @@
+"""What a run of preprocessing did, as its tool tells it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megachiar.data.inputs.documents import TroubleLog
+from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.preprocessing.existing import SAME
+from megachiar.data.storage.manifest import Manifest
+from megachiar.data.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        manifests: prefix -> manifest of each dataset written.
+        log: the documents left out.
+        seconds: from the first byte read to the last one on the disk.
+        engine: what encoded, and why; empty if an earlier run had encoded all.
+        rate: megabytes of text a second; this run's own, without what an earlier one had done.
+        found: what folders and globs among the inputs gave.
+        ending: how documents end.
+        unknown_id: id of the token for what the vocabulary does not have, None where it has none.
+        unknown_tokens: prefix -> how often it occurs; None where an earlier version, which did not count, began.
+        existed: whether the datasets were there already, as this call makes them, and nothing was done.
+    """
+
+    manifests: dict[Path, Manifest] = field(default_factory=dict)
+    log: TroubleLog = field(default_factory=TroubleLog)
+    seconds: float = 0.0
+    engine: str = ""
+    rate: float = 0.0
+    found: list[FoundFiles] = field(default_factory=list)
+    ending: str = ""
+    unknown_id: int | None = None
+    unknown_tokens: dict[Path, int | None] = field(default_factory=dict)
+    existed: bool = False
+
+    @classmethod
+    def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
+        """Report on datasets that were there already."""
+        skipped = next(iter(manifests.values())).skipped
+        return cls(manifests, TroubleLog("skip", Counter(skipped)), existed=True)
+
+    def lines(self) -> Iterator[str]:
+        """The report as text, line by line."""
+        for found in self.found:
+            yield found.told()
+        for trouble in self.log.examples:
+            yield f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]"
+        for prefix, made in self.manifests.items():
+            ratio = made.tokens / max(1, made.text_bytes)
+            yield (
+                f"{prefix}.bin/.idx: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}), "
+                f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte{self._unknown(prefix)}"
+            )
+        if self.ending:
+            yield self.ending
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
+        if self.existed:
+            yield f"skipped documents: {left_out}"
+            yield f"{', '.join(map(str, self.manifests))}: {SAME}"
+            return
+        yield f"skipped documents: {left_out}; {self.seconds:.1f} s, {self.rate:.2f} MB/s"
+        if self.engine:
+            yield f"engine: {self.engine}"
+
+    def _unknown(self, prefix: Path) -> str:
+        """Return text such as ``, 12 <unk> (id 0)``; nothing where the datasets were not made by this call."""
+        if self.existed:
+            return ""
+        if self.unknown_id is None:
+            return ", no <unk> in the vocabulary"
+        count = self.unknown_tokens.get(prefix)
+        told = "uncounted (an earlier version began this run)" if count is None else f"{count:,}"
+        return f", {told} <unk> (id {self.unknown_id})"
+
+
+def describe_ending(tokenizer: Tokenizer, append_eod: bool) -> str:
+    """How documents end: with which token and id, or without one."""
+    if tokenizer.eod_id is None:
+        return "documents end with no token of their own: the tokenizer has none for it (--eod-token names one)"
+    token = f"{tokenizer.controls[tokenizer.eod_id]!r} (id {tokenizer.eod_id})"
+    return (
+        f"each document ends with {token}" if append_eod else f"documents end with no token: --append-eod adds {token}"
+    )

@@ -1,0 +1,69 @@
+"""What a run of preprocessing is to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megachiar.data.inputs.documents import OnError, ReadOptions
+from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.inputs.source import Source
+from megachiar.data.preprocessing.split import Split
+from megachiar.data.tokenizers.fast import Engine
+from megachiar.data.tokenizers.tokenizer import TokenizerKind
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """What a run of preprocessing is to do.
+
+    Attributes:
+        sources: the corpus, in order.
+        tokenizer, tokenizer_kind, eod_token: as ``load_tokenizer`` takes them.
+        engine: what encodes, see ``choose_engine``.
+        output_prefix: the dataset's path without suffix; with ``split``, parts are ``PREFIX_name``.
+        read: how documents are found.
+        append_eod: end each document with the tokenizer's end-of-document id.
+        split: parts by document hash, None for one dataset.
+        on_error: what an unusable document does, see ``TroubleLog``.
+        workers: tokenizing processes; 1 works in this one.
+        fork: workers are copies of this process, see ``ordered_map``.
+        shuffle_seed: shuffle the documents of each part by this key; None keeps the order of the input.
+        overwrite: replace datasets that exist, at the end of the run.
+        restart: forget what an unfinished run left, instead of going on from there.
+        allow_empty: write no dataset where a part got no document, instead of refusing that.
+        found: what folders and globs among the inputs gave, to be told.
+    """
+
+    sources: list[Source]
+    tokenizer: Path
+    output_prefix: Path
+    tokenizer_kind: TokenizerKind = "auto"
+    eod_token: str | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+    append_eod: bool = False
+    split: Split | None = None
+    on_error: OnError = "refuse"
+    workers: int = 1
+    fork: bool = False
+    engine: Engine = "auto"
+    shuffle_seed: int | None = None
+    overwrite: bool = False
+    restart: bool = False
+    allow_empty: bool = False
+    found: list[FoundFiles] = field(default_factory=list)
+
+    @property
+    def prefixes(self) -> list[Path]:
+        """One per part of the split."""
+        names = self.split.names if self.split else ()
+        return [Path(f"{self.output_prefix}_{name}") for name in names] or [self.output_prefix]
+
+    @property
+    def deciding(self) -> dict[str, str]:
+        """The options that decide which tokens are written, beside sources and tokenizer."""
+        return {
+            "text_key": self.read.text_key,
+            "txt_documents": self.read.txt_documents,
+            "split": "" if self.split is None else self.split.text,
+        }

@@ -1,0 +1,231 @@
+"""Preprocessing by many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
+
+    inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
+
+Shards are stretches of the inputs, so that the merged files are byte for byte what one process writes. They lie in
+``PREFIX.shards`` until the merge is whole; a shard that is whole already is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from megachiar.data.inputs.documents import Trouble, TroubleLog
+from megachiar.data.preprocessing.merge import append_dataset
+from megachiar.data.preprocessing.preprocess import Output, check_outputs, existing_report, make_manifest, preprocess
+from megachiar.data.preprocessing.report import Report, describe_ending
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
+from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
+from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError, disk_errors
+
+
+def shard_folder(settings: PreprocessSettings) -> Path:
+    """Where the shards of a run wait to be merged."""
+    return Path(f"{settings.output_prefix}.shards")
+
+
+def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> PreprocessSettings:
+    """The run that makes shard ``number`` of ``shards``: its share of the inputs, in their order.
+
+    Raises:
+        UserError: there is no such shard, more shards than inputs, or standard input is to be shared.
+    """
+    if not 0 <= number < shards:
+        raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
+    if not all(source.can_be_read_again for source in settings.sources):
+        raise UserError("--input", "standard input cannot be shared by many processes", "name files")
+    count = len(settings.sources)
+    if shards > count:
+        raise UserError(
+            "--shard", f"{shards} shards of {count} inputs", f"use at most {count} shards, or cut the files"
+        )
+    first, end = number * count // shards, (number + 1) * count // shards
+    return dataclasses.replace(
+        settings,
+        sources=settings.sources[first:end],
+        output_prefix=shard_folder(settings) / f"{number:05d}-of-{shards:05d}",
+        shuffle_seed=None,  # shuffling is for the whole
+        overwrite=True,
+        allow_empty=True,
+    )
+
+
+def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: TextIO | None = None) -> Report | None:
+    """Make shard ``number`` of ``shards``.
+
+    Returns:
+        What was done; None if the shard, or the whole dataset, was there already.
+
+    Raises:
+        UserError: as ``preprocess`` and ``shard_settings``.
+    """
+    with disk_errors(shard_folder(settings), "read or write"):
+        return _make_shard(settings, shard_settings(settings, number, shards), stream)
+
+
+def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
+    record, identity = _record_path(own), _identity(own)
+    known = _read_record(record)
+    if known is not None and known["identity"] == identity and not settings.restart:
+        return None
+    if _merged_before(settings) is not None:
+        return None
+    check_outputs(settings, _load_tokenizer(settings))
+    record.unlink(missing_ok=True)
+    for prefix in own.prefixes:
+        remove_dataset(prefix)
+    report = preprocess(own, stream)
+    log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
+    unknown = [report.unknown_tokens[prefix] for prefix in own.prefixes]
+    whole = {"identity": identity, **log, "unknown_tokens": unknown}
+    write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
+    return report
+
+
+def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[int], None] | None = None) -> Report:
+    """Join all shards to the datasets that one process would have written, and remove them.
+
+    Raises:
+        UserError: shards are missing, damaged or of another call; an output exists; a part has no document.
+    """
+    if shards < 1:
+        raise UserError("--merge-shards", f"{shards} shards", "give the number of shards that were made")
+    if (merged := _merged_before(settings)) is not None:
+        return merged
+    everything = [shard_settings(settings, number, shards) for number in range(shards)]
+    with disk_errors(shard_folder(settings), "read or write"):
+        return _merge(settings, everything, on_bytes)
+
+
+def _merge(
+    settings: PreprocessSettings, everything: list[PreprocessSettings], on_bytes: Callable[[int], None] | None
+) -> Report:
+    tokenizer = _load_tokenizer(settings)
+    records = _records(everything)
+    log = _merged_log(records)
+    if not _finishing(settings).exists():
+        check_outputs(settings, tokenizer)
+    log = _merged_log(everything)
+    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
+        for part, prefix in enumerate(settings.prefixes):
+            first = prefix if settings.shuffle_seed is None else unshuffled(prefix)
+            output = Output(prefix, stack.enter_context(_closing(IndexedDatasetBuilder(first, dtype))))
+            for shard in everything:
+                _append_part(output, shard.prefixes[part], on_bytes)
+            if output.builder.tokens == 0:
+                raise UserError(prefix, "no shard holds a document of this part", "give it a larger weight")
+            if settings.shuffle_seed is not None:
+                output.builder.finish()
+                output.builder = stack.enter_context(_closing(IndexedDatasetBuilder(prefix, dtype)))
+                shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, settings.shuffle_seed, on_bytes)
+                remove_dataset(unshuffled(prefix))
+            output.builder.complete(lambda _, output=output: make_manifest(settings, tokenizer, output, log).to_json())
+        with disk_errors(settings.output_prefix):
+            _finishing(settings).touch()  # from here on outputs may be there: they are this call's own
+            for prefix in settings.prefixes:
+                put_in_place(prefix)
+    shutil.rmtree(shard_folder(settings))
+    counted = [_unknown_tokens(record, len(settings.prefixes)) for record in records]
+    unknown = [None if None in counts else sum(counts) for counts in zip(*counted, strict=True)]
+    return Report(
+        manifests={prefix: read_manifest(prefix) for prefix in settings.prefixes},
+        log=log,
+        found=settings.found,
+        ending=describe_ending(tokenizer, settings.append_eod),
+        unknown_id=tokenizer.unknown_id,
+        unknown_tokens=dict(zip(settings.prefixes, unknown, strict=True)),
+    )
+
+
+def _merged_before(settings: PreprocessSettings) -> Report | None:
+    """Report on the datasets if an earlier call has made and merged all shards; None if there is something to do."""
+    return None if shard_folder(settings).exists() else existing_report(settings, _load_tokenizer(settings))
+
+
+def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
+    return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+
+
+def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> None:
+    manifest = read_manifest(shard)
+    if manifest is None:  # this shard has no document of this part
+        return
+    append_dataset(output.builder, IndexedDataset(shard), manifest, on_bytes)
+    output.text_bytes += manifest.text_bytes
+    output.words += manifest.words
+
+
+def _records(shards: list[PreprocessSettings]) -> list[dict]:
+    """What each shard's maker recorded.
+
+    Raises:
+        UserError: a shard is missing or of another call.
+    """
+    records = []
+    for number, shard in enumerate(shards):
+        record = _read_record(_record_path(shard))
+        if record is None or record["identity"] != _identity(shard):
+            state = "was not made" if record is None else "was made by another call, or its inputs were changed since"
+            raise UserError(shard.output_prefix, f"shard {number} of {len(shards)} {state}", "make it before the merge")
+        records.append(record)
+    return records
+
+
+def _merged_log(records: list[dict]) -> TroubleLog:
+    """What all shards left out, in the order of the inputs."""
+    log = TroubleLog("skip")
+    for record in records:
+        examples = [Trouble(*example) for example in record["examples"]]
+        log.merge(TroubleLog("skip", Counter(record["skipped"]), examples))
+    return log
+
+
+def _unknown_tokens(record: dict, parts: int) -> list[int | None]:
+    """Of each part of a shard; None where an earlier version, which did not count them, made it."""
+    return record.get("unknown_tokens") or [None] * parts
+
+
+def _identity(shard: PreprocessSettings) -> list:
+    """What tells whether a shard is the one that a call would make."""
+    tokenizer = _load_tokenizer(shard)
+    sources = [source.identity() for source in shard.sources]
+    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.deciding, sources]
+
+
+def _read_record(path: Path) -> dict | None:
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_bytes())
+    return None
+
+
+def _record_path(shard: PreprocessSettings) -> Path:
+    """What tells that a shard is whole, and what it left out."""
+    return Path(f"{shard.output_prefix}.done")
+
+
+def _finishing(settings: PreprocessSettings) -> Path:
+    """Is there when outputs are being put in their places."""
+    return shard_folder(settings) / "finishing"
+
+
+@contextlib.contextmanager
+def _closing(builder: IndexedDatasetBuilder):
+    """Abort a builder if the block fails, let go of its files if not."""
+    try:
+        yield builder
+    except BaseException:
+        builder.abort()
+        raise
+    builder.close()

@@ -1,0 +1,308 @@
+"""Training samples and validation windows out of indexed datasets.
+
+Shapes: n samples, T = sequence length. A training sample is T + 1 tokens: inputs are its first T, targets its last T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megachiar.data.sampling.order import OrderedSource, RunOrder
+from megachiar.data.storage.files import bin_path
+from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.manifest import (
+    check_manifest,
+    check_same_tokenizer,
+    check_vocabulary,
+    read_manifest,
+)
+from megachiar.errors import UserError
+
+LOCATED_TOGETHER = 1024  # positions of a run
+READ_TOKENS = 2**20
+IGNORED_TARGET = -100  # what PyTorch's cross-entropy leaves out
+
+
+class TokenSource:
+    """A dataset that may be trained on: whole, of integer type, and of a vocabulary that the model can read.
+
+    Attributes:
+        prefix: path of the dataset.
+        dataset: its memory map.
+        manifest: what is recorded beside it, None for a dataset made by another program.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+        vocab_size: rows of the model's embedding; None leaves ids unchecked.
+        random_access: it will be read in random order, see ``IndexedDataset``.
+
+    Raises:
+        UserError: the dataset is damaged, holds floats, does not fit its manifest, or its tokenizer has more ids than
+            the model.
+    """
+
+    def __init__(self, prefix: Path | str, vocab_size: int | None = None, *, random_access: bool = False):
+        self.prefix = Path(prefix)
+        self.dataset = IndexedDataset(prefix, random_access=random_access)
+        self.vocab_size = vocab_size
+        if self.dataset.dtype.kind not in "iu":
+            raise UserError(
+                bin_path(prefix), f"holds {self.dataset.dtype.name}, but tokens are whole numbers", "preprocess again"
+            )
+        self.manifest = read_manifest(prefix)
+        if self.manifest is not None:
+            check_manifest(prefix, self.manifest, self.dataset)
+            if vocab_size is not None:
+                check_vocabulary(prefix, self.manifest, vocab_size)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill ``out``, int64 (length,), with the stream's tokens from ``start`` on, going on at its beginning.
+
+        Raises:
+            UserError: see ``check_ids``.
+        """
+        self.copy(start, out)
+        self.check_ids(start, out)
+
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """``read`` without its check."""
+        tokens = self.dataset.tokens
+        until_end = min(out.size, tokens.size - start)
+        out[:until_end] = tokens[start : start + until_end]
+        if until_end < out.size:
+            out[until_end:] = tokens[: out.size - until_end]
+
+    def check_ids(self, start: int, ids: np.ndarray) -> None:
+        """Check the ids that were read from ``start`` on.
+
+        Raises:
+            UserError: an id is negative or not below the model's vocabulary (only a dataset without manifest, or one
+                damaged since it was written, gets so far).
+        """
+        if self.vocab_size is None or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
+            return
+        offset = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+        token = (start + offset) % self.dataset.tokens.size
+        raise UserError(
+            bin_path(self.prefix),
+            f"token {token:,} (document {self.dataset.document_of_token(token):,}) is id {ids[offset]}, "
+            f"but the model's vocabulary is 0 to {self.vocab_size - 1:,}",
+            "train with the vocabulary the dataset was made with, or check the file with `megachiar inspect`",
+        )
+
+
+def token_blocks(source: TokenSource, tokens: int) -> Iterator[np.ndarray]:
+    """Blocks of at most ``READ_TOKENS`` tokens, spread evenly over the text, ``tokens`` of them or all."""
+    whole = source.dataset.tokens.size
+    wanted = min(tokens, whole)
+    blocks = -(-wanted // READ_TOKENS)
+    for number in range(blocks):
+        begin, end = number * wanted // blocks, (number + 1) * wanted // blocks
+        block = np.empty(end - begin, np.int64)
+        source.read(begin + number * (whole - wanted) // max(1, blocks - 1), block)
+        yield block
+
+
+class SourceUse(NamedTuple):
+    """What a run takes from one source.
+
+    Attributes:
+        prefix: path of the dataset.
+        share: of all samples, in (0, 1].
+        tokens: tokens of the dataset.
+        samples_per_epoch: samples that one pass over it gives.
+        samples: samples taken from it, in this order.
+        epochs: passes over it in the whole run, a fraction included.
+    """
+
+    prefix: Path
+    share: float
+    tokens: int
+    samples_per_epoch: int
+    samples: int
+    epochs: float
+
+
+class Place(NamedTuple):
+    """Where a sample of a run lies: ``source`` is its number, ``epoch`` counts from 0, ``token`` is the first one."""
+
+    source: int
+    epoch: int
+    token: int
+
+
+class SampleStream:
+    """The endless series of a run's training samples: sample k is a pure function of the sources, the order and k.
+
+    Args:
+        sources: to read from, as ``order`` numbers them.
+        order: where each sample lies.
+    """
+
+    def __init__(self, sources: Sequence[TokenSource], order: RunOrder):
+        self.sources, self.order, self.sequence_length = tuple(sources), order, order.sequence_length
+        self._last_block: tuple[int, list[Place]] = (-1, [])
+
+    def sample(self, position: int) -> np.ndarray:
+        """Sample ``position`` of the run, int64 (T + 1,)."""
+        return self.batch([position])[0]
+
+    def batch(self, positions: Iterable[int]) -> np.ndarray:
+        """Samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
+        places = self.locate(positions)
+        batch = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for place in places:  # all reads of the batch are under way before the first is waited for
+            self.sources[place.source].dataset.announce(place.token, self.sequence_length + 1)
+        for row, place in zip(batch, places, strict=True):
+            self.sources[place.source].copy(place.token, row)
+        if batch.size and not self._are_known_ids(batch):
+            for row, place in zip(batch, places, strict=True):
+                self.sources[place.source].check_ids(place.token, row)
+        return batch
+
+    def locate(self, positions: Iterable[int]) -> list[Place]:
+        """Where the samples at ``positions`` lie, without reading them."""
+        places = []
+        for position in positions:
+            if position < self.order.first:
+                raise IndexError(f"position {position} of a run; positions begin at {self.order.first}")
+            block, row = divmod(int(position) - self.order.first, LOCATED_TOGETHER)
+            places.append(self._block(block)[row])
+        return places
+
+    def _are_known_ids(self, batch: np.ndarray) -> bool:
+        """Whether every id is one of the model's vocabulary, as far as it is known."""
+        limits = [source.vocab_size for source in self.sources if source.vocab_size is not None]
+        return not limits or (int(batch.min()) >= 0 and int(batch.max()) < min(limits))
+
+    def _block(self, number: int) -> list[Place]:
+        """Places of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
+        known, places = self._last_block  # one read and one write of one name: threads may share a stream
+        if known != number:
+            first = self.order.first + number * LOCATED_TOGETHER
+            columns = self.order.places(np.arange(first, first + LOCATED_TOGETHER))
+            places = [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+            self._last_block = (number, places)
+        return places
+
+    def documents(self, position: int) -> list[int]:
+        """The documents that sample ``position`` is made of, in order."""
+        (place,) = self.locate([position])
+        dataset = self.sources[place.source].dataset
+        first = dataset.document_of_token(place.token)
+        last = dataset.document_of_token((place.token + self.sequence_length) % dataset.tokens.size)
+        return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
+
+    def describe(self, samples: int) -> list[SourceUse]:
+        """What the samples of the run up to ``samples`` take from each source."""
+        blend, consumed = self.order.blend, self.order.consumed(samples)
+        return [
+            SourceUse(
+                prefix=source.prefix,
+                share=float(share),
+                tokens=order.tokens,
+                samples_per_epoch=order.samples_per_epoch,
+                samples=count,
+                epochs=used.epoch + used.tokens / (order.samples_per_epoch * self.sequence_length),
+            )
+            for source, order, share, count, used in zip(
+                self.sources, self.order.orders, blend.shares, blend.counts(samples).tolist(), consumed, strict=True
+            )
+        ]
+
+
+def build_training_samples(
+    sources: Sequence[tuple[Path | str, float]], sequence_length: int, seed: int, *, vocab_size: int | None = None
+) -> SampleStream:
+    """Open and check every source and define the order of a run's samples.
+
+    Raises:
+        UserError: as ``open_sources``; or a source is too short, or a weight not above 0.
+    """
+    opened = open_sources([prefix for prefix, _ in sources], vocab_size)
+    ordered = [
+        OrderedSource(source.dataset.tokens.size, weight, number, where=bin_path(source.prefix))
+        for number, (source, (_, weight)) in enumerate(zip(opened, sources, strict=True))
+    ]
+    return SampleStream(opened, RunOrder(ordered, sequence_length, seed))
+
+
+def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) -> list[TokenSource]:
+    """Open and check every source of a run.
+
+    Args:
+        prefixes: of the datasets.
+        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+
+    Raises:
+        UserError: no source; one that is damaged, listed twice, of another tokenizer than the first, or of too large
+            a vocabulary.
+    """
+    if not prefixes:
+        raise UserError("data.train", "no source is given", "name at least one dataset")
+    _refuse_duplicates(prefixes)
+    opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix in prefixes]
+    check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
+    return opened
+
+
+def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        resolved = Path(prefix).resolve()
+        if resolved in seen:
+            raise UserError("data.train", f"{prefix} is listed twice", "list it once, with the sum of the weights")
+        seen.add(resolved)
+
+
+class ValidationSet:
+    """A dataset read once, in order: each token of the stream but the first is a target exactly once.
+
+    Window w predicts tokens wT + 1 .. (w + 1)T from tokens wT .. (w + 1)T - 1; the last one is padded.
+
+    Attributes:
+        windows: number of windows.
+        targets: number of tokens predicted, one less than the stream has.
+        words, text_bytes: of the text, from the manifest; None without one.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+        sequence_length: T.
+        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+
+    Raises:
+        UserError: the dataset cannot be trained on (see ``TokenSource``) or has fewer than two tokens.
+    """
+
+    def __init__(self, prefix: Path | str, sequence_length: int, *, vocab_size: int | None = None):
+        self.source = TokenSource(prefix, vocab_size)
+        self.prefix, self.sequence_length = self.source.prefix, sequence_length
+        self.targets = self.source.dataset.tokens.size - 1
+        if self.targets < 1:
+            raise UserError(bin_path(prefix), "holds one token, so that there is nothing to predict", "use more text")
+        self.windows = -(-self.targets // sequence_length)
+        manifest = self.source.manifest
+        self.words = manifest.words if manifest else None
+        self.text_bytes = manifest.text_bytes if manifest else None
+
+    def batch(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows ``first`` to ``last - 1``.
+
+        Returns:
+            inputs and targets, int64 (last - first, T). Beyond the end of the stream targets are -100 and inputs 0.
+        """
+        if not 0 <= first <= last <= self.windows:
+            raise IndexError(f"windows {first} to {last} of {self.windows} in {self.prefix}")
+        inputs = np.zeros((last - first, self.sequence_length), np.int64)
+        targets = np.full((last - first, self.sequence_length), IGNORED_TARGET, np.int64)
+        for row, window in enumerate(range(first, last)):
+            start = window * self.sequence_length
+            length = min(self.sequence_length, self.targets - start)
+            tokens = np.empty(length + 1, np.int64)
+            self.source.read(start, tokens)
+            inputs[row, :length], targets[row, :length] = tokens[:-1], tokens[1:]
+        return inputs, targets

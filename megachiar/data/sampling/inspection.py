@@ -1,0 +1,192 @@
+"""Look into a dataset: what it holds, whether it is what its manifest says, and the text of a document or sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megachiar.data.sampling.dataset import SampleStream, build_training_samples
+from megachiar.data.sampling.megatron_order import MegatronStream
+from megachiar.data.storage.files import bin_path, idx_path, manifest_path
+from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
+from megachiar.data.tokenizers.recorded import find_recorded, load_as_recorded
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError
+
+SCAN_BLOCK = 1 << 22  # tokens looked at at once
+
+
+def summarise(
+    prefix: Path | str, *, verify: bool = False, on_bytes: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """What a dataset holds, as values that JSON knows.
+
+    Args:
+        prefix: path of the dataset without ``.bin``.
+        verify: read both files whole: every row of the index, every id, and the checksums of the manifest.
+        on_bytes: called with the size of each block read while verifying.
+
+    Returns:
+        ``files`` (path and bytes), ``dtype``, counts, ``document_tokens`` (smallest, mean, median, largest document),
+        ``manifest`` (None without one), ``verified`` (what was proved) and ``not_checked`` (what was not, and why).
+
+    Raises:
+        UserError: the dataset is damaged or does not fit its manifest.
+    """
+    dataset, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    summary: dict[str, Any] = {
+        "prefix": str(prefix),
+        "files": {str(path): path.stat().st_size for path in (bin_path(prefix), idx_path(prefix))},
+        "dtype": dataset.dtype.name,
+        "documents": dataset.documents,
+        "sequences": len(dataset),
+        "tokens": int(dataset.tokens.size),
+        "document_tokens": _document_sizes(dataset),
+        "manifest": asdict(manifest) if manifest else None,
+        "verified": ["header", "sizes", "counts"],
+        "not_checked": [],
+    }
+    if manifest is not None:
+        check_manifest(prefix, manifest, dataset, verify=verify, on_bytes=on_bytes)
+    if verify:
+        dataset.check_index()
+        summary["verified"].append("index")
+        summary.update(_scan_ids(dataset))
+        _check_ids(prefix, manifest, summary)
+        if manifest is not None:
+            summary["verified"].append("checksums")
+    summary["not_checked"] = _not_checked(manifest, verify)
+    if not dataset.tells_documents:
+        told = "where documents begin: the index does not tell (GPT-NeoX's merge loses it); each sequence counts as one"
+        summary["not_checked"].append(told)
+    return summary
+
+
+def _document_sizes(dataset: IndexedDataset) -> dict[str, float]:
+    starts = dataset.document_starts
+    ends_in_tokens = np.append(dataset.pointers // dataset.dtype.itemsize, dataset.tokens.size)
+    sizes = np.diff(ends_in_tokens[starts])
+    return {
+        "smallest": int(sizes.min()),
+        "mean": float(sizes.mean()),
+        "median": float(np.median(sizes)),
+        "largest": int(sizes.max()),
+    }
+
+
+def _scan_ids(dataset: IndexedDataset) -> dict[str, Any]:
+    """Smallest and largest id that occur; nothing for a dataset of floats, which holds no ids."""
+    if dataset.dtype.kind not in "iu":
+        return {}
+    tokens = dataset.tokens
+    blocks = [tokens[first : first + SCAN_BLOCK] for first in range(0, tokens.size, SCAN_BLOCK)]
+    return {
+        "smallest_token_id": min(int(block.min()) for block in blocks),
+        "largest_token_id": max(int(block.max()) for block in blocks),
+    }
+
+
+def _check_ids(prefix: Path | str, manifest: Manifest | None, found: Mapping[str, Any]) -> None:
+    if found.get("smallest_token_id", 0) < 0:
+        raise UserError(bin_path(prefix), f"holds the id {found['smallest_token_id']}", "preprocess again")
+    if manifest is not None and found.get("largest_token_id") != manifest.largest_token_id:
+        raise UserError(
+            manifest_path(prefix),
+            f"records largest_token_id {manifest.largest_token_id}, but the file holds {found.get('largest_token_id')}",
+            "preprocess again",
+        )
+
+
+def _not_checked(manifest: Manifest | None, verify: bool) -> list[str]:
+    missing = []
+    if not verify:
+        missing.append("every row of the index, and the tokens themselves: pass --verify to read the files whole")
+    if manifest is None:
+        missing.append("checksums, tokenizer and text: there is no manifest (the dataset was made by another program)")
+    return missing
+
+
+def find_tokenizer(prefix: Path | str, given: Path | None) -> Tokenizer | None:
+    """The tokenizer of a dataset: ``given`` or the one its manifest names, if it is still there.
+
+    Returns:
+        None if nothing is given and the manifest names none that exists.
+
+    Raises:
+        UserError: it is not the one the dataset was made with.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return None if given is None else load_tokenizer(given)
+    path = given or find_recorded(prefix, manifest)
+    return None if path is None else load_as_recorded(path, manifest.tokenizer, manifest_path(prefix))
+
+
+def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Ids and, with a tokenizer, text of document ``number``.
+
+    Raises:
+        UserError: there is no such document.
+    """
+    dataset = IndexedDataset(prefix)
+    if not 0 <= number < dataset.documents:
+        raise UserError(
+            idx_path(prefix), f"there is no document {number}", f"documents are 0 to {dataset.documents - 1}"
+        )
+    ids = dataset.document(number).tolist()
+    return {"document": number, "first_token": dataset.token_of_document(number), **_as_text(ids, tokenizer)}
+
+
+def show_sample(
+    prefix: Path | str, number: int, sequence_length: int, seed: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Place, documents, ids and, with a tokenizer, text of sample ``number`` of a run on this dataset alone.
+
+    Raises:
+        UserError: the number or the sequence length is out of range, or the dataset cannot be trained on.
+    """
+    if number < 0 or sequence_length < 1:
+        raise UserError(
+            prefix, f"sample {number} of sequence length {sequence_length}", "give 0 or more, and 1 or more"
+        )
+    stream = build_training_samples([(prefix, 1.0)], sequence_length, seed)
+    (place,) = stream.locate([number])
+    ids = stream.sample(number)
+    dataset = stream.sources[place.source].dataset
+    last = (place.token + ids.size - 1) % dataset.tokens.size
+    return {
+        "sample": number,
+        "epoch": place.epoch,
+        "first_token": place.token,
+        "first_document": dataset.document_of_token(place.token),
+        "last_document": dataset.document_of_token(last),
+        **_as_text(ids.tolist(), tokenizer),
+    }
+
+
+def show_samples(
+    stream: SampleStream | MegatronStream, positions: range, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """What a run reads at ``positions``, sample by sample: position, source, epoch, documents, ids and text."""
+    shown = []
+    for position, place, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
+        shown.append(
+            {
+                "position": position,
+                "source": str(stream.sources[place.source].prefix),
+                "epoch": place.epoch,
+                "first_token": place.token,
+                "documents": ", ".join(map(str, stream.documents(position))),
+                **_as_text(ids.tolist(), tokenizer),
+            }
+        )
+    return shown
+
+
+def _as_text(ids: list[int], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {"tokens": len(ids), "ids": ids, "text": None if tokenizer is None else tokenizer.decode(ids)}

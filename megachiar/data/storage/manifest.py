@@ -1,0 +1,264 @@
+"""The manifest ``PREFIX.json`` beside a dataset: what it was made of, with what, and checksums to prove it.
+
+The indexed format itself knows neither its tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
+works; what cannot be checked then is listed by ``inspect_dataset``.
+
+pydantic, which checks a manifest that is read, takes longer to import than many a corpus to tokenize: who only writes
+one does without.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from megachiar.data.storage.files import (
+    CHECKSUM_BLOCK,
+    bin_path,
+    block_checksums,
+    idx_path,
+    manifest_path,
+    write_atomically,
+)
+from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.errors import UserError
+
+FORMAT_VERSION = 2
+VERIFYING_THREADS = 4
+_STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
+    """The tokenizer a dataset was made with.
+
+    Attributes:
+        kind: ``sentencepiece``, ``huggingface`` or ``gpt2``.
+        file: where it was found when the dataset was made: absolute, or relative to the manifest's folder.
+        fingerprint: ``"sha256:..."`` of the content of its vocabulary files.
+        vocab_size: largest id that can occur, plus one.
+        eod_id: id that ends a document, if it has one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    kind: str
+    file: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, vocab_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checksums:
+    """SHA-256 of each block of ``PREFIX.bin`` and ``PREFIX.idx``, hexadecimal; the last block is what is left.
+
+    Attributes:
+        block_bytes: bytes of a block.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    block_bytes: Literal[67108864] = CHECKSUM_BLOCK
+    bin: list[str]
+    idx: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``PREFIX.json`` records.
+
+    Attributes:
+        format_version: of this record.
+        tokenizer: what made the tokens.
+        dtype: numpy name of the stored type, such as ``uint16``.
+        append_eod: whether each document ends with the tokenizer's ``eod_id``.
+        documents, tokens: how many the dataset holds.
+        text_bytes: UTF-8 bytes of the documents' text: the denominator of bits per byte.
+        words: whitespace-separated words of the text: the denominator of word perplexity.
+        skipped: reason -> number of documents left out by the whole run, whichever part of a split this dataset is.
+        largest_token_id: the largest id that occurs.
+        checksums: of both files, block by block.
+        shuffle_seed: that documents were shuffled by; None if they are in the order of the sources.
+        sources: the input files.
+        options: what else decided the tokens: how documents were found, and the split.
+        created_by: tool and version.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    format_version: Literal[2] = FORMAT_VERSION
+    tokenizer: TokenizerRecord
+    dtype: str
+    append_eod: bool
+    documents: int
+    tokens: int
+    text_bytes: int
+    words: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    largest_token_id: int
+    checksums: Checksums
+    shuffle_seed: int | None = None
+    sources: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
+    created_by: str
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, documents=1, tokens=1, text_bytes=0, words=0, largest_token_id=0)
+
+    @property
+    def content(self) -> str:
+        """``"sha256:..."`` that names the tokens: two datasets with the same one hold the same ``.bin``."""
+        return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin))).hexdigest()}"
+
+    def to_json(self) -> bytes:
+        """The content of ``PREFIX.json``."""
+        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_at_least(record: Any, **least: int) -> None:
+    for key, limit in least.items():
+        if getattr(record, key) < limit:
+            raise ValueError(f"{key} is {getattr(record, key)}, below {limit}")
+
+
+def write_manifest(prefix: Path | str, manifest: Manifest) -> None:
+    """Write ``PREFIX.json``, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    write_atomically(manifest_path(prefix), manifest.to_json())
+
+
+def read_manifest(prefix: Path | str) -> Manifest | None:
+    """Read ``PREFIX.json``; None if there is none.
+
+    Raises:
+        UserError: the file is no manifest, or of a version that is not known.
+    """
+    path = manifest_path(prefix)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(path, f"cannot read the manifest: {error.strerror}", "make it readable") from None
+    from pydantic import ValidationError
+
+    try:
+        return _schema().validate_json(content)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise UserError(path, f"not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
+
+
+@functools.cache
+def _schema() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
+
+
+_WITHOUT_MANIFEST = "preprocess again, or remove the file to use the dataset without the checks it allows"
+
+
+def check_manifest(
+    prefix: Path | str,
+    manifest: Manifest,
+    dataset: IndexedDataset | None = None,
+    *,
+    verify: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Check that the files beside a manifest are the ones it describes.
+
+    Args:
+        prefix: path of the dataset.
+        manifest: what ``read_manifest`` returned.
+        dataset: the dataset if it is open already.
+        verify: read both files whole and compare their checksums, not only type and counts.
+        on_bytes: called with the size of each block read while verifying.
+
+    Raises:
+        UserError: something does not fit; it names the value in the manifest and the one found.
+    """
+    dataset = dataset or IndexedDataset(prefix)
+    found = {"dtype": dataset.dtype.name, "documents": dataset.documents, "tokens": dataset.tokens.size}
+    for key, value in found.items():
+        recorded = getattr(manifest, key)
+        if recorded != value:
+            raise UserError(
+                manifest_path(prefix),
+                f"records {key} {recorded}, but the files hold {value}",
+                f"the manifest belongs to other files. {_WITHOUT_MANIFEST}",
+            )
+    if verify:
+        _check_checksums(prefix, manifest, on_bytes)
+
+
+def _check_checksums(prefix: Path | str, manifest: Manifest, on_bytes: Callable[[int], None] | None) -> None:
+    for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
+        compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), recorded)
+
+
+def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> None:
+    """Check that a file's blocks are those that its manifest records.
+
+    Raises:
+        UserError: they are not; names the bytes of the first block that differs.
+    """
+    if computed == recorded:
+        return
+    pairs = itertools.zip_longest(computed, recorded, fillvalue="nothing")
+    number, (found, expected) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    first = number * CHECKSUM_BLOCK
+    raise UserError(
+        path,
+        f"bytes {first:,} to {first + CHECKSUM_BLOCK - 1:,} (or the end) have checksum {found}, but its manifest "
+        f"records {expected}",
+        "the file was damaged or replaced: copy it again or preprocess again",
+    )
+
+
+def check_same_tokenizer(datasets: Sequence[tuple[Path | str, Manifest | None]]) -> None:
+    """Check that all datasets that say what tokenizer they were made with say the same.
+
+    Raises:
+        UserError: two of them differ.
+    """
+    known = [(prefix, manifest.tokenizer) for prefix, manifest in datasets if manifest is not None]
+    for prefix, tokenizer in known[1:]:
+        first_prefix, first = known[0]
+        if tokenizer.fingerprint != first.fingerprint:
+            raise UserError(
+                prefix,
+                f"made with tokenizer {tokenizer.file} ({tokenizer.fingerprint}), but {first_prefix} with "
+                f"{first.file} ({first.fingerprint})",
+                "preprocess both with the same tokenizer",
+            )
+
+
+def check_vocabulary(prefix: Path | str, manifest: Manifest, vocab_size: int) -> None:
+    """Check that a model with ``vocab_size`` rows of embedding can read every id of the dataset and its tokenizer.
+
+    Raises:
+        UserError: the tokenizer's vocabulary, or an id that occurs, is larger than the model's.
+    """
+    needed = max(manifest.tokenizer.vocab_size, manifest.largest_token_id + 1)
+    if needed > vocab_size:
+        raise UserError(
+            manifest_path(prefix),
+            f"the dataset's tokenizer has {manifest.tokenizer.vocab_size:,} ids (largest stored: "
+            f"{manifest.largest_token_id:,}), the model only {vocab_size:,}",
+            f"set model.vocab_size to at least {needed:,}, or preprocess with the model's tokenizer",
+        )

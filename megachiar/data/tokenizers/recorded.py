@@ -1,0 +1,137 @@
+"""Load the tokenizer that made a dataset as its manifest records it; a run folder keeps a copy with the same record.
+
+    PREFIX.json                 "tokenizer": {kind, file, fingerprint, vocab_size, eod_id}
+    RUN/tokenizer/              a copy of its files
+    RUN/tokenizer_record.json   the same record; ``file`` is relative to RUN
+
+``kind`` and ``eod_id`` are what ``--tokenizer-kind`` and ``--eod-token`` led to when the dataset was made: neither is
+guessed from the files again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from megachiar.data.storage.files import manifest_path, write_atomically
+from megachiar.data.storage.manifest import Manifest, TokenizerRecord
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, vocabulary_files
+from megachiar.errors import UserError, disk_errors
+
+KEPT_FOLDER, KEPT_RECORD = "tokenizer", "tokenizer_record.json"
+
+
+def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
+    """Return the record of ``tokenizer`` for a file in ``folder``, relative to it where both may move together."""
+    file, folder = tokenizer.path.resolve(), folder.resolve()
+    return TokenizerRecord(
+        kind=tokenizer.kind,
+        file=str(file.relative_to(folder) if file.is_relative_to(folder) else file),
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+    )
+
+
+def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokenizer:
+    """Load the tokenizer at ``path`` with the kind and the end-of-document token of ``record``.
+
+    A record without an end-of-document token takes the tokenizer's own, if it has one.
+
+    Args:
+        path: a file or folder.
+        record: of a manifest or a run folder.
+        where: the file that holds the record, to be named in an error.
+
+    Raises:
+        UserError: there is no tokenizer at ``path``, or it is another one.
+    """
+    if not path.exists():
+        return load_tokenizer(path)  # which says so
+    made_with = f"made with the {record.kind} tokenizer {record.file} ({record.fingerprint})"
+    remedy = "give the tokenizer the dataset was made with, or preprocess again"
+    try:
+        found = tokenizer_fingerprint(path, record.kind)
+    except UserError as error:
+        problem = f"{made_with}, but the one given is none: {error.where}: {error.problem}"
+        raise UserError(where, problem, remedy) from None
+    if found != record.fingerprint:
+        raise UserError(where, f"{made_with}, but the one given has {found} ({path})", remedy)
+    return load_tokenizer(path, record.kind, record.eod_id)
+
+
+def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
+    """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere."""
+    folder, recorded = manifest_path(prefix).parent, Path(manifest.tokenizer.file)
+    candidates = (folder / recorded, folder / recorded.name)  # an absolute path stays as it is
+    return next((path for path in candidates if path.exists()), None)
+
+
+def first_manifest(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
+    """Return the first of ``datasets`` (prefix and manifest) that has a manifest; None if none has."""
+    return next(((prefix, manifest) for prefix, manifest in datasets if manifest is not None), None)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
+    """Copy the tokenizer's files and their record into the run folder, so that the run can be sampled from by itself.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    source = tokenizer.path.resolve()
+    kept = run / KEPT_FOLDER / source.name
+    with disk_errors(kept):
+        for file in vocabulary_files(source, tokenizer.kind):
+            write_atomically(kept / file.name if source.is_dir() else kept, file.read_bytes())
+    _write_record(describe_tokenizer(tokenizer, source.parent), run)
+
+
+def keep_record(record: TokenizerRecord, run: Path) -> None:
+    """Write what is known of a tokenizer that is gone, for when its files are put into the run folder.
+
+    A copy of the same tokenizer that the run folder has already stays known by its name.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    kept = read_kept_record(run)
+    if kept is None or kept.fingerprint != record.fingerprint:
+        _write_record(record, run)
+
+
+def _write_record(record: TokenizerRecord, run: Path) -> None:
+    kept = replace(record, file=f"{KEPT_FOLDER}/{Path(record.file).name}")
+    write_atomically(run / KEPT_RECORD, (json.dumps(asdict(kept), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_kept_record(run: Path) -> TokenizerRecord | None:
+    """Return the record of the tokenizer that the run folder keeps; None if it has none, as older run folders.
+
+    Raises:
+        UserError: the file cannot be read or is no such record.
+    """
+    path = run / KEPT_RECORD
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(path, f"cannot be read: {error.strerror}", "make it readable") from None
+    from pydantic import ValidationError
+
+    try:
+        return _schema().validate_json(content)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise UserError(path, f"is no record of a tokenizer: {problems}", "bring the file back from a copy") from None
+
+
+@functools.cache
+def _schema() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TokenizerRecord)

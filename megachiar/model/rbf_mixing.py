@@ -1,0 +1,62 @@
+"""RBF mixing sub-layer, the paper's ablation: similarity in a space of random Fourier features.
+
+``phi(x) = [cos(x W), sin(x W)] `` with W drawn once; a token takes the softmax-weighted mean of ``phi`` over itself and
+the tokens before it (the published code looks at later ones too), and a linear map back to d channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megachiar.config.model import ModelConfig
+from megachiar.kernels.attention import routed_attention
+from megachiar.model.batch_layout import Grid, dropout_of
+from megachiar.model.dispatch import Choice
+from megachiar.model.kv_cache import LayerCache
+from megachiar.model.norm import RowNorm, residual_norm
+from megachiar.parallel.collectives import gather_rows
+from megachiar.parallel.linear import SharedLinear
+from megachiar.topology import TensorGroup
+
+
+class RbfMixing(nn.Module):
+    """``LN_rbf(x + W_o softmax(phi phi^T) phi)`` (norm: post), or with LN_rbf before (norm: pre).
+
+    Its weights are small and whole on every rank; with sequence parallelism each rank mixes its own rows and the
+    features (2R numbers a row) are gathered.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
+        super().__init__()
+        d, features = config.hidden_size, config.rbf.features
+        self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group
+        self.spread = math.sqrt(2 * config.rbf.gamma)
+        self.register_buffer("frequencies", torch.zeros(d, features))  # drawn by init.py like a weight, never trained
+        self.output = SharedLinear(2 * features, d, group)
+        self.norm = RowNorm(d, config.norm_epsilon, group)
+
+    def forward(
+        self, x: torch.Tensor, chosen: torch.Tensor, choice: Choice, grid: Grid, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """As ``SelfAttention.forward``; the ``choice`` is always given."""
+        phi = self._features(self.norm(x) if self.pre else x)  # (m, 2R)
+        whole = gather_rows(phi, self.group) if self.group.shards_rows else phi
+        keys = whole.view(grid.sequences, 1, grid.length, -1)
+        values = keys
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        rows = choice.own + grid.own.start
+        dropout = None
+        if self.training and self.dropout and grid.keys is not None:
+            dropout = dropout_of(self.dropout, grid.keys.whole.index_select(0, rows), self.layer, 1)
+        queries = phi.index_select(0, choice.own)[:, None]
+        since = grid.since_of(rows)
+        mixed = routed_attention(queries, keys, values, rows, grid.length, dropout, scale=1.0, since=since)
+        return residual_norm(chosen, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        angle = x @ self.frequencies.to(x.dtype) / math.sqrt(self.frequencies.shape[1])
+        return torch.cat([angle.cos(), angle.sin()], -1)

@@ -1,0 +1,121 @@
+"""``--dry-run``: what a run would be, without building a weight."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megachiar.config import RunConfig
+from megachiar.data.storage.files import idx_path
+from megachiar.errors import UserError
+from megachiar.model import build_model
+from megachiar.planning.flops import training_flops_per_token
+from megachiar.planning.rank_plan import RankPlan, plan_ranks
+from megachiar.topology import data_parallel_size
+from megachiar.training.run_data import describe_uses, open_data, refuse_too_small
+
+
+def print_plan(config: RunConfig, world_size: int | None) -> None:
+    """Print the resolved config on standard output and the plan after it."""
+    ranks = world_size or _planned_ranks(config)
+    data_size = data_parallel_size(config, ranks)
+    sys.stdout.write(config.to_yaml())
+    sys.stdout.flush()
+    console = Console(width=110)
+    table = Table(title=f"plan of {config.logging.folder}", show_header=False, title_justify="left")
+    for name, value in _rows(config, ranks, data_size):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(_ranks_table(plan_ranks(config, data_size)))
+    console.print(_data_note(config))
+
+
+def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]]:
+    training, parallel = config.training, config.parallel
+    tokens = training.global_batch_size * config.sequence_length
+    share = config.model.expected_attention_share
+    per_token = training_flops_per_token(config.model, config.sequence_length, _mean_share(config, share))
+    dense = config.model.model_copy(update={"kind": "baseline"})
+    baseline = training_flops_per_token(dense, config.sequence_length, 1.0)
+    rows = " with sequence parallelism" if parallel.sequence else ""
+    layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size}{rows} x dp {data_size} = {ranks} ranks"
+    accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
+    return [
+        ("parameters", f"{build_model(config.model, seed=0, device='meta').parameter_count():,}"),
+        ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
+        ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
+        ("tokens in all", f"{tokens * training.steps:,} in {training.steps:,} steps"),
+        ("FLOPs a step", f"{per_token * tokens:.3e} at attention share {share:.2f} of routed layers"),
+        ("  against all attention", f"{per_token / baseline:.1%} of {baseline * tokens:.3e}"),
+    ]
+
+
+def _ranks_table(stages: list[RankPlan]) -> Table:
+    """Memory and traffic of one rank of each stage; of many stages, the first, the fullest and the last."""
+    fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
+    shown = range(len(stages)) if len(stages) <= 4 else sorted({0, fullest, len(stages) - 1})
+    table = Table(title="one rank of a stage on a GPU, without what libraries hold (estimate)", title_justify="left")
+    table.add_column("")
+    for number in shown:
+        layers = stages[number].layers
+        table.add_column(f"stage {number}: layers {layers.start + 1} to {layers.stop}", justify="right")
+    plans = [stages[number] for number in shown]
+    memory, traffic = [plan.memory for plan in plans], [plan.traffic for plan in plans]
+    rows = [
+        ("parameters", [f"{plan.parameters:,}" for plan in plans]),
+        ("memory", [gib(m.total) for m in memory]),
+        ("  weights", [gib(m.parameters) for m in memory]),
+        ("  gradients", [gib(m.gradients) for m in memory]),
+        ("  optimizer", [gib(m.optimizer) for m in memory]),
+        ("  buffers", [gib(m.buffers) for m in memory]),
+        ("  activations, all kept", [gib(m.activations_kept) + (" (not this run)" * m.recomputes) for m in memory]),
+        (
+            "  activations, recomputed",
+            [gib(m.activations_recomputed) + " (not this run)" * (not m.recomputes) for m in memory],
+        ),
+        ("sent a step in the tensor group", [gib(t.tensor) for t in traffic]),
+        ("  to other stages", [gib(t.pipeline) for t in traffic]),
+        ("  to other replicas", [gib(t.data) for t in traffic]),
+    ]
+    for name, values in rows:
+        table.add_row(name, *values)
+    return table
+
+
+def _mean_share(config: RunConfig, routed_share: float) -> float:
+    """Attention share over all layers when the routed ones have ``routed_share``."""
+    model = config.model
+    if model.kind == "baseline":
+        return 1.0
+    return (len(model.routed_layers) * routed_share + 1) / model.num_layers
+
+
+def _planned_ranks(config: RunConfig) -> int:
+    """The ranks that are started, or those that the config asks for."""
+    parallel = config.parallel
+    replica = parallel.pipeline_size * parallel.tensor_size
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return started if started > 1 else replica * (parallel.data_size or 1)
+
+
+def _data_note(config: RunConfig) -> str:
+    """What the datasets say, if they are here: a plan is often made on another machine."""
+    prefixes = [source.path for source in config.data.train] + list(config.data.validation.values())
+    missing = [prefix for prefix in prefixes if not Path(idx_path(prefix)).exists()]
+    if missing:
+        return f"not checked, since not on this machine: {', '.join(map(str, missing))}"
+    try:
+        data = open_data(config)
+        refuse_too_small(config, data)
+    except UserError as error:
+        raise UserError(error.where, error.problem, error.remedy) from None
+    return "\n".join(describe_uses(config, data))
+
+
+def gib(size: float) -> str:
+    """Bytes for the reader."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,124 @@
+"""From a checked config to a finished run, in the order things happen."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+
+from megachiar.checkpoint.checkpoint import compute_dtype
+from megachiar.config import RunConfig
+from megachiar.data.storage.files import write_atomically
+from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer
+from megachiar.engine.engine import Engine, start_process_group
+from megachiar.errors import UserError
+from megachiar.kernels.chosen import chosen_kernels
+from megachiar.launch import StopSignals
+from megachiar.model import build_model
+from megachiar.topology import Topology, raise_together
+from megachiar.training.document_ends import describe_document_ends, with_document_end
+from megachiar.training.metrics import Display, MetricsWriter
+from megachiar.training.peaks import why_no_utilisation
+from megachiar.training.run_data import (
+    RunData,
+    describe_seen_validation,
+    describe_uses,
+    open_data,
+    refuse_too_small,
+)
+from megachiar.training.start import Progress, begin, check_shared_folder, resolve_start
+from megachiar.training.trainer import Trainer
+from megachiar.training.watch import PeerWatch
+
+
+def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
+    """Train as ``config`` says; returns the exit code of the process."""
+    problem = None
+    try:
+        data = open_data(config)
+        config = with_document_end(config, data)
+    except UserError as error:
+        problem = error  # the others may see a dataset that this rank does not
+    device = start_process_group(config, topology)
+    try:
+        with PeerWatch(topology, config.training.communication_timeout_s):
+            raise_together(problem)
+            return train(config, topology.with_groups(), device, data, signals, console)
+    finally:
+        signals.ignore()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(
+    config: RunConfig,
+    topology: Topology,
+    device: torch.device,
+    data: RunData,
+    signals: StopSignals,
+    console: Console,
+) -> int:
+    """Train with the process group and the data already there, from where the run starts to its last step."""
+    start = resolve_start(config, topology, console.print)
+    engine = Engine(config, topology, device)
+    introduce(config, engine, data, console)
+    progress, data = begin(engine, data, start, console.print)
+    refuse_too_small(config, data)
+    for line in (*describe_uses(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
+        console.print(f"  {escape(line)}")
+    display = Display(console, config.training.steps, progress.step)
+    if progress.step >= config.training.steps:
+        console.print(
+            f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
+            f"{config.training.steps:,}. To train it further raise training.steps; to begin another run name another "
+            "logging.folder."
+        )
+        return 0
+    check_shared_folder(config.logging.folder, topology)
+    writer = open_run_folder(config, data, progress) if topology.is_main else None
+    try:
+        return Trainer(engine, data, progress, writer, display, signals).run()
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
+    """Write the resolved config and the tokenizer, and open the metrics."""
+    folder = config.logging.folder
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    if data.tokenizer is not None:
+        keep_tokenizer(data.tokenizer, folder)
+    elif data.tokenizer_record is not None:
+        keep_record(data.tokenizer_record, folder)
+    return MetricsWriter(folder, config.logging.tensorboard, progress.step)
+
+
+def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
+    """The first lines of the log: what runs, on what, from what."""
+    topology, training = engine.topology, config.training
+    count = build_model(config.model, seed=0, device="meta").parameter_count()
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    console.print(f"[bold]megachiar[/] {config.model.kind}, {count:,} parameters, run folder {config.logging.folder}")
+    console.print(
+        f"{topology.world_size} x {device} ({torch.get_num_threads()} threads), {topology.describe()}, "
+        f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
+        f"optimizer: {engine.replica.optimizer_implementation}"
+    )
+    dtype = compute_dtype(config)
+    kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
+    if training.compile is not None:
+        kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
+    console.print(f"kernels: {'; '.join(kernels)}")
+    tokens = training.global_batch_size * config.sequence_length
+    console.print(
+        f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
+        f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
+    )
+    if reason := why_no_utilisation(engine.device):
+        console.print(f"[yellow]  {escape(reason)}[/]")
+    if data.tokenizer is None:
+        record = data.tokenizer_record
+        lack = "no manifest, no data.tokenizer" if record is None else f"{record.file} of the manifest is gone"
+        console.print(f"[yellow]  no tokenizer is known ({escape(lack)}): the run cannot be sampled from[/]")

@@ -1,0 +1,178 @@
+"""The training loop: step, log, evaluate, save, stop when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from megachiar.checkpoint import checkpoint as checkpoints
+from megachiar.config import RunConfig
+from megachiar.data.sampling.loader import BatchLoader
+from megachiar.engine.engine import Engine, StepResult
+from megachiar.errors import UserError
+from megachiar.launch import EXIT_STOPPED, StopSignals
+from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.evaluation import evaluate
+from megachiar.training.metrics import Display, MetricsWriter, peak_memory_bytes
+from megachiar.training.peaks import peak_flops
+from megachiar.training.run_data import RunData
+from megachiar.training.schedule import learning_rate
+from megachiar.training.start import Progress
+
+
+class Diverged(UserError):
+    """The loss is no number any more: the same on every rank."""
+
+    same_on_every_rank = True
+
+
+class Trainer:
+    """One run from its current step to its last."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: RunData,
+        progress: Progress,
+        writer: MetricsWriter | None,
+        display: Display,
+        signals: StopSignals,
+    ):
+        self.engine, self.data, self.progress = engine, data, progress
+        self.config: RunConfig = engine.config
+        self.writer, self.display, self.signals = writer, display, signals
+        self.peak = peak_flops(engine.device)
+        self._seconds, self._steps = 0.0, 0  # of training alone, since the last line of the log
+
+    def run(self) -> int:
+        """Train to the last step; returns the process's exit code (75 if a signal stopped it early)."""
+        with self._loader() as loader, self.display.running():
+            while self.progress.step < self.config.training.steps:
+                began = time.perf_counter()
+                result = self._step(loader)
+                self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
+                self.display.advance(self.progress.step, result.loss)
+                self._log(result, loader)
+                self._evaluate_if_due()
+                self._save_if_due(result.stop)
+                if result.stop and self.progress.step < self.config.training.steps:
+                    self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
+                    return EXIT_STOPPED
+        return 0
+
+    def _loader(self) -> BatchLoader:
+        training, topology = self.config.training, self.engine.topology
+        return BatchLoader(
+            self.data.training,
+            training.micro_batch_size,
+            self.engine.accumulation_steps,
+            topology.data_rank,
+            topology.data_size,
+            self.progress.samples,
+            prefetch=self.config.data.prefetch,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _step(self, loader: BatchLoader) -> StepResult:
+        own = self.engine.topology.data_rank * self.config.training.micro_batch_size
+        micro_batches = ((loader.position + own, next(loader)) for _ in range(self.engine.accumulation_steps))
+        stop = self.signals.received is not None
+        step = self.progress.step + 1
+        result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
+        self.progress.step = step
+        self.progress.samples += self.config.training.global_batch_size
+        if not math.isfinite(result.loss):
+            raise Diverged(
+                f"step {self.progress.step}",
+                f"the loss is {result.loss}",
+                "resume from the last checkpoint with a lower optimizer.learning_rate, a longer warm-up or bf16",
+            )
+        return result
+
+    def _log(self, result: StepResult, loader: BatchLoader) -> None:
+        step = self.progress.step
+        if step % self.config.logging.every and step != self.config.training.steps:
+            return
+        values = self._measures(result, loader)
+        if self.writer is not None:
+            self.writer.write(step, "train", values)
+        self.display.line(_describe(step, self.config.training.steps, values, self.display.time_left(step)))
+        self._seconds, self._steps = 0.0, 0
+
+    def _measures(self, result: StepResult, loader: BatchLoader) -> dict:
+        config, topology = self.config, self.engine.topology
+        tokens = self._steps * config.training.global_batch_size * config.sequence_length
+        rate = tokens / self._seconds
+        shares = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
+        flops = training_flops_per_token(config.model, config.sequence_length, *shares)
+        return {
+            "loss": result.loss,
+            "regulariser": result.regulariser,
+            "learning_rate": learning_rate(config, self.progress.step),
+            "gradient_norm": result.gradient_norm,
+            "skipped": result.skipped,
+            "samples": self.progress.samples,
+            "tokens": self.data.history.tokens_before(self.progress.samples),
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * flops,
+            "model_flops_utilisation": rate * flops / (topology.world_size * self.peak) if self.peak else None,
+            "data_wait_share": loader.take_wait_seconds() / self._seconds,
+            "attention_share": result.attention_share,
+            "rbf_share": result.rbf_share,
+            "entropy": result.entropy,
+            "gate": result.gate,
+            "memory_bytes": peak_memory_bytes(self.engine.device),
+        }
+
+    def _evaluate_if_due(self) -> None:
+        every, step = self.config.training.evaluate_every, self.progress.step
+        if step != self.config.training.steps and not (every and step % every == 0):
+            return
+        topology = self.engine.topology
+        for name, dataset in self.data.validation.items():
+            result = evaluate(
+                self.engine.evaluate,
+                dataset,
+                self.config.training.micro_batch_size,
+                windows=self.config.training.evaluation_windows,
+                rank=topology.data_rank,
+                ranks=topology.data_size,
+                reduce_sum=self.engine.sum_over_ranks,
+            )
+            if self.writer is not None:
+                self.writer.write(step, f"evaluation/{name}", result.as_dict())
+            word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
+            bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
+            self.display.line(
+                f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
+            )
+
+    def _save_if_due(self, stop: bool) -> None:
+        every, step = self.config.checkpoint.every, self.progress.step
+        last = step == self.config.training.steps
+        if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
+            return
+        path = checkpoints.save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
+        self.progress.saved_step = step
+        self.display.line(f"saved {path}")
+
+
+def _describe(step: int, steps: int, values: dict, left: str) -> str:
+    routed = [h for h in values["entropy"] if h is not None and math.isfinite(h)]
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"grad {values['gradient_norm']:.3f}",
+        f"{values['tokens_per_second']:,.0f} tok/s",
+        f"attention {sum(values['attention_share']) / len(values['attention_share']):.0%}",
+    ]
+    if routed:
+        parts.append(f"H {sum(routed) / len(routed):.4f}")
+    if math.isfinite(values["gate"]):
+        parts.append(f"g {values['gate']:.3f}")
+    if values["model_flops_utilisation"]:
+        parts.append(f"MFU {values['model_flops_utilisation']:.1%}")
+    if values["skipped"]:
+        parts.append("overflow: step skipped")
+    return "  ".join([*parts, f"{left} left"])

@@ -1,0 +1,105 @@
+"""A run saved under one layout goes on under another as if nothing had changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from support import pretrain, small_config, write_config, write_tokens
+
+from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
+from megachiar.checkpoint.sharded_tensors import ShardWriter, Store
+from megachiar.parallel.shard import Shard
+from megachiar.topology import TensorGroup, Topology
+from megachiar.training.metrics import read_metrics
+
+TP2, PP2, SP = "parallel.tensor_size=2", "parallel.pipeline_size=2", "parallel.sequence=true"
+# One run, handed on from layout to layout: (ranks, overrides, last step).
+JOURNEY = [
+    (1, ["parallel.zero_stage=0"], 2),
+    (2, [TP2], 4),
+    (4, [TP2, PP2, SP], 6),
+    (1, ["training.micro_batch_size=4"], 8),
+    (4, [PP2], 10),
+    (4, [TP2], 12),
+    (2, ["parallel.zero_stage=3"], 14),
+    (2, [PP2, "training.activation_checkpoint_interval=1"], 16),
+    (2, ["parallel.zero_stage=2", "training.micro_batch_size=1"], 18),
+]
+
+
+def make_run(folder: Path) -> Path:
+    write_tokens(folder / "train")
+    write_tokens(folder / "valid", seed=1, documents=4)
+    config = small_config(folder, checkpoint={"every": 1, "keep": 2}, schedule={"decay_steps": 18})
+    config["model"] |= {
+        "dropout": 0.1,
+        "router": {"tau_low": 0.77, "tau_high": 0.81, "operators": ["dct", "rbf", "attention"]},
+    }
+    return write_config(folder / "config.yaml", config)
+
+
+def test_a_run_goes_on_under_any_layout(tmp_path):
+    config = make_run(tmp_path)
+    last = JOURNEY[-1][2]
+    pretrain(config, f"training.steps={last}", f"logging.folder={tmp_path / 'undisturbed'}")
+    for ranks, sets, step in JOURNEY:
+        output = pretrain(config, f"training.steps={step}", *sets, ranks=ranks)[0]
+        assert step == 2 or "resumed from" in output
+    undisturbed, journey = (read_metrics(tmp_path / name, "train") for name in ("undisturbed", "run"))
+    assert [r["step"] for r in journey] == [r["step"] for r in undisturbed] == list(range(1, last + 1))
+    for key in ("loss", "gradient_norm"):
+        expected = np.array([r[key] for r in undisturbed])
+        assert np.abs(np.array([r[key] for r in journey]) / expected - 1).max() <= 2e-6, key
+    ours, theirs = (read_weights(whole_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("run", "undisturbed"))
+    assert set(ours) == set(theirs)
+    assert any(name.endswith("rbf.frequencies") for name in ours)
+    distance = sum((ours[n] - theirs[n]).double().square().sum() for n in ours)
+    assert (distance / sum(t.double().square().sum() for t in theirs.values())).sqrt() <= 1e-5
+
+
+def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config, "training.steps=1", TP2, PP2, ranks=4, fresh=True)  # each with an order of sets of its own
+    (checkpoint,) = whole_checkpoints(tmp_path / "run" / "checkpoints")
+    sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
+    assert len(sizes) == 8
+    numbers = 0
+    for path in checkpoint.glob("weights-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            numbers += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert numbers == sum(tensor.numel() for tensor in read_weights(checkpoint).values())
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3, 6])
+@pytest.mark.parametrize("readers", [1, 2, 3, 6])
+@pytest.mark.parametrize("shard", [None, Shard(0), Shard(1), Shard(0, 2)], ids=str)
+def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
+    """Against numpy: a tensor of distinct numbers, written in pieces, read in others."""
+    whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
+    for rank in range(writers):
+        writer = ShardWriter(_place(rank, writers))
+        piece = whole if shard is None else torch.from_numpy(_cut(whole.numpy(), shard, rank, writers))
+        if writer.is_mine(shard):
+            writer.add("w", None, piece, shard if writers > 1 else None)
+        writer.write(tmp_path)
+    store = Store(tmp_path)
+    assert torch.equal(store.whole("w"), whole)
+    for rank in range(readers):
+        part = store.part("w", shard if readers > 1 else None, TensorGroup(rank, readers))
+        expected = whole.numpy() if shard is None or readers == 1 else _cut(whole.numpy(), shard, rank, readers)
+        np.testing.assert_array_equal(part.numpy(), expected)
+
+
+def _cut(whole: np.ndarray, shard: Shard, rank: int, size: int) -> np.ndarray:
+    blocks = np.split(whole, shard.blocks, shard.dim)
+    return np.concatenate([np.split(block, size, shard.dim)[rank] for block in blocks], shard.dim)
+
+
+def _place(rank: int, size: int) -> Topology:
+    return Topology(
+        rank=rank, world_size=size, local_rank=rank, data_rank=0, data_size=1, tensor=TensorGroup(rank, size)
+    )

@@ -1,0 +1,217 @@
+"""A run that stopped, whatever stopped it, goes on as if it never had."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support import pretrain, small_config, start_ranks, write_config, write_tokens
+
+from megachiar.checkpoint.checkpoint import checkpoint_name, damage, whole_checkpoints
+from megachiar.launch import EXIT_STOPPED
+from megachiar.training.metrics import read_metrics
+
+STEPS = 10
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, gradient norm), in full precision."""
+    return {r["step"]: (r["loss"], r["gradient_norm"]) for r in read_metrics(folder, "train")}
+
+
+def make_run(folder: Path, **sections: dict) -> Path:
+    """Datasets and a config in ``folder``; dropout is on, so that its random numbers are part of what resumes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokens(folder / "train")
+    write_tokens(folder / "valid", seed=1, documents=4)
+    config = small_config(folder, checkpoint={"every": 1, "keep": None}, **sections)
+    config["model"]["dropout"] = 0.1
+    config["training"] |= {"steps": STEPS, "global_batch_size": 4}
+    return write_config(folder / "config.yaml", config)
+
+
+TWO = {"training": {"micro_batch_size": 1}}  # which accumulate as one process does: 2 micro-batches
+BF16 = {"precision": {"compute": "bf16"}}
+LAYOUTS = {
+    "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
+    "two processes, ZeRO 1, bf16": (2, TWO | BF16),
+    "two processes, ZeRO 2, bf16": (2, TWO | BF16 | {"parallel": {"zero_stage": 2}}),
+    "two processes, ZeRO 3": (2, TWO | {"parallel": {"zero_stage": 3}}),
+    "fp16 with dynamic loss scale": (
+        1,
+        {"precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resume_is_bit_identical_at_any_step(tmp_path, name):
+    ranks, sections = LAYOUTS[name]
+    config = make_run(tmp_path, **sections)
+    pretrain(config, ranks=ranks)
+    whole = losses(tmp_path / "run")
+    assert len(whole) == STEPS
+    if "fp16" in name:  # steps that overflow and steps that train
+        assert {r["skipped"] for r in read_metrics(tmp_path / "run", "train")} == {True, False}
+    for stopped_at in (1, 7) if ranks == 1 else (4,):
+        folder = tmp_path / f"resumed_{stopped_at}"
+        folder.mkdir()
+        shutil.copytree(
+            tmp_path / "run" / "checkpoints" / checkpoint_name(stopped_at),
+            folder / "checkpoints" / checkpoint_name(stopped_at),
+        )
+        pretrain(config, f"logging.folder={folder}", ranks=ranks)
+        resumed = losses(folder)
+        assert sorted(resumed) == list(range(stopped_at + 1, STEPS + 1))
+        assert resumed == {step: whole[step] for step in resumed}
+
+
+def test_a_signal_saves_and_stops_and_the_history_has_no_seam(tmp_path):
+    undisturbed = make_run(tmp_path / "a")
+    pretrain(undisturbed, "training.steps=60", "checkpoint.every=null", ranks=2)
+    config = make_run(tmp_path / "b")
+    sets = ["training.steps=60", "checkpoint.every=null"]
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        processes = start_ranks(2, "-m", "megachiar.pretrain", "--config", config, "--set", *sets)
+        before = _lines(tmp_path / "b" / "run")
+        while _lines(tmp_path / "b" / "run") < before + 5:
+            assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
+            time.sleep(0.05)
+        processes[1].send_signal(number)  # one rank alone is told: all must stop at the same step
+        outputs = [p.communicate(timeout=120)[0] for p in processes]
+        assert [p.returncode for p in processes] == [EXIT_STOPPED] * 2, outputs
+        assert "stopped by a signal" in outputs[0]
+    pretrain(config, *sets, ranks=2)
+    assert losses(tmp_path / "b" / "run") == losses(tmp_path / "a" / "run")
+    steps = [r["step"] for r in read_metrics(tmp_path / "b" / "run", "train")]
+    assert steps == list(range(1, 61))
+
+
+def _lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_killed_at_random_moments_it_still_ends_with_the_same_losses(tmp_path):
+    pretrain(make_run(tmp_path / "a"), "training.steps=30")
+    config = make_run(tmp_path / "b")
+    for delay in (0.0, 0.35, 0.7):
+        (process,) = start_ranks(1, "-m", "megachiar.pretrain", "--config", config, "--set", "training.steps=30")
+        before = _lines(tmp_path / "b" / "run")
+        while process.poll() is None and _lines(tmp_path / "b" / "run") < before + 3:
+            time.sleep(0.01)
+        time.sleep(delay / 10)  # somewhere between two steps, or in the middle of a save
+        process.kill()
+        process.wait()
+        for path in (tmp_path / "b" / "run" / "checkpoints").glob("step_*"):
+            assert path.name.endswith(".incomplete") or damage(path) is None
+    pretrain(config, "training.steps=30")
+    assert losses(tmp_path / "b" / "run") == losses(tmp_path / "a" / "run")
+    assert not list((tmp_path / "b" / "run" / "checkpoints").glob("*.incomplete"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config)
+    whole = losses(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for step, spoil in ((10, "truncate"), (9, "remove"), (8, "unmark")):
+        checkpoint = folder / checkpoint_name(step)
+        victim = max((p for p in checkpoint.iterdir()), key=lambda p: p.stat().st_size)
+        if spoil == "truncate":
+            victim.write_bytes(victim.read_bytes()[:-1])
+        elif spoil == "remove":
+            victim.unlink()
+        else:
+            (checkpoint / "state.json").unlink()
+    assert whole_checkpoints(folder)[-1].name == checkpoint_name(7)
+    (output,) = pretrain(config)
+    assert "passing over" in output and "step 7" in output
+    assert losses(tmp_path / "run") == whole
+
+
+def test_only_the_newest_are_kept_and_a_finished_run_is_left_alone(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config, "checkpoint.keep=2")
+    assert [p.name for p in whole_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        checkpoint_name(9),
+        checkpoint_name(10),
+    ]
+    (output,) = pretrain(config)
+    assert "is finished: it is at step 10 of training.steps 10. To train it further raise training.steps" in output
+
+
+def test_more_steps_can_be_asked_for_later(tmp_path):
+    config = make_run(tmp_path)
+    constant = "schedule.kind=constant"
+    pretrain(config, constant)
+    pretrain(config, constant, "training.steps=14")
+    together = losses(tmp_path / "run")
+    pretrain(config, constant, "training.steps=14", f"logging.folder={tmp_path / 'other'}")
+    assert together == losses(tmp_path / "other")
+
+
+REFUSED = {
+    "another model": (["model.hidden_size=64"], "model.hidden_size 32 there, 64 here"),
+    "another operator set": (["model.kind=baseline"], "model.kind 'chiar' there, 'baseline' here"),
+    "another seed": (["training.seed=7"], "training.seed: was 1234"),
+    "another batch": (["training.global_batch_size=16"], "training.global_batch_size"),
+    "another length": (["data.sequence_length=16"], "data.sequence_length: was 32"),
+    "other data": (["data.train.0.path={other}"], "data.train: was"),
+    "resume never": (["checkpoint.resume=never"], "checkpoint.resume is never"),
+}
+
+
+def test_what_does_not_go_on_is_refused_and_nothing_is_lost(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config, "training.steps=3")
+    other = write_tokens(tmp_path / "other", seed=5)
+    before = json.dumps(sorted(str(p) for p in (tmp_path / "run").rglob("*")))
+
+    def refuse(overrides: list[str]) -> str:
+        return pretrain(config, *(o.format(other=other) for o in overrides), codes=(2,))[0]
+
+    with ThreadPoolExecutor(2) as pool:  # they only read: two at a time
+        outputs = pool.map(refuse, [overrides for overrides, _ in REFUSED.values()])
+        for (name, (_, message)), output in zip(REFUSED.items(), outputs, strict=True):
+            assert message in " ".join(output.split()), (name, output)
+            assert "Traceback" not in output and "remedy:" in output, name
+    state = whole_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
+    written = state.read_text()
+    state.write_text(written.replace('"format_version": 3', '"format_version": 2'))
+    assert "format_version 2" in refuse([])  # passed over, the run would begin anew
+    state.write_text(written)
+    assert json.dumps(sorted(str(p) for p in (tmp_path / "run").rglob("*"))) == before
+
+
+def test_weights_alone_start_a_new_run(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config)
+    new = tmp_path / "new"
+    (output,) = pretrain(
+        config,
+        f"logging.folder={new}",
+        f"checkpoint.load_from={tmp_path / 'run'}",
+        "parallel.zero_stage=2",
+        "training.steps=2",
+    )
+    assert "optimizer, schedule and data start anew" in output
+    first_old, first_new = losses(tmp_path / "run")[1][0], losses(new)[1][0]
+    assert first_new < first_old - 0.1
+
+
+def test_an_fp16_overflow_is_told_at_its_own_step_alone(tmp_path):
+    fp16 = {"compute": "fp16", "initial_loss_scale": 2.0**30, "loss_scale_window": 1000}
+    config = make_run(tmp_path, precision=fp16)
+    pretrain(config, "training.steps=20")
+    records = read_metrics(tmp_path / "run", "train")
+    assert records[0]["skipped"] and not records[-1]["skipped"]
+    # An overflowing gradient has no norm: null in the file.
+    assert all(r["skipped"] == (r["gradient_norm"] is None) for r in records)
+    pretrain(config, "training.steps=21", "schedule.kind=constant")
+    assert not read_metrics(tmp_path / "run", "train")[-1]["skipped"]

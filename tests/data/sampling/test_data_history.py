@@ -1,0 +1,226 @@
+"""The order of a run over its whole life: every sample once an epoch, restarts anywhere, changes on the way.
+
+Token t of source s is the number 1,000,000 s + t, so that a sample that was read says where it lies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from support import ROOT, forked_python, run_ranks, small_config, write_config, write_tokens
+
+from megachiar.data.sampling.dataset import SampleStream, TokenSource
+from megachiar.data.sampling.history import DataHistory, SourceRecord
+from megachiar.data.sampling.loader import BatchLoader
+from megachiar.data.sampling.order import Consumed, StreamOrder
+from megachiar.data.storage.indexed import IndexedDatasetBuilder
+
+SOURCE = 1_000_000
+CASES = range(12)
+
+
+def write_numbered(prefix: Path, number: int, tokens: int, rng: np.random.Generator) -> TokenSource:
+    cuts = np.sort(rng.choice(np.arange(1, tokens), size=min(tokens - 1, int(rng.integers(0, 9))), replace=False))
+    with IndexedDatasetBuilder(prefix, np.int32) as builder:
+        for document in np.split(number * SOURCE + np.arange(tokens, dtype=np.int32), cuts):
+            builder.add_document(document)
+    return TokenSource(prefix)
+
+
+def beginning(sources: list[TokenSource], weights: list[float], length: int, batch: int, seed: int) -> DataHistory:
+    records = [SourceRecord(path=str(s.prefix), tokens=s.dataset.tokens.size, checksum=None) for s in sources]
+    return DataHistory.beginning(zip(records, weights, strict=True), length, batch, seed, "keyed")
+
+
+def stream_of(history: DataHistory, sources: list[TokenSource]) -> SampleStream:
+    """The samples of a history that was written to a file and read again, as a restart does."""
+    history = DataHistory.model_validate_json(json.dumps(json.loads(history.model_dump_json())))
+    by_path = {str(source.prefix): source for source in sources}
+    order = history.orders[-1]
+    return SampleStream([by_path[history.sources[s.source].path] for s in order.shares], history.run_order(order))
+
+
+def read_in_layout(stream: SampleStream, start: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` samples from ``start`` on, read by the loaders of ranks of a random layout, put together in order."""
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    ranks = int(rng.choice([d for d in divisors if d <= 4]))
+    micro = int(rng.choice([d for d in divisors if count % (d * ranks) == 0]))
+    turns, rows = count // (ranks * micro), {}
+    for rank in range(ranks):
+        with BatchLoader(stream, micro, turns, rank, ranks, start, prefetch=int(rng.integers(1, 4))) as loader:
+            for turn in range(turns):
+                for place, row in enumerate(next(loader)):
+                    rows[(turn * ranks + rank) * micro + place] = row
+    return np.stack([rows[place] for place in range(count)])
+
+
+def random_run(rng: np.random.Generator, folder: Path) -> tuple[list[TokenSource], list[float], int, int]:
+    length = int(rng.integers(1, 24))
+    sizes = rng.integers(length + 1, 14 * length + 2, size=rng.integers(1, 5))
+    sources = [write_numbered(folder / f"s{i}", i, max(2, int(size)), rng) for i, size in enumerate(sizes)]
+    weights = (rng.random(len(sources)) + 0.05).round(2).tolist()
+    return sources, weights, length, int(rng.integers(1 << 30))
+
+
+def check_epochs(rows: np.ndarray, tokens: int, length: int) -> None:
+    """All samples of one source, in the order they came: each epoch's targets are different tokens, all but T."""
+    assert (np.diff(rows % SOURCE, axis=1) % tokens == 1 % tokens).all()  # neighbours in the stream, or its two ends
+    n = (tokens - 1) // length
+    for first in range(0, len(rows), n):
+        epoch = rows[first : first + n, 1:]
+        assert len(np.unique(epoch)) == epoch.size  # no target twice
+        assert len(epoch) < n or tokens - epoch.size <= length
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_sample_comes_once_an_epoch_and_a_restart_in_any_layout_goes_on_exactly(tmp_path, case):
+    rng = np.random.default_rng(case)
+    sources, weights, length, seed = random_run(rng, tmp_path)
+    total = int(rng.integers(200, 900))
+    history = beginning(sources, weights, length, 1, seed)
+    whole = stream_of(history, sources).batch(range(total))
+    for number, source in enumerate(sources):
+        check_epochs(whole[whole[:, 0] // SOURCE == number], source.dataset.tokens.size, length)
+    position = 0
+    while position < total:  # stopped again and again, each time in another layout
+        count = min(int(rng.integers(1, 120)), total - position)
+        rows = read_in_layout(stream_of(history, sources), position, count, rng)
+        assert np.array_equal(rows, whole[position : position + count])
+        position += count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_sources_and_batch_change_and_every_source_goes_on_at_its_next_sample(tmp_path, case):
+    """However the run was blended, what it has read of a source is the beginning of that source's own series."""
+    rng = np.random.default_rng(100 + case)
+    sources, weights, length, seed = random_run(rng, tmp_path)
+    present = list(range(len(sources)))
+    history, step, read = beginning(sources, weights, length, int(rng.integers(1, 9)), seed), 0, []
+    for _ in range(int(rng.integers(2, 7))):
+        steps = int(rng.integers(1, 60))
+        begin, end = history.samples_before(step), history.samples_before(step + steps)
+        read.append(read_in_layout(stream_of(history, sources), begin, end - begin, rng))
+        step += steps
+        present = rng.permutation(len(sources))[: rng.integers(1, len(sources) + 1)].tolist()
+        weights, batch = (rng.random(len(present)) + 0.05).tolist(), int(rng.integers(1, 9))
+        wanted = beginning([sources[i] for i in present], weights, length, batch, seed)
+        history = history.going_on(wanted, step)
+        assert history.changes(wanted, step + 1) == [] and history.going_on(wanted, step) == history
+    rows = np.concatenate(read)
+    assert history.tokens_before(len(rows)) == len(rows) * length
+    for number, source in enumerate(sources):
+        mine = rows[rows[:, 0] // SOURCE == number]
+        if not len(mine):
+            continue
+        tokens = source.dataset.tokens.size
+        check_epochs(mine, tokens, length)
+        (named,) = (n for n, s in enumerate(history.sources) if s.path == str(source.prefix))
+        series = StreamOrder(tokens, length, (seed, named)).starts(np.arange(len(mine)))
+        assert np.array_equal(mine[:, 0] % SOURCE, series)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_sequence_length_goes_on_in_the_epoch_that_was_begun_and_later_ones_are_whole(tmp_path, case):
+    rng = np.random.default_rng(200 + case)
+    length = int(rng.integers(2, 12))
+    sources = [write_numbered(tmp_path / f"s{i}", i, int(rng.integers(200, 500)), rng) for i in range(2)]
+    history, step, position = beginning(sources, [2, 1], length, 4, case), 0, 0
+    targets: dict[tuple[int, int], list[np.ndarray]] = {}
+    for _ in range(4):
+        stream = stream_of(history, sources)
+        numbers = [share.source for share in history.orders[-1].shares]
+        steps = int(rng.integers(5, 120))
+        positions = range(position, position + 4 * steps)
+        for place, row in zip(stream.locate(positions), stream.batch(positions), strict=True):
+            assert row[0] // SOURCE == numbers[place.source]
+            targets.setdefault((int(row[0]) // SOURCE, place.epoch), []).append(row[1:])
+        step, position = step + steps, positions.stop
+        used = [history.consumed(number, position) for number in range(2)]
+        length = int(rng.integers(1, 40))
+        history = history.going_on(beginning(sources[::-1], [1, 1], length, 4, case), step)
+        for now, before, source in zip(
+            (history.consumed(number, position) for number in range(2)), used, sources, strict=True
+        ):
+            n = (source.dataset.tokens.size - 1) // length
+            ahead = (now.epoch - before.epoch) * n * length + now.tokens - min(before.tokens, n * length)
+            assert 0 <= ahead < length  # goes on where it was, at the next cut
+    last = {number: max(epoch for source, epoch in targets if source == number) for number in range(2)}
+    changed = {(o.source, o.epoch) for order in history.orders for o in order.shares}
+    for (number, epoch), pieces in targets.items():
+        tokens, read = sources[number].dataset.tokens.size, np.concatenate(pieces)
+        if epoch < last[number]:
+            assert tokens - 40 - 40 <= len(read) < tokens + 40  # as much as an epoch is, to within a sample
+        if (number, epoch) not in changed or epoch == 0 == len(changed):
+            assert len(np.unique(read)) == len(read)
+    assert any((number, epoch) not in changed and epoch < last[number] for number, epoch in targets)
+
+
+def test_a_source_is_known_by_its_content_and_an_order_that_nothing_was_read_in_leaves_no_trace():
+    one, two = (SourceRecord(path=p, tokens=100, checksum=c) for p, c in (("a", "x"), ("b", "y")))
+    history = DataHistory.beginning([(one, 1.0), (two, 3.0)], 4, 2, 0, "keyed")
+    moved = [s.model_copy(update={"path": "/elsewhere/" + s.path}) for s in (two, one)]
+    turned = DataHistory.beginning(zip(moved, (6.0, 2.0), strict=True), 4, 2, 0, "keyed")
+    assert history.changes(turned, 5) == []
+    went_on = history.going_on(turned, 5)
+    assert went_on.orders == history.orders and [s.path for s in went_on.sources] == ["/elsewhere/a", "/elsewhere/b"]
+    other = DataHistory.beginning([(two, 1.0)], 4, 2, 0, "keyed")
+    tried = history.going_on(other, 5)
+    assert len(tried.orders) == 2 and tried.orders[1].first_sample == 10
+    back = tried.going_on(turned, 5)
+    assert back.orders == history.orders and back.consumed(1, 10) == history.consumed(1, 10)
+    twins = [SourceRecord(path=p, tokens=100, checksum=None) for p in "ab"]
+    history = DataHistory.beginning(zip(twins, (1.0, 2.0), strict=True), 4, 2, 0, "keyed")
+    assert history.numbers_of([twins[1], twins[0]]) == [1, 0]
+    assert history.consumed(0, 0) == Consumed(0, 0)
+
+
+def test_a_run_changes_its_data_on_the_way_and_every_step_can_be_named(tmp_path):
+    """Refused without a word that it is meant; then resumed in another layout, stopped, and resumed once more."""
+    paths = {name: write_tokens(tmp_path / name, seed=seed) for seed, name in enumerate(("train", "valid", "more"))}
+    config = write_config(tmp_path / "config.yaml", small_config(tmp_path, schedule={"kind": "constant"}))
+    program = ROOT / "megachiar" / "pretrain.py"
+    run_ranks(1, program, "--config", config, "--set", "training.steps=3")
+    changed = small_config(
+        tmp_path,
+        schedule={"kind": "constant"},
+        data={
+            "train": [{"path": str(paths["more"]), "weight": 3}, {"path": str(paths["train"])}],
+            "sequence_length": 16,
+        },
+        training={"global_batch_size": 16, "steps": 9},
+    )
+    config.write_text(yaml.safe_dump(changed))
+    (refused,) = run_ranks(1, program, "--config", config, codes=(2,))
+    assert "data.train" in refused and "data.on_change=continue" in refused and "Traceback" not in refused
+    changed["data"]["on_change"] = "continue"
+    config.write_text(yaml.safe_dump(changed))
+    stopped = run_ranks(2, program, "--config", config, "--set", "training.steps=6")[0]
+    assert "data.sequence_length was 32 up to here and is 16 from here on" in " ".join(stopped.split())
+    again = run_ranks(1, program, "--config", config, "--set", "training.steps=9")[0]
+    assert "up to here" not in again
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = {row["step"]: (row["samples"], row["tokens"]) for row in rows if "gradient_norm" in str(row)}
+    seen = {step: tuple(map(int, values)) for step, values in seen.items()}
+    assert seen[3] == (24, 24 * 32) and seen[9] == (24 + 6 * 16, 24 * 32 + 6 * 16 * 16)
+
+    def step(number: int) -> list[dict]:
+        done = forked_python("tools/inspect_dataset.py", "--config", config, "--step", str(number), "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["samples"]
+
+    first, third, fourth, last = (step(number) for number in (1, 3, 4, 9))
+    assert [s["position"] for s in first] == [*range(8)] and {s["tokens"] for s in first} == {33}
+    assert [s["position"] for s in third] == [*range(16, 24)]
+    assert [s["position"] for s in fourth] == [*range(24, 40)] and {s["tokens"] for s in fourth} == {17}
+    assert [s["position"] for s in last] == [*range(104, 120)]
+    assert {s["source"] for s in first + third} == {str(paths["train"])}
+    assert {s["source"] for s in fourth + last} == {str(paths["train"]), str(paths["more"])}
+    counts = [sum(s["source"] == str(paths["more"]) for s in itertools.chain(*map(step, range(4, 10))))]
+    assert 60 <= counts[0] <= 84  # three quarters of 96
+    seed = forked_python("tools/inspect_dataset.py", "--config", config, "--step", "1", "--set", "training.seed=8")
+    assert seed.returncode == 2 and "training.seed: was 1234" in " ".join(seed.stderr.split())

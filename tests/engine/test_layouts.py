@@ -1,0 +1,305 @@
+"""The losses of a run do not depend on its layout: the table of layouts in the README, and the proof of it.
+
+``pytest tests/engine/test_layouts.py -m "slow or not slow" -s`` prints the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import WORKERS, run_ranks, small_config, write_config, write_tokens
+
+STEPS = 20
+WORKER = WORKERS / "layouts_worker.py"
+TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel.sequence=true", "parallel.zero_stage="
+RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
+OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
+DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
+BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
+
+# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences, of which the replicas of a
+# layout have their share.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1 process, micro-batch 8": (1, [MICRO + "8"]),
+    "1 process, recompute 2": (1, [RECOMPUTE + "2"]),
+    "tp 2, micro-batch 4": (2, [TP + "2", MICRO + "4"]),
+    "tp 2, sequence": (2, [TP + "2", SP]),
+    "pp 2": (2, [PP + "2"]),
+    "pp 2, recompute 1": (2, [PP + "2", RECOMPUTE + "1"]),
+    "dp 2, ZeRO 0": (2, [ZERO + "0"]),
+    "dp 2, ZeRO 1, micro-batch 4": (2, [MICRO + "4"]),
+    "dp 2, ZeRO 2": (2, [ZERO + "2"]),
+    "dp 2, ZeRO 3": (2, [ZERO + "3"]),
+    "dp 2, ZeRO 2, offload, micro-batch 4": (2, [ZERO + "2", OFFLOAD, MICRO + "4"]),
+    "pp 2, offload, micro-batch 4": (2, [PP + "2", OFFLOAD, MICRO + "4"]),
+    "tp 4, micro-batch 8": (4, [TP + "4", MICRO + "8"]),
+    "tp 4, sequence, micro-batch 8": (4, [TP + "4", SP, MICRO + "8"]),
+    "pp 4": (4, [PP + "4"]),
+    "tp 2, pp 2, micro-batch 4": (4, [TP + "2", PP + "2", MICRO + "4"]),
+    "tp 2, pp 2, sequence, micro-batch 4": (4, [TP + "2", PP + "2", SP, MICRO + "4"]),
+    "tp 2, dp 2": (4, [TP + "2"]),
+    "tp 2, dp 2, sequence, recompute 1, micro-batch 4": (4, [TP + "2", SP, RECOMPUTE + "1", MICRO + "4"]),
+    "tp 2, dp 2, ZeRO 3, micro-batch 4": (4, [TP + "2", ZERO + "3", MICRO + "4"]),
+    "pp 2, dp 2": (4, [PP + "2"]),
+    "dp 4, ZeRO 2, micro-batch 1": (4, [ZERO + "2", MICRO + "1"]),
+    "tp 2, pp 2, dp 2, sequence": (8, [TP + "2", PP + "2", SP]),
+}
+# The regulariser is one of each micro-batch: these have the single process's micro-batches.
+REGULARISED_LAYOUTS = {
+    "regularised: pp 2, recompute 2": (2, [REGULARISED, PP + "2", RECOMPUTE + "2"]),
+    "regularised: dp 2, ZeRO 2": (2, [REGULARISED, ZERO + "2"]),
+    "regularised: tp 2, pp 2, sequence": (4, [REGULARISED, TP + "2", PP + "2", SP]),
+}
+DOCUMENT_LAYOUTS = {
+    "documents: pp 2, recompute 2": (2, [*DOCUMENTS, PP + "2", RECOMPUTE + "2"]),
+    "documents: dp 2, ZeRO 2": (2, [*DOCUMENTS, ZERO + "2"]),
+    "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
+}
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS
+# Against one process of the same precision: routes of tokens near tau differ, and losses with them.
+HALF_LAYOUTS = {
+    "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
+    "bf16: pp 2": (2, [BF16, PP + "2"]),
+    "bf16: pp 2, bf16 gradients": (2, [BF16, PP + "2", "precision.gradient_accumulation=bf16"]),
+    "bf16: pp 2, offload, micro-batch 4": (2, [BF16, PP + "2", OFFLOAD, MICRO + "4"]),
+    "bf16: dp 2, ZeRO 2": (2, [BF16, ZERO + "2"]),
+    "bf16: dp 2, ZeRO 3, offload, micro-batch 4": (2, [BF16, ZERO + "3", OFFLOAD, MICRO + "4"]),
+    "bf16: tp 2, pp 2, micro-batch 4": (4, [BF16, TP + "2", PP + "2", MICRO + "4"]),
+    "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
+    "fp16, regularised: pp 2": (2, [FP16, REGULARISED, PP + "2"]),
+}
+# Trained as CHIAR alone, to save time: what they add to the others has nothing to do with routing.
+CHIAR_ONLY = {
+    "1 process, recompute 2",
+    "dp 2, ZeRO 0",
+    "dp 2, ZeRO 2, offload, micro-batch 4",
+    "pp 2, offload, micro-batch 4",
+    "tp 2, dp 2, sequence, recompute 1, micro-batch 4",
+    "tp 2, dp 2, ZeRO 3, micro-batch 4",
+    "dp 4, ZeRO 2, micro-batch 1",
+    "bf16: pp 2, bf16 gradients",
+    "bf16: pp 2, offload, micro-batch 4",
+    "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
+    *REGULARISED_LAYOUTS,
+    "documents: dp 2, ZeRO 2",
+    *(name for name in HALF_LAYOUTS if "regularised" in name),
+}
+# The fast tests: each way to share the work, each ZeRO stage and precision, offload, recomputation, the regulariser and
+# documents, each alone or with what it meets in the code. `pytest -m slow` trains the others.
+FAST = {
+    "1 process, micro-batch 8",
+    "1 process, recompute 2",
+    "tp 2, sequence",
+    "pp 2, recompute 1",
+    "dp 2, ZeRO 1, micro-batch 4",
+    "dp 2, ZeRO 2, offload, micro-batch 4",
+    "dp 2, ZeRO 3",
+    "pp 2, offload, micro-batch 4",
+    "tp 2, pp 2, sequence, micro-batch 4",
+    "tp 2, dp 2, ZeRO 3, micro-batch 4",
+    "pp 2, dp 2",
+    "regularised: dp 2, ZeRO 2",
+    "documents: pp 2, recompute 2",
+    "documents: tp 2, pp 2, sequence",
+    "bf16: tp 2, sequence, micro-batch 4",
+    "bf16: pp 2, bf16 gradients",
+    "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
+    "fp16, regularised: pp 2",
+}
+# Of the baseline, whose layers are those of CHIAR without a router: stages, and one in 16 bits. What a tensor group
+# does with them is in test_model_shards.
+FAST_BASELINE = {"pp 2, recompute 1", "bf16: dp 2, ZeRO 2"}
+SINGLE = "1 process"
+# The runs of one process that the others are compared with.
+SINGLES = {
+    SINGLE: [ZERO + "0"],
+    f"regularised: {SINGLE}": [REGULARISED],
+    f"documents: {SINGLE}": DOCUMENTS,
+    f"bf16: {SINGLE}": [BF16],
+    f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
+}
+
+
+def asked(layouts: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by kind of model and layout."""
+    fast = {"chiar": FAST, "baseline": FAST_BASELINE}
+    cases = [(kind, name) for kind in fast for name in layouts if kind == "chiar" or name not in CHIAR_ONLY]
+    marked = [pytest.param(k, n, marks=[] if n in fast[k] else pytest.mark.slow, id=f"{k}-{n}") for k, n in cases]
+    return pytest.mark.parametrize(("runs", "name"), marked, indirect=["runs"])
+
+
+def single_of(name: str) -> str:
+    """The run of one process that a layout is compared with."""
+    kind, colon, _ = name.partition(": ")
+    return f"{kind}: {SINGLE}" if colon else SINGLE
+
+
+class Runs:
+    """Recordings by layout, made when they are first asked for; ranks of one number do all their layouts in one go.
+
+    ``names``: the layouts that will be asked for.
+    """
+
+    def __init__(self, folder: Path, kind: str, names: set[str]):
+        self.folder, self.kind, self.names = folder, kind, names
+        write_tokens(folder / "train")
+        write_tokens(folder / "valid", seed=1, documents=4)
+        config = small_config(folder)
+        config["model"] |= {"kind": kind, "dropout": 0.1, "num_attention_heads": 4}
+        config["training"]["steps"] = STEPS
+        self.config = write_config(folder / "config.yaml", config)
+        self.recordings: dict[str, dict[str, np.ndarray]] = {}
+        singles = {single_of(n) for n in names}
+        self._run(1, {name: sets for name, sets in SINGLES.items() if name in singles | {SINGLE}})
+        self.lines: list[str] = []
+
+    def of(self, name: str) -> dict[str, np.ndarray]:
+        if name in SINGLES and name not in self.recordings:
+            self._run(1, {name: SINGLES[name]})
+        elif name not in self.recordings:
+            layouts = EXACT_LAYOUTS | HALF_LAYOUTS
+            ranks = layouts[name][0]
+            self._run(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and n in self.names})
+        return self.recordings[name]
+
+    def replayed(self, name: str) -> dict[str, np.ndarray]:
+        """The run under a layout, with the single process's routes."""
+        ranks, sets = EXACT_LAYOUTS[name]
+        key = f"{name}, replayed"
+        self._run(ranks, {key: sets}, replay=self.folder / f"{single_of(name)}.npz")
+        return self.recordings[key]
+
+    def _run(self, ranks: int, layouts: dict[str, list[str]], replay: Path | None = None) -> None:
+        described = {n: {"set": sets, "replay": replay and str(replay)} for n, sets in layouts.items()}
+        arguments = self.config, self.folder, json.dumps(described)
+        run_ranks(ranks, WORKER, *arguments, timeout=570, fresh=ranks == 2 and self.kind == "chiar")  # as launchers do
+        for name in layouts:
+            self.recordings[name] = dict(np.load(self.folder / f"{name}.npz"))
+
+
+@pytest.fixture(scope="module")
+def runs_of(request, tmp_path_factory):
+    """kind -> its runs, of the layouts that are asked for in this session; their table is printed at the end."""
+    here = [item.callspec.params for item in request.session.items if item.path == request.path]
+
+    @functools.cache
+    def made(kind: str) -> Runs:
+        names = {params["name"] for params in here if "name" in params and params["runs"] == kind}
+        all_made.append(Runs(tmp_path_factory.mktemp(kind), kind, names))
+        return all_made[-1]
+
+    all_made: list[Runs] = []
+    yield made
+    for runs in all_made:
+        print(f"\n| {runs.kind} | loss | gradient norm | parameters | routes that flipped |\n|---|---|---|---|---|")
+        print("\n".join(runs.lines))
+
+
+@pytest.fixture(params=["chiar", "baseline"])
+def runs(request, runs_of) -> Runs:
+    return runs_of(request.param)
+
+
+def of_kinds(*kinds):
+    return pytest.mark.parametrize("runs", kinds, indirect=True)
+
+
+@asked(EXACT_LAYOUTS)
+def test_the_loss_does_not_depend_on_the_layout(runs, name):
+    single, other = runs.of(single_of(name)), runs.of(name)
+    flips = _flips(single, other)
+    for margin in flips.values():
+        assert margin < 1e-6, f"routes differ that no rounding explains: {flips}"
+    if flips:  # with the same routes the bounds hold for every run
+        other = runs.replayed(name)
+    loss, norm = (_deviation(single[key], other[key]) for key in ("loss", "gradient_norm"))
+    parameters, worst = _parameter_deviation(single, other)
+    runs.lines.append(f"| {name} | {loss:.1e} | {norm:.1e} | {parameters:.1e} | {len(flips)} |")
+    message = f"loss {loss:.1e}, gradient norm {norm:.1e}, parameters {parameters:.1e}, most in {worst}; flips {flips}"
+    assert single["loss"].shape == (STEPS,)
+    assert loss <= 2e-6, message
+    assert norm <= 2e-6, message
+    assert parameters <= 1e-5, message
+    assert other["evaluation"] == pytest.approx(single["evaluation"], rel=2e-6), message
+    for key in ("attention_share", "entropy", "gate"):
+        np.testing.assert_allclose(other[key], single[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    if name in REGULARISED_LAYOUTS:
+        assert _deviation(single["regulariser"], other["regulariser"]) <= 2e-6
+
+
+@asked(HALF_LAYOUTS)
+def test_losses_in_16_bits_come_near(runs, name):
+    single, other = runs.of(single_of(name)), runs.of(name)
+    loss, norm = (_deviation(single[key], other[key]) for key in ("loss", "gradient_norm"))
+    runs.lines.append(f"| {name} | {loss:.1e} | {norm:.1e} | | |")
+    assert loss <= 1e-2
+    assert norm <= 2e-2  # a gradient that is lost on the way changes it by more
+    if "regularised" in name:
+        assert _deviation(single["regulariser"], other["regulariser"]) <= 1e-2
+
+
+@of_kinds("chiar", pytest.param("baseline", marks=pytest.mark.slow))  # its layouts with documents are
+def test_documents_move_the_run(runs):
+    """What their comparisons stand on."""
+    assert _deviation(runs.of(SINGLE)["loss"][5:], runs.of(single_of("documents: "))["loss"][5:]) > 1e-4
+
+
+@of_kinds("chiar")
+def test_the_regulariser_moves_the_run(runs):
+    """What its comparisons stand on: without its gradient it would have another value."""
+    regularised = runs.of(single_of("regularised: "))
+    assert _deviation(runs.of(SINGLE)["loss"][5:], regularised["loss"][5:]) > 1e-3
+
+
+@of_kinds("chiar")
+def test_replayed_routes_are_taken(runs):
+    single, name = runs.of(SINGLE), "tp 2, pp 2, sequence, micro-batch 4"
+    changed = dict(single)
+    changed["routes"] = 1 - single["routes"]
+    np.savez(runs.folder / "changed.npz", **changed)
+    ranks, sets = LAYOUTS[name]
+    runs._run(ranks, {"changed": sets}, replay=runs.folder / "changed.npz")
+    recording = runs.recordings["changed"]
+    assert (recording["routes"] == changed["routes"]).all()
+    assert _deviation(single["loss"], recording["loss"]) > 1e-4
+
+
+def test_the_run_learns(runs):
+    loss = runs.of(SINGLE)["loss"]
+    assert loss[-5:].mean() < loss[:5].mean() - 0.3
+
+
+def _deviation(single: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(other / single - 1).max())
+
+
+def _parameter_deviation(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tuple[float, str]:
+    """Relative L2 distance over all parameters, and the one with the greatest share in it.
+
+    Single numbers whose gradient vanishes move by rounding alone: AdamW divides it by itself.
+    """
+    names = [name for name in single if name.startswith("parameter ")]
+    assert names
+    assert set(names) == {name for name in other if name.startswith("parameter ")}
+    squares: dict[str, float] = defaultdict(float)
+    for name in names:
+        assert np.isfinite(other[name]).all(), name
+        squares[name] = float(np.square(other[name].astype(np.float64) - single[name]).sum())
+    whole = sum(float(np.square(single[name].astype(np.float64)).sum()) for name in names)
+    return (sum(squares.values()) / whole) ** 0.5, max(squares, key=squares.get)
+
+
+def _flips(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """Tokens whose route differs, each with its distance |H - tau| in the single process."""
+    assert single["routes"].shape == other["routes"].shape
+    different = np.argwhere(single["routes"] != other["routes"])
+    return {
+        f"step {step} layer {layer} token {token}": float(single["margin"][step, layer, token])
+        for step, layer, token in different
+    }

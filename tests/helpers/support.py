@@ -1,0 +1,257 @@
+"""What several tests need: a small dataset, a small config, and real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from megachiar.data.storage.indexed import IndexedDatasetBuilder
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+WORKERS = TESTS / "workers"
+FORKS = sys.platform == "linux"  # elsewhere a process that has imported torch is better not forked
+
+
+def write_tokens(prefix: Path, *, documents: int = 24, seed: int = 0, vocab_size: int = 64) -> Path:
+    """An indexed dataset of ``documents`` documents with a pattern in it that a model can learn."""
+    rng = np.random.default_rng(seed)
+    with IndexedDatasetBuilder(prefix, np.uint16) as builder:
+        for _ in range(documents):
+            length, start, stride = rng.integers(60, 140), rng.integers(vocab_size), rng.integers(1, 4)
+            noise = rng.integers(0, 2, length)
+            builder.add_document(((start + stride * np.arange(length) + noise) % vocab_size).astype(np.uint16))
+    return prefix
+
+
+def small_config(folder: Path, **sections: dict) -> dict:
+    """A config that trains in seconds; ``sections`` update its sections."""
+    config = {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "vocab_size": 64,
+            "max_sequence_length": 32,
+            "router": {"tau": 0.79},
+        },
+        "data": {"train": [{"path": str(folder / "train")}], "validation": {"valid": str(folder / "valid")}},
+        "parallel": {"zero_stage": 1},
+        "optimizer": {"learning_rate": 2e-3},
+        "schedule": {"warmup_steps": 4},
+        "training": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "threads": 1},
+        "logging": {"folder": str(folder / "run"), "every": 1, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        config.setdefault(name, {}).update(section)
+    return config
+
+
+def write_config(path: Path, config: dict) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def process_environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher or an outer test left in it."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "OMPI_", "MPI_", "OMP_NUM")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    return {
+        **env,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(WORKERS)]),
+        **more,
+    }
+
+
+def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in a clean environment."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=process_environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def python(*arguments: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_command(sys.executable, *arguments, timeout=timeout, **env)
+
+
+def forked_python(*arguments: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """``python``, forked as ranks are: without the seconds that a tool spends on importing torch."""
+    if not FORKS:
+        return python(*arguments, timeout=timeout, **env)
+    program = [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile() as errors:
+        process = ForkedRank(program, process_environment(**env), errors.fileno())
+        try:
+            output, _ = process.communicate(timeout)
+        finally:
+            process.kill()
+        errors.seek(0)
+        return subprocess.CompletedProcess(program, process.returncode, output, errors.read().decode())
+
+
+class ForkedRank:
+    """A rank that the server of ``rank_server.py`` forked, with what tests use of ``subprocess.Popen``.
+
+    Its standard error goes where its output goes, or into the file of the descriptor ``errors``.
+    """
+
+    def __init__(self, arguments: Sequence[str], env: dict[str, str], errors: int | None = None):
+        self.args, self.returncode, self._read = arguments, None, b""
+        self._output, output_of_rank = os.pipe()
+        self._status, status_of_rank = os.pipe()
+        message = json.dumps({"arguments": arguments, "cwd": str(ROOT), "env": env}).encode()
+        errors = output_of_rank if errors is None else errors
+        socket.send_fds(_rank_server(), [message], [output_of_rank, errors, status_of_rank])
+        os.close(output_of_rank)
+        os.close(status_of_rank)
+        self.pid = self._number()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.returncode = self._number()
+            os.close(self._status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.poll() is None:
+            self._await(self._status, timeout)
+        return self.poll()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        until = None if timeout is None else time.monotonic() + timeout
+        left = timeout
+        while self._output is not None:
+            self._await(self._output, left)
+            left = None if until is None else max(0, until - time.monotonic())
+            read = os.read(self._output, 2**16)
+            self._read += read
+            if not read:
+                os.close(self._output)
+                self._output = None
+        self.wait(left)
+        return self._read.decode(), None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _await(self, descriptor: int, timeout: float | None) -> None:
+        if not select.select([descriptor], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    def _number(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(self._status, 1)
+            assert byte, "the server of ranks is gone"
+            line += byte
+        return int(line)
+
+
+@functools.cache
+def _rank_server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, str(WORKERS / "rank_server.py"), str(theirs.fileno())],
+            cwd=ROOT,
+            env=process_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+    return ours
+
+
+def _rendezvous_port() -> int:
+    """A free port below those that the kernel hands out, or it could go to a connection before the ranks take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def start_ranks(
+    world_size: int, *arguments: str | Path, fresh: bool = False
+) -> list[subprocess.Popen[str]] | list[ForkedRank]:
+    """Start ``python ARGUMENTS`` as ``world_size`` real ranks on this machine, as a launcher would.
+
+    They are forked from one process that has imported what training imports, which saves seconds for each. ``fresh``
+    ranks are new interpreters, as a launcher's are: each imports everything, and orders sets by a hash of its own.
+    """
+    port, program = str(_rendezvous_port()), [str(argument) for argument in arguments]
+    ranks = []
+    for rank in range(world_size):
+        env = process_environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        if fresh or not FORKS:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, *program], cwd=ROOT, env=env, **pipes))
+        else:
+            ranks.append(ForkedRank(program, env))
+    return ranks
+
+
+def run_ranks(
+    world_size: int, *arguments: str | Path, timeout: float = 240, codes: Sequence[int] = (0,), fresh: bool = False
+) -> list[str]:
+    """Run ranks to their end and return what each printed; fails unless every exit code is one of ``codes``."""
+    processes = start_ranks(world_size, *arguments, fresh=fresh)
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode in codes, f"exit code {process.returncode}:\n{output}"
+    return outputs
+
+
+def pretrain(
+    config: Path, *overrides: str, ranks: int = 1, codes: Sequence[int] = (0,), fresh: bool = False
+) -> list[str]:
+    """Train ``config`` with ``ranks`` processes; returns what they printed."""
+    sets = ["--set", *overrides] if overrides else []
+    return run_ranks(ranks, "-m", "megachiar.pretrain", "--config", config, *sets, codes=codes, fresh=fresh)
+
+
+def find_mpirun() -> str | None:
+    """The ``mpirun`` beside this Python or on the path; None without it or mpi4py."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return None
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")

@@ -1,0 +1,62 @@
+"""A source too small for its weight is told before the run, or refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import indexed_oracle as oracle
+import pytest
+from support import small_config, write_config, write_tokens
+
+from megachiar.config import load_config
+from megachiar.topology import LaunchError
+from megachiar.training.run_data import describe_seen_validation, describe_uses, open_data, refuse_too_small
+
+
+@pytest.fixture
+def config(tmp_path):
+    """640 samples of 32 tokens: two thirds from a source of some 2,400 tokens, one third from a large one."""
+    small, large = write_tokens(tmp_path / "small"), write_tokens(tmp_path / "large", documents=400)
+    sections = {
+        "data": {"train": [{"path": str(small), "weight": 2}, {"path": str(large)}], "validation": {}},
+        "training": {"steps": 80},
+    }
+    return write_config(tmp_path / "config.yaml", small_config(tmp_path, **sections))
+
+
+def test_what_is_passed_over_often_is_reported(config):
+    loaded = load_config(config)
+    small, large = describe_uses(loaded, open_data(loaded))
+    assert "66.7% of samples" in small and "small for its weight" in small
+    assert "small for its weight" not in large and "epochs" in large
+
+
+def test_more_passes_than_allowed_are_refused_and_the_remedy_holds(config):
+    with pytest.raises(LaunchError, match=r"small: .* more than data\.max_epochs 3") as refused:
+        loaded = load_config(config, ["data.max_epochs=3"])
+        refuse_too_small(loaded, open_data(loaded))
+    share = float(refused.value.remedy.split("at most ")[1].split(" ")[0])
+    weight = 2 / 3 * share / (1 - 2 / 3 * share)  # of the other source's 1
+    mended = load_config(config, ["data.max_epochs=3", f"data.train.0.weight={weight:.3f}"])
+    (use, _) = describe_uses(mended, open_data(mended))
+    assert 2.8 <= float(use.split()[-2]) <= 3
+
+
+def test_a_validation_set_that_is_trained_on_is_named(config, tmp_path):
+    """By path, or by what the manifests say of the content of a copy."""
+
+    def lines(**validation: object) -> list[str]:
+        sets = ", ".join(f"{name}: {path}" for name, path in validation.items())
+        return describe_seen_validation(open_data(load_config(config, [f"data.validation={{{sets}}}"])))
+
+    write_tokens(tmp_path / "valid", seed=1)
+    assert lines(own=tmp_path / "valid") == []
+    (line,) = lines(own=tmp_path / "valid", again=tmp_path / "small")
+    assert "data.validation.again holds the same tokens as" in line and str(tmp_path / "small") in line
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tmp_path / f"small{suffix}", tmp_path / f"copy{suffix}")
+    assert lines(copy=tmp_path / "copy") == [], "nothing tells, without reading both"
+    for name in ("small", "copy", "valid"):
+        oracle.make_manifest(tmp_path / name, vocab_size=64)
+    (line,) = lines(own=tmp_path / "valid", copy=tmp_path / "copy")
+    assert "data.validation.copy" in line

@@ -1,0 +1,167 @@
+"""One rank of ``test_training_layouts.py``: train one config under several layouts and record everything.
+
+python layouts_worker.py CONFIG OUTPUT_FOLDER JSON
+
+JSON: {layout's name: {"set": overrides of the config, "replay": recording whose routes are taken, or null}}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups, safe_get_full_fp32_param
+
+from megachiar import launch
+from megachiar.config import RunConfig, load_config
+from megachiar.data.sampling.loader import BatchLoader
+from megachiar.engine.engine import Engine, start_process_group
+from megachiar.model.layer import RoutedLayer
+from megachiar.parallel.shard import shard_of
+from megachiar.topology import Topology, build_topology
+from megachiar.training.evaluation import evaluate
+from megachiar.training.run_data import open_data
+from megachiar.training.schedule import learning_rate
+
+
+def main() -> None:
+    config_path, output, layouts = sys.argv[1:]
+    launch.prepare_environment()
+    launch.configure_torch(1)
+    for name, layout in json.loads(layouts).items():
+        config = load_config(config_path, layout["set"])
+        topology = build_topology(config)
+        device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
+        groups.mpu = None  # what DeepSpeed keeps of the last layout
+        topology = topology.with_groups()
+        replay = np.load(layout["replay"])["routes"] if layout["replay"] else None
+        recording = train(config, topology, device, replay)
+        if topology.is_main:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            np.savez(Path(output) / f"{name}.npz", **recording)
+    dist.destroy_process_group()
+
+
+def train(
+    config: RunConfig, topology: Topology, device: torch.device, replay: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Losses, gradient norms and evaluation of a run, its last parameters, and the route of each token at each step."""
+    data = open_data(config)
+    engine = Engine(config, topology, device)
+    training, micro = config.training, config.training.micro_batch_size
+    routes = Routes(config, engine, topology, replay)
+    results = []
+    loader = BatchLoader(data.training, micro, engine.accumulation_steps, topology.data_rank, topology.data_size)
+    with loader:
+        for step in range(training.steps):
+            batches = (
+                (loader.position + topology.data_rank * micro, next(loader)) for _ in range(engine.accumulation_steps)
+            )
+            results.append(engine.train_step(batches, learning_rate(config, step + 1)))
+    evaluation = [
+        evaluate(
+            engine.evaluate,
+            dataset,
+            micro,
+            rank=topology.data_rank,
+            ranks=topology.data_size,
+            reduce_sum=engine.sum_over_ranks,
+        ).loss
+        for dataset in data.validation.values()
+    ]
+    taken, margin = routes.of_all()
+    return {
+        "loss": np.array([r.loss for r in results]),
+        "regulariser": np.array([r.regulariser for r in results]),
+        "gradient_norm": np.array([r.gradient_norm for r in results]),
+        "attention_share": np.array([r.attention_share for r in results]),
+        "entropy": np.array([r.entropy for r in results]),
+        "gate": np.array([r.gate for r in results]),
+        "evaluation": np.array(evaluation),
+        "routes": taken,
+        "margin": margin,
+        **{f"parameter {name}": value for name, value in whole_parameters(engine, topology).items()},
+    }
+
+
+class Routes:
+    """Records operator and |H - tau| of each row in each step, or makes routers take recorded ones."""
+
+    def __init__(self, config: RunConfig, engine: Engine, topology: Topology, replay: np.ndarray | None):
+        self.config, self.topology, self.replay = config, topology, replay
+        self.accumulation = engine.accumulation_steps
+        layers = len(config.model.routed_layers)
+        shape = (config.training.steps, layers, config.training.global_batch_size * config.sequence_length)
+        self.taken, self.margin = np.full(shape, -1), np.zeros(shape, np.float32)
+        for module in engine.deepspeed.module.modules():
+            if isinstance(module, RoutedLayer):
+                self._watch(module)
+
+    def _watch(self, layer: RoutedLayer) -> None:
+        index = int(layer.name.rpartition(".")[2]) - self.config.model.routed_layers.start
+        seen, recomputing = 0, False
+
+        def before(_, arguments):
+            nonlocal recomputing
+            known = arguments[3]
+            recomputing = known is not None and layer.name in known
+
+        def after(router, arguments, decision):
+            nonlocal seen
+            if not router.training or recomputing:
+                return None
+            place = self._place(seen, arguments[1])
+            step, seen = seen // self.accumulation, seen + 1
+            self.margin[step, index, place] = (decision.entropy.float() - router.bounds[0]).abs()
+            if self.replay is None:
+                self.taken[step, index, place] = decision.operator
+                return None
+            operator = torch.from_numpy(self.replay[step, index, place])
+            self.taken[step, index, place] = operator
+            return type(decision)(**{**vars(decision), "operator": operator})
+
+        layer.register_forward_pre_hook(before)
+        layer.router.register_forward_hook(after)
+
+    def _place(self, seen: int, grid) -> slice:
+        """Where this rank's rows of its micro-batch number ``seen`` stand among all tokens of their step."""
+        micro = self.config.training.micro_batch_size
+        first = (seen % self.accumulation * self.topology.data_size + self.topology.data_rank) * micro * grid.length
+        return slice(first + grid.own.start, first + grid.own.stop)
+
+    def of_all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all ranks, (steps, routed layers, tokens of a step) in the order of the data."""
+        everyone: list = [None] * self.topology.world_size
+        dist.all_gather_object(everyone, (self.taken, self.margin))
+        return np.max([taken for taken, _ in everyone], axis=0), np.max([margin for _, margin in everyone], axis=0)
+
+
+def whole_parameters(engine: Engine, topology: Topology) -> dict[str, np.ndarray]:
+    """The model's parameters, whole, from the parts of all ranks."""
+    own = {}
+    for name, parameter in engine.named_parameters():
+        value = safe_get_full_fp32_param(parameter)
+        value = parameter if value is None else value
+        own[name] = (value.detach().float().numpy().copy(), shard_of(parameter), topology.tensor.rank)
+    everyone: list = [None] * topology.world_size
+    dist.all_gather_object(everyone, own)
+    whole: dict[str, np.ndarray] = {}
+    for parameters in everyone:
+        for name, (value, shard, rank) in parameters.items():
+            if shard is None:
+                whole[name] = value
+                continue
+            shape = shard.whole_shape(value.shape, topology.tensor.size)
+            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+            for start, length, at in shard.pieces(shape, rank, topology.tensor.size):
+                index = (slice(None),) * shard.dim
+                target[(*index, slice(start, start + length))] = value[(*index, slice(at, at + length))]
+    return whole
+
+
+if __name__ == "__main__":
+    main()

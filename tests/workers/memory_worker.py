@@ -1,0 +1,78 @@
+"""One rank of ``test_training_plan.py``: the bytes of all tensors that are alive while AdamW steps, under each layout.
+
+python memory_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+
+from megachiar import launch
+from megachiar.config import load_config
+from megachiar.data.sampling.loader import BatchLoader
+from megachiar.engine.engine import Engine, start_process_group
+from megachiar.topology import build_topology
+from megachiar.training.run_data import open_data
+
+
+def main() -> None:
+    config_path, output, cases = sys.argv[1:]
+    launch.prepare_environment()
+    launch.configure_torch(1)
+    for name, sets in json.loads(cases).items():
+        config = load_config(config_path, sets)
+        topology = build_topology(config)
+        device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
+        groups.mpu = None
+        gc.collect()
+        before = tensor_bytes()
+        engine = Engine(config, topology.with_groups(), device)
+        data, micro = open_data(config), config.training.micro_batch_size
+        alive: list[int] = []
+        torch.optim.AdamW.step = watched(torch.optim.AdamW.step, alive)
+        with BatchLoader(
+            data.training, micro, engine.accumulation_steps, topology.data_rank, topology.data_size
+        ) as loader:
+            for _ in range(2):
+                engine.train_step(((loader.position, next(loader)) for _ in range(engine.accumulation_steps)), 1e-3)
+        everyone: list = [None] * topology.world_size
+        dist.all_gather_object(everyone, max(alive) - before)
+        if topology.is_main:
+            Path(output, f"{name}.json").write_text(json.dumps(everyone))
+        del engine
+    dist.destroy_process_group()
+
+
+def watched(step, alive: list[int]):
+    """``step`` that first notes the bytes of all tensors."""
+    step = getattr(step, "unwatched", step)
+
+    def noted(*arguments, **options):
+        alive.append(tensor_bytes())
+        return step(*arguments, **options)
+
+    noted.unwatched = step
+    return noted
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that Python can reach, each storage once."""
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+            for tensor in (found, found.grad) if found.is_leaf else (found,):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main()
