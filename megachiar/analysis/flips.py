@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megachiar.model import ChiarFormer
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import RoutedLayer
 
 
@@ -63,9 +63,9 @@ def routing_flips(
         with _decisions(model) as exact, _decisions(other) as whole:
             model(*batch)
             other(*batch)
-        grid = Grid(*batch[0].shape)
+        layout = BatchLayout(*batch[0].shape)
         for index, (rows, operator, entropy) in exact.items():
-            rounded = other.layers[index].router(rows.to(dtype), grid)
+            rounded = other.layers[index].router(rows.to(dtype), layout)
             changes = (rounded.operator != operator, whole[index][1] != operator, (rounded.entropy - entropy).abs())
             seen.setdefault(index, []).append((*changes, _margin(model.layers[index], entropy)))
     return [_summary(index, [torch.cat(part) for part in zip(*parts, strict=True)]) for index, parts in seen.items()]

@@ -30,7 +30,7 @@ from megachiar.kernels.attention import attention_among, causal_attention, route
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer
 from megachiar.options import CommandParser
@@ -102,7 +102,7 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
 def layer_passes(options, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
     dtype, d = getattr(torch, options.precision), options.hidden_size
     x = torch.randn(sequences * length, d, device=device).to(dtype).requires_grad_()
-    grid = Grid(sequences, length)
+    layout = BatchLayout(sequences, length)
 
     def layer(share: float | None, keys: str) -> Pass:
         config = model_config(options, length, share, keys, x)
@@ -114,7 +114,7 @@ def layer_passes(options, sequences: int, length: int, device: torch.device) -> 
         projections = 4 * f + (4 * f if keys == "routed" else 4)  # query and output, key and value
         flops = 3 * len(x) * d * d * (projections + 16)
         pairs = len(x) * (length + 1) / 2 * f * (f if keys == "routed" else 1)
-        return Pass(lambda: module(x, grid, None, None).rows, flops + 12 * d * pairs)
+        return Pass(lambda: module(x, layout, None, None).rows, flops + 12 * d * pairs)
 
     passes = {f"layer, {DENSE}": layer(None, "all")}
     for share in options.attention_share:

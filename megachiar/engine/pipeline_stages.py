@@ -12,7 +12,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.batch_layout import Grid, document_starts
+from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer, run_layers, statistics
@@ -48,10 +48,12 @@ class StagePart(nn.Module):
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, told = inputs
-        grid = Grid(len(told), self.length, group=self.group, since=told[:, 1:] if told.dim() > 1 else None)
+        layout = BatchLayout(
+            len(told), self.length, group=self.group, document_starts=told[:, 1:] if told.dim() > 1 else None
+        )
         if self.training:
-            grid = grid.keyed(self.seed, told[:, 0] if told.dim() > 1 else told)
-        x, outputs = run_layers(list(self.layers.values()), x, grid, None, self.interval)
+            layout = layout.with_dropout_keys(self.seed, told[:, 0] if told.dim() > 1 else told)
+        x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training:
             added = [output.regulariser for output in outputs if output.regulariser is not None]
             regulariser = sum(added) if added else x.new_zeros((), dtype=torch.float32)
@@ -102,13 +104,13 @@ class StageEmbedding(TiedEmbedding):
     def first_part(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, T) and sample numbers (B,) to rows (m, d) and what ``StagePart`` is told."""
         tokens, samples = inputs
-        grid = Grid(*tokens.shape, group=self.group)
+        layout = BatchLayout(*tokens.shape, group=self.group)
         if self.training:
-            grid = grid.keyed(self.seed, samples)
-        rows = self(tokens.flatten(), grid=grid)
+            layout = layout.with_dropout_keys(self.seed, samples)
+        rows = self(tokens.flatten(), layout=layout)
         if self.document_end is None:
             return rows, samples
-        return rows, torch.cat([samples[:, None], document_starts(tokens, self.document_end)], 1)
+        return rows, torch.cat([samples[:, None], find_document_starts(tokens, self.document_end)], 1)
 
     def last_part(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, and the weight for the loss.

@@ -3,7 +3,8 @@
 Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence (the newest S of the T positions when nothing
 is routed), n = routed rows, h = heads, c = channels of a head.
 
-``since`` is where each query's document begins: it sees no key before. Without it a sequence is one document.
+``document_starts`` are positions at which each query's document begins: it sees no key before. Without them a sequence
+is one document.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def causal_attention(
     dropout: KeyedDropout | None = None,
     first_head: int = 0,
     scale: float | None = None,
-    since: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the newest S positions to all keys up to their own.
 
@@ -40,29 +41,29 @@ def causal_attention(
         dropout: of attention probabilities, with the keys (B * S,) of the queries' rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
-        since: (B, S) positions.
+        document_starts: (B, S) positions.
 
     Returns:
         (B, h, S, c).
     """
     queries, keys = q.shape[2], k.shape[2]
     dropped = dropout is not None and dropout.probability > 0
-    if dropped or since is not None:
+    if dropped or document_starts is not None:
         if _by_triton(q):
             rows = torch.arange(len(q) * queries, device=q.device)
-            since = since.flatten() if since is not None else None
+            document_starts = document_starts.flatten() if document_starts is not None else None
             mixed = _routed_by_triton(
-                q.transpose(1, 2).flatten(0, 1), k, v, rows, queries, dropout, first_head, scale, since
+                q.transpose(1, 2).flatten(0, 1), k, v, rows, queries, dropout, first_head, scale, document_starts
             )
             return mixed.unflatten(0, (len(q), queries)).transpose(1, 2)
         at = torch.arange(keys - queries, keys).expand(len(q), -1)
         if dropped:
-            return keyed_attention(q, k, v, at, dropout, first_head, scale, since)
+            return keyed_attention(q, k, v, at, dropout, first_head, scale, document_starts)
         if q.device.type != "cpu":
-            return masked_attention(q, k, v, at.to(q.device), since, scale)
+            return masked_attention(q, k, v, at.to(q.device), document_starts, scale)
         starts = range(0, len(q) * queries + 1, queries)
         rows = q.transpose(1, 2).flatten(0, 1)
-        asked = cpu_attention.Asked(starts, at.flatten(), since.flatten())
+        asked = cpu_attention.Asked(starts, at.flatten(), document_starts.flatten())
         return cpu_attention.attend(rows, k, v, asked, scale).unflatten(0, (len(q), queries)).transpose(1, 2)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -80,7 +81,7 @@ def routed_attention(
     dropout: KeyedDropout | None = None,
     first_head: int = 0,
     scale: float | None = None,
-    since: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of chosen rows alone to all keys of their sequence up to their own position.
 
@@ -92,7 +93,7 @@ def routed_attention(
         dropout: of attention probabilities, with the keys (n,) of the chosen rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
-        since: (n,) positions.
+        document_starts: (n,) positions.
 
     Returns:
         (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that were not chosen.
@@ -102,24 +103,24 @@ def routed_attention(
     sequences, keys = k.shape[0], k.shape[2]
     if len(rows) == sequences * queries:
         packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
-        since = since.view(sequences, queries) if since is not None else None
-        return causal_attention(packed, k, v, dropout, first_head, scale, since).transpose(1, 2).flatten(0, 1)
+        document_starts = document_starts.view(sequences, queries) if document_starts is not None else None
+        return causal_attention(packed, k, v, dropout, first_head, scale, document_starts).transpose(1, 2).flatten(0, 1)
     if _by_triton(q):
-        return _routed_by_triton(q, k, v, rows, queries, dropout, first_head, scale, since)
+        return _routed_by_triton(q, k, v, rows, queries, dropout, first_head, scale, document_starts)
     at = rows % queries + (keys - queries)
     dropped = dropout is not None and dropout.probability > 0
     if q.device.type == "cpu" and not dropped:
-        asked = cpu_attention.Asked(_starts(rows, sequences, queries), at, since)
+        asked = cpu_attention.Asked(_starts(rows, sequences, queries), at, document_starts)
         return cpu_attention.attend(q, k, v, asked, scale)
     packing = Packing(rows, sequences, queries)
     grid, at = packing.grid(q), packing.pack(at)
-    since = packing.pack(since) if since is not None else None
+    document_starts = packing.pack(document_starts) if document_starts is not None else None
     if dropped:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
     if dropped:
-        mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale, since)
+        mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale, document_starts)
     else:
-        mixed = masked_attention(grid, k, v, at, since, scale)
+        mixed = masked_attention(grid, k, v, at, document_starts, scale)
     return packing.rows_of(mixed)
 
 
@@ -133,7 +134,7 @@ def attention_among(
     dropout: KeyedDropout | None = None,
     first_head: int = 0,
     scale: float | None = None,
-    since: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of chosen rows to the chosen rows of their sequence up to themselves: to no other.
 
@@ -144,7 +145,7 @@ def attention_among(
         dropout: of attention probabilities, with the keys (n,) of the chosen rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
-        since: (n,) positions.
+        document_starts: (n,) positions.
 
     Returns:
         (n, h, c), in the order of ``rows``.
@@ -152,26 +153,31 @@ def attention_among(
     if len(rows) == 0:
         return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
     # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
-    if since is not None:  # of the first chosen row of the document, its number among the rows
-        since = torch.searchsorted(rows, rows - rows % queries + since)
+    if document_starts is not None:  # of the first chosen row of the document, its number among the rows
+        document_starts = torch.searchsorted(rows, rows - rows % queries + document_starts)
     dropped = dropout is not None and dropout.probability > 0
-    if _by_triton(q) and (dropped or since is not None or queries <= AMONG_BY_TRITON):
+    if _by_triton(q) and (dropped or document_starts is not None or queries <= AMONG_BY_TRITON):
         starts = triton_attention.first_rows(rows.int(), sequences, queries)
         own = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        since = since.int() if since is not None else None
-        layout = triton_attention.Layout(starts, starts, own, queries, queries, since)
+        document_starts = document_starts.int() if document_starts is not None else None
+        layout = triton_attention.Layout(starts, starts, own, queries, queries, document_starts)
         return _by_rows(q, k, v, layout, dropout, first_head, scale)
     if q.device.type == "cpu" and not dropped:
         starts = _starts(rows, sequences, queries)
         before = torch.tensor(starts).index_select(0, rows // queries)
-        at, since = torch.arange(len(rows)) - before, since - before if since is not None else None
-        return cpu_attention.attend(q, k, v, cpu_attention.Asked(starts, at, since, starts), scale)
+        at, document_starts = (
+            torch.arange(len(rows)) - before,
+            document_starts - before if document_starts is not None else None,
+        )
+        return cpu_attention.attend(q, k, v, cpu_attention.Asked(starts, at, document_starts, starts), scale)
     packing = Packing(rows, sequences, queries)
     if dropout is not None:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    if since is not None:
-        since = packing.pack(since - packing.starts.index_select(0, rows // queries)).cummax(1).values
-    return packing.rows_of(causal_attention(*map(packing.grid, (q, k, v)), dropout, first_head, scale, since))
+    if document_starts is not None:
+        document_starts = (
+            packing.pack(document_starts - packing.starts.index_select(0, rows // queries)).cummax(1).values
+        )
+    return packing.rows_of(causal_attention(*map(packing.grid, (q, k, v)), dropout, first_head, scale, document_starts))
 
 
 def cached_attention(
@@ -242,16 +248,16 @@ def _routed_by_triton(
     dropout: KeyedDropout | None,
     first_head: int,
     scale: float | None,
-    since: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments and result as those of ``routed_attention``; keys and values are read as they lie."""
     sequences, keys = k.shape[0], k.shape[2]
     rows = rows.int()
     own = rows
-    if queries != keys or since is not None:
+    if queries != keys or document_starts is not None:
         first_key = rows // queries * keys
         own = rows % queries + (first_key + (keys - queries))
-        since = since + first_key if since is not None else None
+        document_starts = document_starts + first_key if document_starts is not None else None
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
     layout = triton_attention.Layout(
         triton_attention.first_rows(rows, sequences, queries),
@@ -259,7 +265,7 @@ def _routed_by_triton(
         own,
         queries,
         keys,
-        since.int() if since is not None else None,
+        document_starts.int() if document_starts is not None else None,
     )
     return _by_rows(q, k, v, layout, dropout, first_head, scale)
 
@@ -285,24 +291,28 @@ def masked_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     at: torch.Tensor,
-    since: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
     """On any device by ``scaled_dot_product_attention``: queries (B, h, S, c) at positions ``at`` (B, S), ascending but
-    for padding, see keys ``since`` (B, S) to ``at``; in chunks, each with a mask over the keys that it can see.
+    for padding, see keys ``document_starts`` (B, S) to ``at``; in chunks, each with a mask over the keys that it can
+    see.
 
     Returns:
         (B, h, S, c).
     """
     ats = at.split(QUERY_CHUNK, 1)
-    sinces = since.split(QUERY_CHUNK, 1) if since is not None else [torch.zeros_like(part) for part in ats]
-    bounds = torch.stack([torch.stack([s.min(), a.max() + 1]) for s, a in zip(sinces, ats, strict=True)])
+    if document_starts is None:
+        starts = [torch.zeros_like(part) for part in ats]
+    else:
+        starts = document_starts.split(QUERY_CHUNK, 1)
+    bounds = torch.stack([torch.stack([s.min(), a.max() + 1]) for s, a in zip(starts, ats, strict=True)])
     outputs = []
-    for queries, of_at, of_since, (first, end) in zip(
-        q.split(QUERY_CHUNK, 2), ats, sinces, bounds.tolist(), strict=True
+    for queries, of_at, of_start, (first, end) in zip(
+        q.split(QUERY_CHUNK, 2), ats, starts, bounds.tolist(), strict=True
     ):  # one copy to the host
         key = torch.arange(first, end, device=q.device)
-        seen = (key <= of_at[:, None, :, None]) & (key >= of_since[:, None, :, None])
+        seen = (key <= of_at[:, None, :, None]) & (key >= of_start[:, None, :, None])
         seen |= ~seen.any(-1, keepdim=True)  # padding
         outputs.append(
             F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end], attn_mask=seen, scale=scale)

@@ -30,7 +30,7 @@ def keyed_attention(
     dropout: KeyedDropout,
     first_head: int = 0,
     scale: float | None = None,
-    since: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of queries to the keys up to their own position.
 
@@ -41,7 +41,7 @@ def keyed_attention(
         dropout: with the keys (B * S,) of the queries' rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
-        since: (B, S) int64, position of the first key that each query sees; 0 if not given.
+        document_starts: (B, S) int64, position of the first key that each query sees; 0 if not given.
 
     Returns:
         (B, h, S, c). Probabilities and sums are fp32 (fp64 for fp64 input).
@@ -50,7 +50,7 @@ def keyed_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     place = dropout.probability, dropout.site, first_head
     keys = dropout.keys.view(at.shape)
-    return _KeyedAttention.apply(q, k, v, at.to(q.device), since, keys, blocks, scale, place)
+    return _KeyedAttention.apply(q, k, v, at.to(q.device), document_starts, keys, blocks, scale, place)
 
 
 class _Block(NamedTuple):
@@ -94,7 +94,7 @@ class _KeyedAttention(torch.autograd.Function):
     """Probabilities and their masks are computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, q, k, v, at, since, keys, blocks, scale, place):
+    def forward(ctx, q, k, v, at, document_starts, keys, blocks, scale, place):
         ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
         product, wide = _types(q)
         drop = _dropper(q, k, keys, *place)
@@ -102,19 +102,19 @@ class _KeyedAttention(torch.autograd.Function):
         output = torch.empty_like(q)
         scales = q.new_empty(*q.shape[:3], 1, dtype=wide)  # log-sum-exp of each row
         for block in blocks:
-            weights = _scores(block, *factors[:2], at, since, scale, wide)
+            weights = _scores(block, *factors[:2], at, document_starts, scale, wide)
             top = weights.amax(-1, keepdim=True)
             total = weights.sub_(top).exp_().sum(-1, keepdim=True)
             block.of(scales).copy_(total.log().add_(top))
             _dropped(drop, block, weights, weights)
             block.of(output).copy_((weights.to(product) @ block.seen(factors[2])) / total)
-        ctx.save_for_backward(q, k, v, at, since, keys, output, scales)
+        ctx.save_for_backward(q, k, v, at, document_starts, keys, output, scales)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        *inputs, at, since, keys, output, scales = ctx.saved_tensors
+        *inputs, at, document_starts, keys, output, scales = ctx.saved_tensors
         product, wide = _types(gradient)
         drop = _dropper(*inputs[:2], keys, *ctx.place)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
@@ -122,7 +122,7 @@ class _KeyedAttention(torch.autograd.Function):
         of_q = torch.empty_like(q, dtype=wide)
         of_k, of_v = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         for block in ctx.blocks:
-            weights = _scores(block, q, k, at, since, ctx.scale, wide).sub_(block.of(scales)).exp_()
+            weights = _scores(block, q, k, at, document_starts, ctx.scale, wide).sub_(block.of(scales)).exp_()
             dropped = _dropped(drop, block, weights, torch.empty_like(weights))
             of_output = block.of(gradient)
             block.seen(of_v).add_(dropped.to(product).mT @ of_output)
@@ -155,7 +155,7 @@ def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
     at: torch.Tensor,
-    since: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
     scale: float,
     wide: torch.dtype,
 ) -> torch.Tensor:
@@ -163,8 +163,8 @@ def _scores(
     scores = (block.of(q) @ block.seen(k).mT).to(wide).mul_(scale)
     behind = torch.arange(block.first, block.end, device=q.device) > at[block.sequences, None, block.queries, None]
     scores[..., block.first :] += torch.where(behind, -torch.inf, 0.0)
-    if since is not None:
-        before = torch.arange(block.end, device=q.device) < since[block.sequences, None, block.queries, None]
+    if document_starts is not None:
+        before = torch.arange(block.end, device=q.device) < document_starts[block.sequences, None, block.queries, None]
         scores.masked_fill_(before, -torch.inf)
     return scores
 

@@ -12,7 +12,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
-from megachiar.model.batch_layout import Grid, dropout_of
+from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import Choice
 from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
@@ -46,14 +46,19 @@ class SelfAttention(nn.Module):
         self.norm = RowNorm(d, config.norm_epsilon, group)
 
     def forward(
-        self, x: torch.Tensor, chosen: torch.Tensor, choice: Choice | None, grid: Grid, cache: LayerCache | None
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        choice: Choice | None,
+        layout: BatchLayout,
+        cache: LayerCache | None,
     ) -> torch.Tensor:
         """
         Args:
             x: this rank's rows (N, d), or a block of them with sequence parallelism.
             chosen: those of them (n, d) that take this operator.
             choice: which they are; None if they are all.
-            grid: how the rows lie.
+            layout: of the rows.
             cache: of earlier positions, extended by these.
 
         Returns:
@@ -61,32 +66,42 @@ class SelfAttention(nn.Module):
         """
         rows = choice.rows if choice is not None else None
         if rows is not None and self.keys_are_chosen:
-            mixed = self._among(chosen, choice, grid, cache)
+            mixed = self._among(chosen, choice, layout, cache)
         else:
-            mixed = self._to_all(x, chosen, rows, grid, cache)
+            mixed = self._to_all(x, chosen, rows, layout, cache)
         change = self.output(mixed.flatten(-2), choice.counts if choice is not None else None)
         return residual_norm(chosen, change, None if self.pre else self.norm)
 
     def _to_all(
-        self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid, cache: LayerCache | None
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        rows: torch.Tensor | None,
+        layout: BatchLayout,
+        cache: LayerCache | None,
     ) -> torch.Tensor:
         """Chosen rows to all of their sequence: (n, h, c)."""
-        q, kv = self._project(x, chosen, rows, grid)
-        cos, sin = self._table(grid, x)
+        q, kv = self._project(x, chosen, rows, layout)
+        cos, sin = self._table(layout, x)
         k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos[:, None], sin[:, None]))  # (B, h, S, c)
         if cache is not None:
             k, v = cache.extend(k, v)
         if rows is None:
-            q = rotate(q.unflatten(0, (grid.sequences, grid.length)), cos[:, None], sin[:, None]).transpose(1, 2)
-            mixed = causal_attention(q, k, v, self._dropout(grid, None), self.first_head, since=grid.since)
+            q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos[:, None], sin[:, None]).transpose(1, 2)
+            mixed = causal_attention(
+                q, k, v, self._dropout(layout, None), self.first_head, document_starts=layout.document_starts
+            )
             return mixed.transpose(1, 2).flatten(0, 1)
-        at = rows % grid.length
+        at = rows % layout.length
         q = rotate(q, cos[at][:, None], sin[at][:, None])
         return routed_attention(
-            *(q, k, v, rows, grid.length, self._dropout(grid, rows), self.first_head), since=grid.since_of(rows)
+            *(q, k, v, rows, layout.length, self._dropout(layout, rows), self.first_head),
+            document_starts=layout.document_starts_of(rows),
         )
 
-    def _among(self, chosen: torch.Tensor, choice: Choice, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+    def _among(
+        self, chosen: torch.Tensor, choice: Choice, layout: BatchLayout, cache: LayerCache | None
+    ) -> torch.Tensor:
         """Chosen rows to the chosen rows of their sequence: (n, h, c)."""
         rows = choice.rows
         normed = self.norm(chosen) if self.pre else chosen
@@ -94,18 +109,18 @@ class SelfAttention(nn.Module):
             q, kv = query_key_value_of_chosen(normed, choice.counts, self.query, self.key_value)
         else:
             q, kv = self.query(normed), self.key_value(normed)
-        at = rows % grid.length
-        cos, sin = (table[at][:, None] for table in self._table(grid, chosen))
+        at = rows % layout.length
+        cos, sin = (table[at][:, None] for table in self._table(layout, chosen))
         q = rotate(q.unflatten(-1, (self.heads, self.head_size)), cos, sin)
         k, v = keys_and_values(kv.unflatten(-1, (2, self.heads, self.head_size)), cos, sin)
         if cache is None:
             return attention_among(
-                *(q, k, v, rows, grid.sequences, grid.length, self._dropout(grid, rows), self.first_head),
-                since=grid.since_of(rows),
+                *(q, k, v, rows, layout.sequences, layout.length, self._dropout(layout, rows), self.first_head),
+                document_starts=layout.document_starts_of(rows),
             )
         if len(rows) == 0:  # nothing to ask, nothing to remember
             return q
-        packing, at = Packing(rows, grid.sequences, grid.length), at + grid.past
+        packing, at = Packing(rows, layout.sequences, layout.length), at + layout.cache_length
         q, k, v = (packing.pack(y).transpose(1, 2) for y in (q, k, v))
         k, v, keys_at = cache.extend_at(k, v, packing.pack(at, padding=NEVER_SEEN))
         mixed = cached_attention(q, k, v, packing.pack(at), keys_at)
@@ -117,7 +132,7 @@ class SelfAttention(nn.Module):
         return self.group.rank * self.heads
 
     def _project(
-        self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, grid: Grid
+        self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (n, h, c), keys and values (B, S, 2, h, c)."""
         keys_from = self.norm(x) if self.pre else x
@@ -127,17 +142,17 @@ class SelfAttention(nn.Module):
             source = Chosen(keys_from, rows) if rows is not None else None
             queries_from = chosen if not self.pre else keys_from if rows is None else keys_from.index_select(0, rows)
             q, kv = self.query(queries_from, source), self.key_value(keys_from)
-        kv = kv.view(grid.sequences, grid.length, 2, self.heads, self.head_size)
+        kv = kv.view(layout.sequences, layout.length, 2, self.heads, self.head_size)
         return q.unflatten(-1, (self.heads, self.head_size)), kv
 
-    def _dropout(self, grid: Grid, rows: torch.Tensor | None):
-        if not (self.training and self.dropout and grid.keys is not None):
+    def _dropout(self, layout: BatchLayout, rows: torch.Tensor | None):
+        if not (self.training and self.dropout and layout.dropout_keys is not None):
             return None
-        keys = grid.keys.whole if rows is None else grid.keys.whole.index_select(0, rows)
+        keys = layout.dropout_keys.whole if rows is None else layout.dropout_keys.whole.index_select(0, rows)
         return dropout_of(self.dropout, keys, self.layer, 0)
 
-    def _table(self, grid: Grid, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (S, c) of this pass's positions."""
-        length = max(self.longest, grid.past + grid.length)
-        cos, sin = rotary_table(length, self.head_size, self.rope_base, x.device, x.dtype)
-        return cos[grid.past : grid.past + grid.length], sin[grid.past : grid.past + grid.length]
+        end = layout.cache_length + layout.length
+        cos, sin = rotary_table(max(self.longest, end), self.head_size, self.rope_base, x.device, x.dtype)
+        return cos[layout.cache_length : end], sin[layout.cache_length : end]

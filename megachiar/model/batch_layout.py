@@ -23,59 +23,62 @@ class RowKeys(NamedTuple):
     own: torch.Tensor
 
 
-class Grid(NamedTuple):
-    """Row ``b * length + t`` is the token at position ``past + t`` of sequence ``b``.
+class BatchLayout(NamedTuple):
+    """Row ``b * length + t`` is the token at position ``cache_length + t`` of sequence ``b``.
 
     With sequence parallelism each rank of the tensor group has a block of N / p consecutive rows.
 
     Attributes:
         sequences: B.
         length: tokens of each sequence in this pass.
-        past: positions before them that a decoding cache holds.
+        cache_length: positions before them that a decoding cache holds.
         group: the ranks that share the rows or the layers.
-        keys: of the rows' dropout; None where there is none.
-        since: (B, T) position at which each token's document begins; None where a sequence is one document.
+        dropout_keys: of the rows; None where there is no dropout.
+        document_starts: (B, T) position at which each token's document begins; None where a sequence is one document.
     """
 
     sequences: int
     length: int
-    past: int = 0
+    cache_length: int = 0
     group: TensorGroup = ALONE
-    keys: RowKeys | None = None
-    since: torch.Tensor | None = None
+    dropout_keys: RowKeys | None = None
+    document_starts: torch.Tensor | None = None
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """N, of all ranks together."""
         return self.sequences * self.length
 
     @property
-    def own(self) -> slice:
+    def local_slice(self) -> slice:
         """This rank's rows among all."""
         if not self.group.shards_rows:
-            return slice(0, self.rows)
-        block = self.rows // self.group.size
+            return slice(0, self.num_rows)
+        block = self.num_rows // self.group.size
         return slice(self.group.rank * block, (self.group.rank + 1) * block)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position (length,) of each token within its sequence."""
-        return torch.arange(self.past, self.past + self.length, device=device)
+        return torch.arange(self.cache_length, self.cache_length + self.length, device=device)
 
-    def own_positions(self, device: torch.device) -> torch.Tensor:
+    def local_positions(self, device: torch.device) -> torch.Tensor:
         """Position of each of this rank's rows within its sequence."""
-        return self.past + torch.arange(self.own.start, self.own.stop, device=device) % self.length
+        local = self.local_slice
+        return self.cache_length + torch.arange(local.start, local.stop, device=device) % self.length
 
-    def since_of(self, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """``since`` (n,) of rows by their numbers among all; (B, T) of all without."""
-        return self.since if self.since is None or rows is None else self.since.flatten().index_select(0, rows)
+    def document_starts_of(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """``document_starts`` (n,) of rows by their numbers among all; (B, T) of all without."""
+        if self.document_starts is None or rows is None:
+            return self.document_starts
+        return self.document_starts.flatten().index_select(0, rows)
 
-    def keyed(self, seed: int, samples: torch.Tensor) -> Grid:
+    def with_dropout_keys(self, seed: int, samples: torch.Tensor) -> BatchLayout:
         """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
         whole = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
-        return self._replace(keys=RowKeys(whole, whole[self.own]))
+        return self._replace(dropout_keys=RowKeys(whole, whole[self.local_slice]))
 
 
-def document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
+def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
     """Position (B, T) at which each token's document begins; a document ends with the token ``end``, inclusive."""
     opens = F.pad(tokens[:, :-1] == end, (1, 0))
     return (opens * torch.arange(tokens.shape[1], device=tokens.device)).cummax(1).values

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.parallel.collectives import all_gather, first_rank_says
 
 
@@ -43,25 +43,25 @@ class Sorted:
     sizes: list[int]
 
 
-def agree(operator: torch.Tensor, grid: Grid) -> torch.Tensor:
+def agree(operator: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     """The routes (N,) of all rows, the same on every rank, from this rank's (m,) int64: one byte a row is sent.
 
     Sharded rows are decided by their owner. Rows that every rank has are decided by the first one: a rounding that
     differs between machines must not send a token two ways.
     """
-    if grid.group.size == 1:
+    if layout.group.size == 1:
         return operator
     said = operator.to(torch.uint8)
-    said = all_gather(said, grid.group) if grid.group.sequence else first_rank_says(said, grid.group)
+    said = all_gather(said, layout.group) if layout.group.sequence else first_rank_says(said, layout.group)
     return said.long()
 
 
-def sort_rows(operator: torch.Tensor, operators: int, grid: Grid) -> Sorted:
+def sort_rows(operator: torch.Tensor, operators: int, layout: BatchLayout) -> Sorted:
     """Sort by the routes (N,) of all rows. How many each operator has is what the host waits for, once a layer."""
-    if not grid.group.shards_rows:
+    if not layout.group.shards_rows:
         found = [torch.nonzero(operator == o).flatten() for o in reversed(range(operators))]
         return Sorted(torch.cat(found), [Choice(rows, None, rows) for rows in found], [len(rows) for rows in found])
-    by_rank, me = operator.view(grid.group.size, -1), grid.group.rank
+    by_rank, me = operator.view(layout.group.size, -1), layout.group.rank
     order = torch.argsort(by_rank[me], descending=True, stable=True)
     counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()  # the one copy to host
     sizes = [of_operator[me] for of_operator in counts]

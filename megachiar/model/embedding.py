@@ -9,7 +9,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megachiar.kernels.dropout import dropout
-from megachiar.model.batch_layout import Grid, dropout_of
+from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.parallel.collectives import all_gather, enter, leave
 from megachiar.parallel.loss import VocabularyShard
 from megachiar.parallel.shard import Shard, sharded
@@ -27,18 +27,18 @@ class TiedEmbedding(nn.Module):
         self.part = VocabularyShard(group, len(self.weight)) if group.size > 1 else None
 
     def forward(
-        self, x: torch.Tensor, targets: torch.Tensor | None = None, grid: Grid | None = None
+        self, x: torch.Tensor, targets: torch.Tensor | None = None, layout: BatchLayout | None = None
     ) -> torch.Tensor | CrossEntropy:
         """Integer tokens (N,) to rows (m, d); rows (m, d) to logits (N, V), or with targets (N,) to losses."""
         if not x.is_floating_point():
-            return self._embed(x, grid)
+            return self._embed(x, layout)
         return self._logits(x) if targets is None else self.loss(x, self.weight, targets)
 
     def loss(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
         """Losses of rows (m, d) against targets (N,); ``weight`` is this module's, however it came here."""
         return linear_cross_entropy(enter(x, self.group), weight, targets, self.part)
 
-    def _embed(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         if self.part is None:
             rows = F.embedding(tokens, self.weight)
         else:
@@ -46,9 +46,9 @@ class TiedEmbedding(nn.Module):
             elsewhere = (ids < 0) | (ids >= len(self.weight))
             rows = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)
             rows = leave(rows, self.group)
-        if not (self.training and self.dropout and grid.keys is not None):
+        if not (self.training and self.dropout and layout.dropout_keys is not None):
             return rows
-        return dropout(rows, dropout_of(self.dropout, grid.keys.own, -1, 0))
+        return dropout(rows, dropout_of(self.dropout, layout.dropout_keys.own, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """For reading alone: no gradient flows back over ranks."""

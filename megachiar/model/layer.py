@@ -15,7 +15,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.permute import join_rows, part_rows
 from megachiar.model.attention import SelfAttention
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.dct_mixing import DctMixing
 from megachiar.model.dispatch import Choice, agree, sort_rows
 from megachiar.model.feed_forward import FeedForward
@@ -61,17 +61,19 @@ class FixedLayer(nn.Module):
         self.operator = SelfAttention(config, index, group) if self.is_attention else DctMixing(config, group)
         self.feed_forward = FeedForward(config, index, group)
 
-    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None) -> LayerOutput:
+    def forward(
+        self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
+    ) -> LayerOutput:
         if self.is_attention:
-            y = self.operator(x, x, None, grid, cache and cache.layer(f"{self.name}.attention"))
+            y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
         else:
             y = self.operator(x)
-        rows = self.feed_forward(y, grid.keys)
+        rows = self.feed_forward(y, layout.dropout_keys)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
         mean_gate = nan
         if self.meta_router is not None:
-            gate = self.meta_router(x, grid, cache and cache.layer(f"{self.name}.meta_router"))
+            gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
             rows, mean_gate = gate * rows + (1 - gate) * x, gate.detach().float().mean()
         return LayerOutput(rows, None, share, zero, nan, mean_gate)
 
@@ -90,13 +92,15 @@ class RoutedLayer(nn.Module):
             self.rbf = RbfMixing(config, index, group)
         self.feed_forward = FeedForward(config, index, group)
 
-    def forward(self, x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None) -> LayerOutput:
-        decision = self.router(x, grid)
+    def forward(
+        self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
+    ) -> LayerOutput:
+        decision = self.router(x, layout)
         if self.router.kind == "soft":
-            rows = self.feed_forward(self._blend(x, decision, grid, cache), grid.keys)
+            rows = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
             use = decision.gates.detach().mean(0)
         else:
-            rows, use = self._route(x, decision, grid, cache, routes)
+            rows, use = self._route(x, decision, layout, cache, routes)
         share = dict(zip(self.names, use.float(), strict=True))
         regulariser = None
         if decision.utilisation is not None:
@@ -106,34 +110,41 @@ class RoutedLayer(nn.Module):
         return LayerOutput(rows, regulariser, share["attention"], rbf, entropy, torch.full_like(zero, torch.nan))
 
     def _route(
-        self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None, routes: Routes | None
+        self,
+        x: torch.Tensor,
+        decision: Decision,
+        layout: BatchLayout,
+        cache: DecodingCache | None,
+        routes: Routes | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (m, d) after both sub-layers, each row through its own operator, and the operators' shares (O,)."""
         operator = routes.get(self.name) if routes is not None else None
         if operator is None:
-            operator = agree(decision.operator, grid)
+            operator = agree(decision.operator, layout)
             if routes is not None:
                 routes[self.name] = operator
-        by = sort_rows(operator, len(self.names), grid)
+        by = sort_rows(operator, len(self.names), layout)
         parts = part_rows(x, by.order, by.sizes)
         results = [
-            self._operate(name, x, chosen, choice, decision.spectrum, grid, cache)
+            self._operate(name, x, chosen, choice, decision.spectrum, layout, cache)
             for name, chosen, choice in zip(reversed(self.names), parts, by.choices, strict=True)
         ]
         y = join_rows(results, by.order)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
-            gate = decision.gates.gather(-1, operator[grid.own, None]).to(y.dtype)
+            gate = decision.gates.gather(-1, operator[layout.local_slice, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
         shares = (size / len(x) for size in reversed(by.sizes))
         use = torch.stack([torch.full((), share, dtype=torch.float32, device=x.device) for share in shares])
-        return self.feed_forward(y, grid.keys), use
+        return self.feed_forward(y, layout.dropout_keys), use
 
-    def _blend(self, x: torch.Tensor, decision: Decision, grid: Grid, cache: DecodingCache | None) -> torch.Tensor:
+    def _blend(
+        self, x: torch.Tensor, decision: Decision, layout: BatchLayout, cache: DecodingCache | None
+    ) -> torch.Tensor:
         """soft: every operator for every row, weighted by the gates."""
         own = torch.arange(len(x), device=x.device)
-        everything = Choice(torch.arange(grid.rows, device=x.device), None, own)
-        results = [self._operate(name, x, x, everything, decision.spectrum, grid, cache) for name in self.names]
+        everything = Choice(torch.arange(layout.num_rows, device=x.device), None, own)
+        results = [self._operate(name, x, x, everything, decision.spectrum, layout, cache) for name in self.names]
         gates = decision.gates.to(x.dtype)
         return sum(gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
 
@@ -144,11 +155,11 @@ class RoutedLayer(nn.Module):
         chosen: torch.Tensor,
         choice: Choice,
         spectrum: torch.Tensor | None,
-        grid: Grid,
+        layout: BatchLayout,
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
         if name == "dct":
             return self.dct(chosen, spectrum.index_select(0, choice.own) if spectrum is not None else None)
         operator = self.attention if name == "attention" else self.rbf
-        return operator(x, chosen, choice, grid, cache and cache.layer(f"{self.name}.{name}"))
+        return operator(x, chosen, choice, layout, cache and cache.layer(f"{self.name}.{name}"))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
 from megachiar.topology import TensorGroup
@@ -46,7 +46,7 @@ def build_layer(config: ModelConfig, index: int, group: TensorGroup) -> nn.Modul
 
 
 def run_layers(
-    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, interval: int | None
+    layers: Sequence[nn.Module], x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, interval: int | None
 ) -> tuple[torch.Tensor, list[LayerOutput]]:
     """Rows after ``layers``, and what each reported.
 
@@ -54,21 +54,25 @@ def run_layers(
     pass: with the routes that were taken, and with the same dropout, since that is keyed.
     """
     if interval is None or not torch.is_grad_enabled():
-        return _run(layers, x, grid, cache, None)
+        return _run(layers, x, layout, cache, None)
     outputs: list[LayerOutput] = []
     for start in range(0, len(layers), interval):
         part, routes = layers[start : start + interval], Routes()
-        x, reported = checkpoint(_run, part, x, grid, cache, routes, use_reentrant=False, preserve_rng_state=False)
+        x, reported = checkpoint(_run, part, x, layout, cache, routes, use_reentrant=False, preserve_rng_state=False)
         outputs += reported
     return x, outputs
 
 
 def _run(
-    layers: Sequence[nn.Module], x: torch.Tensor, grid: Grid, cache: DecodingCache | None, routes: Routes | None
+    layers: Sequence[nn.Module],
+    x: torch.Tensor,
+    layout: BatchLayout,
+    cache: DecodingCache | None,
+    routes: Routes | None,
 ) -> tuple[torch.Tensor, list[LayerOutput]]:
     outputs = []
     for layer in layers:
-        output = layer(x, grid, cache, routes)
+        output = layer(x, layout, cache, routes)
         x = output.rows
         outputs.append(output._replace(rows=None))
     return x, outputs

@@ -9,7 +9,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.errors import UserError
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import LayerCache
 from megachiar.parallel.collectives import gather_rows
 from megachiar.parallel.linear import SharedLinear
@@ -30,17 +30,17 @@ class MetaRouter(nn.Module):
         self.pool, self.group = config.meta_router.pool, group
         self.gate = SharedLinear(config.hidden_size, 1, group)
 
-    def forward(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
         """Gate (m, 1) of this rank's rows x (m, d), or (1, 1) for all of them with ``pool: batch``.
 
         Raises:
             UserError: incremental decoding with ``pool: batch``, whose mean would need the tokens to come.
         """
         wide = x if x.dtype == torch.float64 else x.float()
-        mean = self._of_batch(wide, grid, cache) if self.pool == "batch" else self._of_prefix(wide, grid, cache)
+        mean = self._of_batch(wide, layout, cache) if self.pool == "batch" else self._of_prefix(wide, layout, cache)
         return torch.sigmoid(self.gate(mean.to(x.dtype)))
 
-    def _of_batch(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+    def _of_batch(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
         if cache is not None:
             raise UserError(
                 "model.meta_router.pool",
@@ -50,39 +50,40 @@ class MetaRouter(nn.Module):
         total = x.sum(0, keepdim=True)
         if self.group.shards_rows:  # (p, d) of the ranks' sums: their gradients come back from all ranks
             total = gather_rows(total, self.group).sum(0, keepdim=True)
-        return total / grid.rows
+        return total / layout.num_rows
 
-    def _of_prefix(self, x: torch.Tensor, grid: Grid, cache: LayerCache | None) -> torch.Tensor:
+    def _of_prefix(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
         if self.group.shards_rows:
-            total = self._sharded_prefix_sum(x, grid)
+            total = self._sharded_prefix_sum(x, layout)
         else:
-            total = x.view(grid.sequences, grid.length, -1).cumsum(1)
+            total = x.view(layout.sequences, layout.length, -1).cumsum(1)
             if cache is not None:
                 total = total if cache.total is None else total + cache.total[:, None]
                 cache.total = total[:, -1]
             total = total.flatten(0, 1)
-        position = grid.own_positions(x.device)
-        if grid.since is None:
+        position = layout.local_positions(x.device)
+        if layout.document_starts is None:
             return total / (position[:, None] + 1)
-        since = grid.since.flatten()[grid.own]
+        local = layout.local_slice
+        start = layout.document_starts.flatten()[local]
         whole = gather_rows(total, self.group) if self.group.shards_rows else total
-        last_before = torch.arange(grid.own.start, grid.own.stop, device=x.device) - position + since - 1
-        before = whole.index_select(0, last_before.clamp_min(0)).masked_fill((since == 0)[:, None], 0)
-        return (total - before) / (position - since + 1)[:, None]
+        last_before = torch.arange(local.start, local.stop, device=x.device) - position + start - 1
+        before = whole.index_select(0, last_before.clamp_min(0)).masked_fill((start == 0)[:, None], 0)
+        return (total - before) / (position - start + 1)[:, None]
 
-    def _sharded_prefix_sum(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def _sharded_prefix_sum(self, x: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Sums (m, d) over the prefix of each row's own sequence, where earlier ranks may have its beginning.
 
         rank 0    a a a b b b | rank 1    b b b b c c      tail of rank 0: its rows of b, which go before rank 1's
         """
-        first, block = grid.own.start, grid.rows // self.group.size
+        first, block = layout.local_slice.start, layout.num_rows // self.group.size
         # Rows of one sequence make one run; cumulate each by itself.
-        edges = list(range(-(-first // grid.length) * grid.length, first + block, grid.length))
+        edges = list(range(-(-first // layout.length) * layout.length, first + block, layout.length))
         starts = sorted({first, *edges}) + [first + block]
         sums = [x[a - first : b - first].cumsum(0) for a, b in pairwise(starts)]
         tails = gather_rows(sums[-1][-1:], self.group)  # (p, d): sum of each rank's rows of the last sequence it has
-        last_sequence = [(rank * block + block - 1) // grid.length for rank in range(self.group.size)]
-        before = [rank for rank in range(self.group.rank) if last_sequence[rank] == first // grid.length]
+        last_sequence = [(rank * block + block - 1) // layout.length for rank in range(self.group.size)]
+        before = [rank for rank in range(self.group.rank) if last_sequence[rank] == first // layout.length]
         # Every rank uses all tails, if only with weight 0: the gradient's reduction is for all ranks.
         weights = torch.zeros(self.group.size, dtype=x.dtype, device=x.device)
         weights[before] = 1

@@ -15,7 +15,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import uniform_hash
 from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
-from megachiar.model.batch_layout import Grid
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.parallel.collectives import sum_over_ranks
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup
@@ -66,7 +66,7 @@ class Router(nn.Module):
             return (below - router.rbf_share, below) if three else (below,)
         return ()
 
-    def forward(self, x: torch.Tensor, grid: Grid) -> Decision:
+    def forward(self, x: torch.Tensor, layout: BatchLayout) -> Decision:
         spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
         gates = utilisation = None
         if self.kind == "threshold":
@@ -74,7 +74,7 @@ class Router(nn.Module):
             if self.regularised:
                 utilisation = self._soft_thresholds(self._differentiable_entropy(x))
         elif self.kind == "random":
-            operator = self._by_bounds(self._hash(grid, x.device))
+            operator = self._by_bounds(self._hash(layout, x.device))
         else:
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
             gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(entropy.dtype), -1)
@@ -101,10 +101,10 @@ class Router(nn.Module):
         edges = [torch.ones_like(above[0]), *above, torch.zeros_like(above[0])]
         return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
 
-    def _hash(self, grid: Grid, device: torch.device) -> torch.Tensor:
+    def _hash(self, layout: BatchLayout, device: torch.device) -> torch.Tensor:
         """A number in [0, 1) for each of this rank's rows, fp64: a function of seed, layer and position alone."""
         key = (self.seed * 1_000_003 + self.layer) * 0x9E3779B97F4A7C15 % 2**62
-        return uniform_hash(grid.own_positions(device) + key)
+        return uniform_hash(layout.local_positions(device) + key)
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.batch_layout import Grid, document_starts
+from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
@@ -80,17 +80,17 @@ class ChiarFormer(nn.Module):
             samples: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
             cache: of earlier positions; it is extended by these. All of them are of one document.
         """
-        grid = Grid(*tokens.shape, past=cache.length if cache is not None else 0, group=self.group)
+        layout = BatchLayout(*tokens.shape, cache_length=cache.length if cache is not None else 0, group=self.group)
         if self.document_end is not None and cache is None:
-            grid = grid._replace(since=document_starts(tokens, self.document_end))
+            layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
             if samples is None:
                 samples = torch.arange(len(tokens), device=tokens.device)
-            grid = grid.keyed(self.seed, samples)
-        x = self.embedding(tokens.flatten(), grid=grid)  # (m, d)
-        x, outputs = run_layers(self.layers, x, grid, cache, self.checkpoint_interval if self.training else None)
+            layout = layout.with_dropout_keys(self.seed, samples)
+        x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
+        x, outputs = run_layers(self.layers, x, layout, cache, self.checkpoint_interval if self.training else None)
         if cache is not None:
-            cache.length += grid.length
+            cache.length += layout.length
         added = [output.regulariser for output in outputs if output.regulariser is not None]
         regulariser = sum(added) if added else torch.zeros((), dtype=torch.float32, device=x.device)
         report = statistics(outputs)

@@ -30,18 +30,18 @@ def dense_oracle(
     scale: float | None = None,
     stays: torch.Tensor | None = None,
     rate: float = 0.0,
-    since: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every query (B, h, S, c) at the newest S of T positions against every key, later ones masked, and those before
-    ``since`` (B, S).
+    ``document_starts`` (B, S).
 
     ``stays`` (B, h, S, T): probabilities that dropout at this rate leaves.
     """
     queries, keys = q.shape[2], k.shape[2]
     products = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    if since is not None:
-        later = later | (torch.arange(keys) < since[:, None, :, None])
+    if document_starts is not None:
+        later = later | (torch.arange(keys) < document_starts[:, None, :, None])
     probabilities = products.masked_fill(later, -math.inf).softmax(-1)
     return (probabilities if stays is None else probabilities * stays / (1 - rate)) @ v
 
@@ -427,24 +427,26 @@ def documents(sequences: int, length: int) -> torch.Tensor:
 def test_attention_keeps_to_documents(way, length, choice, dropped):
     """Of all rows, of chosen ones to all, and of chosen ones to each other."""
     sequences = 3
-    tensors, since = inputs(sequences, length, length), documents(sequences, length)
+    tensors, document_starts = inputs(sequences, length, length), documents(sequences, length)
     rows = chosen_rows(choice, sequences, length)
     how, stays = (keyed(sequences, length), masks(sequences, length, length)) if dropped else (None, None)
 
     def expected() -> torch.Tensor:
-        return dense_oracle(*tensors, None, stays, RATE, since)
+        return dense_oracle(*tensors, None, stays, RATE, document_starts)
 
-    assert_same(causal_attention(*tensors, how, since=since), expected(), tensors)
-    of_rows = since.flatten()[rows]
+    assert_same(causal_attention(*tensors, how, document_starts=document_starts), expected(), tensors)
+    of_rows = document_starts.flatten()[rows]
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = routed_attention(q, *tensors[1:], rows, length, how and how.select(rows), since=of_rows)
+    got = routed_attention(q, *tensors[1:], rows, length, how and how.select(rows), document_starts=of_rows)
     assert_same(got, expected().transpose(1, 2).flatten(0, 1)[rows], tensors)
     if dropped:  # its columns are numbered as they lie packed
         return
     chosen = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | (torch.arange(length) < since[:, None, :, None])
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | (
+        torch.arange(length) < document_starts[:, None, :, None]
+    )
     products = (tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)).masked_fill(hidden | ~chosen, -1e300)
     among = (products.softmax(-1) @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = attention_among(q, k, v, rows, sequences, length, since=of_rows)
+    got = attention_among(q, k, v, rows, sequences, length, document_starts=of_rows)
     assert_same(got, among, tensors)

@@ -13,7 +13,7 @@ from support import pretrain, small_config, write_config, write_tokens
 from megachiar.config import load_config
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate, last_document
-from megachiar.model.batch_layout import document_starts
+from megachiar.model.batch_layout import find_document_starts
 
 END = 3
 CASES = {
@@ -39,11 +39,11 @@ def packed_documents() -> torch.Tensor:
 
 
 def test_a_document_begins_after_the_token_that_ends_the_one_before():
-    starts = document_starts(packed_documents(), END)
+    starts = find_document_starts(packed_documents(), END)
     assert starts[0].tolist() == [0] * 4 + [4] * 3 + [7] + [8] * 6
     assert starts[1].tolist() == [0] * 14
     ends = torch.full((1, 3), END)
-    assert document_starts(ends, END).tolist() == [[0, 1, 2]]
+    assert find_document_starts(ends, END).tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("norm", ("post", "pre"))

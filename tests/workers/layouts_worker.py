@@ -127,11 +127,11 @@ class Routes:
         layer.register_forward_pre_hook(before)
         layer.router.register_forward_hook(after)
 
-    def _place(self, seen: int, grid) -> slice:
+    def _place(self, seen: int, layout) -> slice:
         """Where this rank's rows of its micro-batch number ``seen`` stand among all tokens of their step."""
         micro = self.config.training.micro_batch_size
-        first = (seen % self.accumulation * self.topology.data_size + self.topology.data_rank) * micro * grid.length
-        return slice(first + grid.own.start, first + grid.own.stop)
+        first = (seen % self.accumulation * self.topology.data_size + self.topology.data_rank) * micro * layout.length
+        return slice(first + layout.local_slice.start, first + layout.local_slice.stop)
 
     def of_all(self) -> tuple[np.ndarray, np.ndarray]:
         """Of all ranks, (steps, routed layers, tokens of a step) in the order of the data."""
