@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
     def _dropout(self, layout: BatchLayout, rows: torch.Tensor | None):
         if not (self.training and self.dropout and layout.dropout_keys is not None):
             return None
-        keys = layout.dropout_keys.whole if rows is None else layout.dropout_keys.whole.index_select(0, rows)
+        keys = layout.dropout_keys.all_rows if rows is None else layout.dropout_keys.all_rows.index_select(0, rows)
         return dropout_of(self.dropout, keys, self.layer, 0)
 
     def _table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

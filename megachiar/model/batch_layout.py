@@ -11,16 +11,16 @@ from megachiar.kernels.dropout import KeyedDropout, row_keys
 from megachiar.topology import ALONE, TensorGroup
 
 
-class RowKeys(NamedTuple):
-    """What keys the dropout of rows: int64 numbers, one a row.
+class DropoutKeys(NamedTuple):
+    """Keys of the rows' dropout masks: int64 numbers, one a row.
 
     Attributes:
-        whole: (N,) of all rows, as they lie between column- and row-parallel products.
-        own: (N / p,) of this rank's rows with sequence parallelism; ``whole`` without.
+        all_rows: (N,) of all rows, as they lie between column- and row-parallel products.
+        local_rows: (N / p,) of this rank's rows with sequence parallelism; ``all_rows`` without.
     """
 
-    whole: torch.Tensor
-    own: torch.Tensor
+    all_rows: torch.Tensor
+    local_rows: torch.Tensor
 
 
 class BatchLayout(NamedTuple):
@@ -41,7 +41,7 @@ class BatchLayout(NamedTuple):
     length: int
     cache_length: int = 0
     group: TensorGroup = ALONE
-    dropout_keys: RowKeys | None = None
+    dropout_keys: DropoutKeys | None = None
     document_starts: torch.Tensor | None = None
 
     @property
@@ -74,8 +74,8 @@ class BatchLayout(NamedTuple):
 
     def with_dropout_keys(self, seed: int, samples: torch.Tensor) -> BatchLayout:
         """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
-        whole = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
-        return self._replace(dropout_keys=RowKeys(whole, whole[self.local_slice]))
+        all_rows = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
+        return self._replace(dropout_keys=DropoutKeys(all_rows, all_rows[self.local_slice]))
 
 
 def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class TiedEmbedding(nn.Module):
             rows = leave(rows, self.group)
         if not (self.training and self.dropout and layout.dropout_keys is not None):
             return rows
-        return dropout(rows, dropout_of(self.dropout, layout.dropout_keys.own, -1, 0))
+        return dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """For reading alone: no gradient flows back over ranks."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.dropout import dropout
-from megachiar.model.batch_layout import RowKeys, dropout_of
+from megachiar.model.batch_layout import DropoutKeys, dropout_of
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megachiar.topology import TensorGroup
@@ -25,12 +25,12 @@ class FeedForward(nn.Module):
         self.first_feature = group.rank * (config.ffn_size // group.size)
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
-    def forward(self, y: torch.Tensor, keys: RowKeys | None) -> torch.Tensor:
+    def forward(self, y: torch.Tensor, keys: DropoutKeys | None) -> torch.Tensor:
         """Rows (n, d) to rows (n, d); ``keys`` of their dropout."""
         inner = inner_dropout = outer_dropout = None
         if self.training and self.dropout and keys is not None:
-            inner_dropout = dropout_of(self.dropout, keys.whole, self.layer, 2)
-            outer_dropout = dropout_of(self.dropout, keys.own, self.layer, 3)
+            inner_dropout = dropout_of(self.dropout, keys.all_rows, self.layer, 2)
+            outer_dropout = dropout_of(self.dropout, keys.local_rows, self.layer, 3)
         inner = dropout(F.gelu(self.up(self.norm(y) if self.pre else y)), inner_dropout, self.first_feature)
         change = dropout(self.down(inner), outer_dropout)
         return residual_norm(y, change, None if self.pre else self.norm)

@@ -51,7 +51,7 @@ class RbfMixing(nn.Module):
         rows = choice.own + layout.local_slice.start
         dropout = None
         if self.training and self.dropout and layout.dropout_keys is not None:
-            dropout = dropout_of(self.dropout, layout.dropout_keys.whole.index_select(0, rows), self.layer, 1)
+            dropout = dropout_of(self.dropout, layout.dropout_keys.all_rows.index_select(0, rows), self.layer, 1)
         queries = phi.index_select(0, choice.own)[:, None]
         starts = layout.document_starts_of(rows)
         mixed = routed_attention(queries, keys, values, rows, layout.length, dropout, scale=1.0, document_starts=starts)
