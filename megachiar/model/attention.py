@@ -13,7 +13,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 from megachiar.model.batch_layout import BatchLayout, dropout_of
-from megachiar.model.dispatch import Choice
+from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import (
@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
         self,
         x: torch.Tensor,
         chosen: torch.Tensor,
-        choice: Choice | None,
+        operator_tokens: OperatorTokens | None,
         layout: BatchLayout,
         cache: LayerCache | None,
     ) -> torch.Tensor:
@@ -57,19 +57,21 @@ class SelfAttention(nn.Module):
         Args:
             x: this rank's rows (N, d), or a block of them with sequence parallelism.
             chosen: those of them (n, d) that take this operator.
-            choice: which they are; None if they are all.
+            operator_tokens: which they are; None if they are all.
             layout: of the rows.
             cache: of earlier positions, extended by these.
 
         Returns:
             As ``chosen``: the sub-layer's result for these rows, residual and norm included.
         """
-        rows = choice.rows if choice is not None else None
+        rows = operator_tokens.indices if operator_tokens is not None else None
         if rows is not None and self.keys_are_chosen:
-            mixed = self._among(chosen, choice, layout, cache)
+            mixed = self._among(chosen, operator_tokens, layout, cache)
         else:
             mixed = self._to_all(x, chosen, rows, layout, cache)
-        change = self.output(mixed.flatten(-2), choice.counts if choice is not None else None)
+        change = self.output(
+            mixed.flatten(-2), operator_tokens.counts_per_rank if operator_tokens is not None else None
+        )
         return residual_norm(chosen, change, None if self.pre else self.norm)
 
     def _to_all(
@@ -100,13 +102,13 @@ class SelfAttention(nn.Module):
         )
 
     def _among(
-        self, chosen: torch.Tensor, choice: Choice, layout: BatchLayout, cache: LayerCache | None
+        self, chosen: torch.Tensor, operator_tokens: OperatorTokens, layout: BatchLayout, cache: LayerCache | None
     ) -> torch.Tensor:
         """Chosen rows to the chosen rows of their sequence: (n, h, c)."""
-        rows = choice.rows
+        rows = operator_tokens.indices
         normed = self.norm(chosen) if self.pre else chosen
         if self.group.size > 1:
-            q, kv = query_key_value_of_chosen(normed, choice.counts, self.query, self.key_value)
+            q, kv = query_key_value_of_chosen(normed, operator_tokens.counts_per_rank, self.query, self.key_value)
         else:
             q, kv = self.query(normed), self.key_value(normed)
         at = rows % layout.length

@@ -17,7 +17,7 @@ from megachiar.kernels.permute import join_rows, part_rows
 from megachiar.model.attention import SelfAttention
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.dct_mixing import DctMixing
-from megachiar.model.dispatch import Choice, agree, sort_rows
+from megachiar.model.dispatch import OperatorTokens, plan_dispatch, synchronize_routes
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.meta_router import MetaRouter
@@ -120,21 +120,21 @@ class RoutedLayer(nn.Module):
         """Rows (m, d) after both sub-layers, each row through its own operator, and the operators' shares (O,)."""
         operator = routes.get(self.name) if routes is not None else None
         if operator is None:
-            operator = agree(decision.operator, layout)
+            operator = synchronize_routes(decision.operator, layout)
             if routes is not None:
                 routes[self.name] = operator
-        by = sort_rows(operator, len(self.names), layout)
-        parts = part_rows(x, by.order, by.sizes)
+        plan = plan_dispatch(operator, len(self.names), layout)
+        parts = part_rows(x, plan.permutation, plan.local_counts)
         results = [
-            self._operate(name, x, chosen, choice, decision.spectrum, layout, cache)
-            for name, chosen, choice in zip(reversed(self.names), parts, by.choices, strict=True)
+            self._operate(name, x, chosen, operator_tokens, decision.spectrum, layout, cache)
+            for name, chosen, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
-        y = join_rows(results, by.order)
+        y = join_rows(results, plan.permutation)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
             gate = decision.gates.gather(-1, operator[layout.local_slice, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
-        shares = (size / len(x) for size in reversed(by.sizes))
+        shares = (size / len(x) for size in reversed(plan.local_counts))
         use = torch.stack([torch.full((), share, dtype=torch.float32, device=x.device) for share in shares])
         return self.feed_forward(y, layout.dropout_keys), use
 
@@ -143,7 +143,7 @@ class RoutedLayer(nn.Module):
     ) -> torch.Tensor:
         """soft: every operator for every row, weighted by the gates."""
         own = torch.arange(len(x), device=x.device)
-        everything = Choice(torch.arange(layout.num_rows, device=x.device), None, own)
+        everything = OperatorTokens(torch.arange(layout.num_rows, device=x.device), None, own)
         results = [self._operate(name, x, x, everything, decision.spectrum, layout, cache) for name in self.names]
         gates = decision.gates.to(x.dtype)
         return sum(gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
@@ -153,13 +153,15 @@ class RoutedLayer(nn.Module):
         name: str,
         x: torch.Tensor,
         chosen: torch.Tensor,
-        choice: Choice,
+        operator_tokens: OperatorTokens,
         spectrum: torch.Tensor | None,
         layout: BatchLayout,
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
         if name == "dct":
-            return self.dct(chosen, spectrum.index_select(0, choice.own) if spectrum is not None else None)
+            return self.dct(
+                chosen, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
+            )
         operator = self.attention if name == "attention" else self.rbf
-        return operator(x, chosen, choice, layout, cache and cache.layer(f"{self.name}.{name}"))
+        return operator(x, chosen, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))

@@ -14,7 +14,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import routed_attention
 from megachiar.model.batch_layout import BatchLayout, dropout_of
-from megachiar.model.dispatch import Choice
+from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.collectives import gather_rows
@@ -39,20 +39,25 @@ class RbfMixing(nn.Module):
         self.norm = RowNorm(d, config.norm_epsilon, group)
 
     def forward(
-        self, x: torch.Tensor, chosen: torch.Tensor, choice: Choice, layout: BatchLayout, cache: LayerCache | None
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        operator_tokens: OperatorTokens,
+        layout: BatchLayout,
+        cache: LayerCache | None,
     ) -> torch.Tensor:
-        """As ``SelfAttention.forward``; the ``choice`` is always given."""
+        """As ``SelfAttention.forward``; the ``operator_tokens`` are always given."""
         phi = self._features(self.norm(x) if self.pre else x)  # (m, 2R)
         whole = gather_rows(phi, self.group) if self.group.shards_rows else phi
         keys = whole.view(layout.sequences, 1, layout.length, -1)
         values = keys
         if cache is not None:
             keys, values = cache.extend(keys, values)
-        rows = choice.own + layout.local_slice.start
+        rows = operator_tokens.local_indices + layout.local_slice.start
         dropout = None
         if self.training and self.dropout and layout.dropout_keys is not None:
             dropout = dropout_of(self.dropout, layout.dropout_keys.all_rows.index_select(0, rows), self.layer, 1)
-        queries = phi.index_select(0, choice.own)[:, None]
+        queries = phi.index_select(0, operator_tokens.local_indices)[:, None]
         starts = layout.document_starts_of(rows)
         mixed = routed_attention(queries, keys, values, rows, layout.length, dropout, scale=1.0, document_starts=starts)
         return residual_norm(chosen, self.output(mixed.squeeze(1)), None if self.pre else self.norm)

@@ -28,24 +28,25 @@ def enter(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     return gather_rows(x, group) if group.sequence else copy_to_ranks(x, group)
 
 
-def leave(partial: torch.Tensor, group: TensorGroup, counts: Sequence[int] | None = None) -> torch.Tensor:
+def leave(partial: torch.Tensor, group: TensorGroup, counts_per_rank: Sequence[int] | None = None) -> torch.Tensor:
     """Sum the ranks' ``partial`` rows (n, d); rows as they lie outside come back.
 
     Args:
         partial: this rank's addend of all n rows.
         group: the ranks.
-        counts: with sequence parallelism, how many of the n rows each rank owns, in order; n / size each if not given.
+        counts_per_rank: with sequence parallelism, how many of the n rows each rank owns, in order; n / size each
+            without.
     """
     if group.size == 1:
         return partial
     if not group.sequence:
         return sum_over_ranks(partial, group)
-    if counts is None or len(set(counts)) == 1:
+    if counts_per_rank is None or len(set(counts_per_rank)) == 1:
         return scatter_rows(partial, group)
     # Blocks of one size are what collectives know: pad each rank's to the widest.
-    widest = max(counts)
-    blocks = torch.cat([padded(block, widest) for block in partial.split(list(counts))])
-    return scatter_rows(blocks, group)[: counts[group.rank]]
+    widest = max(counts_per_rank)
+    blocks = torch.cat([padded(block, widest) for block in partial.split(list(counts_per_rank))])
+    return scatter_rows(blocks, group)[: counts_per_rank[group.rank]]
 
 
 def copy_to_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:

@@ -59,11 +59,11 @@ class RowParallelLinear(nn.Linear):
         self.group = group
         sharded(self.weight, Shard(1), group)
 
-    def forward(self, x: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
-        """(n, i / p) of all rows to (n, o), rows as they lie outside; ``counts`` as in ``collectives.leave``."""
+    def forward(self, x: torch.Tensor, counts_per_rank: Sequence[int] | None = None) -> torch.Tensor:
+        """(n, i / p) of all rows to (n, o), rows as they lie outside; ``counts_per_rank`` is that of ``leave``."""
         if self.group.size == 1:
             return linear_of_rows(x, self.weight, self.bias)
-        return leave(F.linear(x, self.weight), self.group, counts) + shared_parameter(self.bias, self.group)
+        return leave(F.linear(x, self.weight), self.group, counts_per_rank) + shared_parameter(self.bias, self.group)
 
 
 class SharedLinear(nn.Linear):
@@ -92,20 +92,25 @@ def query_key_value(
 
 
 def query_key_value_of_chosen(
-    chosen: torch.Tensor, counts: Sequence[int] | None, query: ColumnParallelLinear, key_value: ColumnParallelLinear
+    chosen: torch.Tensor,
+    counts_per_rank: Sequence[int] | None,
+    query: ColumnParallelLinear,
+    key_value: ColumnParallelLinear,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries (n, o / p), and keys and values (n, 2 o / p), of chosen rows alone: no other row is sent.
 
     Args:
         chosen: the chosen rows as they lie outside.
-        counts: with sequence parallelism, how many of the n rows each rank owns, in order.
+        counts_per_rank: with sequence parallelism, how many of the n rows each rank owns, in order.
         query, key_value: of the same group, of more than one rank.
     """
     rows = None
-    if counts is not None and len(set(counts)) > 1:  # blocks of one size are what collectives know
-        widest = max(counts)
+    if counts_per_rank is not None and len(set(counts_per_rank)) > 1:  # blocks of one size are what collectives know
+        widest = max(counts_per_rank)
         chosen = padded(chosen, widest)
-        valid = [torch.arange(count, device=chosen.device) + rank * widest for rank, count in enumerate(counts)]
+        valid = [
+            torch.arange(count, device=chosen.device) + rank * widest for rank, count in enumerate(counts_per_rank)
+        ]
         rows = torch.cat(valid)
     parameters = query.weight, query.bias, key_value.weight, key_value.bias
     return _ColumnParallel.apply(chosen, rows, 2, query.group, *parameters)
