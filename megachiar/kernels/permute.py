@@ -1,4 +1,4 @@
-"""Part rows by their operator and join them again: a gather in one direction is a scatter in the other, never an add.
+"""Permute rows into operator order and back: a gather in one direction is a scatter in the other, never an add.
 
 Shapes: N = rows, d = channels.
 """
@@ -12,48 +12,48 @@ import torch
 from megachiar.kernels import gpu, triton_permute
 
 
-def part_rows(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def permute(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """``x[order]`` for rows (N, d) and a permutation of N, in parts of ``sizes``, each with a storage of its own: what
     keeps one does not keep the others."""
-    return _PartRows.apply(x, order, tuple(sizes))
+    return _Permute.apply(x, permutation, tuple(sizes))
 
 
-def join_rows(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    """Rows (N, d) whose ``part_rows`` are ``parts``."""
-    return _JoinRows.apply(order, *parts)
+def unpermute(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
+    """Invert ``permute``: the rows (N, d) of which ``parts`` are the permuted parts."""
+    return _Unpermute.apply(permutation, *parts)
 
 
-class _PartRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, order, sizes):
-        ctx.save_for_backward(order)
+    def forward(ctx, x, permutation, sizes):
+        ctx.save_for_backward(permutation)
         ctx.sizes = sizes
-        return _parted(x, order, sizes)
+        return _permuted(x, permutation, sizes)
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _joined(gradients, *ctx.saved_tensors), None, None
+        return _unpermuted(gradients, *ctx.saved_tensors), None, None
 
 
-class _JoinRows(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, order, *parts):
-        ctx.save_for_backward(order)
+    def forward(ctx, permutation, *parts):
+        ctx.save_for_backward(permutation)
         ctx.sizes = [len(part) for part in parts]
-        return _joined(parts, order)
+        return _unpermuted(parts, permutation)
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, *_parted(gradient, *ctx.saved_tensors, ctx.sizes)
+        return None, *_permuted(gradient, *ctx.saved_tensors, ctx.sizes)
 
 
-def _parted(x: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    return tuple(x.index_select(0, part) for part in order.split(sizes))
+def _permuted(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.index_select(0, part) for part in permutation.split(sizes))
 
 
-def _joined(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    rows = torch.empty(len(order), *parts[0].shape[1:], dtype=parts[0].dtype, device=order.device)
-    for part, place in zip(parts, order.split([len(part) for part in parts]), strict=True):
+def _unpermuted(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
+    rows = torch.empty(len(permutation), *parts[0].shape[1:], dtype=parts[0].dtype, device=permutation.device)
+    for part, place in zip(parts, permutation.split([len(part) for part in parts]), strict=True):
         if gpu.has_kernels(part.device) and triton_permute.supports(part):
             triton_permute.scatter(part, place, rows)
         else:

@@ -1,6 +1,6 @@
 """A layer: an operator sub-layer, chosen per token, and the feed-forward sub-layer that all operators share.
 
-A routed layer parts its rows by operator, lets each operator compute its own rows alone and joins them again:
+A routed layer permutes its rows into operator order, lets each operator compute its own rows alone and permutes back:
 
     x (N, d) --router--> attention rows | rbf rows | dct rows --operators--> (N, d) --feed-forward--> (N, d)
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.permute import join_rows, part_rows
+from megachiar.kernels.permute import permute, unpermute
 from megachiar.model.attention import SelfAttention
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.dct_mixing import DctMixing
@@ -124,12 +124,12 @@ class RoutedLayer(nn.Module):
             if routes is not None:
                 routes[self.name] = operator
         plan = plan_dispatch(operator, len(self.names), layout)
-        parts = part_rows(x, plan.permutation, plan.local_counts)
+        parts = permute(x, plan.permutation, plan.local_counts)
         results = [
             self._operate(name, x, chosen, operator_tokens, decision.spectrum, layout, cache)
             for name, chosen, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
-        y = join_rows(results, plan.permutation)
+        y = unpermute(results, plan.permutation)
         if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
             gate = decision.gates.gather(-1, operator[layout.local_slice, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())

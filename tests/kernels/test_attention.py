@@ -13,7 +13,7 @@ from megachiar.kernels import cpu_attention
 from megachiar.kernels import keyed_attention as keyed_module
 from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
 from megachiar.kernels.dropout import KeyedDropout
-from megachiar.kernels.permute import join_rows, part_rows
+from megachiar.kernels.permute import permute, unpermute
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 
 HEADS, CHANNELS = 2, 4
@@ -403,12 +403,12 @@ def test_keys_are_rotated_and_values_are_not():
 
 def test_parting_and_joining_rows_and_their_gradients():
     x, order, sizes = noise(7, 3).requires_grad_(), torch.tensor([3, 1, 6, 0, 2, 5, 4]), [4, 0, 3]
-    parts = part_rows(x, order, sizes)
+    parts = permute(x, order, sizes)
     for part, rows in zip(parts, order.split(sizes), strict=True):
         torch.testing.assert_close(part, x[rows], rtol=0, atol=0)
-    torch.testing.assert_close(join_rows(parts, order), x, rtol=0, atol=0)
-    assert torch.autograd.gradcheck(lambda t: part_rows(t, order, sizes), x)
-    assert torch.autograd.gradcheck(lambda *t: join_rows(t, order), [part.detach().requires_grad_() for part in parts])
+    torch.testing.assert_close(unpermute(parts, order), x, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda t: permute(t, order, sizes), x)
+    assert torch.autograd.gradcheck(lambda *t: unpermute(t, order), [part.detach().requires_grad_() for part in parts])
 
 
 # Documents -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from megachiar.kernels import dct, gpu, triton_cross_entropy, triton_factored, triton_norm, triton_permute, triton_rope
 from megachiar.kernels.cross_entropy import IGNORED_TARGET, linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
-from megachiar.kernels.permute import join_rows, part_rows
+from megachiar.kernels.permute import permute, unpermute
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_mix, spectrum_and_entropy
 
@@ -64,7 +64,7 @@ def main() -> None:
             for added in (False, True):
                 found[f"{name}: norm of {case}, added {added}"] = norm(n, d, dtype, device, added)
         found[f"{name}: norm of 4 rows of 100"] = norm(4, 100, dtype, device, True)
-        found[f"{name}: rows parted and joined"] = parted_and_joined(dtype, device)
+        found[f"{name}: rows permuted and back"] = permuted_and_back(dtype, device)
         for heads, c in ((1, 2), (3, 6), (4, 16)):
             found[f"{name}: rotation, {heads} heads of {c}"] = rotation(heads, c, dtype, device)
         for rows, vocabulary in ((1, 5), (9, 64), (9, 151)):
@@ -161,12 +161,12 @@ def rotation(heads: int, c: int, dtype: torch.dtype, device: torch.device) -> di
     return compared(together(rotate, rounded), together(turned, tables), {"x": both}, dtype, device)
 
 
-def parted_and_joined(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def permuted_and_back(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     order, sizes = torch.randperm(11, generator=torch.Generator().manual_seed(1)), (4, 0, 7)
 
     def kernels(x):
-        parts = part_rows(x, order.to(device), sizes)
-        return join_rows([part * (i + 1) for i, part in enumerate(parts)], order.to(device))
+        parts = permute(x, order.to(device), sizes)
+        return unpermute([part * (i + 1) for i, part in enumerate(parts)], order.to(device))
 
     def definition(x):
         factor = torch.empty(11, dtype=x.dtype)
