@@ -114,7 +114,7 @@ def layer_passes(options, sequences: int, length: int, device: torch.device) -> 
         projections = 4 * f + (4 * f if keys == "routed" else 4)  # query and output, key and value
         flops = 3 * len(x) * d * d * (projections + 16)
         pairs = len(x) * (length + 1) / 2 * f * (f if keys == "routed" else 1)
-        return Pass(lambda: module(x, layout, None, None).rows, flops + 12 * d * pairs)
+        return Pass(lambda: module(x, layout, None, None).hidden_states, flops + 12 * d * pairs)
 
     passes = {f"layer, {DENSE}": layer(None, "all")}
     for share in options.attention_share:

@@ -22,7 +22,7 @@ from megachiar.model.feed_forward import FeedForward
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
-from megachiar.model.router import Decision, Router, collapse_regulariser
+from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
 from megachiar.topology import TensorGroup
 
 
@@ -30,7 +30,7 @@ class LayerOutput(NamedTuple):
     """What a layer gives besides its rows; all but ``regulariser`` without gradient.
 
     Attributes:
-        rows: (m, d).
+        hidden_states: (m, d).
         regulariser: scalar to add to the loss; None if there is none.
         attention_share, rbf_share: scalars, share of this rank's rows that took the operator (mean gate of a soft
             router).
@@ -38,7 +38,7 @@ class LayerOutput(NamedTuple):
         gate: scalar, mean g of the MetaRouter; nan without one.
     """
 
-    rows: torch.Tensor
+    hidden_states: torch.Tensor
     regulariser: torch.Tensor | None
     attention_share: torch.Tensor
     rbf_share: torch.Tensor
@@ -68,14 +68,14 @@ class FixedLayer(nn.Module):
             y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
         else:
             y = self.operator(x)
-        rows = self.feed_forward(y, layout.dropout_keys)
+        hidden_states = self.feed_forward(y, layout.dropout_keys)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
         mean_gate = nan
         if self.meta_router is not None:
             gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
-            rows, mean_gate = gate * rows + (1 - gate) * x, gate.detach().float().mean()
-        return LayerOutput(rows, None, share, zero, nan, mean_gate)
+            hidden_states, mean_gate = gate * hidden_states + (1 - gate) * x, gate.detach().float().mean()
+        return LayerOutput(hidden_states, None, share, zero, nan, mean_gate)
 
 
 class RoutedLayer(nn.Module):
@@ -97,22 +97,24 @@ class RoutedLayer(nn.Module):
     ) -> LayerOutput:
         decision = self.router(x, layout)
         if self.router.kind == "soft":
-            rows = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
-            use = decision.gates.detach().mean(0)
+            hidden_states = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
+            operator_fractions = decision.gates.detach().mean(0)
         else:
-            rows, use = self._route(x, decision, layout, cache, routes)
-        share = dict(zip(self.names, use.float(), strict=True))
+            hidden_states, operator_fractions = self._route(x, decision, layout, cache, routes)
+        share = dict(zip(self.names, operator_fractions.float(), strict=True))
         regulariser = None
         if decision.utilisation is not None:
             regulariser = collapse_regulariser(decision.utilisation, self.collapse_weight)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         entropy, rbf = decision.entropy.float().mean(), share.get("rbf", zero)
-        return LayerOutput(rows, regulariser, share["attention"], rbf, entropy, torch.full_like(zero, torch.nan))
+        return LayerOutput(
+            hidden_states, regulariser, share["attention"], rbf, entropy, torch.full_like(zero, torch.nan)
+        )
 
     def _route(
         self,
         x: torch.Tensor,
-        decision: Decision,
+        decision: RoutingDecision,
         layout: BatchLayout,
         cache: DecodingCache | None,
         routes: Routes | None,
@@ -135,11 +137,13 @@ class RoutedLayer(nn.Module):
             y = y * (1 + gate - gate.detach())
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
         shares = (size / len(x) for size in reversed(plan.local_counts))
-        use = torch.stack([torch.full((), share, dtype=torch.float32, device=x.device) for share in shares])
-        return self.feed_forward(y, layout.dropout_keys), use
+        operator_fractions = torch.stack(
+            [torch.full((), share, dtype=torch.float32, device=x.device) for share in shares]
+        )
+        return self.feed_forward(y, layout.dropout_keys), operator_fractions
 
     def _blend(
-        self, x: torch.Tensor, decision: Decision, layout: BatchLayout, cache: DecodingCache | None
+        self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, cache: DecodingCache | None
     ) -> torch.Tensor:
         """soft: every operator for every row, weighted by the gates."""
         own = torch.arange(len(x), device=x.device)

@@ -73,8 +73,8 @@ def _run(
     outputs = []
     for layer in layers:
         output = layer(x, layout, cache, routes)
-        x = output.rows
-        outputs.append(output._replace(rows=None))
+        x = output.hidden_states
+        outputs.append(output._replace(hidden_states=None))
     return x, outputs
 
 

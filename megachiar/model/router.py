@@ -22,7 +22,7 @@ from megachiar.topology import TensorGroup
 
 
 @dataclass(frozen=True)
-class Decision:
+class RoutingDecision:
     """What a router says of this rank's rows.
 
     Attributes:
@@ -66,7 +66,7 @@ class Router(nn.Module):
             return (below - router.rbf_share, below) if three else (below,)
         return ()
 
-    def forward(self, x: torch.Tensor, layout: BatchLayout) -> Decision:
+    def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:
         spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
         gates = utilisation = None
         if self.kind == "threshold":
@@ -82,7 +82,7 @@ class Router(nn.Module):
             utilisation = gates.mean(0) if self.regularised else None
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
             utilisation = sum_over_ranks(utilisation, self.group) / self.group.size
-        return Decision(operator, entropy, spectrum, gates, utilisation)
+        return RoutingDecision(operator, entropy, spectrum, gates, utilisation)
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
         """Operator 0 up to the first bound, the last one above the last: at a bound the cheaper operator is taken."""
@@ -108,7 +108,7 @@ class Router(nn.Module):
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:
-    """``-weight * U`` with ``U = -sum q log q`` over mean operator use ``q`` (O,): least where all are used alike.
+    """``-weight * U`` with ``U = -sum q log q`` over mean operator fractions ``q`` (O,): least where all are alike.
 
     The gradient is finite where an operator is not used at all.
     """
