@@ -26,7 +26,7 @@ import torch
 from megachiar import launch
 from megachiar.benchmark import copy, in_turn, machine, matrix_product, timed, write_json
 from megachiar.config import ModelConfig
-from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
+from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
@@ -158,14 +158,14 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
     passes = {f"operator, {DENSE}": attention(lambda: causal_attention(*by_head), tokens, tokens, pairs)}
     for share in options.attention_share:
         rows = (torch.rand(tokens, device=device) < share).nonzero().flatten()
-        chosen = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
+        routed = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
         n, positions = len(rows), (rows % length + 1).sum().item()
-        among = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
+        pairs = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
         passes[f"operator, share {share:g}, keys of all"] = attention(
-            lambda c=chosen, r=rows: routed_attention(c[0], *by_head[1:], r, length), n, tokens, positions
+            lambda c=routed, r=rows: routed_attention(c[0], *by_head[1:], r, length), n, tokens, positions
         )
         passes[f"operator, share {share:g}, keys of routed"] = attention(
-            lambda c=chosen, r=rows: attention_among(*c, r, sequences, length), n, n, among
+            lambda c=routed, r=rows: routed_self_attention(*c, r, sequences, length), n, n, pairs
         )
     x, change = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

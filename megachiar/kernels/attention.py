@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from megachiar.kernels import cpu_attention, gpu, triton_attention
 from megachiar.kernels.dropout import KeyedDropout
-from megachiar.kernels.keyed_attention import keyed_attention
+from megachiar.kernels.dropout_attention import dropout_attention
 
 QUERY_CHUNK = 256
 """Queries of a sequence that share one masked product: each chunk sees only the keys up to its last position."""
-AMONG_BY_TRITON = 2048
-"""Tokens of a sequence up to which chosen rows among themselves go to the Triton kernel, which reads them as they lie;
-of longer ones they are packed for torch's, whose backward pass is 1.5 times as fast at length (427 against 285 TFLOP/s
-on an H200). Set by these rates; the two ways were not timed side by side."""
+ROUTED_KEYS_BY_TRITON = 2048
+"""Tokens of a sequence up to which routed rows that attend to each other go to the Triton kernel, which reads them as
+they lie. Those of longer sequences are packed for torch's kernel, whose backward pass is 1.5 times as fast at length
+(427 against 285 TFLOP/s on an H200). The limit was set by these rates; the two ways were not timed side by side."""
 
 
 def causal_attention(
@@ -58,13 +58,13 @@ def causal_attention(
             return mixed.unflatten(0, (len(q), queries)).transpose(1, 2)
         at = torch.arange(keys - queries, keys).expand(len(q), -1)
         if dropped:
-            return keyed_attention(q, k, v, at, dropout, first_head, scale, document_starts)
+            return dropout_attention(q, k, v, at, dropout, first_head, scale, document_starts)
         if q.device.type != "cpu":
-            return masked_attention(q, k, v, at.to(q.device), document_starts, scale)
+            return masked_sdpa(q, k, v, at.to(q.device), document_starts, scale)
         starts = range(0, len(q) * queries + 1, queries)
         rows = q.transpose(1, 2).flatten(0, 1)
-        asked = cpu_attention.Asked(starts, at.flatten(), document_starts.flatten())
-        return cpu_attention.attend(rows, k, v, asked, scale).unflatten(0, (len(q), queries)).transpose(1, 2)
+        spans = cpu_attention.QuerySpans(starts, at.flatten(), document_starts.flatten())
+        return cpu_attention.attend(rows, k, v, spans, scale).unflatten(0, (len(q), queries)).transpose(1, 2)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     positions = torch.arange(keys, device=q.device)
@@ -83,20 +83,20 @@ def routed_attention(
     scale: float | None = None,
     document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of chosen rows alone to all keys of their sequence up to their own position.
+    """Attention of routed rows alone to all keys of their sequence up to their own position.
 
     Args:
-        q: (n, h, c), queries of the chosen rows.
+        q: (n, h, c), queries of the routed rows.
         k, v: (B, h, T, c).
-        rows: (n,) int64, ascending: which of the B * queries rows (sequence by sequence) were chosen.
+        rows: (n,) int64, ascending: which of the B * queries rows (sequence by sequence) were routed.
         queries: S, rows a sequence has. They stand at the newest S of its T positions.
-        dropout: of attention probabilities, with the keys (n,) of the chosen rows.
+        dropout: of attention probabilities, with the keys (n,) of the routed rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
         document_starts: (n,) positions.
 
     Returns:
-        (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that were not chosen.
+        (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that were not routed.
     """
     if len(rows) == 0:  # keys and values get a gradient of zeros, for ranks reduce alike
         return q + (k[:, :, :0].sum() + v[:, :, :0].sum())
@@ -110,21 +110,21 @@ def routed_attention(
     at = rows % queries + (keys - queries)
     dropped = dropout is not None and dropout.probability > 0
     if q.device.type == "cpu" and not dropped:
-        asked = cpu_attention.Asked(_starts(rows, sequences, queries), at, document_starts)
-        return cpu_attention.attend(q, k, v, asked, scale)
+        spans = cpu_attention.QuerySpans(_starts(rows, sequences, queries), at, document_starts)
+        return cpu_attention.attend(q, k, v, spans, scale)
     packing = Packing(rows, sequences, queries)
-    grid, at = packing.grid(q), packing.pack(at)
+    packed, at = packing.pack_heads(q), packing.pack(at)
     document_starts = packing.pack(document_starts) if document_starts is not None else None
     if dropped:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
     if dropped:
-        mixed = keyed_attention(grid, k, v, at, dropout, first_head, scale, document_starts)
+        mixed = dropout_attention(packed, k, v, at, dropout, first_head, scale, document_starts)
     else:
-        mixed = masked_attention(grid, k, v, at, document_starts, scale)
-    return packing.rows_of(mixed)
+        mixed = masked_sdpa(packed, k, v, at, document_starts, scale)
+    return packing.unpack_heads(mixed)
 
 
-def attention_among(
+def routed_self_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -136,13 +136,13 @@ def attention_among(
     scale: float | None = None,
     document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of chosen rows to the chosen rows of their sequence up to themselves: to no other.
+    """Attention of routed rows to the routed rows of their sequence up to themselves: to no other.
 
     Args:
-        q, k, v: (n, h, c), of the chosen rows.
-        rows: (n,) int64, ascending: which of the B * S rows (sequence by sequence) were chosen.
+        q, k, v: (n, h, c), of the routed rows.
+        rows: (n,) int64, ascending: which of the B * S rows (sequence by sequence) were routed.
         sequences, queries: B and S.
-        dropout: of attention probabilities, with the keys (n,) of the chosen rows.
+        dropout: of attention probabilities, with the keys (n,) of the routed rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
         document_starts: (n,) positions.
@@ -152,11 +152,11 @@ def attention_among(
     """
     if len(rows) == 0:
         return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
-    # The chosen rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
-    if document_starts is not None:  # of the first chosen row of the document, its number among the rows
+    # The routed rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
+    if document_starts is not None:  # of the first routed row of the document, its number among the rows
         document_starts = torch.searchsorted(rows, rows - rows % queries + document_starts)
     dropped = dropout is not None and dropout.probability > 0
-    if _by_triton(q) and (dropped or document_starts is not None or queries <= AMONG_BY_TRITON):
+    if _by_triton(q) and (dropped or document_starts is not None or queries <= ROUTED_KEYS_BY_TRITON):
         starts = triton_attention.first_rows(rows.int(), sequences, queries)
         own = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         document_starts = document_starts.int() if document_starts is not None else None
@@ -169,7 +169,7 @@ def attention_among(
             torch.arange(len(rows)) - before,
             document_starts - before if document_starts is not None else None,
         )
-        return cpu_attention.attend(q, k, v, cpu_attention.Asked(starts, at, document_starts, starts), scale)
+        return cpu_attention.attend(q, k, v, cpu_attention.QuerySpans(starts, at, document_starts, starts), scale)
     packing = Packing(rows, sequences, queries)
     if dropout is not None:
         dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
@@ -177,7 +177,9 @@ def attention_among(
         document_starts = (
             packing.pack(document_starts - packing.starts.index_select(0, rows // queries)).cummax(1).values
         )
-    return packing.rows_of(causal_attention(*map(packing.grid, (q, k, v)), dropout, first_head, scale, document_starts))
+    return packing.unpack_heads(
+        causal_attention(*map(packing.pack_heads, (q, k, v)), dropout, first_head, scale, document_starts)
+    )
 
 
 def cached_attention(
@@ -190,14 +192,14 @@ def cached_attention(
 
 
 class Packing:
-    """Chosen rows of each sequence side by side, in a (B, widest) grid whose rest is padding.
+    """Routed rows of each sequence side by side, in a (B, widest) grid whose rest is padding.
 
     Args:
-        rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were chosen.
+        rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were routed.
         sequences, queries: B and S.
 
     Attributes:
-        counts: (B,) chosen rows of each sequence.
+        counts: (B,) routed rows of each sequence.
         starts: (B,) of them before each sequence.
     """
 
@@ -216,22 +218,22 @@ class Packing:
             x = x.new_full((self.sequences * self.widest, *x.shape[1:]), padding).index_copy(0, self.slot, x)
         return x.unflatten(0, (self.sequences, self.widest))
 
-    def grid(self, x: torch.Tensor) -> torch.Tensor:
+    def pack_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(n, h, c) to (B, h, widest, c)."""
         return self.pack(x).transpose(1, 2)
 
-    def rows_of(self, grid: torch.Tensor) -> torch.Tensor:
+    def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:
         """(B, h, widest, c) to (n, h, c)."""
-        return self.unpack(grid.transpose(1, 2))
+        return self.unpack(packed.transpose(1, 2))
 
-    def unpack(self, grid: torch.Tensor) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """(B, widest, ...) to (n, ...)."""
-        flat = grid.flatten(0, 1)
+        flat = packed.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.slot)
 
 
 def _starts(rows: torch.Tensor, sequences: int, queries: int) -> list[int]:
-    """Number among the chosen rows of the first one of each sequence, and how many there are."""
+    """Number among the routed rows of the first one of each sequence, and how many there are."""
     return torch.searchsorted(rows, torch.arange(sequences + 1) * queries).tolist()
 
 
@@ -286,7 +288,7 @@ def _by_rows(
     return triton_attention.attend(q, k, v, layout, scale, mask)
 
 
-def masked_attention(
+def masked_sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

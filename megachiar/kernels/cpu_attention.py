@@ -41,37 +41,37 @@ ROUNDED_TO = 32
 """Queries and keys of 16-bit products are rounded up to a multiple: oneDNN compiles a kernel for each size."""
 
 
-class Asked(NamedTuple):
-    """Queries of each sequence, and where they stand; on the host.
+class QuerySpans(NamedTuple):
+    """Queries of each sequence and the span of keys that each of them sees; on the host.
 
     Attributes:
         starts: B + 1 ints: rows ``starts[b]`` to ``starts[b + 1]`` are of sequence b.
-        at: (n,) int64, the last key that each row sees; ascending in a sequence.
-        since: (n,) int64, the first one; None if that is 0.
-        key_starts: the same as ``starts`` for keys that lie as rows; None if they lie in a (B, h, T, c) grid.
+        last_seen: (n,) int64, the last key that each row sees; ascending in a sequence.
+        first_seen: (n,) int64, the first one; None if that is 0.
+        key_starts: the same as ``starts`` for keys that lie as rows; None if they are a (B, h, T, c) tensor.
     """
 
     starts: list[int]
-    at: torch.Tensor
-    since: torch.Tensor | None
+    last_seen: torch.Tensor
+    first_seen: torch.Tensor | None
     key_starts: list[int] | None = None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked, scale: float | None) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: QuerySpans, scale: float | None) -> torch.Tensor:
     """
     Args:
         q: (n, h, c).
         k, v: (B, h, T, c), or (m, h, c) rows.
-        asked: of each row what it sees.
+        spans: of each row what it sees.
         scale: of the products; 1 / sqrt(c) if not given.
 
     Returns:
         (n, h, c).
     """
-    together = _Together.of(asked, k, _rounding(q.dtype)) if k.ndim == 4 else None
+    together = _Together.of(spans, k, _rounding(q.dtype)) if k.ndim == 4 else None
     if together is not None:
         return _AttendTogether.apply(q, k, v, together, scale)
-    return _Attend.apply(q, k, v, asked, scale)
+    return _Attend.apply(q, k, v, spans, scale)
 
 
 class _Together(NamedTuple):
@@ -80,33 +80,33 @@ class _Together(NamedTuple):
     Attributes:
         sequences, length: B and S, the queries that each is padded to.
         place: (n,) int64, where each row stands among B * S.
-        at, since: as ``Asked``, (B, S).
+        last_seen, first_seen: as ``QuerySpans``, (B, S).
     """
 
     sequences: int
     length: int
     place: torch.Tensor
-    at: torch.Tensor
-    since: torch.Tensor | None
+    last_seen: torch.Tensor
+    first_seen: torch.Tensor | None
 
     @classmethod
-    def of(cls, asked: Asked, k: torch.Tensor, rounding: int) -> _Together | None:
+    def of(cls, spans: QuerySpans, k: torch.Tensor, rounding: int) -> _Together | None:
         """None where the sequences are too long, or their queries so unequal that the padding costs more than calls."""
-        counts = [end - start for start, end in itertools.pairwise(asked.starts)]
+        counts = [end - start for start, end in itertools.pairwise(spans.starts)]
         length = _up(max(counts), rounding)
-        if not 1 < len(counts) <= MOST_PADDED * len(asked.at) / length or length > LEAF:
+        if not 1 < len(counts) <= MOST_PADDED * len(spans.last_seen) / length or length > LEAF:
             return None
-        shift = [b * length - start for b, start in enumerate(asked.starts[:-1])]
-        place = torch.arange(len(asked.at))
+        shift = [b * length - start for b, start in enumerate(spans.starts[:-1])]
+        place = torch.arange(len(spans.last_seen))
         place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
         last, first = k.shape[2] - 1, 0  # padding sees all: its sums are finite
-        at, since = (
+        last_seen, first_seen = (
             seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
             if seen is not None
             else None
-            for seen, of_padding in ((asked.at, last), (asked.since, first))
+            for seen, of_padding in ((spans.last_seen, last), (spans.first_seen, first))
         )
-        return cls(len(counts), length, place, at, since)
+        return cls(len(counts), length, place, last_seen, first_seen)
 
     def padded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(n, h, c) to (B, h, S, c) in ``dtype``, or (n, h) to (B, h, S); zero where no row stands."""
@@ -125,9 +125,9 @@ class _Together(NamedTuple):
     def mask(self, keys: int, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the products (B, 1, S, T)."""
         key = torch.arange(keys)
-        hidden = key > self.at[..., None]
-        if self.since is not None:
-            hidden |= key < self.since[..., None]
+        hidden = key > self.last_seen[..., None]
+        if self.first_seen is not None:
+            hidden |= key < self.first_seen[..., None]
         return _hiding(hidden, dtype)[:, None]
 
 
@@ -163,15 +163,15 @@ class _AttendTogether(torch.autograd.Function):
 class _Piece(NamedTuple):
     """Queries ``first`` to ``last - 1`` of a sequence and its keys ``key`` to ``key_end - 1``.
 
-    A leaf (``until`` is given) sees none but ``since`` to ``until - 1`` of them. Its mask is ``causal`` if its queries
-    stand at these very keys.
+    A leaf (``until`` is given) sees none but ``first_seen`` to ``until - 1`` of them. Its mask is ``causal`` if its
+    queries stand at these very keys.
     """
 
     first: int
     last: int
     key: int
     key_end: int
-    since: int = 0
+    first_seen: int = 0
     until: int | None = None
     causal: bool = False
 
@@ -181,7 +181,7 @@ class _Piece(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    """Which rows are its queries, which rows or sequence of a grid its keys; leaves and rectangles, both ascending."""
+    """Slices of its queries (of all rows) and of its keys (of rows or sequences); leaves and rectangles, ascending."""
 
     queries: slice
     keys: slice
@@ -197,53 +197,57 @@ class _Sequence(NamedTuple):
         return x[self.keys] if x.ndim == 4 else x[self.keys].transpose(0, 1)[None]
 
 
-def _plan(asked: Asked, k: torch.Tensor, rounding: int) -> list[_Sequence]:
+def _plan(spans: QuerySpans, k: torch.Tensor, rounding: int) -> list[_Sequence]:
     result = []
-    for b, (start, end) in enumerate(itertools.pairwise(asked.starts)):
-        keys = slice(b, b + 1) if asked.key_starts is None else slice(*asked.key_starts[b : b + 2])
+    for b, (start, end) in enumerate(itertools.pairwise(spans.starts)):
+        keys = slice(b, b + 1) if spans.key_starts is None else slice(*spans.key_starts[b : b + 2])
         sequence = _Sequence(slice(start, end), keys, [], [])
-        at, since = asked.at[start:end], asked.since[start:end] if asked.since is not None else None
-        for first, last, key in _documents(at, since):
-            _cut(sequence, at, first, last, key, sequence.keys_of(k).shape[2], rounding)
+        last_seen = spans.last_seen[start:end]
+        first_seen = spans.first_seen[start:end] if spans.first_seen is not None else None
+        for first, last, key in _documents(last_seen, first_seen):
+            _cut(sequence, last_seen, first, last, key, sequence.keys_of(k).shape[2], rounding)
         result.append(sequence)
     return result
 
 
-def _documents(at: torch.Tensor, since: torch.Tensor | None) -> Iterator[tuple[int, int, int]]:
+def _documents(last_seen: torch.Tensor, first_seen: torch.Tensor | None) -> Iterator[tuple[int, int, int]]:
     """First and last query and first key of each document that has more queries than a leaf, and of the others in
     groups of neighbours that a leaf can hold."""
-    if since is None:
-        if len(at):
-            yield 0, len(at), 0
+    if first_seen is None:
+        if len(last_seen):
+            yield 0, len(last_seen), 0
         return
     begun = closed = 0
-    for end in [*(since.diff().nonzero().flatten() + 1).tolist(), len(since)]:
+    for end in [*(first_seen.diff().nonzero().flatten() + 1).tolist(), len(first_seen)]:
         if end - begun > LEAF and closed > begun:
-            yield begun, closed, int(since[begun])
+            yield begun, closed, int(first_seen[begun])
             begun = closed
         closed = end
     if closed > begun:
-        yield begun, closed, int(since[begun])
+        yield begun, closed, int(first_seen[begun])
 
 
-def _cut(sequence: _Sequence, at: torch.Tensor, first: int, last: int, since: int, keys: int, rounding: int) -> None:
-    """Queries ``first`` to ``last - 1``, of which keys before ``since`` are dealt with: add their pieces."""
-    until = int(at[last - 1]) + 1
-    if until - since == last - first >= CAUSAL_FROM:
-        end = min(keys, since + _up(until - since, rounding))
-        sequence.leaves.append(_Piece(first, last, since, end, since, until, causal=True))
+def _cut(
+    sequence: _Sequence, last_seen: torch.Tensor, first: int, last: int, first_seen: int, keys: int, rounding: int
+) -> None:
+    """Queries ``first`` to ``last - 1``, of which keys before ``first_seen`` are dealt with: add their pieces."""
+    until = int(last_seen[last - 1]) + 1
+    if until - first_seen == last - first >= CAUSAL_FROM:
+        end = min(keys, first_seen + _up(until - first_seen, rounding))
+        sequence.leaves.append(_Piece(first, last, first_seen, end, first_seen, until, causal=True))
         return
     if last - first <= LEAF:
-        width = min(keys, _up(until - since, rounding))
-        key = min(since, keys - width)
-        sequence.leaves.append(_Piece(first, last, key, key + width, since, until))
+        width = min(keys, _up(until - first_seen, rounding))
+        key = min(first_seen, keys - width)
+        sequence.leaves.append(_Piece(first, last, key, key + width, first_seen, until))
         return
     middle = first + _up((last - first) // 2, rounding)
-    split = since + (int(at[middle]) - since) // rounding * rounding  # each leaf's queries see a key of it: their own
-    _cut(sequence, at, first, middle, since, keys, rounding)
-    if split > since:
-        sequence.rectangles.append(_Piece(middle, last, since, split))
-    _cut(sequence, at, middle, last, split, keys, rounding)
+    # Each leaf's queries see a key of it: their own.
+    split = first_seen + (int(last_seen[middle]) - first_seen) // rounding * rounding
+    _cut(sequence, last_seen, first, middle, first_seen, keys, rounding)
+    if split > first_seen:
+        sequence.rectangles.append(_Piece(middle, last, first_seen, split))
+    _cut(sequence, last_seen, middle, last, split, keys, rounding)
 
 
 def _up(number: int, rounding: int) -> int:
@@ -252,30 +256,30 @@ def _up(number: int, rounding: int) -> int:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, asked, scale):
-        work = _plan(asked, k, _rounding(q.dtype))
+    def forward(ctx, q, k, v, spans, scale):
+        work = _plan(spans, k, _rounding(q.dtype))
         # Leaves hold each row once, in order.
-        leaves = [_results(leaf, sequence, q, k, v, asked, scale) for sequence in work for leaf in sequence.leaves]
+        leaves = [_results(leaf, sequence, q, k, v, spans, scale) for sequence in work for leaf in sequence.leaves]
         results, sums = (torch.cat(x) for x in zip(*leaves, strict=True))
         wide = _wide(q.dtype) if any(sequence.rectangles for sequence in work) else q.dtype
         results = results.to(wide)
         for sequence in work:
             for rectangle in sequence.rectangles:
                 rows = sequence.rows(rectangle)
-                result, total = _results(rectangle, sequence, q, k, v, asked, scale)
+                result, total = _results(rectangle, sequence, q, k, v, spans, scale)
                 both = torch.logaddexp(sums[rows], total)
                 results[rows].lerp_(result.to(wide), (total - both).exp_()[..., None])
                 sums[rows] = both
         results = results.to(q.dtype)
         ctx.save_for_backward(q, k, v, results, sums)
-        ctx.asked, ctx.work, ctx.scale, ctx.wide = asked, work, scale, wide
+        ctx.spans, ctx.work, ctx.scale, ctx.wide = spans, work, scale, wide
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         kept = q, k, v, *_ = ctx.saved_tensors
-        slopes = functools.partial(_slopes, kept=kept, gradient=gradient, asked=ctx.asked, scale=ctx.scale)
+        slopes = functools.partial(_slopes, kept=kept, gradient=gradient, spans=ctx.spans, scale=ctx.scale)
         of_q, of_k, of_v = [], torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
         for sequence in ctx.work:
             filled = 0  # keys whose gradients are more than what memory held
@@ -300,20 +304,20 @@ class _Attend(torch.autograd.Function):
 
 
 def _results(
-    piece: _Piece, sequence: _Sequence, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked, scale
+    piece: _Piece, sequence: _Sequence, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: QuerySpans, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results (s, h, c) of a piece's queries over its keys alone, and logarithms (s, h) of their sums."""
     rows, count = sequence.rows(piece), piece.last - piece.first
     keys, values = (sequence.keys_of(x)[:, :, piece.seen] for x in (k, v))
     result, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_by_head(q[rows]), keys, values, 0.0, piece.causal),
-        attn_mask=_mask(piece, rows, asked, q.dtype),
+        attn_mask=_mask(piece, rows, spans, q.dtype),
         scale=scale,
     )
     return result[0].transpose(0, 1)[:count], total[0].T[:count]
 
 
-def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, asked: Asked, scale) -> tuple[torch.Tensor, ...]:
+def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, spans: QuerySpans, scale) -> tuple[torch.Tensor, ...]:
     """What a piece adds to the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
     q, k, v, results, sums = kept
     rows, dtype = sequence.rows(piece), _backward_type(piece, q.dtype)
@@ -321,7 +325,7 @@ def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, asked: Asked, sc
         *(_by_head(x[rows].to(dtype)) for x in (gradient, q)),
         *(sequence.keys_of(x)[:, :, piece.seen].to(dtype) for x in (k, v)),
         *(_by_head(results[rows].to(dtype)), _padded(sums[rows], dtype).T[None], 0.0, piece.causal),
-        attn_mask=_mask(piece, rows, asked, dtype),
+        attn_mask=_mask(piece, rows, spans, dtype),
         scale=scale,
     )
     return of_q[0, :, : piece.last - piece.first].transpose(0, 1), of_k, of_v
@@ -335,24 +339,24 @@ def _backward_type(piece: _Piece, dtype: torch.dtype) -> torch.dtype:
 
 def _fill(whole: torch.Tensor, filled: int, leaf: _Piece, part: torch.Tensor) -> None:
     """Put a leaf's part (1, h, t, c) of a gradient after those of the leaves before it, which end at ``filled``."""
-    new = max(filled, leaf.since)
+    new = max(filled, leaf.first_seen)
     if new > filled:
         whole[:, :, filled:new] = 0
-    if new > leaf.since:
-        whole[:, :, leaf.since : new] += part[:, :, leaf.since - leaf.key : new - leaf.key]
+    if new > leaf.first_seen:
+        whole[:, :, leaf.first_seen : new] += part[:, :, leaf.first_seen - leaf.key : new - leaf.key]
     whole[:, :, new : leaf.until] = part[:, :, new - leaf.key : leaf.until - leaf.key]
 
 
-def _mask(piece: _Piece, rows: slice, asked: Asked, dtype: torch.dtype) -> torch.Tensor | None:
+def _mask(piece: _Piece, rows: slice, spans: QuerySpans, dtype: torch.dtype) -> torch.Tensor | None:
     """What is added to a leaf's products (1, 1, s, t): -inf where a key is hidden."""
     if piece.until is None or piece.causal:
         return None
     key = torch.arange(piece.key, piece.key_end)
-    hidden = key > asked.at[rows, None]
-    if asked.since is not None:
-        hidden |= key < asked.since[rows, None].clamp(min=piece.since)
-    elif piece.key < piece.since:
-        hidden |= key < piece.since
+    hidden = key > spans.last_seen[rows, None]
+    if spans.first_seen is not None:
+        hidden |= key < spans.first_seen[rows, None].clamp(min=piece.first_seen)
+    elif piece.key < piece.first_seen:
+        hidden |= key < piece.first_seen
     return _padded(_hiding(hidden, dtype), dtype)[None, None]
 
 

@@ -1,4 +1,4 @@
-"""Self-attention sub-layer: queries of chosen rows, keys and values of all, or of the chosen ones too.
+"""Self-attention sub-layer: queries of routed rows, keys and values of all, or of the routed ones too.
 
 Shapes: N = B * S rows, n = rows of them that take this operator, d = channels, h = heads (of this rank where they are
 shared out over a tensor group), c = channels of a head.
@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.attention import Packing, attention_among, cached_attention, causal_attention, routed_attention
+from megachiar.kernels.attention import (
+    Packing,
+    cached_attention,
+    causal_attention,
+    routed_attention,
+    routed_self_attention,
+)
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
@@ -20,9 +26,9 @@ from megachiar.parallel.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     query_key_value,
-    query_key_value_of_chosen,
+    query_key_value_of_routed,
 )
-from megachiar.parallel.rows import Chosen
+from megachiar.parallel.rows import IndexedRows
 from megachiar.topology import TensorGroup
 
 NEVER_SEEN = 2**62
@@ -38,8 +44,8 @@ class SelfAttention(nn.Module):
         self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group
         self.heads, self.head_size = config.num_attention_heads // group.size, config.head_size
         self.rope_base, self.longest = config.attention.rope_base, config.max_sequence_length
-        self.keys_are_chosen = config.attention.keys == "routed"
-        # Three products, not one: queries are made for chosen rows only, keys and values for all.
+        self.keys_are_routed = config.attention.keys == "routed"
+        # Three products, not one: queries are made for routed rows only, keys and values for all.
         self.query = ColumnParallelLinear(d, d, group)
         self.key_value = ColumnParallelLinear(d, 2 * d, group, blocks=2)
         self.output = RowParallelLinear(d, d, group)
@@ -48,7 +54,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        chosen: torch.Tensor,
+        routed: torch.Tensor,
         operator_tokens: OperatorTokens | None,
         layout: BatchLayout,
         cache: LayerCache | None,
@@ -56,34 +62,34 @@ class SelfAttention(nn.Module):
         """
         Args:
             x: this rank's rows (N, d), or a block of them with sequence parallelism.
-            chosen: those of them (n, d) that take this operator.
+            routed: those of them (n, d) that take this operator.
             operator_tokens: which they are; None if they are all.
             layout: of the rows.
             cache: of earlier positions, extended by these.
 
         Returns:
-            As ``chosen``: the sub-layer's result for these rows, residual and norm included.
+            As ``routed``: the sub-layer's result for these rows, residual and norm included.
         """
         rows = operator_tokens.indices if operator_tokens is not None else None
-        if rows is not None and self.keys_are_chosen:
-            mixed = self._among(chosen, operator_tokens, layout, cache)
+        if rows is not None and self.keys_are_routed:
+            mixed = self._attend_to_routed(routed, operator_tokens, layout, cache)
         else:
-            mixed = self._to_all(x, chosen, rows, layout, cache)
+            mixed = self._attend_to_all(x, routed, rows, layout, cache)
         change = self.output(
             mixed.flatten(-2), operator_tokens.counts_per_rank if operator_tokens is not None else None
         )
-        return residual_norm(chosen, change, None if self.pre else self.norm)
+        return residual_norm(routed, change, None if self.pre else self.norm)
 
-    def _to_all(
+    def _attend_to_all(
         self,
         x: torch.Tensor,
-        chosen: torch.Tensor,
+        routed: torch.Tensor,
         rows: torch.Tensor | None,
         layout: BatchLayout,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        """Chosen rows to all of their sequence: (n, h, c)."""
-        q, kv = self._project(x, chosen, rows, layout)
+        """Routed rows to all of their sequence: (n, h, c)."""
+        q, kv = self._project(x, routed, rows, layout)
         cos, sin = self._table(layout, x)
         k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos[:, None], sin[:, None]))  # (B, h, S, c)
         if cache is not None:
@@ -101,22 +107,22 @@ class SelfAttention(nn.Module):
             document_starts=layout.document_starts_of(rows),
         )
 
-    def _among(
-        self, chosen: torch.Tensor, operator_tokens: OperatorTokens, layout: BatchLayout, cache: LayerCache | None
+    def _attend_to_routed(
+        self, routed: torch.Tensor, operator_tokens: OperatorTokens, layout: BatchLayout, cache: LayerCache | None
     ) -> torch.Tensor:
-        """Chosen rows to the chosen rows of their sequence: (n, h, c)."""
+        """Routed rows to the routed rows of their sequence: (n, h, c)."""
         rows = operator_tokens.indices
-        normed = self.norm(chosen) if self.pre else chosen
+        normed = self.norm(routed) if self.pre else routed
         if self.group.size > 1:
-            q, kv = query_key_value_of_chosen(normed, operator_tokens.counts_per_rank, self.query, self.key_value)
+            q, kv = query_key_value_of_routed(normed, operator_tokens.counts_per_rank, self.query, self.key_value)
         else:
             q, kv = self.query(normed), self.key_value(normed)
         at = rows % layout.length
-        cos, sin = (table[at][:, None] for table in self._table(layout, chosen))
+        cos, sin = (table[at][:, None] for table in self._table(layout, routed))
         q = rotate(q.unflatten(-1, (self.heads, self.head_size)), cos, sin)
         k, v = keys_and_values(kv.unflatten(-1, (2, self.heads, self.head_size)), cos, sin)
         if cache is None:
-            return attention_among(
+            return routed_self_attention(
                 *(q, k, v, rows, layout.sequences, layout.length, self._dropout(layout, rows), self.first_head),
                 document_starts=layout.document_starts_of(rows),
             )
@@ -134,16 +140,16 @@ class SelfAttention(nn.Module):
         return self.group.rank * self.heads
 
     def _project(
-        self, x: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor | None, layout: BatchLayout
+        self, x: torch.Tensor, routed: torch.Tensor, rows: torch.Tensor | None, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (n, h, c), keys and values (B, S, 2, h, c)."""
         keys_from = self.norm(x) if self.pre else x
         if self.group.size > 1:
             q, kv = query_key_value(keys_from, rows, self.query, self.key_value)
         else:
-            source = Chosen(keys_from, rows) if rows is not None else None
-            queries_from = chosen if not self.pre else keys_from if rows is None else keys_from.index_select(0, rows)
-            q, kv = self.query(queries_from, source), self.key_value(keys_from)
+            indexed = IndexedRows(keys_from, rows) if rows is not None else None
+            queries_from = routed if not self.pre else keys_from if rows is None else keys_from.index_select(0, rows)
+            q, kv = self.query(queries_from, indexed), self.key_value(keys_from)
         kv = kv.view(layout.sequences, layout.length, 2, self.heads, self.head_size)
         return q.unflatten(-1, (self.heads, self.head_size)), kv
 

@@ -24,10 +24,10 @@ class DctMixing(nn.Module):
         self.filter = nn.Parameter(torch.ones(config.hidden_size))
         self.norm = (RowNorm if self.pre else MixNorm)(config.hidden_size, config.norm_epsilon, group)
 
-    def forward(self, chosen: torch.Tensor, spectrum: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, routed: torch.Tensor, spectrum: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            chosen: rows (n, d) that take this operator.
+            routed: rows (n, d) that take this operator.
             spectrum: their packed DCT (n, P) without gradient, where the router has computed it.
 
         Returns:
@@ -35,5 +35,5 @@ class DctMixing(nn.Module):
         """
         weight = shared_parameter(self.filter, self.group)
         if self.pre:
-            return residual_norm(chosen, spectral_mix(self.norm(chosen), weight, self.gain), None)
-        return self.norm(chosen, weight, self.gain, spectrum)
+            return residual_norm(routed, spectral_mix(self.norm(routed), weight, self.gain), None)
+        return self.norm(routed, weight, self.gain, spectrum)

@@ -1,4 +1,4 @@
-"""A layer: an operator sub-layer, chosen per token, and the feed-forward sub-layer that all operators share.
+"""A layer: an operator sub-layer, routed per token, and the feed-forward sub-layer that all operators share.
 
 A routed layer permutes its rows into operator order, lets each operator compute its own rows alone and permutes back:
 
@@ -128,11 +128,11 @@ class RoutedLayer(nn.Module):
         plan = plan_dispatch(operator, len(self.names), layout)
         parts = permute(x, plan.permutation, plan.local_counts)
         results = [
-            self._operate(name, x, chosen, operator_tokens, decision.spectrum, layout, cache)
-            for name, chosen, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
+            self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, cache)
+            for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
         y = unpermute(results, plan.permutation)
-        if decision.gates is not None:  # hard: value 1, gradient that of the chosen operator's gate
+        if decision.gates is not None:  # hard: value 1, gradient that of the taken operator's gate
             gate = decision.gates.gather(-1, operator[layout.local_slice, None]).to(y.dtype)
             y = y * (1 + gate - gate.detach())
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
@@ -156,7 +156,7 @@ class RoutedLayer(nn.Module):
         self,
         name: str,
         x: torch.Tensor,
-        chosen: torch.Tensor,
+        routed: torch.Tensor,
         operator_tokens: OperatorTokens,
         spectrum: torch.Tensor | None,
         layout: BatchLayout,
@@ -165,7 +165,7 @@ class RoutedLayer(nn.Module):
         """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
         if name == "dct":
             return self.dct(
-                chosen, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
+                routed, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
             )
         operator = self.attention if name == "attention" else self.rbf
-        return operator(x, chosen, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))
+        return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))

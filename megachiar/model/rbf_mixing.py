@@ -41,7 +41,7 @@ class RbfMixing(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        chosen: torch.Tensor,
+        routed: torch.Tensor,
         operator_tokens: OperatorTokens,
         layout: BatchLayout,
         cache: LayerCache | None,
@@ -60,7 +60,7 @@ class RbfMixing(nn.Module):
         queries = phi.index_select(0, operator_tokens.local_indices)[:, None]
         starts = layout.document_starts_of(rows)
         mixed = routed_attention(queries, keys, values, rows, layout.length, dropout, scale=1.0, document_starts=starts)
-        return residual_norm(chosen, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
+        return residual_norm(routed, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         angle = x @ self.frequencies.to(x.dtype) / math.sqrt(self.frequencies.shape[1])

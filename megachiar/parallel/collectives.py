@@ -8,7 +8,7 @@
     shared_parameter     -                   all-reduce       a whole parameter that each rank uses for its own rows
 
 ``enter`` and ``leave`` choose between the first two pairs. Groups of one rank communicate nothing.
-Shapes: N = rows of a micro-batch, n = rows chosen of them, d = channels.
+Shapes: N = rows of a micro-batch, n = rows routed among them, d = channels.
 """
 
 from __future__ import annotations

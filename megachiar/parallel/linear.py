@@ -1,6 +1,6 @@
 """Linear layers over shards. Column-parallel: a rank has some outputs; row-parallel: some inputs; shared: all.
 
-Shapes: N = rows of a micro-batch, n = rows chosen of them, i = inputs, o = outputs, p = ranks of the group.
+Shapes: N = rows of a micro-batch, n = rows routed among them, i = inputs, o = outputs, p = ranks of the group.
 
 Between the two a rank works on all rows with its shard of the features; outside, rows are whole on every rank or, with
 sequence parallelism, sharded. What the backward pass needs of the gathered rows is gathered once more then, not kept.
@@ -24,7 +24,7 @@ from megachiar.parallel.collectives import (
     start_gather,
     start_scatter,
 )
-from megachiar.parallel.rows import Chosen, linear_of_rows
+from megachiar.parallel.rows import IndexedRows, linear_of_rows
 from megachiar.parallel.shard import Shard, sharded
 from megachiar.topology import TensorGroup
 
@@ -44,10 +44,10 @@ class ColumnParallelLinear(nn.Linear):
         sharded(self.weight, Shard(0, blocks), group)
         sharded(self.bias, Shard(0, blocks), group)
 
-    def forward(self, x: torch.Tensor, source: Chosen | None = None) -> torch.Tensor:
-        """Rows as they lie outside to (N, o / p) of all rows; ``source`` as in ``linear_of_rows``, on one rank."""
+    def forward(self, x: torch.Tensor, indexed: IndexedRows | None = None) -> torch.Tensor:
+        """Rows as they lie outside to (N, o / p) of all rows; ``indexed`` as in ``linear_of_rows``, on one rank."""
         if self.group.size == 1:
-            return linear_of_rows(x, self.weight, self.bias, source)
+            return linear_of_rows(x, self.weight, self.bias, indexed)
         return _ColumnParallel.apply(x, None, 0, self.group, self.weight, self.bias)
 
 
@@ -80,57 +80,58 @@ class SharedLinear(nn.Linear):
 def query_key_value(
     x: torch.Tensor, rows: torch.Tensor | None, query: ColumnParallelLinear, key_value: ColumnParallelLinear
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (n, o / p) of the chosen rows and keys and values (N, 2 o / p) of all, from one gathering of the rows.
+    """Queries (n, o / p) of the routed rows and keys and values (N, 2 o / p) of all, from one gathering of the rows.
 
     Args:
         x: rows as they lie outside.
-        rows: numbers (n,) of the chosen ones among all N; None if they are all.
+        rows: indices (n,) of the routed ones among all N; None if they are all.
         query, key_value: of the same group, of more than one rank.
     """
     parameters = query.weight, query.bias, key_value.weight, key_value.bias
     return _ColumnParallel.apply(x, rows, 1, query.group, *parameters)
 
 
-def query_key_value_of_chosen(
-    chosen: torch.Tensor,
+def query_key_value_of_routed(
+    routed: torch.Tensor,
     counts_per_rank: Sequence[int] | None,
     query: ColumnParallelLinear,
     key_value: ColumnParallelLinear,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (n, o / p), and keys and values (n, 2 o / p), of chosen rows alone: no other row is sent.
+    """Queries (n, o / p), and keys and values (n, 2 o / p), of routed rows alone: no other row is sent.
 
     Args:
-        chosen: the chosen rows as they lie outside.
+        routed: the routed rows as they lie outside.
         counts_per_rank: with sequence parallelism, how many of the n rows each rank owns, in order.
         query, key_value: of the same group, of more than one rank.
     """
     rows = None
     if counts_per_rank is not None and len(set(counts_per_rank)) > 1:  # blocks of one size are what collectives know
         widest = max(counts_per_rank)
-        chosen = padded(chosen, widest)
+        routed = padded(routed, widest)
         valid = [
-            torch.arange(count, device=chosen.device) + rank * widest for rank, count in enumerate(counts_per_rank)
+            torch.arange(count, device=routed.device) + rank * widest for rank, count in enumerate(counts_per_rank)
         ]
         rows = torch.cat(valid)
     parameters = query.weight, query.bias, key_value.weight, key_value.bias
-    return _ColumnParallel.apply(chosen, rows, 2, query.group, *parameters)
+    return _ColumnParallel.apply(routed, rows, 2, query.group, *parameters)
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Products of all rows with this rank's shard of one or two weights; of the first ``choosing``, for chosen rows.
+    """Products of all rows with this rank's shard of one or two weights; the first ``routed_products`` of them are for
+    routed rows alone.
 
     With sequence parallelism rows are gathered in both directions, and the gradient's sum is scattered while the
     gradients of the weights are computed.
     """
 
     @staticmethod
-    def forward(ctx, x, rows, choosing, group, *weights_and_biases):
+    def forward(ctx, x, rows, routed_products, group, *weights_and_biases):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        ctx.group, ctx.choosing = group, choosing if rows is not None else 0
+        ctx.group, ctx.routed_products = group, routed_products if rows is not None else 0
         ctx.save_for_backward(x, rows, *weights)
         whole = start_gather(x, group).wait_for() if group.sequence else x
         results = tuple(
-            F.linear(whole.index_select(0, rows) if i < ctx.choosing else whole, weight, bias)
+            F.linear(whole.index_select(0, rows) if i < ctx.routed_products else whole, weight, bias)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         )
         return results[0] if len(results) == 1 else results
@@ -142,15 +143,15 @@ class _ColumnParallel(torch.autograd.Function):
         group = ctx.group
         gathering = start_gather(x, group) if group.sequence else None
         of_products = [gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)]
-        of_whole = sum(of_products[ctx.choosing :])
-        if ctx.choosing:
+        of_whole = sum(of_products[ctx.routed_products :])
+        if ctx.routed_products:
             if not torch.is_tensor(of_whole):
                 of_whole = x.new_zeros(len(x) * (group.size if group.sequence else 1), x.shape[1])
-            of_whole.index_add_(0, rows, sum(of_products[: ctx.choosing]))
+            of_whole.index_add_(0, rows, sum(of_products[: ctx.routed_products]))
         whole = gathering.wait_for() if gathering is not None else x
-        chosen = whole.index_select(0, rows) if ctx.choosing else None
+        routed = whole.index_select(0, rows) if ctx.routed_products else None
         reducing: Pending = start_scatter(of_whole, group) if group.sequence else start_all_reduce(of_whole, group)
         of_parameters = []
         for i, gradient in enumerate(gradients):
-            of_parameters += [gradient.mT @ (chosen if i < ctx.choosing else whole), gradient.sum(0)]
+            of_parameters += [gradient.mT @ (routed if i < ctx.routed_products else whole), gradient.sum(0)]
         return reducing.wait_for(), None, None, None, *of_parameters

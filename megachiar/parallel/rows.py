@@ -1,6 +1,6 @@
 """Linear maps of rows whose number differs from step to step, as that of routed rows does.
 
-Shapes: n = rows, N = rows they were chosen from, i = inputs, o = outputs.
+Shapes: n = rows, N = rows of the tensor that they are indexed from, i = inputs, o = outputs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ of rows, which takes ten times as long as to run it (1000 rows, 512 to 512 chann
 kB that it keeps."""
 
 
-class Chosen(NamedTuple):
-    """Where rows come from: ``whole[rows]``, with ``whole`` (N, i) and ``rows`` (n,)."""
+class IndexedRows(NamedTuple):
+    """Rows as ``source[indices]``, with ``source`` (N, i) and ``indices`` (n,) int64."""
 
-    whole: torch.Tensor
-    rows: torch.Tensor
+    source: torch.Tensor
+    indices: torch.Tensor
 
 
 def linear_of_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, source: Chosen | None = None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, indexed: IndexedRows | None = None
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` for rows (n, i), weight (o, i) and bias (o,): (n, o).
 
-    With ``source`` they are chosen again in the backward pass, and not kept where the whole is kept anyway.
+    With ``indexed`` they are indexed again in the backward pass, and not kept where their source is kept anyway.
     """
-    if source is None and not _rounded(x):
+    if indexed is None and not _rounded(x):
         return F.linear(x, weight, bias)
-    whole, rows = (None, None) if source is None else (source.whole.detach(), source.rows)
-    return _Linear.apply(x, weight, bias, whole, rows)
+    source, indices = (None, None) if indexed is None else (indexed.source.detach(), indexed.indices)
+    return _Linear.apply(x, weight, bias, source, indices)
 
 
 def _rounded(x: torch.Tensor) -> bool:
@@ -47,16 +47,16 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, whole, rows):
-        ctx.save_for_backward(x if whole is None else whole, rows, weight)
+    def forward(ctx, x, weight, bias, source, indices):
+        ctx.save_for_backward(x if source is None else source, indices, weight)
         ctx.has_bias = bias is not None
         return F.linear(_padded(x), weight, bias)[: len(x)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, rows, weight = ctx.saved_tensors
-        x = x if rows is None else x.index_select(0, rows)
+        x, indices, weight = ctx.saved_tensors
+        x = x if indices is None else x.index_select(0, indices)
         padded = _padded(gradient)
         of_x = (padded @ weight)[: len(x)] if ctx.needs_input_grad[0] else None
         return of_x, padded.mT @ _padded(x), gradient.sum(0) if ctx.has_bias else None, None, None

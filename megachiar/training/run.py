@@ -13,7 +13,7 @@ from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.errors import UserError
-from megachiar.kernels.chosen import chosen_kernels
+from megachiar.kernels.backends import describe_backends
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.topology import Topology, raise_together
@@ -107,7 +107,7 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"optimizer: {engine.replica.optimizer_implementation}"
     )
     dtype = compute_dtype(config)
-    kernels = chosen_kernels(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
+    kernels = describe_backends(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
     if training.compile is not None:
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
     console.print(f"kernels: {'; '.join(kernels)}")

@@ -1,4 +1,4 @@
-"""Attention of all and of chosen rows against the dense formula; rotary embedding against complex numbers."""
+"""Attention of all and of routed rows against the dense formula; rotary embedding against complex numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from dropout_oracle import numpy_head_keys, numpy_mask, some_keys
 
 from megachiar.kernels import cpu_attention
-from megachiar.kernels import keyed_attention as keyed_module
-from megachiar.kernels.attention import attention_among, causal_attention, routed_attention
+from megachiar.kernels import dropout_attention as dropout_module
+from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.permute import permute, unpermute
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
@@ -67,8 +67,8 @@ def test_causal_attention_is_the_dense_formula(queries, keys, scale):
     assert_same(causal_attention(*tensors, scale=scale), dense_oracle(*tensors, scale), tensors)
 
 
-def chosen_rows(name: str, sequences: int, queries: int) -> torch.Tensor:
-    """Numbers of chosen rows, ascending."""
+def routed_rows(name: str, sequences: int, queries: int) -> torch.Tensor:
+    """Numbers of routed rows, ascending."""
     mask = torch.rand(sequences, queries, generator=torch.Generator().manual_seed(3)) < 0.4
     match name:
         case "none":
@@ -89,22 +89,22 @@ def chosen_rows(name: str, sequences: int, queries: int) -> torch.Tensor:
     return mask.flatten().nonzero().flatten()
 
 
-CHOICES = ("none", "all", "one", "one sequence without", "first of each", "same number of each", "some")
+ROUTINGS = ("none", "all", "one", "one sequence without", "first of each", "same number of each", "some")
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("length", (1, 2, 13))
-def test_attention_among_chosen_rows_sees_no_other(length, choice):
+def test_routed_self_attention_sees_no_other_rows(length, routing):
     sequences = 3
     tensors = inputs(sequences, length, length)
-    rows = chosen_rows(choice, sequences, length)
-    chosen = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
+    rows = routed_rows(routing, sequences, length)
+    routed = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in tensors)  # (rows, h, c)
     products = tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    probabilities = products.masked_fill(later, -math.inf).masked_fill(~chosen, -1e300).softmax(-1)
+    probabilities = products.masked_fill(later, -math.inf).masked_fill(~routed, -1e300).softmax(-1)
     expected = (probabilities @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
-    assert_same(attention_among(q[rows], k[rows], v[rows], rows, sequences, length), expected, tensors)
+    assert_same(routed_self_attention(q[rows], k[rows], v[rows], rows, sequences, length), expected, tensors)
 
 
 WAYS = {"pieces": (3, 0.0), "a piece a sequence": (512, 0.0), "together": (512, math.inf)}
@@ -119,13 +119,13 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", (None, 1.0))
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (8, 8), (5, 12), (1, 6)])
-def test_routed_attention_is_the_chosen_rows_of_the_dense_formula(way, queries, keys, choice, scale):
+def test_routed_attention_is_the_routed_rows_of_the_dense_formula(way, queries, keys, routing, scale):
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
-    rows = chosen_rows(choice, sequences, queries)
+    rows = routed_rows(routing, sequences, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, scale).transpose(1, 2).flatten(0, 1).index_select(0, rows)
     got = routed_attention(flat, k, v, rows, queries, scale=scale)
@@ -154,7 +154,7 @@ def test_gradcheck_of_routed_attention():
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_routed_attention_in_16_bits_is_near_the_dense_formula(way, dtype):
     tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
-    rows = chosen_rows("some", 2, 16)
+    rows = routed_rows("some", 2, 16)
     expected = dense_oracle(*(t.double() for t in tensors)).transpose(1, 2).flatten(0, 1).index_select(0, rows)
     q, k, v = tensors
     got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, rows, 16)
@@ -199,11 +199,11 @@ def blocks(request, monkeypatch) -> str:
     """How queries are put together."""
     name = request.param
     if name == "small blocks":
-        monkeypatch.setattr(keyed_module, "CPU_QUERIES", 3)
+        monkeypatch.setattr(dropout_module, "CPU_QUERIES", 3)
     if "sequences" in name:
-        monkeypatch.setattr(keyed_module, "_at_once", lambda at, device: tuple(at.shape))
+        monkeypatch.setattr(dropout_module, "_at_once", lambda positions, device: tuple(positions.shape))
     if name in ("few probabilities", "all sequences, in blocks"):
-        monkeypatch.setattr(keyed_module, "PROBABILITIES", 150)
+        monkeypatch.setattr(dropout_module, "PROBABILITIES", 150)
     return name
 
 
@@ -217,15 +217,15 @@ def test_causal_attention_with_dropout_is_the_dense_formula(blocks, queries, key
 
 
 @pytest.mark.parametrize(("first_head", "scale"), [(0, None), (6, 1.0)])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (5, 12)])
-def test_routed_attention_with_dropout_is_the_chosen_rows_of_the_dense_formula(
-    blocks, queries, keys, choice, first_head, scale
+def test_routed_attention_with_dropout_is_the_routed_rows_of_the_dense_formula(
+    blocks, queries, keys, routing, first_head, scale
 ):
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
-    rows = chosen_rows(choice, sequences, queries)
+    rows = routed_rows(routing, sequences, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, scale, masks(sequences, queries, keys, first_head), RATE)
     expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
@@ -235,25 +235,25 @@ def test_routed_attention_with_dropout_is_the_chosen_rows_of_the_dense_formula(
     assert_same(got, expected, tensors)
 
 
-@pytest.mark.parametrize("choice", ("some", "all"))
-def test_dropout_beyond_one_block_of_the_real_size(choice):
-    queries = keyed_module.CPU_QUERIES * 2 + 37
+@pytest.mark.parametrize("routing", ("some", "all"))
+def test_dropout_beyond_one_block_of_the_real_size(routing):
+    queries = dropout_module.CPU_QUERIES * 2 + 37
     tensors = inputs(2, queries, queries)
     q, k, v = tensors
-    rows = chosen_rows(choice, 2, queries)
+    rows = routed_rows(routing, 2, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, None, masks(2, queries, queries), RATE)
     expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-    assert len(rows) / 2 > keyed_module.CPU_QUERIES / 2
+    assert len(rows) / 2 > dropout_module.CPU_QUERIES / 2
     got = routed_attention(flat, k, v, rows, queries, keyed(2, queries).select(rows))
     assert_same(got, expected, tensors)
 
 
-@pytest.mark.parametrize("choice", ("some", "all"))
-def test_ranks_that_share_the_heads_compute_parts_of_the_whole(choice):
+@pytest.mark.parametrize("routing", ("some", "all"))
+def test_ranks_that_share_the_heads_compute_parts_of_the_whole(routing):
     queries, heads = 11, 6
     q, k, v = (noise(2, heads, queries, CHANNELS, seed=s).requires_grad_() for s in range(3))
-    rows = chosen_rows(choice, 2, queries)
+    rows = routed_rows(routing, 2, queries)
     how = keyed(2, queries).select(rows)
 
     def attention(of_rank: slice) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_a_sequence_alone_has_the_dropout_it_has_in_a_micro_batch():
 def test_dropout_at_rate_0_is_none():
     tensors = inputs(2, 7, 7)
     assert causal_attention(*tensors, KeyedDropout(0.0, some_keys(14), 1)).equal(causal_attention(*tensors))
-    rows = chosen_rows("some", 2, 7)
+    rows = routed_rows("some", 2, 7)
     flat = tensors[0].transpose(1, 2).flatten(0, 1)[rows]
     how = KeyedDropout(0.0, some_keys(14)[rows], 1)
     got, expected = (routed_attention(flat, *tensors[1:], rows, 7, d) for d in (how, None))
@@ -304,7 +304,7 @@ def test_probabilities_of_far_apart_scores_stay_finite():
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_dropout_in_16_bits_is_near_the_dense_formula(monkeypatch, dtype, products):
     if products == "16 bits":  # as on a GPU
-        monkeypatch.setattr(keyed_module, "_types", lambda q: (q.dtype, torch.float32))
+        monkeypatch.setattr(dropout_module, "_types", lambda q: (q.dtype, torch.float32))
     tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     expected = dense_oracle(*doubles, None, masks(2, 16, 16), RATE)
@@ -326,7 +326,7 @@ def test_dropout_in_16_bits_is_near_the_dense_formula(monkeypatch, dtype, produc
 def test_no_probabilities_are_kept_for_the_backward_pass():
     queries = 300
     q, k, v = inputs(1, queries, queries)
-    rows = chosen_rows("some", 1, queries)
+    rows = routed_rows("some", 1, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     how = keyed(1, queries)
 
@@ -343,12 +343,12 @@ def test_no_probabilities_are_kept_for_the_backward_pass():
     assert largest_kept(routed_attention, flat, k, v, rows, queries, how.select(rows)) == q.numel()
 
 
-@pytest.mark.parametrize("choice", ("some", "all"))
-def test_dropout_leaves_out_attention_probabilities_at_its_rate(choice):
+@pytest.mark.parametrize("routing", ("some", "all"))
+def test_dropout_leaves_out_attention_probabilities_at_its_rate(routing):
     queries, rate, heads = 64, 0.25, 2000
     q, k = (torch.zeros(1, heads, queries, 1) for _ in range(2))
     v = torch.ones(1, heads, queries, 1)
-    rows = chosen_rows(choice, 1, queries)
+    rows = routed_rows(routing, 1, queries)
     how = KeyedDropout(rate, some_keys(queries)[rows], SITE)
     # Every head is a run of its own.
     runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, rows, queries, how)[..., 0].T
@@ -422,13 +422,13 @@ def documents(sequences: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dropped", (False, True))
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("length", (1, 13, 70))
-def test_attention_keeps_to_documents(way, length, choice, dropped):
-    """Of all rows, of chosen ones to all, and of chosen ones to each other."""
+def test_attention_keeps_to_documents(way, length, routing, dropped):
+    """Of all rows, of routed ones to all, and of routed ones to each other."""
     sequences = 3
     tensors, document_starts = inputs(sequences, length, length), documents(sequences, length)
-    rows = chosen_rows(choice, sequences, length)
+    rows = routed_rows(routing, sequences, length)
     how, stays = (keyed(sequences, length), masks(sequences, length, length)) if dropped else (None, None)
 
     def expected() -> torch.Tensor:
@@ -441,12 +441,12 @@ def test_attention_keeps_to_documents(way, length, choice, dropped):
     assert_same(got, expected().transpose(1, 2).flatten(0, 1)[rows], tensors)
     if dropped:  # its columns are numbered as they lie packed
         return
-    chosen = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
+    routed = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | (
         torch.arange(length) < document_starts[:, None, :, None]
     )
-    products = (tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)).masked_fill(hidden | ~chosen, -1e300)
-    among = (products.softmax(-1) @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
+    products = (tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)).masked_fill(hidden | ~routed, -1e300)
+    expected = (products.softmax(-1) @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = attention_among(q, k, v, rows, sequences, length, document_starts=of_rows)
-    assert_same(got, among, tensors)
+    got = routed_self_attention(q, k, v, rows, sequences, length, document_starts=of_rows)
+    assert_same(got, expected, tensors)

@@ -20,7 +20,7 @@ from megachiar.kernels.triton_attention import Layout, Mask, attend
 
 HEADS, SITE, RATE = 2, 5, 0.25
 LENGTHS = ((1, 16), (17, 16), (40, 16), (20, 64))
-CHOICES = ("all", "some", "few", "one sequence without", "last of each", "first of each")
+ROUTINGS = ("all", "some", "few", "one sequence without", "last of each", "first of each")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,31 +31,31 @@ def main() -> None:
     device, pairs = torch.device(sys.argv[1]), sys.argv[2] == "pairs"
     found = {}
     for i, (length, c) in enumerate(LENGTHS):
-        for j, choice in enumerate(CHOICES):
+        for j, routing in enumerate(ROUTINGS):
             for k, (name, dtype) in enumerate(DTYPES.items()):
                 for dropped, documents in ((False, False), (True, False), (False, True), (True, True)):
-                    if choice not in ("all", "some") and (name == "bf16" or (documents and dropped)):
+                    if routing not in ("all", "some") and (name == "bf16" or (documents and dropped)):
                         continue
                     if pairs and (i + j + k + dropped + documents) % 2:
                         continue
-                    case = f"{name}: {choice} of {length}, {c} channels"
+                    case = f"{name}: {routing} of {length}, {c} channels"
                     case += f"{', dropout' if dropped else ''}{', documents' if documents else ''}"
-                    found[case] = deviations(length, c, choice, dtype, dropped, documents, device)
+                    found[case] = deviations(length, c, routing, dtype, dropped, documents, device)
     print(json.dumps(found))
 
 
 def deviations(
-    length: int, c: int, choice: str, dtype: torch.dtype, dropped: bool, documents: bool, device: torch.device
+    length: int, c: int, routing: str, dtype: torch.dtype, dropped: bool, documents: bool, device: torch.device
 ) -> dict[str, float]:
     """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
     generator = torch.Generator().manual_seed(length * c)
-    chosen = choose(choice, length, generator)
-    b = len(chosen)
+    routed = route(routing, length, generator)
+    b = len(routed)
     openings = document_openings(b, length, generator) if documents else torch.zeros(b, length, dtype=torch.int64)
     k, v, q_of_all, direction = (torch.randn(b, length, HEADS, c, generator=generator).to(dtype) for _ in range(4))
     keys = row_keys(3, torch.arange(b)[:, None], torch.arange(length))  # (b, length)
-    rows = chosen.flatten().nonzero().flatten()
-    starts = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int()
+    rows = routed.flatten().nonzero().flatten()
+    starts = torch.nn.functional.pad(routed.sum(1).cumsum(0), (1, 0)).int()
     first_keys = torch.arange(0, (b + 1) * length, length, dtype=torch.int32)
     since = (openings + first_keys[:-1, None]).flatten()[rows].int() if documents else None
     layout = Layout(starts, first_keys, rows.int(), length, length, since)
@@ -70,7 +70,7 @@ def deviations(
 
     by_head = [x.double().transpose(1, 2).requires_grad_() for x in (q_of_all, k, v)]
     whole = dense(*by_head, stays_of(mixed, columns) if dropped else None, openings)  # (b, h, length, c)
-    wanted = chosen[:, None, :, None].double()
+    wanted = routed[:, None, :, None].double()
     expected = torch.autograd.grad((whole * direction.double().transpose(1, 2) * wanted).sum(), by_head)
     of_q, of_k, of_v = (x.transpose(1, 2) for x in expected)
     pairs = {
@@ -86,7 +86,7 @@ def dispatched() -> dict[str, float]:
     """The functions of ``kernels.attention`` with the kernels, against themselves without."""
     length, heads, c = 20, 2, 16
     q, k, v = (torch.randn(3, heads, length, c, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    rows = choose("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    rows = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
     keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
     packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
     since = document_openings(3, length, torch.Generator().manual_seed(6))
@@ -97,12 +97,12 @@ def dispatched() -> dict[str, float]:
         calls = {
             "causal": lambda how=how: attention.causal_attention(q, k, v, how, 1),
             "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
-            "among": lambda p=packed: attention.attention_among(*p),
+            "self": lambda p=packed: attention.routed_self_attention(*p),
             "causal, documents": lambda how=how: attention.causal_attention(q, k, v, how, 1, None, since),
             "routed, documents": lambda h=of_rows: attention.routed_attention(
                 packed_q, k, v, rows, length, h, 1, None, since.flatten()[rows]
             ),
-            "among, documents": lambda p=packed: attention.attention_among(*p, since.flatten()[rows]),
+            "self, documents": lambda p=packed: attention.routed_self_attention(*p, since.flatten()[rows]),
         }
         for name, call in calls.items():
             expected = call()
@@ -117,19 +117,19 @@ def dispatched() -> dict[str, float]:
     return found
 
 
-def choose(choice: str, length: int, generator: torch.Generator) -> torch.Tensor:
+def route(routing: str, length: int, generator: torch.Generator) -> torch.Tensor:
     """(3, length) bool."""
-    chosen = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(choice, 0.6)
-    match choice:
+    routed = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(routing, 0.6)
+    match routing:
         case "all":
-            chosen[:] = True
+            routed[:] = True
         case "one sequence without":
-            chosen[1], chosen[0, -1] = False, True
+            routed[1], routed[0, -1] = False, True
         case "last of each":
-            chosen[:], chosen[:, -1] = False, True
+            routed[:], routed[:, -1] = False, True
         case "first of each":
-            chosen[:], chosen[:, 0] = False, True
-    return chosen
+            routed[:], routed[:, 0] = False, True
+    return routed
 
 
 def document_openings(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megachiar.kernels import gpu
-from megachiar.kernels.chosen import chosen_kernels
+from megachiar.kernels.backends import describe_backends
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -19,13 +19,13 @@ def allowed():
 
 @pytest.mark.parametrize(("d", "transform"), [(64, "matrix product"), (256, "FFT")])
 def test_a_cpu_runs_torch(d, transform):
-    (line,) = chosen_kernels(d, 4, CPU, torch.float32)
+    (line,) = describe_backends(d, 4, CPU, torch.float32)
     assert "torch" in line and transform in line and "the device is a CPU" in line
 
 
 def test_torch_can_be_asked_for(allowed):
     gpu.allow(False)
-    (line,) = chosen_kernels(256, 4, GPU, torch.float32)
+    (line,) = describe_backends(256, 4, GPU, torch.float32)
     assert "precision.kernels is torch" in line
     assert not gpu.has_kernels(GPU)
 
@@ -42,7 +42,7 @@ def test_torch_can_be_asked_for(allowed):
     ],
 )
 def test_a_gpu_runs_triton_where_the_kernels_take_the_sizes(d, heads, others):
-    first, *rest = chosen_kernels(d, heads, GPU, torch.bfloat16)
+    first, *rest = describe_backends(d, heads, GPU, torch.bfloat16)
     assert first.startswith("Triton for ")
     for other in others:
         assert other not in first and any(line.startswith(other) for line in rest)

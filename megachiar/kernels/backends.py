@@ -15,7 +15,7 @@ from megachiar.kernels import (
 )
 
 
-def chosen_kernels(hidden_size: int, heads: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+def describe_backends(hidden_size: int, heads: int, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Phrases such as "Triton for routed attention, norms", of a model in ``dtype`` on ``device``."""
     rows = torch.empty(1, hidden_size, dtype=dtype, device="meta")
     by_head = rows.view(1, heads, -1)

@@ -22,11 +22,11 @@ PROBABILITIES = 2**24
 """Most probabilities of a block."""
 
 
-def keyed_attention(
+def dropout_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    at: torch.Tensor,
+    positions: torch.Tensor,
     dropout: KeyedDropout,
     first_head: int = 0,
     scale: float | None = None,
@@ -37,7 +37,7 @@ def keyed_attention(
     Args:
         q: (B, h, S, c).
         k, v: (B, h, T, c).
-        at: (B, S) int64, positions of the queries.
+        positions: (B, S) int64, of the queries.
         dropout: with the keys (B * S,) of the queries' rows.
         first_head: number of the first head of q, where ranks share the heads.
         scale: of the products; 1 / sqrt(c) if not given.
@@ -46,11 +46,11 @@ def keyed_attention(
     Returns:
         (B, h, S, c). Probabilities and sums are fp32 (fp64 for fp64 input).
     """
-    blocks = _blocks(at, q.shape[1], k.shape[2], *_at_once(at, q.device))
+    blocks = _blocks(positions, q.shape[1], k.shape[2], *_at_once(positions, q.device))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     place = dropout.probability, dropout.site, first_head
-    keys = dropout.keys.view(at.shape)
-    return _KeyedAttention.apply(q, k, v, at.to(q.device), document_starts, keys, blocks, scale, place)
+    keys = dropout.keys.view(positions.shape)
+    return _DropoutAttention.apply(q, k, v, positions.to(q.device), document_starts, keys, blocks, scale, place)
 
 
 class _Block(NamedTuple):
@@ -73,15 +73,15 @@ class _Block(NamedTuple):
         return tensor[self.sequences, :, : self.end]
 
 
-def _at_once(at: torch.Tensor, device: torch.device) -> tuple[int, int]:
+def _at_once(positions: torch.Tensor, device: torch.device) -> tuple[int, int]:
     """Sequences and queries that a block has if it does not become too large."""
-    return (1, min(CPU_QUERIES, at.shape[1])) if device.type == "cpu" else tuple(at.shape)
+    return (1, min(CPU_QUERIES, positions.shape[1])) if device.type == "cpu" else tuple(positions.shape)
 
 
-def _blocks(at: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
+def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
     """Blocks of all queries: ``together`` sequences, which divide B, and ``size`` queries of each or fewer."""
     size = max(1, min(size, PROBABILITIES // (together * heads * keys)))
-    parts = at.view(-1, together, at.shape[1]).split(size, 2)
+    parts = positions.view(-1, together, positions.shape[1]).split(size, 2)
     bounds = torch.stack([torch.stack([p.amin((1, 2)), p.amax((1, 2))], -1) for p in parts], 1) + 1
     return [
         _Block(slice(i * together, (i + 1) * together), slice(j * size, (j + 1) * size), first, end)
@@ -90,11 +90,11 @@ def _blocks(at: torch.Tensor, heads: int, keys: int, together: int, size: int) -
     ]
 
 
-class _KeyedAttention(torch.autograd.Function):
+class _DropoutAttention(torch.autograd.Function):
     """Probabilities and their masks are computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, q, k, v, at, document_starts, keys, blocks, scale, place):
+    def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
         ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
         product, wide = _types(q)
         drop = _dropper(q, k, keys, *place)
@@ -102,19 +102,19 @@ class _KeyedAttention(torch.autograd.Function):
         output = torch.empty_like(q)
         scales = q.new_empty(*q.shape[:3], 1, dtype=wide)  # log-sum-exp of each row
         for block in blocks:
-            weights = _scores(block, *factors[:2], at, document_starts, scale, wide)
+            weights = _scores(block, *factors[:2], positions, document_starts, scale, wide)
             top = weights.amax(-1, keepdim=True)
             total = weights.sub_(top).exp_().sum(-1, keepdim=True)
             block.of(scales).copy_(total.log().add_(top))
             _dropped(drop, block, weights, weights)
             block.of(output).copy_((weights.to(product) @ block.seen(factors[2])) / total)
-        ctx.save_for_backward(q, k, v, at, document_starts, keys, output, scales)
+        ctx.save_for_backward(q, k, v, positions, document_starts, keys, output, scales)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        *inputs, at, document_starts, keys, output, scales = ctx.saved_tensors
+        *inputs, positions, document_starts, keys, output, scales = ctx.saved_tensors
         product, wide = _types(gradient)
         drop = _dropper(*inputs[:2], keys, *ctx.place)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
@@ -122,7 +122,7 @@ class _KeyedAttention(torch.autograd.Function):
         of_q = torch.empty_like(q, dtype=wide)
         of_k, of_v = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         for block in ctx.blocks:
-            weights = _scores(block, q, k, at, document_starts, ctx.scale, wide).sub_(block.of(scales)).exp_()
+            weights = _scores(block, q, k, positions, document_starts, ctx.scale, wide).sub_(block.of(scales)).exp_()
             dropped = _dropped(drop, block, weights, torch.empty_like(weights))
             of_output = block.of(gradient)
             block.seen(of_v).add_(dropped.to(product).mT @ of_output)
@@ -154,14 +154,15 @@ def _scores(
     block: _Block,
     q: torch.Tensor,
     k: torch.Tensor,
-    at: torch.Tensor,
+    positions: torch.Tensor,
     document_starts: torch.Tensor | None,
     scale: float,
     wide: torch.dtype,
 ) -> torch.Tensor:
     """Scaled products (b, h, s, t), -inf where a key stands behind its query or in another document."""
     scores = (block.of(q) @ block.seen(k).mT).to(wide).mul_(scale)
-    behind = torch.arange(block.first, block.end, device=q.device) > at[block.sequences, None, block.queries, None]
+    key = torch.arange(block.first, block.end, device=q.device)
+    behind = key > positions[block.sequences, None, block.queries, None]
     scores[..., block.first :] += torch.where(behind, -torch.inf, 0.0)
     if document_starts is not None:
         before = torch.arange(block.end, device=q.device) < document_starts[block.sequences, None, block.queries, None]
