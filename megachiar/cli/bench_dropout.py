@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from megachiar.benchmark import in_turn, timed
 from megachiar.kernels.attention import causal_attention
-from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
+from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 from megachiar.options import CommandParser
 
 PROBABILITY = 0.1
@@ -40,11 +40,11 @@ def bench_rows(n: int, m: int, dtype: torch.dtype, device: torch.device, rounds:
     x = torch.randn(n, m, device=device).to(dtype).requires_grad_()
     gradient = torch.randn(n, m, device=device).to(dtype)
     at = torch.arange(n, device=device)
-    how = KeyedDropout(PROBABILITY, row_keys(1, at // 256, at % 256), 3)
+    dropout = KeyedDropout(PROBABILITY, row_keys(1, at // 256, at % 256), 3)
     compare(
         f"rows ({n}, {m}) {dtype}",
         lambda: torch.autograd.grad(F.dropout(x, PROBABILITY), [x], gradient),
-        lambda: torch.autograd.grad(dropout(x, how), [x], gradient),
+        lambda: torch.autograd.grad(apply_dropout(x, dropout), [x], gradient),
         device,
         rounds,
     )
@@ -56,13 +56,13 @@ def bench_attention(
     shape = (sequences, heads, length, size)
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     gradient = torch.randn(shape, device=device).to(dtype)
-    samples, positions = torch.arange(sequences, device=device), torch.arange(length, device=device)
-    how = KeyedDropout(PROBABILITY, row_keys(1, samples[:, None], positions).flatten(), 3)
+    sample_ids, positions = torch.arange(sequences, device=device), torch.arange(length, device=device)
+    dropout = KeyedDropout(PROBABILITY, row_keys(1, sample_ids[:, None], positions).flatten(), 3)
     attend = F.scaled_dot_product_attention
     compare(
         f"attention {shape} {dtype}",
         lambda: torch.autograd.grad(attend(q, k, v, dropout_p=PROBABILITY, is_causal=True), [q, k, v], gradient),
-        lambda: torch.autograd.grad(causal_attention(q, k, v, how), [q, k, v], gradient),
+        lambda: torch.autograd.grad(causal_attention(q, k, v, dropout), [q, k, v], gradient),
         device,
         rounds,
     )

@@ -167,7 +167,7 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
         passes[f"operator, share {share:g}, keys of routed"] = attention(
             lambda c=routed, r=rows: routed_self_attention(*c, r, sequences, length), n, n, pairs
         )
-    x, change = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
+    x, branch_output = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     head = torch.randn(VOCABULARY, d, device=device).mul_(0.02).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,), device=device)
@@ -179,7 +179,7 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
         lambda: mix_add_and_norm(x, filters, 1.0, None, weight, bias, 1e-5), 4 * tokens * transform, 5 * tokens * row
     )
     passes["operator, residual and norm"] = Pass(
-        lambda: add_and_norm(x, change, weight, bias, 1e-5), 0, (4 + 3) * tokens * row
+        lambda: add_and_norm(x, branch_output, weight, bias, 1e-5), 0, (4 + 3) * tokens * row
     )
     passes[f"operator, loss, {VOCABULARY} tokens"] = Pass(
         lambda: linear_cross_entropy(x, head, targets).loss, 6 * tokens * d * VOCABULARY

@@ -176,11 +176,11 @@ class Engine:
     def _on_device(
         self, micro_batches: Iterable[tuple[int, np.ndarray]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Inputs (B, T), targets (B, T) and sample numbers (B,)."""
+        """Inputs (B, T), targets (B, T) and sample ids (B,)."""
         for first_sample, batch in micro_batches:
             tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
-            samples = torch.arange(first_sample, first_sample + len(batch), device=self.device)
-            yield tokens[:, :-1], tokens[:, 1:], samples
+            sample_ids = torch.arange(first_sample, first_sample + len(batch), device=self.device)
+            yield tokens[:, :-1], tokens[:, 1:], sample_ids
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Summed cross-entropy (nats) and number of targets (those not -100) of this replica's ``(n, T)`` windows.

@@ -3,7 +3,7 @@
     stage 0   F0 F1 F2    B0 F3 B1 F4 B2 ...      Fi, Bi: forward and backward of micro-batch i; a stage keeps at
     stage 1      F0 F1 B0 F2 B1 F3 B2 ...         most (stages - its number) micro-batches' activations
 
-What travels between stages is one floating tensor, the rows, and the sample numbers (and where
+What travels between stages (``StageInputs``) is one floating tensor, the hidden states, and the sample ids (and where
 documents begin, if attention keeps to them), which need no gradient.
 """
 
@@ -77,14 +77,14 @@ class PipelineReplica:
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
-        batches = (((inputs, samples), targets) for inputs, targets, samples in micro_batches)
+        batches = (((inputs, sample_ids), targets) for inputs, targets, sample_ids in micro_batches)
         self.deepspeed.train_batch(batches)
         return StepReport(self._values(), float(self.deepspeed.get_global_grad_norm() or 0.0))
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Summed cross-entropy in nats on the last stage; 0 on the others."""
-        samples = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
-        batches = iter([((inputs, samples), targets)])
+        sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
+        batches = iter([((inputs, sample_ids), targets)])
         outputs = self.deepspeed.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return outputs[0].item() if self.topology.is_last_stage else 0.0
 

@@ -6,6 +6,7 @@ StageEmbedding | StagePart (layers) | StagePart | ... | StageNorm | StageEmbeddi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
@@ -21,10 +22,20 @@ from megachiar.planning.partition import layer_groups
 from megachiar.topology import TensorGroup
 
 
-class StagePart(nn.Module):
-    """Consecutive layers as one part of a pipeline: ``(rows (m, d), told)`` in and out.
+class StageInputs(NamedTuple):
+    """What one part of a pipeline hands to the next; DeepSpeed sends it from stage to stage as a plain tuple.
 
-    ``told`` are the sample numbers (B,), or (B, 1 + T) with where each token's document begins after them.
+    Attributes:
+        hidden_states: (m, d), of this rank's rows.
+        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), with the document starts of the tokens after each.
+    """
+
+    hidden_states: torch.Tensor
+    sequence_ids: torch.Tensor
+
+
+class StagePart(nn.Module):
+    """Consecutive layers as one part of a pipeline: ``StageInputs`` in and out.
 
     What layers report does not travel to the next stage: it is kept here until ``take_report``. A regulariser's value
     is kept too, and its gradient starts here: ``regulariser_scale`` is what the loss's gradient has been scaled by.
@@ -46,13 +57,17 @@ class StagePart(nn.Module):
         self._reports: list[tuple[torch.Tensor, torch.Tensor]] = []
         initialise(self, config, seed, group)
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x, told = inputs
+    def forward(self, inputs: StageInputs) -> StageInputs:
+        x, sequence_ids = inputs
+        has_documents = sequence_ids.dim() > 1
         layout = BatchLayout(
-            len(told), self.length, group=self.group, document_starts=told[:, 1:] if told.dim() > 1 else None
+            sequences=len(sequence_ids),
+            length=self.length,
+            group=self.group,
+            document_starts=sequence_ids[:, 1:] if has_documents else None,
         )
         if self.training:
-            layout = layout.with_dropout_keys(self.seed, told[:, 0] if told.dim() > 1 else told)
+            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0] if has_documents else sequence_ids)
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training:
             added = [output.regulariser for output in outputs if output.regulariser is not None]
@@ -60,7 +75,7 @@ class StagePart(nn.Module):
             if added:
                 x = _WithLoss.apply(x, regulariser, self.regulariser_scale)
             self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
-        return x, told
+        return StageInputs(x, sequence_ids)
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean regulariser () and statistics (4, layers of this part) of the micro-batches since the last call."""
@@ -83,14 +98,15 @@ class _WithLoss(torch.autograd.Function):
 
 
 class StageNorm(nn.Module):
-    """The last norm as a part of a pipeline: rows and what is told in, rows out."""
+    """The last norm as a part of a pipeline: ``StageInputs`` in, hidden states (m, d) out."""
 
     def __init__(self, config: ModelConfig, group: TensorGroup):
         super().__init__()
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return self.norm(inputs[0])
+    def forward(self, inputs: StageInputs) -> torch.Tensor:
+        hidden_states, _ = inputs
+        return self.norm(hidden_states)
 
 
 class StageEmbedding(TiedEmbedding):
@@ -101,16 +117,17 @@ class StageEmbedding(TiedEmbedding):
         self.seed, self.document_end = seed, document_end
         initialise(self, config, seed, group, prefix="embedding")
 
-    def first_part(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, T) and sample numbers (B,) to rows (m, d) and what ``StagePart`` is told."""
-        tokens, samples = inputs
+    def first_part(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> StageInputs:
+        """Embed tokens (B, T) with sample ids (B,) into the inputs of the first ``StagePart``."""
+        tokens, sample_ids = inputs
         layout = BatchLayout(*tokens.shape, group=self.group)
         if self.training:
-            layout = layout.with_dropout_keys(self.seed, samples)
-        rows = self(tokens.flatten(), layout=layout)
+            layout = layout.with_dropout_keys(self.seed, sample_ids)
+        hidden_states = self(tokens.flatten(), layout=layout)
         if self.document_end is None:
-            return rows, samples
-        return rows, torch.cat([samples[:, None], find_document_starts(tokens, self.document_end)], 1)
+            return StageInputs(hidden_states, sample_ids)
+        starts = find_document_starts(tokens, self.document_end)
+        return StageInputs(hidden_states, torch.cat([sample_ids[:, None], starts], 1))
 
     def last_part(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, and the weight for the loss.

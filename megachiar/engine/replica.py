@@ -18,7 +18,7 @@ from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Inputs (B, T), targets (B, T) and sample numbers (B,), on the device."""
+"""Inputs (B, T), targets (B, T) and sample ids (B,), on the device."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Replica:
         """Forward, backward and optimizer step over all micro-batches of the step."""
         self.deepspeed.train()
         totals = []
-        for inputs, targets, samples in micro_batches:
-            output = self.deepspeed(inputs, targets, samples)
+        for inputs, targets, sample_ids in micro_batches:
+            output = self.deepspeed(inputs, targets, sample_ids)
             self.deepspeed.backward(output.loss + output.regulariser)
             totals.append(_flatten(output))
             self._norm = self._unclipped_norm()

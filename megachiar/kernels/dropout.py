@@ -60,9 +60,9 @@ def least_kept(probability: float) -> int:
     return int(probability * 2**32) - 2**31
 
 
-def row_keys(seed: int, samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Key of each row: int64, as ``samples`` and ``positions`` (int64) broadcast."""
-    return mix64(mix64(samples + wrap64((seed + 1) * GOLDEN)) + positions * GOLDEN)
+def row_keys(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Key of each row: int64, as ``sample_ids`` and ``positions`` (int64) broadcast."""
+    return mix64(mix64(sample_ids + wrap64((seed + 1) * GOLDEN)) + positions * GOLDEN)
 
 
 def head_keys(keys: torch.Tensor, first_head: int, heads: int) -> torch.Tensor:
@@ -71,14 +71,14 @@ def head_keys(keys: torch.Tensor, first_head: int, heads: int) -> torch.Tensor:
     return mix64(keys[..., None] + numbers * GOLDEN)
 
 
-def dropout(x: torch.Tensor, how: KeyedDropout | None, first_column: int = 0) -> torch.Tensor:
-    """``x`` (n, m) with elements dropped; ``x`` itself without ``how`` or with probability 0.
+def apply_dropout(x: torch.Tensor, dropout: KeyedDropout | None, first_column: int = 0) -> torch.Tensor:
+    """``x`` (n, m) with elements dropped; ``x`` itself without ``dropout`` or with probability 0.
 
     ``first_column`` is the number of x's first column in the whole matrix, where ranks share its columns.
     """
-    if how is None or how.probability == 0:
+    if dropout is None or dropout.probability == 0:
         return x
-    return _Dropout.apply(x, how.keys, how.probability, how.site, first_column)
+    return _Dropout.apply(x, dropout.keys, dropout.probability, dropout.site, first_column)
 
 
 class _Dropout(torch.autograd.Function):
@@ -112,16 +112,16 @@ class Dropper:
     """Drops elements of rows, block by block, and scales the others; what the blocks share is made once.
 
     Attributes:
-        keys: of the rows, as ``how`` has them: mixed with the site where that is not the kernel's work. A block names
-            its rows by a part of them.
+        keys: of the rows, as ``dropout`` has them: mixed with the site where that is not the kernel's work. A block
+            names its rows by a part of them.
     """
 
-    def __init__(self, how: KeyedDropout, columns: int, first_column: int = 0):
-        device = how.keys.device
-        self.site, self.scale, self.least = how.site, how.scale, least_kept(how.probability)
+    def __init__(self, dropout: KeyedDropout, columns: int, first_column: int = 0):
+        device = dropout.keys.device
+        self.site, self.scale, self.least = dropout.site, dropout.scale, least_kept(dropout.probability)
         self.columns = column_keys(first_column, columns, device)
         self.one_kernel = gpu.has_kernels(device)
-        self.keys = how.keys if self.one_kernel else mix64(how.keys + wrap64(how.site * GOLDEN))
+        self.keys = dropout.keys if self.one_kernel else mix64(dropout.keys + wrap64(dropout.site * GOLDEN))
         self.chunk = CHUNK if device.type == "cpu" else DEVICE_CHUNK
         self.spare = torch.empty(2, 0, dtype=torch.int32, device=device)
 

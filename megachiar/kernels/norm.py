@@ -13,12 +13,12 @@ from megachiar.kernels import gpu, triton_norm
 
 
 def add_and_norm(
-    x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    x: torch.Tensor, branch_output: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """LayerNorm of ``x + change``, or of ``x`` alone, over the last dimension.
+    """LayerNorm of ``x + branch_output``, or of ``x`` alone, over the last dimension.
 
     Args:
-        x, change: (n, d).
+        x, branch_output: (n, d).
         weight, bias: (d,).
         epsilon: added to the variance.
 
@@ -26,16 +26,16 @@ def add_and_norm(
         (n, d) in the type of ``x``; mean and variance are fp32 (fp64 for fp64 rows).
     """
     if gpu.has_kernels(x.device) and triton_norm.supports(x):
-        return _AddAndNorm.apply(x, change, weight, bias, epsilon)
-    return F.layer_norm(x if change is None else x + change, x.shape[-1:], weight, bias, epsilon)
+        return _AddAndNorm.apply(x, branch_output, weight, bias, epsilon)
+    return F.layer_norm(x if branch_output is None else x + branch_output, x.shape[-1:], weight, bias, epsilon)
 
 
 class _AddAndNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, change, weight, bias, epsilon):
-        normed = triton_norm.normed(x, change, weight, bias, epsilon)
+    def forward(ctx, x, branch_output, weight, bias, epsilon):
+        normed = triton_norm.normed(x, branch_output, weight, bias, epsilon)
         ctx.save_for_backward(*normed[1:], weight)
-        ctx.added = change is not None
+        ctx.added = branch_output is not None
         return normed.rows
 
     @staticmethod

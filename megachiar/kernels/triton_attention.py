@@ -104,10 +104,10 @@ class Mask(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, how: KeyedDropout, first_head: int, heads: int, columns: int) -> Mask:
-        """``how`` with the keys (n,) of the queries' rows, for the heads from ``first_head``."""
-        mixed = mix64(head_keys(how.keys, first_head, heads) + wrap64(how.site * GOLDEN))
-        return cls(mixed, column_keys(0, columns, mixed.device), least_kept(how.probability), how.scale)
+    def of(cls, dropout: KeyedDropout, first_head: int, heads: int, columns: int) -> Mask:
+        """``dropout`` with the keys (n,) of the queries' rows, for the heads from ``first_head``."""
+        mixed = mix64(head_keys(dropout.keys, first_head, heads) + wrap64(dropout.site * GOLDEN))
+        return cls(mixed, column_keys(0, columns, mixed.device), least_kept(dropout.probability), dropout.scale)
 
 
 def supports(q: torch.Tensor) -> bool:

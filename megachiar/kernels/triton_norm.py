@@ -36,19 +36,19 @@ def supports(x: torch.Tensor) -> bool:
 
 
 def normed(
-    x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    x: torch.Tensor, branch_output: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> Normed:
-    """LayerNorm of ``x + change`` (n, d), or of ``x`` alone."""
+    """LayerNorm of ``x + branch_output`` (n, d), or of ``x`` alone."""
     x = x.contiguous()
     n, d = x.shape
-    sums = x if change is None else torch.empty_like(x)
+    sums = x if branch_output is None else torch.empty_like(x)
     rows = torch.empty_like(x)
     mean, scale = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
     if n:
         _norm[(n,)](
-            *(x, x if change is None else change.contiguous(), weight, bias, sums, rows, mean, scale),
+            *(x, x if branch_output is None else branch_output.contiguous(), weight, bias, sums, rows, mean, scale),
             EPSILON=epsilon,
-            ADDED=change is not None,
+            ADDED=branch_output is not None,
             **_constants(d),
         )
     return Normed(rows, sums, mean, scale)
@@ -75,7 +75,7 @@ def _constants(d: int) -> dict:
 
 def _norm_kernel(
     x,
-    change,
+    branch_output,
     weight,
     bias,
     sums_out,
@@ -93,7 +93,7 @@ def _norm_kernel(
     place = row * D + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
-        value += tl.load(change + place, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(branch_output + place, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(sums_out.dtype.element_ty)
         tl.store(sums_out + place, rounded, mask=inside)
         value = rounded.to(tl.float32)

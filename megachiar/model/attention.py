@@ -75,10 +75,10 @@ class SelfAttention(nn.Module):
             mixed = self._attend_to_routed(routed, operator_tokens, layout, cache)
         else:
             mixed = self._attend_to_all(x, routed, rows, layout, cache)
-        change = self.output(
+        branch_output = self.output(
             mixed.flatten(-2), operator_tokens.counts_per_rank if operator_tokens is not None else None
         )
-        return residual_norm(routed, change, None if self.pre else self.norm)
+        return residual_norm(routed, branch_output, None if self.pre else self.norm)
 
     def _attend_to_all(
         self,

@@ -72,9 +72,9 @@ class BatchLayout(NamedTuple):
             return self.document_starts
         return self.document_starts.flatten().index_select(0, rows)
 
-    def with_dropout_keys(self, seed: int, samples: torch.Tensor) -> BatchLayout:
+    def with_dropout_keys(self, seed: int, sample_ids: torch.Tensor) -> BatchLayout:
         """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
-        all_rows = row_keys(seed, samples[:, None], self.positions(samples.device)).flatten()
+        all_rows = row_keys(seed, sample_ids[:, None], self.positions(sample_ids.device)).flatten()
         return self._replace(dropout_keys=DropoutKeys(all_rows, all_rows[self.local_slice]))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
-from megachiar.kernels.dropout import dropout
+from megachiar.kernels.dropout import apply_dropout
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.parallel.collectives import all_gather, enter, leave
 from megachiar.parallel.loss import VocabularyShard
@@ -48,7 +48,7 @@ class TiedEmbedding(nn.Module):
             rows = leave(rows, self.group)
         if not (self.training and self.dropout and layout.dropout_keys is not None):
             return rows
-        return dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
+        return apply_dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """For reading alone: no gradient flows back over ranks."""

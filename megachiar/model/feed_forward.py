@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.dropout import dropout
+from megachiar.kernels.dropout import apply_dropout
 from megachiar.model.batch_layout import DropoutKeys, dropout_of
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -31,6 +31,6 @@ class FeedForward(nn.Module):
         if self.training and self.dropout and keys is not None:
             inner_dropout = dropout_of(self.dropout, keys.all_rows, self.layer, 2)
             outer_dropout = dropout_of(self.dropout, keys.local_rows, self.layer, 3)
-        inner = dropout(F.gelu(self.up(self.norm(y) if self.pre else y)), inner_dropout, self.first_feature)
-        change = dropout(self.down(inner), outer_dropout)
-        return residual_norm(y, change, None if self.pre else self.norm)
+        inner = apply_dropout(F.gelu(self.up(self.norm(y) if self.pre else y)), inner_dropout, self.first_feature)
+        branch_output = apply_dropout(self.down(inner), outer_dropout)
+        return residual_norm(y, branch_output, None if self.pre else self.norm)

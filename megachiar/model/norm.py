@@ -18,9 +18,9 @@ class RowNorm(nn.LayerNorm):
         super().__init__(size, eps=epsilon)
         self.group = group
 
-    def forward(self, x: torch.Tensor, change: torch.Tensor | None = None) -> torch.Tensor:
-        """Of ``x + change`` (n, d), or of ``x`` alone."""
-        return add_and_norm(x, change, *self.shared(), self.eps)
+    def forward(self, x: torch.Tensor, branch_output: torch.Tensor | None = None) -> torch.Tensor:
+        """Of ``x + branch_output`` (n, d), or of ``x`` alone."""
+        return add_and_norm(x, branch_output, *self.shared(), self.eps)
 
     def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias (d,), whose gradients are summed where they must."""
@@ -37,6 +37,6 @@ class MixNorm(RowNorm):
         return mix_add_and_norm(x, filters, gain, spectrum, *self.shared(), self.eps)
 
 
-def residual_norm(x: torch.Tensor, change: torch.Tensor, norm: RowNorm | None) -> torch.Tensor:
-    """``norm(x + change)`` for post-norm layers, ``x + change`` (norm None) for pre-norm ones."""
-    return x + change if norm is None else norm(x, change)
+def residual_norm(x: torch.Tensor, branch_output: torch.Tensor, norm: RowNorm | None) -> torch.Tensor:
+    """``norm(x + branch_output)`` for post-norm layers, ``x + branch_output`` (norm None) for pre-norm ones."""
+    return x + branch_output if norm is None else norm(x, branch_output)

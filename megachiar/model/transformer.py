@@ -69,7 +69,7 @@ class ChiarFormer(nn.Module):
         self,
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
         *,
         cache: DecodingCache | None = None,
     ) -> ModelOutput:
@@ -77,16 +77,16 @@ class ChiarFormer(nn.Module):
         Args:
             tokens: (B, T) int64, the same on all ranks of the group.
             targets: (B, T) int64, -100 where there is none; with them the result has losses, else logits.
-            samples: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
+            sample_ids: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
             cache: of earlier positions; it is extended by these. All of them are of one document.
         """
         layout = BatchLayout(*tokens.shape, cache_length=cache.length if cache is not None else 0, group=self.group)
         if self.document_end is not None and cache is None:
             layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
-            if samples is None:
-                samples = torch.arange(len(tokens), device=tokens.device)
-            layout = layout.with_dropout_keys(self.seed, samples)
+            if sample_ids is None:
+                sample_ids = torch.arange(len(tokens), device=tokens.device)
+            layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         x, outputs = run_layers(self.layers, x, layout, cache, self.checkpoint_interval if self.training else None)
         if cache is not None:

@@ -116,9 +116,9 @@ def _time(config: RunConfig, machine: Machine, stages: list[RankPlan]) -> tuple[
     pipeline = max(stage.traffic.pipeline for stage in stages) / machine.network_bandwidth
     shares = {"bubble": bubble, "tensor traffic": tensor, "stages' traffic": pipeline, "replicas' traffic": data}
     seconds = arithmetic + sum(shares.values())
-    told = [f"{name} {part / seconds:.0%}" for name, part in shares.items() if part / seconds >= 0.005]
+    listed = [f"{name} {part / seconds:.0%}" for name, part in shares.items() if part / seconds >= 0.005]
     extra = ["forward passes are done again"] if training.activation_checkpoint_interval else []
-    return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *told, *extra])
+    return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *listed, *extra])
 
 
 def _divisors(n: int) -> list[int]:

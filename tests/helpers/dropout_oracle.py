@@ -22,8 +22,8 @@ def unsigned(x: int | torch.Tensor) -> np.ndarray:
     return np.atleast_1d(x.numpy() if isinstance(x, torch.Tensor) else np.array(x, np.int64)).astype(np.uint64)
 
 
-def numpy_row_keys(seed: int, samples: torch.Tensor, positions: torch.Tensor) -> np.ndarray:
-    return mixed(mixed(unsigned(samples) + unsigned(seed + 1) * GOLDEN) + unsigned(positions) * GOLDEN)
+def numpy_row_keys(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor) -> np.ndarray:
+    return mixed(mixed(unsigned(sample_ids) + unsigned(seed + 1) * GOLDEN) + unsigned(positions) * GOLDEN)
 
 
 def numpy_head_keys(keys: np.ndarray, first: int, heads: int) -> np.ndarray:

@@ -229,8 +229,8 @@ def test_routed_attention_with_dropout_is_the_routed_rows_of_the_dense_formula(
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, scale, masks(sequences, queries, keys, first_head), RATE)
     expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-    how = keyed(sequences, queries).select(rows)
-    got = routed_attention(flat, k, v, rows, queries, how, first_head, scale)
+    dropout = keyed(sequences, queries).select(rows)
+    got = routed_attention(flat, k, v, rows, queries, dropout, first_head, scale)
     assert got.shape == (len(rows), HEADS, CHANNELS)
     assert_same(got, expected, tensors)
 
@@ -254,21 +254,21 @@ def test_ranks_that_share_the_heads_compute_parts_of_the_whole(routing):
     queries, heads = 11, 6
     q, k, v = (noise(2, heads, queries, CHANNELS, seed=s).requires_grad_() for s in range(3))
     rows = routed_rows(routing, 2, queries)
-    how = keyed(2, queries).select(rows)
+    dropout = keyed(2, queries).select(rows)
 
     def attention(of_rank: slice) -> torch.Tensor:
         flat = q[:, of_rank].transpose(1, 2).flatten(0, 1).index_select(0, rows)
-        return routed_attention(flat, k[:, of_rank], v[:, of_rank], rows, queries, how, of_rank.start)
+        return routed_attention(flat, k[:, of_rank], v[:, of_rank], rows, queries, dropout, of_rank.start)
 
     parts = torch.cat([attention(slice(first, first + 2)) for first in range(0, heads, 2)], 1)
     assert_same(parts, attention(slice(0, heads)), [q, k, v])
 
 
 def test_a_sequence_alone_has_the_dropout_it_has_in_a_micro_batch():
-    tensors, how = inputs(4, 9, 9), keyed(4, 9)
-    whole = causal_attention(*tensors, how)
+    tensors, dropout = inputs(4, 9, 9), keyed(4, 9)
+    whole = causal_attention(*tensors, dropout)
     for i in range(4):
-        alone = causal_attention(*(t[i : i + 1] for t in tensors), how.select(torch.arange(i * 9, i * 9 + 9)))
+        alone = causal_attention(*(t[i : i + 1] for t in tensors), dropout.select(torch.arange(i * 9, i * 9 + 9)))
         torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-12)
 
 
@@ -277,8 +277,8 @@ def test_dropout_at_rate_0_is_none():
     assert causal_attention(*tensors, KeyedDropout(0.0, some_keys(14), 1)).equal(causal_attention(*tensors))
     rows = routed_rows("some", 2, 7)
     flat = tensors[0].transpose(1, 2).flatten(0, 1)[rows]
-    how = KeyedDropout(0.0, some_keys(14)[rows], 1)
-    got, expected = (routed_attention(flat, *tensors[1:], rows, 7, d) for d in (how, None))
+    dropout = KeyedDropout(0.0, some_keys(14)[rows], 1)
+    got, expected = (routed_attention(flat, *tensors[1:], rows, 7, d) for d in (dropout, None))
     assert got.equal(expected)
 
 
@@ -286,8 +286,8 @@ def test_gradcheck_of_attention_with_dropout():
     q, k, v = inputs(2, 5, 5)
     rows = torch.tensor([1, 2, 4, 8])
     flat = q.detach().transpose(1, 2).flatten(0, 1).index_select(0, rows).requires_grad_()
-    how = keyed(2, 5).select(rows)
-    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5, how, 1), (flat, k, v))
+    dropout = keyed(2, 5).select(rows)
+    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5, dropout, 1), (flat, k, v))
 
 
 def test_probabilities_of_far_apart_scores_stay_finite():
@@ -328,7 +328,7 @@ def test_no_probabilities_are_kept_for_the_backward_pass():
     q, k, v = inputs(1, queries, queries)
     rows = routed_rows("some", 1, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-    how = keyed(1, queries)
+    dropout = keyed(1, queries)
 
     def largest_kept(function, *arguments, **options) -> int:
         kept = []
@@ -339,8 +339,8 @@ def test_no_probabilities_are_kept_for_the_backward_pass():
         return max(kept) // q.element_size()
 
     assert largest_kept(F.scaled_dot_product_attention, q, k, v, dropout_p=RATE) >= queries * queries  # it is seen
-    assert largest_kept(causal_attention, q, k, v, how) == q.numel()
-    assert largest_kept(routed_attention, flat, k, v, rows, queries, how.select(rows)) == q.numel()
+    assert largest_kept(causal_attention, q, k, v, dropout) == q.numel()
+    assert largest_kept(routed_attention, flat, k, v, rows, queries, dropout.select(rows)) == q.numel()
 
 
 @pytest.mark.parametrize("routing", ("some", "all"))
@@ -349,9 +349,9 @@ def test_dropout_leaves_out_attention_probabilities_at_its_rate(routing):
     q, k = (torch.zeros(1, heads, queries, 1) for _ in range(2))
     v = torch.ones(1, heads, queries, 1)
     rows = routed_rows(routing, 1, queries)
-    how = KeyedDropout(rate, some_keys(queries)[rows], SITE)
+    dropout = KeyedDropout(rate, some_keys(queries)[rows], SITE)
     # Every head is a run of its own.
-    runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, rows, queries, how)[..., 0].T
+    runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, rows, queries, dropout)[..., 0].T
     assert not runs[0].equal(runs[1])
     seen = (rows + 1).double()  # equal probabilities: the kept share of them, scaled up
     deviation = (rate / (1 - rate) / seen).sqrt()
@@ -429,15 +429,15 @@ def test_attention_keeps_to_documents(way, length, routing, dropped):
     sequences = 3
     tensors, document_starts = inputs(sequences, length, length), documents(sequences, length)
     rows = routed_rows(routing, sequences, length)
-    how, stays = (keyed(sequences, length), masks(sequences, length, length)) if dropped else (None, None)
+    dropout, stays = (keyed(sequences, length), masks(sequences, length, length)) if dropped else (None, None)
 
     def expected() -> torch.Tensor:
         return dense_oracle(*tensors, None, stays, RATE, document_starts)
 
-    assert_same(causal_attention(*tensors, how, document_starts=document_starts), expected(), tensors)
+    assert_same(causal_attention(*tensors, dropout, document_starts=document_starts), expected(), tensors)
     of_rows = document_starts.flatten()[rows]
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = routed_attention(q, *tensors[1:], rows, length, how and how.select(rows), document_starts=of_rows)
+    got = routed_attention(q, *tensors[1:], rows, length, dropout and dropout.select(rows), document_starts=of_rows)
     assert_same(got, expected().transpose(1, 2).flatten(0, 1)[rows], tensors)
     if dropped:  # its columns are numbered as they lie packed
         return

@@ -14,15 +14,15 @@ import torch
 from dropout_oracle import numpy_head_keys, numpy_mask, numpy_row_keys, some_keys
 
 from megachiar.kernels import dropout as dropout_module
-from megachiar.kernels.dropout import KeyedDropout, dropout, head_keys, row_keys
+from megachiar.kernels.dropout import KeyedDropout, apply_dropout, head_keys, row_keys
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def mask_of(how: KeyedDropout, columns: int, first_column: int = 0) -> torch.Tensor:
-    return dropout(torch.ones(len(how.keys), columns), how, first_column) != 0
+def mask_of(dropout: KeyedDropout, columns: int, first_column: int = 0) -> torch.Tensor:
+    return apply_dropout(torch.ones(len(dropout.keys), columns), dropout, first_column) != 0
 
 
 # The definition ------------------------------------------------------------------------------------------------------
@@ -30,10 +30,10 @@ def mask_of(how: KeyedDropout, columns: int, first_column: int = 0) -> torch.Ten
 
 @pytest.mark.parametrize("seed", (0, 1234, 2**31))
 def test_row_keys_are_the_definition(seed):
-    samples, positions = torch.tensor([0, 1, 7, 2**40])[:, None], torch.arange(9)
-    got = row_keys(seed, samples, positions)
+    sample_ids, positions = torch.tensor([0, 1, 7, 2**40])[:, None], torch.arange(9)
+    got = row_keys(seed, sample_ids, positions)
     assert got.shape == (4, 9) and got.dtype == torch.int64
-    np.testing.assert_array_equal(got.numpy().view(np.uint64), numpy_row_keys(seed, samples, positions))
+    np.testing.assert_array_equal(got.numpy().view(np.uint64), numpy_row_keys(seed, sample_ids, positions))
 
 
 def test_head_keys_are_the_definition():
@@ -46,10 +46,10 @@ def test_head_keys_are_the_definition():
 @pytest.mark.parametrize("probability", (0.1, 0.5, 0.97))
 @pytest.mark.parametrize(("n", "m", "first_column", "site"), [(37, 50, 0, 0), (3, 1, 9, -8), (5, 1000, 4096, 227)])
 def test_dropout_is_the_definition(dtype, probability, n, m, first_column, site):
-    how = KeyedDropout(probability, some_keys(n), site)
+    dropout = KeyedDropout(probability, some_keys(n), site)
     x, gradient = noise(n, m, dtype=dtype).requires_grad_(), noise(n, m, dtype=dtype)
-    mask = numpy_mask(how.keys.numpy().view(np.uint64), site, probability, m, first_column)
-    got = dropout(x, how, first_column)
+    mask = numpy_mask(dropout.keys.numpy().view(np.uint64), site, probability, m, first_column)
+    got = apply_dropout(x, dropout, first_column)
     zero = torch.zeros((), dtype=dtype)
     assert got.dtype == dtype
     assert got.equal(torch.where(mask, x * (1 / (1 - probability)), zero))
@@ -58,32 +58,32 @@ def test_dropout_is_the_definition(dtype, probability, n, m, first_column, site)
 
 
 def test_gradient_of_dropout():
-    how = KeyedDropout(0.4, some_keys(4), 3)
-    assert torch.autograd.gradcheck(lambda x: dropout(x, how, 2), noise(4, 6).requires_grad_())
+    dropout = KeyedDropout(0.4, some_keys(4), 3)
+    assert torch.autograd.gradcheck(lambda x: apply_dropout(x, dropout, 2), noise(4, 6).requires_grad_())
 
 
 def test_without_dropout_x_itself_is_given():
     x = noise(3, 4)
-    assert dropout(x, None) is x
-    assert dropout(x, KeyedDropout(0.0, some_keys(3), 1)) is x
+    assert apply_dropout(x, None) is x
+    assert apply_dropout(x, KeyedDropout(0.0, some_keys(3), 1)) is x
 
 
 @pytest.mark.parametrize("shape", ((0, 5), (5, 0)))
 def test_dropout_of_nothing(shape):
     x = torch.ones(shape, requires_grad=True)
-    got = dropout(x, KeyedDropout(0.1, some_keys(shape[0]), 1))
+    got = apply_dropout(x, KeyedDropout(0.1, some_keys(shape[0]), 1))
     got.sum().backward()
     assert got.shape == x.grad.shape == shape
 
 
 def test_x_that_does_not_lie_row_by_row():
-    how, x = KeyedDropout(0.3, some_keys(40), 2), noise(60, 40).T
-    assert dropout(x, how).equal(dropout(x.contiguous(), how))
+    dropout, x = KeyedDropout(0.3, some_keys(40), 2), noise(60, 40).T
+    assert apply_dropout(x, dropout).equal(apply_dropout(x.contiguous(), dropout))
 
 
 def test_what_is_not_finite_and_dropped_is_0():
-    how, x = KeyedDropout(0.5, some_keys(8), 2), torch.full((8, 64), math.nan)
-    assert dropout(x, how).isnan().equal(mask_of(how, 64))
+    dropout, x = KeyedDropout(0.5, some_keys(8), 2), torch.full((8, 64), math.nan)
+    assert apply_dropout(x, dropout).isnan().equal(mask_of(dropout, 64))
 
 
 # Independence of the layout ------------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ def test_what_is_not_finite_and_dropped_is_0():
 
 @pytest.mark.parametrize("chunk", (1, 100, 2**18))
 def test_a_shard_of_rows_and_columns_has_its_part_of_the_mask(monkeypatch, chunk):
-    how = KeyedDropout(0.3, some_keys(64), 11)
-    whole = mask_of(how, 96)
+    dropout = KeyedDropout(0.3, some_keys(64), 11)
+    whole = mask_of(dropout, 96)
     monkeypatch.setattr(dropout_module, "CHUNK", chunk)
     for rows in (torch.arange(16, 48), torch.tensor([3]), torch.tensor([60, 2, 2, 33])):
         for first, last in ((0, 96), (32, 64), (95, 96)):
-            assert mask_of(how.select(rows), last - first, first).equal(whole[rows, first:last])
+            assert mask_of(dropout.select(rows), last - first, first).equal(whole[rows, first:last])
 
 
 def test_a_sample_has_its_mask_in_any_micro_batch():
@@ -110,11 +110,11 @@ def test_a_sample_has_its_mask_in_any_micro_batch():
 def test_no_generator_is_asked():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    how = KeyedDropout(0.3, some_keys(16), 1)
-    first = mask_of(how, 32)
+    dropout = KeyedDropout(0.3, some_keys(16), 1)
+    first = mask_of(dropout, 32)
     assert torch.get_rng_state().equal(before)
     torch.manual_seed(1)
-    assert mask_of(how, 32).equal(first)
+    assert mask_of(dropout, 32).equal(first)
 
 
 # Chance --------------------------------------------------------------------------------------------------------------
@@ -199,17 +199,17 @@ def test_no_two_columns_and_no_two_rows_are_alike(probability):
 
 
 def test_masks_of_other_sites_samples_positions_heads_and_seeds_are_independent():
-    samples, positions = torch.arange(128)[:, None], torch.arange(16)
-    keys = row_keys(0, samples, positions).flatten()
+    sample_ids, positions = torch.arange(128)[:, None], torch.arange(16)
+    keys = row_keys(0, sample_ids, positions).flatten()
 
     def mask(keys: torch.Tensor = keys, site: int = 0) -> torch.Tensor:
         return standardised(mask_of(KeyedDropout(0.2, keys, site), 512), 0.2)
 
     base = mask()
     others = {f"site {s}": mask(site=s) for s in (-8, 1, 2, 8, 225)}
-    others |= {f"seed {s}": mask(row_keys(s, samples, positions).flatten()) for s in (1, 2, 2**20)}
-    others |= {f"samples {k} on": mask(row_keys(0, samples + k, positions).flatten()) for k in (1, 128, 2**33)}
-    others |= {f"positions {k} on": mask(row_keys(0, samples, positions + k).flatten()) for k in (1, 16, 4096)}
+    others |= {f"seed {s}": mask(row_keys(s, sample_ids, positions).flatten()) for s in (1, 2, 2**20)}
+    others |= {f"samples {k} on": mask(row_keys(0, sample_ids + k, positions).flatten()) for k in (1, 128, 2**33)}
+    others |= {f"positions {k} on": mask(row_keys(0, sample_ids, positions + k).flatten()) for k in (1, 16, 4096)}
     others |= {f"head {h}": mask(head_keys(keys, h, 1).flatten()) for h in (0, 1, 15)}
     names = list(others)
     found = {name: deviation(base, others[name]) for name in names}
@@ -223,7 +223,7 @@ INTERPRETED = """
 import torch
 from megachiar.kernels import gpu
 from megachiar.kernels.attention import causal_attention, routed_attention
-from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
+from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 
 SHAPES = (37, 100, 0, 0), (5, 1500, 7, 225), (3, 1, 2, -8), (9, 2048, 0, 1)
 launched = []
@@ -245,17 +245,17 @@ def same_bits(pairs):
 # The interpreter cuts fp32 off where it becomes bf16: at rate 1/2 there is nothing to round.
 for dtype, probability in ((torch.float32, 0.1), (torch.float64, 0.1), (torch.float16, 0.1), (torch.bfloat16, 0.5)):
     for n, m, first, site in (*SHAPES, (0, 4, 0, 1), (4, 0, 0, 1)):
-        how = KeyedDropout(probability, row_keys(3, torch.arange(n), torch.tensor(4)), site)
-        same_bits(both(lambda x: dropout(x, how, first), torch.randn(n, m).to(dtype)))
-        same_bits(both(lambda x: dropout(x, how, first), torch.randn(m, n).to(dtype).T))
+        dropout = KeyedDropout(probability, row_keys(3, torch.arange(n), torch.tensor(4)), site)
+        same_bits(both(lambda x: apply_dropout(x, dropout, first), torch.randn(n, m).to(dtype)))
+        same_bits(both(lambda x: apply_dropout(x, dropout, first), torch.randn(m, n).to(dtype).T))
 
 q, k, v = torch.randn(3, 2, 2, 20, 4, dtype=torch.float64)
 keys = row_keys(3, torch.arange(2)[:, None], torch.arange(20)).flatten()
 same_bits(both(lambda *t: causal_attention(*t, KeyedDropout(0.1, keys, 3), 5), q, k, v))
 rows = torch.arange(1, 40, 3)
-how = KeyedDropout(0.1, keys, 3).select(rows)
+dropout = KeyedDropout(0.1, keys, 3).select(rows)
 routed = q.transpose(1, 2).flatten(0, 1)[rows]
-same_bits(both(lambda q, k, v: routed_attention(q, k, v, rows, 20, how, 5), routed, k, v))
+same_bits(both(lambda q, k, v: routed_attention(q, k, v, rows, 20, dropout, 5), routed, k, v))
 assert True in launched
 print("same bits")
 """
@@ -295,9 +295,10 @@ import sys
 sys.modules["triton"] = None
 import torch
 from megachiar.kernels import gpu
-from megachiar.kernels.dropout import KeyedDropout, dropout, row_keys
+from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 assert gpu.triton is None and not gpu.has_kernels(torch.device("cuda"))
-print(dropout(torch.ones(4, 64), KeyedDropout(0.5, row_keys(0, torch.arange(4), torch.tensor(0)), 1)).sum().item())
+dropout = KeyedDropout(0.5, row_keys(0, torch.arange(4), torch.tensor(0)), 1)
+print(apply_dropout(torch.ones(4, 64), dropout).sum().item())
 """
 
 
@@ -321,7 +322,7 @@ def test_the_triton_kernel_compiles_for_an_h100_with_the_exact_scale(tmp_path):
 
 def test_dropout_without_triton():
     keys = row_keys(0, torch.arange(4), torch.tensor(0))
-    expected = dropout(torch.ones(4, 64), KeyedDropout(0.5, keys, 1)).sum().item()
+    expected = apply_dropout(torch.ones(4, 64), KeyedDropout(0.5, keys, 1)).sum().item()
     assert float(run_python(WITHOUT)) == expected
 
 
@@ -339,6 +340,6 @@ def test_a_gpu_gives_the_same_bits(monkeypatch, kernels):
             got = []
             for device in ("cpu", "cuda"):
                 there = x.to(device).requires_grad_()
-                y = dropout(there, KeyedDropout(0.1, keys.to(device), site), first_column)
+                y = apply_dropout(there, KeyedDropout(0.1, keys.to(device), site), first_column)
                 got.append([y.cpu(), torch.autograd.grad(y, there, there.detach())[0].cpu()])
             assert all(on_cpu.equal(on_gpu) for on_cpu, on_gpu in zip(*got, strict=True)), (dtype, n)

@@ -91,14 +91,14 @@ def dispatched() -> dict[str, float]:
     packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
     since = document_openings(3, length, torch.Generator().manual_seed(6))
     found = {}
-    for how in (None, KeyedDropout(RATE, keys, SITE)):
-        of_rows = how and how.select(rows)
+    for dropout in (None, KeyedDropout(RATE, keys, SITE)):
+        of_rows = dropout and dropout.select(rows)
         packed = packed_q, packed_k, packed_v, rows, 3, length, of_rows, 1, None
         calls = {
-            "causal": lambda how=how: attention.causal_attention(q, k, v, how, 1),
+            "causal": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1),
             "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
             "self": lambda p=packed: attention.routed_self_attention(*p),
-            "causal, documents": lambda how=how: attention.causal_attention(q, k, v, how, 1, None, since),
+            "causal, documents": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1, None, since),
             "routed, documents": lambda h=of_rows: attention.routed_attention(
                 packed_q, k, v, rows, length, h, 1, None, since.flatten()[rows]
             ),
@@ -112,8 +112,8 @@ def dispatched() -> dict[str, float]:
             triton_attention.attend = lambda *a, call=attend, seen=launched: seen.append(0) or call(*a)
             got = call()
             gpu.has_kernels, triton_attention.attend = has_kernels, attend
-            assert launched or (how is None and name == "causal"), name  # without dropout torch's own is at hand
-            found[f"{name}, {'dropout' if how else 'plain'}"] = relative(got, expected)
+            assert launched or (dropout is None and name == "causal"), name  # without dropout torch's own is at hand
+            found[f"{name}, {'dropout' if dropout else 'plain'}"] = relative(got, expected)
     return found
 
 

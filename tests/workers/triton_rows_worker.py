@@ -118,13 +118,13 @@ def mixing(n: int, d: int, dtype: torch.dtype, device: torch.device, normed: boo
 def norm(n: int, d: int, dtype: torch.dtype, device: torch.device, added: bool) -> dict[str, float]:
     inputs = {"x": noise(n, d, seed=1), "weight": 1 + noise(d, seed=2), "bias": noise(d, seed=3)}
     if added:
-        inputs["change"] = noise(n, d, seed=4)
+        inputs["branch_output"] = noise(n, d, seed=4)
 
-    def definition(x, weight, bias, change=None):
-        return F.layer_norm(x if change is None else x + change, (d,), weight, bias, 1e-5)
+    def definition(x, weight, bias, branch_output=None):
+        return F.layer_norm(x if branch_output is None else x + branch_output, (d,), weight, bias, 1e-5)
 
-    def kernels(x, weight, bias, change=None):
-        return add_and_norm(x, change, weight, bias, 1e-5)
+    def kernels(x, weight, bias, branch_output=None):
+        return add_and_norm(x, branch_output, weight, bias, 1e-5)
 
     return compared(kernels, definition, inputs, dtype, device)
 
