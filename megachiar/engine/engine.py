@@ -171,7 +171,7 @@ class Engine:
         skipped = float(self.skipped_steps > skipped_before)
         whole = self.topology.is_last_stage  # of what every stage knows, one of them tells
         values = [*report.values, report.gradient_norm if whole else 0.0, skipped, float(stop)]
-        return _unflatten(self.mean_over_ranks(values), self.config.model.num_layers)
+        return _unflatten(self.mean_over_world(values), self.config.model.num_layers)
 
     def _on_device(
         self, micro_batches: Iterable[tuple[int, np.ndarray]]
@@ -198,12 +198,12 @@ class Engine:
             return 0.0, 0
         return nats, int((targets != -100).sum())
 
-    def mean_over_ranks(self, values: list[float]) -> list[float]:
-        """Mean of each value over replicas and the ranks that share their rows; stages add theirs up. In float64."""
-        return [value / (self.topology.data_size * self.topology.tensor.size) for value in self.sum_over_ranks(values)]
+    def mean_over_world(self, values: list[float]) -> list[float]:
+        """Mean of each number over replicas and the ranks that share their rows; stages add theirs up. In float64."""
+        return [value / (self.topology.data_size * self.topology.tensor.size) for value in self.sum_over_world(values)]
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Sum of each value over all ranks, in float64."""
+    def sum_over_world(self, values: list[float]) -> list[float]:
+        """Sum of each number over all ranks of the run, not those of a tensor-parallel group, in float64."""
         summed = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(summed, group=self.control)
         return summed.tolist()

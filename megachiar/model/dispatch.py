@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megachiar.model.batch_layout import BatchLayout
-from megachiar.parallel.collectives import all_gather, first_rank_says
+from megachiar.parallel.collectives import all_gather, broadcast_from_first_rank
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def synchronize_routes(operator: torch.Tensor, layout: BatchLayout) -> torch.Ten
     routes = operator.to(torch.uint8)
     if layout.group.sequence:
         return all_gather(routes, layout.group).long()
-    return first_rank_says(routes, layout.group).long()
+    return broadcast_from_first_rank(routes, layout.group).long()
 
 
 def plan_dispatch(operator: torch.Tensor, operators: int, layout: BatchLayout) -> DispatchPlan:

@@ -10,7 +10,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megachiar.kernels.dropout import apply_dropout
 from megachiar.model.batch_layout import BatchLayout, dropout_of
-from megachiar.parallel.collectives import all_gather, enter, leave
+from megachiar.parallel.collectives import all_gather, gather_or_copy_input, reduce_or_scatter_output
 from megachiar.parallel.loss import VocabularyShard
 from megachiar.parallel.shard import Shard, sharded
 from megachiar.topology import TensorGroup
@@ -36,7 +36,7 @@ class TiedEmbedding(nn.Module):
 
     def loss(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
         """Losses of rows (m, d) against targets (N,); ``weight`` is this module's, however it came here."""
-        return linear_cross_entropy(enter(x, self.group), weight, targets, self.part)
+        return linear_cross_entropy(gather_or_copy_input(x, self.group), weight, targets, self.part)
 
     def _embed(self, tokens: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         if self.part is None:
@@ -45,14 +45,14 @@ class TiedEmbedding(nn.Module):
             ids = tokens - self.part.first
             elsewhere = (ids < 0) | (ids >= len(self.weight))
             rows = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)
-            rows = leave(rows, self.group)
+            rows = reduce_or_scatter_output(rows, self.group)
         if not (self.training and self.dropout and layout.dropout_keys is not None):
             return rows
         return apply_dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """For reading alone: no gradient flows back over ranks."""
-        logits = F.linear(enter(x, self.group), self.weight)
+        logits = F.linear(gather_or_copy_input(x, self.group), self.weight)
         if self.part is None:
             return logits
         return all_gather(logits.mT.contiguous(), self.group).mT

@@ -11,7 +11,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.errors import UserError
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import LayerCache
-from megachiar.parallel.collectives import gather_rows
+from megachiar.parallel.collectives import all_gather_rows
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup
 
@@ -49,7 +49,7 @@ class MetaRouter(nn.Module):
             )
         total = x.sum(0, keepdim=True)
         if self.group.shards_rows:  # (p, d) of the ranks' sums: their gradients come back from all ranks
-            total = gather_rows(total, self.group).sum(0, keepdim=True)
+            total = all_gather_rows(total, self.group).sum(0, keepdim=True)
         return total / layout.num_rows
 
     def _of_prefix(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
@@ -66,7 +66,7 @@ class MetaRouter(nn.Module):
             return total / (position[:, None] + 1)
         local = layout.local_slice
         start = layout.document_starts.flatten()[local]
-        whole = gather_rows(total, self.group) if self.group.shards_rows else total
+        whole = all_gather_rows(total, self.group) if self.group.shards_rows else total
         last_before = torch.arange(local.start, local.stop, device=x.device) - position + start - 1
         before = whole.index_select(0, last_before.clamp_min(0)).masked_fill((start == 0)[:, None], 0)
         return (total - before) / (position - start + 1)[:, None]
@@ -81,7 +81,8 @@ class MetaRouter(nn.Module):
         edges = list(range(-(-first // layout.length) * layout.length, first + block, layout.length))
         starts = sorted({first, *edges}) + [first + block]
         sums = [x[a - first : b - first].cumsum(0) for a, b in pairwise(starts)]
-        tails = gather_rows(sums[-1][-1:], self.group)  # (p, d): sum of each rank's rows of the last sequence it has
+        # (p, d): sum of each rank's rows of the last sequence that it has.
+        tails = all_gather_rows(sums[-1][-1:], self.group)
         last_sequence = [(rank * block + block - 1) // layout.length for rank in range(self.group.size)]
         before = [rank for rank in range(self.group.rank) if last_sequence[rank] == first // layout.length]
         # Every rank uses all tails, if only with weight 0: the gradient's reduction is for all ranks.

@@ -17,7 +17,7 @@ from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
-from megachiar.parallel.collectives import gather_rows
+from megachiar.parallel.collectives import all_gather_rows
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup
 
@@ -48,7 +48,7 @@ class RbfMixing(nn.Module):
     ) -> torch.Tensor:
         """As ``SelfAttention.forward``; the ``operator_tokens`` are always given."""
         phi = self._features(self.norm(x) if self.pre else x)  # (m, 2R)
-        whole = gather_rows(phi, self.group) if self.group.shards_rows else phi
+        whole = all_gather_rows(phi, self.group) if self.group.shards_rows else phi
         keys = whole.view(layout.sequences, 1, layout.length, -1)
         values = keys
         if cache is not None:

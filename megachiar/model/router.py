@@ -16,7 +16,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import uniform_hash
 from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
 from megachiar.model.batch_layout import BatchLayout
-from megachiar.parallel.collectives import sum_over_ranks
+from megachiar.parallel.collectives import reduce_from_tp_group
 from megachiar.parallel.linear import SharedLinear
 from megachiar.topology import TensorGroup
 
@@ -81,7 +81,7 @@ class Router(nn.Module):
             operator = gates.argmax(-1)
             utilisation = gates.mean(0) if self.regularised else None
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
-            utilisation = sum_over_ranks(utilisation, self.group) / self.group.size
+            utilisation = reduce_from_tp_group(utilisation, self.group) / self.group.size
         return RoutingDecision(operator, entropy, spectrum, gates, utilisation)
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Collectives over a tensor group, with what each does to gradients on the way back.
 
-    function             forward             backward
-    copy_to_ranks        -                   all-reduce       into a computation that each rank does for its shard
-    sum_over_ranks       all-reduce          -                out of it
-    gather_rows          all-gather          reduce-scatter   the same two where rows are sharded outside
-    scatter_rows         reduce-scatter      all-gather
-    shared_parameter     -                   all-reduce       a whole parameter that each rank uses for its own rows
+    function              forward          backward
+    copy_to_tp_group      -                all-reduce       into a computation that each rank does for its shard
+    reduce_from_tp_group  all-reduce       -                out of it
+    all_gather_rows       all-gather       reduce-scatter   the same two where rows are sharded outside
+    reduce_scatter_rows   reduce-scatter   all-gather
+    shared_parameter      -                all-reduce       a whole parameter that each rank uses for its own rows
 
-``enter`` and ``leave`` choose between the first two pairs. Groups of one rank communicate nothing.
+``gather_or_copy_input`` (Megatron's f) and ``reduce_or_scatter_output`` (its g) choose between the first two pairs.
+Groups of one rank communicate nothing.
 Shapes: N = rows of a micro-batch, n = rows routed among them, d = channels.
 """
 
@@ -21,14 +22,16 @@ import torch.distributed as dist
 from megachiar.topology import TensorGroup
 
 
-def enter(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def gather_or_copy_input(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Rows as they lie outside to all rows (N, d), for a computation that each rank does for its shard."""
     if group.size == 1:
         return x
-    return gather_rows(x, group) if group.sequence else copy_to_ranks(x, group)
+    return all_gather_rows(x, group) if group.sequence else copy_to_tp_group(x, group)
 
 
-def leave(partial: torch.Tensor, group: TensorGroup, counts_per_rank: Sequence[int] | None = None) -> torch.Tensor:
+def reduce_or_scatter_output(
+    partial: torch.Tensor, group: TensorGroup, counts_per_rank: Sequence[int] | None = None
+) -> torch.Tensor:
     """Sum the ranks' ``partial`` rows (n, d); rows as they lie outside come back.
 
     Args:
@@ -40,36 +43,36 @@ def leave(partial: torch.Tensor, group: TensorGroup, counts_per_rank: Sequence[i
     if group.size == 1:
         return partial
     if not group.sequence:
-        return sum_over_ranks(partial, group)
+        return reduce_from_tp_group(partial, group)
     if counts_per_rank is None or len(set(counts_per_rank)) == 1:
-        return scatter_rows(partial, group)
+        return reduce_scatter_rows(partial, group)
     # Blocks of one size are what collectives know: pad each rank's to the widest.
     widest = max(counts_per_rank)
     blocks = torch.cat([padded(block, widest) for block in partial.split(list(counts_per_rank))])
-    return scatter_rows(blocks, group)[: counts_per_rank[group.rank]]
+    return reduce_scatter_rows(blocks, group)[: counts_per_rank[group.rank]]
 
 
-def copy_to_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def copy_to_tp_group(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     return _Copy.apply(x, group)
 
 
-def sum_over_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    return x if group.size == 1 else _Sum.apply(x, group)
+def reduce_from_tp_group(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    return x if group.size == 1 else _Reduce.apply(x, group)
 
 
-def gather_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def all_gather_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Blocks (N / size, ...) of all ranks, one after another: (N, ...)."""
-    return x if group.size == 1 else _Gather.apply(x, group)
+    return x if group.size == 1 else _AllGather.apply(x, group)
 
 
-def scatter_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def reduce_scatter_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """The sum of the ranks' x (N, ...), of which this rank gets its block (N / size, ...)."""
-    return _Scatter.apply(x, group)
+    return _ReduceScatter.apply(x, group)
 
 
 def shared_parameter(parameter: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """``parameter``, whose gradient is summed over the ranks where each of them uses it for its own rows alone."""
-    return copy_to_ranks(parameter, group) if group.shards_rows else parameter
+    return copy_to_tp_group(parameter, group) if group.shards_rows else parameter
 
 
 def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
@@ -81,14 +84,14 @@ def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
 
 def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Blocks of all ranks along the first dimension, without gradient."""
-    return start_gather(x, group).wait_for()
+    return start_all_gather(x, group).wait_for()
 
 
-def first_rank_says(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def broadcast_from_first_rank(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """The first rank's ``x`` on every rank, without gradient."""
-    said = x.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(said, group=group.handle, group_src=0)
-    return said
+    received = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(received, group=group.handle, group_src=0)
+    return received
 
 
 class Pending:
@@ -102,13 +105,13 @@ class Pending:
         return self._result
 
 
-def start_gather(x: torch.Tensor, group: TensorGroup) -> Pending:
+def start_all_gather(x: torch.Tensor, group: TensorGroup) -> Pending:
     x = x.contiguous()
     whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     return Pending(dist.all_gather_into_tensor(whole, x, group=group.handle, async_op=True), whole)
 
 
-def start_scatter(x: torch.Tensor, group: TensorGroup) -> Pending:
+def start_reduce_scatter(x: torch.Tensor, group: TensorGroup) -> Pending:
     x = x.contiguous()
     block = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
     return Pending(dist.reduce_scatter_tensor(block, x, group=group.handle, async_op=True), block)
@@ -131,7 +134,7 @@ class _Copy(torch.autograd.Function):
         return all_reduce(gradient, ctx.group), None
 
 
-class _Sum(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         return all_reduce(x, group)
@@ -141,7 +144,7 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -149,14 +152,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return start_scatter(gradient, ctx.group).wait_for(), None
+        return start_reduce_scatter(gradient, ctx.group).wait_for(), None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return start_scatter(x, group).wait_for()
+        return start_reduce_scatter(x, group).wait_for()
 
     @staticmethod
     def backward(ctx, gradient):

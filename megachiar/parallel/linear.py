@@ -16,13 +16,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from megachiar.parallel.collectives import (
-    Pending,
-    leave,
     padded,
+    reduce_or_scatter_output,
     shared_parameter,
+    start_all_gather,
     start_all_reduce,
-    start_gather,
-    start_scatter,
+    start_reduce_scatter,
 )
 from megachiar.parallel.rows import IndexedRows, linear_of_rows
 from megachiar.parallel.shard import Shard, sharded
@@ -60,10 +59,14 @@ class RowParallelLinear(nn.Linear):
         sharded(self.weight, Shard(1), group)
 
     def forward(self, x: torch.Tensor, counts_per_rank: Sequence[int] | None = None) -> torch.Tensor:
-        """(n, i / p) of all rows to (n, o), rows as they lie outside; ``counts_per_rank`` is that of ``leave``."""
+        """(n, i / p) of all rows to (n, o), rows as they lie outside.
+
+        ``counts_per_rank`` is that of ``reduce_or_scatter_output``.
+        """
         if self.group.size == 1:
             return linear_of_rows(x, self.weight, self.bias)
-        return leave(F.linear(x, self.weight), self.group, counts_per_rank) + shared_parameter(self.bias, self.group)
+        output = reduce_or_scatter_output(F.linear(x, self.weight), self.group, counts_per_rank)
+        return output + shared_parameter(self.bias, self.group)
 
 
 class SharedLinear(nn.Linear):
@@ -129,7 +132,7 @@ class _ColumnParallel(torch.autograd.Function):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.group, ctx.routed_products = group, routed_products if rows is not None else 0
         ctx.save_for_backward(x, rows, *weights)
-        whole = start_gather(x, group).wait_for() if group.sequence else x
+        whole = start_all_gather(x, group).wait_for() if group.sequence else x
         results = tuple(
             F.linear(whole.index_select(0, rows) if i < ctx.routed_products else whole, weight, bias)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
@@ -141,7 +144,7 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx, *gradients):
         x, rows, *weights = ctx.saved_tensors
         group = ctx.group
-        gathering = start_gather(x, group) if group.sequence else None
+        gathering = start_all_gather(x, group) if group.sequence else None
         of_products = [gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)]
         of_whole = sum(of_products[ctx.routed_products :])
         if ctx.routed_products:
@@ -150,7 +153,8 @@ class _ColumnParallel(torch.autograd.Function):
             of_whole.index_add_(0, rows, sum(of_products[: ctx.routed_products]))
         whole = gathering.wait_for() if gathering is not None else x
         routed = whole.index_select(0, rows) if ctx.routed_products else None
-        reducing: Pending = start_scatter(of_whole, group) if group.sequence else start_all_reduce(of_whole, group)
+        start_reduction = start_reduce_scatter if group.sequence else start_all_reduce
+        reducing = start_reduction(of_whole, group)
         of_parameters = []
         for i, gradient in enumerate(gradients):
             of_parameters += [gradient.mT @ (routed if i < ctx.routed_products else whole), gradient.sum(0)]

@@ -137,7 +137,7 @@ class Trainer:
                 windows=self.config.training.evaluation_windows,
                 rank=topology.data_rank,
                 ranks=topology.data_size,
-                reduce_sum=self.engine.sum_over_ranks,
+                reduce_sum=self.engine.sum_over_world,
             )
             if self.writer is not None:
                 self.writer.write(step, f"evaluation/{name}", result.as_dict())

@@ -69,7 +69,7 @@ def train(
             micro,
             rank=topology.data_rank,
             ranks=topology.data_size,
-            reduce_sum=engine.sum_over_ranks,
+            reduce_sum=engine.sum_over_world,
         ).loss
         for dataset in data.validation.values()
     ]
