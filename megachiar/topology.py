@@ -15,7 +15,7 @@ from megachiar.errors import UserError
 
 
 @dataclass(frozen=True)
-class TensorGroup:
+class TensorParallelGroup:
     """The ranks that share each layer's matrices, as layers see them.
 
     Attributes:
@@ -35,8 +35,8 @@ class TensorGroup:
         return self.sequence and self.size > 1
 
 
-ALONE = TensorGroup()
-"""Of a model on one rank."""
+SINGLE_RANK = TensorParallelGroup()
+"""The group of a model on one rank."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Topology:
     data_size: int
     pipeline_rank: int = 0
     pipeline_size: int = 1
-    tensor: TensorGroup = ALONE
+    tensor: TensorParallelGroup = SINGLE_RANK
     data_group: dist.ProcessGroup | None = None
 
     @property
@@ -172,5 +172,5 @@ def build_topology(config: RunConfig) -> Topology:
         data_size=data_size,
         pipeline_rank=rank // (parallel.tensor_size * data_size),
         pipeline_size=parallel.pipeline_size,
-        tensor=TensorGroup(rank % parallel.tensor_size, parallel.tensor_size, parallel.sequence),
+        tensor=TensorParallelGroup(rank % parallel.tensor_size, parallel.tensor_size, parallel.sequence),
     )

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
-from megachiar.topology import TensorGroup, Topology
+from megachiar.topology import TensorParallelGroup, Topology
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Store:
 
     def whole(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``, fp32 on the CPU."""
-        return self.part(name, None, TensorGroup())
+        return self.part(name, None, TensorParallelGroup())
 
-    def reader(self, group: TensorGroup) -> Callable[[str, Shard | None], torch.Tensor]:
+    def reader(self, group: TensorParallelGroup) -> Callable[[str, Shard | None], torch.Tensor]:
         """Return a function that reads what this rank of ``group`` holds of a tensor."""
         return lambda name, shard: self.part(name, shard, group)
 
-    def part(self, name: str, shard: Shard | None, group: TensorGroup) -> torch.Tensor:
+    def part(self, name: str, shard: Shard | None, group: TensorParallelGroup) -> torch.Tensor:
         """What a rank of ``group`` holds of tensor ``name`` where it is cut as ``shard`` says.
 
         Raises:
@@ -107,10 +107,10 @@ class Store:
         if shard is None and pieces[0].shard is None:
             return _read(pieces[0], name, ())
         if shard is None:
-            shard, group = pieces[0].shard, TensorGroup()
+            shard, group = pieces[0].shard, TensorParallelGroup()
         return self._assembled(name, pieces, shard, group)
 
-    def _assembled(self, name: str, pieces: list[Piece], shard: Shard, group: TensorGroup) -> torch.Tensor:
+    def _assembled(self, name: str, pieces: list[Piece], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:
         shape = _whole_shape(pieces[0], name)
         result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
         for start, length, at in shard.pieces(shape, group.rank, group.size):

@@ -35,7 +35,7 @@ from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer
 from megachiar.options import CommandParser
 from megachiar.planning.flops import transform_flops
-from megachiar.topology import ALONE
+from megachiar.topology import SINGLE_RANK
 
 DENSE = "attention in every row"
 VOCABULARY = 32768
@@ -107,8 +107,8 @@ def layer_passes(options, sequences: int, length: int, device: torch.device) -> 
     def layer(share: float | None, keys: str) -> Pass:
         config = model_config(options, length, share, keys, x)
         index = 1 if share is not None else 2
-        module = build_layer(config, index, ALONE)
-        initialise(module, config, 0, ALONE, prefix=f"layers.{index}")
+        module = build_layer(config, index, SINGLE_RANK)
+        initialise(module, config, 0, SINGLE_RANK, prefix=f"layers.{index}")
         module = module.to(device=device, dtype=dtype).train()
         f = 1.0 if share is None else share
         projections = 4 * f + (4 * f if keys == "routed" else 4)  # query and output, key and value

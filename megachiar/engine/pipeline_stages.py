@@ -19,7 +19,7 @@ from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer, run_layers, statistics
 from megachiar.model.norm import RowNorm
 from megachiar.planning.partition import layer_groups
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class StageInputs(NamedTuple):
@@ -46,7 +46,7 @@ class StagePart(nn.Module):
         config: ModelConfig,
         seed: int,
         indices: Sequence[int],
-        group: TensorGroup,
+        group: TensorParallelGroup,
         interval: int | None,
         length: int,
     ):
@@ -100,7 +100,7 @@ class _WithLoss(torch.autograd.Function):
 class StageNorm(nn.Module):
     """The last norm as a part of a pipeline: ``StageInputs`` in, hidden states (m, d) out."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup):
+    def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
@@ -112,7 +112,7 @@ class StageNorm(nn.Module):
 class StageEmbedding(TiedEmbedding):
     """The tied weight on the first and the last stage. It holds nothing else that is trained."""
 
-    def __init__(self, config: ModelConfig, seed: int, group: TensorGroup, document_end: int | None = None):
+    def __init__(self, config: ModelConfig, seed: int, group: TensorParallelGroup, document_end: int | None = None):
         super().__init__(config, group)
         self.seed, self.document_end = seed, document_end
         initialise(self, config, seed, group, prefix="embedding")
@@ -141,7 +141,7 @@ class StageEmbedding(TiedEmbedding):
 def pipeline_parts(
     config: ModelConfig,
     seed: int,
-    group: TensorGroup,
+    group: TensorParallelGroup,
     interval: int | None,
     length: int,
     document_end: int | None = None,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from megachiar.kernels.tables import kept_table
+from megachiar.kernels.tables import cached_table
 
 FFT_FROM = 128
 """Channels from which the FFT beats the matrix product on a CPU (2048 rows there and back: 1.5 against 1.8 ms at 128,
@@ -134,7 +134,7 @@ def _product_of_halves(x: torch.Tensor) -> torch.Tensor:
     return result.view(x.shape)
 
 
-@kept_table
+@cached_table
 def _matrix_halves(d: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """``C^T`` (d, d) as a sum of two in ``dtype``."""
     exact = dct_matrix(d, torch.device("cpu"), torch.float64).mT.contiguous()
@@ -151,7 +151,7 @@ def by_fft(d: int, device: torch.device) -> bool:
     return device.type == "cpu" and d >= FFT_FROM
 
 
-@kept_table
+@cached_table
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """``C`` (d, d) with ``X = C x``; computed in float64, kept per size, device and type."""
     n = torch.arange(d, dtype=torch.float64)
@@ -181,7 +181,7 @@ class _FftTables(NamedTuple):
     filled: torch.Tensor
 
 
-@kept_table
+@cached_table
 def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
     k = torch.arange(d // 2 + 1)

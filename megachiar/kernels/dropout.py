@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_dropout
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
-from megachiar.kernels.tables import kept_table
+from megachiar.kernels.tables import cached_table
 
 CHUNK = 2**18
 """Elements a CPU hashes at once: with their 32-bit numbers they stay in a core's cache."""
@@ -154,7 +154,7 @@ class Dropper:
         return number.bitwise_xor_(shifted).mul_(second).ge_(self.least).neg_()
 
 
-@kept_table
+@cached_table
 def column_keys(first: int, count: int, device: torch.device) -> torch.Tensor:
     """(count,) int32: keys of columns ``first`` to ``first + count - 1``."""
     return (mix64((torch.arange(first, first + count, device=device) + 1) * GOLDEN) >> 32).int()

@@ -6,10 +6,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_rope
-from megachiar.kernels.tables import kept_table
+from megachiar.kernels.tables import cached_table
 
 
-@kept_table
+@cached_table
 def rotary_table(
     length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
 
 
-def kept_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
+def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
     """``make``, called once for each set of arguments.
 
     Training may use a table that was first asked for in inference. To ``torch.compile`` it is a constant: traced, it

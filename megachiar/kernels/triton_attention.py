@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from megachiar.kernels.dropout import FACTOR, KeyedDropout, column_keys, head_keys, least_kept
 from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
-from megachiar.kernels.tables import kept_table
+from megachiar.kernels.tables import cached_table
 
 HEAD_SIZES = (16, 32, 64, 128)
 """Channels of a head that the kernels take."""
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
     since: torch.Tensor | None = None
 
 
-@kept_table
+@cached_table
 def multiples(count: int, of: int, device: torch.device) -> torch.Tensor:
     """(count,) int32 of 0, ``of``, 2 ``of``, ..."""
     return torch.arange(0, count * of, of, dtype=torch.int32, device=device)

@@ -23,7 +23,7 @@ import torch
 
 from megachiar.kernels.dct import dct_matrix
 from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
-from megachiar.kernels.tables import kept_table
+from megachiar.kernels.tables import cached_table
 
 INNER = 16
 """b: the smallest that matrix units take, and the one with the smallest blocks."""
@@ -76,7 +76,7 @@ class Factors(NamedTuple):
     inner_low: torch.Tensor
 
 
-@kept_table
+@cached_table
 def factors(d: int, device: torch.device, dtype: torch.dtype) -> Factors:
     """Computed in float64."""
     a, b = d // INNER, INNER

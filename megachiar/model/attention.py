@@ -29,7 +29,7 @@ from megachiar.parallel.linear import (
     query_key_value_of_routed,
 )
 from megachiar.parallel.rows import IndexedRows
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 NEVER_SEEN = 2**62
 """Position of a key that is padding."""
@@ -38,7 +38,7 @@ NEVER_SEEN = 2**62
 class SelfAttention(nn.Module):
     """``LN_attn(x + attention(x))`` (norm: post) or ``x + attention(LN_attn(x))`` (norm: pre)."""
 
-    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         d = config.hidden_size
         self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.kernels.dropout import KeyedDropout, row_keys
-from megachiar.topology import ALONE, TensorGroup
+from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
 class DropoutKeys(NamedTuple):
@@ -40,7 +40,7 @@ class BatchLayout(NamedTuple):
     sequences: int
     length: int
     cache_length: int = 0
-    group: TensorGroup = ALONE
+    group: TensorParallelGroup = SINGLE_RANK
     dropout_keys: DropoutKeys | None = None
     document_starts: torch.Tensor | None = None
 

@@ -8,8 +8,8 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.spectral import spectral_mix
 from megachiar.model.norm import MixNorm, RowNorm, residual_norm
-from megachiar.parallel.collectives import shared_parameter
-from megachiar.topology import TensorGroup
+from megachiar.parallel.collectives import replicated_parameter
+from megachiar.topology import TensorParallelGroup
 
 
 class DctMixing(nn.Module):
@@ -18,7 +18,7 @@ class DctMixing(nn.Module):
     It works on the rows that a rank has: with sequence parallelism it communicates nothing.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup):
+    def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
         self.pre, self.gain, self.group = config.norm == "pre", config.dct.gain, group
         self.filter = nn.Parameter(torch.ones(config.hidden_size))
@@ -33,7 +33,7 @@ class DctMixing(nn.Module):
         Returns:
             (n, d), residual and norm included.
         """
-        weight = shared_parameter(self.filter, self.group)
+        weight = replicated_parameter(self.filter, self.group)
         if self.pre:
             return residual_norm(routed, spectral_mix(self.norm(routed), weight, self.gain), None)
         return self.norm(routed, weight, self.gain, spectrum)

@@ -13,13 +13,13 @@ from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.parallel.collectives import all_gather, gather_or_copy_input, reduce_or_scatter_output
 from megachiar.parallel.loss import VocabularyShard
 from megachiar.parallel.shard import Shard, sharded
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class TiedEmbedding(nn.Module):
     """Embedding (V, d) of tokens, and logits or loss of hidden rows with the same weight; a tensor group shares V."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup):
+    def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
         self.group, self.dropout = group, config.dropout
         self.weight = nn.Parameter(torch.empty(config.vocab_size // group.size, config.hidden_size))

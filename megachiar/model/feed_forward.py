@@ -11,13 +11,13 @@ from megachiar.kernels.dropout import apply_dropout
 from megachiar.model.batch_layout import DropoutKeys, dropout_of
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class FeedForward(nn.Module):
     """``LN_ff(y + W2 gelu(W1 y))`` (norm: post) or ``y + W2 gelu(W1 LN_ff(y))`` (norm: pre)."""
 
-    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         self.pre, self.dropout, self.layer = config.norm == "pre", config.dropout, layer
         self.up = ColumnParallelLinear(config.hidden_size, config.ffn_size, group)

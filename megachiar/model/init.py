@@ -12,13 +12,13 @@ from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.parallel.shard import shard_of
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 INTENDED_GATE_BIAS = 2.0
 
 
 @torch.no_grad()
-def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorGroup, prefix: str = "") -> None:
+def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorParallelGroup, prefix: str = "") -> None:
     """Fill ``root``: normal(0, initializer_std) for linear and embedding weights, zero biases.
 
     Args:
@@ -45,7 +45,7 @@ def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorGro
             module.gate.bias.fill_(INTENDED_GATE_BIAS)
 
 
-def _draw(tensor: torch.Tensor, std: float, seed: int, name: str, group: TensorGroup) -> None:
+def _draw(tensor: torch.Tensor, std: float, seed: int, name: str, group: TensorParallelGroup) -> None:
     """Fill with normal(0, std), drawn at whole shape on the CPU in fp32: the same on every device and in every type."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -23,7 +23,7 @@ from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class LayerOutput(NamedTuple):
@@ -53,7 +53,7 @@ Routes = dict[str, torch.Tensor]
 class FixedLayer(nn.Module):
     """A layer whose rows all take one operator: DCT mixing (layer 1, with the MetaRouter's gate) or attention."""
 
-    def __init__(self, config: ModelConfig, index: int, operator: str, group: TensorGroup):
+    def __init__(self, config: ModelConfig, index: int, operator: str, group: TensorParallelGroup):
         super().__init__()
         self.name, self.is_attention = f"layers.{index}", operator == "attention"
         has_gate = not self.is_attention and config.meta_router.pool != "none"
@@ -81,7 +81,7 @@ class FixedLayer(nn.Module):
 class RoutedLayer(nn.Module):
     """A layer whose router chooses an operator for each row."""
 
-    def __init__(self, config: ModelConfig, index: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, index: int, group: TensorParallelGroup):
         super().__init__()
         self.name, self.names = f"layers.{index}", config.router.operators
         self.collapse_weight = config.router.collapse_weight

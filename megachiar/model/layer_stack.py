@@ -19,7 +19,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class RoutingStatistics(NamedTuple):
@@ -37,7 +37,7 @@ class RoutingStatistics(NamedTuple):
     gate: torch.Tensor
 
 
-def build_layer(config: ModelConfig, index: int, group: TensorGroup) -> nn.Module:
+def build_layer(config: ModelConfig, index: int, group: TensorParallelGroup) -> nn.Module:
     """chiar: DCT only, routed ..., attention only. baseline: attention in every layer."""
     if index in config.routed_layers:
         return RoutedLayer(config, index, group)

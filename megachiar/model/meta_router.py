@@ -12,8 +12,8 @@ from megachiar.errors import UserError
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import LayerCache
 from megachiar.parallel.collectives import all_gather_rows
-from megachiar.parallel.linear import SharedLinear
-from megachiar.topology import TensorGroup
+from megachiar.parallel.linear import ReplicatedLinear
+from megachiar.topology import TensorParallelGroup
 
 
 class MetaRouter(nn.Module):
@@ -25,10 +25,10 @@ class MetaRouter(nn.Module):
     document where attention keeps to documents too.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup):
+    def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
         self.pool, self.group = config.meta_router.pool, group
-        self.gate = SharedLinear(config.hidden_size, 1, group)
+        self.gate = ReplicatedLinear(config.hidden_size, 1, group)
 
     def forward(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
         """Gate (m, 1) of this rank's rows x (m, d), or (1, 1) for all of them with ``pool: batch``.

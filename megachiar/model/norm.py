@@ -7,24 +7,24 @@ from torch import nn
 
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.spectral import mix_add_and_norm
-from megachiar.parallel.collectives import shared_parameter
-from megachiar.topology import TensorGroup
+from megachiar.parallel.collectives import replicated_parameter
+from megachiar.topology import TensorParallelGroup
 
 
 class RowNorm(nn.LayerNorm):
     """LayerNorm of this rank's rows; with sequence parallelism the ranks' gradients of its weights are summed."""
 
-    def __init__(self, size: int, epsilon: float, group: TensorGroup):
+    def __init__(self, size: int, epsilon: float, group: TensorParallelGroup):
         super().__init__(size, eps=epsilon)
         self.group = group
 
     def forward(self, x: torch.Tensor, branch_output: torch.Tensor | None = None) -> torch.Tensor:
         """Of ``x + branch_output`` (n, d), or of ``x`` alone."""
-        return add_and_norm(x, branch_output, *self.shared(), self.eps)
+        return add_and_norm(x, branch_output, *self.replicated_parameters(), self.eps)
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def replicated_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias (d,), whose gradients are summed where they must."""
-        return tuple(shared_parameter(p, self.group) for p in (self.weight, self.bias))
+        return tuple(replicated_parameter(p, self.group) for p in (self.weight, self.bias))
 
 
 class MixNorm(RowNorm):
@@ -34,7 +34,7 @@ class MixNorm(RowNorm):
         self, x: torch.Tensor, filters: torch.Tensor, gain: float, spectrum: torch.Tensor | None
     ) -> torch.Tensor:
         """Arguments as those of ``spectral_mix``."""
-        return mix_add_and_norm(x, filters, gain, spectrum, *self.shared(), self.eps)
+        return mix_add_and_norm(x, filters, gain, spectrum, *self.replicated_parameters(), self.eps)
 
 
 def residual_norm(x: torch.Tensor, branch_output: torch.Tensor, norm: RowNorm | None) -> torch.Tensor:

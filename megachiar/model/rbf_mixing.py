@@ -18,8 +18,8 @@ from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
 from megachiar.model.norm import RowNorm, residual_norm
 from megachiar.parallel.collectives import all_gather_rows
-from megachiar.parallel.linear import SharedLinear
-from megachiar.topology import TensorGroup
+from megachiar.parallel.linear import ReplicatedLinear
+from megachiar.topology import TensorParallelGroup
 
 
 class RbfMixing(nn.Module):
@@ -29,13 +29,13 @@ class RbfMixing(nn.Module):
     features (2R numbers a row) are gathered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         d, features = config.hidden_size, config.rbf.features
         self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group
         self.spread = math.sqrt(2 * config.rbf.gamma)
         self.register_buffer("frequencies", torch.zeros(d, features))  # drawn by init.py like a weight, never trained
-        self.output = SharedLinear(2 * features, d, group)
+        self.output = ReplicatedLinear(2 * features, d, group)
         self.norm = RowNorm(d, config.norm_epsilon, group)
 
     def forward(

@@ -17,8 +17,8 @@ from megachiar.kernels.hash import uniform_hash
 from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.parallel.collectives import reduce_from_tp_group
-from megachiar.parallel.linear import SharedLinear
-from megachiar.topology import TensorGroup
+from megachiar.parallel.linear import ReplicatedLinear
+from megachiar.topology import TensorParallelGroup
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RoutingDecision:
 class Router(nn.Module):
     """Decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
 
-    def __init__(self, config: ModelConfig, layer: int, group: TensorGroup):
+    def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         router = config.router
         self.group = group
@@ -52,7 +52,7 @@ class Router(nn.Module):
         self.regularised, self.temperature = router.collapse_weight > 0, router.collapse_temperature
         self.bounds = self._bounds(config, layer)
         if self.kind in ("soft", "hard"):
-            self.gate = SharedLinear(config.hidden_size + 1, len(self.operators), group)
+            self.gate = ReplicatedLinear(config.hidden_size + 1, len(self.operators), group)
 
     @staticmethod
     def _bounds(config: ModelConfig, layer: int) -> tuple[float, ...]:

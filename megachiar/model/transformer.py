@@ -17,7 +17,7 @@ from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics
 from megachiar.model.norm import RowNorm
-from megachiar.topology import ALONE, TensorGroup
+from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
 class ModelOutput(NamedTuple):
@@ -54,7 +54,7 @@ class ChiarFormer(nn.Module):
         self,
         config: ModelConfig,
         seed: int = 0,
-        group: TensorGroup = ALONE,
+        group: TensorParallelGroup = SINGLE_RANK,
         checkpoint_interval: int | None = None,
         document_end: int | None = None,
     ):
@@ -111,7 +111,7 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    group: TensorGroup = ALONE,
+    group: TensorParallelGroup = SINGLE_RANK,
     checkpoint_interval: int | None = None,
     document_end: int | None = None,
 ) -> ChiarFormer:

@@ -5,7 +5,7 @@
     reduce_from_tp_group  all-reduce       -                out of it
     all_gather_rows       all-gather       reduce-scatter   the same two where rows are sharded outside
     reduce_scatter_rows   reduce-scatter   all-gather
-    shared_parameter      -                all-reduce       a whole parameter that each rank uses for its own rows
+    replicated_parameter  -                all-reduce       a whole parameter that each rank uses for its own rows
 
 ``gather_or_copy_input`` (Megatron's f) and ``reduce_or_scatter_output`` (its g) choose between the first two pairs.
 Groups of one rank communicate nothing.
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
-def gather_or_copy_input(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def gather_or_copy_input(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """Rows as they lie outside to all rows (N, d), for a computation that each rank does for its shard."""
     if group.size == 1:
         return x
@@ -30,7 +30,7 @@ def gather_or_copy_input(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
 
 
 def reduce_or_scatter_output(
-    partial: torch.Tensor, group: TensorGroup, counts_per_rank: Sequence[int] | None = None
+    partial: torch.Tensor, group: TensorParallelGroup, counts_per_rank: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Sum the ranks' ``partial`` rows (n, d); rows as they lie outside come back.
 
@@ -52,42 +52,42 @@ def reduce_or_scatter_output(
     return reduce_scatter_rows(blocks, group)[: counts_per_rank[group.rank]]
 
 
-def copy_to_tp_group(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def copy_to_tp_group(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     return _Copy.apply(x, group)
 
 
-def reduce_from_tp_group(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def reduce_from_tp_group(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
-def all_gather_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def all_gather_rows(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """Blocks (N / size, ...) of all ranks, one after another: (N, ...)."""
     return x if group.size == 1 else _AllGather.apply(x, group)
 
 
-def reduce_scatter_rows(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def reduce_scatter_rows(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """The sum of the ranks' x (N, ...), of which this rank gets its block (N / size, ...)."""
     return _ReduceScatter.apply(x, group)
 
 
-def shared_parameter(parameter: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def replicated_parameter(parameter: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """``parameter``, whose gradient is summed over the ranks where each of them uses it for its own rows alone."""
     return copy_to_tp_group(parameter, group) if group.shards_rows else parameter
 
 
-def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def all_reduce(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """Sum over ranks, without gradient; ``x`` stays as it is."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group.handle)
     return total
 
 
-def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def all_gather(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """Blocks of all ranks along the first dimension, without gradient."""
     return start_all_gather(x, group).wait_for()
 
 
-def broadcast_from_first_rank(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def broadcast_from_first_rank(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     """The first rank's ``x`` on every rank, without gradient."""
     received = x.clone(memory_format=torch.contiguous_format)
     dist.broadcast(received, group=group.handle, group_src=0)
@@ -105,19 +105,19 @@ class Pending:
         return self._result
 
 
-def start_all_gather(x: torch.Tensor, group: TensorGroup) -> Pending:
+def start_all_gather(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
     x = x.contiguous()
     whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     return Pending(dist.all_gather_into_tensor(whole, x, group=group.handle, async_op=True), whole)
 
 
-def start_reduce_scatter(x: torch.Tensor, group: TensorGroup) -> Pending:
+def start_reduce_scatter(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
     x = x.contiguous()
     block = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
     return Pending(dist.reduce_scatter_tensor(block, x, group=group.handle, async_op=True), block)
 
 
-def start_all_reduce(x: torch.Tensor, group: TensorGroup) -> Pending:
+def start_all_reduce(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
     """``x`` itself becomes the sum."""
     x = x.contiguous()
     return Pending(dist.all_reduce(x, group=group.handle, async_op=True), x)

@@ -1,4 +1,4 @@
-"""Linear layers over shards. Column-parallel: a rank has some outputs; row-parallel: some inputs; shared: all.
+"""Linear layers over shards. Column-parallel: a rank has some outputs; row-parallel: some inputs; replicated: all.
 
 Shapes: N = rows of a micro-batch, n = rows routed among them, i = inputs, o = outputs, p = ranks of the group.
 
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 from megachiar.parallel.collectives import (
     padded,
     reduce_or_scatter_output,
-    shared_parameter,
+    replicated_parameter,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
 from megachiar.parallel.rows import IndexedRows, linear_of_rows
 from megachiar.parallel.shard import Shard, sharded
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -37,7 +37,7 @@ class ColumnParallelLinear(nn.Linear):
         blocks: parts of the outputs that are each cut by themselves (keys and values: 2).
     """
 
-    def __init__(self, inputs: int, outputs: int, group: TensorGroup, blocks: int = 1):
+    def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup, blocks: int = 1):
         super().__init__(inputs, outputs // group.size)
         self.group = group
         sharded(self.weight, Shard(0, blocks), group)
@@ -53,7 +53,7 @@ class ColumnParallelLinear(nn.Linear):
 class RowParallelLinear(nn.Linear):
     """``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
 
-    def __init__(self, inputs: int, outputs: int, group: TensorGroup):
+    def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs // group.size, outputs)
         self.group = group
         sharded(self.weight, Shard(1), group)
@@ -66,18 +66,18 @@ class RowParallelLinear(nn.Linear):
         if self.group.size == 1:
             return linear_of_rows(x, self.weight, self.bias)
         output = reduce_or_scatter_output(F.linear(x, self.weight), self.group, counts_per_rank)
-        return output + shared_parameter(self.bias, self.group)
+        return output + replicated_parameter(self.bias, self.group)
 
 
-class SharedLinear(nn.Linear):
+class ReplicatedLinear(nn.Linear):
     """``nn.Linear(i, o)``, whole on every rank, for the rows that a rank has."""
 
-    def __init__(self, inputs: int, outputs: int, group: TensorGroup):
+    def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs, outputs)
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, shared_parameter(self.weight, self.group), shared_parameter(self.bias, self.group))
+        return F.linear(x, replicated_parameter(self.weight, self.group), replicated_parameter(self.bias, self.group))
 
 
 def query_key_value(

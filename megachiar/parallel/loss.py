@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from megachiar.parallel.collectives import all_gather
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
     """The ids that this rank has rows of the embedding for: ``first`` to ``first + size - 1``."""
 
-    group: TensorGroup
+    group: TensorParallelGroup
     size: int
 
     @property

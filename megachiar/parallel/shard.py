@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shard:
         return tuple(n * size if dim == self.dim else n for dim, n in enumerate(part))
 
 
-def sharded(parameter: nn.Parameter, shard: Shard, group: TensorGroup) -> nn.Parameter:
+def sharded(parameter: nn.Parameter, shard: Shard, group: TensorParallelGroup) -> nn.Parameter:
     """Mark ``parameter`` as this rank's part. DeepSpeed counts marked ones on every rank in the gradient norm."""
     if group.size > 1:
         parameter.shard, parameter.tensor_model_parallel = shard, True

@@ -32,7 +32,7 @@ from megachiar.planning.activations import KeptValues, end_activations, layer_ac
 from megachiar.planning.communication import end_traffic, layer_traffic
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.planning.partition import layer_groups, stage_layers
-from megachiar.topology import ALONE, TensorGroup
+from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 WIDTH = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
@@ -230,7 +230,7 @@ def _traffic(config: RunConfig, data_size: int, stages: list[range], number: int
 
 def _layer_parameters(config: RunConfig) -> list[int]:
     """Of each layer, on one rank of its tensor group; layers that are built alike are built once."""
-    group = TensorGroup(0, config.parallel.tensor_size, config.parallel.sequence)
+    group = TensorParallelGroup(0, config.parallel.tensor_size, config.parallel.sequence)
     model = config.model
     kinds: dict[object, int] = {}
 
@@ -246,11 +246,11 @@ def _layer_parameters(config: RunConfig) -> list[int]:
 
 def _norm_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
-        norm = RowNorm(config.model.hidden_size, config.model.norm_epsilon, ALONE)
+        norm = RowNorm(config.model.hidden_size, config.model.norm_epsilon, SINGLE_RANK)
     return sum(parameter.numel() for parameter in norm.parameters())
 
 
 def _embedding_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
-        embedding = TiedEmbedding(config.model, TensorGroup(0, config.parallel.tensor_size))
+        embedding = TiedEmbedding(config.model, TensorParallelGroup(0, config.parallel.tensor_size))
     return embedding.weight.numel()

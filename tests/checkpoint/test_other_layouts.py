@@ -13,7 +13,7 @@ from support import pretrain, small_config, write_config, write_tokens
 from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
 from megachiar.checkpoint.sharded_tensors import ShardWriter, Store
 from megachiar.parallel.shard import Shard
-from megachiar.topology import TensorGroup, Topology
+from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
 
 TP2, PP2, SP = "parallel.tensor_size=2", "parallel.pipeline_size=2", "parallel.sequence=true"
@@ -89,7 +89,7 @@ def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
     store = Store(tmp_path)
     assert torch.equal(store.whole("w"), whole)
     for rank in range(readers):
-        part = store.part("w", shard if readers > 1 else None, TensorGroup(rank, readers))
+        part = store.part("w", shard if readers > 1 else None, TensorParallelGroup(rank, readers))
         expected = whole.numpy() if shard is None or readers == 1 else _cut(whole.numpy(), shard, rank, readers)
         np.testing.assert_array_equal(part.numpy(), expected)
 
@@ -101,5 +101,5 @@ def _cut(whole: np.ndarray, shard: Shard, rank: int, size: int) -> np.ndarray:
 
 def _place(rank: int, size: int) -> Topology:
     return Topology(
-        rank=rank, world_size=size, local_rank=rank, data_rank=0, data_size=1, tensor=TensorGroup(rank, size)
+        rank=rank, world_size=size, local_rank=rank, data_rank=0, data_size=1, tensor=TensorParallelGroup(rank, size)
     )

@@ -16,7 +16,7 @@ from model_cases import lively_model, small_model_config, token_batch
 
 from megachiar.model import ChiarFormer, ModelOutput, build_model
 from megachiar.parallel.shard import shard_of
-from megachiar.topology import TensorGroup
+from megachiar.topology import TensorParallelGroup
 
 SIZES = {"num_attention_heads": 6, "hidden_size": 36, "vocab_size": 30, "dropout": 0.1}
 
@@ -27,7 +27,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     layout = json.loads((folder / "layout.json").read_text())
-    group = TensorGroup(rank, size, layout["sequence"], dist.group.WORLD)
+    group = TensorParallelGroup(rank, size, layout["sequence"], dist.group.WORLD)
     measured = {case: deviations(fields, group, layout["interval"]) for case, fields in layout["cases"].items()}
     everyone: list = [None] * size
     dist.all_gather_object(everyone, measured)
@@ -36,7 +36,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def deviations(fields: dict, group: TensorGroup, interval: int | None) -> dict[str, float]:
+def deviations(fields: dict, group: TensorParallelGroup, interval: int | None) -> dict[str, float]:
     """Greatest difference of this rank's part of each result, from a training pass of the whole model."""
     config = small_model_config(**SIZES | fields)
     whole = lively_model(config).train()
@@ -77,7 +77,7 @@ def worst_of(everyone: list[dict]) -> dict:
     }
 
 
-def _cut(whole: torch.Tensor, parameter: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def _cut(whole: torch.Tensor, parameter: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     shard = shard_of(parameter)
     return whole if shard is None else shard.part(whole, group.rank, group.size)
 
