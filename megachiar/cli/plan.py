@@ -18,7 +18,7 @@ from rich.table import Table
 from megachiar.config import RunConfig, load_config
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options
-from megachiar.planning.layout_search import Layout, Machine, find_layouts
+from megachiar.planning.layout_search import LayoutCandidate, Machine, find_layouts
 from megachiar.training.dry_run import gib
 
 
@@ -78,7 +78,7 @@ def _positive(kind: type):
     return parsed
 
 
-def table_of(layouts: list[Layout], config: RunConfig) -> Table:
+def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
     table = Table(
         title=f"{config.logging.folder}: {config.precision.compute}, batch {config.training.global_batch_size}"
     )

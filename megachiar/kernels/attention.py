@@ -158,10 +158,10 @@ def routed_self_attention(
     dropped = dropout is not None and dropout.probability > 0
     if _by_triton(q) and (dropped or document_starts is not None or queries <= ROUTED_KEYS_BY_TRITON):
         starts = triton_attention.first_rows(rows.int(), sequences, queries)
-        own = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        last_seen = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         document_starts = document_starts.int() if document_starts is not None else None
-        layout = triton_attention.Layout(starts, starts, own, queries, queries, document_starts)
-        return _by_rows(q, k, v, layout, dropout, first_head, scale)
+        row_layout = triton_attention.RowLayout(starts, starts, last_seen, queries, queries, document_starts)
+        return _by_rows(q, k, v, row_layout, dropout, first_head, scale)
     if q.device.type == "cpu" and not dropped:
         starts = _starts(rows, sequences, queries)
         before = torch.tensor(starts).index_select(0, rows // queries)
@@ -255,28 +255,28 @@ def _routed_by_triton(
     """Arguments and result as those of ``routed_attention``; keys and values are read as they lie."""
     sequences, keys = k.shape[0], k.shape[2]
     rows = rows.int()
-    own = rows
+    last_seen = rows
     if queries != keys or document_starts is not None:
         first_key = rows // queries * keys
-        own = rows % queries + (first_key + (keys - queries))
+        last_seen = rows % queries + (first_key + (keys - queries))
         document_starts = document_starts + first_key if document_starts is not None else None
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
-    layout = triton_attention.Layout(
+    row_layout = triton_attention.RowLayout(
         triton_attention.first_rows(rows, sequences, queries),
         triton_attention.multiples(sequences + 1, keys, q.device),
-        own,
+        last_seen,
         queries,
         keys,
         document_starts.int() if document_starts is not None else None,
     )
-    return _by_rows(q, k, v, layout, dropout, first_head, scale)
+    return _by_rows(q, k, v, row_layout, dropout, first_head, scale)
 
 
 def _by_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: triton_attention.Layout,
+    row_layout: triton_attention.RowLayout,
     dropout: KeyedDropout | None,
     first_head: int,
     scale: float | None,
@@ -284,8 +284,8 @@ def _by_rows(
     """(n, h, c) of queries (n, h, c), keys and values (m, h, c)."""
     mask = None
     if dropout is not None and dropout.probability > 0:
-        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], layout.longest_keys)
-    return triton_attention.attend(q, k, v, layout, scale, mask)
+        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], row_layout.longest_keys)
+    return triton_attention.attend(q, k, v, row_layout, scale, mask)
 
 
 def masked_sdpa(

@@ -45,13 +45,13 @@ class QuerySpans(NamedTuple):
     """Queries of each sequence and the span of keys that each of them sees; on the host.
 
     Attributes:
-        starts: B + 1 ints: rows ``starts[b]`` to ``starts[b + 1]`` are of sequence b.
+        query_starts: B + 1 ints: rows ``query_starts[b]`` to ``query_starts[b + 1]`` are of sequence b.
         last_seen: (n,) int64, the last key that each row sees; ascending in a sequence.
         first_seen: (n,) int64, the first one; None if that is 0.
-        key_starts: the same as ``starts`` for keys that lie as rows; None if they are a (B, h, T, c) tensor.
+        key_starts: the same as ``query_starts`` for keys that lie as rows; None if they are a (B, h, T, c) tensor.
     """
 
-    starts: list[int]
+    query_starts: list[int]
     last_seen: torch.Tensor
     first_seen: torch.Tensor | None
     key_starts: list[int] | None = None
@@ -92,11 +92,11 @@ class _Together(NamedTuple):
     @classmethod
     def of(cls, spans: QuerySpans, k: torch.Tensor, rounding: int) -> _Together | None:
         """None where the sequences are too long, or their queries so unequal that the padding costs more than calls."""
-        counts = [end - start for start, end in itertools.pairwise(spans.starts)]
+        counts = [end - start for start, end in itertools.pairwise(spans.query_starts)]
         length = _up(max(counts), rounding)
         if not 1 < len(counts) <= MOST_PADDED * len(spans.last_seen) / length or length > LEAF:
             return None
-        shift = [b * length - start for b, start in enumerate(spans.starts[:-1])]
+        shift = [b * length - start for b, start in enumerate(spans.query_starts[:-1])]
         place = torch.arange(len(spans.last_seen))
         place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
         last, first = k.shape[2] - 1, 0  # padding sees all: its sums are finite
@@ -199,7 +199,7 @@ class _Sequence(NamedTuple):
 
 def _plan(spans: QuerySpans, k: torch.Tensor, rounding: int) -> list[_Sequence]:
     result = []
-    for b, (start, end) in enumerate(itertools.pairwise(spans.starts)):
+    for b, (start, end) in enumerate(itertools.pairwise(spans.query_starts)):
         keys = slice(b, b + 1) if spans.key_starts is None else slice(*spans.key_starts[b : b + 2])
         sequence = _Sequence(slice(start, end), keys, [], [])
         last_seen = spans.last_seen[start:end]

@@ -57,24 +57,24 @@ def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 64, 4, 3)
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """Which queries see which keys: those of their sequence up to their own.
 
     Attributes:
-        starts: (B + 1,) int32, the first row of queries of each sequence, and n.
+        query_starts: (B + 1,) int32, the first row of queries of each sequence, and n.
         key_starts: (B + 1,) int32, its first row of keys, and m.
-        own: (n,) int32, ascending: the row of keys up to which each query sees.
-        longest, longest_keys: no sequence has more queries, or keys.
-        since: (n,) int32, the row of keys from which each query sees, no later than its own; it never falls. None: from
-            the first one of its sequence.
+        last_seen: (n,) int32, ascending: the row of keys up to which each query sees.
+        longest_queries, longest_keys: no sequence has more queries, or keys.
+        first_seen: (n,) int32, the row of keys from which each query sees, no later than its last; it never falls.
+            None: from the first one of its sequence.
     """
 
-    starts: torch.Tensor
+    query_starts: torch.Tensor
     key_starts: torch.Tensor
-    own: torch.Tensor
-    longest: int
+    last_seen: torch.Tensor
+    longest_queries: int
     longest_keys: int
-    since: torch.Tensor | None = None
+    first_seen: torch.Tensor | None = None
 
 
 @cached_table
@@ -84,7 +84,7 @@ def multiples(count: int, of: int, device: torch.device) -> torch.Tensor:
 
 
 def first_rows(rows: torch.Tensor, sequences: int, queries: int) -> torch.Tensor:
-    """``Layout.starts`` of ascending ``rows`` (n,) int32 among those of sequences of ``queries`` rows."""
+    """``RowLayout.query_starts`` of ascending ``rows`` (n,) int32 among those of sequences of ``queries`` rows."""
     return torch.searchsorted(rows, multiples(sequences + 1, queries, rows.device), out_int32=True)
 
 
@@ -119,11 +119,11 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: Layout,
+    row_layout: RowLayout,
     scale: float | None = None,
     mask: Mask | None = None,
 ) -> torch.Tensor:
-    """Attention of queries to the keys that ``layout`` lets them see.
+    """Attention of queries to the keys that ``row_layout`` lets them see.
 
     Args:
         q: (n, h, c), at least one row.
@@ -136,53 +136,53 @@ def attend(
         (n, h, c). Products of 16-bit types are summed in fp32.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _Attention.apply(q, k, v, layout, scale, mask)
+    return _Attention.apply(q, k, v, row_layout, scale, mask)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, layout, scale, mask):
+    def forward(ctx, q, k, v, row_layout, scale, mask):
         q, k, v = _dense(q), _dense(k), _dense(v)
         n, h, c = q.shape
         size = tiles("forward", c, q.dtype)
         output, sums = q.new_empty(n, h, c), q.new_empty(n, h, dtype=torch.float32)
-        sequences = len(layout.starts) - 1
-        _forward[triton.cdiv(layout.longest, size.queries), sequences * h](
+        sequences = len(row_layout.query_starts) - 1
+        _forward[triton.cdiv(row_layout.longest_queries, size.queries), sequences * h](
             *(q, k, v, output, sums),
-            *_places(layout),
-            *(*_of_mask(mask, layout), scale * LOG2_E),
+            *_places(row_layout),
+            *(*_of_mask(mask, row_layout), scale * LOG2_E),
             *(*_strides(q), *_strides(k), *_strides(v)),
-            **_constants(h, c, q.dtype, size, mask, layout),
+            **_constants(h, c, q.dtype, size, mask, row_layout),
         )
         ctx.save_for_backward(q, k, v, output, sums)
-        ctx.layout, ctx.scale, ctx.mask = layout, scale, mask
+        ctx.row_layout, ctx.scale, ctx.mask = row_layout, scale, mask
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         q, k, v, output, sums = ctx.saved_tensors
-        layout, gradient = ctx.layout, _dense(gradient)
+        row_layout, gradient = ctx.row_layout, _dense(gradient)
         h, c = q.shape[1:]
         inner = torch.empty_like(sums)
         of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
-        mask = _of_mask(ctx.mask, layout)
+        mask = _of_mask(ctx.mask, row_layout)
         strides = *_strides(q), *_strides(k), *_strides(v), *_strides(gradient)
-        heads = (len(layout.starts) - 1) * h
+        heads = (len(row_layout.query_starts) - 1) * h
         size = tiles("queries", c, q.dtype)
-        _backward_queries[triton.cdiv(layout.longest, size.queries), heads](
+        _backward_queries[triton.cdiv(row_layout.longest_queries, size.queries), heads](
             *(q, k, v, gradient, output, sums, inner),
-            *_places(layout),
+            *_places(row_layout),
             *(*mask, of_q, ctx.scale, *strides),
-            **_constants(h, c, q.dtype, size, ctx.mask, layout),
+            **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
         )
         size = tiles("keys", c, q.dtype)
-        blocks = triton.cdiv(layout.longest_keys, size.keys)
+        blocks = triton.cdiv(row_layout.longest_keys, size.keys)
         _backward_keys[blocks, heads](
             *(q, k, v, gradient, sums, inner),
-            *(*_places(layout), _bounds(layout, blocks, size.keys)),
+            *(*_places(row_layout), _bounds(row_layout, blocks, size.keys)),
             *(*mask, of_k, of_v, ctx.scale, *strides),
-            **_constants(h, c, q.dtype, size, ctx.mask, layout),
+            **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
         )
         return of_q, of_k, of_v, None, None, None
 
@@ -195,31 +195,37 @@ def _strides(x: torch.Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def _places(layout: Layout) -> tuple[torch.Tensor, ...]:
+def _places(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
     """An unused tensor stands for what is not there."""
-    return layout.starts, layout.key_starts, layout.own, layout.own if layout.since is None else layout.since
+    return (
+        row_layout.query_starts,
+        row_layout.key_starts,
+        row_layout.last_seen,
+        row_layout.last_seen if row_layout.first_seen is None else row_layout.first_seen,
+    )
 
 
-def _bounds(layout: Layout, blocks: int, size: int) -> torch.Tensor:
+def _bounds(row_layout: RowLayout, blocks: int, size: int) -> torch.Tensor:
     """Rows of queries (2 or 4, B, blocks) int32 for blocks of ``size`` keys: the first that sees some of a block, and
-    all that are not behind it; with ``since`` the first that sees only later keys than its first, and than its last."""
-    first = layout.key_starts[:-1, None] + multiples(blocks, size, layout.own.device)
+    all that are not behind it; with ``first_seen`` the first that sees only later keys than its first, and than its
+    last."""
+    first = row_layout.key_starts[:-1, None] + multiples(blocks, size, row_layout.last_seen.device)
     edges = torch.stack([first, first + (size - 1)])
-    bounds = torch.searchsorted(layout.own, edges, out_int32=True)
-    if layout.since is None:
+    bounds = torch.searchsorted(row_layout.last_seen, edges, out_int32=True)
+    if row_layout.first_seen is None:
         return bounds
-    return torch.cat([bounds, torch.searchsorted(layout.since, edges, right=True, out_int32=True)])
+    return torch.cat([bounds, torch.searchsorted(row_layout.first_seen, edges, right=True, out_int32=True)])
 
 
-def _of_mask(mask: Mask | None, layout: Layout) -> tuple:
+def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
     """Two keys of 32 bits a row and head, those of the columns, and what stays; unused tensors without dropout."""
     if mask is None:
-        return layout.own, layout.own, layout.own, 0, 1.0
+        return row_layout.last_seen, row_layout.last_seen, row_layout.last_seen, 0, 1.0
     keys = mask.keys.contiguous()
     return (keys >> 32).int(), (keys << 32 >> 32).int() | 1, mask.columns, mask.least, mask.scale
 
 
-def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, layout: Layout) -> dict:
+def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, row_layout: RowLayout) -> dict:
     return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
@@ -228,7 +234,7 @@ def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | Non
         "COMPUTE": compute_type(dtype),
         "PRECISION": product_precision(dtype),
         "DROPOUT": mask is not None,
-        "DOCUMENTS": layout.since is not None,
+        "DOCUMENTS": row_layout.first_seen is not None,
         "FACTOR": FACTOR,
     }
 
@@ -334,12 +340,12 @@ def _forward_kernel(
     v,
     out,
     sums,
-    starts,
+    query_starts,
     key_starts,
-    own,
-    since,
-    first_keys,
-    second_keys,
+    last_seen,
+    first_seen,
+    high_keys,
+    low_keys,
     columns,
     least,
     kept_scale,
@@ -361,24 +367,24 @@ def _forward_kernel(
     FACTOR: tl.constexpr,
 ):
     sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
-    row_first = tl.load(starts + sequence).to(tl.int64)
+    row_first = tl.load(query_starts + sequence).to(tl.int64)
     key_first = tl.load(key_starts + sequence).to(tl.int64)
-    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    count = (tl.load(query_starts + sequence + 1) - row_first).to(tl.int32)
     keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # those that see most begin first
     if start < count:
         row = start + tl.arange(0, QUERIES)
         valid = row < count
         channel = tl.arange(0, C)
-        position = (tl.load(own + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
+        position = (tl.load(last_seen + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
         opening = position
         if DOCUMENTS:
-            opening = (tl.load(since + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
+            opening = (tl.load(first_seen + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
         queries = _read(q + row_first * q_row + head * q_head, q_row, row, count, channel, True).to(COMPUTE)
         one, two = row, row
         if DROPOUT:
-            one = tl.load(first_keys + (row_first + row) * H + head, mask=valid, other=0)
-            two = tl.load(second_keys + (row_first + row) * H + head, mask=valid, other=1)
+            one = tl.load(high_keys + (row_first + row) * H + head, mask=valid, other=0)
+            two = tl.load(low_keys + (row_first + row) * H + head, mask=valid, other=1)
         first, plain, unmasked, end = _edges(position, opening, count, start, keys, QUERIES, KEYS, DOCUMENTS)
         k += key_first * k_row + head * k_head
         v += key_first * v_row + head * v_head
@@ -461,12 +467,12 @@ def _backward_queries_kernel(
     output,
     sums,
     inner,
-    starts,
+    query_starts,
     key_starts,
-    own,
-    since,
-    first_keys,
-    second_keys,
+    last_seen,
+    first_seen,
+    high_keys,
+    low_keys,
     columns,
     least,
     kept_scale,
@@ -491,19 +497,19 @@ def _backward_queries_kernel(
     FACTOR: tl.constexpr,
 ):
     sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
-    row_first = tl.load(starts + sequence).to(tl.int64)
+    row_first = tl.load(query_starts + sequence).to(tl.int64)
     key_first = tl.load(key_starts + sequence).to(tl.int64)
-    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    count = (tl.load(query_starts + sequence + 1) - row_first).to(tl.int32)
     keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     if start < count:
         row = start + tl.arange(0, QUERIES)
         valid = row < count
         channel = tl.arange(0, C)
-        position = (tl.load(own + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
+        position = (tl.load(last_seen + row_first + row, mask=valid, other=-1) - key_first).to(tl.int32)
         opening = position
         if DOCUMENTS:
-            opening = (tl.load(since + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
+            opening = (tl.load(first_seen + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
         place = (row_first + row) * H + head
         whole = place[:, None] * C + channel[None, :]
         queries = _read(q + row_first * q_row + head * q_head, q_row, row, count, channel, True).to(COMPUTE)
@@ -515,8 +521,8 @@ def _backward_queries_kernel(
         log_sum = tl.load(sums + place, mask=valid, other=0.0)
         one, two = row, row
         if DROPOUT:
-            one = tl.load(first_keys + place, mask=valid, other=0)
-            two = tl.load(second_keys + place, mask=valid, other=1)
+            one = tl.load(high_keys + place, mask=valid, other=0)
+            two = tl.load(low_keys + place, mask=valid, other=1)
         first, plain, unmasked, end = _edges(position, opening, count, start, keys, QUERIES, KEYS, DOCUMENTS)
         k += key_first * k_row + head * k_head
         v += key_first * v_row + head * v_head
@@ -552,10 +558,10 @@ def _keys_range(
     gradient,
     sums,
     inner,
-    own,
-    since,
-    first_keys,
-    second_keys,
+    last_seen,
+    first_seen,
+    high_keys,
+    low_keys,
     least,
     kept_scale,
     scale,
@@ -586,16 +592,16 @@ def _keys_range(
         score = tl.dot(of_key, tl.trans(queries), input_precision=PRECISION)
         weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[None, :])
         if MASKED:
-            position = (tl.load(own + row, mask=valid, other=-1) - key_first).to(tl.int32)
+            position = (tl.load(last_seen + row, mask=valid, other=-1) - key_first).to(tl.int32)
             opening = position
             if DOCUMENTS:
-                opening = (tl.load(since + row, mask=valid, other=0) - key_first).to(tl.int32)
+                opening = (tl.load(first_seen + row, mask=valid, other=0) - key_first).to(tl.int32)
             weight = tl.where(_seen(key[:, None], position[None, :], opening[None, :], DOCUMENTS), weight, 0.0)
         slope = tl.dot(of_value, tl.trans(of_output), input_precision=PRECISION)
         dropped = weight
         if DROPOUT:
-            one = tl.load(first_keys + row * H, mask=valid, other=0)
-            two = tl.load(second_keys + row * H, mask=valid, other=1)
+            one = tl.load(high_keys + row * H, mask=valid, other=0)
+            two = tl.load(low_keys + row * H, mask=valid, other=1)
             stays = _stays(one[None, :], two[None, :], of_column[:, None], least, FACTOR)
             dropped = tl.where(stays, weight * kept_scale, 0.0)
             slope = tl.where(stays, slope * kept_scale, 0.0)
@@ -612,13 +618,13 @@ def _backward_keys_kernel(
     gradient,
     sums,
     inner,
-    starts,
+    query_starts,
     key_starts,
-    own,
-    since,
+    last_seen,
+    first_seen,
     bounds,
-    first_keys,
-    second_keys,
+    high_keys,
+    low_keys,
     columns,
     least,
     kept_scale,
@@ -644,9 +650,9 @@ def _backward_keys_kernel(
     FACTOR: tl.constexpr,
 ):
     sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
-    row_first = tl.load(starts + sequence).to(tl.int64)
+    row_first = tl.load(query_starts + sequence).to(tl.int64)
     key_first = tl.load(key_starts + sequence).to(tl.int64)
-    count = (tl.load(starts + sequence + 1) - row_first).to(tl.int32)
+    count = (tl.load(query_starts + sequence + 1) - row_first).to(tl.int32)
     keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
     block, blocks = tl.program_id(0), tl.num_programs(0)
     if block * KEYS < keys:
@@ -672,29 +678,29 @@ def _backward_keys_kernel(
         gradient += row_first * g_row + head * g_head
         sums += row_first * H + head
         inner += row_first * H + head
-        first_keys += row_first * H + head
-        second_keys += row_first * H + head
-        own += row_first
-        since += row_first
+        high_keys += row_first * H + head
+        low_keys += row_first * H + head
+        last_seen += row_first
+        first_seen += row_first
         key_gradient = tl.zeros((KEYS, C), tl.float32)
         value_gradient = tl.zeros((KEYS, C), tl.float32)
         key_gradient, value_gradient = _keys_range(
-            begin, middle, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
-            second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+            begin, middle, key, of_key, of_value, of_column, q, gradient, sums, inner, last_seen, first_seen, high_keys,
+            low_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
             value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
         )  # fmt: skip
         last = end
         if DOCUMENTS:
             last = middle + tl.maximum(plain - middle, 0) // QUERIES * QUERIES
         key_gradient, value_gradient = _keys_range(
-            middle, last, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
-            second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+            middle, last, key, of_key, of_value, of_column, q, gradient, sums, inner, last_seen, first_seen, high_keys,
+            low_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
             value_gradient, False, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
         )  # fmt: skip
         if DOCUMENTS:
             key_gradient, value_gradient = _keys_range(
-                last, end, key, of_key, of_value, of_column, q, gradient, sums, inner, own, since, first_keys,
-                second_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
+                last, end, key, of_key, of_value, of_column, q, gradient, sums, inner, last_seen, first_seen, high_keys,
+                low_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
                 value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
             )  # fmt: skip
         place = ((key_first + key) * H + head)[:, None] * C + channel[None, :]

@@ -31,7 +31,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutCandidate:
     """A layout that fits.
 
     Attributes:
@@ -49,9 +49,9 @@ class Layout:
     reason: str
 
 
-def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[Layout], Counter[str]]:
+def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandidate], Counter[str]]:
     """Layouts of all GPUs, fastest first, and why others were left out. The batch and the model stay as they are."""
-    fitting: list[Layout] = []
+    fitting: list[LayoutCandidate] = []
     refused: Counter[str] = Counter()
     for overrides in _candidates(config, machine):
         try:
@@ -66,7 +66,7 @@ def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[Layout], Cou
             continue
         seconds, reason = _time(candidate, machine, stages)
         text = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()]
-        fitting.append(Layout(candidate, text, memory, seconds, reason))
+        fitting.append(LayoutCandidate(candidate, text, memory, seconds, reason))
     return sorted(fitting, key=lambda layout: (layout.seconds, layout.memory)), refused
 
 

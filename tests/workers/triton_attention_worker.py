@@ -16,7 +16,7 @@ import torch
 from megachiar.kernels import attention, gpu, triton_attention
 from megachiar.kernels.dropout import KeyedDropout, column_keys, head_keys, row_keys
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
-from megachiar.kernels.triton_attention import Layout, Mask, attend
+from megachiar.kernels.triton_attention import Mask, RowLayout, attend
 
 HEADS, SITE, RATE = 2, 5, 0.25
 LENGTHS = ((1, 16), (17, 16), (40, 16), (20, 64))
@@ -57,14 +57,14 @@ def deviations(
     rows = routed.flatten().nonzero().flatten()
     starts = torch.nn.functional.pad(routed.sum(1).cumsum(0), (1, 0)).int()
     first_keys = torch.arange(0, (b + 1) * length, length, dtype=torch.int32)
-    since = (openings + first_keys[:-1, None]).flatten()[rows].int() if documents else None
-    layout = Layout(starts, first_keys, rows.int(), length, length, since)
-    layout = Layout(*(x.to(device) if torch.is_tensor(x) else x for x in layout))
+    document_starts = (openings + first_keys[:-1, None]).flatten()[rows].int() if documents else None
+    row_layout = RowLayout(starts, first_keys, rows.int(), length, length, document_starts)
+    row_layout = RowLayout(*(x.to(device) if torch.is_tensor(x) else x for x in row_layout))
     mixed = mix64(head_keys(keys, 1, HEADS).transpose(1, 2) + wrap64(SITE * GOLDEN))  # (b, h, length)
     columns = column_keys(0, length, torch.device("cpu"))
     mask = Mask.of(KeyedDropout(RATE, keys.flatten()[rows].to(device), SITE), 1, HEADS, length) if dropped else None
     inputs = [x.to(device).requires_grad_() for x in (q_of_all.flatten(0, 1)[rows], k, v)]
-    output = attend(inputs[0], *(x.flatten(0, 1) for x in inputs[1:]), layout, None, mask)
+    output = attend(inputs[0], *(x.flatten(0, 1) for x in inputs[1:]), row_layout, None, mask)
     weight = direction.flatten(0, 1)[rows].to(device)
     of_inputs = torch.autograd.grad(output, inputs, weight)
 
@@ -89,7 +89,7 @@ def dispatched() -> dict[str, float]:
     rows = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
     keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
     packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
-    since = document_openings(3, length, torch.Generator().manual_seed(6))
+    document_starts = document_openings(3, length, torch.Generator().manual_seed(6))
     found = {}
     for dropout in (None, KeyedDropout(RATE, keys, SITE)):
         of_rows = dropout and dropout.select(rows)
@@ -98,11 +98,13 @@ def dispatched() -> dict[str, float]:
             "causal": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1),
             "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
             "self": lambda p=packed: attention.routed_self_attention(*p),
-            "causal, documents": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1, None, since),
-            "routed, documents": lambda h=of_rows: attention.routed_attention(
-                packed_q, k, v, rows, length, h, 1, None, since.flatten()[rows]
+            "causal, documents": lambda dropout=dropout: attention.causal_attention(
+                q, k, v, dropout, 1, None, document_starts
             ),
-            "self, documents": lambda p=packed: attention.routed_self_attention(*p, since.flatten()[rows]),
+            "routed, documents": lambda h=of_rows: attention.routed_attention(
+                packed_q, k, v, rows, length, h, 1, None, document_starts.flatten()[rows]
+            ),
+            "self, documents": lambda p=packed: attention.routed_self_attention(*p, document_starts.flatten()[rows]),
         }
         for name, call in calls.items():
             expected = call()

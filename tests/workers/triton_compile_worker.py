@@ -114,9 +114,9 @@ def attend(c: int, dtype: torch.dtype, dropped: bool, documents: bool) -> None:
     q, k, v = (torch.randn(512, 4, c, dtype=dtype).requires_grad_() for _ in range(3))
     keys, columns = torch.zeros(512, 4, dtype=torch.int64), torch.zeros(256, dtype=torch.int32)
     mask = triton_attention.Mask(keys, columns, 5, 1.1) if dropped else None
-    starts, own = torch.tensor([0, 256, 512], dtype=torch.int32), torch.arange(512, dtype=torch.int32)
-    layout = triton_attention.Layout(starts, starts, own, 256, 256, own if documents else None)
-    triton_attention.attend(q, k, v, layout, None, mask).sum().backward()
+    starts, last_seen = torch.tensor([0, 256, 512], dtype=torch.int32), torch.arange(512, dtype=torch.int32)
+    row_layout = triton_attention.RowLayout(starts, starts, last_seen, 256, 256, last_seen if documents else None)
+    triton_attention.attend(q, k, v, row_layout, None, mask).sum().backward()
 
 
 def usage(kernel) -> dict[str, int]:
