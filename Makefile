@@ -1,6 +1,7 @@
 # make quickstart   everything, from an empty machine to a trained model and a sample
 # make test         the tests
 # make test-slow    the long ones
+# make test-pythons the tests on every promised Python that is here, each in an environment of its own
 #
 # PYTHON: the interpreter to start from, 3.10 or newer.   VENV: where the virtual environment lies.
 # pip takes the default torch of your platform; a torch that VENV has already, in the pinned version, stays.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow
+.PHONY: quickstart test test-slow test-pythons
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -20,6 +21,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
+
+test-pythons:
+	@.ci/pythons
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null \

@@ -22,6 +22,8 @@ from megachiar.data.manifest import (
 )
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture
 def prefix(tmp_path) -> Path:

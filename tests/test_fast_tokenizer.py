@@ -22,6 +22,8 @@ from megachiar.data.settings import PreprocessSettings
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 gigatoken = pytest.importorskip("gigatoken")
 
 

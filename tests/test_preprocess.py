@@ -26,6 +26,8 @@ from megachiar.data.split import Split
 from megachiar.data.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(300)
 
 

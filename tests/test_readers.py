@@ -28,6 +28,8 @@ from megachiar.data.readers import (
 )
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(30)
 
 

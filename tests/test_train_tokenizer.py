@@ -17,6 +17,8 @@ from megachiar.data.tokenizer import load_tokenizer
 from megachiar.data.tokenizer_training import TrainingSettings, sample_texts, train_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(200)
 KINDS = [("sentencepiece", "bpe", "t.model"), ("sentencepiece", "unigram", "t.model"), ("huggingface", "bpe", "t.json")]
 
