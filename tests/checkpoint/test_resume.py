@@ -16,6 +16,8 @@ from megachiar.checkpoint.checkpoint import checkpoint_name, damage, whole_check
 from megachiar.launch import EXIT_STOPPED
 from megachiar.training.metrics import read_metrics
 
+pytestmark = pytest.mark.every_python
+
 STEPS = 10
 
 

@@ -29,6 +29,8 @@ from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.inputs.readers import read_chunks, read_documents
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(30)
 
 

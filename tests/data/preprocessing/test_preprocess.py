@@ -27,6 +27,8 @@ from megachiar.data.storage.manifest import check_manifest, read_manifest
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(300)
 
 

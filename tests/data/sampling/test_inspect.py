@@ -20,6 +20,8 @@ from megachiar.data.storage.indexed import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
 TEXTS = ["Now is the winter of our discontent", "made glorious summer", "by this sun of York; naïve – 日本"]
 

@@ -23,6 +23,8 @@ from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 from megachiar.process_memory import give_back_free_memory, own_bytes
 
+pytestmark = pytest.mark.every_python
+
 gigatoken = pytest.importorskip("gigatoken")
 
 

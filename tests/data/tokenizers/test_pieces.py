@@ -16,6 +16,8 @@ from megachiar.data.tokenizers.fast import HARD_TEXTS
 from megachiar.data.tokenizers.pieces import CHECKED_EVERY, LONGEST_KNOWN, PIECE, PieceTokenizer, in_pieces
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.every_python
+
 # Of each class that the expressions tell apart, and what the classes of other libraries disagree about.
 CHARACTERS = (
     "a",

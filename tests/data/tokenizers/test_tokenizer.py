@@ -15,6 +15,8 @@ from text_helpers import DOCUMENTS, numbered_documents, train
 from megachiar.data.tokenizers.tokenizer import ControlTokenError, load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 CONTROL_TEXT = "a</s>b <s> <|endoftext|><|endoftext|>c [SEP]"
 
 
