@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megachiar.data.documents import TroubleLog
-from megachiar.data.find_inputs import FoundFiles
+from megachiar.data.folder_files import FoundFiles
 from megachiar.data.manifest import Manifest
 from megachiar.data.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megachiar.data.documents import OnError, ReadOptions
 from megachiar.data.fast_tokenizer import Engine
-from megachiar.data.find_inputs import FoundFiles
+from megachiar.data.folder_files import FoundFiles
 from megachiar.data.source import Source
 from megachiar.data.split import Split
 from megachiar.data.tokenizer import TokenizerKind

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple, TextIO
 
 from megachiar.data.documents import OnError, ReadOptions, TroubleLog
 from megachiar.data.files import write_atomically
-from megachiar.data.find_inputs import FoundFiles, same_file
+from megachiar.data.find_inputs import same_file
+from megachiar.data.folder_files import FoundFiles
 from megachiar.data.interrupts import interrupts_go_to
 from megachiar.data.progress import TextProgress
 from megachiar.data.readers import read_documents
