@@ -121,7 +121,7 @@ def test_every_room_of_the_map_exists():
     [
         ("kernels", "from megachiar.model.layer import RoutedLayer"),
         ("kernels", "from megachiar.config import RunConfig"),
-        ("data/storage", "import megachiar.training.loop"),
+        ("data/storage", "import megachiar.training.trainer"),
         ("data/storage", "from megachiar.data.tokenizers import fast"),
         ("data/sampling", "from megachiar.data.preprocessing.readers import Source"),
         ("data/tokenizers", "from megachiar.kernels.dct import dct"),

@@ -5,10 +5,10 @@ Reading is split in two so that the cheap half can feed many processes with the 
     sources --read_chunks--> Chunk (raw bytes, cut between documents) --parse_chunk--> Document | Trouble
              one process, disk and decompression only                  any process, UTF-8 and JSON
 
-    find_inputs.py      which files are read          source.py         one file, its format by its name
-    compression.py      blocks of its text            recognition.py    what it is, whatever its name says
-    text_reader.py      text and JSON lines           parquet_reader.py parquet
-    documents.py        chunks, documents, troubles   this file         all together
+    find_inputs.py      which files are named        folder_files.py     what a folder gives and leaves out
+    source.py           one file, its format by name recognition.py      what it is, whatever its name says
+    compression.py      blocks of its text           documents.py        chunks, documents, troubles
+    text_reader.py      text and JSON lines          parquet_reader.py   parquet
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
 What makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the run.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megachiar.data.inputs.documents import TroubleLog
-from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.preprocessing.existing import SAME
 from megachiar.data.storage.manifest import Manifest
 from megachiar.data.tokenizers.tokenizer import Tokenizer

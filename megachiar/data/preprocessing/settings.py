@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megachiar.data.inputs.documents import OnError, ReadOptions
-from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.tokenizers.fast import Engine

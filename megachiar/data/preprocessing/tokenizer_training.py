@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 from megachiar.data.inputs.documents import OnError, ReadOptions, TroubleLog
-from megachiar.data.inputs.find_inputs import FoundFiles, same_file
+from megachiar.data.inputs.find_inputs import same_file
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note

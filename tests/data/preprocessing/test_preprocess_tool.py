@@ -173,6 +173,7 @@ def test_a_killed_worker_ends_the_run(tmp_path, model):
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: set(members(process.pid)) == {process.pid})  # a busy machine lets them live a moment longer
         _, error = process.communicate(b'{"text": "more"}\n', timeout=20)
         assert process.returncode == 2
     assert b"was killed by SIGKILL" in error and b"Traceback" not in error
