@@ -14,7 +14,7 @@ import torch
 from support import forked_python, pretrain, run_command, small_config, write_config
 
 from megachiar.checkpoint.checkpoint import load_for_inference, whole_checkpoints
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.training.metrics import read_metrics
 

@@ -37,7 +37,8 @@ from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.data.sampling.dataset import build_training_samples
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
+from megachiar.data.storage.index_format import HEADER, MAGIC, VERSION
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
 

@@ -67,7 +67,7 @@ def random_documents(rng: np.random.Generator, dtype: str, count: int) -> list[l
 
 def make_manifest(prefix: Path, **changes: object) -> Manifest:
     """Write a right manifest for the dataset at ``prefix``, but for ``changes``."""
-    from megachiar.data.storage.indexed import IndexedDataset
+    from megachiar.data.storage.reader import IndexedDataset
 
     dataset = IndexedDataset(prefix)
     tokenizer = {"kind": "gpt2", "file": "vocab", "fingerprint": "sha256:aa", "vocab_size": 300, "eod_id": 0}

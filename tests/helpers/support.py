@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"

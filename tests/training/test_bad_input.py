@@ -12,7 +12,7 @@ import pytest
 from support import ROOT, pretrain, process_environment, small_config, write_config, write_tokens
 
 from megachiar.checkpoint.checkpoint import whole_checkpoints
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 
 @pytest.fixture

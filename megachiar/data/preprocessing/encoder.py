@@ -12,7 +12,7 @@ import numpy as np
 from megachiar.data.inputs.chunk_groups import ChunkGroup
 from megachiar.data.inputs.documents import Document, Trouble, TroubleLog, parse_chunk
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.indexed import dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.tokenizers.fast import Engine, FastTokenizer
 from megachiar.data.tokenizers.pieces import in_pieces
 from megachiar.data.tokenizers.tokenizer import ControlTokenError, Tokenizer, load_tokenizer

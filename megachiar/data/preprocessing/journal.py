@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megachiar.data.inputs.documents import Trouble, TroubleLog
 from megachiar.data.inputs.source import Source
-from megachiar.data.storage.indexed import BuilderState, open_locked
+from megachiar.data.storage.writer import BuilderState, open_locked
 from megachiar.errors import UserError, disk_errors
 
 Stage = Literal["encoding", "shuffling", "placing"]

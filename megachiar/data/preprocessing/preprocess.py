@@ -33,8 +33,10 @@ from megachiar.data.preprocessing.report import Report, describe_ending
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import dataset_files, put_in_place, remove_dataset
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import Checksums, Manifest, read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.fast import CHECKED_BYTES, ChosenEngine, choose_engine
 from megachiar.data.tokenizers.pieces import MOST_KNOWN_BYTES
 from megachiar.data.tokenizers.recorded import describe_tokenizer

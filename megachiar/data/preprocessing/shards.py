@@ -24,8 +24,10 @@ from megachiar.data.preprocessing.report import Report, describe_ending
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 

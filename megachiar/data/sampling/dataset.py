@@ -13,13 +13,13 @@ import numpy as np
 
 from megachiar.data.sampling.order import OrderedSource, RunOrder
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import (
     check_manifest,
     check_same_tokenizer,
     check_vocabulary,
     read_manifest,
 )
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
 LOCATED_TOGETHER = 1024  # positions of a run

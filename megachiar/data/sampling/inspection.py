@@ -12,8 +12,8 @@ import numpy as np
 from megachiar.data.sampling.dataset import SampleStream, build_training_samples
 from megachiar.data.sampling.megatron_order import MegatronStream
 from megachiar.data.storage.files import bin_path, idx_path, manifest_path
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.recorded import find_recorded, load_as_recorded
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError

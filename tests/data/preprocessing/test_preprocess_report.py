@@ -14,8 +14,8 @@ from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.preprocessing.preprocess import preprocess
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.split import Split
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 

@@ -31,8 +31,9 @@ from megachiar.data.preprocessing.shards import make_shard, merge_shards
 from megachiar.data.preprocessing.shuffle import shuffle_documents
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.storage import files, indexed
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"

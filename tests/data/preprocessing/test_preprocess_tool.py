@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from text_helpers import DOCUMENTS, ROOT, numbered_documents, run_tool, train, write_jsonl
 
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 
 TEXTS = DOCUMENTS + numbered_documents(300)

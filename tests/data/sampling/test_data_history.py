@@ -18,7 +18,7 @@ from megachiar.data.sampling.dataset import SampleStream, TokenSource
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.data.sampling.order import Consumed, StreamOrder
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 SOURCE = 1_000_000
 CASES = range(12)
