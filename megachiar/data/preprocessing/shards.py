@@ -118,7 +118,6 @@ def _merge(
     log = _merged_log(records)
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
-    log = _merged_log(everything)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
