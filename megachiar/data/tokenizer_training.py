@@ -33,7 +33,7 @@ from megachiar.data.progress import TextProgress
 from megachiar.data.readers import read_documents
 from megachiar.data.source import Source
 from megachiar.data.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
-from megachiar.errors import UserError
+from megachiar.errors import UserError, disk_errors
 
 TrainedKind = Literal["sentencepiece", "huggingface"]
 Algorithm = Literal["bpe", "unigram"]
@@ -96,7 +96,8 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         UserError: the output exists or has the wrong suffix, the corpus cannot be read or is too small for the
             vocabulary, the vocabulary is too small for the corpus, or the disk is full.
     """
-    _check(settings)
+    with disk_errors(settings.output):
+        _check(settings)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream or sys.stderr)
     log = TroubleLog(settings.on_error)
