@@ -34,7 +34,7 @@ from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
-from megachiar.errors import UserError
+from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
 
@@ -117,8 +117,10 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         UserError: the output has the wrong suffix, or exists and was not made by the same call; the corpus cannot be
             read or is too small for the vocabulary, the vocabulary is too small for the corpus, or the disk is full.
     """
-    _check(settings)
-    if settings.output.exists() and not settings.overwrite:
+    with disk_errors(settings.output):
+        _check(settings)
+        exists = settings.output.exists()
+    if exists and not settings.overwrite:
         return _existing(settings)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream or sys.stderr)
