@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import megachiar
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
-from megachiar.data.inputs.documents import Document, TroubleLog, parse_chunk
+from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedPart, encode_without_threads
@@ -249,7 +249,7 @@ class _Run:
             if not output.builder.tokens:
                 output.builder.abort()
 
-    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> TroubleLog:
+    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> InvalidDocumentLog:
         settings, log = self.settings, self.journal.log
         log.on_error = settings.on_error
         waiting: collections.deque[ChunkGroup] = collections.deque()  # groups under way, without their text
@@ -294,7 +294,7 @@ class _Run:
                 progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
         return log
 
-    def _check_filled(self, outputs: list[Output], log: TroubleLog) -> None:
+    def _check_filled(self, outputs: list[Output], log: InvalidDocumentLog) -> None:
         """Refuse to write a dataset without documents."""
         documents = sum(output.builder.documents for output in outputs)
         skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
@@ -333,7 +333,7 @@ class _Run:
                 if self.settings.shuffle_seed is not None:
                     remove_dataset(unshuffled(prefix))
 
-    def _manifest(self, output: Output, log: TroubleLog, builder: IndexedDatasetBuilder) -> bytes:
+    def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
         self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log)
         return made.to_json()
 
@@ -344,7 +344,9 @@ class _Run:
         return manifest
 
 
-def make_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
+def make_manifest(
+    settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: InvalidDocumentLog
+) -> Manifest:
     """The manifest of a complete output."""
     builder = output.builder
     return Manifest(
