@@ -44,7 +44,7 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
     if path is None:
         return None
     if known is None:
-        tokenizer = load_tokenizer(path)
+        tokenizer: Tokenizer = load_tokenizer(path)
     else:
         prefix, manifest = known
         tokenizer = load_as_recorded(path, manifest.tokenizer, manifest_path(prefix))

@@ -37,8 +37,8 @@ from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import Checksums, Manifest, read_manifest
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
-from megachiar.data.tokenizers.fast import CHECKED_BYTES, ChosenEngine, choose_engine
-from megachiar.data.tokenizers.pieces import MOST_KNOWN_BYTES
+from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
+from megachiar.data.tokenizers.pieces import MOST_CACHED_BYTES
 from megachiar.data.tokenizers.recorded import describe_tokenizer
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
@@ -182,7 +182,7 @@ class _Run:
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer, journal: Journal, stream: TextIO):
         self.settings, self.tokenizer, self.journal, self.stream = settings, tokenizer, journal, stream
         self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-        self.engine: ChosenEngine | None = None
+        self.engine: EngineChoice | None = None
         self.made: dict[Path, Manifest] = {}
 
     def go(self) -> Report:
@@ -197,7 +197,7 @@ class _Run:
                 manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
                 log=self.journal.log,
                 seconds=progress.elapsed,
-                engine=f"{self.engine.kind} ({self.engine.why})" if self.engine else "",
+                engine=f"{self.engine.kind} ({self.engine.reason})" if self.engine else "",
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
                 ending=describe_ending(self.tokenizer, self.settings.append_eod),
@@ -272,7 +272,7 @@ class _Run:
             make_encoder = functools.partial(ChunkEncoder, settings, self.engine.tokenizer)
         else:
             make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, self.engine.kind)
-        remembers = MOST_KNOWN_BYTES if self.engine.kind == "reference" else 0
+        remembers = MOST_CACHED_BYTES if self.engine.kind == "reference" else 0
         results = ordered_map(
             *(make_encoder, itertools.chain(first, stream), settings.workers), fork=settings.fork, remembers=remembers
         )

@@ -10,7 +10,7 @@ from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.tokenizers.fast import Engine
-from megachiar.data.tokenizers.tokenizer import TokenizerKind
+from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
-from megachiar.data.tokenizers.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
+from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
