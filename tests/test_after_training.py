@@ -13,9 +13,10 @@ import pytest
 import torch
 from support import forked_python, pretrain, run_command, small_config, write_config
 
-from megachiar.checkpoint.checkpoint import load_for_inference, whole_checkpoints
+from megachiar.checkpoint.format import whole_checkpoints
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.metrics import read_metrics
 
 TEXT = "the moon and the sun go round in the night of a day when all men sleep but one who counts the stars"

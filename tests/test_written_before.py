@@ -14,9 +14,9 @@ import pytest
 import yaml
 from support import ROOT, pretrain
 
-from megachiar.checkpoint.checkpoint import load_for_inference
 from megachiar.checkpoint.sharded_tensors import Store
 from megachiar.config import load_config
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.run_data import open_data
 
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"

@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.analysis.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import find_checkpoint
 from megachiar.config import ModelConfig
 from megachiar.console import make_console
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
+from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
 

@@ -20,9 +20,10 @@ from rich.table import Table
 
 from megachiar.analysis.calibration import spread_windows
 from megachiar.analysis.flips import LayerFlips, routing_flips
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import find_checkpoint
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import default_device, open_for_run
+from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,9 +12,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import find_checkpoint
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import TextSampler, default_device
+from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_run_argument
 
 

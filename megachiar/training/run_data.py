@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megachiar.checkpoint.checkpoint import check_data, read_state
+from megachiar.checkpoint.compatibility import check_data
+from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
@@ -88,7 +89,7 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
 
     Raises:
         UserError: there is no such step.
-        LaunchError: as ``open_data`` and ``checkpoint.check_data``; or a dataset that the step read is gone.
+        LaunchError: as ``open_data`` and ``check_data``; or a dataset that the step read is gone.
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")

@@ -23,7 +23,7 @@ from megachiar.analysis.calibration import (
     spread_windows,
     token_counts,
 )
-from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
+from megachiar.checkpoint.format import read_weights, whole_checkpoints
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.kernels.spectral import white_noise_entropy

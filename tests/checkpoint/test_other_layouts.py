@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from support import pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
+from megachiar.checkpoint.format import read_weights, whole_checkpoints
 from megachiar.checkpoint.sharded_tensors import ShardWriter, Store
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import checkpoint_name, damage, whole_checkpoints
+from megachiar.checkpoint.format import checkpoint_name, damage, whole_checkpoints
 from megachiar.launch import EXIT_STOPPED
 from megachiar.training.metrics import read_metrics
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import ROOT, pretrain, process_environment, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import whole_checkpoints
+from megachiar.checkpoint.format import whole_checkpoints
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import WORKERS, pretrain, run_ranks, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import checkpoint_name, read_state, read_weights
+from megachiar.checkpoint.format import checkpoint_name, read_state, read_weights
 from megachiar.config import load_config
 from megachiar.training.metrics import read_metrics
 from megachiar.training.run_data import open_at_step

@@ -17,7 +17,7 @@ import torch
 from support import forked_python, pretrain, small_config, write_config
 from text_helpers import train, write_jsonl
 
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import find_checkpoint
 from megachiar.data.storage.files import manifest_path
 from megachiar.data.storage.manifest import read_manifest, write_manifest
 from megachiar.data.tokenizers.recorded import keep_tokenizer, load_as_recorded, read_kept_record
@@ -25,6 +25,7 @@ from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate
 from megachiar.inference.loaded_run import TextSampler
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.run_tokenizer import run_tokenizer
 
 END = "~"

@@ -1,0 +1,42 @@
+"""Set an engine to a checkpoint: all of it to resume a run, or its weights alone for a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megachiar.checkpoint.compatibility import check_same_model
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
+from megachiar.checkpoint.sharded_tensors import Store
+from megachiar.config import load_config
+from megachiar.engine.deepspeed_patches import set_loss_scale_state
+from megachiar.engine.engine import Engine
+from megachiar.engine.gathered_state import set_moments, set_weights
+
+
+def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
+    """Set weights, optimizer and loss scale; returns the record with the position to go on from.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    state = read_state(checkpoint)
+    saved = load_config(checkpoint / CONFIG_FILE)
+    check_same_model(checkpoint, saved.model, engine.config.model)
+    read = Store(checkpoint).reader(engine.topology.tensor)
+    set_weights(engine, read)
+    set_moments(engine, read, state.optimizer_steps)
+    engine.skipped_steps = state.step - state.optimizer_steps
+    if state.loss_scale is not None:
+        set_loss_scale_state(engine.deepspeed, state.loss_scale)
+    return state
+
+
+def start_from(engine: Engine, checkpoint: Path) -> None:
+    """Set the weights alone, for a new run.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    read_state(checkpoint)
+    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)
+    set_weights(engine, Store(checkpoint).reader(engine.topology.tensor))
