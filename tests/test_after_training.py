@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import forked_python, pretrain, run_command, small_config, write_config
 
-from megachiar.checkpoint.format import whole_checkpoints
+from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.inference.loading import load_for_inference
@@ -92,7 +92,7 @@ def test_evaluate_reads_the_runs_own_validation_sets(folder):
 
 
 def test_an_older_checkpoint_can_be_named(folder):
-    older = whole_checkpoints(folder / "run" / "checkpoints")[0]
+    older = complete_checkpoints(folder / "run" / "checkpoints")[0]
     assert json.loads(tool("evaluate", older, "--json"))["step"] == 15
 
 

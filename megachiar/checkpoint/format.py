@@ -64,13 +64,13 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first. Folders with missing or short files are left out."""
     named = [path for path in folder.glob("step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return [path for path in sorted(named, key=_step_of) if damage(path) is None]
+    return [path for path in sorted(named, key=_step_of) if find_damage(path) is None]
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of ``checkpoint``; None if it is whole.
 
     Raises:
@@ -114,13 +114,13 @@ def read_state(checkpoint: Path) -> CheckpointState:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    problem = damage(checkpoint)
+    problem = find_damage(checkpoint)
     if problem is not None:
         raise UserError(checkpoint, f"is no whole checkpoint: {problem}", "use another checkpoint of the run")
     return CheckpointState.model_validate_json((checkpoint / STATE_FILE).read_bytes())
 
 
-def find_checkpoint(path: Path | str) -> Path:
+def locate_checkpoint(path: Path | str) -> Path:
     """The checkpoint that ``path`` means: itself, or the newest whole one of a run folder.
 
     Raises:
@@ -131,8 +131,8 @@ def find_checkpoint(path: Path | str) -> Path:
         read_state(path)
         return path
     for folder in (path / "checkpoints", path):
-        if whole := whole_checkpoints(folder):
-            return whole[-1]
+        if complete := complete_checkpoints(folder):
+            return complete[-1]
     problem = "holds no whole checkpoint" if path.is_dir() else "no such folder"
     raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
 

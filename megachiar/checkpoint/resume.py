@@ -31,7 +31,7 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     return state
 
 
-def start_from(engine: Engine, checkpoint: Path) -> None:
+def load_weights(engine: Engine, checkpoint: Path) -> None:
     """Set the weights alone, for a new run.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, CheckpointState, checkpoint_name, whole_checkpoints
+from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, CheckpointState, checkpoint_name, complete_checkpoints
 from megachiar.checkpoint.sharded_tensors import ShardWriter
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import sync_folder, write_atomically
@@ -88,7 +88,7 @@ def _replace_folder(incomplete: Path, final: Path) -> None:
 
 def _remove_oldest(folder: Path, keep: int | None) -> None:
     if keep is not None:
-        for path in whole_checkpoints(folder)[:-keep]:
+        for path in complete_checkpoints(folder)[:-keep]:
             # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
             doomed = path.with_name(path.name + ".incomplete")
             os.replace(path, doomed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, find_checkpoint, read_state, read_weights
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, locate_checkpoint, read_state, read_weights
 from megachiar.config import RunConfig, load_config
 from megachiar.model import ChiarFormer, build_model
 from megachiar.model.dtypes import DTYPES
@@ -22,7 +22,7 @@ def load_for_inference(
         device: where the model goes.
         dtype: of its weights; by default the type the run computed in.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = locate_checkpoint(path)
     config = load_config(checkpoint / CONFIG_FILE)
     model = build_model(config.model, seed=config.training.seed, document_end=config.document_end)
     model.load_state_dict(read_weights(checkpoint))

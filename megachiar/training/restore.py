@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from megachiar.checkpoint.compatibility import check_data, describe_mask_change
 from megachiar.checkpoint.format import read_state
-from megachiar.checkpoint.resume import resume, start_from
+from megachiar.checkpoint.resume import load_weights, resume
 from megachiar.engine.engine import Engine
 from megachiar.training.run_data import RunData
 from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
@@ -43,7 +43,7 @@ def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], No
     if start.kind == "fresh":
         return Progress(), data
     if start.kind == "weights":
-        start_from(engine, start.path)
+        load_weights(engine, start.path)
         say(f"weights from {start.path}; optimizer, schedule and data start anew")
         for line in describe_other_tokenizer(start.path, data.tokenizer_record):
             say(f"[yellow]  {escape(line)}[/]")

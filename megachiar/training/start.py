@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
-from megachiar.checkpoint.format import STATE_FILE, damage, find_checkpoint, read_state, whole_checkpoints
+from megachiar.checkpoint.format import STATE_FILE, complete_checkpoints, find_damage, locate_checkpoint, read_state
 from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together
@@ -78,7 +78,7 @@ def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
-    other = find_checkpoint(config.checkpoint.load_from)
+    other = locate_checkpoint(config.checkpoint.load_from)
     if config.checkpoint.load == "weights":
         return Start("weights", other)
     return Start("all", other, read_state(other).step)
@@ -143,10 +143,10 @@ def _from_rank_0(value: Any) -> Any:
 
 def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     for path in sorted(folder.glob("step_*")):
-        if not path.name.endswith(".incomplete") and (problem := damage(path)):
+        if not path.name.endswith(".incomplete") and (problem := find_damage(path)):
             say(f"[yellow]passing over {path}: {problem}[/]")
-    whole = whole_checkpoints(folder)
-    return whole[-1] if whole else None
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
 
 
 def _fingerprint(checkpoint: Path) -> str:
@@ -168,7 +168,7 @@ def _why_unseen(decision: _Decision) -> UserError | None:
 
 def _difference(checkpoint: Path, fingerprint: str) -> str | None:
     """How ``checkpoint`` differs from the whole one of that fingerprint; None if it does not."""
-    problem = damage(checkpoint)
+    problem = find_damage(checkpoint)
     if problem is None and _fingerprint(checkpoint) != fingerprint:
         return "stands another one"
     return problem

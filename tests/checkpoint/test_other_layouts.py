@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from support import pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.format import read_weights, whole_checkpoints
+from megachiar.checkpoint.format import complete_checkpoints, read_weights
 from megachiar.checkpoint.sharded_tensors import ShardWriter, Store
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
@@ -54,7 +54,9 @@ def test_a_run_goes_on_under_any_layout(tmp_path):
     for key in ("loss", "gradient_norm"):
         expected = np.array([r[key] for r in undisturbed])
         assert np.abs(np.array([r[key] for r in journey]) / expected - 1).max() <= 2e-6, key
-    ours, theirs = (read_weights(whole_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("run", "undisturbed"))
+    ours, theirs = (
+        read_weights(complete_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("run", "undisturbed")
+    )
     assert set(ours) == set(theirs)
     assert any(name.endswith("rbf.frequencies") for name in ours)
     distance = sum((ours[n] - theirs[n]).double().square().sum() for n in ours)
@@ -64,7 +66,7 @@ def test_a_run_goes_on_under_any_layout(tmp_path):
 def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
     config = make_run(tmp_path)
     pretrain(config, "training.steps=1", TP2, PP2, ranks=4, fresh=True)  # each with an order of sets of its own
-    (checkpoint,) = whole_checkpoints(tmp_path / "run" / "checkpoints")
+    (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
     assert len(sizes) == 8
     numbers = 0
