@@ -57,4 +57,4 @@ def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], No
     for line in (*lines, *describe_mask_change(start.path, engine.config)):
         say(f"[yellow]  {escape(line)}[/]")
     saved = state.step if start.kind == "resumed" else None
-    return Progress(state.step, state.samples, saved), data.going_on(state.data, state.step)
+    return Progress(state.step, state.samples, saved), data.continue_from(state.data, state.step)

@@ -47,7 +47,7 @@ class RunData:
         """What made the data, even where the tokenizer itself is gone; None where nothing tells."""
         return record_of_data(self.sources, self.tokenizer)
 
-    def going_on(self, history: DataHistory, step: int) -> RunData:
+    def continue_from(self, history: DataHistory, step: int) -> RunData:
         """The data of a run that goes on at ``step`` with this data, after what ``history`` says it has read.
 
         Raises:
@@ -55,7 +55,7 @@ class RunData:
         """
         if self.history.order != "keyed":
             return self
-        continued = history.going_on(self.history, step)
+        continued = history.continue_from(self.history, step)
         sources = dict(zip(continued.numbers_of(self.history.sources), self.training.sources, strict=True))
         return replace(self, history=continued, training=_stream(continued, continued.orders[-1], sources))
 
@@ -69,7 +69,7 @@ def open_data(config: RunConfig) -> RunData:
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
         sources = open_sources([source.path for source in config.data.train], vocab_size)
-        history = _beginning(config, sources)
+        history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
         validation = {
             name: ValidationSet(prefix, length, vocab_size=vocab_size)
@@ -95,10 +95,10 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
     data = open_data(config)
     start = find_start(config)
-    if start.goes_on:
+    if start.continues:
         state = read_state(start.path)
         check_data(start.path, state, config, data.history)
-        data = data.going_on(state.data, state.step)
+        data = data.continue_from(state.data, state.step)
     history = data.history
     positions = history.samples_of(step)
     order = history.order_at(positions.start)
@@ -124,8 +124,8 @@ def _record(source: TokenSource) -> SourceRecord:
     )
 
 
-def _beginning(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
-    return DataHistory.beginning(
+def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
+    return DataHistory.initial(
         [(_record(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
         config.sequence_length,
         config.training.global_batch_size,

@@ -42,7 +42,7 @@ class Start:
     step: int = 0
 
     @property
-    def goes_on(self) -> bool:
+    def continues(self) -> bool:
         """Whether optimizer, step and position in the data come from the checkpoint too."""
         return self.kind in ("all", "resumed")
 
