@@ -23,10 +23,10 @@ from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import Progress, restore
 from megachiar.training.run_data import (
     RunData,
+    check_max_epochs,
     describe_seen_validation,
-    describe_uses,
+    describe_source_usage,
     open_data,
-    refuse_too_small,
 )
 from megachiar.training.start import check_shared_folder, resolve_start
 from megachiar.training.trainer import Trainer
@@ -63,10 +63,10 @@ def train(
     """Train with the process group and the data already there, from where the run starts to its last step."""
     start = resolve_start(config, topology, console.print)
     engine = Engine(config, topology, device)
-    introduce(config, engine, data, console)
+    log_run_header(config, engine, data, console)
     progress, data = restore(engine, data, start, console.print)
-    refuse_too_small(config, data)
-    for line in (*describe_uses(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
+    check_max_epochs(config, data)
+    for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.training.steps, progress.step)
     if progress.step >= config.training.steps:
@@ -96,7 +96,7 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
     return MetricsWriter(folder, config.logging.tensorboard, progress.step)
 
 
-def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
+def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
     """The first lines of the log: what runs, on what, from what."""
     topology, training = engine.topology, config.training
     count = build_model(config.model, seed=0, device="meta").parameter_count()

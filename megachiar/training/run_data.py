@@ -152,14 +152,14 @@ def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSo
         raise LaunchError(error.where, error.problem, error.remedy) from error
 
 
-def refuse_too_small(config: RunConfig, data: RunData) -> None:
+def check_max_epochs(config: RunConfig, data: RunData) -> None:
     """Refuse to pass over a source more often than ``data.max_epochs``.
 
     Raises:
         LaunchError: names the source, its passes, and the share of its weight that would do.
     """
     limit = config.data.max_epochs
-    for use in source_uses(config, data):
+    for use in source_usage(config, data):
         if limit is not None and use.epochs > limit:
             raise LaunchError(
                 f"data.train {use.prefix}",
@@ -169,15 +169,15 @@ def refuse_too_small(config: RunConfig, data: RunData) -> None:
             )
 
 
-def source_uses(config: RunConfig, data: RunData) -> list[SourceUse]:
+def source_usage(config: RunConfig, data: RunData) -> list[SourceUse]:
     """What the whole run takes from each of the sources that it reads now."""
     return data.training.describe(data.history.samples_before(config.training.steps))
 
 
-def describe_uses(config: RunConfig, data: RunData) -> list[str]:
+def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
     """A line for each source; what is passed over too often says so."""
     lines = []
-    for use in source_uses(config, data):
+    for use in source_usage(config, data):
         line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
         if config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
             line += " (small for its weight: repeated text teaches ever less)"
