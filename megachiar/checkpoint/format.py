@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megachiar import __version__
-from megachiar.checkpoint.sharded_tensors import Store
+from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.data.sampling.history import DataHistory
 from megachiar.engine.optimizer import MOMENTS
 from megachiar.errors import UserError
@@ -144,8 +144,8 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         UserError: the checkpoint is damaged.
     """
     read_state(checkpoint)
-    store = Store(checkpoint)
-    return {name: store.whole(name) for name in store.names() if not name.endswith(MOMENTS)}
+    reader = ShardReader(checkpoint)
+    return {name: reader.whole(name) for name in reader.names() if not name.endswith(MOMENTS)}
 
 
 def _step_of(path: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megachiar.checkpoint.compatibility import check_same_model
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
-from megachiar.checkpoint.sharded_tensors import Store
+from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.config import load_config
 from megachiar.engine.deepspeed_patches import set_loss_scale_state
 from megachiar.engine.engine import Engine
@@ -22,7 +22,7 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
     check_same_model(checkpoint, saved.model, engine.config.model)
-    read = Store(checkpoint).reader(engine.topology.tensor)
+    read = ShardReader(checkpoint).for_rank(engine.topology.tensor)
     set_weights(engine, read)
     set_moments(engine, read, state.optimizer_steps)
     engine.skipped_steps = state.step - state.optimizer_steps
@@ -39,4 +39,4 @@ def load_weights(engine: Engine, checkpoint: Path) -> None:
     """
     read_state(checkpoint)
     check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)
-    set_weights(engine, Store(checkpoint).reader(engine.topology.tensor))
+    set_weights(engine, ShardReader(checkpoint).for_rank(engine.topology.tensor))
