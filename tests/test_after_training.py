@@ -164,7 +164,7 @@ def test_metrics_hold_what_the_readme_promises(folder):
 
 REFUSED = [
     ("evaluate", ["{folder}/nothing"], "no such folder"),
-    ("evaluate", ["{folder}"], "holds no whole checkpoint"),
+    ("evaluate", ["{folder}"], "holds no complete checkpoint"),
     ("evaluate", ["{folder}/run", "--data", "{folder}/nothing"], "nothing.idx"),
     ("evaluate", ["{folder}/run", "--sequence-length", "33"], "not between 1 and"),
     ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature -1.0"),

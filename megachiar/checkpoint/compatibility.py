@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: the same model, and data that may follow what was read."""
+"""Check whether a run can continue from a checkpoint: with the same model, and on which data."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from megachiar.config import ModelConfig, RunConfig, load_config
 from megachiar.data.sampling.history import Change, DataHistory
 from megachiar.topology import LaunchError
 
-# Model keys that may differ between a checkpoint and the run that loads it: they change no weight's meaning.
+# These model keys may differ between a checkpoint and the run that loads it: they change no weight's meaning.
 _FREE_MODEL_KEYS = {"dropout", "max_sequence_length", "initializer_std"}
 _FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share", "seed"}
 _FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
 
 
 def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
-    """Check that weights of ``saved`` mean the same in ``wanted``.
+    """Check that the weights of model ``saved`` mean the same in model ``wanted``.
 
     Raises:
-        UserError: names every key that differs, with both values.
+        LaunchError: keys differ. The message names each of them with both values.
     """
     before, now = _binding_keys(saved), _binding_keys(wanted)
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         raise LaunchError(
             checkpoint,
-            "is of another model: "
-            + ", ".join(f"model.{k} {before.get(k)!r} there, {now[k]!r} here" for k in different),
-            "use the config the checkpoint was written with (config.yaml beside it), or another logging.folder",
+            "holds another model than the config: "
+            + "; ".join(
+                f"model.{k} is {before.get(k)!r} in the checkpoint and {now[k]!r} in the config" for k in different
+            ),
+            "use the config that the checkpoint was written with (its config.yaml), or another logging.folder",
         )
 
 
 def _binding_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return the values that fix what weights mean, by key under ``model``, such as ``router.kind``."""
     flat = {"ffn_hidden_size": model.ffn_size}
     for key, value in model.model_dump(mode="json").items():
         if isinstance(value, dict):
@@ -45,21 +48,26 @@ def _binding_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, wanted: DataHistory) -> list[Change]:
-    """What the run reads otherwise from now on than it did up to ``checkpoint``.
+    """Return how the data of ``config`` differs from what the run read up to ``checkpoint``.
 
     Args:
-        wanted: what ``config`` would read from the beginning.
+        checkpoint: named in errors.
+        state: the checkpoint's record.
+        config: of the run that continues.
+        wanted: what ``config`` would read if the run were new.
 
     Raises:
-        LaunchError: something changed that ``data.on_change`` does not allow, or that has no meaning in mid-run.
+        LaunchError: a value changed that ``data.on_change`` does not allow to change, or that no run can change.
     """
     changes = state.data.changes(wanted, state.step)
     for change in changes:
         if not change.defined:
-            remedy = "go on with the saved value, or start a new run from its weights alone with checkpoint.load_from"
+            remedy = (
+                "continue with the saved value, or start a new run from its weights alone with checkpoint.load_from"
+            )
         elif config.data.on_change == "refuse":
             remedy = (
-                "set it back, or set data.on_change=continue: every source then goes on from where it is; or start a "
+                "set it back, or set data.on_change=continue: every source then continues from where it is; or start a "
                 "new run from its weights alone with checkpoint.load_from"
             )
         else:
@@ -73,7 +81,7 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
 
 
 def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
-    """Return a line where ``config`` keeps documents apart otherwise than the run did up to ``checkpoint``."""
+    """Return a line for the log where ``data.document_mask`` changes between ``checkpoint`` and ``config``."""
 
     def mask(end: int | None) -> str:
         return "off" if end is None else f"at id {end}"

@@ -1,4 +1,4 @@
-"""Set an engine to a checkpoint: all of it to resume a run, or its weights alone for a new one."""
+"""Load a checkpoint into an engine: everything to resume a run, or the weights alone to start a new one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from megachiar.engine.gathered_state import set_moments, set_weights
 
 
 def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
-    """Set weights, optimizer and loss scale; returns the record with the position to go on from.
+    """Load weights, optimizer state and loss scale into ``engine``; every rank calls this function.
+
+    Returns:
+        The checkpoint's record, which holds the step and the position in the data to continue from.
 
     Raises:
-        UserError: the checkpoint is damaged or of another model.
+        UserError: the checkpoint is damaged or holds another model.
     """
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
@@ -32,10 +35,10 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
 
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
-    """Set the weights alone, for a new run.
+    """Load the weights alone into ``engine``, for a new run; every rank calls this function.
 
     Raises:
-        UserError: the checkpoint is damaged or of another model.
+        UserError: the checkpoint is damaged or holds another model.
     """
     read_state(checkpoint)
     check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)

@@ -1,4 +1,4 @@
-"""Write a checkpoint of a run, whole or not at all, and remove the oldest ones."""
+"""Write a checkpoint that is complete or absent, and remove the oldest ones."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ from megachiar.errors import UserError, disk_errors
 
 
 def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | None) -> Path:
-    """Write a checkpoint of a run that has read ``data``; every rank calls it. Afterwards the ``keep`` newest remain.
+    """Write the checkpoint of ``step`` and remove old ones; every rank calls this function.
+
+    Args:
+        engine: holds weights, optimizer state and loss scale.
+        step: optimizer steps taken.
+        data: what the run has read so far.
+        keep: number of newest checkpoints that remain; None keeps all.
+
+    Returns:
+        The folder of the new checkpoint.
 
     Raises:
-        UserError: the disk is full or read-only; no folder that looks whole is left.
+        UserError: the disk is full or read-only. No folder that looks like a complete checkpoint is left.
     """
     config, topology = engine.config, engine.topology
     folder = config.checkpoint_folder
@@ -58,7 +67,7 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
 
 
 def _write_tensors(engine: Engine, folder: Path) -> None:
-    """Write this rank's share of weights, moments and buffers; every rank calls it."""
+    """Write this rank's share of weights, moments and buffers; every rank calls this function."""
     writer = ShardWriter(engine.topology)
     mine = False
     for tensor in gather_state(engine):
@@ -70,6 +79,7 @@ def _write_tensors(engine: Engine, folder: Path) -> None:
 
 
 def _sync_files(folder: Path) -> dict[str, int]:
+    """Force every file of ``folder`` to the disk; return the files' sizes in bytes by name."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -80,7 +90,7 @@ def _sync_files(folder: Path) -> dict[str, int]:
 
 
 def _replace_folder(incomplete: Path, final: Path) -> None:
-    if final.exists():  # the same step once more, after falling back to an older checkpoint
+    if final.exists():  # the run fell back to an older checkpoint and reached this step again
         shutil.rmtree(final)
     os.replace(incomplete, final)
     sync_folder(final.parent)
@@ -89,7 +99,7 @@ def _replace_folder(incomplete: Path, final: Path) -> None:
 def _remove_oldest(folder: Path, keep: int | None) -> None:
     if keep is not None:
         for path in complete_checkpoints(folder)[:-keep]:
-            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
+            # The folder is renamed first: a kill in the middle must not leave one that looks like a checkpoint.
             doomed = path.with_name(path.name + ".incomplete")
             os.replace(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -102,7 +112,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """safetensors wraps the disk's error in its own: find it again."""
+    """Turn what the disk refuses into a ``UserError`` and remove ``folder``.
+
+    safetensors wraps the system's error in its own, so that both kinds are caught here.
+    """
     try:
         with disk_errors(folder):
             yield

@@ -4,7 +4,7 @@
     optimizer-p00-t01-d00.safetensors    AdamW's moments: NAME.exp_avg and NAME.exp_avg_sq, fp32
 
 p, t and d are the pipeline, tensor and data rank that wrote the file. The replicas of a parameter divide the writing
-among themselves. A file's header records for each sharded parameter how it was cut (``shards``) and which tensor rank of
+among themselves. The header of a file records how each sharded parameter was cut (``shards``), and which tensor rank of
 how many wrote it (``rank``, ``size``). A reader takes what its own shard needs from all files, so that a run of any
 layout reads the checkpoint of any other.
 """
@@ -126,11 +126,11 @@ class ShardReader:
         stored = self._stored.get(name)
         if not stored:
             raise UserError(self.folder, f"holds no {name}", "use another checkpoint of the run")
-        if shard is None and stored[0].shard is None:
-            return _read(stored[0], name, ())
-        if shard is None:
-            shard, group = stored[0].shard, TensorParallelGroup()
-        return _assemble(name, stored, shard, group)
+        if shard is not None:
+            return _assemble(name, stored, shard, group)
+        if stored[0].shard is not None:
+            return _assemble(name, stored, stored[0].shard, TensorParallelGroup())
+        return _read(stored[0], name, ())
 
 
 def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:

@@ -159,8 +159,11 @@ def test_more_steps_can_be_asked_for_later(tmp_path):
 
 
 REFUSED = {
-    "another model": (["model.hidden_size=64"], "model.hidden_size 32 there, 64 here"),
-    "another operator set": (["model.kind=baseline"], "model.kind 'chiar' there, 'baseline' here"),
+    "another model": (["model.hidden_size=64"], "model.hidden_size is 32 in the checkpoint and 64 in the config"),
+    "another operator set": (
+        ["model.kind=baseline"],
+        "model.kind is 'chiar' in the checkpoint and 'baseline' in the config",
+    ),
     "another seed": (["training.seed=7"], "training.seed: was 1234"),
     "another batch": (["training.global_batch_size=16"], "training.global_batch_size"),
     "another length": (["data.sequence_length=16"], "data.sequence_length: was 32"),
