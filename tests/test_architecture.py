@@ -130,7 +130,7 @@ def test_every_room_of_the_map_exists():
         ("model", "from ..training import loop"),
         ("kernels", "from .dct import dct"),
         ("config", "from megachiar.topology import Topology"),
-        ("engine", "from megachiar.checkpoint.sharded_tensors import Store"),
+        ("engine", "from megachiar.checkpoint.sharded_tensors import ShardReader"),
         ("training", "import tools.evaluate"),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from megachiar.benchmark import in_turn, timed
+from megachiar.benchmark import measure_interleaved, timed
 from megachiar.kernels.attention import causal_attention
 from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 from megachiar.options import CommandParser
@@ -72,7 +72,7 @@ def compare(
     what: str, torchs: Callable[[], object], keyed: Callable[[], object], device: torch.device, rounds: int
 ) -> None:
     """Print the times of both, measured in turn, and their ratio."""
-    times = in_turn({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
-    told = {name: times.spread(name).told(" ms", 1e3) for name in times.seconds}
-    ratio = times.speed_up("torch", over="keyed").told()
-    print(f"{what:45} torch {told['torch']:28} keyed {told['keyed']:28} ratio {ratio}", flush=True)
+    times = measure_interleaved({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
+    texts = {name: times.spread(name).format(" ms", 1e3) for name in times.seconds}
+    ratio = times.speed_up("torch", over="keyed").format()
+    print(f"{what:45} torch {texts['torch']:28} keyed {texts['keyed']:28} ratio {ratio}", flush=True)

@@ -16,7 +16,7 @@ from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
-from megachiar.training.run_data import describe_uses, open_data, refuse_too_small
+from megachiar.training.run_data import check_max_epochs, describe_source_usage, open_data
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
@@ -110,10 +110,10 @@ def _data_note(config: RunConfig) -> str:
         return f"not checked, since not on this machine: {', '.join(map(str, missing))}"
     try:
         data = open_data(config)
-        refuse_too_small(config, data)
+        check_max_epochs(config, data)
     except UserError as error:
         raise UserError(error.where, error.problem, error.remedy) from None
-    return "\n".join(describe_uses(config, data))
+    return "\n".join(describe_source_usage(config, data))
 
 
 def gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""One rank of ``test_training_start.py``, in a working directory of its own: as on a host that mounts other files.
+"""One rank of ``test_start.py``, in a working directory of its own: as on a host that mounts other files.
 
 python elsewhere_worker.py FOLDER_OF_RANK_0,FOLDER_OF_RANK_1,... ARGUMENTS_OF_PRETRAIN...
 """
