@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import deepspeed
 import numpy as np
@@ -17,34 +16,10 @@ from megachiar.console import silence
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
+from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
 from megachiar.topology import Topology
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, averaged over micro-batches and data-parallel ranks. Floats are float64.
-
-    Attributes:
-        loss: mean cross-entropy a token, in nats.
-        regulariser: what was added to it.
-        gradient_norm: global L2 norm before clipping.
-        skipped: an fp16 overflow: no parameter changed.
-        stop: a rank was asked to stop.
-        attention_share, rbf_share, entropy: one value a layer; entropy is nan where a layer does not route.
-        gate: mean g of the MetaRouter; nan without one.
-    """
-
-    loss: float
-    regulariser: float
-    gradient_norm: float
-    skipped: bool
-    stop: bool
-    attention_share: list[float]
-    rbf_share: list[float]
-    entropy: list[float]
-    gate: float
 
 
 def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
@@ -167,11 +142,14 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = self.skipped_steps
-        report = self.replica.step(self._on_device(micro_batches))
-        skipped = float(self.skipped_steps > skipped_before)
-        whole = self.topology.is_last_stage  # of what every stage knows, one of them tells
-        values = [*report.values, report.gradient_norm if whole else 0.0, skipped, float(stop)]
-        return _unflatten(self.mean_over_world(values), self.config.model.num_layers)
+        metrics = self.replica.step(self._on_device(micro_batches))
+        values = flatten_step(
+            metrics,
+            skipped=self.skipped_steps > skipped_before,
+            stop=stop,
+            is_last_stage=self.topology.is_last_stage,
+        )
+        return unflatten_step(self.mean_over_world(values), self.config.model.num_layers)
 
     def _on_device(
         self, micro_batches: Iterable[tuple[int, np.ndarray]]
@@ -210,20 +188,3 @@ class Engine:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
-
-
-def _unflatten(values: list[float], layers: int) -> StepResult:
-    (loss, regulariser), values = values[:2], values[2:]
-    attention_share, rbf_share, entropy, gates = (values[i * layers : (i + 1) * layers] for i in range(4))
-    norm, skipped, stop = values[4 * layers :]
-    return StepResult(
-        loss=loss,
-        regulariser=regulariser,
-        gradient_norm=norm,
-        skipped=skipped > 0,
-        stop=stop > 0,
-        attention_share=attention_share,
-        rbf_share=rbf_share,
-        entropy=entropy,
-        gate=gates[0],
-    )

@@ -21,7 +21,8 @@ from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import StagePart, pipeline_parts
-from megachiar.engine.replica import MicroBatches, StepReport
+from megachiar.engine.replica import MicroBatches
+from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_forward
 from megachiar.model.compiled import compile_parts
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
@@ -72,14 +73,15 @@ class PipelineReplica:
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         return _in_the_model(self.deepspeed.module.named_buffers())
 
-    def step(self, micro_batches: MicroBatches) -> StepReport:
+    def step(self, micro_batches: MicroBatches) -> RankMetrics:
         """All micro-batches of the step through the pipeline, and the optimizer step."""
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
         batches = (((inputs, sample_ids), targets) for inputs, targets, sample_ids in micro_batches)
         self.deepspeed.train_batch(batches)
-        return StepReport(self._values(), float(self.deepspeed.get_global_grad_norm() or 0.0))
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return RankMetrics(forward=self._forward_metrics().tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Summed cross-entropy in nats on the last stage; 0 on the others."""
@@ -88,17 +90,18 @@ class PipelineReplica:
         outputs = self.deepspeed.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return outputs[0].item() if self.topology.is_last_stage else 0.0
 
-    def _values(self) -> list[float]:
-        layers = self.config.model.num_layers
+    def _forward_metrics(self) -> torch.Tensor:
+        """Return what this stage measured since the last call, float64 on the CPU; 0 for what other stages know."""
         losses = self.deepspeed.module.losses
-        loss = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64)
+        loss = torch.stack(losses).double().mean().cpu() if losses else torch.zeros(())
         losses.clear()
-        regulariser, report = 0.0, torch.zeros(4, layers, dtype=torch.float64)
+        regulariser = torch.zeros((), dtype=torch.float64)
+        statistics = torch.zeros(len(STATISTICS), self.config.model.num_layers, dtype=torch.float64)
         for part in self._parts:
-            added, statistics = part.take_report()
-            regulariser += added.item()
-            report[:, [int(index) for index in part.layers]] = statistics.double().cpu()
-        return [loss.item(), regulariser, *report.flatten().tolist()]
+            added, of_part = part.take_report()
+            regulariser += added.double().cpu()
+            statistics[:, [int(index) for index in part.layers]] = of_part.double().cpu()
+        return flatten_forward(loss, regulariser, statistics)
 
 
 def _in_the_model(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -13,26 +12,13 @@ from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
-from megachiar.model import ModelOutput, build_model
+from megachiar.engine.step_metrics import RankMetrics, flatten_forward
+from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Inputs (B, T), targets (B, T) and sample ids (B,), on the device."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step as this rank saw it.
-
-    Attributes:
-        values: loss, regulariser, then attention share, RBF share, entropy and gate of each layer: means over its
-            micro-batches, 0 for what other stages know.
-        gradient_norm: global L2 norm before clipping; of all ranks.
-    """
-
-    values: list[float]
-    gradient_norm: float
 
 
 class Replica:
@@ -70,18 +56,18 @@ class Replica:
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.deepspeed.module.named_buffers()
 
-    def step(self, micro_batches: MicroBatches) -> StepReport:
+    def step(self, micro_batches: MicroBatches) -> RankMetrics:
         """Forward, backward and optimizer step over all micro-batches of the step."""
         self.deepspeed.train()
-        totals = []
+        metrics = []
         for inputs, targets, sample_ids in micro_batches:
             output = self.deepspeed(inputs, targets, sample_ids)
             self.deepspeed.backward(output.loss + output.regulariser)
-            totals.append(_flatten(output))
+            metrics.append(flatten_forward(output.loss, output.regulariser, output.statistics))
             self._norm = self._unclipped_norm()
             self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if self._norm is None else self._norm.item()
-        return StepReport(torch.stack(totals).double().mean(0).tolist(), norm)
+        return RankMetrics(forward=torch.stack(metrics).mean(0).tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Summed cross-entropy in nats."""
@@ -125,9 +111,3 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self):
         return self._topology.data_group
-
-
-def _flatten(output: ModelOutput) -> torch.Tensor:
-    """Loss, regulariser and statistics as one fp32 vector on the model's device, to be read once a step."""
-    parts = (output.loss, output.regulariser, *output.statistics)
-    return torch.cat([part.detach().float().reshape(-1) for part in parts])
