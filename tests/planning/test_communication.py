@@ -8,8 +8,8 @@ import pytest
 from support import WORKERS, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.config import ModelConfig
-from megachiar.planning.activations import end_activations, layer_activations
-from megachiar.planning.communication import Traffic, end_traffic, layer_traffic
+from megachiar.planning.activations import head_activations, layer_activations
+from megachiar.planning.communication import TokenPayload, end_payloads, layer_payload
 
 WORKER = WORKERS / "costs_worker.py"
 SP = "parallel.sequence=true"
@@ -65,8 +65,8 @@ def small_config_model() -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_sent_as_the_table_says(counted, case):
     config, sequence, seen = counted[case]
-    layers = [layer_traffic(config, index, seen["share"], sequence) for index in range(config.num_layers)]
-    expected = sum((*layers, *end_traffic(config, sequence)), Traffic(0, 0))
+    layers = [layer_payload(config, index, seen["share"], sequence) for index in range(config.num_layers)]
+    expected = sum((*layers, *end_payloads(config, sequence)), TokenPayload(0, 0))
     tokens = seen["tokens"]
     assert seen["forward"]["rows"] == pytest.approx(4 * tokens * expected.forward, rel=1e-9)
     # Gradients of the shared matrices of two dimensions would be rows too: without RBF and gate there are none.
@@ -92,5 +92,5 @@ def test_a_token_of_dct_mixing_sends_no_query_and_no_result(counted):
 def test_a_rank_keeps_what_the_formula_says(counted, case):
     config, sequence, seen = counted[case]
     parts = [layer_activations(config, index, seen["share"]) for index in range(config.num_layers)]
-    formula = sum(part.on_a_rank(2, sequence) for part in (*parts, end_activations(config)))
+    formula = sum(part.per_rank(2, sequence) for part in (*parts, head_activations(config)))
     assert formula == pytest.approx(seen["kept"], rel=0.2), f"{formula / seen['kept']:.3f}"

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megachiar.config import load_config
 from megachiar.config.model import ModelConfig
 from megachiar.model import build_model
-from megachiar.planning.activations import end_activations, layer_activations
+from megachiar.planning.activations import head_activations, layer_activations
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token, training_flops_per_token
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -191,5 +191,5 @@ def test_kept_values_are_those_autograd_keeps(case, dropout):
     config = wide_config(**MEMORY_CASES[case], dropout=dropout)
     kept, share = kept_values(config)
     parts = [layer_activations(config, index, share) for index in range(config.num_layers)]
-    formula = sum(part.on_a_rank(1, False) for part in (*parts, end_activations(config)))
+    formula = sum(part.per_rank(1, False) for part in (*parts, head_activations(config)))
     assert formula == pytest.approx(kept, rel=0.2), f"{formula / kept:.3f} of what is kept at share {share:.2f}"
