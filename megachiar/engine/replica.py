@@ -1,4 +1,4 @@
-"""A replica of the model on one rank or one tensor group, trained by DeepSpeed's plain engine under ZeRO 0 to 3."""
+"""A replica of the model on one rank or one tensor-parallel group, trained by DeepSpeed's engine under ZeRO 0 to 3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megachiar.config import RunConfig
@@ -18,14 +19,15 @@ from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Inputs (B, T), targets (B, T) and sample ids (B,), on the device."""
+"""Inputs (B, T), targets (B, T) and sample ids (B,) of each micro-batch, on the device."""
 
 
 class Replica:
-    """The whole model, or this tensor rank's shard of all layers."""
+    """The whole model, or this tensor-parallel rank's shard of every layer."""
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         model = build_model(
             config.model,
             seed=config.training.seed,
@@ -44,20 +46,22 @@ class Replica:
             mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
             dist_init_required=False,
         )
-        self._norm = None
+        self._norm: torch.Tensor | None = None
         if not config.parallel.zero_stage:
             deepspeed_patches.replace_gradient_clipping(self.deepspeed, self._clip)
             if topology.data_size == 1:
                 deepspeed_patches.skip_gradient_reduction(self.deepspeed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's parameters, or its shards of them, with their names in the model."""
         return self.deepspeed.module.named_parameters()
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the buffers, which are drawn at the start and never trained, with their names in the model."""
         return self.deepspeed.module.named_buffers()
 
     def step(self, micro_batches: MicroBatches) -> RankMetrics:
-        """Forward, backward and optimizer step over all micro-batches of the step."""
+        """Run forward and backward passes over the micro-batches of one step, and the optimizer's step."""
         self.deepspeed.train()
         metrics = []
         for inputs, targets, sample_ids in micro_batches:
@@ -70,26 +74,30 @@ class Replica:
         return RankMetrics(forward=torch.stack(metrics).mean(0).tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Summed cross-entropy in nats."""
+        """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""
         self.deepspeed.eval()
         with torch.no_grad():
             return self.deepspeed(inputs, targets).token_losses.double().sum().item()
 
     def _unclipped_norm(self) -> torch.Tensor | None:
-        """Gradient norm before clipping where DeepSpeed does not tell it (ZeRO 0); gradients are reduced by now."""
+        """Return the gradient norm before clipping under ZeRO 0; None where DeepSpeed reports it, or between steps.
+
+        DeepSpeed has reduced the gradients over the ranks by the time this is called.
+        """
         if self.config.parallel.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
             return None
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
     def _clip(self) -> None:
-        nn.utils.clip_grads_with_norm_(
-            self.deepspeed.module.parameters(), self.config.optimizer.clip_gradient_norm, self._norm
-        )
+        """Clip the gradients by the norm that ``step`` has computed; DeepSpeed calls this only where it clips."""
+        limit = self.config.optimizer.clip_gradient_norm
+        assert limit is not None and self._norm is not None
+        nn.utils.clip_grads_with_norm_(self.deepspeed.module.parameters(), limit, self._norm)
 
 
 class ModelParallelUnit:
-    """The process groups in the words that DeepSpeed asks for ("mpu")."""
+    """The process groups under the method names that DeepSpeed asks for: its ``mpu``, from Megatron."""
 
     def __init__(self, topology: Topology):
         self._topology = topology
@@ -100,7 +108,7 @@ class ModelParallelUnit:
     def get_model_parallel_world_size(self) -> int:
         return self._topology.tensor.size
 
-    def get_model_parallel_group(self):
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self._topology.tensor.handle
 
     def get_data_parallel_rank(self) -> int:
@@ -109,5 +117,5 @@ class ModelParallelUnit:
     def get_data_parallel_world_size(self) -> int:
         return self._topology.data_size
 
-    def get_data_parallel_group(self):
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self._topology.data_group
