@@ -1,4 +1,4 @@
-"""What a tensor group sends and keeps, counted in real processes, is what the formulas say."""
+"""The formulas of communication and activations, against a tensor-parallel group of real processes that are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megachiar.planning.communication import TokenPayload, end_payloads, layer_p
 
 WORKER = WORKERS / "costs_worker.py"
 SP = "parallel.sequence=true"
-# A hash sends the same positions of every sequence to attention, so that both ranks own as many: nothing is padded.
+# A hash routes the same positions of every sequence to attention. Both ranks hold as many, so that nothing is padded.
 MODEL = {
     "num_layers": 6,
     "hidden_size": 64,
@@ -43,6 +43,7 @@ def counted(tmp_path_factory):
     path = write_config(folder / "config.yaml", config)
     cases = {name: ["parallel.tensor_size=2", *sets] for name, sets in CASES.items()}
     run_ranks(2, WORKER, path, folder, json.dumps(cases))
+    # (model's config, whether the group uses sequence parallelism, what the worker counted)
     return {
         name: (_model(sets), SP in sets, json.loads((folder / f"{name}.json").read_text()))
         for name, sets in CASES.items()
@@ -50,16 +51,13 @@ def counted(tmp_path_factory):
 
 
 def _model(sets: list[str]) -> ModelConfig:
-    fields = {**small_config_model(), **MODEL}
+    """Return the config of the model that the worker builds under these overrides."""
+    fields = {"vocab_size": 64, "max_sequence_length": 32, **MODEL}
     if "model.kind=baseline" in sets:
         fields["kind"] = "baseline"
     if "model.attention.keys=routed" in sets:
         fields["attention"] = {"keys": "routed"}
     return ModelConfig.model_validate(fields)
-
-
-def small_config_model() -> dict:
-    return {"vocab_size": 64, "max_sequence_length": 32}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,14 +67,14 @@ def test_rows_are_sent_as_the_table_says(counted, case):
     expected = sum((*layers, *end_payloads(config, sequence)), TokenPayload(0, 0))
     tokens = seen["tokens"]
     assert seen["forward"]["rows"] == pytest.approx(4 * tokens * expected.forward, rel=1e-9)
-    # Gradients of the shared matrices of two dimensions would be rows too: without RBF and gate there are none.
+    # Gradients of replicated matrices would be counted as rows too: without RBF mixing and gate there are none.
     assert seen["backward"]["rows"] == pytest.approx(4 * tokens * expected.backward, rel=1e-9)
     assert seen["forward"].get("routes", 0) == tokens * expected.route_bytes
     assert "routes" not in seen["backward"]
 
 
 def test_a_token_of_dct_mixing_sends_no_query_and_no_result(counted):
-    """Per routed layer, in bytes a token, against a layer in which every row attends."""
+    """A routed layer sends less than a layer with attention for every token, by what the other tokens do not send."""
     dense, half, few, none = (
         counted[case][2]
         for case in ("dense, sequence", "routed, sequence", "routed at 0.2, sequence", "all DCT, sequence")
