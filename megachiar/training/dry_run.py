@@ -64,7 +64,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
         layers = stages[number].layers
         table.add_column(f"stage {number}: layers {layers.start + 1} to {layers.stop}", justify="right")
     plans = [stages[number] for number in shown]
-    memory, traffic = [plan.memory for plan in plans], [plan.traffic for plan in plans]
+    memory, traffic = [plan.memory for plan in plans], [plan.communication for plan in plans]
     rows = [
         ("parameters", [f"{plan.parameters:,}" for plan in plans]),
         ("memory", [gib(m.total) for m in memory]),

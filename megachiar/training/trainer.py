@@ -8,7 +8,8 @@ import time
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
-from megachiar.engine.engine import Engine, StepResult
+from megachiar.engine.engine import Engine
+from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token

@@ -1,8 +1,10 @@
-"""Routed attention's kernels against the dense formula in float64: greatest deviations of each case as JSON.
+"""Compare routed attention's kernels with the dense formula in float64, and print the greatest deviations as JSON.
 
-python triton_attention_worker.py cpu|cuda pairs|all          on a CPU with TRITON_INTERPRET=1
+    python triton_attention_worker.py cpu|cuda pairs|all          on a CPU with TRITON_INTERPRET=1
+    python triton_attention_worker.py dispatch                    the functions that choose between the kernels
 
-``pairs``: half of all cases, in which each two of length, rows, type, dropout and documents still meet.
+With ``pairs`` half of all cases run, in which any two of length, rows, type, dropout and documents still meet.
+``tests/kernels/test_triton.py`` starts it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def main() -> None:
 def deviations(
     length: int, c: int, routing: str, dtype: torch.dtype, dropped: bool, documents: bool, device: torch.device
 ) -> dict[str, float]:
-    """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
+    """Return the deviations of the output and of the gradients of q, k and v, by ``relative``."""
     generator = torch.Generator().manual_seed(length * c)
     routed = route(routing, length, generator)
     b = len(routed)
@@ -83,7 +85,7 @@ def deviations(
 
 
 def dispatched() -> dict[str, float]:
-    """The functions of ``kernels.attention`` with the kernels, against themselves without."""
+    """Return how far the functions of ``kernels.attention`` with kernels deviate from themselves without."""
     length, heads, c = 20, 2, 16
     q, k, v = (torch.randn(3, heads, length, c, generator=torch.Generator().manual_seed(i)) for i in range(3))
     rows = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
@@ -120,7 +122,7 @@ def dispatched() -> dict[str, float]:
 
 
 def route(routing: str, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(3, length) bool."""
+    """Return which tokens of 3 sequences are routed to attention, (3, length) bool."""
     routed = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(routing, 0.6)
     match routing:
         case "all":
@@ -135,7 +137,7 @@ def route(routing: str, length: int, generator: torch.Generator) -> torch.Tensor
 
 
 def document_openings(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(sequences, length): where the document of each position begins; the last sequence has one document alone."""
+    """Return where the document of each position begins, (sequences, length); the last sequence is one document."""
     opens = torch.rand(sequences, length, generator=generator) < 0.2
     opens[-1] = False
     return (opens * torch.arange(length)).cummax(1).values
@@ -152,7 +154,7 @@ def dense(
 
 
 def stays_of(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """What dropout leaves of (b, h, rows, columns), in Python's integers' terms: everything modulo 2^32."""
+    """Return which of (b, h, rows, columns) dropout keeps, by its definition: integer arithmetic modulo 2^32."""
     half = 2**32
     first, second = (keys >> 32) % half, (keys % half) | 1
     number = ((first[..., None] ^ (columns.long() % half)) * 0x7FEB352D) % half
