@@ -47,7 +47,7 @@ BLOCK = re.compile(
 OUR_PATH = re.compile(r"(?:tools|slurm|configs|megachiar|tests|docs)/[\w./-]*|constraints\.txt")
 TOOL = re.compile(r"tools/\w+\.py")
 TRAINING = re.compile(r"megachiar\.pretrain|megachiar/pretrain\.py|slurm/pretrain_(?P<config>\w+)\.sh")
-INLINE_COMMAND = re.compile(r"`(megachiar [^`]+)`")
+INLINE_COMMAND = re.compile(r"`(megachiar [^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -100,7 +100,10 @@ def problems(readme: str, folder: Path = ROOT) -> list[str]:
             found.append(f"text: there is no {path}")
     for command in INLINE_COMMAND.findall(readme):
         found += [f"text: {each}" for each in word_problems(shlex.split(command))]
-    found += [f"link: there is no {path}" for path in LINK.findall(readme) if not (folder / path).exists()]
+    links = (
+        path for path in LINK.findall(readme) if not NOT_OURS & set(Path(path).parts)
+    )  # the site's build checks all
+    found += [f"link: there is no {path}" for path in links if not (folder / path).exists()]
     return found
 
 
@@ -190,7 +193,7 @@ def override_problems(program: str, arguments: list[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_no_problem(page):
-    assert [each for each in problems(page.read_text(), page.parent) if "docs/generated" not in each] == []
+    assert problems(page.read_text(), page.parent) == []
 
 
 def test_the_readme_is_short_and_leads_to_every_page():
@@ -242,7 +245,10 @@ def test_a_good_readme_has_no_problem():
         (block("cluster", "python -m megachiar.pretrain --config configs/nothing.yaml"), "no configs/nothing.yaml"),
         (block("cluster", "sbatch slurm/pretrain_400m.sh --set training.stepz=10"), "training.stepz"),
         (block("cluster", "megachiar pretrain --config configs/tiny.yaml --training.stepz=10"), "training.stepz"),
-        (block("cluster", "megachiar plan --config configs/7b.yaml --gpus 64 --memory-gib 80 --set a.b=c"), "a.b"),
+        (
+            block("cluster", "megachiar plan --config configs/7b.yaml --gpus 64 --memory-gib 80 --set model.taus=1"),
+            "model.taus",
+        ),
         (block("run", "python -m megachiar genrate runs/tiny"), "megachiar has no command genrate"),
         (block("read", "cd x && megachiar generate runs/tiny --promt hi"), "megachiar generate has no --promt"),
         (block("cluster", "megachiar config init tiny --overwright"), "megachiar config has no --overwright"),
