@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import Dropper, KeyedDropout, head_keys
 
 CPU_QUERIES = 128
@@ -27,30 +28,26 @@ def dropout_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
-    dropout: KeyedDropout,
-    first_head: int = 0,
-    scale: float | None = None,
-    document_starts: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention of queries to the keys up to their own position.
+    """Compute attention of queries to the keys of their document up to their own position, with dropout.
 
     Args:
         q: (B, h, S, c).
         k, v: (B, h, T, c).
         positions: (B, S) int64, of the queries.
-        dropout: with the keys (B * S,) of the queries' rows.
-        first_head: number of the first head of q, where ranks share the heads.
-        scale: of the products; 1 / sqrt(c) if not given.
-        document_starts: (B, S) int64, position of the first key that each query sees; 0 if not given.
+        options: with dropout keys (B * S,) and document starts (B, S).
 
     Returns:
         (B, h, S, c). Probabilities and sums are fp32 (fp64 for fp64 input).
     """
+    dropout = options.dropout
+    assert dropout is not None
     blocks = _blocks(positions, q.shape[1], k.shape[2], *_at_once(positions, q.device))
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    place = dropout.probability, dropout.site, first_head
+    scale = 1 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
+    place = dropout.probability, dropout.site, options.first_head
     keys = dropout.keys.view(positions.shape)
-    return _DropoutAttention.apply(q, k, v, positions.to(q.device), document_starts, keys, blocks, scale, place)
+    return _DropoutAttention.apply(q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, place)
 
 
 class _Block(NamedTuple):

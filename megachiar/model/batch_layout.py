@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.kernels.dropout import KeyedDropout, row_keys
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
@@ -65,6 +66,10 @@ class BatchLayout(NamedTuple):
         """Position of each of this rank's rows within its sequence."""
         local = self.local_slice
         return self.cache_length + torch.arange(local.start, local.stop, device=device) % self.length
+
+    def routed_rows(self, indices: torch.Tensor) -> RoutedRows:
+        """The rows with these numbers (n,) among all, as attention takes them."""
+        return RoutedRows(indices, self.sequences, self.length)
 
     def document_starts_of(self, rows: torch.Tensor | None) -> torch.Tensor | None:
         """``document_starts`` (n,) of rows by their numbers among all; (B, T) of all without."""

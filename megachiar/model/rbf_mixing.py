@@ -13,6 +13,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import routed_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
@@ -58,8 +59,8 @@ class RbfMixing(nn.Module):
         if self.training and self.dropout and layout.dropout_keys is not None:
             dropout = dropout_of(self.dropout, layout.dropout_keys.all_rows.index_select(0, rows), self.layer, 1)
         queries = phi.index_select(0, operator_tokens.local_indices)[:, None]
-        starts = layout.document_starts_of(rows)
-        mixed = routed_attention(queries, keys, values, rows, layout.length, dropout, scale=1.0, document_starts=starts)
+        options = AttentionOptions(dropout=dropout, scale=1.0, document_starts=layout.document_starts_of(rows))
+        mixed = routed_attention(queries, keys, values, layout.routed_rows(rows), options)
         return residual_norm(routed, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
