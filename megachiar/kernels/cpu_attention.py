@@ -99,14 +99,17 @@ class _Together(NamedTuple):
         shift = [b * length - start for b, start in enumerate(spans.query_starts[:-1])]
         place = torch.arange(len(spans.last_seen))
         place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
-        last, first = k.shape[2] - 1, 0  # padding sees all: its sums are finite
-        last_seen, first_seen = (
-            seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
-            if seen is not None
-            else None
-            for seen, of_padding in ((spans.last_seen, last), (spans.first_seen, first))
+
+        def padded(seen: torch.Tensor, of_padding: int) -> torch.Tensor:
+            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
+
+        return cls(
+            sequences=len(counts),
+            length=length,
+            place=place,
+            last_seen=padded(spans.last_seen, k.shape[2] - 1),  # padding sees all: its sums are finite
+            first_seen=padded(spans.first_seen, 0) if spans.first_seen is not None else None,
         )
-        return cls(len(counts), length, place, last_seen, first_seen)
 
     def padded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(n, h, c) to (B, h, S, c) in ``dtype``, or (n, h) to (B, h, S); zero where no row stands."""
@@ -280,19 +283,20 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, gradient):
         kept = q, k, v, *_ = ctx.saved_tensors
         slopes = functools.partial(_slopes, kept=kept, gradient=gradient, spans=ctx.spans, scale=ctx.scale)
-        of_q, of_k, of_v = [], torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
+        leaves_of_q = []
+        of_k, of_v = torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
         for sequence in ctx.work:
             filled = 0  # keys whose gradients are more than what memory held
             of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
             for leaf in sequence.leaves:
                 part_q, *parts = slopes(leaf, sequence)
-                of_q.append(part_q)
+                leaves_of_q.append(part_q)
                 for whole, part in zip((of_keys, of_values), parts, strict=True):
                     _fill(whole, filled, leaf, part)
                 filled = leaf.until
             if filled < of_keys.shape[2]:
                 of_keys[:, :, filled:], of_values[:, :, filled:] = 0, 0
-        of_q = torch.cat(of_q).to(ctx.wide)
+        of_q = torch.cat(leaves_of_q).to(ctx.wide)
         for sequence in ctx.work:
             of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
             for rectangle in sequence.rectangles:
@@ -339,6 +343,7 @@ def _backward_type(piece: _Piece, dtype: torch.dtype) -> torch.dtype:
 
 def _fill(whole: torch.Tensor, filled: int, leaf: _Piece, part: torch.Tensor) -> None:
     """Put a leaf's part (1, h, t, c) of a gradient after those of the leaves before it, which end at ``filled``."""
+    assert leaf.until is not None
     new = max(filled, leaf.first_seen)
     if new > filled:
         whole[:, :, filled:new] = 0

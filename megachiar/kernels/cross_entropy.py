@@ -34,7 +34,8 @@ class Vocabulary(Protocol):
         first: id of the first row of the weight.
     """
 
-    first: int
+    @property
+    def first(self) -> int: ...
 
     def merge(self, scale: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-sum-exp (n,) and target's logit (n,) (0 where it is in another part) of this part to those of all."""
@@ -78,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             losses[part], slope = _losses_and_slope(hidden[part], weight, targets[part], counted[part], part_of, wide)
-            if needed:
+            if of_hidden is not None and of_weight is not None:
                 # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
                 torch.mm(slope, weight, out=of_hidden[part])
                 if slope.dtype == wide:

@@ -72,7 +72,8 @@ class _Block(NamedTuple):
 
 def _at_once(positions: torch.Tensor, device: torch.device) -> tuple[int, int]:
     """Sequences and queries that a block has if it does not become too large."""
-    return (1, min(CPU_QUERIES, positions.shape[1])) if device.type == "cpu" else tuple(positions.shape)
+    sequences, queries = positions.shape
+    return (1, min(CPU_QUERIES, queries)) if device.type == "cpu" else (sequences, queries)
 
 
 def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
@@ -94,26 +95,29 @@ class _DropoutAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
         ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
         product, wide = _types(q)
-        drop = _dropper(q, k, keys, *place)
-        factors = [t.to(product) for t in (q, k, v)]
+        probability, site, first_head = place
+        drop = _dropper(q, k, keys, probability, site, first_head)
+        query, key, value = (t.to(product) for t in (q, k, v))
         output = torch.empty_like(q)
         scales = q.new_empty(*q.shape[:3], 1, dtype=wide)  # log-sum-exp of each row
         for block in blocks:
-            weights = _scores(block, *factors[:2], positions, document_starts, scale, wide)
+            weights = _scores(block, query, key, positions, document_starts, scale, wide)
             top = weights.amax(-1, keepdim=True)
             total = weights.sub_(top).exp_().sum(-1, keepdim=True)
             block.of(scales).copy_(total.log().add_(top))
             _dropped(drop, block, weights, weights)
-            block.of(output).copy_((weights.to(product) @ block.seen(factors[2])) / total)
+            block.of(output).copy_((weights.to(product) @ block.seen(value)) / total)
         ctx.save_for_backward(q, k, v, positions, document_starts, keys, output, scales)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        *inputs, positions, document_starts, keys, output, scales = ctx.saved_tensors
+        q, k, v, positions, document_starts, keys, output, scales = ctx.saved_tensors
+        inputs = q, k, v
         product, wide = _types(gradient)
-        drop = _dropper(*inputs[:2], keys, *ctx.place)
+        probability, site, first_head = ctx.place
+        drop = _dropper(q, k, keys, probability, site, first_head)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
         q, k, v, gradient = (t.to(product) for t in (*inputs, gradient))
         of_q = torch.empty_like(q, dtype=wide)

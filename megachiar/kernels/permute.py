@@ -32,7 +32,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _unpermuted(gradients, *ctx.saved_tensors), None, None
+        (permutation,) = ctx.saved_tensors
+        return _unpermuted(gradients, permutation), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -44,7 +45,8 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, *_permuted(gradient, *ctx.saved_tensors, ctx.sizes)
+        (permutation,) = ctx.saved_tensors
+        return None, *_permuted(gradient, permutation, ctx.sizes)
 
 
 def _permuted(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:

@@ -22,7 +22,7 @@ def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]
 
     @functools.wraps(make)
     def get(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
-        return cached(*arguments, **named)
+        return cached(*arguments, **named)  # type: ignore[arg-type]  # a ParamSpec cannot say that all are hashable
 
-    get.cache_clear = cached.cache_clear
+    get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]  # mypy knows no attributes of functions
     return torch.compiler.assume_constant_result(get)

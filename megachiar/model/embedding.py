@@ -31,6 +31,7 @@ class TiedEmbedding(nn.Module):
     ) -> torch.Tensor | CrossEntropy:
         """Integer tokens (N,) to rows (m, d); rows (m, d) to logits (N, V), or with targets (N,) to losses."""
         if not x.is_floating_point():
+            assert layout is not None, "tokens are embedded with a layout"
             return self._embed(x, layout)
         return self._logits(x) if targets is None else self.loss(x, self.weight, targets)
 

@@ -35,8 +35,9 @@ def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorPar
     for name, module in root.named_modules():
         if isinstance(module, (nn.Linear, TiedEmbedding)):
             draw(module.weight, config.initializer_std, f"{name}.weight")
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                bias.zero_()
         elif isinstance(module, RbfMixing):
             draw(module.frequencies, module.spread, f"{name}.frequencies")
     for module in root.modules():  # after its nn.Linear has been filled

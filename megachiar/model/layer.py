@@ -7,6 +7,7 @@ A routed layer permutes its rows into operator order, lets each operator compute
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -149,8 +150,10 @@ class RoutedLayer(nn.Module):
         own = torch.arange(len(x), device=x.device)
         everything = OperatorTokens(torch.arange(layout.num_rows, device=x.device), None, own)
         results = [self._operate(name, x, x, everything, decision.spectrum, layout, cache) for name in self.names]
+        assert decision.gates is not None, "a soft router has gates"
         gates = decision.gates.to(x.dtype)
-        return sum(gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
+        weighted = (gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
+        return functools.reduce(torch.add, weighted)
 
     def _operate(
         self,

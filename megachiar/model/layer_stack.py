@@ -8,6 +8,7 @@ names of the parameters are the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,6 +77,12 @@ def _run(
         x = output.hidden_states
         outputs.append(output._replace(hidden_states=None))
     return x, outputs
+
+
+def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> torch.Tensor:
+    """The sum () of the layers' regularisers; fp32 zero where no layer has one."""
+    added = [output.regulariser for output in outputs if output.regulariser is not None]
+    return functools.reduce(torch.add, added) if added else torch.zeros((), dtype=torch.float32, device=device)
 
 
 def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:

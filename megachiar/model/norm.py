@@ -11,23 +11,29 @@ from megachiar.parallel.collectives import replicated_parameter
 from megachiar.topology import TensorParallelGroup
 
 
-class RowNorm(nn.LayerNorm):
-    """LayerNorm of this rank's rows; with sequence parallelism the ranks' gradients of its weights are summed."""
+class _ReplicatedNorm(nn.Module):
+    """Weight and bias of a LayerNorm that each rank applies to its own rows."""
 
     def __init__(self, size: int, epsilon: float, group: TensorParallelGroup):
-        super().__init__(size, eps=epsilon)
-        self.group = group
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps, self.group = epsilon, group
+
+    def replicated_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias (d,), whose gradients are summed over ranks that hold different rows."""
+        return replicated_parameter(self.weight, self.group), replicated_parameter(self.bias, self.group)
+
+
+class RowNorm(_ReplicatedNorm):
+    """LayerNorm of this rank's rows; with sequence parallelism the ranks' gradients of its weights are summed."""
 
     def forward(self, x: torch.Tensor, branch_output: torch.Tensor | None = None) -> torch.Tensor:
         """Of ``x + branch_output`` (n, d), or of ``x`` alone."""
         return add_and_norm(x, branch_output, *self.replicated_parameters(), self.eps)
 
-    def replicated_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias (d,), whose gradients are summed where they must."""
-        return tuple(replicated_parameter(p, self.group) for p in (self.weight, self.bias))
 
-
-class MixNorm(RowNorm):
+class MixNorm(_ReplicatedNorm):
     """``RowNorm`` of rows to which their DCT mixing is added."""
 
     def forward(

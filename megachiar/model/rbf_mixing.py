@@ -30,6 +30,8 @@ class RbfMixing(nn.Module):
     features (2R numbers a row) are gathered.
     """
 
+    frequencies: torch.Tensor
+
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         d, features = config.hidden_size, config.rbf.features

@@ -62,8 +62,12 @@ class Router(nn.Module):
         if router.kind == "threshold":
             return tuple(config.threshold(n, layer) for n in (("tau_low", "tau_high") if three else ("tau",)))
         if router.kind == "random":
+            assert router.attention_share is not None, "the config checks that random routers have shares"
             below = 1 - router.attention_share
-            return (below - router.rbf_share, below) if three else (below,)
+            if not three:
+                return (below,)
+            assert router.rbf_share is not None
+            return below - router.rbf_share, below
         return ()
 
     def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:

@@ -15,7 +15,7 @@ from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
-from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics
+from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
@@ -80,7 +80,13 @@ class ChiarFormer(nn.Module):
             sample_ids: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
             cache: of earlier positions; it is extended by these. All of them are of one document.
         """
-        layout = BatchLayout(*tokens.shape, cache_length=cache.length if cache is not None else 0, group=self.group)
+        sequences, length = tokens.shape
+        layout = BatchLayout(
+            sequences=sequences,
+            length=length,
+            cache_length=cache.length if cache is not None else 0,
+            group=self.group,
+        )
         if self.document_end is not None and cache is None:
             layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
@@ -88,12 +94,11 @@ class ChiarFormer(nn.Module):
                 sample_ids = torch.arange(len(tokens), device=tokens.device)
             layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
-        x, outputs = run_layers(self.layers, x, layout, cache, self.checkpoint_interval if self.training else None)
+        interval = self.checkpoint_interval if self.training else None
+        x, outputs = run_layers(list(self.layers), x, layout, cache, interval)
         if cache is not None:
             cache.length += layout.length
-        added = [output.regulariser for output in outputs if output.regulariser is not None]
-        regulariser = sum(added) if added else torch.zeros((), dtype=torch.float32, device=x.device)
-        report = statistics(outputs)
+        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)
         x = self.norm(x)
         if targets is None:
             return ModelOutput(None, regulariser, None, self.embedding(x).view(*tokens.shape, -1), report)

@@ -37,6 +37,8 @@ class ColumnParallelLinear(nn.Linear):
         blocks: parts of the outputs that are each cut by themselves (keys and values: 2).
     """
 
+    weight: nn.Parameter
+
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup, blocks: int = 1):
         super().__init__(inputs, outputs // group.size)
         self.group = group
@@ -52,6 +54,8 @@ class ColumnParallelLinear(nn.Linear):
 
 class RowParallelLinear(nn.Linear):
     """``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
+
+    weight: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs // group.size, outputs)

@@ -40,7 +40,8 @@ class Shard:
 def sharded(parameter: nn.Parameter, shard: Shard, group: TensorParallelGroup) -> nn.Parameter:
     """Mark ``parameter`` as this rank's part. DeepSpeed counts marked ones on every rank in the gradient norm."""
     if group.size > 1:
-        parameter.shard, parameter.tensor_model_parallel = shard, True
+        parameter.shard = shard  # type: ignore[attr-defined]  # a mark of ours
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed's mark
     return parameter
 
 
