@@ -1,7 +1,7 @@
-"""Self-attention sub-layer: queries of routed rows, keys and values of all, or of the routed ones too.
+"""The self-attention sub-layer: queries of the routed rows, keys and values of all rows or of the routed ones alone.
 
-Shapes: N = B * S rows, n = rows of them that take this operator, d = channels, h = heads (of this rank where they are
-shared out over a tensor group), c = channels of a head.
+Shapes: N = B * S rows, n = rows of them that are routed to attention, d = channels, h = heads (this rank's heads where
+a tensor-parallel group shares them), c = channels of a head.
 """
 
 from __future__ import annotations
@@ -29,20 +29,25 @@ from megachiar.parallel.rows import IndexedRows
 from megachiar.topology import TensorParallelGroup
 
 NEVER_SEEN = 2**62
-"""Position of a key that is padding."""
+"""Position of a key that is padding: behind every query."""
 
 
 class SelfAttention(nn.Module):
-    """``LN_attn(x + attention(x))`` (norm: post) or ``x + attention(LN_attn(x))`` (norm: pre)."""
+    """The sub-layer ``LN_attn(x + attention(x))`` (norm: post) or ``x + attention(LN_attn(x))`` (norm: pre)."""
 
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         d = config.hidden_size
-        self.pre, self.dropout, self.layer, self.group = config.norm == "pre", config.dropout, layer, group
-        self.heads, self.head_size = config.num_attention_heads // group.size, config.head_size
-        self.rope_base, self.longest = config.attention.rope_base, config.max_sequence_length
+        self.pre = config.norm == "pre"
+        self.dropout = config.dropout
+        self.layer = layer
+        self.group = group
+        self.heads = config.num_attention_heads // group.size
+        self.head_size = config.head_size
+        self.rope_base = config.attention.rope_base
+        self.longest = config.max_sequence_length
         self.keys_are_routed = config.attention.keys == "routed"
-        # Three products, not one: queries are made for routed rows only, keys and values for all.
+        # Queries and keys with values are products of their own: queries are made for routed rows alone.
         self.query = ColumnParallelLinear(d, d, group)
         self.key_value = ColumnParallelLinear(d, 2 * d, group, blocks=2)
         self.output = RowParallelLinear(d, d, group)
@@ -56,16 +61,17 @@ class SelfAttention(nn.Module):
         layout: BatchLayout,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        """
+        """Compute the sub-layer for the routed rows.
+
         Args:
-            x: this rank's rows (N, d), or a block of them with sequence parallelism.
-            routed: those of them (n, d) that take this operator.
-            operator_tokens: which they are; None if they are all.
-            layout: of the rows.
-            cache: of earlier positions, extended by these.
+            x: this rank's rows: (N, d), or its block of them with sequence parallelism.
+            routed: those of them that are routed to attention: (n, d), or fewer with sequence parallelism.
+            operator_tokens: which rows they are; None if all rows take attention.
+            layout: the layout of the micro-batch.
+            cache: keys and values of earlier positions, to which those of this pass are appended; None in training.
 
         Returns:
-            As ``routed``: the sub-layer's result for these rows, residual and norm included.
+            The sub-layer's result for the routed rows, residual and norm included, in the shape of ``routed``.
         """
         if operator_tokens is None:
             mixed = self._attend_to_all(x, routed, None, layout, cache)
@@ -125,13 +131,13 @@ class SelfAttention(nn.Module):
 
     @property
     def first_head(self) -> int:
-        """Number of this rank's first head."""
+        """The number of this rank's first head."""
         return self.group.rank * self.heads
 
     def _project(
         self, x: torch.Tensor, routed: torch.Tensor, indices: torch.Tensor | None, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (n, h, c), keys and values (B, S, 2, h, c)."""
+        """Compute queries (n, h, c) of the routed rows, and keys and values (B, S, 2, h, c) of all rows."""
         keys_from = self.norm(x) if self.pre else x
         if self.group.size > 1:
             q, kv = query_key_value(keys_from, indices, self.query, self.key_value)
@@ -145,7 +151,7 @@ class SelfAttention(nn.Module):
         return q.unflatten(-1, (self.heads, self.head_size)), kv
 
     def _options(self, layout: BatchLayout, indices: torch.Tensor | None) -> AttentionOptions:
-        """What attention of the rows with these numbers (n,), or of all, is given besides queries, keys and values."""
+        """Return the options of attention for the rows at ``indices`` (n,) among all N, or for all rows if None."""
         dropout = None
         if self.training and self.dropout and layout.dropout_keys is not None:
             keys = layout.dropout_keys.all_rows
@@ -158,7 +164,7 @@ class SelfAttention(nn.Module):
         )
 
     def _table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (S, c) of this pass's positions."""
+        """Return cos and sin (S, c) of this pass's positions."""
         end = layout.cache_length + layout.length
         cos, sin = rotary_table(max(self.longest, end), self.head_size, self.rope_base, x.device, x.dtype)
         return cos[layout.cache_length : end], sin[layout.cache_length : end]
