@@ -1,6 +1,6 @@
-"""Attention with keyed dropout of its probabilities, of which no more than a block is ever held.
+"""Attention with keyed dropout of its probabilities, in torch: only one block of probabilities exists at a time.
 
-A query's row of a head has as columns the keys' positions: see ``dropout`` for what stays of them.
+Each query of a head is a row of dropout, and the positions of the keys are its columns: see ``dropout``.
 
 Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head; of one
 block: b sequences, s queries of each, which see t keys.
@@ -18,9 +18,9 @@ from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import Dropper, KeyedDropout, head_keys
 
 CPU_QUERIES = 128
-"""Queries of a block on a CPU: it then stays in the caches, and sees few keys that stand behind its queries."""
+"""Queries of a block on a CPU: such a block stays in the caches, and covers few keys that its queries do not see."""
 PROBABILITIES = 2**24
-"""Most probabilities of a block."""
+"""The most probabilities that a block may have."""
 
 
 def dropout_attention(
@@ -51,9 +51,12 @@ def dropout_attention(
 
 
 class _Block(NamedTuple):
-    """Queries whose products are made at once: ``queries`` of ``sequences``.
+    """Queries whose products are computed at once.
 
-    All of them see the keys before ``first``, none of them those from ``end``.
+    Attributes:
+        sequences, queries: the slices of the queries.
+        first: all queries of the block see the keys before this one (within their documents).
+        end: no query of the block sees this key or a later one.
     """
 
     sequences: slice
@@ -62,22 +65,22 @@ class _Block(NamedTuple):
     end: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Their part of (B, h, S, ...)."""
+        """Return the part of a tensor (B, h, S, ...) that belongs to the block's queries."""
         return tensor[self.sequences, :, self.queries]
 
     def seen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What they see of (B, h, T, c)."""
+        """Return the keys or values that the block's queries see, of (B, h, T, c)."""
         return tensor[self.sequences, :, : self.end]
 
 
 def _at_once(positions: torch.Tensor, device: torch.device) -> tuple[int, int]:
-    """Sequences and queries that a block has if it does not become too large."""
+    """Return how many sequences and queries a block has, if that is not too large."""
     sequences, queries = positions.shape
     return (1, min(CPU_QUERIES, queries)) if device.type == "cpu" else (sequences, queries)
 
 
 def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
-    """Blocks of all queries: ``together`` sequences, which divide B, and ``size`` queries of each or fewer."""
+    """Cut all queries into blocks of ``together`` sequences, which divide B, and at most ``size`` queries of each."""
     size = max(1, min(size, PROBABILITIES // (together * heads * keys)))
     parts = positions.view(-1, together, positions.shape[1]).split(size, 2)
     bounds = torch.stack([torch.stack([p.amin((1, 2)), p.amax((1, 2))], -1) for p in parts], 1) + 1
@@ -89,11 +92,13 @@ def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size:
 
 
 class _DropoutAttention(torch.autograd.Function):
-    """Probabilities and their masks are computed again in the backward pass, not kept."""
+    """The backward pass computes probabilities and their masks again, instead of keeping them."""
 
     @staticmethod
     def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
-        ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
+        ctx.blocks = blocks
+        ctx.scale = scale
+        ctx.place = place
         product, wide = _types(q)
         probability, site, first_head = place
         drop = _dropper(q, k, keys, probability, site, first_head)
@@ -137,7 +142,7 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of factors in products, and of probabilities and sums."""
+    """Return the type of the factors of products, and the type of probabilities and sums."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     # A CPU may have no fast products of 16-bit numbers: those of fp16 can take twenty times as long.
     return wide if q.device.type == "cpu" else q.dtype, wide
@@ -146,7 +151,7 @@ def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
 def _dropper(
     q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_head: int
 ) -> Dropper:
-    """What drops probabilities: its keys are (B, h, S)."""
+    """Return what drops probabilities; its keys are (B, h, S)."""
     of_heads = head_keys(keys, first_head, q.shape[1]).transpose(1, 2)
     return Dropper(KeyedDropout(probability, of_heads, site), k.shape[2])
 
@@ -160,7 +165,7 @@ def _scores(
     scale: float,
     wide: torch.dtype,
 ) -> torch.Tensor:
-    """Scaled products (b, h, s, t), -inf where a key stands behind its query or in another document."""
+    """Compute the scaled products (b, h, s, t): -inf where a key is behind the query or in another document."""
     scores = (block.of(q) @ block.seen(k).mT).to(wide).mul_(scale)
     key = torch.arange(block.first, block.end, device=q.device)
     behind = key > positions[block.sequences, None, block.queries, None]
@@ -172,6 +177,6 @@ def _scores(
 
 
 def _dropped(drop: Dropper, block: _Block, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``weights`` (b, h, s, t) dropped, in ``out``."""
+    """Write ``weights`` (b, h, s, t) after dropout to ``out``, and return it."""
     seen = weights.shape[-1]
     return drop(weights.view(-1, seen), block.of(drop.keys).flatten(), out.view(-1, seen)).view_as(weights)

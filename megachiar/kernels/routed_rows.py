@@ -56,7 +56,8 @@ class Packing:
     def __init__(self, rows: RoutedRows):
         sequence = rows.sequence
         counts = torch.bincount(sequence, minlength=rows.sequences)
-        self.sequences, self.widest = rows.sequences, int(counts.max())
+        self.sequences = rows.sequences
+        self.widest = int(counts.max())
         self.full = len(rows.indices) == self.sequences * self.widest
         self.starts = counts.cumsum(0) - counts
         number = torch.arange(len(rows.indices), device=rows.indices.device) - self.starts[sequence]

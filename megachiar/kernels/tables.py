@@ -1,4 +1,4 @@
-"""Tables that are computed once and kept: per size, device and type."""
+"""Tables that are computed once for each size, device and type, and kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Table = TypeVar("Table")
 
 
 def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
-    """``make``, called once for each set of arguments.
+    """Wrap ``make`` so that it is called once for each set of arguments, which are hashable.
 
-    Training may use a table that was first asked for in inference. To ``torch.compile`` it is a constant: traced, it
-    would be computed in every call.
+    Training may use a table that was first computed in inference. To ``torch.compile`` a table is a constant: traced,
+    it would be computed in every call.
     """
     cached = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(make))
 
