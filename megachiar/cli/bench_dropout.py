@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from megachiar.benchmark import measure_interleaved, timed
 from megachiar.kernels.attention import causal_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 from megachiar.options import CommandParser
 
@@ -62,7 +63,7 @@ def bench_attention(
     compare(
         f"attention {shape} {dtype}",
         lambda: torch.autograd.grad(attend(q, k, v, dropout_p=PROBABILITY, is_causal=True), [q, k, v], gradient),
-        lambda: torch.autograd.grad(causal_attention(q, k, v, dropout), [q, k, v], gradient),
+        lambda: torch.autograd.grad(causal_attention(q, k, v, AttentionOptions(dropout)), [q, k, v], gradient),
         device,
         rounds,
     )

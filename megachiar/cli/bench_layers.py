@@ -29,6 +29,7 @@ from megachiar.config import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.init import initialise
@@ -159,13 +160,14 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
     for share in options.attention_share:
         rows = (torch.rand(tokens, device=device) < share).nonzero().flatten()
         routed = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
+        routed_rows = RoutedRows(rows, sequences, length)
         n, positions = len(rows), (rows % length + 1).sum().item()
         pairs = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
         passes[f"operator, share {share:g}, keys of all"] = attention(
-            lambda c=routed, r=rows: routed_attention(c[0], *by_head[1:], r, length), n, tokens, positions
+            lambda c=routed, r=routed_rows: routed_attention(c[0], *by_head[1:], r), n, tokens, positions
         )
         passes[f"operator, share {share:g}, keys of routed"] = attention(
-            lambda c=routed, r=rows: routed_self_attention(*c, r, sequences, length), n, n, pairs
+            lambda c=routed, r=routed_rows: routed_self_attention(*c, r), n, n, pairs
         )
     x, branch_output = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -18,7 +18,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
-from megachiar.model.layer_stack import build_layer, run_layers, statistics
+from megachiar.model.layer_stack import build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.planning.partition import layer_groups
 from megachiar.topology import TensorParallelGroup
@@ -87,9 +87,8 @@ class StagePart(nn.Module):
             layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0] if has_documents else sequence_ids)
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training:
-            regularisers = [output.regulariser for output in outputs if output.regulariser is not None]
-            regulariser = sum(regularisers, x.new_zeros((), dtype=torch.float32))
-            if regularisers:
+            regulariser = total_regulariser(outputs, x.device)
+            if any(output.regulariser is not None for output in outputs):
                 x = _AttachLoss.apply(x, regulariser, self.regulariser_scale)
             self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
         return StageInputs(x, sequence_ids)

@@ -16,8 +16,10 @@ import sys
 import torch
 
 from megachiar.kernels import attention, gpu, triton_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout, column_keys, head_keys, row_keys
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.kernels.triton_attention import Mask, RowLayout, attend
 
 HEADS, SITE, RATE = 2, 5, 0.25
@@ -88,26 +90,26 @@ def dispatched() -> dict[str, float]:
     """Return how far the functions of ``kernels.attention`` with kernels deviate from themselves without."""
     length, heads, c = 20, 2, 16
     q, k, v = (torch.randn(3, heads, length, c, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    rows = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    indices = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    rows = RoutedRows(indices, sequences=3, length=length)
     keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
-    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
-    document_starts = document_openings(3, length, torch.Generator().manual_seed(6))
+    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[indices] for x in (q, k, v))
+    starts = document_openings(3, length, torch.Generator().manual_seed(6))
     found = {}
     for dropout in (None, KeyedDropout(RATE, keys, SITE)):
-        of_rows = dropout and dropout.select(rows)
-        packed = packed_q, packed_k, packed_v, rows, 3, length, of_rows, 1, None
-        calls = {
-            "causal": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1),
-            "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
-            "self": lambda p=packed: attention.routed_self_attention(*p),
-            "causal, documents": lambda dropout=dropout: attention.causal_attention(
-                q, k, v, dropout, 1, None, document_starts
-            ),
-            "routed, documents": lambda h=of_rows: attention.routed_attention(
-                packed_q, k, v, rows, length, h, 1, None, document_starts.flatten()[rows]
-            ),
-            "self, documents": lambda p=packed: attention.routed_self_attention(*p, document_starts.flatten()[rows]),
-        }
+        calls = {}
+        for name, of_all in (("", None), (", documents", starts)):
+            options = AttentionOptions(dropout, first_head=1, document_starts=of_all)
+            of_rows = AttentionOptions(
+                dropout=dropout and dropout.select(indices),
+                first_head=1,
+                document_starts=of_all.flatten()[indices] if of_all is not None else None,
+            )
+            calls[f"causal{name}"] = lambda o=options: attention.causal_attention(q, k, v, o)
+            calls[f"routed{name}"] = lambda o=of_rows: attention.routed_attention(packed_q, k, v, rows, o)
+            calls[f"self{name}"] = lambda o=of_rows: attention.routed_self_attention(
+                packed_q, packed_k, packed_v, rows, o
+            )
         for name, call in calls.items():
             expected = call()
             launched = []
