@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.checkpoint.checkpoint import CONFIG_FILE
+from megachiar.checkpoint.format import CONFIG_FILE
 from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.data.storage.files import manifest_path

@@ -41,7 +41,7 @@ class IndexedDataset:
     Args:
         prefix: the path of the dataset without ``.bin``.
         random_access: tokens will be read in random order: the kernel then reads only the pages that are touched,
-            instead of hundreds of kilobytes around them. Call ``announce`` before each read.
+            instead of hundreds of kilobytes around them. Call ``prefetch_hint`` before each read.
 
     Raises:
         UserError: one of the checks failed; the message names the file and what does not fit.
@@ -87,7 +87,7 @@ class IndexedDataset:
     def __reduce__(self) -> tuple[Callable[..., IndexedDataset], tuple[Path, bool]]:  # another process maps the files
         return _open_again, (self.prefix, self._random_access)
 
-    def announce(self, token: int, length: int) -> None:
+    def prefetch_hint(self, token: int, length: int) -> None:
         """Ask the kernel to begin reading ``length`` tokens from ``token`` on, without waiting for them."""
         begin = token * self.dtype.itemsize
         page = begin - begin % mmap.PAGESIZE
