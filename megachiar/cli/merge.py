@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.data.preprocessing.existing import SAME, Differs
+from megachiar.data.preprocessing.existing import SAME, OutputDiffers
 from megachiar.data.preprocessing.merge import find_merged, merge_datasets
 from megachiar.data.storage.files import bin_path
 from megachiar.data.storage.reader import IndexedDataset
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if not arguments.overwrite:
-        with contextlib.suppress(Differs):
+        with contextlib.suppress(OutputDiffers):
             find_merged(arguments.inputs, arguments.output, arguments.shuffle_seed)
             print(f"{arguments.output}: {SAME}")
             return

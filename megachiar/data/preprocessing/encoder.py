@@ -1,13 +1,14 @@
-"""Chunks of text -> tokens of their documents: all the work of preprocessing that is done side by side."""
+"""Turn chunks of text into tokens of their documents, which is all the work that worker processes do."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup
 from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentLog, parse_chunk
@@ -19,29 +20,36 @@ from megachiar.data.tokenizers.pieces import with_piece_cache
 from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
-IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
-COUNTED_AT_ONCE = 1 << 17  # characters: a word in a list of them takes ten times its room
+IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # whether a byte of ASCII is in a word
+COUNTED_AT_ONCE = 1 << 17  # characters: a list of words takes ten times the memory of the text
 
 
 class EncodedPart(NamedTuple):
-    """Documents of some chunks that belong to one part of the split.
+    """Hold the documents of some chunks that belong to one part of the split.
 
     Attributes:
-        tokens: of all documents, one after another, shape (sum(lengths),), in the dataset's type.
-        lengths: tokens of each document, shape (documents,), int64.
-        text_bytes, words: of their text: UTF-8 bytes, and what stands between whitespace.
-        unknown_tokens: how many tokens are the one for what the vocabulary does not have.
+        tokens: the tokens of all documents, one after another, shape (sum(lengths),), in the dataset's type.
+        lengths: the number of tokens of each document, shape (documents,), int64.
+        text_bytes: the UTF-8 bytes of their text.
+        words: the whitespace-separated words of their text.
+        unknown_tokens: the tokens that stand for what the vocabulary does not have.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
+    tokens: NDArray[Any]
+    lengths: NDArray[Any]
     text_bytes: int
     words: int
     unknown_tokens: int
 
 
 class EncodedGroup(NamedTuple):
-    """The result of one chunk group: an ``EncodedPart`` per part of the split, invalid documents, and bytes read."""
+    """Hold the result of one chunk group.
+
+    Attributes:
+        parts: one for each part of the split.
+        log: the invalid documents.
+        consumed: the bytes that were read from the disk for the group.
+    """
 
     parts: list[EncodedPart]
     log: InvalidDocumentLog
@@ -49,7 +57,12 @@ class EncodedGroup(NamedTuple):
 
 
 class ChunkEncoder:
-    """``ChunkGroup`` -> ``EncodedGroup``: all the work that is done in worker processes."""
+    """Encode a ``ChunkGroup`` into an ``EncodedGroup`` when it is called.
+
+    Args:
+        settings: what the run is to do.
+        tokenizer: what encodes.
+    """
 
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer):
         self._settings, self._tokenizer = settings, tokenizer
@@ -57,14 +70,15 @@ class ChunkEncoder:
 
     @classmethod
     def load(cls, settings: PreprocessSettings, fingerprint: str, engine: Engine) -> ChunkEncoder:
-        """The same in a process of its own, from the tokenizer's files.
+        """Make an encoder in a process of its own, from the tokenizer's files.
 
         Args:
-            fingerprint: of the tokenizer that the run began with.
+            settings: what the run is to do.
+            fingerprint: the fingerprint of the tokenizer that the run began with.
             engine: ``fast`` or ``reference``.
 
         Raises:
-            UserError: the tokenizer's files changed since.
+            UserError: the tokenizer's files were changed since.
         """
         encode_without_threads()
         tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
@@ -74,12 +88,12 @@ class ChunkEncoder:
 
     def __call__(self, group: ChunkGroup) -> EncodedGroup:
         log = InvalidDocumentLog(self._settings.on_error)
-        parts = self._encode(group, log)  # the text is gone by now: a large one leaves room for its tokens
+        parts = self._encode(group, log)  # the text is freed by now, so that there is room for its tokens
         consumed = sum(chunk.consumed for chunk in group.chunks)
         return EncodedGroup([self._encoded_part(*part) for part in parts], log, consumed)
 
     def _encode(self, group: ChunkGroup, log: InvalidDocumentLog) -> list[tuple[list[TokenIds], int, int]]:
-        """For each part of the split, the ids of its documents, and bytes and words of their text."""
+        """Return, for each part of the split, the ids of its documents, and the bytes and words of their text."""
         key = self._settings.read.text_key
         items = [item for chunk in group.chunks for item in parse_chunk(chunk, key)]
         encoded = iter(self._encode_documents([item for item in items if isinstance(item, Document)]))
@@ -103,16 +117,17 @@ class ChunkEncoder:
         ]
 
     def _encode_documents(self, documents: list[Document]) -> list[TokenIds | InvalidDocument]:
-        """The ids of each document, or the reason why the tokenizer cannot encode it."""
+        """Return the ids of each document, or the reason why the tokenizer cannot encode it."""
         try:
             encoded = self._tokenizer.encode_batch([document.text for document in documents])
-        except ControlTokenError:  # by one of them: the others are good
+        except ControlTokenError:  # one document caused it: the others are valid
             return [self._encode_one(document) for document in documents]
         return [
             ids if len(ids) else _without_tokens(document) for document, ids in zip(documents, encoded, strict=True)
         ]
 
     def _encode_one(self, document: Document) -> TokenIds | InvalidDocument:
+        """Return the ids of a document, or the reason why the tokenizer cannot encode it."""
         try:
             ids = self._tokenizer.encode_batch([document.text])[0]
         except ControlTokenError as error:
@@ -120,9 +135,11 @@ class ChunkEncoder:
         return ids if len(ids) else _without_tokens(document)
 
     def _part_of(self, document: Document) -> int:
+        """Return the part of the split that a document belongs to."""
         return self._settings.split.part_of(document.utf8) if self._settings.split else 0
 
     def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int) -> EncodedPart:
+        """Join the ids of the documents of one part, with their end-of-document tokens."""
         room = int(self._settings.append_eod)
         lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
@@ -139,16 +156,17 @@ class ChunkEncoder:
 
 
 def _without_tokens(document: Document) -> InvalidDocument:
+    """Say that a document gives no token."""
     return InvalidDocument("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
 
 
 def encode_without_threads() -> None:
-    """Let ``tokenizers`` work in the thread that calls it: it is processes that work side by side here."""
+    """Keep ``tokenizers`` from starting threads, since whole processes work in parallel here."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
 
 
 def count_words(documents: Iterable[Document]) -> int:
-    """What stands between whitespace, as ``str.split`` finds it; several times faster where all is ASCII."""
+    """Count the words as ``str.split`` finds them; this is several times faster where the text is ASCII."""
     plain, words = [b""], 0
     for document in documents:
         if document.text.isascii():
@@ -163,6 +181,7 @@ def count_words(documents: Iterable[Document]) -> int:
 
 
 def _count_any(text: str) -> int:
+    """Count the words of a text that is not all ASCII."""
     words = 0
     for first in range(0, len(text), COUNTED_AT_ONCE):
         words += len(text[first : first + COUNTED_AT_ONCE].split())
@@ -171,11 +190,16 @@ def _count_any(text: str) -> int:
     return words
 
 
-def narrow(tokens: np.ndarray, dtype: np.dtype, tokenizer: Path) -> np.ndarray:
-    """``tokens`` (any integer type and shape) in ``dtype``.
+def narrow(tokens: NDArray[Any], dtype: np.dtype[Any], tokenizer: Path) -> NDArray[Any]:
+    """Convert ``tokens`` (any integer type and shape) to ``dtype``.
+
+    Args:
+        tokens: the token ids.
+        dtype: an integer type.
+        tokenizer: the tokenizer's file, for the error.
 
     Raises:
-        UserError: an id does not fit; stored anyway it would be another token.
+        UserError: an id does not fit; if it were stored, it would become another token.
     """
     limits = np.iinfo(dtype)
     if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:

@@ -1,4 +1,4 @@
-"""Whether an output that exists is what a command would make, so that the same command can be given twice.
+"""Tell whether an output that exists is what a command would make, so that the same command can be given twice.
 
 A dataset's manifest says what it was made of; a tokenizer or corpus has a note ``NAME.made`` beside it. As with
 ``make``, an input that was changed after the output was made counts as another input.
@@ -20,15 +20,15 @@ from megachiar.errors import UserError
 SAME = "exists already and is what this command makes: nothing was done"
 
 
-class Differs(Exception):
-    """What exists is not whole, or not what the command would make; the text says why."""
+class OutputDiffers(Exception):
+    """An output that exists is not whole, or is not what the command would make; the text says why."""
 
 
 def find_existing(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[Path, Manifest]:
     """Return the manifest of each dataset that ``preprocess`` would make, where all of them exist already.
 
     Raises:
-        Differs: one is missing, damaged, or not what ``preprocess`` would make.
+        OutputDiffers: one is missing or damaged, or is not what ``preprocess`` would make.
     """
     found = {prefix: read_whole(prefix) for prefix in settings.prefixes}
     for prefix, manifest in found.items():
@@ -37,9 +37,9 @@ def find_existing(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[Pa
         for source in settings.sources:
             changed_at = source.identity()[2]
             if not isinstance(changed_at, int):
-                raise Differs(f"nothing tells whether {source.name} was changed since")
+                raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
             if changed_at > made_at:
-                raise Differs(f"{source.name} was changed since")
+                raise OutputDiffers(f"{source.name} was changed since")
     return found
 
 
@@ -47,28 +47,29 @@ def read_whole(prefix: Path | str) -> Manifest:
     """Read the manifest of a dataset whose three files are there and belong together.
 
     Raises:
-        Differs: a file is missing or belongs to another dataset.
+        OutputDiffers: a file is missing or belongs to another dataset.
     """
     for path in dataset_files(prefix):
         if not path.exists():
-            raise Differs(f"there is no {path}")
+            raise OutputDiffers(f"there is no {path}")
     try:
         manifest = read_manifest(prefix)
         assert manifest is not None
         check_manifest(prefix, manifest)
     except UserError as error:
-        raise Differs(f"{error.where}: {error.problem}") from None
+        raise OutputDiffers(f"{error.where}: {error.problem}") from None
     return manifest
 
 
 def _compare_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, manifest: Manifest) -> None:
-    asked = {
+    """Compare what a dataset was made with and what is requested now."""
+    requested = {
         "tokenizer": tokenizer.fingerprint,
         "append_eod": settings.append_eod,
         "end of document": tokenizer.eod_id if settings.append_eod else None,
         "shuffle_seed": settings.shuffle_seed,
         "inputs": [source.name for source in settings.sources],
-        **settings.deciding,
+        **settings.determining_options,
     }
     made = {
         "tokenizer": manifest.tokenizer.fingerprint,
@@ -78,24 +79,25 @@ def _compare_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, manife
         "inputs": manifest.sources,
         **manifest.options,
     }
-    compare(made, asked)
+    compare(made, requested)
     if manifest.skipped and settings.on_error == "refuse":
-        raise Differs("it was made with --on-error skip and left documents out")
+        raise OutputDiffers("it was made with --on-error skip and left documents out")
 
 
-def compare(made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Compare what an output was made with and what is asked for now.
+def compare(made: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    """Compare what an output was made with and what is requested now.
 
     Raises:
-        Differs: names the first key that differs, and both values.
+        OutputDiffers: the text names the first key that differs, and both values.
     """
-    for key in {**asked, **made}:
-        if made.get(key) != asked.get(key):
-            before, now = _shorten(made.get(key)), _shorten(asked.get(key))
-            raise Differs(f"it was made with {key} {before}, this command has {now}")
+    for key in {**requested, **made}:
+        if made.get(key) != requested.get(key):
+            before, now = _shorten(made.get(key)), _shorten(requested.get(key))
+            raise OutputDiffers(f"it was made with {key} {before}, this command has {now}")
 
 
 def _shorten(value: Any) -> str:
+    """Return ``value`` as text of at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -105,33 +107,39 @@ def note_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.made")
 
 
-def write_note(note: Path, asked: Mapping[str, Any], files: Sequence[Path], report: Mapping[str, Any]) -> None:
-    """Note what was asked for, which files came of it, and what was reported of them.
+def write_note(note: Path, requested: Mapping[str, Any], files: Sequence[Path], report: Mapping[str, Any]) -> None:
+    """Write a note that says what was requested, which files came of it, and what was reported of them.
+
+    Args:
+        note: the file to write.
+        requested: the options and inputs that the files depend on, as values that JSON can represent.
+        files: the files that were made.
+        report: what was reported.
 
     Raises:
         UserError: the disk is full or read-only.
     """
-    content = {"asked": asked, "files": {path.name: block_checksums(path) for path in files}, "report": report}
+    content = {"asked": requested, "files": {path.name: block_checksums(path) for path in files}, "report": report}
     write_atomically(note, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_note(note: Path, asked: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+def read_note(note: Path, requested: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
     """Return what was reported of ``files`` when they were made.
 
     Raises:
-        Differs: they are missing, were changed since, or something else was asked for then.
+        OutputDiffers: a file is missing or was changed since, or something else was requested then.
     """
     try:
         content = json.loads(note.read_bytes())
         made, checksums, report = content["asked"], content["files"], content["report"]
     except FileNotFoundError:
-        raise Differs(f"nothing tells how it was made (there is no {note})") from None
+        raise OutputDiffers(f"nothing tells how it was made (there is no {note})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Differs(f"{note} cannot be read: {error}") from None
+        raise OutputDiffers(f"{note} cannot be read: {error}") from None
     for path in files:
         if not path.exists():
-            raise Differs(f"there is no {path}")
+            raise OutputDiffers(f"there is no {path}")
         if checksums.get(path.name) != block_checksums(path):
-            raise Differs(f"{path} was changed since")
-    compare(made, json.loads(json.dumps(asked)))
+            raise OutputDiffers(f"{path} was changed since")
+    compare(made, json.loads(json.dumps(requested)))
     return report

@@ -1,7 +1,7 @@
-"""What a run of preprocessing has done so far, so that a killed one goes on with the first file that is missing.
+"""Record what a run of preprocessing has done so far, so that a killed run continues with the first missing file.
 
-``PREFIX.journal`` is a line of JSON for the options that decide the output, then one line for each checkpoint. A line
-is written after the data it tells of is on the disk; a last line cut short by a kill or a power cut does not count.
+``PREFIX.journal`` is a line of JSON for the options that determine the output, then one line for each checkpoint. A
+line is written after the data it describes is on the disk. A last line that a kill or a power cut shortened is ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.inputs.source import Source
@@ -24,14 +24,19 @@ Stage = Literal["encoding", "shuffling", "placing"]
 
 JOURNAL_VERSION = 1
 SECONDS_BETWEEN_CHECKPOINTS = 0.25
-LARGEST_SHARE = 0.02  # of the time that checkpoints may take
+LARGEST_SHARE = 0.02  # the share of the time that checkpoints may take
 
 
 @dataclass
 class OutputState:
-    """How far one output had come: its builder, the text behind its tokens, and how many of them are unknown.
+    """Record how far one output has come.
 
-    ``unknown_tokens`` is None in a journal of a version that did not count them.
+    Attributes:
+        builder: the state of its builder.
+        text_bytes: the UTF-8 bytes of the text so far.
+        words: the words of the text so far.
+        unknown_tokens: the tokens so far that stand for what the vocabulary does not have; None in a journal of a
+            version that did not count them.
     """
 
     builder: BuilderState
@@ -42,37 +47,41 @@ class OutputState:
 
 @dataclass
 class Journal:
-    """The journal of a run, locked while it is open.
+    """Keep the journal of a run, locked while it is open.
 
     Attributes:
-        path: its file.
-        stage: ``encoding`` files, ``shuffling`` what was encoded, or ``placing`` complete files.
+        path: the journal's file.
+        file: the same, open and locked.
+        stage: ``encoding`` inputs, ``shuffling`` what was encoded, or ``placing`` complete files.
         sources: [name, size, time of change] of each input that is done, in order.
-        outputs: how far each output had come then; empty before the first checkpoint.
-        log: the documents left out until then.
+        outputs: how far each output had come at the last checkpoint; empty before the first one.
+        log: the documents that were left out until then.
     """
 
     path: Path
+    file: BinaryIO
     stage: Stage = "encoding"
     sources: list[list[Any]] = field(default_factory=list)
     outputs: list[OutputState] = field(default_factory=list)
     log: InvalidDocumentLog = field(default_factory=InvalidDocumentLog)
+    _last_checkpoint: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0  # seconds that the last checkpoint took
 
     @classmethod
     def open(cls, path: Path, options: dict[str, Any], *, restart: bool = False) -> Journal:
-        """Open the journal at ``path``, or begin one.
+        """Open the journal at ``path``, or begin a new one.
 
         Args:
-            options: what decides the output.
+            path: the journal's file.
+            options: the options that determine the output.
             restart: forget what an earlier run did.
 
         Raises:
             UserError: it belongs to a run with other options, or another process has it open.
         """
-        journal = cls(path)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            journal._file = open_locked(path)
+            journal = cls(path, open_locked(path))
         header = {"journal": JOURNAL_VERSION, **options}
         lines = [] if restart else journal._read()
         try:
@@ -83,17 +92,15 @@ class Journal:
         except BaseException:
             journal.close()
             raise
-        journal._last_checkpoint = time.monotonic()
-        journal._cost = 0.0
         if not lines:
             with disk_errors(path):
-                journal._file.truncate(0)
-                journal._file.seek(0)
+                journal.file.truncate(0)
+                journal.file.seek(0)
             journal._append(header)
         return journal
 
     def check_sources(self, sources: list[Source]) -> None:
-        """Check that the inputs that are done are the first of ``sources``, unchanged.
+        """Check that the inputs that are done are the first of ``sources``, and were not changed.
 
         Raises:
             UserError: one is missing or was changed since.
@@ -111,14 +118,20 @@ class Journal:
                 )
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint: often, but at a small share of the time."""
+        """Return whether it is time for a checkpoint: often, but at a small share of the time of the run."""
         pause = max(SECONDS_BETWEEN_CHECKPOINTS, self._cost / LARGEST_SHARE)
         return time.monotonic() - self._last_checkpoint >= pause
 
     def checkpoint(
         self, sources: list[list[Any]], outputs: list[OutputState], log: InvalidDocumentLog, stage: Stage = "encoding"
     ) -> None:
-        """Record that ``sources`` are done too, and what there is now.
+        """Record that ``sources`` are done too, and how far the outputs have come.
+
+        Args:
+            sources: the identity of each input that was done since the last checkpoint.
+            outputs: how far each output has come; all of it is on the disk.
+            log: the documents left out so far.
+            stage: what the run does next.
 
         Raises:
             UserError: the disk is full.
@@ -147,7 +160,7 @@ class Journal:
         self._cost = self._last_checkpoint - began
 
     def remove(self) -> None:
-        """The run is done, or nothing of it is worth keeping."""
+        """Remove the journal of a run that is done, or of which nothing is worth keeping."""
         try:
             with disk_errors(self.path):
                 self.path.unlink(missing_ok=True)
@@ -155,31 +168,34 @@ class Journal:
             self.close()
 
     def close(self) -> None:
+        """Close the file, which stays for the next run."""
         with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
-            self._file.close()
+            self.file.close()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The whole lines; what follows the last one is cut off."""
+        """Return the whole lines, and cut off what follows the last one."""
         with disk_errors(self.path, "read"):
-            content = self._file.read()
+            content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             self.close()
-            raise UserError(self.path, f"not a journal: {error}", "remove it, or pass --restart") from None
+            raise UserError(self.path, f"is not a journal: {error}", "remove it, or pass --restart") from None
         with disk_errors(self.path):
-            self._file.truncate(len(whole))
-            self._file.seek(len(whole))
+            self.file.truncate(len(whole))
+            self.file.seek(len(whole))
         return lines
 
     def _append(self, line: dict[str, Any]) -> None:
+        """Write a line, and make it survive a power cut."""
         with disk_errors(self.path):
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def _apply(self, line: dict[str, Any]) -> None:
+        """Take over what the line of a checkpoint records."""
         self.stage = line["stage"]
         self.sources += line["sources"]
         before = [output.builder.blocks for output in self.outputs] or [[] for _ in line["outputs"]]
@@ -204,6 +220,7 @@ class Journal:
 
 
 def _check_options(path: Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse to continue a run with other options."""
     for key in given.keys() | recorded.keys():
         if recorded.get(key) != given.get(key):
             raise UserError(

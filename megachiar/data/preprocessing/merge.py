@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megachiar import __version__
-from megachiar.data.preprocessing.existing import Differs, compare, read_whole
+from megachiar.data.preprocessing.existing import OutputDiffers, compare, read_whole
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import (
     BlockChecksums,
@@ -35,7 +35,7 @@ from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
-COPY_BLOCK = 1 << 26  # bytes copied at once, unless one sequence is longer
+COPY_BLOCK = 1 << 26  # bytes that are copied at once, unless one sequence is longer
 
 
 def merge_datasets(
@@ -53,16 +53,16 @@ def merge_datasets(
     checksum on the way.
 
     Args:
-        inputs: prefixes.
-        output: prefix, none of the inputs.
-        overwrite: replace a dataset that stands there, at the end.
-        allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it is of the same
-            tokenizer; the output then has none either.
-        shuffle_seed: put the documents in the order that ``shuffle_documents`` makes of theirs.
+        inputs: the prefixes of the datasets.
+        output: the prefix of the output, which is none of the inputs.
+        overwrite: replace a dataset that exists there, at the end.
+        allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it was made with
+            the same tokenizer; the output then has none either.
+        shuffle_seed: the seed by which ``shuffle_documents`` orders the documents; None keeps their order.
         on_bytes: called with the number of bytes of each block copied.
 
     Returns:
-        The output's manifest, None if an input has none.
+        The output's manifest; None if an input has none.
 
     Raises:
         UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
@@ -117,32 +117,34 @@ def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: 
     """Return the manifest of ``output`` where it is what ``merge_datasets`` makes of ``inputs`` as they are now.
 
     Raises:
-        Differs: it is not, or is not whole, or an input has no manifest.
+        OutputDiffers: it is not, it is not whole, or an input has no manifest.
     """
     made, parts = read_whole(output), [read_whole(prefix) for prefix in inputs]
-    asked = [_merged_values(parts, shuffle_seed), *({"tokenizer": part.tokenizer.fingerprint} for part in parts)]
-    found = {"tokenizer": made.tokenizer.fingerprint, **{key: getattr(made, key) for key in asked[0]}}
-    for values in asked:
+    requested = [_merged_values(parts, shuffle_seed), *({"tokenizer": part.tokenizer.fingerprint} for part in parts)]
+    found = {"tokenizer": made.tokenizer.fingerprint, **{key: getattr(made, key) for key in requested[0]}}
+    for values in requested:
         compare({key: found[key] for key in values}, values)
     made_at = manifest_path(output).stat().st_mtime_ns
     for path in itertools.chain.from_iterable(map(dataset_files, inputs)):
         if path.stat().st_mtime_ns > made_at:
-            raise Differs(f"{path} was changed since")
+            raise OutputDiffers(f"{path} was changed since")
     return made
 
 
 def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:
+    """Refuse an output that exists, and say whether it is what this merge would make."""
     for path in dataset_files(output):
         if path.exists():
             problem = "exists already"
             try:
                 find_merged(inputs, output, shuffle_seed)
-            except Differs as difference:
+            except OutputDiffers as difference:
                 problem = f"exists already, and not as this command makes it: {difference}"
             raise UserError(path, problem, "choose another --output, or pass --overwrite")
 
 
 def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
+    """Check that all datasets store their tokens in the same type."""
     first = datasets[0]
     for dataset in datasets[1:]:
         if dataset.dtype != first.dtype:
@@ -154,6 +156,7 @@ def _check_same_type(datasets: Sequence[IndexedDataset]) -> None:
 
 
 def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> list[Manifest | None]:
+    """Return the manifests, after checking that each fits its dataset and all fit each other."""
     manifests = [read_manifest(dataset.prefix) for dataset in datasets]
     for dataset, manifest in zip(datasets, manifests, strict=True):
         if manifest is not None:
@@ -172,6 +175,7 @@ def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> 
 
 
 def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first: Manifest) -> None:
+    """Check that the documents of two datasets end alike."""
     if manifest.append_eod != first.append_eod:
         raise UserError(
             manifest_path(prefix),
@@ -192,7 +196,13 @@ def append_dataset(
     manifest: Manifest | None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy ``dataset`` to the end of ``builder``, comparing it with the manifest's checksums.
+    """Copy ``dataset`` to the end of ``builder``, and compare it with the manifest's checksums.
+
+    Args:
+        builder: the output.
+        dataset: the dataset to copy.
+        manifest: its manifest; None checks nothing.
+        on_bytes: called with the number of bytes of each block copied.
 
     Raises:
         UserError: its content is not what the manifest records.
@@ -217,7 +227,7 @@ def append_dataset(
 
 
 def _copy_blocks(dataset: IndexedDataset) -> Iterator[slice]:
-    """Sequences in runs of at most ``COPY_BLOCK`` bytes, or of one."""
+    """Yield the sequences in stretches of at most ``COPY_BLOCK`` bytes, or of one sequence."""
     first = 0
     while first < len(dataset):
         limit = int(dataset.pointers[first]) + COPY_BLOCK
@@ -233,6 +243,7 @@ def _merged_manifest(
     builder: IndexedDatasetBuilder,
     shuffle_seed: int | None,
 ) -> Manifest:
+    """Return the manifest of the merged dataset, whose files are complete."""
     return replace(
         manifests[0],
         tokenizer=_with_absolute_file(manifests[0].tokenizer, manifest_path(inputs[0]).parent),
@@ -263,5 +274,5 @@ def _merged_values(manifests: Sequence[Manifest], shuffle_seed: int | None) -> d
 
 
 def _with_absolute_file(tokenizer: TokenizerRecord, folder: Path) -> TokenizerRecord:
-    """A relative path is relative to the first input's folder, which need not be the output's."""
+    """Make the tokenizer's path absolute: a relative one is relative to ``folder``, which need not be the output's."""
     return replace(tokenizer, file=str((folder / tokenizer.file).resolve()))

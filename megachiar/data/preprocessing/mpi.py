@@ -1,4 +1,4 @@
-"""Preprocessing by the ranks of ``mpirun``: each makes a shard, the first one merges them."""
+"""Preprocess with the ranks of ``mpirun``: each rank makes a shard, and the first one merges them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from megachiar.errors import EXIT_USER_ERROR, UserError
 
 
 def preprocess_with_mpi(settings: PreprocessSettings, stream: TextIO | None = None) -> Report | None:
-    """Collective over the ranks of ``MPI.COMM_WORLD``: tokenize a corpus with all of them.
+    """Tokenize a corpus with all ranks of ``MPI.COMM_WORLD``; every rank must call this.
 
     Ranks beyond the number of inputs have nothing to do.
+
+    Args:
+        settings: what to do.
+        stream: where rank 0 shows progress; standard error if None.
 
     Returns:
         The report on rank 0, None elsewhere.
 
     Raises:
-        UserError: mpi4py or MPI is missing; this rank's shard or the merge failed. Where another rank failed, this one
-            ends with exit code 2 and leaves the message to that one.
+        UserError: mpi4py or MPI is missing, or this rank's shard or the merge failed.
+        SystemExit: another rank failed, which prints the message; this one ends with exit code 2.
     """
     try:
         from mpi4py import MPI
@@ -41,7 +45,7 @@ def preprocess_with_mpi(settings: PreprocessSettings, stream: TextIO | None = No
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        world.Abort(1)  # the others would wait for this rank for ever; it ends this process too
+        world.Abort(1)  # the others would wait for this rank forever; this ends the process too
     if any(world.allgather(failure is not None)):
         if failure is not None:
             raise failure

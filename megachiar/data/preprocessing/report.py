@@ -1,4 +1,4 @@
-"""What a run of preprocessing did, as its tool tells it."""
+"""Report what a run of preprocessing did."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from megachiar.data.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Report:
-    """What a run did.
+    """Hold what a run did.
 
     Attributes:
         manifests: prefix -> manifest of each dataset written.
         log: the documents left out.
-        seconds: from the first byte read to the last one on the disk.
-        engine: what encoded, and why; empty if an earlier run had encoded all.
-        rate: megabytes of text a second; this run's own, without what an earlier one had done.
+        seconds: the time from the first byte read to the last one on the disk.
+        engine: what encoded, and why; empty if an earlier run had encoded everything.
+        rate: megabytes of text a second that this run itself encoded.
         found: what folders and globs among the inputs gave.
-        ending: how documents end.
-        unknown_id: id of the token for what the vocabulary does not have, None where it has none.
-        unknown_tokens: prefix -> how often it occurs; None where an earlier version, which did not count, began.
-        existed: whether the datasets were there already, as this call makes them, and nothing was done.
+        document_end: a sentence that says how documents end.
+        unknown_id: the id of the token for what the vocabulary does not have; None where it has none.
+        unknown_tokens: prefix -> how often that token occurs; None where an earlier version, which did not count it,
+            began the run.
+        existed: whether the datasets existed already, as this call makes them, so that nothing was done.
     """
 
     manifests: dict[Path, Manifest] = field(default_factory=dict)
@@ -37,19 +38,19 @@ class Report:
     engine: str = ""
     rate: float = 0.0
     found: list[FoundFiles] = field(default_factory=list)
-    ending: str = ""
+    document_end: str = ""
     unknown_id: int | None = None
     unknown_tokens: dict[Path, int | None] = field(default_factory=dict)
     existed: bool = False
 
     @classmethod
     def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
-        """Report on datasets that were there already."""
+        """Report on datasets that existed already."""
         skipped = next(iter(manifests.values())).skipped
         return cls(manifests, InvalidDocumentLog("skip", Counter(skipped)), existed=True)
 
     def lines(self) -> Iterator[str]:
-        """The report as text, line by line."""
+        """Yield the report as text, line by line."""
         for found in self.found:
             yield found.summary()
         for invalid in self.log.examples:
@@ -60,8 +61,8 @@ class Report:
                 f"{prefix}.bin/.idx: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}), "
                 f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte{self._unknown(prefix)}"
             )
-        if self.ending:
-            yield self.ending
+        if self.document_end:
+            yield self.document_end
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
         if self.existed:
             yield f"skipped documents: {left_out}"
@@ -78,12 +79,12 @@ class Report:
         if self.unknown_id is None:
             return ", no <unk> in the vocabulary"
         count = self.unknown_tokens.get(prefix)
-        told = "uncounted (an earlier version began this run)" if count is None else f"{count:,}"
-        return f", {told} <unk> (id {self.unknown_id})"
+        number = "uncounted (an earlier version began this run)" if count is None else f"{count:,}"
+        return f", {number} <unk> (id {self.unknown_id})"
 
 
-def describe_ending(tokenizer: Tokenizer, append_eod: bool) -> str:
-    """How documents end: with which token and id, or without one."""
+def describe_document_end(tokenizer: Tokenizer, append_eod: bool) -> str:
+    """Say how documents end: with which token and id, or without one."""
     if tokenizer.eod_id is None:
         return "documents end with no token of their own: the tokenizer has none for it (--eod-token names one)"
     token = f"{tokenizer.controls[tokenizer.eod_id]!r} (id {tokenizer.eod_id})"

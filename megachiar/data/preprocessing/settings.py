@@ -1,4 +1,4 @@
-"""What a run of preprocessing is to do."""
+"""Define what a run of preprocessing is to do."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """What a run of preprocessing is to do.
+    """Say what a run of preprocessing is to do.
 
     Attributes:
-        sources: the corpus, in order.
-        tokenizer, tokenizer_kind, eod_token: as ``load_tokenizer`` takes them.
+        sources: the inputs of the corpus, in order.
+        tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``.
         engine: what encodes, see ``choose_engine``.
-        output_prefix: the dataset's path without suffix; with ``split``, parts are ``PREFIX_name``.
+        output_prefix: the dataset's path without suffix; with ``split``, the parts are ``PREFIX_name``.
         read: how documents are found.
         append_eod: end each document with the tokenizer's end-of-document id.
-        split: parts by document hash, None for one dataset.
-        on_error: what an unusable document does, see ``InvalidDocumentLog``.
-        workers: tokenizing processes; 1 works in this one.
-        fork: workers are copies of this process, see ``ordered_map``.
-        shuffle_seed: shuffle the documents of each part by this key; None keeps the order of the input.
+        split: the parts, assigned by document hash; None for one dataset.
+        on_error: what an invalid document does, see ``InvalidDocumentLog``.
+        workers: the number of tokenizing processes; 1 tokenizes in this process.
+        fork: whether workers are copies of this process, see ``ordered_map``.
+        shuffle_seed: the seed by which the documents of each part are shuffled; None keeps the order of the input.
         overwrite: replace datasets that exist, at the end of the run.
-        restart: forget what an unfinished run left, instead of going on from there.
+        restart: forget what an unfinished run left, instead of continuing it.
         allow_empty: write no dataset where a part got no document, instead of refusing that.
-        found: what folders and globs among the inputs gave, to be told.
+        found: what folders and globs among the inputs gave, for the report.
     """
 
     sources: list[Source]
@@ -55,13 +55,13 @@ class PreprocessSettings:
 
     @property
     def prefixes(self) -> list[Path]:
-        """One per part of the split."""
+        """Return the path of each dataset, one for each part of the split."""
         names = self.split.names if self.split else ()
         return [Path(f"{self.output_prefix}_{name}") for name in names] or [self.output_prefix]
 
     @property
-    def deciding(self) -> dict[str, str]:
-        """The options that decide which tokens are written, beside sources and tokenizer."""
+    def determining_options(self) -> dict[str, str]:
+        """Return the options that, beside sources and tokenizer, determine which tokens are written."""
         return {
             "text_key": self.read.text_key,
             "txt_documents": self.read.txt_documents,

@@ -1,9 +1,9 @@
-"""Preprocessing by many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
+"""Preprocess with many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
 
     inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
 
-Shards are stretches of the inputs, so that the merged files are byte for byte what one process writes. They lie in
-``PREFIX.shards`` until the merge is whole; a shard that is whole already is not made again.
+Shards are stretches of the inputs, so that the merged files are byte for byte what one process writes. They are kept in
+``PREFIX.shards`` until the merge is done. A shard that is whole already is not made again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.preprocessing.merge import append_dataset
-from megachiar.data.preprocessing.preprocess import Output, check_outputs, existing_report, make_manifest, preprocess
-from megachiar.data.preprocessing.report import Report, describe_ending
+from megachiar.data.preprocessing.output import Output, make_manifest
+from megachiar.data.preprocessing.preprocess import check_outputs, existing_report, preprocess
+from megachiar.data.preprocessing.report import Report, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
@@ -33,15 +34,15 @@ from megachiar.errors import UserError, disk_errors
 
 
 def shard_folder(settings: PreprocessSettings) -> Path:
-    """Where the shards of a run wait to be merged."""
+    """Return the folder that keeps the shards of a run until they are merged."""
     return Path(f"{settings.output_prefix}.shards")
 
 
 def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> PreprocessSettings:
-    """The run that makes shard ``number`` of ``shards``: its share of the inputs, in their order.
+    """Return the settings of the run that makes shard ``number`` of ``shards`` from its share of the inputs.
 
     Raises:
-        UserError: there is no such shard, more shards than inputs, or standard input is to be shared.
+        UserError: there is no such shard, there are more shards than inputs, or standard input is to be shared.
     """
     if not 0 <= number < shards:
         raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
@@ -57,7 +58,7 @@ def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> Pr
         settings,
         sources=settings.sources[first:end],
         output_prefix=shard_folder(settings) / f"{number:05d}-of-{shards:05d}",
-        shuffle_seed=None,  # shuffling is for the whole
+        shuffle_seed=None,  # the merged dataset is shuffled
         overwrite=True,
         allow_empty=True,
     )
@@ -67,16 +68,17 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     """Make shard ``number`` of ``shards``.
 
     Returns:
-        What was done; None if the shard, or the whole dataset, was there already.
+        What was done; None if the shard, or the whole dataset, exists already.
 
     Raises:
-        UserError: as ``preprocess`` and ``shard_settings``.
+        UserError: ``preprocess`` or ``shard_settings`` raises it.
     """
     with disk_errors(shard_folder(settings), "read or write"):
         return _make_shard(settings, shard_settings(settings, number, shards), stream)
 
 
 def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
+    """Make the shard with the settings ``own`` of the run ``settings``."""
     record, identity = _record_path(own), _identity(own)
     known = _read_record(record)
     if known is not None and known["identity"] == identity and not settings.restart:
@@ -96,34 +98,44 @@ def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: T
 
 
 def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[int], None] | None = None) -> Report:
-    """Join all shards to the datasets that one process would have written, and remove them.
+    """Join all shards to the datasets that one process would have written, and remove the shards.
+
+    Args:
+        settings: the settings of the run.
+        shards: how many shards were made.
+        on_bytes: called with the number of bytes of each block copied.
 
     Raises:
-        UserError: shards are missing, damaged or of another call; an output exists; a part has no document.
+        UserError: shards are missing, damaged or of another call; an output exists; or a part has no document.
     """
     if shards < 1:
         raise UserError("--merge-shards", f"{shards} shards", "give the number of shards that were made")
     if (merged := _merged_before(settings)) is not None:
         return merged
-    everything = [shard_settings(settings, number, shards) for number in range(shards)]
+    parts = [shard_settings(settings, number, shards) for number in range(shards)]
     with disk_errors(shard_folder(settings), "read or write"):
-        return _merge(settings, everything, on_bytes)
+        return _merge(settings, parts, on_bytes)
 
 
 def _merge(
-    settings: PreprocessSettings, everything: list[PreprocessSettings], on_bytes: Callable[[int], None] | None
+    settings: PreprocessSettings, shards: list[PreprocessSettings], on_bytes: Callable[[int], None] | None
 ) -> Report:
+    """Merge the shards that were made with the settings ``shards``."""
     tokenizer = _load_tokenizer(settings)
-    records = _records(everything)
+    records = _records(shards)
     log = _merged_log(records)
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+
+    def manifest_of(output: Output) -> Callable[[IndexedDatasetBuilder], bytes]:
+        return lambda _: make_manifest(settings, tokenizer, output, log).to_json()
+
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
             first = prefix if settings.shuffle_seed is None else unshuffled(prefix)
             output = Output(prefix, stack.enter_context(_closing(IndexedDatasetBuilder(first, dtype))))
-            for shard in everything:
+            for shard in shards:
                 _append_part(output, shard.prefixes[part], on_bytes)
             if output.builder.tokens == 0:
                 raise UserError(prefix, "no shard holds a document of this part", "give it a larger weight")
@@ -132,34 +144,36 @@ def _merge(
                 output.builder = stack.enter_context(_closing(IndexedDatasetBuilder(prefix, dtype)))
                 shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, settings.shuffle_seed, on_bytes)
                 remove_dataset(unshuffled(prefix))
-            output.builder.complete(lambda _, output=output: make_manifest(settings, tokenizer, output, log).to_json())
+            output.builder.complete(manifest_of(output))
         with disk_errors(settings.output_prefix):
-            _finishing(settings).touch()  # from here on outputs may be there: they are this call's own
+            _finishing(settings).touch()  # from here on, outputs that exist are this call's own
             for prefix in settings.prefixes:
                 put_in_place(prefix)
     shutil.rmtree(shard_folder(settings))
     counted = [_unknown_tokens(record, len(settings.prefixes)) for record in records]
-    unknown = [None if None in counts else sum(counts) for counts in zip(*counted, strict=True)]
+    unknown = [_sum_if_known(counts) for counts in zip(*counted, strict=True)]
     return Report(
-        manifests={prefix: read_manifest(prefix) for prefix in settings.prefixes},
+        manifests={prefix: manifest for prefix in settings.prefixes if (manifest := read_manifest(prefix)) is not None},
         log=log,
         found=settings.found,
-        ending=describe_ending(tokenizer, settings.append_eod),
+        document_end=describe_document_end(tokenizer, settings.append_eod),
         unknown_id=tokenizer.unknown_id,
         unknown_tokens=dict(zip(settings.prefixes, unknown, strict=True)),
     )
 
 
 def _merged_before(settings: PreprocessSettings) -> Report | None:
-    """Report on the datasets if an earlier call has made and merged all shards; None if there is something to do."""
+    """Report on the datasets if an earlier call has merged all shards; return None if there is something to do."""
     return None if shard_folder(settings).exists() else existing_report(settings, _load_tokenizer(settings))
 
 
 def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
+    """Load the tokenizer of a run."""
     return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
 
 
 def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> None:
+    """Add one part of a shard to the output."""
     manifest = read_manifest(shard)
     if manifest is None:  # this shard has no document of this part
         return
@@ -168,11 +182,11 @@ def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | 
     output.words += manifest.words
 
 
-def _records(shards: list[PreprocessSettings]) -> list[dict]:
-    """What each shard's maker recorded.
+def _records(shards: list[PreprocessSettings]) -> list[dict[str, Any]]:
+    """Return the record of each shard.
 
     Raises:
-        UserError: a shard is missing or of another call.
+        UserError: a shard is missing or was made by another call.
     """
     records = []
     for number, shard in enumerate(shards):
@@ -184,8 +198,8 @@ def _records(shards: list[PreprocessSettings]) -> list[dict]:
     return records
 
 
-def _merged_log(records: list[dict]) -> InvalidDocumentLog:
-    """What all shards left out, in the order of the inputs."""
+def _merged_log(records: list[dict[str, Any]]) -> InvalidDocumentLog:
+    """Return what all shards left out, in the order of the inputs."""
     log = InvalidDocumentLog("skip")
     for record in records:
         examples = [InvalidDocument(*example) for example in record["examples"]]
@@ -193,37 +207,48 @@ def _merged_log(records: list[dict]) -> InvalidDocumentLog:
     return log
 
 
-def _unknown_tokens(record: dict, parts: int) -> list[int | None]:
-    """Of each part of a shard; None where an earlier version, which did not count them, made it."""
+def _unknown_tokens(record: dict[str, Any], parts: int) -> list[int | None]:
+    """Return the unknown tokens of each part of a shard; None where an earlier version did not count them."""
     return record.get("unknown_tokens") or [None] * parts
 
 
-def _identity(shard: PreprocessSettings) -> list:
-    """What tells whether a shard is the one that a call would make."""
+def _sum_if_known(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of ``counts``; None if one of them is."""
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
+
+
+def _identity(shard: PreprocessSettings) -> list[Any]:
+    """Return the values by which a call tells whether a shard is the one it would make."""
     tokenizer = _load_tokenizer(shard)
     sources = [source.identity() for source in shard.sources]
-    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.deciding, sources]
+    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.determining_options, sources]
 
 
-def _read_record(path: Path) -> dict | None:
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a shard; None if the shard is not whole."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads(path.read_bytes())
     return None
 
 
 def _record_path(shard: PreprocessSettings) -> Path:
-    """What tells that a shard is whole, and what it left out."""
+    """Return the file that says that a shard is whole, and what it left out."""
     return Path(f"{shard.output_prefix}.done")
 
 
 def _finishing(settings: PreprocessSettings) -> Path:
-    """Is there when outputs are being put in their places."""
+    """Return the file that exists while outputs get their final names."""
     return shard_folder(settings) / "finishing"
 
 
 @contextlib.contextmanager
-def _closing(builder: IndexedDatasetBuilder):
-    """Abort a builder if the block fails, let go of its files if not."""
+def _closing(builder: IndexedDatasetBuilder) -> Iterator[IndexedDatasetBuilder]:
+    """Abort a builder if the block fails, and close its files if not."""
     try:
         yield builder
     except BaseException:

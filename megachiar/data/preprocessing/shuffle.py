@@ -1,10 +1,10 @@
 """Shuffle a dataset's documents by key, in bounded memory and with sequential reads and writes only.
 
     documents in order --scatter--> buckets, one per stretch of the new order --gather--> documents in the new order
-                        (one pass over the tokens)                       (each bucket lies in the page cache)
+                        (one pass over the tokens)                       (each bucket fits in the page cache)
 
-Document i goes to place ``permute(i)``: the order depends on the seed and the number of documents alone, so that
-shards made side by side and then merged give what one process gives.
+Document i moves to index ``permute(i)``. The order depends only on the seed and the number of documents, so that shards
+that are made in parallel and then merged give what one process gives.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.permutation import permute, round_keys, unpermute
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import disk_errors
 
-BUCKET_BYTES = 1 << 28  # tokens that a bucket aims at
-MOST_BUCKETS = 256  # open files; beyond that buckets grow, and they are mapped, not read into memory
-BLOCK_BYTES = 1 << 25  # tokens that are scattered or gathered at once
-BLOCK_DOCUMENTS = 1 << 18  # and documents
+BUCKET_BYTES = 1 << 28  # bytes of tokens that a bucket should have
+MOST_BUCKETS = 256  # open files; more data makes larger buckets, which are mapped, not read into memory
+BLOCK_BYTES = 1 << 25  # bytes of tokens that are scattered or gathered at once
+BLOCK_DOCUMENTS = 1 << 18  # documents that are scattered or gathered at once
 
 
 def unshuffled(prefix: Path | str) -> Path:
-    """Where the documents of dataset ``prefix`` wait in their first order to be shuffled."""
+    """Return the prefix of the dataset that holds the documents of ``prefix`` before they are shuffled."""
     return Path(f"{prefix}.unshuffled")
 
 
@@ -40,11 +41,14 @@ def shuffle_documents(
     seed: int,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Add the documents of ``dataset``, with all their sequences, to ``builder`` in the order that ``seed`` makes.
+    """Add the documents of ``dataset``, with all their sequences, to ``builder`` in the order that ``seed`` gives.
 
-    Buckets are nameless files in the output's folder, as large as the dataset together.
+    Buckets are unnamed files in the output's folder; together they are as large as the dataset.
 
     Args:
+        dataset: the documents in their first order.
+        builder: the output.
+        seed: the seed of the order.
         on_bytes: called with the number of bytes of each block that is done.
 
     Raises:
@@ -52,25 +56,25 @@ def shuffle_documents(
     """
     keys = round_keys("documents", seed)
     count = min(MOST_BUCKETS, max(1, -(-dataset.tokens.nbytes // BUCKET_BYTES)), dataset.documents)
-    bounds = [dataset.documents * number // count for number in range(count + 1)]  # of places in the new order
+    bounds = [dataset.documents * number // count for number in range(count + 1)]  # of indices in the new order
     with contextlib.ExitStack() as stack, disk_errors(builder.prefix):
         folder = builder.prefix.parent
-        buckets = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(count)]
+        buckets: list[BinaryIO] = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(count)]
         for first, last in _blocks(dataset, np.arange(dataset.documents)):
             _scatter(dataset, first, last, keys, np.array(bounds), buckets)
         for bucket, (first, last) in zip(buckets, itertools.pairwise(bounds), strict=True):
             bucket.flush()
             _gather(dataset, unpermute(np.arange(first, last), dataset.documents, keys), bucket, builder, on_bytes)
-            bucket.truncate(0)  # its room on the disk is free again
+            bucket.truncate(0)  # frees its space on the disk
 
 
 def _scatter(
-    dataset: IndexedDataset, first: int, last: int, keys: np.ndarray, bounds: np.ndarray, buckets: list[BinaryIO]
+    dataset: IndexedDataset, first: int, last: int, keys: NDArray[Any], bounds: NDArray[Any], buckets: list[BinaryIO]
 ) -> None:
-    """Append documents ``first`` to ``last - 1`` to the buckets of their new places, in order."""
+    """Append documents ``first`` to ``last - 1`` to the buckets of their new indices, in order."""
     starts, ends = _extents(dataset, np.arange(first, last))
-    places = permute(np.arange(first, last), dataset.documents, keys)
-    numbers = np.searchsorted(bounds, places, side="right") - 1
+    indices = permute(np.arange(first, last), dataset.documents, keys)
+    numbers = np.searchsorted(bounds, indices, side="right") - 1
     by_bucket = np.argsort(numbers, kind="stable")
     for number, members in itertools.groupby(by_bucket.tolist(), key=numbers.__getitem__):
         pieces = [dataset.tokens[starts[row] : ends[row]] for row in members]
@@ -79,12 +83,12 @@ def _scatter(
 
 def _gather(
     dataset: IndexedDataset,
-    documents: np.ndarray,
+    documents: NDArray[Any],
     bucket: BinaryIO,
     builder: IndexedDatasetBuilder,
     on_bytes: Callable[[int], None] | None,
 ) -> None:
-    """Add ``documents``, given in their new order and lying in ``bucket`` in the old one, to ``builder``."""
+    """Add ``documents``, given in their new order and stored in ``bucket`` in the old one, to ``builder``."""
     old_order = np.argsort(documents, kind="stable")
     starts, ends = _extents(dataset, documents)
     sizes = ends - starts
@@ -103,8 +107,8 @@ def _gather(
             on_bytes(taken.nbytes)
 
 
-def _blocks(dataset: IndexedDataset, documents: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut ``documents`` into stretches of about ``BLOCK_BYTES``; gives the first row and the one after the last."""
+def _blocks(dataset: IndexedDataset, documents: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Cut ``documents`` into stretches of about ``BLOCK_BYTES``; yield the first row and the one after the last."""
     limit = BLOCK_BYTES // dataset.dtype.itemsize
     for begin in range(0, documents.size, BLOCK_DOCUMENTS):
         starts, ends = _extents(dataset, documents[begin : begin + BLOCK_DOCUMENTS])
@@ -116,20 +120,21 @@ def _blocks(dataset: IndexedDataset, documents: np.ndarray) -> Iterator[tuple[in
             first = last
 
 
-def _extents(dataset: IndexedDataset, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First token of each document and the one after its last, int64 (n,)."""
+def _extents(dataset: IndexedDataset, documents: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the first token of each document and the one after its last, both int64 (n,)."""
     first, after = dataset.document_starts[documents], dataset.document_starts[documents + 1]
     return _token_of(dataset, first), _token_of(dataset, after)
 
 
-def _token_of(dataset: IndexedDataset, sequences: np.ndarray) -> np.ndarray:
+def _token_of(dataset: IndexedDataset, sequences: NDArray[Any]) -> NDArray[Any]:
+    """Return the first token of each sequence, int64 (n,); beyond the last sequence, the number of tokens."""
     inside = np.minimum(sequences, len(dataset) - 1)
     begins = dataset.pointers[inside] // dataset.dtype.itemsize
     return np.where(sequences < len(dataset), begins, dataset.tokens.size)
 
 
-def _sequences(dataset: IndexedDataset, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of all sequences of ``documents``, one after another, and how many there are up to each one's end."""
+def _sequences(dataset: IndexedDataset, documents: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the lengths of all sequences of ``documents``, and how many sequences there are up to each one's end."""
     first, after = dataset.document_starts[documents], dataset.document_starts[documents + 1]
     ends = np.cumsum(after - first)
     rows = np.arange(int(ends[-1])) + np.repeat(first - (ends - (after - first)), after - first)

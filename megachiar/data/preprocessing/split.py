@@ -1,4 +1,4 @@
-"""Which part of a corpus (training, validation, test) each document belongs to."""
+"""Assign each document of a corpus to a part: training, validation or test."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HASH_BITS = 64
 
 @dataclass(frozen=True)
 class Split:
-    """Parts of a corpus and which documents belong to each.
+    """Assign documents to the parts of a corpus.
 
-    A document goes where the hash of its text falls, so that it stays in its part however the corpus is ordered, cut
-    into files or added to, and so that equal documents are never on both sides.
+    The hash of its text decides where a document goes. So it stays in its part however the corpus is ordered, cut into
+    files or extended, and equal documents are never in two parts.
 
     Attributes:
-        names: of the parts, in order.
-        bounds: a document with hash h belongs to the first part with ``h < bound``; the last one is 2**64.
+        names: the names of the parts, in order.
+        bounds: a document with hash h belongs to the first part with ``h < bound``; the last bound is 2**64.
         text: names and weights as they were given.
     """
 
@@ -33,10 +33,10 @@ class Split:
 
     @classmethod
     def parse(cls, text: str) -> Split:
-        """Read ``"train=98,valid=1,test=1"``: names and their weights, whatever these sum to.
+        """Parse ``"train=98,valid=1,test=1"``: names and their weights, with any sum.
 
         Raises:
-            UserError: not of that form, a name twice, or a weight that is not above 0.
+            UserError: the text is not of that form, has a name twice, or has a weight that is not above 0.
         """
         parts = [part.partition("=") for part in text.split(",")]
         names = tuple(name.strip() for name, _, _ in parts)
@@ -54,10 +54,11 @@ class Split:
         return cls(names, tuple(int(end / sum(weights) * 2**HASH_BITS) for end in ends), text)
 
     def part_of(self, utf8: bytes) -> int:
-        """Index of the part that the document with this text belongs to."""
+        """Return the index of the part that the document with this text belongs to."""
         digest = hashlib.blake2b(utf8, digest_size=HASH_BITS // 8).digest()
         return bisect.bisect_right(self.bounds, int.from_bytes(digest, "little"))
 
 
 def _bad_split(text: str, problem: str) -> UserError:
+    """Return the error for a split that cannot be parsed."""
     return UserError(f"--split {text}", problem, "write it like train=98,valid=1,test=1")

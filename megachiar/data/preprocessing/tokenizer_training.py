@@ -1,10 +1,10 @@
 """Train a tokenizer on a corpus: the engine behind ``megachiar tokenizer``.
 
-Both kinds encode any text and give it back, character for character:
+Both kinds encode any text, and decoding gives it back character for character:
 
 * SentencePiece: no normalization, no dummy prefix, no whitespace removed; ``\\n`` is a piece of its own, digits are
   split, and a character that is not in the vocabulary becomes its UTF-8 bytes. One character is the exception, and the
-  library's: U+2581 (``▁``), its mark for a space, comes back as a space.
+  library's: U+2581 (``▁``), its mark for a space, is decoded as a space.
 * Hugging Face: byte-level BPE with GPT-2's splitting and all 256 bytes in the vocabulary.
 
 The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it says what they were, so
@@ -31,7 +31,7 @@ from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
-from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note
+from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -45,25 +45,27 @@ Algorithm = Literal["bpe", "unigram"]
 SUFFIXES: dict[TrainedKind, str] = {"sentencepiece": ".model", "huggingface": ".json"}
 BYTES = 256
 # SentencePiece skips sentences above 4,192 bytes without a word, and its results change with its threads.
-LONGEST_SENTENCE = 1000  # characters of up to 4 bytes
+LONGEST_SENTENCE = 1000  # characters, of up to 4 bytes each
 SENTENCEPIECE_THREADS = 16
+NOTED_COUNTS = ("used_documents", "used_bytes", "read_documents", "read_bytes")  # of a report, kept in the note
 PIECES_OF_LINE = re.compile(rf".{{1,{LONGEST_SENTENCE}}}(?=\s|$)|.{{1,{LONGEST_SENTENCE}}}")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What tokenizer to train, and on what.
+    """Say which tokenizer to train, and on what.
 
     Attributes:
-        sources: the corpus.
+        sources: the inputs of the corpus.
         output: the file to write, ``.model`` or ``.json`` by ``kind``.
-        vocab_size: tokens of the vocabulary, special ones and the 256 bytes included; exactly met.
-        kind, algorithm: SentencePiece can do both algorithms, Hugging Face does BPE.
+        vocab_size: the exact number of tokens in the vocabulary, special ones and the 256 bytes included.
+        kind: the library of the tokenizer.
+        algorithm: SentencePiece has both algorithms, Hugging Face only BPE.
         read: how documents are found.
-        max_text_bytes: train on a sample of at most so much text, documents drawn evenly from the whole corpus.
-        on_error: what an unusable document does.
+        max_text_bytes: the most text to train on; if the corpus has more, documents are drawn evenly from all of it.
+        on_error: what an invalid document does.
         overwrite: replace ``output`` if it exists.
-        found: what folders and globs among the inputs gave, to be told.
+        found: what folders and globs among the inputs gave, for the report.
     """
 
     sources: list[Source]
@@ -78,8 +80,8 @@ class TrainingSettings:
     found: list[FoundFiles] = field(default_factory=list)
 
     @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides the file that is written: options, and the inputs as they are now."""
+    def determining_options(self) -> dict[str, Any]:
+        """Return what determines the file that is written: the options, and the inputs as they are now."""
         return {
             "vocab_size": self.vocab_size,
             "kind": self.kind,
@@ -93,9 +95,14 @@ class TrainingSettings:
 
 
 class TrainingReport(NamedTuple):
-    """The tokenizer as written, the documents and bytes of text it was trained on and read in all, what was skipped.
+    """Hold the tokenizer as written, and what it was trained on.
 
-    ``existed`` tells that the tokenizer was there already, made by the same call, and nothing was done.
+    Attributes:
+        tokenizer: the tokenizer, loaded from the file that was written.
+        used_documents, used_bytes: the documents and UTF-8 bytes of text that it was trained on.
+        read_documents, read_bytes: the documents and UTF-8 bytes of text that were read.
+        log: the documents left out.
+        existed: whether the tokenizer existed already, made by the same call, so that nothing was done.
     """
 
     tokenizer: Tokenizer
@@ -108,11 +115,11 @@ class TrainingReport(NamedTuple):
 
 
 def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) -> TrainingReport:
-    """Train a tokenizer and write it, whole or not at all; do nothing where the same call has done it before.
+    """Train a tokenizer and write it, whole or not at all; do nothing if the same call has done it before.
 
     Args:
         settings: what to train.
-        stream: where progress is shown, standard error if None.
+        stream: where progress is shown; standard error if None.
 
     Raises:
         UserError: the output has the wrong suffix, or exists and was not made by the same call; the corpus cannot be
@@ -126,7 +133,7 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream or sys.stderr)
     log = InvalidDocumentLog(settings.on_error)
-    asked = settings.deciding
+    requested = settings.determining_options
     with TextProgress("reading", None, stream) as progress:
         sample = sample_texts(_counted(settings, log, progress), settings.max_text_bytes)
     if not sample:
@@ -137,25 +144,29 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     with interrupts_go_to(signal.SIG_DFL):
         content = train(settings, sample)
     write_atomically(settings.output, content)
-    counts = {
-        "used_documents": len(sample),
-        "used_bytes": sum(len(text.encode()) for text in sample),
-        "read_documents": progress.documents,
-        "read_bytes": progress.text_bytes,
-    }
-    write_note(note_path(settings.output), asked, [settings.output], {**counts, "skipped": dict(log.counts)})
-    return TrainingReport(load_tokenizer(settings.output, settings.kind), **counts, log=log)
+    report = TrainingReport(
+        tokenizer=load_tokenizer(settings.output, settings.kind),
+        used_documents=len(sample),
+        used_bytes=sum(len(text.encode()) for text in sample),
+        read_documents=progress.documents,
+        read_bytes=progress.text_bytes,
+        log=log,
+    )
+    counts = {key: value for key, value in report._asdict().items() if key in NOTED_COUNTS}
+    noted = {**counts, "skipped": dict(log.counts)}
+    write_note(note_path(settings.output), requested, [settings.output], noted)
+    return report
 
 
 def _existing(settings: TrainingSettings) -> TrainingReport:
-    """Report on the tokenizer that is there if it is the one that the settings ask for.
+    """Report on the tokenizer that exists, if it is the one that the settings describe.
 
     Raises:
         UserError: it is another one; the message says how it differs.
     """
     try:
-        report = read_note(note_path(settings.output), settings.deciding, [settings.output])
-    except Differs as difference:
+        report = read_note(note_path(settings.output), settings.determining_options, [settings.output])
+    except OutputDiffers as difference:
         problem = f"exists already, and not as this command makes it: {difference}"
         raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
     log = InvalidDocumentLog("skip", Counter(report.pop("skipped")))
@@ -163,10 +174,10 @@ def _existing(settings: TrainingSettings) -> TrainingReport:
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Texts of at most ``max_bytes`` UTF-8 bytes in all, in their order: all of them, or those of smallest hash.
+    """Return texts of at most ``max_bytes`` UTF-8 bytes together, in order: all of them, or those of smallest hash.
 
-    One pass and bounded memory; which texts are drawn does not depend on their order. There is always one, if it be
-    larger than ``max_bytes``.
+    This takes one pass and bounded memory. Which texts are drawn does not depend on their order. At least one text is
+    returned, even if it is larger than ``max_bytes``.
     """
     heap: list[tuple[int, int, str]] = []  # (minus hash, number, text): the largest hash goes first
     total = 0
@@ -181,6 +192,7 @@ def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def _check(settings: TrainingSettings) -> None:
+    """Refuse settings that cannot be met, before anything is read."""
     suffix = SUFFIXES[settings.kind]
     if settings.output.suffix != suffix:
         raise UserError(settings.output, f"a {settings.kind} tokenizer is a {suffix} file", f"name it NAME{suffix}")
@@ -197,13 +209,14 @@ def _check(settings: TrainingSettings) -> None:
 
 
 def _counted(settings: TrainingSettings, log: InvalidDocumentLog, progress: TextProgress) -> Iterator[str]:
-    """Texts of the corpus, each told to ``progress``."""
+    """Yield the texts of the corpus, and count each in ``progress``."""
     for document in read_documents(settings.sources, settings.read, log):
         progress.advance(0, len(document.utf8), 1)
         yield document.text
 
 
 def _train_sentencepiece(settings: TrainingSettings, texts: list[str]) -> bytes:
+    """Train a SentencePiece model, and return the content of its file."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -230,7 +243,7 @@ def _train_sentencepiece(settings: TrainingSettings, texts: list[str]) -> bytes:
 
 
 def _explain_sentencepiece(message: str, vocab_size: int) -> UserError:
-    """The library's words in ours."""
+    """Turn the library's error into one that names the option."""
     where = f"--vocab-size {vocab_size}"
     if match := re.search(r"too high.*<= (\d+)", message):
         return _too_little_text(vocab_size, int(match[1]))
@@ -242,6 +255,7 @@ def _explain_sentencepiece(message: str, vocab_size: int) -> UserError:
 
 
 def _too_little_text(vocab_size: int, possible: int) -> UserError:
+    """Return the error for a corpus that is too small for its vocabulary."""
     return UserError(
         f"--vocab-size {vocab_size}",
         f"the corpus is too small: it gives at most {possible} tokens",
@@ -250,6 +264,7 @@ def _too_little_text(vocab_size: int, possible: int) -> UserError:
 
 
 def _train_huggingface(settings: TrainingSettings, texts: list[str]) -> bytes:
+    """Train a Hugging Face tokenizer, and return the content of its file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -119,7 +119,7 @@ SPOILED = {
     "no manifest": (spoil_manifest, "pass --allow-missing-manifest"),
     "counts": (spoil_counts, "records documents 9, but the files hold 2"),
     "a flipped bit": (spoil_bit, r"b\.bin: bytes 0 to .* but its manifest records"),
-    "truncated": (spoil_size, r"b\.bin: 5 bytes, but"),
+    "truncated": (spoil_size, r"b\.bin: has 5 bytes, but"),
 }
 
 

@@ -24,6 +24,7 @@ from megachiar.data.preprocessing.preprocess import preprocess
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.storage.manifest import check_manifest, read_manifest
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
@@ -358,9 +359,7 @@ def test_a_tokenizer_that_changes_during_the_run_is_noticed(tmp_path, model):
 
 def test_a_part_that_fails_at_the_end_takes_the_others_with_it(tmp_path, model, monkeypatch):
     """The disk fills while the second part is completed: the first one, complete already, must not look like a run."""
-    from megachiar.data.preprocessing import preprocess as module
-
-    complete = module.IndexedDatasetBuilder.complete
+    complete = IndexedDatasetBuilder.complete
 
     def complete_all_but_b(builder, make_manifest):
         if builder.prefix.name == "out_b":
@@ -368,7 +367,7 @@ def test_a_part_that_fails_at_the_end_takes_the_others_with_it(tmp_path, model, 
         complete(builder, make_manifest)
         assert (tmp_path / "out_a.json.tmp").exists()
 
-    monkeypatch.setattr(module.IndexedDatasetBuilder, "complete", complete_all_but_b)
+    monkeypatch.setattr(IndexedDatasetBuilder, "complete", complete_all_but_b)
     with pytest.raises(UserError, match="No space left"):
         run_quietly(prepare(tmp_path, model, split=Split.parse("a=1,b=1")))
     assert written(tmp_path) == []

@@ -91,7 +91,8 @@ def undisturbed(tmp_path, model, corpus) -> dict[str, bytes]:
 # A file is read slowly enough that kills fall everywhere, and each is a checkpoint; what is read first is told.
 SLOWED_TOOL = """
 import runpy, sys, time
-from megachiar.data import chunk_groups, journal
+from megachiar.data.inputs import chunk_groups
+from megachiar.data.preprocessing import journal
 chunk_groups.GROUP_BYTES = HANDED_OVER
 journal.SECONDS_BETWEEN_CHECKPOINTS = 0
 journal.LARGEST_SHARE = float("inf")
@@ -295,7 +296,7 @@ def test_an_unfinished_run_of_something_else_is_not_gone_on_with(
     else:
         os.truncate(folder / "out_train.bin.tmp", 10)
         kept["out_train.bin.tmp"] = kept["out_train.bin.tmp"][:10]
-        problem = r"out_train\.bin\.tmp: 10 bytes, but the journal beside it tells of"
+        problem = r"out_train\.bin\.tmp: has 10 bytes, but the journal beside it tells of"
     with pytest.raises(UserError, match=problem) as refused:
         run(wanted)
     assert "--restart" in refused.value.remedy
@@ -379,7 +380,7 @@ def test_the_report_of_a_merge_is_that_of_one_run(tmp_path, model, corpus):
         for number in range(3):
             make_shard(wanted, number, 3, quiet)
     merged = merge_shards(wanted, 3)
-    assert merged.ending == whole.ending and merged.unknown_id == whole.unknown_id == 0
+    assert merged.document_end == whole.document_end and merged.unknown_id == whole.unknown_id == 0
     assert list(merged.unknown_tokens.values()) == list(whole.unknown_tokens.values()) == [0, 0]
 
 

@@ -1,0 +1,79 @@
+"""Hold a dataset while a run of preprocessing writes it, with what its manifest records of the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megachiar import __version__
+from megachiar.data.inputs.documents import InvalidDocumentLog
+from megachiar.data.preprocessing.encoder import EncodedPart
+from megachiar.data.preprocessing.journal import OutputState
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.storage.manifest import Manifest
+from megachiar.data.storage.writer import IndexedDatasetBuilder
+from megachiar.data.tokenizers.recorded import describe_tokenizer
+from megachiar.data.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass
+class Output:
+    """Hold a dataset that is being written, and count what the manifest records of its text.
+
+    Attributes:
+        prefix: the path of the dataset; until its documents are shuffled they are written elsewhere.
+        builder: what writes it.
+        text_bytes: the UTF-8 bytes of the text so far.
+        words: the whitespace-separated words of the text so far.
+        unknown_tokens: the tokens so far that stand for what the vocabulary does not have; None where the version that
+            began this run did not count them.
+    """
+
+    prefix: Path
+    builder: IndexedDatasetBuilder
+    text_bytes: int = 0
+    words: int = 0
+    unknown_tokens: int | None = 0
+
+    @classmethod
+    def from_state(cls, prefix: Path, builder: IndexedDatasetBuilder, state: OutputState | None) -> Output:
+        """Return an output with the counts of ``state``; without a state they are 0."""
+        if state is None:
+            return cls(prefix, builder)
+        return cls(prefix, builder, state.text_bytes, state.words, state.unknown_tokens)
+
+    def add(self, part: EncodedPart) -> None:
+        """Write the documents of ``part``."""
+        if part.lengths.size:
+            self.builder.add_documents(part.tokens, part.lengths)
+        self.text_bytes += part.text_bytes
+        self.words += part.words
+        if self.unknown_tokens is not None:
+            self.unknown_tokens += part.unknown_tokens
+
+    def state(self) -> OutputState:
+        """Return how far this output has come; all that was added until now survives a kill or a power cut."""
+        return OutputState(self.builder.state(), self.text_bytes, self.words, self.unknown_tokens)
+
+
+def make_manifest(
+    settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: InvalidDocumentLog
+) -> Manifest:
+    """Return the manifest of an output whose files are complete."""
+    builder = output.builder
+    return Manifest(
+        tokenizer=describe_tokenizer(tokenizer, output.prefix.parent),
+        dtype=builder.dtype.name,
+        append_eod=settings.append_eod,
+        documents=builder.documents,
+        tokens=builder.tokens,
+        text_bytes=output.text_bytes,
+        words=output.words,
+        skipped=dict(sorted(log.counts.items())),
+        largest_token_id=builder.largest_token_id,
+        checksums=builder.checksums,
+        shuffle_seed=settings.shuffle_seed,
+        sources=[source.name for source in settings.sources],
+        options=settings.determining_options,
+        created_by=f"megachiar {__version__} preprocess_data",
+    )

@@ -1,0 +1,265 @@
+"""Carry out one run of preprocessing, from wherever its journal says that an earlier run of the same call was stopped.
+
+encoding    the inputs that are missing go through the workers to the outputs   (checkpoints between inputs)
+shuffling   the documents of each output get their new order                    (only with a shuffle seed)
+placing     the complete files get their final names
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
+from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
+from megachiar.data.inputs.source import Source
+from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
+from megachiar.data.preprocessing.journal import Journal, OutputState
+from megachiar.data.preprocessing.ordered_pool import ordered_map
+from megachiar.data.preprocessing.output import Output, make_manifest
+from megachiar.data.preprocessing.report import Report, describe_document_end
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
+from megachiar.data.storage.files import dataset_files, put_in_place, remove_dataset
+from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.storage.manifest import Manifest, read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
+from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
+from megachiar.data.tokenizers.pieces import MOST_CACHED_BYTES
+from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer
+from megachiar.errors import UserError, disk_errors
+from megachiar.process_memory import give_back_free_memory
+from megachiar.progress import MEGA, TextProgress
+
+GROUPS_BETWEEN_FREEING = 64  # after as many groups this process gives its free memory back to the system
+
+
+class PreprocessRun:
+    """Carry out one run of preprocessing, from wherever the journal says that it is.
+
+    Attributes:
+        settings: what to do.
+        tokenizer: the tokenizer as its own library encodes.
+        journal: what was done so far.
+        stream: where progress is shown.
+        dtype: the type of the tokens.
+        engine: what encodes, and why; None if nothing is left to encode.
+        made: the manifest of each dataset that this run completed.
+    """
+
+    def __init__(self, settings: PreprocessSettings, tokenizer: ReferenceTokenizer, journal: Journal, stream: TextIO):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.journal = journal
+        self.stream = stream
+        self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+        self.engine: EngineChoice | None = None
+        self.made: dict[Path, Manifest] = {}
+
+    def run(self) -> Report:
+        """Do all that is left to do.
+
+        Raises:
+            UserError: ``preprocess`` says when.
+        """
+        with TextProgress("preprocessing", total_size(self.settings.sources), self.stream) as progress:
+            if self.journal.stage == "encoding":
+                self._encode(progress)
+            if self.journal.stage == "shuffling":
+                self._shuffle()
+            self._place()
+            unknown = [state.unknown_tokens for state in self.journal.outputs]
+            return Report(
+                manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _exists(prefix)},
+                log=self.journal.log,
+                seconds=progress.elapsed,
+                engine=f"{self.engine.kind} ({self.engine.reason})" if self.engine else "",
+                rate=progress.per_second(progress.text_bytes) / MEGA,
+                found=self.settings.found,
+                document_end=describe_document_end(self.tokenizer, self.settings.append_eod),
+                unknown_id=self.tokenizer.unknown_id,
+                unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),
+            )
+
+    def _encode(self, progress: TextProgress) -> None:
+        """Encode the inputs that are missing and complete the outputs."""
+        done, shuffling = len(self.journal.sources), self.settings.shuffle_seed is not None
+        if done:
+            progress.advance(total_size(self.settings.sources[:done]) or 0)
+            print(f"going on after {done:,} of {len(self.settings.sources):,} inputs, done before", file=self.stream)
+        with self._outputs() as outputs:
+            log = self._encode_sources(outputs, done, progress)
+            self._check_filled(outputs, log)
+            states = [output.state() for output in outputs]
+            for output in outputs:
+                if output.builder.tokens:
+                    output.builder.complete(None if shuffling else functools.partial(self._manifest, output, log))
+            rest = [source.identity() for source in self.settings.sources[len(self.journal.sources) :]]
+            self.journal.checkpoint(rest, states, log, "shuffling" if shuffling else "placing")
+
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[list[Output]]:
+        """Open the outputs of all parts; if the block fails, keep what the next run can continue."""
+        outputs: list[Output] = []
+        states: list[OutputState | None] = [*self.journal.outputs] or [None] * len(self.settings.prefixes)
+        try:
+            for prefix, state in zip(self.settings.prefixes, states, strict=True):
+                first = prefix if self.settings.shuffle_seed is None else unshuffled(prefix)
+                builder = IndexedDatasetBuilder(first, self.dtype, state.builder if state else None)
+                outputs.append(Output.from_state(prefix, builder, state))
+            yield outputs
+        except BaseException:
+            for output in outputs:
+                if self.journal.sources:
+                    output.builder.close()
+                else:
+                    output.builder.abort()
+            if self.journal.sources:
+                total = len(self.settings.sources)
+                kept = f"{len(self.journal.sources):,} of {total:,} inputs are done and kept"
+                print(f"{kept}: run the same command again to go on", file=self.stream)
+            raise
+        for output in outputs:
+            output.builder.close()
+            if not output.builder.tokens:
+                output.builder.abort()
+
+    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> InvalidDocumentLog:
+        """Encode the sources after the first ``done`` ones into ``outputs``, with checkpoints between sources."""
+        settings, log = self.settings, self.journal.log
+        log.on_error = settings.on_error
+        pending: collections.deque[ChunkGroup] = collections.deque()  # groups under way, without their text
+        identities: dict[int, list[Any]] = {}  # of the sources, before they were read
+
+        def sources() -> Iterator[tuple[int, Source]]:
+            for number, source in enumerate(settings.sources[done:], done):
+                identities[number] = source.identity()
+                yield number, source
+
+        def groups() -> Iterator[ChunkGroup]:
+            for group in read_groups(sources(), settings.read):
+                pending.append(group._replace(chunks=[]))
+                yield group
+
+        resumable = all(source.can_be_read_again for source in settings.sources)
+        with contextlib.closing(self._encoded(groups())) as results:
+            for groups_done, result in enumerate(results, 1):
+                group = pending.popleft()
+                if groups_done % GROUPS_BETWEEN_FREEING == 0:
+                    give_back_free_memory()
+                finished = range(len(self.journal.sources), group.first_source)
+                # A checkpoint is possible only where a source begins: the next run would read a part of one again.
+                if resumable and group.begins_source and finished and self.journal.due():
+                    states = [output.state() for output in outputs]
+                    self.journal.checkpoint([identities.pop(n) for n in finished], states, log)
+                for output, part in zip(outputs, result.parts, strict=True):
+                    output.add(part)
+                log.merge(result.log)
+                text_bytes = sum(part.text_bytes for part in result.parts)
+                progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
+        return log
+
+    def _encoded(self, groups: Iterator[ChunkGroup]) -> Generator[EncodedGroup, None, None]:
+        """Choose the engine by the first group, and encode all groups in worker processes, in order."""
+        settings = self.settings
+        first = list(itertools.islice(groups, 1))
+        engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
+        self.engine = engine
+        make_encoder: Callable[[], ChunkEncoder]
+        if settings.fork or settings.workers == 1:
+            make_encoder = functools.partial(ChunkEncoder, settings, engine.tokenizer)
+        else:
+            make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, engine.kind)
+        return ordered_map(
+            make_encoder,
+            itertools.chain(first, groups),
+            settings.workers,
+            fork=settings.fork,
+            cache_bytes=MOST_CACHED_BYTES if engine.kind == "reference" else 0,
+        )
+
+    def _check_filled(self, outputs: list[Output], log: InvalidDocumentLog) -> None:
+        """Refuse to write a dataset without documents."""
+        if self.settings.allow_empty:
+            return
+        documents = sum(output.builder.documents for output in outputs)
+        empty = [output for output in outputs if output.builder.documents == 0]
+        if empty:
+            self.journal.sources.clear()  # the same call cannot do better, so that nothing is worth keeping
+        if documents == 0:
+            skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
+            raise UserError(
+                "--input", f"held no usable document (skipped: {skipped or 'none'})", "check the input and --text-key"
+            )
+        for output in empty:
+            raise UserError(
+                output.prefix,
+                f"this part of the split got none of the {documents:,} documents",
+                "give it a larger weight, more documents (--txt-documents), or leave it out",
+            )
+
+    def _shuffle(self) -> None:
+        """Write the documents of each output in their new order, and complete the files."""
+        states, log, seed = self.journal.outputs, self.journal.log, self.settings.shuffle_seed
+        assert seed is not None, "only a run with a seed comes to this stage"
+        with contextlib.ExitStack() as stack:
+            for prefix, state in zip(self.settings.prefixes, states, strict=True):
+                if state.builder.tokens == 0:
+                    continue
+                put_in_place(unshuffled(prefix))
+                output = Output.from_state(prefix, IndexedDatasetBuilder(prefix, self.dtype), state)
+                stack.callback(output.builder.close)
+                shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, seed)
+                output.builder.complete(functools.partial(self._manifest, output, log))
+            self.journal.checkpoint([], states, log, "placing")
+
+    def _place(self) -> None:
+        """Give all complete files their final names."""
+        for prefix in self.settings.prefixes:
+            with disk_errors(prefix):
+                put_in_place(prefix)
+                if self.settings.shuffle_seed is not None:
+                    remove_dataset(unshuffled(prefix))
+
+    def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
+        """Return the content of the manifest of ``output``, and keep the manifest for the report."""
+        self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log)
+        return made.to_json()
+
+    def _manifest_of(self, prefix: Path) -> Manifest:
+        """Return the manifest of a dataset, which an earlier run may have completed."""
+        manifest = self.made.get(prefix) or read_manifest(prefix)
+        assert manifest is not None, "a dataset of this run has a manifest"
+        return manifest
+
+
+def total_size(sources: Iterable[Source]) -> int | None:
+    """Return the bytes of all sources on disk; None if those of one are not known."""
+    total = 0
+    for source in sources:
+        size = source.size
+        if size is None:
+            return None
+        total += size
+    return total
+
+
+def _first_texts(groups: list[ChunkGroup], text_key: str) -> Iterator[str]:
+    """Yield the texts of the input's first documents, as many as are compared between engines."""
+    room = CHECKED_BYTES
+    chunks = itertools.chain.from_iterable(group.chunks for group in groups)
+    for item in itertools.chain.from_iterable(parse_chunk(chunk, text_key) for chunk in chunks):
+        if isinstance(item, Document) and len(item.utf8) <= room:
+            room -= len(item.utf8)
+            yield item.text
+
+
+def _exists(prefix: Path) -> bool:
+    """Return whether all files of dataset ``prefix`` exist."""
+    return all(path.exists() for path in dataset_files(prefix))
