@@ -152,7 +152,7 @@ def test_the_readme_shows_the_folders_of_this_map():
         ("model", "from ..training import loop"),
         ("kernels", "from .dct import dct"),
         ("config", "from megachiar.topology import Topology"),
-        ("engine", "from megachiar.checkpoint.sharded_tensors import Store"),
+        ("engine", "from megachiar.checkpoint.sharded_tensors import ShardReader"),
         ("training", "import tools.evaluate"),
     ],
 )

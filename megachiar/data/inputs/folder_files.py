@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megachiar.data.inputs.folder_walk import LeftOut, walk
+from megachiar.data.inputs.own_files import find_own_files
 from megachiar.data.inputs.recognition import HEAD_BYTES, describe, json_layout, looks_like_text, refuse_what_is_no_text
 from megachiar.data.inputs.source import COMPRESSIONS, SUFFIXES, Source, format_of, known_suffixes, make_source
 from megachiar.data.inputs.text_reader import first_bytes
@@ -95,7 +96,11 @@ def folder_files(folder: Path, format: str | None, text_key: str) -> FoundFiles:
     """
     names, left_out = walk(str(folder))
     found, unreadable = FoundFiles(str(folder), [], left_out), []
+    own = find_own_files(folder, names)
     for name in names:
+        if name in own:
+            left_out.append(LeftOut(name, own[name]))
+            continue
         verdict = make_source(folder / name, format) if format else _judge(folder, name, text_key)
         if isinstance(verdict, Source):
             found.sources.append(verdict)

@@ -39,7 +39,7 @@ class IndexedDataset:
     Args:
         prefix: path of the dataset without ``.bin``.
         random_access: tokens will be read here and there: the kernel then reads only what is touched, instead of
-            hundreds of kilobytes around it. Give ``announce`` the places beforehand.
+            hundreds of kilobytes around it. Give ``prefetch_hint`` the ranges beforehand.
 
     Raises:
         UserError: one of the checks failed; it names the file and what does not fit.
@@ -85,7 +85,7 @@ class IndexedDataset:
     def __reduce__(self):  # another process maps the files itself
         return _open_again, (self.prefix, self._random_access)
 
-    def announce(self, token: int, length: int) -> None:
+    def prefetch_hint(self, token: int, length: int) -> None:
         """Have the kernel begin to read ``length`` tokens from ``token`` on, which are wanted soon; does not wait."""
         begin = token * self.dtype.itemsize
         page = begin - begin % mmap.PAGESIZE

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from text_helpers import run_tool, train, write_jsonl
 
-from megachiar.data.inputs.documents import ReadOptions, TroubleLog
+from megachiar.data.inputs.documents import InvalidDocumentLog, ReadOptions
 from megachiar.data.inputs.find_inputs import find_inputs, find_sources
 from megachiar.data.inputs.folder_walk import walk
 from megachiar.data.inputs.readers import read_documents
@@ -33,7 +33,7 @@ def write(folder: Path, *files: str, content: str = "x") -> None:
 
 
 def read(path: Path, format: str) -> list[str]:
-    return [item.text for item in read_documents(find_sources([path], format), ReadOptions(), TroubleLog())]
+    return [item.text for item in read_documents(find_sources([path], format), ReadOptions(), InvalidDocumentLog())]
 
 
 def told(folder: Path, **options) -> str:

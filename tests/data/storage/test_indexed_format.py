@@ -219,7 +219,7 @@ def test_random_access_is_told_to_the_kernel_and_survives_pickling(tmp_path):
 def test_announcing_any_part_changes_nothing(tmp_path):
     dataset = IndexedDataset(oracle.write(tmp_path / "a", [[list(range(9_000))]]), random_access=True)
     for token, length in ((0, 1), (0, 9_000), (5_000, 10), (8_999, 1), (8_990, 500)):
-        dataset.announce(token, length)
+        dataset.prefetch_hint(token, length)
     assert dataset[0].tolist() == list(range(9_000))
 
 
