@@ -30,7 +30,8 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
         The device of this rank: its GPU, or the CPU where there is none.
 
     Raises:
-        UserError: a GPU, a compiler or a kernel that the config asks for is missing, or a name in DeepSpeed that we use.
+        UserError: a GPU, a compiler or a kernel that the config asks for is missing, or DeepSpeed lacks a private name
+            that we use.
     """
     if torch.cuda.is_available():
         if topology.local_rank >= torch.cuda.device_count():
