@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
             (checkpoint / "state.json").unlink()
     assert complete_checkpoints(folder)[-1].name == checkpoint_name(7)
     (output,) = pretrain(config)
-    assert "passing over" in output and "step 7" in output
+    assert "ignoring the damaged checkpoint" in output and "step 7" in output
     assert losses(tmp_path / "run") == whole
 
 

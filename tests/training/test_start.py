@@ -189,7 +189,7 @@ def test_ranks_that_share_a_folder_start_and_leave_no_mark(apart):
 def test_a_rank_with_another_run_folder_ends_all_before_the_first_step(apart):
     config, folders = apart
     message = refused_apart(config, folders)
-    assert f"{folders[1] / 'run'}: is another folder than rank 0's" in message
+    assert f"{folders[1] / 'run'}: is not the folder that rank 0 sees" in message
     assert not list(folders[0].rglob("*.jsonl")) and not list(folders[0].rglob(".seen*"))
     assert not list(folders[1].iterdir())
 
@@ -199,7 +199,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_ends_all(apart):
     start_apart(config, [folders[0]] * 2)
     message = refused_apart(config, folders, f"training.steps={STEPS}")
     expected = saved(folders[1] / "run", MIDDLE)
-    assert f"{expected}: rank 0 starts from this checkpoint, but here state.json is missing" in message
+    assert f"{expected}: rank 0 starts from this checkpoint, but on this rank state.json is missing" in message
 
 
 def test_a_rank_that_sees_another_checkpoint_of_that_name_ends_all(apart):
@@ -207,7 +207,7 @@ def test_a_rank_that_sees_another_checkpoint_of_that_name_ends_all(apart):
     for folder, seed in zip(folders, (1, 2), strict=True):
         start_apart(config, [folder] * 2, f"training.seed={seed}")
     message = refused_apart(config, folders, f"training.steps={STEPS}", "training.seed=1")
-    assert "rank 0 starts from this checkpoint, but here stands another one" in message
+    assert "rank 0 starts from this checkpoint, but on this rank the path holds another checkpoint" in message
 
 
 @pytest.mark.parametrize("load", ["weights", "all"])
