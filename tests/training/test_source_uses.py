@@ -15,7 +15,7 @@ from megachiar.training.run_data import check_max_epochs, describe_seen_validati
 
 @pytest.fixture
 def config(tmp_path):
-    """Return a config of 640 samples of 32 tokens, two thirds of them from a source of some 2,400 tokens."""
+    """Return a config of 640 samples of 32 tokens, two thirds from some 2,400 tokens, the rest from a large source."""
     small, large = write_tokens(tmp_path / "small"), write_tokens(tmp_path / "large", documents=400)
     sections = {
         "data": {"train": [{"path": str(small), "weight": 2}, {"path": str(large)}], "validation": {}},
