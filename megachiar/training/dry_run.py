@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would be, without building a weight."""
+"""``--dry-run``: print what a run would compute, hold and send, without building its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rich.table import Table
 
 from megachiar.config import RunConfig
 from megachiar.data.storage.files import idx_path
-from megachiar.errors import UserError
 from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
@@ -20,7 +19,15 @@ from megachiar.training.run_data import check_max_epochs, describe_source_usage,
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
-    """Print the resolved config on standard output and the plan after it."""
+    """Print the resolved config and after it the plan, on standard output.
+
+    Args:
+        config: of the run.
+        world_size: ranks to plan for; None takes the ranks that are started, or else those that the config asks for.
+
+    Raises:
+        UserError: the layout does not fit the ranks, or a dataset cannot be read or is too small.
+    """
     ranks = world_size or _planned_ranks(config)
     data_size = data_parallel_size(config, ranks)
     sys.stdout.write(config.to_yaml())
@@ -55,7 +62,7 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
 
 
 def _ranks_table(stages: list[RankPlan]) -> Table:
-    """Memory and traffic of one rank of each stage; of many stages, the first, the fullest and the last."""
+    """Return a table of memory and traffic of a rank of each stage; of more than 4, the first, fullest and last."""
     fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
     shown = range(len(stages)) if len(stages) <= 4 else sorted({0, fullest, len(stages) - 1})
     table = Table(title="one rank of a stage on a GPU, without what libraries hold (estimate)", title_justify="left")
@@ -87,7 +94,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
 
 
 def _mean_share(config: RunConfig, routed_share: float) -> float:
-    """Attention share over all layers when the routed ones have ``routed_share``."""
+    """Return the attention share over all layers where the routed layers have ``routed_share``."""
     model = config.model
     if model.kind == "baseline":
         return 1.0
@@ -95,7 +102,7 @@ def _mean_share(config: RunConfig, routed_share: float) -> float:
 
 
 def _planned_ranks(config: RunConfig) -> int:
-    """The ranks that are started, or those that the config asks for."""
+    """Return the number of ranks that are started, or that the config asks for where one process runs alone."""
     parallel = config.parallel
     replica = parallel.pipeline_size * parallel.tensor_size
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,19 +110,19 @@ def _planned_ranks(config: RunConfig) -> int:
 
 
 def _data_note(config: RunConfig) -> str:
-    """What the datasets say, if they are here: a plan is often made on another machine."""
+    """Return the passes over each dataset, or the names of datasets that are missing on this machine.
+
+    A plan is often made on another machine than the run's.
+    """
     prefixes = [source.path for source in config.data.train] + list(config.data.validation.values())
     missing = [prefix for prefix in prefixes if not Path(idx_path(prefix)).exists()]
     if missing:
-        return f"not checked, since not on this machine: {', '.join(map(str, missing))}"
-    try:
-        data = open_data(config)
-        check_max_epochs(config, data)
-    except UserError as error:
-        raise UserError(error.where, error.problem, error.remedy) from None
+        return f"these datasets are not on this machine, so that they were not checked: {', '.join(map(str, missing))}"
+    data = open_data(config)
+    check_max_epochs(config, data)
     return "\n".join(describe_source_usage(config, data))
 
 
 def gib(size: float) -> str:
-    """Bytes for the reader."""
+    """Return ``size`` bytes as text, in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""Bring an engine to where its run starts."""
+"""Load into the engine what its run starts from."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
-        samples: training samples consumed.
-        saved_step: step of the newest checkpoint; None before the first.
+        samples: training samples that all ranks together have consumed.
+        saved_step: step of the newest checkpoint in the run folder; None before the first.
     """
 
     step: int = 0
@@ -32,15 +32,22 @@ class Progress:
 
 
 def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], None]) -> tuple[Progress, RunData]:
-    """Bring the engine to ``start``; every rank calls it.
+    """Load the checkpoint of ``start`` into ``engine``, if there is one; every rank calls this function.
+
+    Args:
+        engine: with initial weights.
+        data: of the config, as a new run would read it.
+        start: what ``resolve_start`` decided.
+        say: prints a line of the log.
 
     Returns:
-        how far the run is, and its data from there on.
+        How far the run is, and the data that it reads from there on.
 
     Raises:
-        UserError: the checkpoint is damaged, of another model, or of data that ``data.on_change`` does not allow.
+        UserError: the checkpoint is damaged, holds another model, or has read data that ``data.on_change`` does not
+            allow to change.
     """
-    if start.kind == "fresh":
+    if start.path is None:
         return Progress(), data
     if start.kind == "weights":
         load_weights(engine, start.path)
