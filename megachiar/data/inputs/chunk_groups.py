@@ -1,7 +1,7 @@
-"""Chunks of many small files handed to a worker together: one hand-over costs as much as reading dozens of them.
+"""Group the chunks of many small files, since handing a group to a worker costs as much as reading dozens of files.
 
-A group begins where a source begins, or goes on with a source and ends with it: so that a run that goes on again can
-count whole sources between groups.
+A group begins where a source begins, or it continues one source and ends with it. So a run that is continued can count
+whole sources between groups.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.readers import read_chunks
 from megachiar.data.inputs.source import Source
 
-GROUP_BYTES = 256 << 10  # of text, from which on a group is handed over
-BYTES_OF_A_CHUNK = 256  # that it takes beside its text
+GROUP_BYTES = 256 << 10  # a group with as much text is complete
+BYTES_OF_A_CHUNK = 256  # that a chunk takes beside its text
 
 
 class ChunkGroup(NamedTuple):
-    """Chunks that follow each other.
+    """Hold chunks that follow each other.
 
     Attributes:
-        chunks: at least one.
-        first_source: number of the source that the group begins with.
-        begins_source: the group holds the beginning of that source, so that all before it are in earlier groups.
+        chunks: the chunks, at least one.
+        first_source: the number of the source that the group begins with.
+        begins_source: whether the group begins with the beginning of that source, so that earlier groups hold all
+            sources before it.
     """
 
     chunks: list[Chunk]
@@ -32,10 +33,10 @@ class ChunkGroup(NamedTuple):
 
 
 def read_groups(sources: Iterable[tuple[int, Source]], options: ReadOptions) -> Iterator[ChunkGroup]:
-    """The chunks of numbered sources, in order.
+    """Yield the chunks of numbered sources in groups, in order.
 
     Raises:
-        UserError: as ``read_chunks``.
+        UserError: ``read_chunks`` raises it.
     """
     group, size = ChunkGroup([], 0, True), 0
     for number, source in sources:

@@ -1,11 +1,13 @@
-"""The bytes of an input in blocks, decompressed: gzip, Zstandard, xz and bzip2, however many members follow each other.
+"""Read an input in decompressed blocks: gzip, Zstandard, xz and bzip2, with any number of members.
 
-The libraries' file objects take the end of a truncated file, or whatever follows a member, for its end; this does not.
+The libraries' file objects take a truncated file, or whatever follows a member, for the end of the text. This module
+reports both.
 """
 
 from __future__ import annotations
 
 import bz2
+import io
 import itertools
 import lzma
 import shlex
@@ -20,20 +22,20 @@ from megachiar.data.inputs.source import Compression, Source
 from megachiar.data.storage.files import read_ahead
 from megachiar.errors import UserError
 
-READ_BYTES = 1 << 18  # of a plain file at once
-COMPRESSED_READ_BYTES = 1 << 14  # at once; small, because one read may grow a thousandfold
+READ_BYTES = 1 << 18  # read of a plain file at once
+COMPRESSED_READ_BYTES = 1 << 14  # read at once; small, because the text may be a thousand times larger
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
-MOST_TEXT = 1 << 22  # bytes that xz and bzip2, which may grow ten thousandfold, give at once
+MOST_TEXT = 1 << 22  # bytes that xz and bzip2 give at once; the text may be ten thousand times larger
 
 
 class Codec(NamedTuple):
-    """How one compression is undone.
+    """Describe how one compression is undone.
 
     Attributes:
-        new_member: makes what decompresses one member (gzip), frame (Zstandard) or stream (xz, bzip2).
-        broken: what that raises for damaged data.
-        bounded: it takes a bound for the text it gives at once, and says whether it ``needs_input``.
-        test: the shell's command that tells whether a file is whole.
+        new_member: makes the decompressor of one member (gzip), frame (Zstandard) or stream (xz, bzip2).
+        broken: the exception that the decompressor raises for damaged data.
+        bounded: whether the decompressor takes a bound for the text it gives at once, and has ``needs_input``.
+        test: the shell command that tells whether a file is whole.
     """
 
     new_member: Callable[[], Any]
@@ -58,10 +60,10 @@ CODECS: dict[Compression, Callable[[], Codec]] = {
 
 
 def text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
-    """The text of ``source`` in blocks, each with the bytes read from the disk for it.
+    """Yield the text of ``source`` in blocks, each with the number of bytes read from the disk for it.
 
     Raises:
-        UserError: the source is not of its compression, damaged or truncated.
+        UserError: the source has another compression than its name says, or is damaged or truncated.
     """
     raw = raw_blocks(source)
     if source.compression:
@@ -70,7 +72,7 @@ def text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
 
 
 def raw_blocks(source: Source) -> Iterator[bytes]:
-    """The bytes of ``source`` as they lie on the disk."""
+    """Yield the bytes of ``source`` in blocks, as they are on the disk."""
     size = COMPRESSED_READ_BYTES if source.compression else READ_BYTES
     if source.url is not None:
         with remote.open_to_read(source.url) as file:
@@ -87,13 +89,14 @@ def raw_blocks(source: Source) -> Iterator[bytes]:
             yield from _read_all(file, size)
 
 
-def _read_all(file: BinaryIO, size: int) -> Iterator[bytes]:
+def _read_all(file: BinaryIO | io.RawIOBase, size: int) -> Iterator[bytes]:
+    """Yield what is left of ``file`` in blocks of at most ``size`` bytes."""
     while block := file.read(size):
         yield block
 
 
 def gather(blocks: Iterator[bytes], least: int) -> tuple[bytes, Iterator[bytes]]:
-    """(the first ``least`` bytes or more, if there are so many; all blocks, those included)."""
+    """Return the first ``least`` bytes or more, if there are so many, and an iterator over all blocks."""
     head = b""
     for block in blocks:
         head += block
@@ -103,7 +106,7 @@ def gather(blocks: Iterator[bytes], least: int) -> tuple[bytes, Iterator[bytes]]
 
 
 def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterator[tuple[bytes, int]]:
-    """Decompress members that follow each other."""
+    """Yield the text of all members, in blocks, each with the number of bytes read from the disk for it."""
     head, raw = gather(raw, HEAD_BYTES)
     refuse_other_compression(source, head)
     member, position = None, 0  # bytes of the blocks before
@@ -117,17 +120,19 @@ def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterato
                 for text in _texts(member, rest, codec):
                     yield text, 0
             except codec.broken as error:
-                raise _damaged(source, codec, f"damaged near byte {position}: {error}") from error
+                raise _damaged(source, codec, f"is damaged near byte {position}: {error}") from error
             rest = member.unused_data if member.eof else b""
             member = None if member.eof else member
         position += len(block)
         yield b"", len(block)
     if member is not None or position == 0:
-        raise _damaged(source, codec, f"truncated: it ends after {position} bytes in the middle of the compressed data")
+        raise _damaged(
+            source, codec, f"is truncated: it ends after {position} bytes in the middle of the compressed data"
+        )
 
 
 def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
-    """What ``data`` gives, in bounded pieces where the library can."""
+    """Yield the text of ``data``, in blocks of bounded size where the library has a bound."""
     if not codec.bounded:
         yield member.decompress(data)
         return
@@ -137,9 +142,9 @@ def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
 
 
 def _padded(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[bytes]) -> UserError:
-    """The error for zeros after the whole members that end at byte ``end``; ``rest`` and ``raw`` are what follows."""
+    """Return the error for zeros after the whole members that end at byte ``end``; ``rest`` and ``raw`` follow."""
     if any(part.count(0) != len(part) for part in itertools.chain([rest], raw)):
-        return _damaged(source, codec, f"damaged near byte {end}: zeros where compressed data should follow")
+        return _damaged(source, codec, f"is damaged near byte {end}: zeros stand where compressed data should follow")
     return UserError(
         source.name,
         f"holds only zeros from byte {end} on, after whole compressed data: padding, or an end that never came",

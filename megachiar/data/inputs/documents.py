@@ -1,4 +1,4 @@
-"""What is read of a corpus: chunks of whole documents, the documents in them, and those that cannot be used.
+"""Define what is read of a corpus, chunks of whole documents, and parse the documents out of the chunks.
 
 An *invalid document* is one that cannot be used; whether it is skipped or ends the run is the user's choice
 (``InvalidDocumentLog``).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,14 +25,15 @@ EXAMPLES_PER_KIND = 3
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in the sources.
+    """Say how documents are found in the sources.
 
     Attributes:
         text_key: the JSON key or parquet column that holds the text.
-        txt_documents: what a document is in a text file: the whole ``file``, a ``line``, or what stands between
-            ``blank-line``s.
-        max_document_bytes: a document larger than this ends the run; it would be in memory several times.
-        chunk_bytes: text that one chunk aims at.
+        txt_documents: what a document is in a text file: the whole ``file``, each ``line``, or each paragraph between
+            lines that are blank (``blank-line``).
+        max_document_bytes: the largest document allowed; a larger one, of which memory would hold several copies, ends
+            the run.
+        chunk_bytes: the bytes of text at which a chunk is complete.
     """
 
     text_key: str = "text"
@@ -42,35 +43,37 @@ class ReadOptions:
 
 
 class Chunk(NamedTuple):
-    """Whole documents, not parsed yet.
+    """Hold whole documents that are not parsed yet.
 
     Attributes:
-        source: name of the input.
-        layout: how documents lie in ``data``: ``jsonl``, ``line`` and ``blank-line`` are one run of bytes;
-            ``documents`` is one entry per document, None where a parquet row is null.
-        data: the bytes.
-        first: number of the first line, or of the first document, counted from 1.
+        source: the name of the input.
+        layout: how the documents are separated: ``jsonl``, ``line`` and ``blank-line`` documents are all in ``data``;
+            with ``documents`` each is an entry of ``rows``.
+        data: the bytes of the documents; empty with the layout ``documents``.
+        first: the number of the first line, or of the first document, counted from 1.
         offset: where ``data`` begins in the (decompressed) source, in bytes.
-        consumed: bytes of the input as it lies on the disk that were read for this chunk.
-        compressed: offsets count bytes of the decompressed text.
+        consumed: the bytes that were read from the disk for this chunk.
+        compressed: whether the source is compressed, so that offsets count bytes of the decompressed text.
+        rows: the bytes of each document; None where a parquet row is null.
     """
 
     source: str
     layout: Literal["jsonl", "line", "blank-line", "documents"]
-    data: bytes | list[bytes | None]
+    data: bytes = b""
     first: int = 1
     offset: int = 0
     consumed: int = 0
     compressed: bool = False
+    rows: Sequence[bytes | None] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of text."""
-        return len(self.data) if self.layout != "documents" else sum(len(row or b"") for row in self.data)
+        """Return the bytes of text."""
+        return len(self.data) + sum(len(row or b"") for row in self.rows)
 
 
 class Document(NamedTuple):
-    """A usable document: its text, the same as UTF-8, and where it is, for a message."""
+    """Hold a usable document: its text, the same as UTF-8, and where it is, for a message."""
 
     text: str
     utf8: bytes
@@ -78,7 +81,7 @@ class Document(NamedTuple):
 
 
 class InvalidDocument(NamedTuple):
-    """A document that cannot be used: of which kind, where it is, what is wrong with it."""
+    """Say of a document that cannot be used what kind of problem it has, where it is, and what is wrong with it."""
 
     kind: InvalidDocumentKind
     where: str
@@ -87,11 +90,11 @@ class InvalidDocument(NamedTuple):
 
 @dataclass
 class InvalidDocumentLog:
-    """Counts unusable documents by kind and keeps the first few of each; or refuses the first.
+    """Count invalid documents by kind and keep the first few of each, or refuse the first one.
 
     Attributes:
         on_error: ``refuse`` raises at the first invalid document, ``skip`` goes on.
-        counts: kind -> documents.
+        counts: kind -> number of documents.
         examples: the first EXAMPLES_PER_KIND documents of each kind.
     """
 
@@ -116,7 +119,7 @@ class InvalidDocumentLog:
         self.counts[invalid.kind] += 1
 
     def merge(self, later: InvalidDocumentLog) -> None:
-        """Take over what was recorded about a later part of the input."""
+        """Add what was recorded about a later part of the input."""
         for invalid in later.examples:
             if sum(known.kind == invalid.kind for known in self.examples) < EXAMPLES_PER_KIND:
                 self.examples.append(invalid)
@@ -124,9 +127,10 @@ class InvalidDocumentLog:
 
 
 def parse_chunk(chunk: Chunk, text_key: str = "text") -> Iterator[Document | InvalidDocument]:
-    """The documents of ``chunk`` in order, and what cannot be used where it occurs.
+    """Yield the documents of ``chunk``, valid and invalid, in order.
 
-    Blank lines in jsonl are no documents; in text they only separate or, line by line, are empty documents.
+    Blank lines in jsonl are not documents. In text they separate documents; where each line is a document, they are
+    empty documents.
     """
     if chunk.layout == "jsonl":
         for number, offset, line in _lines(chunk):
@@ -134,17 +138,17 @@ def parse_chunk(chunk: Chunk, text_key: str = "text") -> Iterator[Document | Inv
                 yield _parse_json(chunk, number, offset, line, text_key)
     elif chunk.layout == "line":
         for number, offset, line in _lines(chunk):
-            yield _decode(_place(chunk, number), chunk, offset, line.removesuffix(b"\r"))
+            yield _decode(_at_line(chunk, number), chunk, offset, line.removesuffix(b"\r"))
     elif chunk.layout == "blank-line":
         for number, offset, paragraph in _paragraphs(chunk):
-            yield _decode(_place(chunk, number), chunk, offset, paragraph)
+            yield _decode(_at_line(chunk, number), chunk, offset, paragraph)
     else:
-        for number, data in enumerate(chunk.data, chunk.first):
+        for number, data in enumerate(chunk.rows, chunk.first):
             yield _parse_row(chunk, number, data)
 
 
 def _lines(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, offset in the source, line without its end) of each line."""
+    """Yield number, offset in the source, and content without its line end of each line."""
     lines = chunk.data.split(b"\n")
     if not lines[-1]:
         lines.pop()  # what follows the last line end is no line
@@ -155,7 +159,7 @@ def _lines(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _paragraphs(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
-    """(number of the first line, offset, text) of each run of lines that are not blank."""
+    """Yield number of the first line, offset in the source, and text of each run of lines that are not blank."""
     run: list[bytes] = []
     start, start_offset = 0, 0
     for number, offset, line in _lines(chunk):
@@ -171,22 +175,25 @@ def _paragraphs(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: str) -> Document | InvalidDocument:
+    """Parse a line of JSON lines."""
     try:
         decoded = line.decode()
     except UnicodeDecodeError as error:
-        return _invalid_utf8(_place(chunk, number), chunk, offset, line, error)
+        return _invalid_utf8(_at_line(chunk, number), chunk, offset, line, error)
     try:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
         byte = offset + len(decoded[: error.pos].encode())
-        return InvalidDocument("broken_json", _at_byte(_place(chunk, number), chunk, byte), f"broken JSON: {error.msg}")
+        return InvalidDocument(
+            "broken_json", _at_byte(_at_line(chunk, number), chunk, byte), f"broken JSON: {error.msg}"
+        )
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
         return InvalidDocument(
-            "broken_json", _at_byte(_place(chunk, number), chunk, offset), f"cannot parse JSON: {error}"
+            "broken_json", _at_byte(_at_line(chunk, number), chunk, offset), f"cannot parse JSON: {error}"
         )
-    where = _at_byte(_place(chunk, number), chunk, offset)
+    where = _at_byte(_at_line(chunk, number), chunk, offset)
     if not isinstance(record, dict):
-        return InvalidDocument("not_an_object", where, f"a JSON {_json_type(record)} where an object is expected")
+        return InvalidDocument("not_an_object", where, f"is a JSON {_json_type(record)} where an object is expected")
     if text_key not in record:
         keys = ", ".join(list(record)[:8]) or "none at all"
         return InvalidDocument("missing_text", where, f"has no key {text_key!r}; keys are {keys}")
@@ -197,7 +204,8 @@ def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: s
 
 
 def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | InvalidDocument:
-    many = len(chunk.data) > 1 or chunk.first > 1
+    """Parse an entry of ``rows``."""
+    many = len(chunk.rows) > 1 or chunk.first > 1
     place = f"{chunk.source}: document {number}" if many else chunk.source
     if data is None:
         return InvalidDocument("not_a_string", place, "the text is null")
@@ -205,6 +213,7 @@ def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | Inva
 
 
 def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
+    """Decode the bytes of a document."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -215,7 +224,7 @@ def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | In
 
 
 def _usable(where: str, text: str) -> Document | InvalidDocument:
-    """The document ``text``, which came through JSON and may hold what UTF-8 cannot."""
+    """Check the text of a document that came through JSON, which may hold what UTF-8 cannot."""
     if not text.strip():
         return InvalidDocument("empty", where, "is empty")
     try:
@@ -234,15 +243,18 @@ def _invalid_utf8(place: str, chunk: Chunk, offset: int, data: bytes, error: Uni
     )
 
 
-def _place(chunk: Chunk, line: int) -> str:
+def _at_line(chunk: Chunk, line: int) -> str:
+    """Return text such as ``a.jsonl:12``."""
     return f"{chunk.source}:{line}"
 
 
 def _at_byte(place: str, chunk: Chunk, byte: int) -> str:
+    """Return text such as ``a.jsonl:12 (byte 345)``."""
     return f"{place} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
 
 
 def _json_type(value: Any) -> str:
+    """Return JSON's word for the type of ``value``."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     names = {str: "string", dict: "object", list: "array", int: "number", float: "number"}

@@ -1,4 +1,4 @@
-"""Which files a command line names: files, globs, folders, URLs, standard input."""
+"""Find the inputs that a command line names: files, globs, folders, URLs and standard input."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from megachiar.errors import UserError, disk_errors
 
 @dataclass
 class Inputs:
-    """The corpus that a command line names: all sources in order, and what each folder or glob gave."""
+    """Hold the corpus that a command line names: all sources in order, and what each folder or glob gave."""
 
     sources: list[Source] = field(default_factory=list)
     found: list[FoundFiles] = field(default_factory=list)
 
 
 def find_sources(patterns: Iterable[str | Path], format: str | None = None) -> list[Source]:
-    """The sources of ``find_inputs``."""
+    """Return the sources that ``find_inputs`` finds."""
     return find_inputs(patterns, format).sources
 
 
 def find_inputs(
     patterns: Iterable[str | Path], format: str | None = None, text_key: str = ReadOptions().text_key
 ) -> Inputs:
-    """The inputs named by ``patterns``, in their order; what one glob or folder gives is sorted by name.
+    """Find the inputs named by ``patterns``, in their order; the files of a glob or folder are sorted by name.
 
     Args:
         patterns: files, globs (``**`` too), folders or ``-`` for standard input.
-        format: one of FORMATS, for all of them and all files of a folder; None tells by the suffix, and takes standard
-            input for jsonl.
-        text_key: tells ``.json`` files of a folder that are data.
+        format: one of FORMATS, for all inputs and all files of a folder; None goes by the suffix of each file, and
+            takes standard input for jsonl.
+        text_key: the key of the text, by which the ``.json`` files of a folder that are data are recognised.
 
     Raises:
         UserError: nothing matches, a suffix is not known, a file is named twice, or a folder holds what looks like
@@ -53,19 +53,19 @@ def find_inputs(
             inputs.found.append(found)
     if not inputs.sources:
         raise UserError("--input", "no input was named", "give files, globs, folders or - for standard input")
-    _refuse_doubles(inputs.sources)
+    _refuse_duplicates(inputs.sources)
     return inputs
 
 
 def same_file(path: Path, sources: Iterable[Source]) -> bool:
-    """Whether ``path`` is one of the files that are read.
+    """Return whether ``path`` is one of the files that are read.
 
     Raises:
-        UserError: one of them cannot be looked at.
+        UserError: the status of one of them cannot be read.
     """
     try:
         found = os.stat(path)
-    except OSError:  # it is not there: nothing that is read can be the same
+    except OSError:  # it does not exist, so that no input is the same file
         return False
     for source in sources:
         if source.path is not None:
@@ -76,7 +76,7 @@ def same_file(path: Path, sources: Iterable[Source]) -> bool:
 
 
 def _expand(pattern: str, format: str | None, text_key: str) -> FoundFiles:
-    """What one pattern names."""
+    """Find the files that one pattern names."""
     path = Path(pattern)
     if remote.is_url(pattern):
         return FoundFiles(pattern, list(_remote_sources(pattern, format)))
@@ -94,13 +94,14 @@ def _expand(pattern: str, format: str | None, text_key: str) -> FoundFiles:
 
 
 def _remote_sources(pattern: str, format: str | None) -> Iterator[Source]:
+    """Yield the remote files that a URL matches."""
     for url in remote.expand(pattern):
         found = make_source(Path(url.partition("::")[0]), format)
         yield Source(None, found.format, found.compression, url)
 
 
 def _glob_files(pattern: str, format: str | None) -> FoundFiles:
-    """Files that a glob matches."""
+    """Find the files that a glob matches."""
     names, folders = _matches(pattern)
     if not names:
         problem = "the glob matches no file" if glob.has_magic(pattern) else "there is no such file"
@@ -110,24 +111,27 @@ def _glob_files(pattern: str, format: str | None) -> FoundFiles:
 
 
 def _matches(pattern: str) -> tuple[list[str], list[str]]:
-    """(files, folders that no ``**`` goes into) that a glob matches, sorted."""
+    """Return the files that a glob matches, and the folders that it matches and does not enter, each sorted."""
     parts = pattern.split("/")
     if "**" not in parts:
-        found: tuple[list[str], list[str]] = [], []
-        for name in sorted(glob.glob(pattern), key=_in_order):
-            found[os.path.isdir(name)].append(name)
-        return found
+        matched: tuple[list[str], list[str]] = [], []  # files, folders
+        for name in sorted(glob.glob(pattern), key=_path_parts):
+            matched[os.path.isdir(name)].append(name)
+        return matched
     first = parts.index("**")
     base, rest = "/".join(parts[:first]) + "/" * (first > 0), parts[first:]
     files = []
     for root in glob.glob(base) if base else [""]:
         found, _ = walk(root or ".", enters_hidden=any(part.startswith(".") for part in rest))
         files += [root + name for name in found if _fits(name.split("/"), rest)]
-    return sorted(files, key=_in_order), []
+    return sorted(files, key=_path_parts), []
 
 
 def _fits(names: list[str], patterns: list[str]) -> bool:
-    """Whether the parts of a path match those of a glob: ``**`` any number of parts, nothing what begins with a dot."""
+    """Return whether the parts of a path match those of a glob.
+
+    ``**`` matches any number of parts; only a part that begins with a dot matches a name that does.
+    """
     if not patterns:
         return not names
     if patterns[0] == "**":
@@ -137,24 +141,24 @@ def _fits(names: list[str], patterns: list[str]) -> bool:
     return bool(names) and not hidden and fnmatch.fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
-def _in_order(name: str) -> list[str]:
-    """What paths are sorted by: folder after folder."""
+def _path_parts(name: str) -> list[str]:
+    """Return the parts of a path; sorted by them, paths come folder after folder."""
     return name.split("/")
 
 
-def _refuse_doubles(sources: list[Source]) -> None:
-    """Refuse a file that is named twice, also by way of links."""
+def _refuse_duplicates(sources: list[Source]) -> None:
+    """Refuse a file that is named twice, through links too."""
     real = _make_real()
     seen: set[str | None] = set()
     for source in sources:
         identity = real(str(source.path)) if source.path is not None else source.url
         if identity in seen:
-            raise UserError(source.name, "named twice: its documents would be doubled", "name each input once")
+            raise UserError(source.name, "is named twice: its documents would be doubled", "name each input once")
         seen.add(identity)
 
 
 def _make_real() -> Callable[[str], str]:
-    """``os.path.realpath`` that resolves each folder once."""
+    """Return a faster ``os.path.realpath``, which resolves each folder once."""
     folders: dict[str, str] = {}
 
     def real(path: str) -> str:

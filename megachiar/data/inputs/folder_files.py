@@ -1,8 +1,9 @@
-"""What a folder gives: the files that are read, what is left out, and what is refused.
+"""Decide which files of a folder are read, which are left out, and which are refused.
 
 A folder gives every file in it, at any depth and through links, whose name tells a format that is read. A ``.json``
-file may be data or settings: it is read where its first record is an object on a line of its own and has a string
-under the text's key. What looks like text data but cannot be read is refused, and all else is told as left out.
+file may be data or settings: it is read if its first record is an object on a line of its own and has a string under
+the key of the text. What our own commands wrote is left out. What looks like text data but cannot be read is refused,
+and all other files are reported as left out.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ DATA_SUFFIXES = {
     *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"),
     *(".lz4", ".lzma", ".lzo", ".sz", ".snappy", ".br", ".zstd"),
 }
-"""Suffixes of files that hold data of a kind that is not read."""
-BESIDE_DATA = {
+"""Suffixes of files that hold data in a format that is not read."""
+SIDECAR_SUFFIXES = {
     *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".asc", ".sig", ".lock", ".log", ".idx", ".index", ".metadata"),
     ".done",
 }
-"""Suffixes of what stands beside a data file under its name."""
-NO_DATA = ("a web page", "a PDF", "an SQLite database")
-"""What a file with a suffix of its own may be without being data."""
-NOTES = re.compile(
+"""Suffixes of files that stand beside a data file, such as a checksum."""
+NOT_DATA = ("a web page", "a PDF", "an SQLite database")
+"""What a file with an unknown suffix may be without being data."""
+NOT_DATA_NAMES = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|authors|contributors|contributing|changelog|changes|news|todo|version|"
     r"manifest|makefile|dockerfile|_success|_started|_committed.*|(sha|md)\d+sums?|checksums?)$"
 )
-"""Names without suffix, in lower case, of text that is no data."""
-JSON_HEAD_BYTES = 1 << 16  # looked at to tell data from settings
-NAMED = 5  # files that a message names
+"""Names of text files without a suffix, in lower case, that are not data."""
+JSON_HEAD_BYTES = 1 << 16  # read of a .json file to tell data from settings
+MOST_NAMED = 5  # files that a message names
 
 
 @dataclass
 class FoundFiles:
-    """What a folder or a glob gave.
+    """Hold what a folder or a glob gave.
 
     Attributes:
         pattern: the folder or glob as it was named.
@@ -59,16 +60,16 @@ class FoundFiles:
     sources: list[Source] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def told(self) -> str:
-        """Which files are read, in a line."""
+    def summary(self) -> str:
+        """Say in one line which files are read."""
         names = [source.name.removeprefix(f"{self.pattern}/") for source in self.sources]
         kinds = Counter(".".join(filter(None, (source.format, source.compression))) for source in self.sources)
-        told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        return f"{self.pattern}: {_files(len(names))} read ({told}): {_some(names)}"
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        return f"{self.pattern}: {_files(len(names))} read ({counts}): {_some(names)}"
 
     def lines(self) -> Iterator[str]:
-        """What is read and what is not, for people to read."""
-        yield self.told()
+        """Say line by line which files are read, and which are not and why."""
+        yield self.summary()
         reasons: dict[str, list[str]] = {}
         for file in self.left_out:
             reasons.setdefault(file.reason, []).append(file.name)
@@ -77,7 +78,7 @@ class FoundFiles:
 
 
 class _Unreadable(NamedTuple):
-    """A file of a folder that looks like text data but cannot be read: its path in the folder, why, and the remedy."""
+    """Name a file of a folder that looks like text data but cannot be read, and say why and what the remedy is."""
 
     name: str
     problem: str
@@ -85,64 +86,69 @@ class _Unreadable(NamedTuple):
 
 
 def folder_files(folder: Path, format: str | None, text_key: str) -> FoundFiles:
-    """The files of ``folder`` that are read, and what is left out.
+    """Find the files of ``folder`` that are read, and what is left out.
 
     Args:
-        format: of all files, one of FORMATS; None tells by their suffixes.
-        text_key: tells ``.json`` files that are data.
+        folder: the folder.
+        format: the format of all files, one of FORMATS; None goes by their suffixes.
+        text_key: the key of the text, by which ``.json`` files that are data are recognised.
 
     Raises:
-        UserError: the folder holds what looks like text data but cannot be read, or nothing that is read.
+        UserError: the folder holds what looks like text data but cannot be read, or no file that is read.
     """
     names, left_out = walk(str(folder))
-    found, unreadable = FoundFiles(str(folder), [], left_out), []
+    found = FoundFiles(str(folder), [], left_out)
+    unreadable: list[_Unreadable] = []
     own = find_own_files(folder, names)
     for name in names:
         if name in own:
             left_out.append(LeftOut(name, own[name]))
             continue
-        verdict = make_source(folder / name, format) if format else _judge(folder, name, text_key)
-        if isinstance(verdict, Source):
-            found.sources.append(verdict)
+        file = make_source(folder / name, format) if format else _classify(folder, name, text_key)
+        if isinstance(file, Source):
+            found.sources.append(file)
+        elif isinstance(file, LeftOut):
+            left_out.append(file)
         else:
-            (unreadable if isinstance(verdict, _Unreadable) else left_out).append(verdict)
+            unreadable.append(file)
     unreadable += [
-        _Unreadable(file.name, file.reason, "mend the link")
-        for file in left_out
-        if file.reason.startswith("a broken link") and (format or format_of(file.name))
+        _Unreadable(link.name, link.reason, "mend the link")
+        for link in left_out
+        if link.reason.startswith("a broken link") and (format or format_of(link.name))
     ]
     if unreadable:
         raise _refusal(folder, unreadable)
     if not found.sources:
-        told = "; ".join(line.partition(": ")[2] for line in list(found.lines())[1:])
-        problem = "holds no file of a known format" + (f": {told}" if told else "")
+        reasons = "; ".join(line.partition(": ")[2] for line in list(found.lines())[1:])
+        problem = "holds no file of a known format" + (f": {reasons}" if reasons else "")
         raise UserError(folder, problem, f"known suffixes: {known_suffixes()}; or name files by a glob with --format")
     return found
 
 
 def _refusal(folder: Path, files: list[_Unreadable]) -> UserError:
-    told = ", ".join(f"{file.name} ({file.problem})" for file in files[:NAMED])
-    more = f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""
-    remedies = "; ".join(dict.fromkeys(file.remedy for file in files[:NAMED]))
+    """Return the error that names the files that cannot be read."""
+    named = ", ".join(f"{file.name} ({file.problem})" for file in files[:MOST_NAMED])
+    more = f" and {len(files) - MOST_NAMED:,} more" if len(files) > MOST_NAMED else ""
+    remedies = "; ".join(dict.fromkeys(file.remedy for file in files[:MOST_NAMED]))
     return UserError(
         folder,
-        f"holds {_files(len(files))} of what looks like text data, but cannot be read: {told}{more}",
+        f"holds {_files(len(files))} of what looks like text data, but cannot be read: {named}{more}",
         f"{remedies}; or leave {'it' if len(files) == 1 else 'them'} out by a quoted glob that names what to read, "
         f"such as '{folder}/**/*.jsonl'",
     )
 
 
-def _judge(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unreadable:
-    """What becomes of a file of a folder: it is read, left out or refused."""
+def _classify(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unreadable:
+    """Decide whether a file of a folder is read, left out or refused."""
     known, path = format_of(name.rpartition("/")[2]), Path(f"{folder}/{name}")
     if known is not None:
         source = Source(path, *known)
         is_json = known[0] == "jsonl" and name.lower().removesuffix(f".{known[1]}").endswith(".json")
-        return _judge_json(source, name, text_key) if is_json else source
+        return _classify_json(source, name, text_key) if is_json else source
     suffixes = [suffix.lower() for suffix in path.suffixes]
     last = suffixes[-1] if suffixes else ""
     by_format = "pass --format, which reads every file of the folder alike, or give it a suffix that is known"
-    if last in BESIDE_DATA:
+    if last in SIDECAR_SUFFIXES:
         return LeftOut(name, f"suffix {last}")
     if DATA_SUFFIXES & set(suffixes[-2:]):
         return _Unreadable(name, f"{''.join(suffixes[-2:])} is not read", "make jsonl, txt or parquet of it")
@@ -157,20 +163,20 @@ def _judge(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unread
 
 
 def _data_in(path: Path, suffix: str, text_key: str) -> str | None:
-    """What data a file under a suffix that is not known seems to hold, None if none: an image, a note, a program."""
+    """Return what data a file with an unknown suffix seems to hold; None if it holds none, as an image or a program."""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     what, has_suffix = describe(head), bool(suffix) and not suffix[1:].isdecimal()
     if what is not None:
-        return None if has_suffix and what in NO_DATA else what
+        return None if has_suffix and what in NOT_DATA else what
     if _has_text(head, text_key) and json_layout(head) != "other":
         return "JSON"
-    is_note = has_suffix or NOTES.match(path.name.lower()) is not None
+    is_note = has_suffix or NOT_DATA_NAMES.match(path.name.lower()) is not None
     return None if is_note or not head.strip() or not looks_like_text(head) else "text"
 
 
-def _judge_json(source: Source, name: str, text_key: str) -> Source | LeftOut | _Unreadable:
-    """Tell data from settings among ``.json`` files."""
+def _classify_json(source: Source, name: str, text_key: str) -> Source | LeftOut | _Unreadable:
+    """Decide whether a ``.json`` file is read as data, is left out as settings, or is refused."""
     try:
         head = first_bytes(source, JSON_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
         if not _has_text(head, text_key) and describe(head) is None:
@@ -182,7 +188,7 @@ def _judge_json(source: Source, name: str, text_key: str) -> Source | LeftOut | 
 
 
 def _has_text(head: bytes, key: str) -> bool:
-    """Whether JSON that begins with ``head`` has a string under ``key``: in its first line if that is an object."""
+    """Return whether the first record of JSON that begins with ``head`` has a string under ``key``."""
     line = head.lstrip().partition(b"\n")[0]
     try:
         record = json.loads(line)
@@ -193,9 +199,10 @@ def _has_text(head: bytes, key: str) -> bool:
 
 
 def _files(count: int) -> str:
+    """Return text such as ``1 file`` or ``2 files``."""
     return f"{count:,} file{'s' * (count != 1)}"
 
 
 def _some(names: list[str]) -> str:
-    """The first few of ``names``, and the last one."""
-    return ", ".join(names) if len(names) <= NAMED else f"{', '.join(names[: NAMED - 2])}, ... {names[-1]}"
+    """Return the first few of ``names``, and the last one, as text."""
+    return ", ".join(names) if len(names) <= MOST_NAMED else f"{', '.join(names[: MOST_NAMED - 2])}, ... {names[-1]}"

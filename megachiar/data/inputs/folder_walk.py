@@ -1,4 +1,4 @@
-"""All files of a folder, also behind links, without going round in a loop of links."""
+"""List all files of a folder, through links too, without going round in a loop of links."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from megachiar.errors import disk_errors
 
 
 class LeftOut(NamedTuple):
-    """A file or folder that is not read: its path, and why."""
+    """Name a file or folder that is not read, and say why."""
 
     name: str
     reason: str
 
 
 def walk(root: str, enters_hidden: bool = False) -> tuple[list[str], list[LeftOut]]:
-    """The files of ``root`` and of all folders in it, and what is no file to be read.
+    """List the files of ``root`` and of all folders in it.
 
-    Links to folders are followed when all that is really there was seen; a folder is entered once, so that a link to
-    one that was seen, or to one that holds it, is left out.
+    Links to folders are followed after all real folders. Each folder is entered once: a link to a folder that was
+    entered before, or to one that holds the link, is left out.
 
     Args:
         root: a folder.
-        enters_hidden: take what begins with a dot too.
+        enters_hidden: take files and folders whose names begin with a dot too.
 
     Returns:
-        Paths below ``root`` with ``/`` between their parts, sorted folder after folder; and what is left out.
+        The files as paths below ``root``, sorted folder after folder, and what is left out.
 
     Raises:
         UserError: a folder cannot be read.
@@ -66,12 +66,13 @@ def walk(root: str, enters_hidden: bool = False) -> tuple[list[str], list[LeftOu
 
 
 def _leads_up(root: str, link: str) -> bool:
-    """Whether a link leads to a folder that ``root`` is in."""
+    """Return whether a link leads to a folder that ``root`` is in."""
     target = os.path.realpath(os.path.join(root, link))
     return os.path.commonpath([target, os.path.realpath(root)]) == target
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether ``entry`` is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # links that lead to each other
@@ -79,6 +80,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether ``entry`` is a file or a link to one."""
     try:
         return entry.is_file()
     except OSError:

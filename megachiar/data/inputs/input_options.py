@@ -1,4 +1,4 @@
-"""How a corpus is named on a command line: the options that every tool that reads one has."""
+"""Define the command-line options that name a corpus, which are the same for every tool that reads one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``named_inputs`` and ``read_options`` read, and ``--on-error``."""
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
-    add("--format", choices=FORMATS, help="of all inputs; default: by suffix, jsonl for standard input")
+    add("--format", choices=FORMATS, help="format of all inputs (default: by suffix, and jsonl for standard input)")
     add(
         "--text-key",
         default=DEFAULTS.text_key,
@@ -39,17 +39,17 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=get_args(OnError),
         default="refuse",
-        help="a broken or empty document: leave it out and count it, or stop (default: %(default)s)",
+        help="leave a broken or empty document out and count it, or stop the run at it (default: %(default)s)",
     )
 
 
 def named_inputs(arguments: argparse.Namespace) -> Inputs:
-    """The inputs, see ``find_inputs``."""
+    """Find the inputs that the command line names, see ``find_inputs``."""
     return find_inputs(arguments.input, arguments.format, arguments.text_key)
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
-    """How documents are found in them.
+    """Return how documents are found in the inputs.
 
     Raises:
         UserError: ``--max-document-mib`` leaves no room for a document.

@@ -1,4 +1,4 @@
-"""Parquet files: the rows of one column, decoded a few at a time."""
+"""Read the rows of one column of a parquet file, a few at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TEXT_COLUMNS = {"string", "large_string", "string_view", "binary", "large_binary
 
 
 def parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
-    """Chunks of the rows of a parquet file's text column.
+    """Yield the chunks of a parquet file, whose documents are the rows of its text column.
 
     Raises:
-        UserError: it is no whole parquet file, has no such column, or holds a document that is too large.
+        UserError: the file is no whole parquet file, has no such column, or holds a document that is too large.
     """
     import pyarrow
     from pyarrow import parquet
@@ -40,7 +40,7 @@ def parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
         if (what := describe(head)) not in (None, "a parquet file"):
             remedy = "give it the suffix it deserves"
             raise UserError(source.name, f"is not a parquet file, but {what}", remedy) from error
-        raise UserError(source.name, f"not a whole parquet file: {error}", "fetch or write it again") from error
+        raise UserError(source.name, f"is not a whole parquet file: {error}", "fetch or write it again") from error
 
 
 def _check_column(source: Source, schema: Any, text_key: str) -> None:
@@ -60,6 +60,7 @@ def _check_column(source: Source, schema: Any, text_key: str) -> None:
 
 
 def _row_chunks(source: Source, file: Any, options: ReadOptions) -> Iterator[Chunk]:
+    """Yield the rows of the text column in chunks."""
     rows: list[bytes | None] = []
     first, size = 1, 0
     share = (source.size or 0) / max(1, file.metadata.num_rows)  # bytes on disk per row, for the progress display
@@ -70,14 +71,14 @@ def _row_chunks(source: Source, file: Any, options: ReadOptions) -> Iterator[Chu
             rows.append(row)
             size += len(row or b"")
             if size >= options.chunk_bytes:
-                yield Chunk(source.name, "documents", rows, first, consumed=round(share * len(rows)))
+                yield Chunk(source.name, "documents", first=first, consumed=round(share * len(rows)), rows=rows)
                 rows, first, size = [], first + len(rows), 0
     if rows:
-        yield Chunk(source.name, "documents", rows, first, consumed=round(share * len(rows)))
+        yield Chunk(source.name, "documents", first=first, consumed=round(share * len(rows)), rows=rows)
 
 
 def _as_bytes(column: Any) -> list[bytes | None]:
-    """Rows as bytes: their UTF-8 is checked with that of everything else, and reported by row."""
+    """Return the rows as bytes; their UTF-8 is checked later, as for all other formats, and reported by row."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):

@@ -1,14 +1,16 @@
-"""Text from files: what a corpus may look like, and every way in which it can be broken.
+"""Read documents from files, and report every way in which a corpus can be broken.
 
-Reading is split in two so that the cheap half can feed many processes with the dear half:
+Reading has two halves, so that one process can do the cheap half and many processes the expensive one:
 
     sources --read_chunks--> Chunk (raw bytes, cut between documents) --parse_chunk--> Document | InvalidDocument
              one process, disk and decompression only                  any process, UTF-8 and JSON
 
     find_inputs.py      which files are named        folder_files.py     what a folder gives and leaves out
-    source.py           one file, its format by name recognition.py      what it is, whatever its name says
-    compression.py      blocks of its text           documents.py        valid and invalid documents
+    source.py           one file, its format by name folder_walk.py      all files of a folder
+    recognition.py      what a file really is        own_files.py        files that our own commands wrote
+    compression.py      blocks of a file's text      documents.py        chunks, valid and invalid documents
     text_reader.py      text and JSON lines          parquet_reader.py   parquet
+    remote.py           inputs at URLs               chunk_groups.py     chunks of many small files together
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
 What makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the run.
@@ -34,7 +36,7 @@ from megachiar.errors import UserError, disk_error
 
 
 def read_chunks(sources: Iterable[Source], options: ReadOptions) -> Iterator[Chunk]:
-    """Chunks of all sources, in order.
+    """Yield the chunks of all sources, in order.
 
     Raises:
         UserError: a source cannot be read to its end, or holds a document above ``options.max_document_bytes``.
@@ -45,7 +47,11 @@ def read_chunks(sources: Iterable[Source], options: ReadOptions) -> Iterator[Chu
 
 
 def read_documents(sources: Iterable[Source], options: ReadOptions, log: InvalidDocumentLog) -> Iterator[Document]:
-    """All usable documents in this process; what cannot be used goes to ``log``."""
+    """Yield all valid documents of the sources, parsed in this process, and add the invalid ones to ``log``.
+
+    Raises:
+        UserError: ``read_chunks`` raises it, or ``log`` refuses an invalid document.
+    """
     for chunk in read_chunks(sources, options):
         for item in parse_chunk(chunk, options.text_key):
             if isinstance(item, InvalidDocument):
@@ -56,7 +62,7 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, log: Invalid
 
 @contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Turn what the system, or a store's library, refuses while ``source`` is read into a clear error."""
+    """Turn an error of the system, or of a store's library, while ``source`` is read into a ``UserError``."""
     try:
         yield
     except UserError:

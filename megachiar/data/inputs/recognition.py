@@ -1,4 +1,4 @@
-"""What the first bytes of a file tell of it, where its name tells something else, and the remedy."""
+"""Recognise by its first bytes what a file is, where its name says something else, and name the remedy."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ ENCODING_MARKS = {  # the longer first
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 ANY_MARK = re.compile(b"|".join(map(re.escape, ENCODING_MARKS)))
-LEAST_ZEROS = 0.3  # of UTF-16's high bytes where its text is mostly ASCII
-MOST_STRANGE = 0.02  # of the characters of text in another language
-SHORTEST_GUESS = 8  # bytes whose encoding is guessed
-SHORTEST_STRANGE = 64  # bytes of text in another language
+LEAST_ZEROS = 0.3  # share of UTF-16's high bytes that are zero where the text is mostly ASCII
+MOST_STRANGE = 0.02  # share of control and unassigned characters in text of another language
+SHORTEST_GUESS = 8  # bytes; the encoding of fewer is not guessed
+SHORTEST_STRANGE = 64  # bytes; the encoding of fewer is not guessed where they are mostly not ASCII
 UNPACK: dict[Compression, str] = {"gz": "gzip -dc", "zst": "zstd -dc", "xz": "xz -dc", "bz2": "bzip2 -dc"}
 
 
 def describe(head: bytes) -> str | None:
-    """What data that begins with ``head`` is, such as ``"gzip data"``; None for plain text and what is not known."""
+    """Return what data that begins with ``head`` is, such as ``"gzip data"``; None for plain text and unknown data."""
     if found := ANY_MAGIC.match(head):
         return MAGIC[found[0]]
     if encoding := encoding_of(head):
@@ -66,7 +66,7 @@ def describe(head: bytes) -> str | None:
 
 
 def encoding_of(head: bytes) -> str | None:
-    """``"UTF-16"`` or ``"UTF-32"`` by the mark at the beginning; UTF-16LE or BE where zeros tell it; else None."""
+    """Return ``"UTF-16"`` or ``"UTF-32"`` by the byte order mark, UTF-16LE or UTF-16BE by zero bytes, or None."""
     if found := ANY_MARK.match(head):
         return ENCODING_MARKS[found[0]]
     if b"\0" not in head or len(head) < SHORTEST_GUESS:
@@ -82,7 +82,7 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def _decodes(head: bytes, encoding: str) -> bool:
-    """Whether ``head``, which may end within a character, is text in ``encoding``, not bytes that happen to pass."""
+    """Return whether ``head``, which may end within a character, is text in ``encoding`` and not just decodes."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
@@ -92,12 +92,16 @@ def _decodes(head: bytes, encoding: str) -> bool:
 
 
 def looks_like_text(head: bytes) -> bool:
-    """Whether ``head`` may be text in some encoding of bytes: it holds no control characters but whitespace."""
+    """Return whether ``head`` may be text in some encoding of bytes: its only control characters are whitespace."""
     return not any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head)
 
 
 def refuse_pointer(where: object, head: bytes) -> None:
     """Refuse a file that git-LFS has not fetched.
+
+    Args:
+        where: the file, for the error.
+        head: its first bytes.
 
     Raises:
         UserError: ``head`` is the beginning of a pointer.
@@ -107,10 +111,14 @@ def refuse_pointer(where: object, head: bytes) -> None:
 
 
 def refuse_other_compression(source: Source, head: bytes) -> None:
-    """Refuse a compressed file that is none; ``head``: its first bytes as they lie on the disk.
+    """Refuse a file that does not have the compression that its name says.
+
+    Args:
+        source: a compressed source.
+        head: its first bytes, as they are on the disk.
 
     Raises:
-        UserError: it says what the file is instead.
+        UserError: the message says what the file is instead.
     """
     magic = COMPRESSION_MAGIC[source.compression]
     if head.startswith(magic[: len(head)]) or (source.compression == "zst" and _begins_skippable_frame(head)):
@@ -123,12 +131,12 @@ def refuse_other_compression(source: Source, head: bytes) -> None:
 
 
 def _begins_skippable_frame(head: bytes) -> bool:
-    """Whether Zstandard data begins with a frame without text, which pzstd writes."""
+    """Return whether Zstandard data begins with a frame without text, as pzstd writes it."""
     return head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
 
 
 def _other_name(source: Source, what: str) -> str:
-    """How a compressed file that is ``what`` is read after all."""
+    """Say how a file that is ``what``, under a name of another compression, can be read after all."""
     suffixes = {f"{COMPRESSION_NAMES[kind]} data": suffix for suffix, kind in COMPRESSIONS.items()}
     known = {"plain text": "", **suffixes}.get(what)
     if known is None:
@@ -139,10 +147,14 @@ def _other_name(source: Source, what: str) -> str:
 
 
 def refuse_what_is_no_text(source: Source, head: bytes) -> None:
-    """Refuse a source of text or JSON lines that holds something else; ``head``: its first bytes, decompressed.
+    """Refuse a source of text or JSON lines that holds something else.
+
+    Args:
+        source: the source.
+        head: its first bytes, decompressed.
 
     Raises:
-        UserError: it says what the file is, and the command that converts it where there is one.
+        UserError: the message says what the file is, and which command converts it where there is one.
     """
     if not head:
         return
@@ -164,10 +176,10 @@ def refuse_what_is_no_text(source: Source, head: bytes) -> None:
 
 
 def refuse_other_json(source: Source, head: bytes) -> None:
-    """Refuse JSON that is not an object a line.
+    """Refuse JSON that does not have one object on each line.
 
     Raises:
-        UserError: it names the command that converts it.
+        UserError: the message names the command that converts it.
     """
     layout = json_layout(head)
     if layout == "array":
@@ -180,9 +192,9 @@ def refuse_other_json(source: Source, head: bytes) -> None:
 
 
 def json_layout(head: bytes) -> str:
-    """How JSON that begins with ``head`` lies: ``"lines"``, ``"array"``, ``"pretty-printed"`` or ``"other"``.
+    """Return the layout of JSON that begins with ``head``: "lines", "array", "pretty-printed" or "other".
 
-    A first line that is broken alone is a line: it is reported with its number.
+    A first line that is broken by itself counts as a line: it is reported with its number.
     """
     head = head.lstrip()
     line, _, rest = head.partition(b"\n")
@@ -199,6 +211,7 @@ def json_layout(head: bytes) -> str:
 
 
 def _parses(line: bytes) -> bool:
+    """Return whether ``line`` is JSON."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -207,7 +220,7 @@ def _parses(line: bytes) -> bool:
 
 
 def _parses_over_lines(head: bytes) -> bool:
-    """Whether the first value of ``head`` is whole and has line ends inside."""
+    """Return whether the first JSON value of ``head`` is whole and has line ends inside."""
     text = head.decode(errors="ignore")
     try:
         _, end = json.JSONDecoder().raw_decode(text)
@@ -217,7 +230,7 @@ def _parses_over_lines(head: bytes) -> bool:
 
 
 def converting(source: Source, program: str, suffix: str) -> str:
-    """The shell's line that sends the text of ``source`` through ``program`` to a file beside it."""
+    """Return the shell command that sends the text of ``source`` through ``program`` to a file beside it."""
     name = "FILE" if source.path is None else str(source.path)
     stem = name.removesuffix(f".{source.compression}") if source.compression else name
     output = shlex.quote(stem.removesuffix(PurePath(stem).suffix) + suffix)
@@ -227,7 +240,7 @@ def converting(source: Source, program: str, suffix: str) -> str:
 
 
 def _inner_suffix(source: Source) -> str:
-    """``.txt`` of ``a.txt.gz``."""
+    """Return the suffix of the file before compression, such as ``.txt`` of ``a.txt.gz``."""
     if source.path is None:
         return f".{source.format}"
     name = source.path.name

@@ -1,4 +1,4 @@
-"""Inputs that are not files here: object stores, web servers and archives, through ``fsspec``.
+"""Read inputs from object stores, web servers and archives, through ``fsspec``.
 
 ``s3://bucket/*.jsonl.zst`` needs ``s3fs``, ``gs://`` needs ``gcsfs``, ``https://`` needs ``aiohttp``; fsspec itself
 says what is missing.
@@ -13,26 +13,29 @@ from typing import Any, BinaryIO, TypedDict
 
 from megachiar.errors import UserError
 
-READ_AHEAD_BYTES = 8 << 20  # fetched at once
+READ_AHEAD_BYTES = 8 << 20  # that are fetched at once
 
 
 class Details(TypedDict):
-    """Of a remote file: bytes, and whatever tells that it was replaced (ETag, time of change), None without either."""
+    """Hold the bytes of a remote file, and its ETag or time of change, which tells that it was replaced.
+
+    Either is None where the store does not say it.
+    """
 
     size: int | None
     version: str | None
 
 
 def is_url(text: str) -> bool:
-    """Whether ``text`` names something for fsspec, such as ``s3://bucket/a.jsonl`` or ``zip://a.txt::b.zip``."""
+    """Return whether ``text`` is a URL for fsspec, such as ``s3://bucket/a.jsonl`` or ``zip://a.txt::b.zip``."""
     return re.match(r"[a-z][a-z0-9+.-]+://", text) is not None
 
 
 def expand(url: str) -> list[str]:
-    """The URLs of the files that ``url``, which may hold a glob, matches, sorted.
+    """Return the URLs of the files that ``url``, which may hold a glob, matches, sorted.
 
     Raises:
-        UserError: none, or the store cannot be reached.
+        UserError: no file matches, or the store cannot be reached.
     """
     system, path = _open_system(url)
     try:
@@ -47,10 +50,10 @@ def expand(url: str) -> list[str]:
 
 
 def details(url: str) -> Details:
-    """Size and version of the file at ``url``.
+    """Return size and version of the file at ``url``.
 
     Raises:
-        UserError: it is not there or cannot be reached.
+        UserError: the file does not exist or cannot be reached.
     """
     system, path = _open_system(url)
     try:
@@ -63,10 +66,10 @@ def details(url: str) -> Details:
 
 @contextlib.contextmanager
 def open_to_read(url: str) -> Iterator[BinaryIO]:
-    """The file at ``url``, read ahead in large blocks.
+    """Open the file at ``url``, which is read ahead in large blocks.
 
     Raises:
-        UserError: it is not there or cannot be reached.
+        UserError: the file does not exist or cannot be reached.
     """
     system, path = _open_system(url)  # an archive closes with its last reference: this one
     try:
@@ -78,6 +81,7 @@ def open_to_read(url: str) -> Iterator[BinaryIO]:
 
 
 def _open_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of ``url``, and the path in it."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
@@ -89,4 +93,5 @@ def _open_system(url: str) -> tuple[Any, str]:
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
+    """Return the error for a URL that a store's library could not read."""
     return UserError(url, f"cannot be read: {error}", "check the URL, your credentials and the store's package")

@@ -1,4 +1,4 @@
-"""One input of a corpus: where it is, its format and compression, and what tells whether it is still the same."""
+"""Describe one input of a corpus: where it is, its format and compression, and whether it was changed since."""
 
 from __future__ import annotations
 
@@ -25,12 +25,25 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
-FORMATS = (*(f"{kind}{end}" for kind in ("jsonl", "txt") for end in ("", *COMPRESSIONS)), "parquet")
+_TEXT_FORMATS: tuple[Format, ...] = ("jsonl", "txt")
+_ENDINGS: dict[str, Compression] = {"": "", **COMPRESSIONS}
+FORMATS: dict[str, tuple[Format, Compression]] = {
+    **{f"{kind}{ending}": (kind, what) for kind in _TEXT_FORMATS for ending, what in _ENDINGS.items()},
+    "parquet": ("parquet", ""),
+}
+"""What ``--format`` takes -> format and compression."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input: a file, standard input (``path`` and ``url`` None), or what ``url`` names for ``fsspec``."""
+    """Describe one input: a file, standard input (``path`` and ``url`` are None), or what ``url`` names for ``fsspec``.
+
+    Attributes:
+        path: the file; None if the input is no local file.
+        format: how documents are stored in it.
+        compression: how it is compressed, if it is.
+        url: the URL for ``fsspec``; None if the input is no remote file.
+    """
 
     path: Path | None
     format: Format
@@ -39,41 +52,50 @@ class Source:
 
     @property
     def name(self) -> str:
+        """Return what messages call the input."""
         return self.url or ("standard input" if self.path is None else str(self.path))
 
     @property
     def can_be_read_again(self) -> bool:
+        """Return whether the input can be read more than once, which standard input cannot."""
         return self.path is not None or self.url is not None
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk, None where they cannot be known before the end."""
+        """Return the bytes on disk; None where they cannot be known before the end."""
         if self.url is not None:
             return remote.details(self.url)["size"]
         if self.path is None:
             return None
-        found = self._status()
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        status = self._status(self.path)
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def identity(self) -> list[Any]:
-        """[name, bytes, time of change]: what tells whether it is still the same input."""
+        """Return [name, bytes, time of change], by which a later run tells whether the input was changed.
+
+        A URL has its version in place of the time of change; values that are not known are None.
+        """
         if self.url is not None:
             found = remote.details(self.url)
             return [self.name, found["size"], found["version"]]
         if self.path is None:
             return [self.name, None, None]
-        found = self._status()
-        return [self.name, found.st_size, found.st_mtime_ns]
+        status = self._status(self.path)
+        return [self.name, status.st_size, status.st_mtime_ns]
 
-    def _status(self) -> os.stat_result:
+    def _status(self, path: Path) -> os.stat_result:
         try:
-            return os.stat(self.path)
+            return os.stat(path)
         except OSError as error:
             raise disk_error(self.name, error, "read") from error
 
 
 def make_source(path: Path, format: str | None) -> Source:
-    """The file at ``path``, whose format is ``format`` (one of FORMATS), or told by its suffix if that is None.
+    """Return the source for the file at ``path``.
+
+    Args:
+        path: a file.
+        format: its format, one of FORMATS; None goes by the suffix.
 
     Raises:
         UserError: the suffix or the format is not known.
@@ -90,12 +112,13 @@ def make_source(path: Path, format: str | None) -> Source:
 
 
 def format_of(name: str) -> tuple[Format, Compression] | None:
-    """Format and compression that the suffixes of a file's name tell, in whatever case; None if they do not."""
+    """Return format and compression by the suffixes of a file's name, in any case; None if they are not known."""
     return _format_by_suffixes(tuple(name.lower().split(".")[1:][-2:]))
 
 
 @functools.cache  # tens of thousands of files have few suffixes
 def _format_by_suffixes(last_two: tuple[str, ...]) -> tuple[Format, Compression] | None:
+    """Return format and compression by the last one or two suffixes, without their dots."""
     *inner, last = ["", *(f".{suffix}" for suffix in last_two)]
     compression = COMPRESSIONS.get(last, "")
     kind = SUFFIXES.get(inner[-1] if compression and inner else last)
@@ -103,17 +126,16 @@ def _format_by_suffixes(last_two: tuple[str, ...]) -> tuple[Format, Compression]
 
 
 def split_format(format: str) -> tuple[Format, Compression]:
-    """("jsonl", "gz") of ``"jsonl.gz"``.
+    """Split a format into format and compression, such as ``"jsonl.gz"`` into ``("jsonl", "gz")``.
 
     Raises:
-        UserError: it is none of FORMATS.
+        UserError: ``format`` is none of FORMATS.
     """
     if format not in FORMATS:
         raise UserError("--format", f"unknown format {format!r}", f"use one of {', '.join(FORMATS)}")
-    kind, _, compression = format.partition(".")
-    return kind, compression  # type: ignore[return-value]
+    return FORMATS[format]
 
 
 def known_suffixes() -> str:
-    """The suffixes that are known, as a message shows them."""
+    """Return the known suffixes as a message shows them."""
     return f"{' '.join(SUFFIXES)}, and {' '.join(COMPRESSIONS)} after those of text"

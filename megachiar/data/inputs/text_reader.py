@@ -1,10 +1,11 @@
-"""Text files and JSON lines, cut into chunks of whole documents."""
+"""Cut text files and JSON lines into chunks of whole documents."""
 
 from __future__ import annotations
 
 import codecs
 import itertools
 from collections.abc import Iterator
+from typing import Literal
 
 from megachiar.data.inputs.compression import text_blocks
 from megachiar.data.inputs.documents import Chunk, ReadOptions
@@ -14,19 +15,21 @@ from megachiar.errors import UserError
 
 
 def text_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
-    """Chunks of a source of text or JSON lines.
+    """Yield the chunks of a source of text or JSON lines.
 
     Raises:
-        UserError: it holds something else, or a document above ``options.max_document_bytes``.
+        UserError: the source holds something else, or a document above ``options.max_document_bytes``.
     """
     if source.format == "txt" and options.txt_documents == "file":
         yield _whole_file(source, options)
-    else:
-        yield from _line_chunks(source, options)
+    elif source.format == "jsonl":
+        yield from _line_chunks(source, "jsonl", options)
+    elif options.txt_documents != "file":
+        yield from _line_chunks(source, options.txt_documents, options)
 
 
 def first_bytes(source: Source, least: int) -> bytes:
-    """The first ``least`` decompressed bytes of ``source``, or a few more; all where there are fewer.
+    """Return the first ``least`` decompressed bytes of ``source``, or a few more; all of them if there are fewer.
 
     Raises:
         UserError: they cannot be read or decompressed.
@@ -40,7 +43,7 @@ def first_bytes(source: Source, least: int) -> bytes:
 
 
 def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
-    """(length of the byte order mark, ``text_blocks`` without it); refuses what is not text at all."""
+    """Return the length of the byte order mark and ``text_blocks`` without it; refuse what is not text at all."""
     blocks = text_blocks(source)
     head, consumed = b"", 0
     for block, size in blocks:
@@ -53,6 +56,7 @@ def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
 
 
 def _whole_file(source: Source, options: ReadOptions) -> Chunk:
+    """Read a file that is one document."""
     parts, total, consumed = [], 0, 0
     mark, blocks = _open_text(source)
     for block, size in blocks:
@@ -60,13 +64,20 @@ def _whole_file(source: Source, options: ReadOptions) -> Chunk:
         total, consumed = total + len(block), consumed + size
         if total > options.max_document_bytes:
             raise too_large(source, "file", total, options, "split it with --txt-documents line or blank-line, or ")
-    data = [b"".join(parts)]
-    return Chunk(source.name, "documents", data, 1, mark, consumed, bool(source.compression))
+    return Chunk(
+        source.name,
+        layout="documents",
+        offset=mark,
+        consumed=consumed,
+        compressed=bool(source.compression),
+        rows=[b"".join(parts)],
+    )
 
 
-def _line_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
+def _line_chunks(
+    source: Source, layout: Literal["jsonl", "line", "blank-line"], options: ReadOptions
+) -> Iterator[Chunk]:
     """Cut a source of lines or paragraphs into chunks of whole ones."""
-    layout = "jsonl" if source.format == "jsonl" else options.txt_documents
     last_cut = _last_paragraph_end if layout == "blank-line" else _last_line_end
     offset, blocks = _open_text(source)
     buffer, searched, consumed, line = bytearray(), 0, 0, 1
@@ -95,12 +106,12 @@ def _line_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
 
 
 def _last_line_end(buffer: bytearray, searched: int) -> int:
-    """Bytes of ``buffer`` up to its last line end, 0 if there is none; none is in the first ``searched``."""
+    """Return the bytes up to the last line end of ``buffer``, 0 if it has none; the first ``searched`` have none."""
     return buffer.rfind(b"\n", searched) + 1
 
 
 def _last_paragraph_end(buffer: bytearray, searched: int) -> int:
-    """Bytes of ``buffer`` up to the end of its last blank line, 0 if there is none."""
+    """Return the bytes of ``buffer`` up to the end of its last blank line, 0 if it has none."""
     end = buffer.rfind(b"\n")
     lowest = max(0, buffer.rfind(b"\n", 0, searched))  # a blank line may have begun in the searched part
     while end > lowest:
@@ -112,7 +123,7 @@ def _last_paragraph_end(buffer: bytearray, searched: int) -> int:
 
 
 def too_large(source: Source, what: str, size: int, options: ReadOptions, remedy: str) -> UserError:
-    """The error for a document that memory should not hold."""
+    """Return the error for a document that is too large for memory."""
     return UserError(
         source.name,
         f"the {what} has {size >> 20} MiB or more; documents may have {options.max_document_bytes >> 20} MiB",

@@ -24,7 +24,6 @@ from megachiar.data.storage.files import (
     remove_dataset,
 )
 from megachiar.data.storage.manifest import (
-    Checksums,
     Manifest,
     TokenizerRecord,
     check_manifest,
@@ -238,7 +237,7 @@ def _merged_manifest(
         manifests[0],
         tokenizer=_with_absolute_file(manifests[0].tokenizer, manifest_path(inputs[0]).parent),
         largest_token_id=builder.largest_token_id,
-        checksums=Checksums(**builder.checksums),
+        checksums=builder.checksums,
         created_by=f"megachiar {__version__} merge_datasets",
         **_merged_values(manifests, shuffle_seed),
     )

@@ -34,7 +34,7 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import dataset_files, put_in_place, remove_dataset
 from megachiar.data.storage.index_format import dtype_for_vocabulary
-from megachiar.data.storage.manifest import Checksums, Manifest, read_manifest
+from megachiar.data.storage.manifest import Manifest, read_manifest
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
@@ -359,7 +359,7 @@ def make_manifest(
         words=output.words,
         skipped=dict(sorted(log.counts.items())),
         largest_token_id=builder.largest_token_id,
-        checksums=Checksums(**builder.checksums),
+        checksums=builder.checksums,
         shuffle_seed=settings.shuffle_seed,
         sources=[source.name for source in settings.sources],
         options=settings.deciding,

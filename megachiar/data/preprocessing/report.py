@@ -51,7 +51,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text, line by line."""
         for found in self.found:
-            yield found.told()
+            yield found.summary()
         for invalid in self.log.examples:
             yield f"skipped {invalid.where}: {invalid.problem} [{invalid.kind}]"
         for prefix, made in self.manifests.items():

@@ -1,4 +1,4 @@
-"""A dataset's three files: their names, their checksums, and how they are put in their places whole or not at all."""
+"""Name a dataset's three files, compute their checksums, and move them into place whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,61 +9,62 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.errors import disk_errors
 
 READ_BLOCK = 1 << 22  # bytes read at once
-CHECKSUM_BLOCK = 1 << 26  # bytes that one checksum covers
+CHECKSUM_BLOCK: Final = 67_108_864  # bytes that one checksum covers
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what such file systems answer
 
 
 def bin_path(prefix: Path | str) -> Path:
-    """The tokens of dataset ``prefix``. A prefix may hold dots: nothing of it is taken for a suffix."""
+    """Return the file of the tokens of dataset ``prefix``, which may hold dots: no part of it is taken for a suffix."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: Path | str) -> Path:
-    """The index of dataset ``prefix``."""
+    """Return the file of the index of dataset ``prefix``."""
     return Path(f"{prefix}.idx")
 
 
 def manifest_path(prefix: Path | str) -> Path:
-    """The manifest of dataset ``prefix``."""
+    """Return the file of the manifest of dataset ``prefix``."""
     return Path(f"{prefix}.json")
 
 
 def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
-    """All files of dataset ``prefix``, the index first: without it nothing is a dataset."""
+    """Return all files of dataset ``prefix``, the index first: without it nothing is a dataset."""
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
 def remove_dataset(prefix: Path | str) -> None:
-    """Remove what there is of dataset ``prefix``, the index first."""
+    """Remove the files of dataset ``prefix`` that exist, the index first."""
     for path in dataset_files(prefix):
         path.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where ``path`` is written before it is whole: the same folder, so that the rename is atomic.
+    """Return where ``path`` is written before it is whole: in the same folder, so that the rename is atomic.
 
-    The name is fixed, so that what a killed run left behind is replaced by the next one and never piles up.
+    The name is fixed, so that the next run replaces what a killed run left behind.
     """
     return path.with_name(path.name + ".tmp")
 
 
 def starts_path(prefix: Path | str) -> Path:
-    """Where document starts wait while dataset ``prefix`` is written."""
+    """Return the file that keeps the document starts while dataset ``prefix`` is written."""
     return temporary_path(Path(f"{prefix}.starts"))
 
 
 def put_in_place(prefix: Path | str) -> None:
-    """Give a dataset's complete temporary files their names; done again after a kill, it does what is left to do.
+    """Give a dataset's complete temporary files their final names; called again after a kill, do what is left to do.
 
-    What stood there goes first, index and manifest before tokens, so that no moment joins files of two datasets; the
-    new index, without which nothing opens, comes last.
+    Files that exist under these names are removed first, index and manifest before tokens, so that files of two
+    datasets are never joined. The new index, without which nothing opens, comes last.
     """
     idx, manifest, bin_ = dataset_files(prefix)
     if temporary_path(bin_).exists():
@@ -97,10 +98,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``: afterwards the file is the old one or the new one, never a part of it.
+    """Write ``content`` to ``path`` so that the file is always the old one or the new one, never a part of it.
 
     Raises:
-        UserError: the disk is full, read-only or forbidden; nothing new is left there.
+        UserError: the disk is full or read-only, or permission is denied; nothing new is left there.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +115,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_temporary(path: Path, content: bytes) -> None:
-    """Write ``content`` where ``path`` waits until it is put in its place, and make it survive a power cut.
+    """Write ``content`` to the temporary path of ``path``, and make it survive a power cut.
 
     Raises:
-        UserError: the disk is full, read-only or forbidden.
+        UserError: the disk is full or read-only, or permission is denied.
     """
     with disk_errors(temporary_path(path)), open(temporary_path(path), "wb") as file:
         file.write(content)
@@ -126,43 +127,50 @@ def write_temporary(path: Path, content: bytes) -> None:
 
 
 class BlockChecksums:
-    """SHA-256 of each ``CHECKSUM_BLOCK`` bytes of a stream, the last block being what is left.
+    """Compute the SHA-256 of each ``CHECKSUM_BLOCK`` bytes of a stream; the last block may be shorter.
 
-    Blocks tell where a file is damaged, can be verified side by side, and let a writer that was stopped go on without
+    Blocks tell where a file is damaged, can be verified in parallel, and let a writer that was stopped go on without
     reading again what it wrote before.
 
     Attributes:
         whole: hexadecimal digests of the blocks that are full.
+
+    Args:
+        whole: the digests of the full blocks that were written before, when a stream is continued.
     """
 
     def __init__(self, whole: Iterable[str] = ()):
-        """``whole``: digests of the full blocks that the stream begins with, when it goes on after them."""
         self.whole = list(whole)
         self._digest, self._room = hashlib.sha256(), CHECKSUM_BLOCK
 
-    def update(self, data: memoryview | bytes | np.ndarray) -> None:
+    def update(self, data: memoryview | bytes | NDArray[Any]) -> None:
         """Add ``data`` to the end of the stream."""
-        data = memoryview(data).cast("B")
-        while len(data) >= self._room:
-            self._digest.update(data[: self._room])
-            data = data[self._room :]
+        rest = as_bytes(data) if isinstance(data, np.ndarray) else memoryview(data).cast("B")
+        while len(rest) >= self._room:
+            self._digest.update(rest[: self._room])
+            rest = rest[self._room :]
             self.whole.append(self._digest.hexdigest())
             self._digest, self._room = hashlib.sha256(), CHECKSUM_BLOCK
-        self._digest.update(data)
-        self._room -= len(data)
+        self._digest.update(rest)
+        self._room -= len(rest)
 
     def digests(self) -> list[str]:
-        """Of all blocks, the unfinished one included."""
+        """Return the digests of all blocks, the unfinished one included."""
         return [*self.whole, self._digest.hexdigest()] if self._room < CHECKSUM_BLOCK else list(self.whole)
 
 
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    """Return the memory of a contiguous array, without copying it."""
+    return array.view(np.uint8).data
+
+
 def block_checksums(path: Path, on_bytes: Callable[[int], None] | None = None, threads: int = 1) -> list[str]:
-    """Digests of the blocks of a file, see ``BlockChecksums``; reads in bounded memory.
+    """Return the digests of the blocks of a file, see ``BlockChecksums``; the file is read in bounded memory.
 
     Args:
         path: the file to read.
-        on_bytes: called with the number of bytes of each block read, for a progress display.
-        threads: blocks read and hashed side by side.
+        on_bytes: called with the number of bytes of each read, for a progress display.
+        threads: how many blocks are read and hashed in parallel.
     """
 
     def digest_of(first: int) -> str:
@@ -187,7 +195,7 @@ def block_checksums(path: Path, on_bytes: Callable[[int], None] | None = None, t
 
 
 def read_ahead(file: BinaryIO, first: int = 0, length: int = 0) -> None:
-    """Tell the kernel that these bytes (length 0: to the end) will be read in order, where it can be told."""
+    """Advise the kernel, where it takes advice, that these bytes (length 0: to the end) will be read in order."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_SEQUENTIAL)

@@ -1,4 +1,4 @@
-"""The one definition of the indexed token file: Megatron's MMIDIDX version 1, byte for byte.
+"""Define the indexed token file, byte for byte: Megatron's MMIDIDX version 1.
 
 A dataset ``PREFIX`` is two files, all little-endian. A *sequence* is a run of tokens, a *document* one or more
 sequences; megachiar writes one sequence per document and reads any.
@@ -14,20 +14,21 @@ sequences; megachiar writes one sequence per document and reads any.
                  34 + 4S     i64[S]   where each sequence begins in PREFIX.bin, in bytes
                  34 + 12S    i64[D]   the sequence each document begins with, and S at the end
 
-GPT-NeoX's merge tool writes an index with D = 1: it loses where documents begin. As each of its documents is one
-sequence, each sequence of such a dataset is read as a document.
+GPT-NeoX's merge tool writes an index with D = 1, which does not say where documents begin. As each of its documents is
+one sequence, each sequence of such a dataset is read as a document.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES = {
+DTYPE_CODES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<i1"),
     3: np.dtype("<i2"),
@@ -38,16 +39,16 @@ DTYPE_CODES = {
     8: np.dtype("<u2"),
 }
 LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's limit, exclusive
-INDEX_ROWS = 1 << 18  # sequences of an index handled at once: a few MB
+INDEX_ROWS = 1 << 18  # sequences of an index that are handled at once: a few MB
 
 
-def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
-    """The type Megatron stores token ids in: ``uint16`` for a vocabulary below 65,500, else ``int32``."""
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
+    """Return the type that Megatron stores token ids in: ``uint16`` for a vocabulary below 65,500, else ``int32``."""
     return np.dtype("<u2") if vocab_size < LARGEST_UINT16_VOCABULARY else np.dtype("<i4")
 
 
-def dtype_code(dtype: np.dtype | type | str) -> int:
-    """The format's code for ``dtype``.
+def dtype_code(dtype: np.dtype[Any] | type | str) -> int:
+    """Return the format's code for ``dtype``.
 
     Raises:
         ValueError: the format has no code for it.

@@ -1,10 +1,10 @@
-"""The manifest ``PREFIX.json`` beside a dataset: what it was made of, with what, and checksums to prove it.
+"""Record in ``PREFIX.json``, the manifest, what a dataset was made of and with what, and checksums to prove it.
 
-The indexed format itself knows neither its tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
-works; what cannot be checked then is listed by ``inspect_dataset``.
+The indexed format itself names neither a tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
+works; ``megachiar inspect`` lists what cannot be checked then.
 
-pydantic, which checks a manifest that is read, takes longer to import than many a corpus to tokenize: who only writes
-one does without.
+pydantic, which checks a manifest that is read, takes longer to import than many a corpus takes to tokenize. So it is
+imported where a manifest is read, not where one is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from megachiar.data.storage.files import (
     CHECKSUM_BLOCK,
@@ -29,21 +29,21 @@ from megachiar.data.storage.files import (
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
 VERIFYING_THREADS = 4
 _STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecord:
-    """The tokenizer a dataset was made with.
+    """Describe the tokenizer that a dataset was made with.
 
     Attributes:
         kind: ``sentencepiece``, ``huggingface`` or ``gpt2``.
         file: where it was found when the dataset was made: absolute, or relative to the manifest's folder.
         fingerprint: ``"sha256:..."`` of the content of its vocabulary files.
-        vocab_size: largest id that can occur, plus one.
-        eod_id: id that ends a document, if it has one.
+        vocab_size: the largest id that can occur, plus one.
+        eod_id: the id that ends a document; None if the tokenizer has none.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
@@ -60,10 +60,11 @@ class TokenizerRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Checksums:
-    """SHA-256 of each block of ``PREFIX.bin`` and ``PREFIX.idx``, hexadecimal; the last block is what is left.
+    """Hold the SHA-256 of each block of ``PREFIX.bin`` and ``PREFIX.idx``.
 
     Attributes:
-        block_bytes: bytes of a block.
+        block_bytes: bytes of a block; the last block of a file may be shorter.
+        bin, idx: hexadecimal digests of the blocks of each file, in order.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
@@ -75,11 +76,11 @@ class Checksums:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``PREFIX.json`` records.
+    """Hold what ``PREFIX.json`` records.
 
     Attributes:
-        format_version: of this record.
-        tokenizer: what made the tokens.
+        format_version: the version of this record.
+        tokenizer: the tokenizer that made the tokens.
         dtype: numpy name of the stored type, such as ``uint16``.
         append_eod: whether each document ends with the tokenizer's ``eod_id``.
         documents, tokens: how many the dataset holds.
@@ -88,10 +89,10 @@ class Manifest:
         skipped: reason -> number of documents left out by the whole run, whichever part of a split this dataset is.
         largest_token_id: the largest id that occurs.
         checksums: of both files, block by block.
-        shuffle_seed: that documents were shuffled by; None if they are in the order of the sources.
-        sources: the input files.
-        options: what else decided the tokens: how documents were found, and the split.
-        created_by: tool and version.
+        shuffle_seed: the seed that documents were shuffled by; None if they are in the order of the sources.
+        sources: the names of the input files.
+        options: the other options that the tokens depend on: how documents were found, and the split.
+        created_by: the tool and its version.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
@@ -117,15 +118,16 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """``"sha256:..."`` that names the tokens: two datasets with the same one hold the same ``.bin``."""
+        """Return ``"sha256:..."`` of the tokens: two datasets with the same one hold the same ``.bin``."""
         return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin))).hexdigest()}"
 
     def to_json(self) -> bytes:
-        """The content of ``PREFIX.json``."""
+        """Return the content of ``PREFIX.json``."""
         return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_at_least(record: Any, **least: int) -> None:
+    """Refuse a field of ``record`` that is below its smallest value."""
     for key, limit in least.items():
         if getattr(record, key) < limit:
             raise ValueError(f"{key} is {getattr(record, key)}, below {limit}")
@@ -141,10 +143,10 @@ def write_manifest(prefix: Path | str, manifest: Manifest) -> None:
 
 
 def read_manifest(prefix: Path | str) -> Manifest | None:
-    """Read ``PREFIX.json``; None if there is none.
+    """Return the content of ``PREFIX.json``; None if there is no such file.
 
     Raises:
-        UserError: the file is no manifest, or of a version that is not known.
+        UserError: the file cannot be read, is no manifest, or has a version that is not known.
     """
     path = manifest_path(prefix)
     try:
@@ -159,7 +161,7 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
         return _schema().validate_json(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise UserError(path, f"not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
+        raise UserError(path, f"is not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
 
 
 @functools.cache
@@ -185,12 +187,12 @@ def check_manifest(
     Args:
         prefix: path of the dataset.
         manifest: what ``read_manifest`` returned.
-        dataset: the dataset if it is open already.
+        dataset: the dataset, if it is open already.
         verify: read both files whole and compare their checksums, not only type and counts.
-        on_bytes: called with the size of each block read while verifying.
+        on_bytes: called with the number of bytes of each read while verifying.
 
     Raises:
-        UserError: something does not fit; it names the value in the manifest and the one found.
+        UserError: something does not fit; the message names the value in the manifest and the one found.
     """
     dataset = dataset or IndexedDataset(prefix)
     found = {"dtype": dataset.dtype.name, "documents": dataset.documents, "tokens": dataset.tokens.size}
@@ -207,6 +209,7 @@ def check_manifest(
 
 
 def _check_checksums(prefix: Path | str, manifest: Manifest, on_bytes: Callable[[int], None] | None) -> None:
+    """Read index and tokens whole, and compare their checksums with the manifest's."""
     for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
         compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), recorded)
 
@@ -215,7 +218,7 @@ def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> N
     """Check that a file's blocks are those that its manifest records.
 
     Raises:
-        UserError: they are not; names the bytes of the first block that differs.
+        UserError: they are not; the message names the bytes of the first block that differs.
     """
     if computed == recorded:
         return
@@ -231,10 +234,10 @@ def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> N
 
 
 def check_same_tokenizer(datasets: Sequence[tuple[Path | str, Manifest | None]]) -> None:
-    """Check that all datasets that say what tokenizer they were made with say the same.
+    """Check that all datasets that have a manifest were made with the same tokenizer.
 
     Raises:
-        UserError: two of them differ.
+        UserError: two of them were made with different tokenizers.
     """
     known = [(prefix, manifest.tokenizer) for prefix, manifest in datasets if manifest is not None]
     for prefix, tokenizer in known[1:]:
@@ -242,7 +245,7 @@ def check_same_tokenizer(datasets: Sequence[tuple[Path | str, Manifest | None]])
         if tokenizer.fingerprint != first.fingerprint:
             raise UserError(
                 prefix,
-                f"made with tokenizer {tokenizer.file} ({tokenizer.fingerprint}), but {first_prefix} with "
+                f"was made with tokenizer {tokenizer.file} ({tokenizer.fingerprint}), but {first_prefix} with "
                 f"{first.file} ({first.fingerprint})",
                 "preprocess both with the same tokenizer",
             )

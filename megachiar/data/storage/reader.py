@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,30 +19,32 @@ ROWS_CHECKED_ON_OPEN = 1 << 20  # see IndexedDataset
 class IndexedDataset:
     """Read a dataset through a memory map, checked when it is opened so that it cannot fail in the middle of a run.
 
-    Checked on open: both files are there, not empty, not swapped, not cut short nor grown; magic, version and type;
-    counts against the size of the index; pointers against lengths; the sum of the lengths against the size of
-    ``.bin``; document starts. Pointers and document starts are checked row for row up to ``ROWS_CHECKED_ON_OPEN``
-    sequences, and in as many rows spread evenly beyond that, so that opening stays a matter of milliseconds;
-    ``check_index`` checks every row. That tokens are what was written, only the manifest's checksum can tell.
+    The checks on open are: both files exist, are not empty, swapped, cut short or grown; magic, version and type are
+    known; the counts fit the size of the index, the pointers fit the lengths, and the lengths fit the size of ``.bin``;
+    document starts are in order. Pointers and document starts are checked row for row up to ``ROWS_CHECKED_ON_OPEN``
+    sequences. Beyond that as many rows, spread evenly, are checked, so that opening takes milliseconds; ``check_index``
+    checks every row. Whether the tokens are those that were written, only the manifest's checksums can tell.
 
-    Nothing is cached between objects: files rebuilt under the same name are read anew. Arrays handed out keep the map
-    alive by themselves and are read-only.
+    Nothing is cached between objects: files rebuilt under the same name are read anew. The arrays are read-only, and
+    keep the map alive by themselves.
 
     Attributes:
+        prefix: the path of the dataset without ``.bin``.
+        dtype: the type of the tokens.
         lengths: tokens of each sequence, int32 (sequences,).
-        pointers: where each sequence begins in ``.bin``, bytes, int64 (sequences,).
-        document_starts: first sequence of each document, then the number of sequences, int64 (documents + 1,).
+        pointers: where each sequence begins in ``.bin``, in bytes, int64 (sequences,).
+        document_starts: the first sequence of each document, then the number of sequences, int64 (documents + 1,).
         tokens: all tokens as one stream, (tokens,) of ``dtype``.
-        documents: number of documents.
-        tells_documents: whether the index says where documents begin; if not, each sequence is one.
+        documents: the number of documents.
+        tells_documents: whether the index says where documents begin; if not, each sequence is a document.
 
     Args:
-        prefix: path of the dataset without ``.bin``.
-        random_access: tokens will be read here and there: the kernel then reads only what is touched, instead of
-            hundreds of kilobytes around it. Give ``prefetch_hint`` the ranges beforehand.
+        prefix: the path of the dataset without ``.bin``.
+        random_access: tokens will be read in random order: the kernel then reads only the pages that are touched,
+            instead of hundreds of kilobytes around them. Call ``prefetch_hint`` before each read.
 
     Raises:
-        UserError: one of the checks failed; it names the file and what does not fit.
+        UserError: one of the checks failed; the message names the file and what does not fit.
     """
 
     def __init__(self, prefix: Path | str, *, random_access: bool = False):
@@ -72,39 +74,39 @@ class IndexedDataset:
         self.tokens = np.frombuffer(self._map, self.dtype)
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return self.lengths.size
 
     def __getitem__(self, sequence: int) -> np.ndarray:
-        """Tokens of one sequence, a read-only view of ``.bin``, (length,) of ``dtype``."""
+        """Return the tokens of one sequence, a read-only view of ``.bin``, (length,) of ``dtype``."""
         if not -len(self) <= sequence < len(self):
             raise IndexError(f"sequence {sequence} of {len(self)} in {self.prefix}")
         first = int(self.pointers[sequence]) // self.dtype.itemsize
         return self.tokens[first : first + int(self.lengths[sequence])]
 
-    def __reduce__(self):  # another process maps the files itself
+    def __reduce__(self) -> tuple[Callable[..., IndexedDataset], tuple[Path, bool]]:  # another process maps the files
         return _open_again, (self.prefix, self._random_access)
 
     def prefetch_hint(self, token: int, length: int) -> None:
-        """Have the kernel begin to read ``length`` tokens from ``token`` on, which are wanted soon; does not wait."""
+        """Ask the kernel to begin reading ``length`` tokens from ``token`` on, without waiting for them."""
         begin = token * self.dtype.itemsize
         page = begin - begin % mmap.PAGESIZE
         end = min(begin + length * self.dtype.itemsize, len(self._map))
         self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of all sequences of document ``number``, a read-only view, (length,) of ``dtype``."""
+        """Return the tokens of all sequences of document ``number``, a read-only view, (length,) of ``dtype``."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} of {self.documents} in {self.prefix}")
         return self.tokens[self.token_of_document(number) : self.token_of_document(number + 1)]
 
     def token_of_document(self, number: int) -> int:
-        """Place in ``tokens`` where document ``number`` begins; the number of tokens for ``number == documents``."""
+        """Return where document ``number`` begins in ``tokens``; ``number == documents`` gives the number of tokens."""
         sequence = int(self.document_starts[number])
         return self.tokens.size if sequence == len(self) else int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document_of_token(self, token: int) -> int:
-        """The document that ``tokens[token]`` belongs to, in O(log sequences)."""
+        """Return the document that ``tokens[token]`` belongs to, in O(log sequences)."""
         if not 0 <= token < self.tokens.size:
             raise IndexError(f"token {token} of {self.tokens.size} in {self.prefix}")
         sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
@@ -114,24 +116,25 @@ class IndexedDataset:
         """Check every row of the index, however long it is.
 
         Raises:
-            UserError: a row does not fit.
+            UserError: a row does not fit the others.
         """
         self._check_rows(_all_rows(len(self)))
         self._check_starts(_all_rows(self.documents))
 
     def _check_stream_size(self, size: int, path: Path) -> None:
+        """Check that ``.bin`` ends where the last sequence ends."""
         length, pointer = int(self.lengths[-1]), int(self.pointers[-1])
         expected = pointer + length * self.dtype.itemsize
         if size != expected:
             raise UserError(
                 path,
-                f"{size:,} bytes, but {idx_path(self.prefix).name} describes {expected:,} bytes of "
+                f"has {size:,} bytes, but {idx_path(self.prefix).name} describes {expected:,} bytes of "
                 f"{self.dtype.name} in {len(self):,} sequences",
                 "the file was cut short or belongs to another index: copy both again or preprocess again",
             )
 
     def _check_rows(self, rows: Iterator[slice]) -> None:
-        """Lengths are not negative, and each sequence begins where the one before it ends."""
+        """Check that lengths are not negative, and that each sequence begins where the one before it ends."""
         for part in rows:
             lengths, pointers = self.lengths[part].astype(np.int64), self.pointers[part]
             before = int(self.pointers[part.start - 1]) if part.start else 0
@@ -145,10 +148,10 @@ class IndexedDataset:
                     f"sequence {part.start + row:,} has length {lengths[row]:,} and begins at byte {pointers[row]:,}, "
                     f"but the lengths before it end at byte {expected[row]:,}",
                 )
-            self._let_go_of_index()
+            self._release_index_pages()
 
     def _check_starts(self, rows: Iterator[slice]) -> None:
-        """Documents begin with sequence 0, in order, and end with the last sequence."""
+        """Check that documents begin with sequence 0, are in order, and end with the last sequence."""
         if int(self.document_starts[0]) != 0 or int(self.document_starts[-1]) != len(self):
             raise _broken_index(
                 self.prefix,
@@ -160,10 +163,10 @@ class IndexedDataset:
             if (starts[1:] < starts[:-1]).any():
                 row = part.start + int(np.argmax(starts[1:] < starts[:-1]))
                 raise _broken_index(self.prefix, f"document {row + 1:,} begins before document {row:,}")
-            self._let_go_of_index()
+            self._release_index_pages()
 
-    def _let_go_of_index(self) -> None:
-        """Give back the pages of the index that were read: a training run hardly looks at it again."""
+    def _release_index_pages(self) -> None:
+        """Give the pages of the index that were read back to the kernel: a training run hardly reads it again."""
         self._index_map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -172,7 +175,7 @@ def _open_again(prefix: Path, random_access: bool) -> IndexedDataset:
 
 
 def _map_file(path: Path, prefix: Path) -> mmap.mmap:
-    """A file's bytes, read-only, read when touched; arrays made from the map keep it alive."""
+    """Map a file read-only; its pages are read when touched, and arrays made from the map keep it alive."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -186,6 +189,7 @@ def _map_file(path: Path, prefix: Path) -> mmap.mmap:
 
 
 def _remedy_for_missing(path: Path, prefix: Path) -> str:
+    """Say what a user who named a dataset that does not exist may have meant."""
     if prefix.suffix in (".bin", ".idx"):
         return f"a dataset is named without its suffix: try {prefix.with_suffix('')}"
     if temporary_path(path).exists():
@@ -194,9 +198,9 @@ def _remedy_for_missing(path: Path, prefix: Path) -> str:
 
 
 def _read_header(index: np.ndarray, path: Path) -> tuple[int, int, int]:
-    """Type code, number of sequences and number of document starts."""
+    """Return the type code, the number of sequences and the number of document starts."""
     if index.size < HEADER.size:
-        raise UserError(path, f"{index.size} bytes, an index has at least {HEADER.size}", "preprocess again")
+        raise UserError(path, f"has {index.size} bytes, but an index has at least {HEADER.size}", "preprocess again")
     magic, version, code, sequences, starts = HEADER.unpack(index[: HEADER.size].tobytes())
     if magic != MAGIC:
         raise UserError(
@@ -205,19 +209,20 @@ def _read_header(index: np.ndarray, path: Path) -> tuple[int, int, int]:
             "check that .bin and .idx are not swapped, and that the dataset is of Megatron's MMIDIDX kind",
         )
     if version != VERSION:
-        raise UserError(path, f"version {version} of the format, only {VERSION} is known", "preprocess again")
+        raise UserError(path, f"has version {version} of the format, but only {VERSION} is known", "preprocess again")
     if code not in DTYPE_CODES:
         known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPE_CODES.items())
-        raise UserError(path, f"type code {code} at byte 17; known are {known}", "copy it again or preprocess again")
+        raise UserError(path, f"has type code {code} at byte 17, not {known}", "copy it again or preprocess again")
     return code, sequences, starts
 
 
 def _check_index_size(size: int, expected: int, sequences: int, starts: int, path: Path) -> None:
+    """Check that an index of ``size`` bytes holds what its header counts, and that it counts anything."""
     if size != expected:
         multimodal = " (a multimodal dataset of Megatron, which has one byte more per sequence, cannot be read)"
         raise UserError(
             path,
-            f"{size:,} bytes, but its header counts {sequences:,} sequences and {starts:,} document starts, "
+            f"has {size:,} bytes, but its header counts {sequences:,} sequences and {starts:,} document starts, "
             f"which take {expected:,} bytes" + (multimodal if size == expected + sequences else ""),
             "the file was cut short or overwritten: copy it again or preprocess again",
         )
@@ -230,13 +235,13 @@ def _broken_index(prefix: Path, problem: str) -> UserError:
 
 
 def _all_rows(rows: int) -> Iterator[slice]:
-    """All rows in parts that fit in memory."""
+    """Yield all rows in parts that fit in memory."""
     for first in range(0, rows, INDEX_ROWS):
         yield slice(first, min(rows, first + INDEX_ROWS))
 
 
 def _spread_rows(rows: int, blocks: int = 256) -> Iterator[slice]:
-    """All rows if they are at most ROWS_CHECKED_ON_OPEN, else that many in evenly spread blocks, ends included."""
+    """Yield all rows if they are at most ROWS_CHECKED_ON_OPEN, else as many in blocks, spread evenly, ends included."""
     if rows <= ROWS_CHECKED_ON_OPEN:
         yield from _all_rows(rows)
         return

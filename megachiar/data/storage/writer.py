@@ -9,13 +9,15 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.storage.files import (
     CHECKSUM_BLOCK,
     BlockChecksums,
+    as_bytes,
     bin_path,
     block_checksums,
     idx_path,
@@ -26,6 +28,7 @@ from megachiar.data.storage.files import (
     write_temporary,
 )
 from megachiar.data.storage.index_format import DTYPE_CODES, HEADER, INDEX_ROWS, MAGIC, VERSION, dtype_code
+from megachiar.data.storage.manifest import Checksums
 from megachiar.errors import UserError, disk_error, disk_errors
 
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
@@ -34,11 +37,11 @@ _START_AFRESH = "remove it, or pass --restart to begin from the first file"
 
 
 class BuilderState(NamedTuple):
-    """How far a builder had come: all that is needed, with its temporary files, to go on from there.
+    """Record how far a builder has come: with its temporary files, it is all that is needed to go on from there.
 
     Attributes:
-        documents, sequences, tokens, largest_token_id: as the builder's own.
-        blocks: checksums of the full blocks of ``.bin``.
+        documents, sequences, tokens, largest_token_id: the builder's attributes of these names.
+        blocks: the checksums of the full blocks of ``.bin``.
     """
 
     documents: int
@@ -54,34 +57,38 @@ class IndexedDatasetBuilder:
         with IndexedDatasetBuilder("data/train", dtype_for_vocabulary(32_000)) as builder:
             builder.add_document(ids)
 
-    Everything goes to temporary names first. At the end both files are synced to the disk and put in their places, see
-    ``put_in_place``. An exception, a full disk or a kill leaves no dataset. A writer that is to survive a kill asks for
-    the ``state`` now and then, keeps it, and begins with it the next time.
+    Everything is written under temporary names first. At the end both files are synced to the disk and get their final
+    names, see ``put_in_place``. An exception, a full disk or a kill leaves no dataset. A caller that is to survive a
+    kill saves the ``state`` now and then, and passes it to the next builder.
 
     Attributes:
+        prefix: the path of the dataset without ``.bin``.
+        dtype: the type of the tokens as stored, little-endian.
         documents, sequences, tokens: how many were added.
-        largest_token_id: the largest id added, -1 before the first one.
-        checksums: ``{"bin": [...], "idx": [...]}``, see ``BlockChecksums``; known when the files are complete.
+        largest_token_id: the largest id added; -1 before the first one.
+        checksums: the digests of the files' blocks; empty until the files are complete.
 
     Args:
-        prefix: path of the dataset without ``.bin``; its folder is made if missing.
-        dtype: type of the tokens, one of ``DTYPE_CODES``.
-        state: go on from there with the temporary files of an earlier builder; what it wrote later is dropped.
+        prefix: the path of the dataset without ``.bin``; its folder is made if missing.
+        dtype: the type of the tokens, one of ``DTYPE_CODES``.
+        state: where an earlier builder had come; its temporary files are continued, and what it wrote later is dropped.
 
     Raises:
         UserError: the disk is full or read-only; a token id does not fit ``dtype``; another process is writing the
-            same dataset; no token was added by the end; the temporary files are not those that ``state`` describes.
+            same dataset; no token was added by the end; or the temporary files are not those that ``state`` describes.
     """
 
-    def __init__(self, prefix: Path | str, dtype: np.dtype | type | str, state: BuilderState | None = None):
+    def __init__(self, prefix: Path | str, dtype: np.dtype[Any] | type | str, state: BuilderState | None = None):
         self.prefix = Path(prefix)
         self._code = dtype_code(dtype)
         self.dtype = DTYPE_CODES[self._code]
-        self.documents, self.sequences, self.tokens, self.largest_token_id, blocks = state or BuilderState(
-            0, 0, 0, -1, []
-        )
-        self.checksums: dict[str, list[str]] = {}
-        self._digests = BlockChecksums(blocks)
+        state = state or BuilderState(documents=0, sequences=0, tokens=0, largest_token_id=-1, blocks=[])
+        self.documents = state.documents
+        self.sequences = state.sequences
+        self.tokens = state.tokens
+        self.largest_token_id = state.largest_token_id
+        self.checksums = Checksums(bin=[], idx=[])
+        self._digests = BlockChecksums(state.blocks)
         self._open = contextlib.ExitStack()
         with disk_errors(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +111,13 @@ class IndexedDatasetBuilder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            if not self.checksums:  # else it was finished inside the block
+            if not self.checksums.idx:  # else it was finished inside the block
                 self.finish()
         else:
             self.abort()
 
     def state(self) -> BuilderState:
-        """How far this builder has come; all that was added until now survives a kill or a power cut.
+        """Return how far this builder has come; all that was added until now survives a kill or a power cut.
 
         Raises:
             UserError: the disk is full.
@@ -118,31 +125,34 @@ class IndexedDatasetBuilder:
         self._sync("bin", "idx", "starts")
         return BuilderState(self.documents, self.sequences, self.tokens, self.largest_token_id, self._digests.whole)
 
-    def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """Add one document of one sequence. ``tokens``: whole numbers, any integer type, shape (n,)."""
+    def add_document(self, tokens: NDArray[Any] | list[int]) -> None:
+        """Add one document of one sequence; ``tokens`` has shape (n,) and any integer type."""
         tokens = np.asarray(tokens)
         self.add_documents(tokens, np.array([tokens.size]))
 
-    def add_documents(self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]) -> None:
-        """Add many documents of one sequence each, at the cost of one.
+    def add_documents(self, tokens: NDArray[Any] | list[int], lengths: NDArray[Any] | list[int]) -> None:
+        """Add many documents of one sequence each; it costs hardly more than adding one.
 
         Args:
             tokens: the documents' tokens one after another, shape (sum(lengths),), any integer type.
-            lengths: tokens of each document, shape (documents,).
+            lengths: the number of tokens of each document, shape (documents,).
         """
         lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
         self.add_sequences(tokens, lengths, self.sequences + 1 + np.arange(lengths.size))
 
     def add_sequences(
-        self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int], document_ends: np.ndarray | list[int]
+        self,
+        tokens: NDArray[Any] | list[int],
+        lengths: NDArray[Any] | list[int],
+        document_ends: NDArray[Any] | list[int],
     ) -> None:
-        """Add sequences and say where documents end: what datasets of several sequences per document need.
+        """Add sequences, and say where documents end; a document may have several sequences.
 
         Args:
             tokens: the sequences' tokens one after another, shape (sum(lengths),).
-            lengths: tokens of each sequence, shape (sequences,).
-            document_ends: for each document that ends in here, the number of sequences of the whole dataset up to and
-                with its last one.
+            lengths: the number of tokens of each sequence, shape (sequences,).
+            document_ends: for each document that ends among these sequences, the number of sequences of the whole
+                dataset up to and including its last one.
         """
         tokens = np.asarray(tokens).reshape(-1)
         lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
@@ -152,7 +162,7 @@ class IndexedDatasetBuilder:
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
             raise UserError(
                 self.prefix,
-                f"a document of {lengths.max():,} tokens; the format holds at most {LONGEST_SEQUENCE:,}",
+                f"a document has {lengths.max():,} tokens, but the format holds at most {LONGEST_SEQUENCE:,}",
                 "split the document",
             )
         stored = self._as_stored(tokens)
@@ -168,10 +178,10 @@ class IndexedDatasetBuilder:
         self.tokens += tokens.size
 
     def finish(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
-        """Complete the dataset and put it under its final names; called by the end of the ``with`` block.
+        """Complete the dataset and give it its final names; the end of the ``with`` block calls this.
 
         Args:
-            make_manifest: gives the manifest's content from this builder, whose checksums are known by then.
+            make_manifest: returns the manifest's content from this builder, whose checksums are known by then.
         """
         try:
             self.complete(make_manifest)
@@ -183,23 +193,23 @@ class IndexedDatasetBuilder:
         self.close()
 
     def complete(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
-        """Complete the files under their temporary names, for ``put_in_place``; see ``finish``."""
+        """Complete the files under their temporary names, so that ``put_in_place`` can rename them; see ``finish``."""
         if self.tokens == 0:
             raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
         with self._writing("idx"):
             self._complete_index()
         self._sync("bin", "idx")
-        self.checksums = {"bin": self._digests.digests(), "idx": block_checksums(self._temporary["idx"])}
+        self.checksums = Checksums(bin=self._digests.digests(), idx=block_checksums(self._temporary["idx"]))
         if make_manifest is not None:
             write_temporary(manifest_path(self.prefix), make_manifest(self))
 
     def close(self) -> None:
-        """Let go of the files, which stay where they are, to be put in their places or gone on with."""
+        """Close the temporary files, which stay where they are, to be renamed or continued."""
         with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
             self._open.close()
 
     def abort(self) -> None:
-        """Remove all that was written; what stood under the final names before stays as it was."""
+        """Remove all that was written; files that existed under the final names stay as they were."""
         for path in (*self._temporary.values(), temporary_path(manifest_path(self.prefix))):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -207,7 +217,7 @@ class IndexedDatasetBuilder:
 
     @property
     def _temporary(self) -> dict[str, Path]:
-        """What is written before it has its final name: tokens, index and, for a while, document starts."""
+        """Return the files that are written before they get their final names: tokens, index and document starts."""
         return {
             "bin": temporary_path(bin_path(self.prefix)),
             "idx": temporary_path(idx_path(self.prefix)),
@@ -216,14 +226,14 @@ class IndexedDatasetBuilder:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Name the temporary file ``name`` where the disk refuses to write it."""
+        """Turn what the disk refuses inside the block into an error that names the temporary file ``name``."""
         try:
             yield
         except OSError as error:
             raise disk_error(self._temporary[name], error) from error
 
     def _sync(self, *names: str) -> None:
-        """Make what was written so far survive a power cut."""
+        """Make what was written to the files ``names`` so far survive a power cut."""
         files = {"bin": self._bin, "idx": self._idx, "starts": self._starts}
         for name in names:
             with self._writing(name):
@@ -231,7 +241,7 @@ class IndexedDatasetBuilder:
                 os.fsync(files[name].fileno())
 
     def _begin(self) -> None:
-        """Cut the temporary files to what the state describes, nothing at first, and go on at their ends."""
+        """Cut the temporary files to the sizes that the state describes, and go on at their ends."""
         partial = self.tokens * self.dtype.itemsize % CHECKSUM_BLOCK
         sizes = {
             self._bin: self.tokens * self.dtype.itemsize,
@@ -243,7 +253,7 @@ class IndexedDatasetBuilder:
                 found = os.fstat(file.fileno()).st_size
                 if found < size:
                     raise UserError(
-                        path, f"{found:,} bytes, but the journal beside it tells of {size:,}", _START_AFRESH
+                        path, f"has {found:,} bytes, but the journal beside it tells of {size:,}", _START_AFRESH
                     )
             self._bin.seek(sizes[self._bin] - partial)
             while partial > 0:
@@ -261,8 +271,8 @@ class IndexedDatasetBuilder:
         self._idx.write(bytes(HEADER.size))  # zeros are no header: not an index until the very end
         self._idx.seek(sizes[self._idx])
 
-    def _as_stored(self, tokens: np.ndarray) -> memoryview:
-        """The bytes of ``tokens`` in the dataset's type; refuses what the type cannot hold."""
+    def _as_stored(self, tokens: NDArray[Any]) -> memoryview:
+        """Return the bytes of ``tokens`` in the dataset's type; refuse ids that the type cannot hold."""
         if tokens.size == 0:
             return memoryview(b"")
         if tokens.dtype.kind not in "iu" and self.dtype.kind in "iu":
@@ -278,10 +288,10 @@ class IndexedDatasetBuilder:
                     "choose the type by the tokenizer's vocabulary, or check that this is the right tokenizer",
                 )
             self.largest_token_id = max(self.largest_token_id, largest)
-        return memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
+        return as_bytes(np.ascontiguousarray(tokens, dtype=self.dtype))
 
     def _complete_index(self) -> None:
-        """Append pointers and document starts to the lengths already in the index, and write its header."""
+        """Append pointers and document starts to the lengths that the index has already, and write its header."""
         self._idx.flush()
         with open(temporary_path(idx_path(self.prefix)), "rb") as written:
             written.seek(HEADER.size)
@@ -300,10 +310,13 @@ class IndexedDatasetBuilder:
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """Open ``path`` for writing with what it holds, and refuse if another process has it open this way.
+    """Open ``path`` for reading and writing, keep its content, and lock it against other processes that do so.
 
-    A process that came while the other one finished may hold a file that has since been renamed: then it looks again,
-    or it would write into a finished dataset.
+    A process that waited while the other one finished may have opened a file that has since been renamed. It then opens
+    ``path`` again, or it would write into a finished dataset.
+
+    Raises:
+        UserError: another process has the file open this way.
     """
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115

@@ -76,7 +76,7 @@ def test_a_file_named_twice_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="named twice"):
         find_sources([f"{tmp_path}/*.txt", tmp_path / "a.txt"])
-    with pytest.raises(UserError, match="standard input: named twice"):
+    with pytest.raises(UserError, match="standard input: is named twice"):
         find_sources(["-", "-"])
 
 

@@ -205,7 +205,7 @@ def test_a_truncated_compressed_file_is_named(tmp_path, suffix, keep):
     path = write_jsonl(tmp_path / f"a.jsonl.{suffix}", TEXTS * 100)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)] if isinstance(keep, float) else content[:keep])
-    with pytest.raises(UserError, match=rf"a\.jsonl\.{suffix}: truncated: it ends after \d+ bytes"):
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{suffix}: is truncated: it ends after \d+ bytes"):
         read(path)
 
 
@@ -229,7 +229,7 @@ def test_zeros_after_the_end_are_named_and_the_command_cuts_them(tmp_path, suffi
     subprocess.run(command, shell=True, check=True)
     assert read(path) == TEXTS
     path.write_bytes(path.read_bytes() + bytes(100) + write_jsonl(tmp_path / f"b.jsonl.{suffix}", ["z"]).read_bytes())
-    with pytest.raises(UserError, match=r"damaged near byte .*: zeros where compressed data should follow"):
+    with pytest.raises(UserError, match=r"damaged near byte .*: zeros stand where compressed data should follow"):
         read(path)
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_checksum_of_gzip_is_seen(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 1000])
 def test_an_unreadable_parquet_file_is_named(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: is not a whole parquet file"):
         read(tmp_path / "a.parquet")
 
 
@@ -254,7 +254,7 @@ def test_a_truncated_or_damaged_parquet_file_is_named(tmp_path):
     )
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: is not a whole parquet file"):
         read(path)
     damaged = bytearray(content)
     column = parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(1)

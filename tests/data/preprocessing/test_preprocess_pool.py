@@ -147,7 +147,7 @@ def test_an_input_that_breaks_ends_the_run():
         yield 1
         raise UserError("input", "truncated")
 
-    with pytest.raises(UserError, match="input: truncated"):
+    with pytest.raises(UserError, match="input: is truncated"):
         list(ordered_map(make(fail_at_seven), items(), 2))
 
 

@@ -353,7 +353,7 @@ def test_a_builder_goes_on_from_its_state_in_the_middle_of_a_checksum_block(tmp_
         builder.close()
         builder = IndexedDatasetBuilder(tmp_path / "again", "uint16", state)
     builder.finish()
-    assert builder.checksums == whole.checksums and len(whole.checksums["bin"]) > 5
+    assert builder.checksums == whole.checksums and len(whole.checksums.bin) > 5
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"again.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
 
