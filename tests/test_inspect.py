@@ -20,8 +20,6 @@ from megachiar.data.inspection import find_tokenizer, show_document, show_sample
 from megachiar.data.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
-pytestmark = pytest.mark.every_python
-
 TOOL = Path(__file__).parents[1] / "tools" / "inspect_dataset.py"
 TEXTS = ["Now is the winter of our discontent", "made glorious summer", "by this sun of York; naïve – 日本"]
 
