@@ -1,7 +1,7 @@
-"""Keyed permutations of ``0 .. size - 1`` that are computed position by position and never stored.
+"""Permute ``0 .. size - 1`` by a key, position by position, without storing the permutation.
 
-A Feistel network over a grid that is a little larger than ``size`` permutes the grid; values that fall outside are sent
-through it again until they fall inside (cycle walking).
+A Feistel network permutes a grid that is a little larger than ``size``. Values that fall outside ``range(size)`` are
+sent through it again until they fall inside (cycle walking).
 """
 
 from __future__ import annotations
@@ -10,42 +10,45 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-ROUNDS = 8  # of the Feistel network; 4 suffice for pseudo-randomness in theory, 8 is cheap beside reading a sample
+ROUNDS = 8  # of the Feistel network; in theory 4 are pseudo-random, and 8 are cheap beside reading a sample
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finaliser
 
 
-def round_keys(*name: int | str) -> np.ndarray:
-    """Keys of a permutation, uint64 (ROUNDS,), from what identifies it, such as ``("epoch", seed, 3)``."""
+def round_keys(*name: int | str) -> NDArray[np.uint64]:
+    """Return the keys of a permutation, uint64 (ROUNDS,), from its name, such as ``("epoch", seed, 3)``."""
     text = "\x00".join(f"{type(part).__name__}:{part}" for part in name)
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest(), "<u8")
 
 
-def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed bijection of ``range(size)``, applied to any of its values in any order.
+def permute(values: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Apply a keyed bijection of ``range(size)`` to any of its values, in any order.
 
-    A Feistel network over pairs (left, right) with left < a, right < b and a * b >= size, whose halves are moved by
-    sums modulo a and b; a value that lands outside ``range(size)`` walks on along its cycle until it is inside. As
+    The Feistel network works on pairs (left, right) with left < a, right < b and a * b >= size, and adds to its halves
+    modulo a and b. A value that lands outside ``range(size)`` walks along its cycle until it is inside. As
     a * b < size + a, hardly any value walks.
 
     Args:
-        values: int64, any shape, each in ``range(size)``.
-        size: at least 1.
+        values: int64 of any shape, each in ``range(size)``.
+        size: the number of values, at least 1.
         keys: uint64 (ROUNDS,), see ``round_keys``.
 
     Returns:
-        int64 array of the shape of ``values``.
+        An int64 array of the shape of ``values``.
     """
     return _walk(_feistel, values, size, keys)
 
 
-def unpermute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The inverse of ``permute``: ``unpermute(permute(v, size, keys), size, keys) == v``."""
+def unpermute(values: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Apply the inverse of ``permute``: ``unpermute(permute(v, size, keys), size, keys) == v``."""
     return _walk(_feistel_back, values, size, keys)
 
 
-def _walk(step: Callable[..., np.ndarray], values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """``step`` of each value, again and again until it is inside ``range(size)``."""
+def _walk(
+    step: Callable[..., NDArray[np.int64]], values: NDArray[np.int64], size: int, keys: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Apply ``step`` to each value, again and again until it is inside ``range(size)``."""
     columns, rows = _grid(size)
     values = np.asarray(values, dtype=np.int64)
     result = step(values.reshape(-1), columns, rows, keys)
@@ -57,13 +60,13 @@ def _walk(step: Callable[..., np.ndarray], values: np.ndarray, size: int, keys: 
 
 
 def _grid(size: int) -> tuple[int, int]:
-    """Columns a and rows b of the smallest nearly square grid with a * b >= size."""
+    """Return columns a and rows b of the smallest nearly square grid with a * b >= size."""
     columns = max(1, int(np.ceil(np.sqrt(size))))
     return columns, -(-size // columns)
 
 
-def _feistel_back(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> np.ndarray:
-    """What ``_feistel`` made ``values`` of."""
+def _feistel_back(values: NDArray[np.int64], columns: int, rows: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Undo one pass of the network: return what ``_feistel`` made ``values`` of, int64 (n,)."""
     right, left = np.divmod(values.astype(np.uint64), np.uint64(columns))
     a, b = np.uint64(columns), np.uint64(rows)
     for number, key in reversed(list(enumerate(keys))):
@@ -74,8 +77,8 @@ def _feistel_back(values: np.ndarray, columns: int, rows: int, keys: np.ndarray)
     return (right * a + left).astype(np.int64)
 
 
-def _feistel(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> np.ndarray:
-    """One pass of the network over ``range(columns * rows)``, int64 (n,): each round can be undone."""
+def _feistel(values: NDArray[np.int64], columns: int, rows: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Apply one pass of the network over ``range(columns * rows)``, int64 (n,); each round can be undone."""
     right, left = np.divmod(values.astype(np.uint64), np.uint64(columns))
     for number, key in enumerate(keys):
         if number % 2 == 0:
@@ -85,8 +88,8 @@ def _feistel(values: np.ndarray, columns: int, rows: int, keys: np.ndarray) -> n
     return (right * np.uint64(columns) + left).astype(np.int64)
 
 
-def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
-    """64 well-mixed bits of value and key (splitmix64's finaliser)."""
+def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """Return 64 well-mixed bits of value and key, uint64 (n,), by splitmix64's finaliser."""
     value = value ^ key
     value = (value ^ (value >> np.uint64(30))) * MIX_1
     value = (value ^ (value >> np.uint64(27))) * MIX_2

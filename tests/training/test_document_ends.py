@@ -90,7 +90,7 @@ def test_an_end_that_the_config_names_must_be_one(folder):
 
 
 def test_a_token_between_documents_of_the_text_is_found_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr("megachiar.data.sampling.document_end.TOKENS_LOOKED_AT", 100)
+    monkeypatch.setattr("megachiar.data.sampling.document_end.TOKENS_SEARCHED", 100)
     monkeypatch.setattr("megachiar.data.sampling.dataset.READ_TOKENS", 10)
     tokens = np.full(1000, 9)
     tokens[5::50] = END

@@ -1,4 +1,4 @@
-"""Training samples and validation windows out of indexed datasets.
+"""Cut training samples and validation windows out of indexed datasets.
 
 Shapes: n samples, T = sequence length. A training sample is T + 1 tokens: inputs are its first T, targets its last T.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.sampling.order import OrderedSource, RunOrder
 from megachiar.data.storage.files import bin_path
@@ -22,23 +23,24 @@ from megachiar.data.storage.manifest import (
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
-LOCATED_TOGETHER = 1024  # positions of a run
-READ_TOKENS = 2**20
-IGNORED_TARGET = -100  # what PyTorch's cross-entropy leaves out
+LOCATED_TOGETHER = 1024  # positions of a run that are located at once
+READ_TOKENS = 2**20  # tokens that are read at once
+IGNORED_TARGET = -100  # PyTorch's cross-entropy leaves such targets out
 
 
 class TokenSource:
-    """A dataset that may be trained on: whole, of integer type, and of a vocabulary that the model can read.
+    """Open a dataset to train on, and check that it is whole, holds integers and fits the model's vocabulary.
 
     Attributes:
-        prefix: path of the dataset.
+        prefix: the path of the dataset.
         dataset: its memory map.
-        manifest: what is recorded beside it, None for a dataset made by another program.
+        manifest: the manifest beside it; None for a dataset that another program made.
+        vocab_size: the rows of the model's embedding; None leaves ids unchecked.
 
     Args:
-        prefix: path of the dataset without ``.bin``.
-        vocab_size: rows of the model's embedding; None leaves ids unchecked.
-        random_access: it will be read in random order, see ``IndexedDataset``.
+        prefix: the path of the dataset without ``.bin``.
+        vocab_size: the rows of the model's embedding; None leaves ids unchecked.
+        random_access: whether it will be read in random order, see ``IndexedDataset``.
 
     Raises:
         UserError: the dataset is damaged, holds floats, does not fit its manifest, or its tokenizer has more ids than
@@ -59,29 +61,29 @@ class TokenSource:
             if vocab_size is not None:
                 check_vocabulary(prefix, self.manifest, vocab_size)
 
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Fill ``out``, int64 (length,), with the stream's tokens from ``start`` on, going on at its beginning.
+    def read(self, start: int, out: NDArray[Any]) -> None:
+        """Fill ``out``, int64 (length,), with the tokens from ``start`` on; after the last token comes the first.
 
         Raises:
-            UserError: see ``check_ids``.
+            UserError: ``check_ids`` raises it.
         """
         self.copy(start, out)
         self.check_ids(start, out)
 
-    def copy(self, start: int, out: np.ndarray) -> None:
-        """``read`` without its check."""
+    def copy(self, start: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` as ``read`` does, without checking the ids."""
         tokens = self.dataset.tokens
         until_end = min(out.size, tokens.size - start)
         out[:until_end] = tokens[start : start + until_end]
         if until_end < out.size:
             out[until_end:] = tokens[: out.size - until_end]
 
-    def check_ids(self, start: int, ids: np.ndarray) -> None:
+    def check_ids(self, start: int, ids: NDArray[Any]) -> None:
         """Check the ids that were read from ``start`` on.
 
         Raises:
-            UserError: an id is negative or not below the model's vocabulary (only a dataset without manifest, or one
-                damaged since it was written, gets so far).
+            UserError: an id is negative or not below the model's vocabulary. Only a dataset without a manifest, or one
+                that was damaged since it was written, has such an id here.
         """
         if self.vocab_size is None or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
             return
@@ -95,28 +97,31 @@ class TokenSource:
         )
 
 
-def token_blocks(source: TokenSource, tokens: int) -> Iterator[np.ndarray]:
-    """Blocks of at most ``READ_TOKENS`` tokens, spread evenly over the text, ``tokens`` of them or all."""
+def token_blocks(source: TokenSource, tokens: int) -> Iterator[NDArray[Any]]:
+    """Yield blocks of at most ``READ_TOKENS`` tokens, spread evenly over the text, int64.
+
+    Together they hold ``tokens`` tokens, or all if there are fewer.
+    """
     whole = source.dataset.tokens.size
-    wanted = min(tokens, whole)
-    blocks = -(-wanted // READ_TOKENS)
+    total = min(tokens, whole)
+    blocks = -(-total // READ_TOKENS)
     for number in range(blocks):
-        begin, end = number * wanted // blocks, (number + 1) * wanted // blocks
+        begin, end = number * total // blocks, (number + 1) * total // blocks
         block = np.empty(end - begin, np.int64)
-        source.read(begin + number * (whole - wanted) // max(1, blocks - 1), block)
+        source.read(begin + number * (whole - total) // max(1, blocks - 1), block)
         yield block
 
 
 class SourceUse(NamedTuple):
-    """What a run takes from one source.
+    """Say what a run takes from one source.
 
     Attributes:
-        prefix: path of the dataset.
-        share: of all samples, in (0, 1].
-        tokens: tokens of the dataset.
-        samples_per_epoch: samples that one pass over it gives.
-        samples: samples taken from it, in this order.
-        epochs: passes over it in the whole run, a fraction included.
+        prefix: the path of the dataset.
+        share: its share of all samples, in (0, 1].
+        tokens: the tokens of the dataset.
+        samples_per_epoch: the samples that one pass over it gives.
+        samples: the samples that the current order takes from it.
+        epochs: the passes over it in the whole run, a fraction included.
     """
 
     prefix: Path
@@ -128,7 +133,13 @@ class SourceUse(NamedTuple):
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample of a run lies: ``source`` is its number, ``epoch`` counts from 0, ``token`` is the first one."""
+    """Say where a sample of a run is stored.
+
+    Attributes:
+        source: the number of its source, from 0.
+        epoch: the pass over the source, from 0.
+        token: the first token of the sample in the source.
+    """
 
     source: int
     epoch: int
@@ -136,23 +147,26 @@ class SampleLocation(NamedTuple):
 
 
 class SampleStream:
-    """The endless series of a run's training samples: sample k is a pure function of the sources, the order and k.
+    """Read a run's endless series of training samples: sample k is a pure function of the sources, the order and k.
+
+    Attributes:
+        sequence_length: T.
 
     Args:
-        sources: to read from, as ``order`` numbers them.
-        order: where each sample lies.
+        sources: the datasets, as ``order`` numbers them.
+        order: the order of the samples, which says where each one is stored.
     """
 
     def __init__(self, sources: Sequence[TokenSource], order: RunOrder):
         self.sources, self.order, self.sequence_length = tuple(sources), order, order.sequence_length
         self._last_block: tuple[int, list[SampleLocation]] = (-1, [])
 
-    def sample(self, position: int) -> np.ndarray:
-        """Sample ``position`` of the run, int64 (T + 1,)."""
+    def sample(self, position: int) -> NDArray[Any]:
+        """Return sample ``position`` of the run, int64 (T + 1,)."""
         return self.batch([position])[0]
 
-    def batch(self, positions: Iterable[int]) -> np.ndarray:
-        """Samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
+    def batch(self, positions: Iterable[int]) -> NDArray[Any]:
+        """Return the samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
         locations = self.locate(positions)
         batch = np.empty((len(locations), self.sequence_length + 1), np.int64)
         for location in locations:  # all reads of the batch are under way before the first is waited for
@@ -165,7 +179,7 @@ class SampleStream:
         return batch
 
     def locate(self, positions: Iterable[int]) -> list[SampleLocation]:
-        """Where the samples at ``positions`` lie, without reading them."""
+        """Return where the samples at ``positions`` are stored, without reading them."""
         locations = []
         for position in positions:
             if position < self.order.first:
@@ -174,13 +188,13 @@ class SampleStream:
             locations.append(self._block(block)[row])
         return locations
 
-    def _are_known_ids(self, batch: np.ndarray) -> bool:
-        """Whether every id is one of the model's vocabulary, as far as it is known."""
+    def _are_known_ids(self, batch: NDArray[Any]) -> bool:
+        """Return whether every id is below the model's vocabulary size, as far as that is known."""
         limits = [source.vocab_size for source in self.sources if source.vocab_size is not None]
         return not limits or (int(batch.min()) >= 0 and int(batch.max()) < min(limits))
 
     def _block(self, number: int) -> list[SampleLocation]:
-        """Locations of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
+        """Return the locations of ``LOCATED_TOGETHER`` positions, as many cost little more than one."""
         known, locations = self._last_block  # one read and one write of one name: threads may share a stream
         if known != number:
             first = self.order.first + number * LOCATED_TOGETHER
@@ -190,7 +204,7 @@ class SampleStream:
         return locations
 
     def documents(self, position: int) -> list[int]:
-        """The documents that sample ``position`` is made of, in order."""
+        """Return the documents that sample ``position`` is made of, in order."""
         (location,) = self.locate([position])
         dataset = self.sources[location.source].dataset
         first = dataset.document_of_token(location.token)
@@ -198,7 +212,7 @@ class SampleStream:
         return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
 
     def describe(self, samples: int) -> list[SourceUse]:
-        """What the samples of the run up to ``samples`` take from each source."""
+        """Say what the samples of the run up to ``samples`` take from each source."""
         blend, consumed = self.order.blend, self.order.consumed(samples)
         return [
             SourceUse(
@@ -218,10 +232,16 @@ class SampleStream:
 def build_training_samples(
     sources: Sequence[tuple[Path | str, float]], sequence_length: int, seed: int, *, vocab_size: int | None = None
 ) -> SampleStream:
-    """Open and check every source and define the order of a run's samples.
+    """Open and check every source, and define the order of a run's samples.
+
+    Args:
+        sources: the prefix and the weight of each dataset.
+        sequence_length: T.
+        seed: the seed of the order.
+        vocab_size: the rows of the model's embedding; None leaves ids unchecked.
 
     Raises:
-        UserError: as ``open_sources``; or a source is too short, or a weight not above 0.
+        UserError: ``open_sources`` raises it, a source is too short, or a weight is not above 0.
     """
     opened = open_sources([prefix for prefix, _ in sources], vocab_size)
     ordered = [
@@ -235,12 +255,12 @@ def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) 
     """Open and check every source of a run.
 
     Args:
-        prefixes: of the datasets.
-        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+        prefixes: the paths of the datasets without ``.bin``.
+        vocab_size: the rows of the model's embedding; None leaves ids unchecked.
 
     Raises:
-        UserError: no source; one that is damaged, listed twice, of another tokenizer than the first, or of too large
-            a vocabulary.
+        UserError: there is no source, or one is damaged, listed twice, made with another tokenizer than the first, or
+            has too large a vocabulary.
     """
     if not prefixes:
         raise UserError("data.train", "no source is given", "name at least one dataset")
@@ -251,6 +271,7 @@ def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) 
 
 
 def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
+    """Refuse a dataset that is listed twice, under whatever name."""
     seen: set[Path] = set()
     for prefix in prefixes:
         resolved = Path(prefix).resolve()
@@ -260,19 +281,22 @@ def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
 
 
 class ValidationSet:
-    """A dataset read once, in order: each token of the stream but the first is a target exactly once.
+    """Read a dataset once, in order, so that each token of the stream but the first is a target exactly once.
 
-    Window w predicts tokens wT + 1 .. (w + 1)T from tokens wT .. (w + 1)T - 1; the last one is padded.
+    Window w predicts tokens wT + 1 .. (w + 1)T from tokens wT .. (w + 1)T - 1; the last window is padded.
 
     Attributes:
-        windows: number of windows.
-        targets: number of tokens predicted, one less than the stream has.
-        words, text_bytes: of the text, from the manifest; None without one.
+        source: the dataset.
+        prefix: the path of the dataset.
+        sequence_length: T.
+        windows: the number of windows.
+        targets: the number of tokens predicted, one less than the stream has.
+        words, text_bytes: the words and UTF-8 bytes of the text, from the manifest; None without one.
 
     Args:
-        prefix: path of the dataset without ``.bin``.
+        prefix: the path of the dataset without ``.bin``.
         sequence_length: T.
-        vocab_size: rows of the model's embedding, to refuse a dataset it cannot read; None leaves ids unchecked.
+        vocab_size: the rows of the model's embedding; None leaves ids unchecked.
 
     Raises:
         UserError: the dataset cannot be trained on (see ``TokenSource``) or has fewer than two tokens.
@@ -289,11 +313,11 @@ class ValidationSet:
         self.words = manifest.words if manifest else None
         self.text_bytes = manifest.text_bytes if manifest else None
 
-    def batch(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows ``first`` to ``last - 1``.
+    def batch(self, first: int, last: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Read windows ``first`` to ``last - 1``.
 
         Returns:
-            inputs and targets, int64 (last - first, T). Beyond the end of the stream targets are -100 and inputs 0.
+            Inputs and targets, int64 (last - first, T). Beyond the end of the stream targets are -100 and inputs 0.
         """
         if not 0 <= first <= last <= self.windows:
             raise IndexError(f"windows {first} to {last} of {self.windows} in {self.prefix}")

@@ -1,8 +1,8 @@
 """Tell which token ends the documents of a dataset: as its manifest says, or as its documents show.
 
-A dataset that Megatron made has no manifest, and its index says where documents end, but not whether a token of its own
-ends them. There the last tokens of some documents, spread over the dataset, are looked at. Alike they may still be text
-(a line break): they are no reason to mask documents by that token, but they refute one that is expected.
+A dataset that Megatron made has no manifest. Its index says where documents end, but not whether a token of its own
+ends them. There the last tokens of some documents, spread over the dataset, are compared. Even if all are the same, the
+token may be text (a line break). So it is no reason to mask documents by it, but it refutes another expected token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megachiar.data.storage.files import manifest_path
 from megachiar.data.storage.manifest import Manifest
 from megachiar.data.storage.reader import IndexedDataset
 
-DOCUMENTS_LOOKED_AT = 256
-TOKENS_LOOKED_AT = 1 << 22
+DOCUMENTS_COMPARED = 256
+TOKENS_SEARCHED = 1 << 22
 
 
 def document_end(source: TokenSource) -> int | None:
@@ -36,8 +36,8 @@ def recorded_end(manifest: Manifest | None) -> int | None:
 
 
 def seen_end(dataset: IndexedDataset) -> int | None:
-    """Return the id that all documents that are looked at end with; None if they end with different ones."""
-    numbers = np.unique(np.linspace(0, dataset.documents - 1, DOCUMENTS_LOOKED_AT).astype(np.int64))
+    """Return the id that all compared documents end with; None if they end with different ones."""
+    numbers = np.unique(np.linspace(0, dataset.documents - 1, DOCUMENTS_COMPARED).astype(np.int64))
     spans = ((dataset.token_of_document(n), dataset.token_of_document(n + 1)) for n in numbers.tolist())
     ends = {int(dataset.tokens[end - 1]) for begin, end in spans if end > begin}
     return ends.pop() if len(ends) == 1 else None
@@ -51,7 +51,7 @@ def describe_end(source: TokenSource) -> str:
         return f"{path} says that documents end with {ending}"
     lack = "there is no manifest" if source.manifest is None else "the manifest names no end-of-document token"
     ending = f"id {end}" if end is not None else "different tokens"
-    return f"{path}: {lack}, and the documents that were looked at end with {ending}"
+    return f"{path}: {lack}, and the documents that were compared end with {ending}"
 
 
 def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str | None:
@@ -73,14 +73,15 @@ def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str |
     if is_stated and recorded_end(source.manifest) is None:
         if _occurs(source, end):
             return None
-        return f"{describe_end(source)}, and id {end} does not occur in the tokens that were looked at"
+        return f"{describe_end(source)}, and id {end} does not occur in the tokens that were searched"
     return f"{describe_end(source)}, not with id {end}" if found is not None else describe_end(source)
 
 
 def is_one_document(source: TokenSource) -> bool:
-    """Return whether ``source`` is, as its manifest says, one document, which runs into no other one."""
+    """Return whether ``source`` is one document, as its manifest says, which runs into no other one."""
     return source.manifest is not None and source.manifest.documents == 1
 
 
 def _occurs(source: TokenSource, token: int) -> bool:
-    return any((block == token).any() for block in token_blocks(source, TOKENS_LOOKED_AT))
+    """Return whether ``token`` is among the first ``TOKENS_SEARCHED`` tokens, spread over the dataset."""
+    return any((block == token).any() for block in token_blocks(source, TOKENS_SEARCHED))

@@ -1,4 +1,4 @@
-"""Look into a dataset: what it holds, whether it is what its manifest says, and the text of a document or sample."""
+"""Inspect a dataset: what it holds, whether it fits its manifest, and the text of a document or sample."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megachiar.data.tokenizers.recorded import find_recorded, load_as_recorded
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
-SCAN_BLOCK = 1 << 22  # tokens looked at at once
+SCAN_BLOCK = 1 << 22  # tokens that are scanned at once
 
 
 def summarise(
     prefix: Path | str, *, verify: bool = False, on_bytes: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """What a dataset holds, as values that JSON knows.
+    """Return what a dataset holds, as values that JSON can represent.
 
     Args:
-        prefix: path of the dataset without ``.bin``.
-        verify: read both files whole: every row of the index, every id, and the checksums of the manifest.
-        on_bytes: called with the size of each block read while verifying.
+        prefix: the path of the dataset without ``.bin``.
+        verify: whether to read both files whole and check every row of the index, every id, and the checksums.
+        on_bytes: called with the number of bytes of each read while verifying.
 
     Returns:
         ``files`` (path and bytes), ``dtype``, counts, ``document_tokens`` (smallest, mean, median, largest document),
@@ -62,12 +62,13 @@ def summarise(
             summary["verified"].append("checksums")
     summary["not_checked"] = _not_checked(manifest, verify)
     if not dataset.tells_documents:
-        told = "where documents begin: the index does not tell (GPT-NeoX's merge loses it); each sequence counts as one"
-        summary["not_checked"].append(told)
+        reason = "the index does not say it (GPT-NeoX's merge loses it); each sequence counts as one"
+        summary["not_checked"].append(f"where documents begin: {reason}")
     return summary
 
 
 def _document_sizes(dataset: IndexedDataset) -> dict[str, float]:
+    """Return how many tokens the smallest, mean, median and largest document have."""
     starts = dataset.document_starts
     ends_in_tokens = np.append(dataset.pointers // dataset.dtype.itemsize, dataset.tokens.size)
     sizes = np.diff(ends_in_tokens[starts])
@@ -80,7 +81,7 @@ def _document_sizes(dataset: IndexedDataset) -> dict[str, float]:
 
 
 def _scan_ids(dataset: IndexedDataset) -> dict[str, Any]:
-    """Smallest and largest id that occur; nothing for a dataset of floats, which holds no ids."""
+    """Return the smallest and largest id that occur; nothing for a dataset of floats, which holds no ids."""
     if dataset.dtype.kind not in "iu":
         return {}
     tokens = dataset.tokens
@@ -92,6 +93,7 @@ def _scan_ids(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def _check_ids(prefix: Path | str, manifest: Manifest | None, found: Mapping[str, Any]) -> None:
+    """Refuse negative ids, and a largest id that is not the manifest's."""
     if found.get("smallest_token_id", 0) < 0:
         raise UserError(bin_path(prefix), f"holds the id {found['smallest_token_id']}", "preprocess again")
     if manifest is not None and found.get("largest_token_id") != manifest.largest_token_id:
@@ -103,6 +105,7 @@ def _check_ids(prefix: Path | str, manifest: Manifest | None, found: Mapping[str
 
 
 def _not_checked(manifest: Manifest | None, verify: bool) -> list[str]:
+    """List what was not checked, and why."""
     missing = []
     if not verify:
         missing.append("every row of the index, and the tokens themselves: pass --verify to read the files whole")
@@ -112,13 +115,13 @@ def _not_checked(manifest: Manifest | None, verify: bool) -> list[str]:
 
 
 def find_tokenizer(prefix: Path | str, given: Path | None) -> Tokenizer | None:
-    """The tokenizer of a dataset: ``given`` or the one its manifest names, if it is still there.
+    """Load the tokenizer of a dataset: ``given``, or the one that its manifest names, if it still exists.
 
     Returns:
-        None if nothing is given and the manifest names none that exists.
+        The tokenizer; None if nothing is given and the manifest names none that exists.
 
     Raises:
-        UserError: it is not the one the dataset was made with.
+        UserError: it is not the one that the dataset was made with.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
@@ -128,7 +131,7 @@ def find_tokenizer(prefix: Path | str, given: Path | None) -> Tokenizer | None:
 
 
 def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Ids and, with a tokenizer, text of document ``number``.
+    """Return the ids and, with a tokenizer, the text of document ``number``.
 
     Raises:
         UserError: there is no such document.
@@ -145,7 +148,7 @@ def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) 
 def show_sample(
     prefix: Path | str, number: int, sequence_length: int, seed: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Place, documents, ids and, with a tokenizer, text of sample ``number`` of a run on this dataset alone.
+    """Return location, documents, ids and, with a tokenizer, text of sample ``number`` of a run on this dataset alone.
 
     Raises:
         UserError: the number or the sequence length is out of range, or the dataset cannot be trained on.
@@ -172,10 +175,10 @@ def show_sample(
 def show_samples(
     stream: SampleStream | MegatronStream, positions: range, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """What a run reads at ``positions``, sample by sample: position, source, epoch, documents, ids and text."""
-    shown = []
+    """Return what a run reads at ``positions``: position, source, epoch, documents, ids and text of each sample."""
+    samples = []
     for position, location, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
-        shown.append(
+        samples.append(
             {
                 "position": position,
                 "source": str(stream.sources[location.source].prefix),
@@ -185,8 +188,9 @@ def show_samples(
                 **_as_text(ids.tolist(), tokenizer),
             }
         )
-    return shown
+    return samples
 
 
 def _as_text(ids: list[int], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the number of ids, the ids, and their text, which is None without a tokenizer."""
     return {"tokens": len(ids), "ids": ids, "text": None if tokenizer is None else tokenizer.decode(ids)}

@@ -1,12 +1,12 @@
-"""Feed one data-parallel rank: its micro-batches of a run's samples, read ahead by a thread.
+"""Feed one data-parallel rank with its micro-batches of a run's samples, which a thread reads ahead.
 
     position     0                                G                                   G = micro * accumulation * dp
     step         |------------- step 1 -----------|------------- step 2 ----- ...
     micro-step   |--- 0 ----|--- 1 ----| ...
     rank         | 0 | 1 |..| 0 | 1 |..|                                              micro samples each
 
-Step s reads the samples [(s - 1) * G, s * G) of the run, whatever its split into ranks, micro-batches and
-accumulation steps: these only decide who reads which. So a run goes on exactly at any position in any layout.
+Step s reads the samples [(s - 1) * G, s * G) of the run. Ranks, micro-batches and accumulation steps only decide which
+rank reads which sample. So a run continues exactly, at any position and in any layout.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class Samples(Protocol):
-    """A run's samples by position, such as ``dataset.SampleStream``."""
+    """The interface of a run's samples, such as ``dataset.SampleStream``."""
 
-    def batch(self, positions: range) -> np.ndarray: ...
+    def batch(self, positions: range) -> NDArray[np.int64]:
+        """Return the samples at ``positions``, int64 (n, T + 1)."""
+        ...
 
 
-class BatchLoader(Iterator[np.ndarray]):
-    """Endless iterator of this rank's micro-batches, int64 (micro_batch_size, T + 1), read ahead by a thread.
+class BatchLoader(Iterator[NDArray[np.int64]]):
+    """Iterate without end over this rank's micro-batches, int64 (micro_batch_size, T + 1), which a thread reads ahead.
 
     An error while reading is raised by the ``next`` call that would have returned the batch, and by those after it.
-    Use it in a ``with`` block or call ``close``; without either its thread ends with the process or the object.
+    Use the loader in a ``with`` block or call ``close``; without either its thread ends with the process or the object.
 
     Attributes:
-        position: samples of the run consumed so far by all ranks together: where to begin to go on exactly. Batches
-            that were read ahead but not handed out do not count.
-        global_batch_size: samples of one optimizer step.
+        position: the samples of the run that all ranks together have consumed so far, which is where a later loader
+            must begin. Batches that were read ahead but not returned do not count.
+        global_batch_size: the samples of one optimizer step.
 
     Args:
         stream: the run's samples.
-        micro_batch_size: samples of one batch.
-        accumulation_steps: batches that one optimizer step takes on each rank.
-        dp_rank, dp_size: this rank among the data-parallel ones.
-        start_sample: position to begin at, the ``position`` of an earlier loader.
-        prefetch: batches read ahead, at least 1.
+        micro_batch_size: the samples of one batch.
+        accumulation_steps: the batches that one optimizer step takes on each rank.
+        dp_rank, dp_size: this rank among the data-parallel ranks, and their number.
+        start_sample: the position to begin at, the ``position`` of an earlier loader.
+        prefetch: the batches that are read ahead, at least 1.
         pin_memory: keep batches in page-locked memory, from which they can be copied to a GPU while it computes:
             ``torch.from_numpy(batch).to(device, non_blocking=True)``. Needs CUDA.
 
@@ -78,7 +81,7 @@ class BatchLoader(Iterator[np.ndarray]):
         self._wait_seconds = 0.0
         self._error: BaseException | None = None
         self._stop = threading.Event()
-        self._ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(prefetch)
+        self._ready: queue.Queue[NDArray[np.int64] | BaseException] = queue.Queue(prefetch)
         first = start_sample + dp_rank * micro_batch_size
         reader = _Reader(stream, first, micro_batch_size, self._samples_per_micro_step, pin_memory)
         # The thread knows the queue and the event but not this object, which can therefore be collected while it runs.
@@ -87,7 +90,7 @@ class BatchLoader(Iterator[np.ndarray]):
         )
         self._thread.start()
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> NDArray[np.int64]:
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
@@ -102,12 +105,12 @@ class BatchLoader(Iterator[np.ndarray]):
         return item
 
     def take_wait_seconds(self) -> float:
-        """Seconds that ``next`` has waited for data since the last call of this method."""
+        """Return the seconds that ``next`` has waited for data since the last call of this method."""
         waited, self._wait_seconds = self._wait_seconds, 0.0
         return waited
 
     def close(self) -> None:
-        """End the thread; what was read ahead is dropped. Calling it again does nothing."""
+        """End the thread and drop what was read ahead; calling it again does nothing."""
         self._stop.set()
         self._thread.join()
 
@@ -123,15 +126,15 @@ class BatchLoader(Iterator[np.ndarray]):
 
 
 class _Reader:
-    """Reads one rank's micro-batches in order."""
+    """Read one rank's micro-batches in order."""
 
     def __init__(self, stream: Samples, first: int, size: int, stride: int, pin_memory: bool):
         self._stream, self._next, self._size, self._stride = stream, first, size, stride
         # A thread begins on device 0: without this each rank would open a context there.
         self._pin_for = torch.cuda.current_device() if pin_memory else None
 
-    def read(self) -> np.ndarray:
-        """The next micro-batch, int64 (size, T + 1)."""
+    def read(self) -> NDArray[np.int64]:
+        """Return the next micro-batch, int64 (size, T + 1)."""
         batch = self._stream.batch(range(self._next, self._next + self._size))
         self._next += self._stride
         if self._pin_for is None:
@@ -140,8 +143,9 @@ class _Reader:
             return torch.from_numpy(batch).pin_memory().numpy()
 
 
-def _read_ahead(reader: _Reader, ready: queue.Queue, stop: threading.Event) -> None:
-    """Keep ``ready`` full until ``stop`` is set or reading fails; the failure goes into the queue in its turn."""
+def _read_ahead(reader: _Reader, ready: queue.Queue[NDArray[np.int64] | BaseException], stop: threading.Event) -> None:
+    """Keep ``ready`` full until ``stop`` is set or reading fails; the error goes into the queue in its turn."""
+    item: NDArray[np.int64] | BaseException
     while not stop.is_set():
         try:
             item = reader.read()

@@ -1,14 +1,15 @@
-"""Megatron's order of training samples, index for index, for runs that are to go on or be compared with its own.
+"""Reproduce Megatron's order of training samples, index for index, to continue its runs or compare with them.
 
     sequences of a source, repeated for as many epochs as the run needs and shuffled    (document index)
       | cut into samples of T + 1 tokens, each beginning with the last token of the one before
       | shuffled                                                                         (shuffle index)
       v
-    blend of the sources: at each position the source that lags furthest behind its weight
+    blend of the sources: each position takes the source that lags furthest behind its weight
 
-Where the epochs do not divide the run evenly the last one is shuffled by itself, as ``GPTDataset`` does. Unlike ours,
-this order depends on the number of samples of the whole run, takes memory (12 bytes a sequence and epoch, 4 to 12 a
-sample), and time before the first sample. The sample index, which Megatron builds in C++, is a sum and a binary search.
+Where the epochs do not divide the run evenly, the last one is shuffled by itself, as ``GPTDataset`` does. Unlike the
+order of ``order.py``, this one depends on the number of samples of the whole run. It takes memory (12 bytes a sequence
+and epoch, 4 to 12 bytes a sample), and time before the first sample. The sample index, which Megatron builds in C++, is
+a sum and a binary search here.
 """
 
 from __future__ import annotations
@@ -17,39 +18,44 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.sampling.dataset import SampleLocation, SourceUse, TokenSource
 from megachiar.data.storage.files import bin_path
 from megachiar.errors import UserError
 
-SURPLUS = 0.005  # of samples built for each source of a blend, Megatron's mid_level_dataset_surplus
-OWN_LAST_EPOCH = 0.80  # a last epoch that is used less than this is shuffled by itself
+SURPLUS = 0.005  # share of samples that are built beyond need for each source of a blend, mid_level_dataset_surplus
+OWN_LAST_EPOCH = 0.80  # a last epoch of which less than this share is used is shuffled by itself
 MOST_SOURCES = 32767  # Megatron counts them in 16 bits
 
 
 class MegatronOrder:
-    """Samples of one source.
+    """Order the samples of one source as Megatron does.
 
     Attributes:
-        documents: sequence at each place of the shuffled epochs, int32 (epochs * sequences,).
-        ends: tokens up to the end of each of them, int64.
-        shuffle: which sample stands at each place of the order, (samples,).
-        epochs: passes over the source that the order is made of.
+        sequence_length: T.
+        documents: the sequence at each index of the shuffled epochs, int32 (epochs * sequences,).
+        ends: the tokens up to the end of each of these sequences, int64 (epochs * sequences,).
+        shuffle: the sample at each index of the order, (samples,).
+        epochs: the passes over the source that the order is made of.
 
     Args:
-        lengths: tokens of each sequence of the source, int32 (sequences,).
+        lengths: the tokens of each sequence of the source, int32 (sequences,).
         sequence_length: T.
-        samples: that the run asks of this source.
-        seed: of the run.
-        where: named in errors.
+        samples: the samples that the run takes from this source.
+        seed: the seed of the run.
+        where: the name of the source in errors.
 
     Raises:
         UserError: the source is shorter than one sample.
     """
 
-    def __init__(self, lengths: np.ndarray, sequence_length: int, samples: int, seed: int, where: object = "dataset"):
+    def __init__(
+        self, lengths: NDArray[np.int32], sequence_length: int, samples: int, seed: int, where: object = "dataset"
+    ):
         tokens = int(lengths.sum(dtype=np.int64))
         if tokens <= sequence_length:
             raise UserError(
@@ -72,39 +78,41 @@ class MegatronOrder:
         self.shuffle = np.concatenate([_shuffled_range(a, b, random) for a, b in itertools.pairwise(cuts)])
 
     def pieces(self, sample: int) -> list[tuple[int, int, int]]:
-        """(sequence, first token in it, number of tokens) of each piece of a sample's T + 1 tokens."""
+        """Return sequence, first token in it, and number of tokens of each piece of a sample's T + 1 tokens."""
         begin = int(self.shuffle[sample]) * self.sequence_length
         end = begin + self.sequence_length + 1
         pieces = []
-        place = int(np.searchsorted(self.ends, begin, side="right"))
+        index = int(np.searchsorted(self.ends, begin, side="right"))
         while begin < end:
-            until = min(end, int(self.ends[place]))
-            first = int(self.ends[place - 1]) if place else 0
+            until = min(end, int(self.ends[index]))
+            first = int(self.ends[index - 1]) if index else 0
             if until > begin:
-                pieces.append((int(self.documents[place]), begin - first, until - begin))
-            begin, place = until, place + 1
+                pieces.append((int(self.documents[index]), begin - first, until - begin))
+            begin, index = until, index + 1
         return pieces
 
     def epoch(self, sample: int) -> int:
-        """The pass over the source, as they stand in the document index, that a sample begins in."""
+        """Return the pass over the source, in the order of the document index, that a sample begins in."""
         begin = int(self.shuffle[sample]) * self.sequence_length
         return int(np.searchsorted(self.ends, begin, side="right")) * self.epochs // self.documents.size
 
 
-def _shuffled_epochs(sequences: int, epochs: int, random: np.random.RandomState) -> np.ndarray:
+def _shuffled_epochs(sequences: int, epochs: int, random: np.random.RandomState) -> NDArray[np.int32]:
+    """Return the sequences of some epochs, shuffled together."""
     index = np.tile(np.arange(sequences, dtype=np.int32), epochs)
     random.shuffle(index)
     return index
 
 
-def _shuffled_range(first: int, last: int, random: np.random.RandomState) -> np.ndarray:
+def _shuffled_range(first: int, last: int, random: np.random.RandomState) -> NDArray[Any]:
+    """Return the numbers ``first`` to ``last - 1``, shuffled, in the type that Megatron takes for them."""
     index = np.arange(first, last, dtype=np.uint32 if last < np.iinfo(np.uint32).max - 1 else np.int64)
     random.shuffle(index)
     return index
 
 
-def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each position, int16 (samples,), and which of that source's samples it is, int64 (samples,).
+def blend(weights: Sequence[float], samples: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """Return the source of each position, int16 (samples,), and the number of its sample, int64 (samples,).
 
     Raises:
         UserError: numba, which runs the loop at the speed of C, is not installed.
@@ -123,12 +131,14 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
     return sources, numbers
 
 
-def _normalised(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+def _normalised(weights: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the weights divided by their sum, float64 (sources,)."""
     weights = np.asarray(weights, np.float64)
     return weights / np.sum(weights)
 
 
-def _fill_blend(weights: np.ndarray, sources: np.ndarray, numbers: np.ndarray) -> None:
+def _fill_blend(weights: NDArray[np.float64], sources: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
+    """Fill ``sources`` and ``numbers`` as ``blend`` returns them; numba compiles this loop."""
     drawn = np.zeros(weights.size, np.int64)
     for position in range(sources.size):
         so_far = max(float(position), 1.0)
@@ -142,14 +152,20 @@ def _fill_blend(weights: np.ndarray, sources: np.ndarray, numbers: np.ndarray) -
 
 
 class MegatronStream:
-    """A run's samples in Megatron's order; used as ``dataset.SampleStream`` is.
+    """Read a run's samples in Megatron's order; it has the methods of ``dataset.SampleStream``.
+
+    Attributes:
+        sequence_length: T.
+        samples: the samples of the whole run.
+        shares: the share of samples of each source, float64 (sources,).
+        orders: the order of each source.
 
     Args:
-        sources: to read from.
-        weights: share of samples of each source, relative to the others.
+        sources: the datasets.
+        weights: the weight of each source, relative to the others.
         sequence_length: T.
-        seed: of the order, Megatron's ``--seed``.
-        samples: of the whole run: steps times global batch.
+        seed: the seed of the order, Megatron's ``--seed``.
+        samples: the samples of the whole run, steps times global batch size.
 
     Raises:
         UserError: a source is shorter than one sample.
@@ -167,18 +183,18 @@ class MegatronStream:
         self.shares = _normalised(weights)
         single = len(sources) == 1
         self._blend = None if single else blend(weights, samples)
-        wanted = [samples] if single else [_with_surplus(samples, float(share)) for share in self.shares]
+        counts = [samples] if single else [_with_surplus(samples, float(share)) for share in self.shares]
         self.orders = tuple(
             MegatronOrder(source.dataset.lengths, sequence_length, count, seed, bin_path(source.prefix))
-            for source, count in zip(sources, wanted, strict=True)
+            for source, count in zip(sources, counts, strict=True)
         )
 
-    def sample(self, position: int) -> np.ndarray:
-        """Sample ``position`` of the run, int64 (T + 1,)."""
+    def sample(self, position: int) -> NDArray[np.int64]:
+        """Return sample ``position`` of the run, int64 (T + 1,)."""
         return self.batch([position])[0]
 
-    def batch(self, positions: Iterable[int]) -> np.ndarray:
-        """Samples of the run at ``positions``, int64 (n, T + 1)."""
+    def batch(self, positions: Iterable[int]) -> NDArray[np.int64]:
+        """Return the samples of the run at ``positions``, int64 (n, T + 1)."""
         drawn = [self._draw(position) for position in positions]
         batch = np.empty((len(drawn), self.sequence_length + 1), np.int64)
         for row, (number, sample) in zip(batch, drawn, strict=True):
@@ -190,7 +206,7 @@ class MegatronStream:
         return batch
 
     def locate(self, positions: Iterable[int]) -> list[SampleLocation]:
-        """Where the samples at ``positions`` begin."""
+        """Return where the samples at ``positions`` begin."""
         locations = []
         for number, sample in map(self._draw, positions):
             dataset, order = self.sources[number].dataset, self.orders[number]
@@ -200,14 +216,14 @@ class MegatronStream:
         return locations
 
     def documents(self, position: int) -> list[int]:
-        """The documents that sample ``position`` is made of, in order."""
+        """Return the documents that sample ``position`` is made of, in order."""
         number, sample = self._draw(position)
         starts = self.sources[number].dataset.document_starts
         pieces = self.orders[number].pieces(sample)
         return [int(np.searchsorted(starts, sequence, side="right")) - 1 for sequence, _, _ in pieces]
 
     def describe(self, samples: int) -> list[SourceUse]:
-        """What the first ``samples`` samples of the run take from each source."""
+        """Say what the first ``samples`` samples of the run take from each source."""
         drawn = [samples] if self._blend is None else np.bincount(self._blend[0][:samples], minlength=len(self.sources))
         uses = []
         for source, share, count in zip(self.sources, self.shares, drawn, strict=True):
@@ -217,7 +233,7 @@ class MegatronStream:
         return uses
 
     def _draw(self, position: int) -> tuple[int, int]:
-        """(source, sample of that source) at a position of the run."""
+        """Return the source and the sample of that source at a position of the run."""
         if not 0 <= position < self.samples:
             raise IndexError(f"position {position} of a run of {self.samples:,} samples")
         if self._blend is None:
@@ -226,4 +242,5 @@ class MegatronStream:
 
 
 def _with_surplus(samples: int, share: float) -> int:
+    """Return how many samples Megatron builds for a source with this share of the run."""
     return math.ceil(math.ceil(samples * share) * (1 + SURPLUS))

@@ -1,4 +1,4 @@
-"""The order of training samples, a pure function of (seed, position): no index is built, stored or shuffled.
+"""Compute the order of training samples as a pure function of (seed, position); no index is built or stored.
 
     position p of the run
       | Blend: fixed quotas inside blocks of positions, permuted by key
@@ -8,8 +8,8 @@
       v
     first token of the sample in the source's stream
 
-Memory and start-up do not depend on the size of the sources, and the order is the same for any number of readers and
-any place to begin.
+Memory and start-up time do not depend on the size of the sources. The order is the same for any number of readers, and
+wherever a run begins.
 """
 
 from __future__ import annotations
@@ -18,39 +18,46 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.permutation import permute, round_keys
 from megachiar.errors import UserError
 
-BLOCK_SIZES = (100, 1_000, 10_000, 100_000)  # positions of a blend's block, the smallest that fits
-QUOTA_TOLERANCE = 1e-3  # relative error of a source's share that is taken for a smaller block
+IntArray = NDArray[np.int64]
+BLOCK_SIZES = (100, 1_000, 10_000, 100_000)  # positions of a blend's block; the smallest that fits is taken
+QUOTA_TOLERANCE = 1e-3  # relative error of a source's share up to which a block size fits
 
 
 class Consumed(NamedTuple):
-    """What was read of a source: whole epochs, and targets of the next one, in the order of that epoch's samples."""
+    """Count what was read of a source: whole epochs, and targets of the next one, in the order of its samples."""
 
     epoch: int = 0
     tokens: int = 0
 
 
 class StreamOrder:
-    """Order of one source's samples: an endless series of epochs, each a permutation of the source's n samples.
+    """Order one source's samples: an endless series of epochs, each a permutation of the source's n samples.
 
-    The source is one stream of N tokens. Sample j of an epoch is T + 1 tokens, the last of them the first of sample
-    j + 1, so that no target is left out between samples and none comes twice:
+    The source is one stream of N tokens. Sample j of an epoch is T + 1 tokens, and its last token is the first one of
+    sample j + 1. So no target between samples is left out, and none is read twice:
 
         tokens    0 .. shift          shift + T        shift + 2T             shift + nT
                   |-----| sample 0 |------| sample 1 |------| ...  sample n - 1 |----|
 
-    n = (N - 1) // T. ``shift`` is 0 in epoch 0 and otherwise one of 0 .. T - 1 by key, so that samples are cut
-    elsewhere in each epoch; the last sample of a shifted epoch may run over the end of the stream and goes on at its
-    beginning. At most T tokens are no target in an epoch, not the same ones in each.
+    n = (N - 1) // T. ``shift`` is 0 in epoch 0; in later epochs a key draws it from 0 .. T - 1, so that samples are cut
+    at other tokens in each epoch. The last sample of a shifted epoch may run over the end of the stream; it continues
+    at the beginning. At most T tokens are no target in an epoch, and they are not the same in each.
+
+    Attributes:
+        samples_per_epoch: n.
+        tokens: N.
+        sequence_length: T.
 
     Args:
-        tokens: N, length of the stream.
+        tokens: N, the length of the stream.
         sequence_length: T.
-        key: what names this order: the seed of the run and the number of the source.
-        where: named in errors.
+        key: the key of the permutations: the seed of the run and the number of the source.
+        where: the name of the source in errors.
 
     Raises:
         UserError: the stream is shorter than one sample.
@@ -68,72 +75,78 @@ class StreamOrder:
         self.tokens, self.sequence_length, self._key = tokens, sequence_length, key
 
     def first_after(self, consumed: Consumed) -> int:
-        """The first of the source's samples that begins after what was read of it, with whatever sequence length."""
+        """Return the first of the source's samples that begins after what was read of it, with any sequence length."""
         in_epoch = min(-(-consumed.tokens // self.sequence_length), self.samples_per_epoch)
         return consumed.epoch * self.samples_per_epoch + in_epoch
 
     def consumed(self, samples: int) -> Consumed:
-        """What the source's first ``samples`` samples of the run are in epochs and tokens."""
+        """Return the source's first ``samples`` samples of the run in epochs and tokens."""
         epoch, in_epoch = divmod(samples, self.samples_per_epoch)
         return Consumed(epoch, in_epoch * self.sequence_length)
 
-    def epochs(self, samples: np.ndarray) -> np.ndarray:
-        """Epoch that each of this source's samples of the run (int64) belongs to."""
+    def epochs(self, samples: IntArray) -> IntArray:
+        """Return the epoch that each of this source's samples of the run belongs to, int64 of the same shape."""
         return np.asarray(samples, dtype=np.int64) // self.samples_per_epoch
 
     def shift(self, epoch: int) -> int:
-        """First token of the first sample of ``epoch``, in 0 .. T - 1."""
+        """Return the first token of the first sample of ``epoch``, in 0 .. T - 1."""
         return int(round_keys("shift", *self._key, epoch)[0]) % self.sequence_length if epoch else 0
 
-    def starts(self, samples: np.ndarray) -> np.ndarray:
-        """First token of each of this source's samples of the run.
+    def starts(self, samples: IntArray) -> IntArray:
+        """Return the first token of each of this source's samples of the run.
 
         Args:
-            samples: int64 (n,), 0 is the first sample of epoch 0.
+            samples: int64 (n,); 0 is the first sample of epoch 0.
 
         Returns:
-            int64 (n,), each below N; the T + 1 tokens from there on go on at the stream's beginning after its end.
+            int64 (n,), each below N. After the end of the stream a sample continues at its beginning.
         """
         samples = np.asarray(samples, dtype=np.int64)
         epochs = self.epochs(samples)
         starts = np.empty_like(samples)
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            place = permute(
-                samples[chosen] - epoch * self.samples_per_epoch,
+            of_epoch = epochs == epoch
+            number = permute(
+                samples[of_epoch] - epoch * self.samples_per_epoch,
                 self.samples_per_epoch,
                 round_keys("epoch", *self._key, int(epoch)),
             )
-            starts[chosen] = place * self.sequence_length + self.shift(int(epoch))
+            starts[of_epoch] = number * self.sequence_length + self.shift(int(epoch))
         return starts
 
 
 class Draws(NamedTuple):
-    """Where positions of a run draw from.
+    """Say which sample of which source positions of a run read.
 
     Attributes:
-        sources: number of the source, int64 (n,).
-        samples: which sample of that source it is, counted over the run from 0, int64 (n,).
+        sources: the number of the source, int64 (n,).
+        samples: the number of the sample among that source's samples of the run, from 0, int64 (n,).
     """
 
-    sources: np.ndarray
-    samples: np.ndarray
+    sources: IntArray
+    samples: IntArray
 
 
 class Blend:
-    """Which source each position of the run draws from: exact quotas in every block of positions, permuted by key.
+    """Decide which source each position reads: every block of positions has exact quotas, in an order permuted by key.
 
-    Positions are cut into blocks of B. Source i has ``quotas[i]`` positions in every block, sum B, at places that
-    differ from block to block; so its share is exact after every block. Each source's samples come strictly in turn:
-    after any position the samples used up are the first ``counts`` of each, without a gap, which is what makes an
-    epoch an epoch and lets another blend go on from there.
+    Positions are cut into blocks of B. Source i has ``quotas[i]`` positions in every block, at indices that differ from
+    block to block; the quotas sum to B. So each share is exact after every block. Each source's samples are read
+    strictly in order: after any position, the first ``counts`` samples of each source were read, without a gap. That
+    makes an epoch an epoch, and lets another blend continue from there.
 
-    One block of at most ``BLOCK_SIZES[-1]`` positions is kept in memory, whichever was asked for last.
+    One block of at most ``BLOCK_SIZES[-1]`` positions is kept in memory, the one that was used last.
+
+    Attributes:
+        shares: the share of each source, float64 (sources,), sum 1.
+        quotas: the positions of each source in a block, int64 (sources,).
+        block: B, the positions of a block.
+        first: the position of the run that the blend begins at.
 
     Args:
-        weights: of the sources, positive, any sum.
-        seed: of the run.
-        first: position of the run that the blend begins at; each source's draws are counted from there.
+        weights: the weights of the sources, positive, with any sum.
+        seed: the seed of the run.
+        first: the position of the run that the blend begins at; each source's samples are counted from there.
 
     Raises:
         UserError: a weight is not positive and finite, or too small beside the others.
@@ -152,25 +165,26 @@ class Blend:
         self._key = (seed, first) if first else (seed,)
         self._last_block = (0, self._draws_of_block(0))
 
-    def draws(self, positions: np.ndarray) -> Draws:
-        """Source and sample of the source for each position of the run, int64 (n,), none before ``first``."""
+    def draws(self, positions: IntArray) -> Draws:
+        """Return source and sample for each position of the run, int64 (n,), none of them before ``first``."""
         positions = np.asarray(positions, dtype=np.int64) - self.first
         blocks = positions // self.block
         sources, samples = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
-            chosen = blocks == block
-            slots = positions[chosen] - block * self.block
+            of_block = blocks == block
+            slots = positions[of_block] - block * self.block
             drawn = self._block(int(block))
-            sources[chosen], samples[chosen] = drawn.sources[slots], drawn.samples[slots]
+            sources[of_block], samples[of_block] = drawn.sources[slots], drawn.samples[slots]
         return Draws(sources, samples)
 
-    def counts(self, positions: int) -> np.ndarray:
-        """Samples drawn from each source by the positions from ``first`` to ``positions``, int64 (sources,)."""
+    def counts(self, positions: int) -> IntArray:
+        """Return the samples of each source at the positions from ``first`` to ``positions - 1``, int64 (sources,)."""
         whole, rest = divmod(positions - self.first, self.block)
         begun = self._block(whole).sources[:rest]
         return whole * self.quotas + np.bincount(begun, minlength=self.quotas.size)
 
     def _block(self, number: int) -> Draws:
+        """Return the draws of a block, from memory if it was the last one used."""
         known, drawn = self._last_block  # one read and one write of one name: threads may share a blend
         if known != number:
             drawn = self._draws_of_block(number)
@@ -178,25 +192,25 @@ class Blend:
         return drawn
 
     def _draws_of_block(self, number: int) -> Draws:
-        """The draws of all positions of a block, in order."""
+        """Compute the draws of all positions of a block, in order."""
         ends = np.cumsum(self.quotas)
         slots = permute(np.arange(self.block), self.block, round_keys("blend", *self._key, number))
         sources = np.searchsorted(ends, slots, side="right")
         by_source = np.argsort(sources, kind="stable")
-        turn = np.empty_like(sources)  # of a draw among its source's draws in this block
-        turn[by_source] = np.arange(self.block) - (ends - self.quotas)[sources[by_source]]
-        return Draws(sources, number * self.quotas[sources] + turn)
+        rank = np.empty_like(sources)  # of a draw among its source's draws in this block
+        rank[by_source] = np.arange(self.block) - (ends - self.quotas)[sources[by_source]]
+        return Draws(sources, number * self.quotas[sources] + rank)
 
 
 class OrderedSource(NamedTuple):
-    """A source as an order knows it.
+    """Describe a source to an order.
 
     Attributes:
-        tokens: length of its stream.
-        weight: of its samples, relative to the others'.
-        number: what names its order beside the seed; another one for each source of the run.
+        tokens: the length of its stream.
+        weight: its weight, relative to the other sources.
+        number: a number that no other source of the run has; with the seed it is the key of the source's order.
         consumed: what was read of it before.
-        where: named in errors.
+        where: its name in errors.
     """
 
     tokens: int
@@ -207,17 +221,19 @@ class OrderedSource(NamedTuple):
 
 
 class RunOrder:
-    """Where the samples of a run lie, from ``first`` on: a blend of ordered sources.
+    """Say where the samples of a run are stored, from ``first`` on: a blend of ordered sources.
 
     Attributes:
-        blend, orders: what it is made of.
-        first: the first position that it knows.
+        sequence_length: T.
+        blend: which source each position reads.
+        orders: the order of each source's samples.
+        first: the first position of the order.
 
     Args:
-        sources: at least one.
+        sources: the sources, at least one.
         sequence_length: T.
-        seed: of the run.
-        first: position of the run that it begins at.
+        seed: the seed of the run.
+        first: the position of the run that the order begins at.
 
     Raises:
         UserError: a source is shorter than one sample, or a weight cannot be kept.
@@ -231,26 +247,26 @@ class RunOrder:
         )
         self._begin = [order.first_after(s.consumed) for order, s in zip(self.orders, sources, strict=True)]
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, epoch and first token of the sample at each position, all int64 (n,)."""
+    def locate(self, positions: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Return source, epoch and first token of the sample at each position, all int64 (n,)."""
         draws = self.blend.draws(positions)
         epochs, tokens = np.empty_like(draws.samples), np.empty_like(draws.samples)
         for number in np.unique(draws.sources):
-            chosen, order = draws.sources == number, self.orders[number]
-            samples = draws.samples[chosen] + self._begin[number]
-            epochs[chosen], tokens[chosen] = order.epochs(samples), order.starts(samples)
+            of_source, order = draws.sources == number, self.orders[number]
+            samples = draws.samples[of_source] + self._begin[number]
+            epochs[of_source], tokens[of_source] = order.epochs(samples), order.starts(samples)
         return draws.sources, epochs, tokens
 
     def consumed(self, position: int) -> list[Consumed]:
-        """What was read of each source before ``position``, at least ``first``, in the whole run."""
+        """Return what the whole run read of each source before ``position``, which is at least ``first``."""
         counts = self.blend.counts(position).tolist()
         return [
             order.consumed(begin + count) for order, begin, count in zip(self.orders, self._begin, counts, strict=True)
         ]
 
 
-def _quotas(shares: np.ndarray) -> np.ndarray:
-    """Whole positions of each source, int64 (sources,), in the smallest block that keeps the shares."""
+def _quotas(shares: NDArray[np.float64]) -> IntArray:
+    """Return the positions of each source, int64 (sources,), in the smallest block that keeps the shares."""
     for block in BLOCK_SIZES:
         quotas = _apportion(shares, block)
         if (np.abs(quotas / block / shares - 1) <= QUOTA_TOLERANCE).all():
@@ -264,8 +280,8 @@ def _quotas(shares: np.ndarray) -> np.ndarray:
     return quotas
 
 
-def _apportion(shares: np.ndarray, block: int) -> np.ndarray:
-    """Split ``block`` by the largest remainders; equal remainders go to the earlier source."""
+def _apportion(shares: NDArray[np.float64], block: int) -> IntArray:
+    """Split ``block`` positions by the largest remainders, int64 (sources,); of equal ones the earlier source wins."""
     exact = shares * block
     quotas = np.floor(exact + 1e-9).astype(np.int64)
     remainders = exact - quotas

@@ -41,7 +41,7 @@ class IndexedDataset:
     Args:
         prefix: the path of the dataset without ``.bin``.
         random_access: tokens will be read in random order: the kernel then reads only the pages that are touched,
-            instead of hundreds of kilobytes around them. Call ``prefetch_hint`` before each read.
+            instead of hundreds of kilobytes around them. Call ``prefetch_hint`` before reading.
 
     Raises:
         UserError: one of the checks failed; the message names the file and what does not fit.
