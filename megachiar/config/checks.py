@@ -12,6 +12,7 @@ from typing import Any
 
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
+from megachiar.config.run_length import LENGTHS, steps_of_tokens
 from megachiar.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +21,7 @@ from megachiar.config.sections import (
     PrecisionConfig,
     ScheduleConfig,
     TrainingConfig,
+    sample_length,
 )
 
 OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
@@ -141,6 +143,18 @@ def batch(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[Proble
         )
 
 
+def run_length(model: ModelConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    steps, tokens = training.steps, training.tokens
+    if all(getattr(training, name) is None for name in LENGTHS):
+        yield Problem("training", "does not say how long the run is", "set one of steps, tokens and epochs")
+    elif tokens is not None and training.epochs is not None:
+        yield Problem("training.epochs", f"is {training.epochs:g} beside tokens {tokens:,}", "keep one of the two")
+    elif steps is not None and tokens is not None:
+        made = steps_of_tokens(tokens, training.global_batch_size, sample_length(model, data))
+        if steps != made:
+            yield Problem("training.steps", f"is {steps:,}, but tokens {tokens:,} make {made:,}", "keep one of the two")
+
+
 def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
     pp, tp = parallel.pipeline_size, parallel.tensor_size
     if pp > 1 and parallel.zero_stage >= 2:
@@ -188,7 +202,7 @@ def stages(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfi
 def sequence_rows(
     model: ModelConfig, data: DataConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> Iterator[Problem]:
-    length = data.sequence_length or model.max_sequence_length
+    length = sample_length(model, data)
     rows, tp = training.micro_batch_size * length, parallel.tensor_size
     if parallel.sequence and rows % tp:
         yield Problem(
@@ -223,7 +237,7 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
             f"{schedule.minimum_learning_rate} is above optimizer.learning_rate {optimizer.learning_rate}",
             "lower it",
         )
-    # Against training.steps nothing is checked: a run cut short with --set training.steps=3 just stays in warm-up.
+    # Nothing is checked against training.steps: a run cut short with --set training.steps=3 just stays in warm-up.
     end = schedule.decay_steps
     if schedule.kind == "constant" or end is None:
         return
@@ -289,6 +303,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     router,
     sequence_length,
     batch,
+    run_length,
     layout,
     stages,
     sequence_rows,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megachiar.config.model import ModelConfig
 from megachiar.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _without_null(mapping: Any) -> Any:
+    if not isinstance(mapping, dict):
+        return mapping
+    return {name: value for name, value in mapping.items() if value is not None}
 
 
 class SourceConfig(Section):
@@ -31,8 +38,11 @@ class DataConfig(Section):
     max_epochs: PositiveFloat | None = None
     """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported:
     up to there repeated text is nearly as good as new (arXiv:2305.16264)."""
-    validation: dict[str, Path] = {}
-    """Validation sets by name: prefixes of indexed datasets, read whole and in order."""
+    validation: Annotated[
+        dict[str, Path], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
+    ] = {}
+    """Validation sets by name: prefixes of indexed datasets, read whole and in order. Null leaves out a set that the
+    base of the config has."""
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: Path | None = None
@@ -45,6 +55,11 @@ class DataConfig(Section):
     source whose manifest names another one, or none while this id does not occur in it, is refused."""
     prefetch: PositiveInt = 4
     """Micro-batches that each rank reads ahead."""
+
+
+def sample_length(model: ModelConfig, data: DataConfig) -> int:
+    """Return the tokens of a training sample."""
+    return data.sequence_length or model.max_sequence_length
 
 
 class ParallelConfig(Section):
@@ -115,9 +130,18 @@ class ScheduleConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: PositiveInt
+    """A run's length is given once: as steps, as tokens or as epochs."""
+
+    steps: PositiveInt | None = None
     """Optimizer steps of the run. Step N is the N-th of the run, counted from 1, in the log, in metrics, in the name of
     a checkpoint and as an argument of every tool."""
+    tokens: PositiveInt | None = None
+    """Tokens of the run in place of its steps, which are tokens / (global_batch_size * sequence length), rounded up. A
+    run that changes batch or length on its way counts as if it had had the present ones from the beginning."""
+    epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Epochs of the run in place of its steps. One epoch is as many samples as one pass over every source of data.train
+    holds together; steps are epochs * samples / global_batch_size, rounded up. Single sources are passed over more or
+    less often, by their weights, and the log says how often. Steps are known where the datasets are."""
     global_batch_size: PositiveInt
     """Sequences a step, over all ranks and micro-batches."""
     micro_batch_size: PositiveInt

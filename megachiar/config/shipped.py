@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 import megachiar
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError
 
 
 def shipped_folder() -> Path:
@@ -33,21 +33,6 @@ def shipped_config(name: str) -> Path:
         meant = f"did you mean {near[0]}? " if near else ""
         raise UserError(name, "there is no such shipped config", f"{meant}there are {', '.join(found)}")
     return found[name]
-
-
-def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> Path:
-    """Write the shipped config ``name`` to ``folder``; returns its file there.
-
-    Raises:
-        UserError: there is none of this name, a file is there already, or it cannot be written.
-    """
-    shipped = shipped_config(name)
-    path = folder / shipped.name
-    if path.exists() and not overwrite:
-        raise UserError(path, "exists already", "move it, or replace it with --overwrite")
-    with disk_errors(path):
-        path.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
-    return path
 
 
 def title_of(path: Path) -> str:

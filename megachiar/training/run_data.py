@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megachiar.checkpoint.checkpoint import check_data, read_state
 from megachiar.config import RunConfig
+from megachiar.config.run_length import samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
@@ -14,6 +15,7 @@ from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenize
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
 
@@ -92,6 +94,7 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
+    config = resolve_epochs(config)
     data = open_data(config)
     start = find_start(config)
     if start.goes_on:
@@ -138,7 +141,7 @@ def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource
     if config.data.order == "keyed":
         return _stream(history, history.orders[0], dict(enumerate(sources)))
     weights = [source.weight for source in config.data.train]
-    samples = config.training.steps * config.training.global_batch_size
+    samples = config.steps * config.training.global_batch_size
     return MegatronStream(sources, weights, config.sequence_length, config.training.seed, samples)
 
 
@@ -157,8 +160,11 @@ def refuse_too_small(config: RunConfig, data: RunData) -> None:
     Raises:
         LaunchError: names the source, its passes, and the share of its weight that would do.
     """
-    limit = config.data.max_epochs
-    for use in source_uses(config, data):
+    limit, samples = config.data.max_epochs, data.history.samples_before(config.steps)
+    if config.training.epochs is not None:  # the rest of the last step is not what was asked for
+        samples_per_epoch = sum(use.samples_per_epoch for use in data.training.describe(samples))
+        samples = min(samples, samples_of_epochs(config.training.epochs, samples_per_epoch))
+    for use in data.training.describe(samples):
         if limit is not None and use.epochs > limit:
             raise LaunchError(
                 f"data.train {use.prefix}",
@@ -170,7 +176,7 @@ def refuse_too_small(config: RunConfig, data: RunData) -> None:
 
 def source_uses(config: RunConfig, data: RunData) -> list[SourceUse]:
     """What the whole run takes from each of the sources that it reads now."""
-    return data.training.describe(data.history.samples_before(config.training.steps))
+    return data.training.describe(data.history.samples_before(config.steps))
 
 
 def describe_uses(config: RunConfig, data: RunData) -> list[str]:

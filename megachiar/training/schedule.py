@@ -14,7 +14,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     ``decay_steps`` the schedule's own curve; the minimum afterwards.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
-    end = schedule.decay_steps or config.training.steps
+    end = schedule.decay_steps or config.steps
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":
