@@ -27,7 +27,8 @@ INTRODUCTION = """# Configuration
 <!-- Written by docs/generated_pages.py from the types in megachiar/config. -->
 
 One YAML file is one run. Every key has a type, a unit and a meaning; this page is made from the code. An unknown key is
-refused with the nearest known one. All problems of a file are reported at once, each with file, line,
+refused with the nearest known one. A word of Megatron-LM, GPT-NeoX, DeepSpeed, torchtitan, litgpt or Hugging Face's
+`TrainingArguments` is answered with our key for it. All problems of a file are reported at once, each with file, line,
 key, value and remedy. `--set a.b=c` overrides keys. `--dry-run` prints the resolved config, parameters, memory per rank
 and FLOPs, and exits. `configs/schema.json` gives editors completion.
 
