@@ -2,6 +2,7 @@
 # make test         the tests
 # make test-slow    the long ones
 # make docs         the site of docs/ in docs/_build, on Python 3.11 or newer
+# make test-pythons the tests on every promised Python that is here, each in an environment of its own
 #
 # PYTHON: the interpreter to start from, 3.10 or newer.   VENV: where the virtual environment lies.
 # pip takes the default torch of your platform; a torch that VENV has already, in the pinned version, stays.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow docs
+.PHONY: quickstart test test-slow test-pythons docs
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -25,6 +26,9 @@ test-slow: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
 	@echo "open docs/_build/index.html"
+
+test-pythons:
+	@.ci/pythons
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null \

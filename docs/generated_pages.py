@@ -29,8 +29,11 @@ INTRODUCTION = """# Configuration
 One YAML file is one run. Every key has a type, a unit and a meaning; this page is made from the code. An unknown key is
 refused with the nearest known one. A word of Megatron-LM, GPT-NeoX, DeepSpeed, torchtitan, litgpt or Hugging Face's
 `TrainingArguments` is answered with our key for it. All problems of a file are reported at once, each with file, line,
-key, value and remedy. `--set a.b=c` overrides keys. `--dry-run` prints the resolved config, parameters, memory per rank
-and FLOPs, and exits. `configs/schema.json` gives editors completion.
+key, value and remedy. `--set a.b=c` overrides a key, and `--a.b=c` is short for it. `megachiar pretrain --dry-run`
+prints the resolved config, parameters, memory per rank and FLOPs, and exits.
+
+`megachiar config list` names the shipped configs, and `megachiar config init tiny` copies one. `configs/schema.json`
+gives editors completion; `megachiar config schema` prints it.
 
 ## `base`
 

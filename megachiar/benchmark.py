@@ -29,7 +29,7 @@ class Spread(NamedTuple):
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median, low, high)
 
-    def told(self, unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
+    def format(self, unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
         median, low, high = (f"{value * scale:.{digits}f}" for value in self)
         return f"{median}{unit} ({low} to {high})"
 
@@ -48,7 +48,7 @@ class Times:
         return Spread.of([b / a for a, b in zip(self.seconds[name], self.seconds[over], strict=True)])
 
 
-def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Times:
+def measure_interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Times:
     """Let each contender run once a round and say its seconds. They are warm already.
 
     Their order is drawn anew for every round (from a fixed seed): one that leaves the system something to do, such as

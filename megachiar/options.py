@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megachiar.errors import UserError
 
-CONFIG_KEY = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(?P<equals>=.*)?", re.DOTALL)
+CONFIG_KEY = re.compile(r"--[A-Za-z_]\w*(\.[\w-]+)+(?P<equals>=.*)?", re.DOTALL)
 
 
 class OptionError(UserError):

@@ -1,4 +1,4 @@
-"""Where this process stands among the others: a value that is passed down, no module globals."""
+"""The position of this process among the ranks of a run. It is a value that is passed on, never a module global."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from megachiar.errors import UserError
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """The ranks that share each layer's matrices, as layers see them.
+    """The tensor-parallel group of this process: the ranks that share each layer's matrices.
 
     Attributes:
-        rank, size: of this process among them.
-        sequence: rows outside attention and feed-forward are sharded over them (sequence parallelism).
-        handle: process group; None where ``size`` is 1.
+        rank: number of this process in the group.
+        size: number of ranks in the group.
+        sequence: whether rows outside attention and feed-forward are sharded over the group (sequence parallelism).
+        handle: torch's process group; None where ``size`` is 1.
     """
 
     rank: int = 0
@@ -31,28 +32,31 @@ class TensorParallelGroup:
 
     @property
     def shards_rows(self) -> bool:
-        """Whether this rank holds a block of a micro-batch's rows instead of all of them."""
+        """Return whether this rank holds a block of a micro-batch's rows instead of all of them."""
         return self.sequence and self.size > 1
 
 
 SINGLE_RANK = TensorParallelGroup()
-"""The group of a model on one rank."""
+"""The tensor-parallel group of a model whose layers are not sharded."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The pp x dp x tp grid and this process's place in it.
+    """The pp x dp x tp grid of ranks, and the coordinates of this process in it.
 
-    Ranks are numbered ``(pipeline_rank * dp + data_rank) * tp + tensor_rank``: the ranks of a tensor group, which talk
-    most, are neighbours on one node.
+    Ranks are numbered ``(pipeline_rank * dp + data_rank) * tp + tensor_rank``. The ranks of a tensor-parallel group,
+    which communicate most, are therefore neighbours on one node.
 
     Attributes:
-        rank, world_size: over all processes.
-        local_rank: over the processes of this machine.
-        pipeline_rank, pipeline_size: stages.
-        data_rank, data_size: data-parallel replicas.
-        tensor: the ranks that share this rank's layers; its ``handle`` is None until ``with_groups``.
-        data_group: process group of one shard's replicas (dp); None until ``with_groups``.
+        rank: number of this process among all processes of the run.
+        world_size: number of processes of the run.
+        local_rank: number of this process among those of its machine.
+        data_rank: number of this rank's data-parallel replica.
+        data_size: number of data-parallel replicas.
+        pipeline_rank: number of this rank's pipeline stage.
+        pipeline_size: number of pipeline stages.
+        tensor: the tensor-parallel group of this rank; its ``handle`` is None until ``with_groups``.
+        data_group: process group of the ranks that hold the same shard in each replica; None until ``with_groups``.
     """
 
     rank: int
@@ -67,70 +71,76 @@ class Topology:
 
     @property
     def model_size(self) -> int:
-        """Ranks that share one replica of the model: pp x tp."""
+        """Return the number of ranks that share one replica of the model: pp x tp."""
         return self.pipeline_size * self.tensor.size
 
     def describe(self) -> str:
-        """In words, for logs and records."""
+        """Return the layout in words, for logs and records."""
         rows = " with sequence parallelism" if self.tensor.shards_rows else ""
         return f"pp {self.pipeline_size} x tp {self.tensor.size}{rows} x dp {self.data_size}"
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Return whether this is rank 0, which alone writes logs and records."""
         return self.rank == 0
 
     @property
     def is_first_stage(self) -> bool:
+        """Return whether this rank is on the pipeline stage of the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Return whether this rank is on the pipeline stage of the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     def with_groups(self) -> Topology:
-        """The same place with its process groups; every rank calls it, after the default group has started."""
+        """Return the same topology with process groups. All ranks call it, after the default group has started."""
         grid = torch.arange(self.world_size).view(self.pipeline_size, self.data_size, self.tensor.size)
-        tensor = _own_group(grid.flatten(0, 1), self.rank)
-        data = _own_group(grid.transpose(1, 2).flatten(0, 1), self.rank)
+        tensor = _group_of(self.rank, grid.flatten(0, 1))
+        data = _group_of(self.rank, grid.transpose(1, 2).flatten(0, 1))
         return replace(self, tensor=replace(self.tensor, handle=tensor), data_group=data)
 
 
-def _own_group(groups: torch.Tensor, rank: int) -> dist.ProcessGroup:
-    """Of process groups (number of groups, ranks each) the one that ``rank`` is in; all ranks make all of them."""
+def _group_of(rank: int, groups: torch.Tensor) -> dist.ProcessGroup:
+    """Make process groups from their ranks, (groups, ranks of each), and return the one that ``rank`` is in.
+
+    All ranks call it with the same groups.
+    """
     handles = {tuple(ranks): dist.new_group(ranks) for ranks in groups.tolist()}
     return next(handle for ranks, handle in handles.items() if rank in ranks)
 
 
 class LaunchError(UserError):
-    """The ranks that were started do not fit the config: the same on every rank."""
+    """An error that every rank of a run meets alike, such as a number of ranks that does not fit the config."""
 
     same_on_every_rank = True
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank what a rank met; every rank calls it, with None where it met nothing.
+    """Raise the error of any rank on every rank. All ranks call it, with None where there was no error.
 
     Raises:
-        LaunchError: the error of the first such rank, which it names with its host unless all met the same.
+        LaunchError: the error of the first rank that has one. Unless all ranks have the same error, the message names
+            that rank and its host.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), error))
-    met = [(rank, host, found) for rank, (host, found) in enumerate(everyone) if found is not None]
-    if not met:
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (socket.gethostname(), error))
+    failures = [(rank, host, raised) for rank, (host, raised) in enumerate(reports) if raised is not None]
+    if not failures:
         return
-    rank, host, first = met[0]
-    alike = len({str(found) for _, _, found in met}) == 1 and len(met) == len(everyone)
-    others = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
-    where = first.where if alike else f"rank {rank} on {host}{others}: {first.where}"
+    rank, host, first = failures[0]
+    is_same_everywhere = len(failures) == len(reports) and len({str(raised) for _, _, raised in failures}) == 1
+    others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    where = first.where if is_same_everywhere else f"rank {rank} on {host}{others}: {first.where}"
     raise LaunchError(where, first.problem, first.remedy) from error
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Replicas that ``world_size`` ranks make under ``config``.
+    """Return the number of data-parallel replicas that ``world_size`` ranks make under ``config``.
 
     Raises:
-        LaunchError: the ranks do not divide into replicas, or the batch does not divide over them.
+        LaunchError: the ranks cannot be divided into replicas, or the batch cannot be divided over the replicas.
     """
     parallel, training = config.parallel, config.training
     replica = parallel.pipeline_size * parallel.tensor_size
@@ -160,8 +170,9 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def build_topology(config: RunConfig) -> Topology:
-    """The place of this process, from the environment that ``launch.prepare_environment`` made."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """Return the topology of this process, from the variables that ``launch.prepare_environment`` has set."""
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     data_size = data_parallel_size(config, world_size)
     parallel = config.parallel
     return Topology(
@@ -172,5 +183,9 @@ def build_topology(config: RunConfig) -> Topology:
         data_size=data_size,
         pipeline_rank=rank // (parallel.tensor_size * data_size),
         pipeline_size=parallel.pipeline_size,
-        tensor=TensorParallelGroup(rank % parallel.tensor_size, parallel.tensor_size, parallel.sequence),
+        tensor=TensorParallelGroup(
+            rank=rank % parallel.tensor_size,
+            size=parallel.tensor_size,
+            sequence=parallel.sequence,
+        ),
     )

@@ -13,9 +13,10 @@ import pytest
 import torch
 from support import forked_python, pretrain, run_command, small_config, write_config
 
-from megachiar.checkpoint.checkpoint import load_for_inference, whole_checkpoints
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.metrics import read_metrics
 
 TEXT = "the moon and the sun go round in the night of a day when all men sleep but one who counts the stars"
@@ -91,7 +92,7 @@ def test_evaluate_reads_the_runs_own_validation_sets(folder):
 
 
 def test_an_older_checkpoint_can_be_named(folder):
-    older = whole_checkpoints(folder / "run" / "checkpoints")[0]
+    older = complete_checkpoints(folder / "run" / "checkpoints")[0]
     assert json.loads(tool("evaluate", older, "--json"))["step"] == 15
 
 
@@ -163,7 +164,7 @@ def test_metrics_hold_what_the_readme_promises(folder):
 
 REFUSED = [
     ("evaluate", ["{folder}/nothing"], "no such folder"),
-    ("evaluate", ["{folder}"], "holds no whole checkpoint"),
+    ("evaluate", ["{folder}"], "holds no complete checkpoint"),
     ("evaluate", ["{folder}/run", "--data", "{folder}/nothing"], "nothing.idx"),
     ("evaluate", ["{folder}/run", "--sequence-length", "33"], "not between 1 and"),
     ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature -1.0"),

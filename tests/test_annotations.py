@@ -15,6 +15,8 @@ import pytest
 
 import megachiar
 
+pytestmark = pytest.mark.every_python
+
 MODULES = sorted(module.name for module in pkgutil.walk_packages(megachiar.__path__, "megachiar."))
 
 

@@ -1,11 +1,12 @@
 """The floors of the house, proved from the imports: an import points down, never up or to a neighbour's room.
 
-The map of the rooms stands in ``FLOORS``; README and CONTRIBUTING show the same one.
+The map of the rooms stands in ``FLOORS``. CONTRIBUTING shows the same one, room by room, and README its folders.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -116,12 +117,33 @@ def test_every_room_of_the_map_exists():
         assert path.is_dir() or path.with_suffix(".py").exists(), room
 
 
+def shown(room: str) -> str:
+    """A room as the pages write it: a folder with a slash, or a file."""
+    path = PACKAGE / room.replace(".", "/")
+    return f"{path.relative_to(PACKAGE)}/" if path.is_dir() else f"{path.relative_to(PACKAGE)}.py"
+
+
+def test_contributing_shows_this_map():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| [^|]+ \|$", text, re.M)
+    assert sorted(rows) == sorted((str(floor), shown(room)) for room, floor in FLOOR_OF.items())
+
+
+def test_the_readme_shows_the_folders_of_this_map():
+    text = (ROOT / "README.md").read_text().split("\n## Map\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.+?) \| .+ \|$", text, re.M)
+    named = [room for cell in cells for room in re.findall(r"`([\w/.]+)`", cell) if room != "megachiar/"]
+    rooms = {shown(room) for room in FLOOR_OF}
+    assert len(named) == len(set(named)) and set(named) <= rooms
+    assert {room for room in rooms if room.endswith("/")} <= set(named), "a folder of the map has no line"
+
+
 @pytest.mark.parametrize(
     ("room", "line"),
     [
         ("kernels", "from megachiar.model.layer import RoutedLayer"),
         ("kernels", "from megachiar.config import RunConfig"),
-        ("data/storage", "import megachiar.training.loop"),
+        ("data/storage", "import megachiar.training.trainer"),
         ("data/storage", "from megachiar.data.tokenizers import fast"),
         ("data/sampling", "from megachiar.data.preprocessing.readers import Source"),
         ("data/tokenizers", "from megachiar.kernels.dct import dct"),
@@ -130,7 +152,7 @@ def test_every_room_of_the_map_exists():
         ("model", "from ..training import loop"),
         ("kernels", "from .dct import dct"),
         ("config", "from megachiar.topology import Topology"),
-        ("engine", "from megachiar.checkpoint.sharded_tensors import Store"),
+        ("engine", "from megachiar.checkpoint.sharded_tensors import ShardReader"),
         ("training", "import tools.evaluate"),
     ],
 )

@@ -67,12 +67,14 @@ def config(tmp_path):
     )
 
 
+COMMAND = ("megachiar", "pretrain")  # the launcher puts --local_rank=N between the two
 LAUNCHERS = {
     "python -m": ["-m", "megachiar.pretrain"],
     "python file": ["megachiar/pretrain.py"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "megachiar/pretrain.py"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "megachiar/pretrain.py"],
     "deepspeed, 2 ranks": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "megachiar/pretrain.py"],
+    "deepspeed, 2 ranks, no file": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", *COMMAND],
 }
 
 

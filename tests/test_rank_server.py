@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, forked_python, python, run_ranks, start_ranks
 
+pytestmark = pytest.mark.every_python
+
 PROGRAM = """
 import atexit, json, os, sys, time
 atexit.register(print, "the end", flush=True)

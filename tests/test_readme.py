@@ -1,42 +1,53 @@
 """Every command of README and docs/ works: each ```bash block says, in a comment above it, how it is tested.
 
-<!-- test: run -->         executed word for word, in order, in one clone of the working tree: before and after the
-                           quickstart's commands
+<!-- test: run -->         commands that write: executed word for word in one clone of the working tree, before and
+                           after the quickstart, the pages forwards and then backwards
+<!-- test: read -->        commands that only read what the others wrote: executed word for word at the end
 <!-- test: quickstart -->  a make target that is executed on a clone with an empty home (slow set)
 <!-- test: make -->        a make target that exists; running it here would run these tests again
-<!-- test: cluster -->     commands for GPUs, clusters, a network or a trained run: parsed, and all they name must exist
+<!-- test: cluster -->     commands for GPUs, clusters or a network, and those whose like is executed elsewhere: parsed,
+                           and all that they name must exist: paths, commands, flags, keys of a config
+
+A command that a page names in its text, such as `megachiar inspect PREFIX --verify`, must exist with its flags, too.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import ROOT, process_environment, python
+from support import ROOT, forked_python, process_environment
 
+from megachiar.cli.main import COMMANDS
 from megachiar.config import load_config
 from megachiar.data.preprocessing import corpus
 from megachiar.data.preprocessing.existing import note_path, write_note
 from megachiar.errors import UserError
+from megachiar.options import CONFIG_KEY
 
 README = ROOT / "README.md"
 NOT_OURS = {"_build", "generated"}
 PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if not NOT_OURS & set(p.parts))]
 LARGEST_README = 10_000  # bytes
-KINDS = ("run", "quickstart", "make", "cluster")
+KINDS = ("run", "read", "quickstart", "make", "cluster")
+EXECUTED = ("run", "read")
 BLOCK = re.compile(
     r"(?:<!-- test: (?P<kind>[\w-]+) -->\s*\n)?^```(?:bash|sh|shell|console)\n(?P<commands>.*?)^```", re.M | re.S
 )
 OUR_PATH = re.compile(r"(?:tools|slurm|configs|megachiar|tests|docs)/[\w./-]*|constraints\.txt")
+TOOL = re.compile(r"tools/\w+\.py")
+TRAINING = re.compile(r"megachiar\.pretrain|megachiar/pretrain\.py|slurm/pretrain_(?P<config>\w+)\.sh")
+INLINE_COMMAND = re.compile(r"`(megachiar [^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -55,8 +66,8 @@ def blocks(readme: str) -> list[Block]:
     ]
 
 
-def of_kind(kind: str, pages: list[Path] = PAGES) -> list[str]:
-    return [block.commands for page in pages for block in blocks(page.read_text()) if block.kind == kind]
+def of_kind(*kinds: str, pages: Sequence[Path] = PAGES) -> list[str]:
+    return [block.commands for page in pages for block in blocks(page.read_text()) if block.kind in kinds]
 
 
 def commands_of(block: str) -> Iterator[list[str]]:
@@ -87,7 +98,12 @@ def problems(readme: str, folder: Path = ROOT) -> list[str]:
     for path in set(re.findall(rf"`({OUR_PATH.pattern})[^`\n]*`", readme)):
         if not (ROOT / path).exists():
             found.append(f"text: there is no {path}")
-    found += [f"link: there is no {path}" for path in LINK.findall(readme) if not (folder / path).exists()]
+    for command in INLINE_COMMAND.findall(readme):
+        found += [f"text: {each}" for each in word_problems(shlex.split(command))]
+    links = (
+        path for path in LINK.findall(readme) if not NOT_OURS & set(Path(path).parts)
+    )  # the site's build checks all
+    found += [f"link: there is no {path}" for path in links if not (folder / path).exists()]
     return found
 
 
@@ -113,44 +129,62 @@ def command_problems(commands: str) -> Iterator[str]:
         for word in words:
             if OUR_PATH.fullmatch(word) and not (ROOT / word).exists():
                 yield f"there is no {word}"
-        place = next((i for i, word in enumerate(words) if program_of(word)), None)
-        if place is not None and (ROOT / program_of(words[place])).exists():
-            yield from argument_problems(program_of(words[place]), words[place], words[place + 1 :])
+        yield from word_problems(words)
 
 
-def program_of(word: str) -> str | None:
-    """The file whose flags follow ``word``: a tool, or the way into training, also through a Slurm script."""
-    if word == "megachiar.pretrain" or re.fullmatch(r"slurm/pretrain_\w+\.sh", word):
-        return "megachiar/pretrain.py"
-    return word if re.fullmatch(r"tools/\w+\.py|megachiar/pretrain\.py", word) else None
+def word_problems(words: list[str]) -> Iterator[str]:
+    """What is wrong with the words of one simple command from the name of our program on."""
+    for number, word in enumerate(words):
+        if word == "megachiar" and words[number + 1 :]:
+            command, *arguments = words[number + 1 :]
+            if command in COMMANDS:
+                yield from argument_problems(command, arguments)
+            elif command not in ("--help", "--version", "COMMAND"):
+                yield f"megachiar has no command {command}"
+            return
+        if TRAINING.fullmatch(word) or TOOL.fullmatch(word):
+            if "/" not in word or (ROOT / word).exists():
+                yield from argument_problems(command_of(word), words[number + 1 :], word)
+            return
+
+
+def command_of(program: str) -> str:
+    """The command of `megachiar` that a file is: a tool, or the way into training, also through a Slurm script."""
+    if TRAINING.fullmatch(program):
+        return "pretrain"
+    (module,) = re.findall(r"from megachiar\.cli\.(\w+) import main", (ROOT / program).read_text())
+    return module.replace("_", "-")
 
 
 @functools.cache
-def help_of(program: str) -> str:
-    return python(program, "--help").stdout
+def help_of(*command: str) -> str:
+    return forked_python("-m", "megachiar", *command, "--help").stdout
 
 
-def argument_problems(program: str, word: str, arguments: list[str]) -> Iterator[str]:
-    known = set(re.findall(r"--[\w-]+", help_of(program)))
+def argument_problems(command: str, arguments: list[str], program: str = "") -> Iterator[str]:
+    """What is wrong with the arguments of a command; ``program`` is the file that it is started by, if any."""
+    words = (command, *arguments[:1]) if command == "config" and not program else (command,)
+    known = set(re.findall(r"--[\w-]+", help_of(*words)))
+    if not known:
+        yield f"there is no megachiar {' '.join(words)}"
     for argument in arguments:
         flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            yield f"{program} has no {flag}"
-    if program == "megachiar/pretrain.py":
-        yield from override_problems(word, arguments)
+        if flag.startswith("--") and flag not in known and not CONFIG_KEY.fullmatch(argument):
+            yield f"megachiar {command} has no {flag}"
+    yield from override_problems(program, arguments)
 
 
-def override_problems(word: str, arguments: list[str]) -> Iterator[str]:
-    """Load the config that a training command names, with its overrides."""
-    by_script = re.sub(r"slurm/pretrain_(\w+)\.sh", r"configs/\1.yaml", word)
-    config = arguments[arguments.index("--config") + 1] if "--config" in arguments else by_script
-    overrides = []
+def override_problems(program: str, arguments: list[str]) -> Iterator[str]:
+    """Load the config that a command names, or its Slurm script, with the overrides ``--set a.b=c`` and ``--a.b=c``."""
+    by_script = TRAINING.fullmatch(program)
+    config = f"configs/{by_script['config']}.yaml" if by_script and by_script["config"] else ""
+    if "--config" in arguments:
+        config = arguments[arguments.index("--config") + 1]
+    overrides = [argument[2:] for argument in arguments if CONFIG_KEY.fullmatch(argument)]
     if "--set" in arguments:
-        for argument in arguments[arguments.index("--set") + 1 :]:
-            if argument.startswith("--"):
-                break
-            overrides.append(argument)
-    if (ROOT / config).suffix == ".yaml" and (ROOT / config).exists():
+        following = arguments[arguments.index("--set") + 1 :]
+        overrides += itertools.takewhile(lambda argument: not argument.startswith("--"), following)
+    if config.endswith(".yaml") and (ROOT / config).exists():
         try:
             load_config(ROOT / config, overrides)
         except UserError as error:
@@ -159,7 +193,7 @@ def override_problems(word: str, arguments: list[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_no_problem(page):
-    assert [each for each in problems(page.read_text(), page.parent) if "docs/generated" not in each] == []
+    assert problems(page.read_text(), page.parent) == []
 
 
 def test_the_readme_is_short_and_leads_to_every_page():
@@ -182,15 +216,17 @@ def block(kind: str, commands: str) -> str:
 GOOD = (
     block("make", "make test")
     + block("run", "for part in a b; do\n  python tools/preprocess_data.py --input $part \\\n    --append-eod\ndone")
+    + block("read", "megachiar inspect a --verify | head && megachiar pretrain --config c --training.steps=3 --dry-run")
     + block("cluster", "torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml")
     + block("cluster", "sbatch slurm/pretrain_400m.sh --set training.steps=10 model.router.tau=0.5")
-    + "See `configs/tiny.yaml` and `pytest tests/test_readme.py`.\n"
+    + block("cluster", "megachiar config show tiny | sed s:a:b: > c\nmegachiar --help\nmegachiar bench-data open")
+    + "See `configs/tiny.yaml`, `pytest tests/test_readme.py`, `megachiar merge --output X` and `megachiar COMMAND`.\n"
 )
 
 
 def test_a_good_readme_has_no_problem():
     assert problems(GOOD) == []
-    assert [each.kind for each in blocks(GOOD)] == ["make", "run", "cluster", "cluster"]
+    assert [each.kind for each in blocks(GOOD)] == ["make", "run", "read", *["cluster"] * 3]
     assert blocks(GOOD)[0].line == 5
 
 
@@ -204,10 +240,21 @@ def test_a_good_readme_has_no_problem():
         (block("make", "make test && rm -r x"), "not one make target: rm -r x"),
         (block("cluster", "if then"), "syntax error"),
         (block("cluster", "python tools/nothing.py"), "there is no tools/nothing.py"),
-        (block("run", "cd x && python tools/generate.py runs/tiny --promt hi"), "tools/generate.py has no --promt"),
-        (block("run", "python tools/generate.py x | python tools/evaluate.py --jsn"), "evaluate.py has no --jsn"),
+        (block("run", "cd x && python tools/generate.py runs/tiny --promt hi"), "megachiar generate has no --promt"),
+        (block("run", "python tools/generate.py x | python tools/evaluate.py --jsn"), "evaluate has no --jsn"),
         (block("cluster", "python -m megachiar.pretrain --config configs/nothing.yaml"), "no configs/nothing.yaml"),
         (block("cluster", "sbatch slurm/pretrain_400m.sh --set training.stepz=10"), "training.stepz"),
+        (block("cluster", "megachiar pretrain --config configs/tiny.yaml --training.stepz=10"), "training.stepz"),
+        (
+            block("cluster", "megachiar plan --config configs/7b.yaml --gpus 64 --memory-gib 80 --set model.taus=1"),
+            "model.taus",
+        ),
+        (block("run", "python -m megachiar genrate runs/tiny"), "megachiar has no command genrate"),
+        (block("read", "cd x && megachiar generate runs/tiny --promt hi"), "megachiar generate has no --promt"),
+        (block("cluster", "megachiar config init tiny --overwright"), "megachiar config has no --overwright"),
+        (block("cluster", "megachiar config lst"), "there is no megachiar config lst"),
+        ("See `megachiar inspct PREFIX`.\n", "text: megachiar has no command inspct"),
+        ("See `megachiar inspect PREFIX --verfy`.\n", "text: megachiar inspect has no --verfy"),
         (
             block("run", "python -m megachiar.pretrain --config configs/tiny.yaml --set training.steps=many --dry-run"),
             "training.steps",
@@ -242,11 +289,11 @@ def environment_of(folder: Path) -> dict[str, str]:
     return env
 
 
-def run_blocks(folder: Path, env: dict[str, str]) -> None:
-    """Run the ``run`` blocks of all pages, word for word, in order."""
-    for commands in of_kind("run"):
-        done = run_shell(commands, folder, env)
-        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+def run_blocks(commands: Sequence[str], folder: Path, env: dict[str, str]) -> None:
+    """Run blocks word for word, in order."""
+    for block in commands:
+        done = run_shell(block, folder, env)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
 def run_shell(commands: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -272,16 +319,17 @@ def put_small_corpus(folder: Path) -> None:
 
 
 @pytest.mark.timeout(1500)
-def test_run_blocks_run_word_for_word_before_and_after_the_quickstart_and_twice(tmp_path):
+def test_blocks_run_word_for_word_before_and_after_the_quickstart_and_twice(tmp_path):
     folder = clone(tmp_path)
     put_small_corpus(folder)
     env = environment_of(folder)
-    run_blocks(folder, env)
+    run_blocks(of_kind("run"), folder, env)
     assert (folder / "runs" / "mine" / "metrics.jsonl").exists()
-    quickstart = run_shell("python tools/quickstart.py", folder, env)
+    quickstart = run_shell("megachiar quickstart", folder, env)
     assert quickstart.returncode == 1 and "no better than the bigram model" in quickstart.stderr, quickstart.stderr
     before = results(folder)
-    run_blocks(folder, env)
+    run_blocks(of_kind("run", pages=PAGES[::-1]), folder, env)
+    run_blocks(of_kind("read"), folder, env)
     assert results(folder) == before, "what was done is not done again"
 
 
@@ -301,9 +349,9 @@ def test_quickstart_for_real(tmp_path):
     done = subprocess.run(["bash", "-c", commands], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "interpolated bigram" in done.stderr and "A sample" in done.stderr
-    run_blocks(folder, environment_of(folder))
+    run_blocks(of_kind(*EXECUTED), folder, environment_of(folder))
     before = results(folder)
     again = subprocess.run(["bash", "-c", commands], cwd=folder, env=env, capture_output=True, text=True)
     assert again.returncode == 0 and "runs/tiny is finished" in again.stderr, again.stdout + again.stderr
-    run_blocks(folder, environment_of(folder))
+    run_blocks(of_kind(*EXECUTED), folder, environment_of(folder))
     assert results(folder) == before, "what was done is not done again"

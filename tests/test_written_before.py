@@ -14,9 +14,9 @@ import pytest
 import yaml
 from support import ROOT, pretrain
 
-from megachiar.checkpoint.checkpoint import load_for_inference
-from megachiar.checkpoint.sharded_tensors import Store
+from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.config import load_config
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.run_data import open_data
 
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"
@@ -36,8 +36,8 @@ def digest(array: np.ndarray) -> str:
 
 
 def test_every_tensor_of_the_checkpoint_is_read_bit_for_bit(run):
-    store = Store(run / "run" / "checkpoints" / "step_00000004")
-    assert {name: digest(store.whole(name).numpy()) for name in store.names()} == RECORDED["tensors"]
+    reader = ShardReader(run / "run" / "checkpoints" / "step_00000004")
+    assert {name: digest(reader.whole(name).numpy()) for name in reader.names()} == RECORDED["tensors"]
 
 
 def test_the_model_loads_for_inference(run):

@@ -1,11 +1,12 @@
-"""Parameters and optimizer state on disk, whatever layout wrote them: safetensors files by rank, read by name.
+"""Parameters and optimizer state on disk: each rank writes safetensors files, and any layout reads them by name.
 
     weights-p00-t01-d00.safetensors      fp32 (master) weights by their names in the model
     optimizer-p00-t01-d00.safetensors    AdamW's moments: NAME.exp_avg and NAME.exp_avg_sq, fp32
 
-p, t, d: the pipeline, tensor and data rank that wrote the file. The replicas of a parameter share out the writing. A
-file's header says for each sharded parameter how it was cut (``shards``) and which piece this is; a reader takes from
-all files what its own piece needs, so that a run of any layout reads the checkpoint of any other.
+p, t and d are the pipeline, tensor and data rank that wrote the file. The replicas of a parameter divide the writing
+among themselves. The header of a file records how each sharded parameter was cut (``shards``), and which tensor rank of
+how many wrote it (``rank``, ``size``). A reader takes what its own shard needs from all files, so that a run of any
+layout reads the checkpoint of any other.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from megachiar.topology import TensorParallelGroup, Topology
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor in a file: all of a parameter, or what ``rank`` of ``size`` held of it."""
+class StoredShard:
+    """One tensor of one file: the shard of a parameter that one tensor rank held, or a whole parameter.
+
+    Attributes:
+        file: safetensors file that holds the tensor.
+        shard: how the parameter is cut; None for a parameter that every rank holds whole.
+        rank: tensor rank that wrote the tensor.
+        size: number of tensor ranks of the run that wrote it.
+    """
 
     file: Path
     shard: Shard | None
@@ -36,7 +44,7 @@ class Piece:
 
 
 class ShardWriter:
-    """Collects what this rank writes and writes it."""
+    """Collect the tensors that this rank writes, and write them to its files."""
 
     def __init__(self, topology: Topology):
         self._topology = topology
@@ -45,107 +53,125 @@ class ShardWriter:
         self._count = 0
 
     def is_mine(self, shard: Shard | None) -> bool:
-        """Whether this rank writes the next parameter: replicas take turns, and one tensor rank writes whole ones."""
+        """Return whether this rank writes the next parameter; call it once a parameter, on every rank.
+
+        The replicas take turns. A parameter that is not sharded is written by the first tensor rank.
+        """
         turn = self._count % self._topology.data_size
         self._count += 1
         return turn == self._topology.data_rank and (shard is not None or self._topology.tensor.rank == 0)
 
     def add(self, name: str, moment: str | None, tensor: torch.Tensor, shard: Shard | None) -> None:
-        """Keep a weight (``moment`` None) or one of its moments, as fp32 on the CPU."""
+        """Copy a weight (``moment`` None) or one of its moments to the CPU as fp32, to be written later."""
         kind, name = ("weights", name) if moment is None else ("optimizer", f"{name}.{moment}")
         self._tensors[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         if shard is not None:
             self._shards[name] = [shard.dim, shard.blocks]
 
     def write(self, folder: Path) -> None:
+        """Write the collected tensors to this rank's files in ``folder``; a rank without tensors writes no file."""
         t = self._topology
-        place = f"p{t.pipeline_rank:02d}-t{t.tensor.rank:02d}-d{t.data_rank:02d}"
+        ranks = f"p{t.pipeline_rank:02d}-t{t.tensor.rank:02d}-d{t.data_rank:02d}"
         for kind, tensors in self._tensors.items():
             if tensors:
                 shards = {name: cut for name, cut in self._shards.items() if name in tensors}
                 header = {"rank": str(t.tensor.rank), "size": str(t.tensor.size), "shards": json.dumps(shards)}
-                save_file(tensors, folder / f"{kind}-{place}.safetensors", {"format": "pt", **header})
+                save_file(tensors, folder / f"{kind}-{ranks}.safetensors", {"format": "pt", **header})
 
 
-class Store:
-    """What the files of a checkpoint hold, by name. Tensors are read when they are asked for, and only in part."""
+class ShardReader:
+    """Read the tensors of a checkpoint by name. Only the bytes that a call asks for are read.
+
+    Raises:
+        UserError: a file's header cannot be read.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._pieces: dict[str, list[Piece]] = defaultdict(list)
+        self._stored: dict[str, list[StoredShard]] = defaultdict(list)
         for file in sorted(folder.glob("*-p*-t*-d*.safetensors")):
             try:
                 with safe_open(file, "pt") as opened:
                     header = opened.metadata()
                     shards = {name: Shard(*cut) for name, cut in json.loads(header["shards"]).items()}
                     for name in opened.keys():  # noqa: SIM118 (no mapping)
-                        piece = Piece(file, shards.get(name), int(header["rank"]), int(header["size"]))
-                        self._pieces[name].append(piece)
+                        stored = StoredShard(file, shards.get(name), int(header["rank"]), int(header["size"]))
+                        self._stored[name].append(stored)
             except (SafetensorError, OSError, KeyError, TypeError) as error:
                 raise _unreadable(file, error) from error
 
     def names(self) -> list[str]:
-        return list(self._pieces)
+        """Return the names of all weights, buffers and moments of the checkpoint."""
+        return list(self._stored)
 
     def whole(self, name: str) -> torch.Tensor:
-        """The whole tensor ``name``, fp32 on the CPU."""
+        """Return the whole tensor ``name``, fp32 on the CPU."""
         return self.part(name, None, TensorParallelGroup())
 
-    def reader(self, group: TensorParallelGroup) -> Callable[[str, Shard | None], torch.Tensor]:
-        """Return a function that reads what this rank of ``group`` holds of a tensor."""
+    def for_rank(self, group: TensorParallelGroup) -> Callable[[str, Shard | None], torch.Tensor]:
+        """Return a function of name and shard that reads this rank of ``group``'s shard of a tensor."""
         return lambda name, shard: self.part(name, shard, group)
 
     def part(self, name: str, shard: Shard | None, group: TensorParallelGroup) -> torch.Tensor:
-        """What a rank of ``group`` holds of tensor ``name`` where it is cut as ``shard`` says.
+        """Return the shard of tensor ``name`` that this rank of ``group`` holds, fp32 on the CPU.
+
+        Args:
+            name: of a weight, buffer or moment.
+            shard: how the reading run cuts the tensor; None to read it whole.
+            group: rank and size of the reading tensor-parallel group.
 
         Raises:
-            UserError: no file has it, or a file cannot be read.
+            UserError: no file holds the tensor, or a file cannot be read.
         """
-        pieces = self._pieces.get(name)
-        if not pieces:
+        stored = self._stored.get(name)
+        if not stored:
             raise UserError(self.folder, f"holds no {name}", "use another checkpoint of the run")
-        if shard is None and pieces[0].shard is None:
-            return _read(pieces[0], name, ())
-        if shard is None:
-            shard, group = pieces[0].shard, TensorParallelGroup()
-        return self._assembled(name, pieces, shard, group)
-
-    def _assembled(self, name: str, pieces: list[Piece], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:
-        shape = _whole_shape(pieces[0], name)
-        result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
-        for start, length, at in shard.pieces(shape, group.rank, group.size):
-            for piece in pieces:
-                for held_from, held, held_at in _held(piece, shape, shard):
-                    low, high = max(start, held_from), min(start + length, held_from + held)
-                    if low < high:
-                        before, there, here = (slice(None),) * shard.dim, held_at - held_from, at - start
-                        read = _read(piece, name, (*before, slice(low + there, high + there)))
-                        result[(*before, slice(low + here, high + here))] = read
-        return result
+        if shard is not None:
+            return _assemble(name, stored, shard, group)
+        if stored[0].shard is not None:
+            return _assemble(name, stored, stored[0].shard, TensorParallelGroup())
+        return _read(stored[0], name, ())
 
 
-def _held(piece: Piece, shape: tuple[int, ...], shard: Shard) -> list[tuple[int, int, int]]:
-    """As ``Shard.pieces``, of a piece in a file; a parameter that was not cut is one piece."""
-    if piece.shard is None:
+def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:
+    """Put together what a rank of ``group`` holds from the overlaps with each stored shard."""
+    shape = _whole_shape(stored[0], name)
+    result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
+    before = (slice(None),) * shard.dim
+    for start, length, offset in shard.pieces(shape, group.rank, group.size):
+        for source in stored:
+            for source_start, source_length, source_offset in _stored_ranges(source, shape, shard):
+                low, high = max(start, source_start), min(start + length, source_start + source_length)
+                if low < high:
+                    there, here = source_offset - source_start, offset - start
+                    values = _read(source, name, (*before, slice(low + there, high + there)))
+                    result[(*before, slice(low + here, high + here))] = values
+    return result
+
+
+def _stored_ranges(stored: StoredShard, shape: tuple[int, ...], shard: Shard) -> list[tuple[int, int, int]]:
+    """Return (start in the whole, length, start in the file) along ``shard.dim`` of each range that a file holds."""
+    if stored.shard is None:
         return [(0, shape[shard.dim], 0)]
-    return piece.shard.pieces(shape, piece.rank, piece.size)
+    return stored.shard.pieces(shape, stored.rank, stored.size)
 
 
-def _whole_shape(piece: Piece, name: str) -> tuple[int, ...]:
+def _whole_shape(stored: StoredShard, name: str) -> tuple[int, ...]:
     try:
-        with safe_open(piece.file, "pt") as opened:
+        with safe_open(stored.file, "pt") as opened:
             shape = opened.get_slice(name).get_shape()
     except (SafetensorError, OSError) as error:
-        raise _unreadable(piece.file, error) from error
-    return tuple(shape) if piece.shard is None else piece.shard.whole_shape(shape, piece.size)
+        raise _unreadable(stored.file, error) from error
+    return tuple(shape) if stored.shard is None else stored.shard.whole_shape(shape, stored.size)
 
 
-def _read(piece: Piece, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+def _read(stored: StoredShard, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+    """Return tensor ``name`` of one file; only the slices of ``index`` are read unless it is empty."""
     try:
-        with safe_open(piece.file, "pt") as opened:
+        with safe_open(stored.file, "pt") as opened:
             return opened.get_slice(name)[index] if index else opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(piece.file, error) from error
+        raise _unreadable(stored.file, error) from error
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:

@@ -32,12 +32,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from megachiar.benchmark import Spread, Times, in_turn, write_json
+from megachiar.benchmark import Spread, Times, measure_interleaved, write_json
 from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
 from megachiar.data.sampling.dataset import build_training_samples
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import HEADER, MAGIC, VERSION, IndexedDatasetBuilder
+from megachiar.data.storage.index_format import HEADER, MAGIC, VERSION
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
 
@@ -78,12 +79,12 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
         return measure
 
     memory = {name: contender(name, look=True)() for name in commands}  # apart: looking takes time, most from the peers
-    times = in_turn({name: contender(name) for name in commands}, options.rounds)
+    times = measure_interleaved({name: contender(name) for name in commands}, options.rounds)
     size = corpus.stat().st_size / MEGA
     print(f"{size:.0f} MB of jsonl, {options.workers} workers, {options.rounds} rounds: median (quartiles)")
     for name in commands:
         seconds = times.spread(name)
-        print(f"  {name:24} {seconds.told(' s')}, {size / seconds.median:.1f} MB/s; at most {memory[name]:.0f} MiB")
+        print(f"  {name:24} {seconds.format(' s')}, {size / seconds.median:.1f} MB/s; at most {memory[name]:.0f} MiB")
     ratios = compare(times, memory, commands)
     compare_files(folder, list(commands))
     return {"seconds": times.seconds, "memory_mib": memory, "ratios": ratios, "megabytes": size}
@@ -95,7 +96,7 @@ def compare(times: Times, memory: dict[str, float], names: dict) -> dict[str, fl
         for peer in (name for name in names if name.startswith("peer")):
             speed = times.speed_up(ours, peer)
             room = memory[ours] / memory[peer]
-            print(f"  {ours} is {speed.told('x')} as fast as {peer}, with {room:.2f}x of its memory")
+            print(f"  {ours} is {speed.format('x')} as fast as {peer}, with {room:.2f}x of its memory")
             ratios[f"{ours} over {peer}"] = speed.median
     return ratios
 
@@ -233,15 +234,15 @@ def many_files(options: argparse.Namespace, folder: Path) -> dict:
 
     for title in commands:
         contender(title)()  # every file is in memory from now on
-    times = in_turn({title: contender(title) for title in commands}, options.rounds)
+    times = measure_interleaved({title: contender(title) for title in commands}, options.rounds)
     print(f"{options.files:,} documents of {CHARACTERS_OF_A_FILE} characters, {options.workers} workers")
     ratios = {}
     for engine in options.engines:
         one, many = f"{engine}, one file", f"{engine}, many files"
         ratio = times.speed_up(one, over=many)
         ratios[engine] = ratio.median
-        seconds = f"{times.spread(one).told(' s')} from one file, {times.spread(many).told(' s')} from many"
-        print(f"  {engine}: {seconds}: {ratio.told('x')} as long")
+        seconds = f"{times.spread(one).format(' s')} from one file, {times.spread(many).format(' s')} from many"
+        print(f"  {engine}: {seconds}: {ratio.format('x')} as long")
     compare_files(folder, list(commands))
     return {"seconds": times.seconds, "ratios": ratios}
 
@@ -281,9 +282,10 @@ def open_large(options: argparse.Namespace, folder: Path) -> dict:
     seconds, peak, added = (Spread.of(list(values)) for values in zip(*rounds, strict=True))
     print(f"{DOCUMENTS:,} documents, {DOCUMENTS * TOKENS_PER_DOCUMENT:,} tokens, sequence length {SEQUENCE_LENGTH}")
     print(
-        f"  first sample after {seconds.told(' s', digits=4)}; memory of its own added {added.told(' MiB', digits=1)}"
+        f"  first sample after {seconds.format(' s', digits=4)}; "
+        f"memory of its own added {added.format(' MiB', digits=1)}"
     )
-    print(f"  the whole process, with Python and its libraries, at its peak: {peak.told(' MiB', digits=0)}")
+    print(f"  the whole process, with Python and its libraries, at its peak: {peak.format(' MiB', digits=0)}")
     return {"seconds": seconds, "added_mib": added, "peak_mib": peak}
 
 
@@ -356,7 +358,7 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
                 ours[name].append(rate)
     record: dict = {"samples_per_second": dict(ours)}
     for name, rates in ours.items():
-        print(f"  ours, {name}: {Spread.of(rates).told(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
+        print(f"  ours, {name}: {Spread.of(rates).format(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
     if options.peer is not None:
         environment = {**os.environ, "PYTHONPATH": f"{options.peer}:{os.environ.get('PYTHONPATH', '')}"}
         arguments = [str(prefix), str(SEQUENCE_LENGTH), str(count), str(options.rounds)]
@@ -365,10 +367,10 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
         rates = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RATE")]
         if not rates:
             raise UserError("--peer", f"its GPTDataset did not run: {done.stderr[-2000:]}", "use --peer-python")
-        print(f"  peer's GPTDataset: {Spread.of(rates).told(digits=0)} samples/s")
+        print(f"  peer's GPTDataset: {Spread.of(rates).format(digits=0)} samples/s")
         for name, own in ours.items():
             ratio = Spread.of([a / b for a, b in zip(own, rates, strict=True)])
-            print(f"  ours, {name}, is {ratio.told('x')} as fast")
+            print(f"  ours, {name}, is {ratio.format('x')} as fast")
         record["samples_per_second"]["peer"] = rates
     return record
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from megachiar.benchmark import in_turn, timed
+from megachiar.benchmark import measure_interleaved, timed
 from megachiar.kernels.attention import causal_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
 from megachiar.options import CommandParser
 
@@ -62,7 +63,7 @@ def bench_attention(
     compare(
         f"attention {shape} {dtype}",
         lambda: torch.autograd.grad(attend(q, k, v, dropout_p=PROBABILITY, is_causal=True), [q, k, v], gradient),
-        lambda: torch.autograd.grad(causal_attention(q, k, v, dropout), [q, k, v], gradient),
+        lambda: torch.autograd.grad(causal_attention(q, k, v, AttentionOptions(dropout)), [q, k, v], gradient),
         device,
         rounds,
     )
@@ -72,7 +73,7 @@ def compare(
     what: str, torchs: Callable[[], object], keyed: Callable[[], object], device: torch.device, rounds: int
 ) -> None:
     """Print the times of both, measured in turn, and their ratio."""
-    times = in_turn({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
-    told = {name: times.spread(name).told(" ms", 1e3) for name in times.seconds}
-    ratio = times.speed_up("torch", over="keyed").told()
-    print(f"{what:45} torch {told['torch']:28} keyed {told['keyed']:28} ratio {ratio}", flush=True)
+    times = measure_interleaved({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
+    texts = {name: times.spread(name).format(" ms", 1e3) for name in times.seconds}
+    ratio = times.speed_up("torch", over="keyed").format()
+    print(f"{what:45} torch {texts['torch']:28} keyed {texts['keyed']:28} ratio {ratio}", flush=True)

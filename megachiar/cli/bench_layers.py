@@ -24,11 +24,12 @@ from typing import NamedTuple
 import torch
 
 from megachiar import launch
-from megachiar.benchmark import copy, in_turn, machine, matrix_product, timed, write_json
+from megachiar.benchmark import copy, machine, matrix_product, measure_interleaved, timed, write_json
 from megachiar.config import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.cross_entropy import linear_cross_entropy
 from megachiar.kernels.norm import add_and_norm
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spectrum_and_entropy
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.init import initialise
@@ -95,7 +96,7 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
     """Of this machine, medians of 9."""
     with torch.no_grad():
         (product, flops), (copied, size) = matrix_product(dtype, device), copy(device)
-        times = in_turn({"product": timed(product, device), "copy": timed(copied, device)}, 9)
+        times = measure_interleaved({"product": timed(product, device), "copy": timed(copied, device)}, 9)
     return Limits(flops / times.spread("product").median, size / times.spread("copy").median)
 
 
@@ -159,13 +160,14 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
     for share in options.attention_share:
         rows = (torch.rand(tokens, device=device) < share).nonzero().flatten()
         routed = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
+        routed_rows = RoutedRows(rows, sequences, length)
         n, positions = len(rows), (rows % length + 1).sum().item()
         pairs = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
         passes[f"operator, share {share:g}, keys of all"] = attention(
-            lambda c=routed, r=rows: routed_attention(c[0], *by_head[1:], r, length), n, tokens, positions
+            lambda c=routed, r=routed_rows: routed_attention(c[0], *by_head[1:], r), n, tokens, positions
         )
         passes[f"operator, share {share:g}, keys of routed"] = attention(
-            lambda c=routed, r=rows: routed_self_attention(*c, r, sequences, length), n, n, pairs
+            lambda c=routed, r=routed_rows: routed_self_attention(*c, r), n, n, pairs
         )
     x, branch_output = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -190,16 +192,16 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
 def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.device) -> dict[str, dict]:
     """Print and return the times of all, and how much faster each is than the first."""
     calls = 8 if device.type == "cuda" else 1  # in a row: the host runs ahead of the GPU, as it does in training
-    times = in_turn({name: timed(work.run, device, calls) for name, work in passes.items()}, rounds)
+    times = measure_interleaved({name: timed(work.run, device, calls) for name, work in passes.items()}, rounds)
     first, report = next(iter(passes)), {}
     for name, work in passes.items():
         speed_up, kept, spread = times.speed_up(name, over=first), kept_bytes(work), times.spread(name)
         busy = busy_seconds(work) if device.type == "cuda" else None
         took = spread.median if busy is None else busy
         of_limit, rate = limits.seconds(work) / took, work.flops / took
-        busy_told = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
+        busy_text = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
         print(
-            f"{name:38} {spread.told(' ms', 1e3, 2):30} {speed_up.told('x'):22}{busy_told}  "
+            f"{name:38} {spread.format(' ms', 1e3, 2):30} {speed_up.format('x'):22}{busy_text}  "
             f"keeps {kept / 2**20:7.1f} MiB  {rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
             flush=True,
         )

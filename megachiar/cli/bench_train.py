@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from megachiar.benchmark import in_turn, machine, matrix_product, timed, write_json
+    from megachiar.benchmark import machine, matrix_product, measure_interleaved, timed, write_json
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.bound and device.type != "cpu":
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         product, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
         products[f"matrix product {precision}"] = (timed(product, device), flops)
     measured = {name: (lambda c=contender: c.train(options.steps)) for name, contender in contenders.items()}
-    times = in_turn(measured | {name: measure for name, (measure, _) in products.items()}, options.rounds)
+    times = measure_interleaved(measured | {name: measure for name, (measure, _) in products.items()}, options.rounds)
     reports = {name: contender.finish() for name, contender in contenders.items()}
 
     tokens = options.batch * options.sequence_length
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = [*(f"baseline {p}" for p in options.precision), *(name for name, _ in options.peer)]
     for name, report in reports.items():
         spread = times.spread(name)
-        line = f"{name:16} {spread.told(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
+        line = f"{name:16} {spread.format(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
         entry = {"seconds": times.seconds[name], **report}
         if "flops" in report:
             precision = name.split()[-1]
@@ -108,14 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratios = {other: times.speed_up(name, other) for other in others if other != name}
         print(line)
         for other, ratio in ratios.items():
-            print(f"{'':16} {ratio.told('x')} of {other}")
+            print(f"{'':16} {ratio.format('x')} of {other}")
         record["contenders"][name] = entry | {"speed_up": ratios}
     write_json(options.json, record)
     return 0
 
 
 class Contender:
-    """A process that trains so many steps when it is told to."""
+    """A process that trains so many steps on request."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]):
         self.name = name

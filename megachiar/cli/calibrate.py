@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.analysis.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import locate_checkpoint
 from megachiar.config import ModelConfig
 from megachiar.console import make_console
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
+from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
 
@@ -43,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check(options)
-    checkpoint = find_checkpoint(options.run)
+    checkpoint = locate_checkpoint(options.run)
     config, model, state = load_for_inference(checkpoint, default_device())
     check_layers(options.run, config.model)
     data = options.data or config.data.train[0].path

@@ -22,7 +22,7 @@ from typing import Any
 from megachiar.config import load_config
 from megachiar.data.sampling.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
 from megachiar.data.storage.files import bin_path, idx_path
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.options import CommandParser, add_config_options, add_json_option
 from megachiar.progress import ByteProgress
 from megachiar.training.run_data import open_at_step

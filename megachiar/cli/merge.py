@@ -16,7 +16,7 @@ from pathlib import Path
 from megachiar.data.preprocessing.existing import SAME, Differs
 from megachiar.data.preprocessing.merge import find_merged, merge_datasets
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.options import CommandParser
 from megachiar.progress import ByteProgress
 

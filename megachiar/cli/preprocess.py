@@ -29,7 +29,7 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shards import make_shard, merge_shards
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.tokenizers.fast import Engine
-from megachiar.data.tokenizers.tokenizer import TokenizerKind
+from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
 from megachiar.options import CommandParser
 from megachiar.process_memory import keep_large_blocks_apart
 

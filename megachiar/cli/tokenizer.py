@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report = train_tokenizer(settings)
     console = make_console()
-    for trouble in report.log.examples:
-        console.print(f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]", markup=False)
+    for invalid in report.log.examples:
+        console.print(f"skipped {invalid.where}: {invalid.problem} [{invalid.kind}]", markup=False)
     console.print(
         f"{settings.output}: {report.tokenizer.vocab_size:,} tokens, end of document {report.tokenizer.eod_id}, "
         f"trained on {report.used_documents:,} documents ({report.used_bytes:,} bytes) of {report.read_documents:,} "

@@ -1,8 +1,9 @@
-"""Every name of DeepSpeed's that its documentation does not promise, in this one file.
+"""All private names of DeepSpeed that this package uses: those that its documentation does not promise.
 
-Each entry says why we need the name, since which release DeepSpeed has it (read in the sources of releases 0.12.6 to
-0.19.8), and how to see that the entry can go. ``PRIVATE_NAMES`` and ``PRIVATE_ATTRIBUTES`` list them all. The contract
-test fails when the installed DeepSpeed lacks one, or when another file of the package uses one.
+Each entry says why we need the name and how to see that the entry can go. It also says since which release DeepSpeed
+has the name, which was read in the sources of releases 0.12.6 to 0.19.8. ``PRIVATE_NAMES`` and ``PRIVATE_ATTRIBUTES``
+list all names. The contract test fails when the installed DeepSpeed lacks one, or when another file of the package uses
+one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from megachiar.errors import UserError
 
 KNOWN_VERSIONS = "0.19.8"
-"""DeepSpeed releases that every entry was tried with."""
+"""The DeepSpeed release that every entry was tried with."""
 
 PRIVATE_NAMES = {
     "deepspeed.ops": ("__compatible_ops__",),
@@ -36,7 +37,7 @@ PRIVATE_NAMES = {
     ),
     "deepspeed.utils.tensor_fragment:tensor_fragment": ("set_optim_state_fragment",),
 }
-"""Module or ``module:Class`` -> names in it."""
+"""Names by the module, or the ``module:Class``, that has them."""
 
 PRIVATE_ATTRIBUTES = {
     "engine": ("enable_backward_allreduce", "skipped_steps"),
@@ -49,7 +50,7 @@ PRIVATE_ATTRIBUTES = {
     "ZeRO 1 and 2 mapping": ("param_group_index",),
     "ZeRO 3 parameter": ("ds_id", "ds_tensor"),
 }
-"""Kind of object -> attributes that it has once DeepSpeed has set it up; only a running engine shows them."""
+"""Attributes by the kind of object that has them once DeepSpeed has set it up; only a running engine shows them."""
 
 
 def missing_names() -> Iterator[str]:
@@ -57,7 +58,7 @@ def missing_names() -> Iterator[str]:
     for owner, names in PRIVATE_NAMES.items():
         module, _, cls = owner.partition(":")
         try:
-            holder = importlib.import_module(module)
+            holder: Any = importlib.import_module(module)
             holder = getattr(holder, cls) if cls else holder
         except (ImportError, AttributeError):
             yield from (f"{owner}.{name}" for name in names)
@@ -66,16 +67,16 @@ def missing_names() -> Iterator[str]:
 
 
 def check_deepspeed_version() -> None:
-    """Refuse a DeepSpeed that lacks a name we rely on, before anything has started.
+    """Check, before an engine starts, that the installed DeepSpeed has every private name that we use.
 
     Raises:
-        UserError: names the missing entries and a version that has them.
+        UserError: names are missing; the message lists them and names a release that has them.
     """
     missing = list(missing_names())
     if missing:
         raise UserError(
             f"deepspeed {deepspeed.__version__}",
-            f"lacks what this program relies on: {', '.join(missing)}",
+            f"lacks names that this program relies on: {', '.join(missing)}",
             f"pip install deepspeed=={KNOWN_VERSIONS}",
         )
 
@@ -86,7 +87,7 @@ def check_deepspeed_version() -> None:
 def skip_compiled_collectives() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives on a CPU.
 
-    Why: it takes a minute and a C++ compiler, and only inference uses them. Since: 0.15.
+    Why: compiling takes a minute and needs a C++ compiler, and only inference uses these collectives. Since: 0.15.
     It can go when ``init_distributed("gloo")`` starts in seconds on a machine without g++.
     """
     from deepspeed.ops import __compatible_ops__
@@ -97,8 +98,9 @@ def skip_compiled_collectives() -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer without compiling its kernels.
 
-    Why: DeepSpeed asks of any optimizer whether it is Muon. To import Muon is to compile its kernels, for which torch
-    loads all of its compiler: a fifth of the time in which a small run starts. No run here uses them. Since: 0.18.
+    Why: DeepSpeed asks of any optimizer whether it is Muon, and for that it imports Muon. The import decorates Muon's
+    kernels with ``torch.compile``, for which torch loads its whole compiler. That is a fifth of the time in which a
+    small run starts, and no run here uses Muon. Since: 0.18.
     It can go when ``deepspeed.initialize`` no longer imports ``torch._dynamo``.
     """
     from deepspeed.runtime import compiler
@@ -115,7 +117,7 @@ def import_muon_uncompiled() -> None:
 def allow_fp16_on_cpu() -> None:
     """Let DeepSpeed run fp16 on a CPU without fp16 instructions.
 
-    Why: it is slow, but a config can be tried before the GPUs are there. Since: 0.12 or before.
+    Why: such a run is slow, but a config can be tried before the GPUs are there. Since: 0.12 or before.
     It can go when DeepSpeed warns instead of refusing.
     """
     accelerator = get_accelerator()
@@ -127,18 +129,18 @@ def allow_fp16_on_cpu() -> None:
 
 
 def replace_gradient_clipping(engine: deepspeed.DeepSpeedEngine, clip: Callable[[], None]) -> None:
-    """Clip by ``clip`` where ZeRO 0 would clip by its own function.
+    """Let ZeRO 0 clip gradients by ``clip`` instead of its own function.
 
-    Why: DeepSpeed computes the gradient norm a second time there, parameter by parameter. Since: 0.12 or before.
-    It can go when ZeRO 0 tells the norm by ``get_global_grad_norm`` before it clips.
+    Why: its own function computes the gradient norm a second time, parameter by parameter. Since: 0.12 or before.
+    It can go when ``get_global_grad_norm`` returns the norm under ZeRO 0 before clipping.
     """
     engine.clip_fp32_gradients = clip
 
 
 def skip_gradient_reduction(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Leave gradients where they are under ZeRO 0 with one data-parallel rank.
+    """Keep DeepSpeed from reducing gradients under ZeRO 0 with one data-parallel rank.
 
-    Why: there is nobody to reduce with, and DeepSpeed would copy all gradients into one buffer and back.
+    Why: there is no other rank to reduce with, and DeepSpeed would copy all gradients into a buffer and back.
     Since: 0.12 or before. It can go when DeepSpeed skips the reduction over a group of one rank.
     """
     engine.enable_backward_allreduce = False
@@ -147,17 +149,17 @@ def skip_gradient_reduction(engine: deepspeed.DeepSpeedEngine) -> None:
 def skipped_steps(engine: deepspeed.DeepSpeedEngine) -> int:
     """Return how many steps this process has skipped because gradients overflowed in fp16.
 
-    Why: no documented call tells it. Since: 0.12 or before.
-    It can go when ``engine.step`` returns whether it was applied.
+    Why: no documented call returns this count. Since: 0.12 or before.
+    It can go when ``engine.step`` returns whether it changed the parameters.
     """
     return engine.skipped_steps
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Return the factor that losses are scaled by in fp16; 1 otherwise.
+    """Return the factor that losses are scaled by in fp16, and 1 in other precisions.
 
-    Why: a pipeline scales its loss itself, so that a regulariser that starts inside of it must do so too.
-    Since: 0.12 or before. It can go when a pipeline's loss function is given the scale.
+    Why: a pipeline scales the loss itself, but not a regulariser whose gradient starts in an inner stage.
+    Since: 0.12 or before. It can go when a pipeline passes the scale to its loss function.
     """
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
 
@@ -166,9 +168,9 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scale_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float] | None:
-    """Return the dynamic loss scale of fp16 and where it is in its window; None without one.
+    """Return the state of fp16's dynamic loss scale, with its position in its window; None in a run without one.
 
-    Why: our checkpoints fit every layout, DeepSpeed's own save does not. Since: 0.12 or before.
+    Why: a checkpoint of ours can be loaded under every layout, and one of DeepSpeed's cannot. Since: 0.12 or before.
     It can go when the loss scaler has a documented ``state_dict``.
     """
     scaler = _dynamic_scaler(engine)
@@ -176,7 +178,7 @@ def loss_scale_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float] | No
 
 
 def set_loss_scale_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, float]) -> None:
-    """Set what ``loss_scale_state`` returned; nothing happens in a run without a dynamic loss scale."""
+    """Set the state that ``loss_scale_state`` returned; a run without a dynamic loss scale ignores it."""
     scaler = _dynamic_scaler(engine)
     if scaler is not None:
         for key in _SCALER_KEYS:
@@ -192,9 +194,9 @@ def _dynamic_scaler(engine: deepspeed.DeepSpeedEngine) -> Any | None:
 
 
 def pipeline_topology(pipeline_size: int, tensor_size: int, data_size: int) -> Any:
-    """Return DeepSpeed's grid of ranks in our order, pipeline stages outermost and tensor-parallel ranks innermost.
+    """Return DeepSpeed's topology of ranks in our order: pipeline stages outermost, tensor-parallel ranks innermost.
 
-    Why: ``PipelineModule`` takes its process groups from it. Since: 0.12 or before.
+    Why: ``PipelineModule`` makes its process groups from this topology. Since: 0.12 or before.
     It can go when a pipeline takes process groups.
     """
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -203,13 +205,13 @@ def pipeline_topology(pipeline_size: int, tensor_size: int, data_size: int) -> A
 
 
 class BoundedPipeline(PipelineModule):
-    """A pipeline whose stages begin at the parts that ``bounds`` names.
+    """A pipeline whose stages are given by their bounds.
 
-    Why: DeepSpeed balances parameters or layers; we balance FLOPs, which differ between DCT and attention layers.
+    Why: DeepSpeed balances parameters or layers. We balance FLOPs, which differ between DCT and attention layers.
     Since: 0.12 or before. It can go when ``partition_method`` takes bounds.
 
     Attributes:
-        bounds: index of each stage's first part, and the number of parts at the end.
+        bounds: index of each stage's first part, followed by the number of parts.
     """
 
     def __init__(self, parts: list, bounds: list[int], topology: Any, loss_fn: Callable):
@@ -222,10 +224,12 @@ class BoundedPipeline(PipelineModule):
         self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
 
     def get_tied_weights_and_groups(self) -> list[tuple]:
-        """Return what DeepSpeed adds up over the stages that hold a tied weight, and their process group.
+        """Return each tied weight with the process group of the stages that hold it.
 
-        Why: it reads ``.grad``; an optimizer that accumulates in another dtype has moved the gradient to
-        ``.grad_accum``. Since: 0.12 or before. It can go when a tied weight trains in bf16 without this method.
+        DeepSpeed sums the ``.grad`` of what is returned over the group.
+
+        Why: an optimizer that accumulates gradients in another dtype has moved them from ``.grad`` to ``.grad_accum``.
+        Since: 0.12 or before. It can go when a tied weight trains in bf16 without this method.
         """
         return [
             (weight if getattr(weight, "grad_accum", None) is None else SimpleNamespace(grad=weight.grad_accum), group)
@@ -233,12 +237,12 @@ class BoundedPipeline(PipelineModule):
         ]
 
     def tied_module(self, name: str) -> nn.Module:
-        """Return this stage's copy of the tied module ``name``."""
+        """Return this stage's copy of the tied module that has this name."""
         return self.tied_modules[name]
 
 
 def without_part_number(name: str) -> str:
-    """Return a parameter's name in the model: without the part's number that a pipeline puts before it."""
+    """Return a parameter's name in the model, which lacks the number of the part that a pipeline puts before it."""
     first, _, rest = name.partition(".")
     return rest if first.isdigit() or first == "tied_modules" else name
 
@@ -247,18 +251,18 @@ def without_part_number(name: str) -> str:
 
 
 def base_optimizer(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> torch.optim.Optimizer:
-    """Return the optimizer that we built, inside of the one that ZeRO wraps around it.
+    """Return the optimizer that we built, from inside the one that ZeRO wraps around it.
 
-    Why: its moments and its count of steps are saved and restored. Since: 0.12 or before.
-    It can go when DeepSpeed gives the inner optimizer by a documented name.
+    Why: checkpoints save and restore its moments and its step count. Since: 0.12 or before.
+    It can go when DeepSpeed gives the inner optimizer a documented name.
     """
     return engine.optimizer if zero_stage == 0 else engine.optimizer.optimizer
 
 
 def stepped_tensors(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> list[torch.Tensor]:
-    """Return what the optimizer steps: shards of flattened parameters, or with ZeRO 0 the parameters.
+    """Return the tensors that the optimizer updates: shards of flattened parameters, or the parameters under ZeRO 0.
 
-    Why: ZeRO 3 keeps them beside the optimizer's groups. Since: 0.12 or before. It can go with ``base_optimizer``.
+    Why: ZeRO 3 keeps them outside the optimizer's groups. Since: 0.12 or before. It can go with ``base_optimizer``.
     """
     if zero_stage == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
@@ -266,12 +270,13 @@ def stepped_tensors(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> list[
 
 
 def link_optimizer_states(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Let each parameter of ZeRO 1 and 2 find its part of the flattened optimizer state.
+    """Link each parameter under ZeRO 1 and 2 to its part of the flattened optimizer state.
 
-    Why: DeepSpeed links them once, after the first group's first step, and misses those of other groups. Since: 0.14.
-    It can go when ``safe_get_full_optimizer_state`` works before the first step, for every group.
+    Why: DeepSpeed links parameters once, after the first group's first step, and misses those of other groups.
+    Since: 0.14. It can go when ``safe_get_full_optimizer_state`` works before the first step, for every group.
     """
-    for parameter in parameters:
+    zero_parameters: Iterable[Any] = parameters
+    for parameter in zero_parameters:
         mapping = parameter._hp_mapping
         if mapping is not None:
             flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -279,14 +284,18 @@ def link_optimizer_states(optimizer: torch.optim.Optimizer, parameters: Iterable
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO 3 holds a shard of this parameter instead of all of it."""
+    """Return whether ZeRO 3 holds a shard of this parameter instead of the whole.
+
+    Why: such a parameter is read and set by other functions. Since: 0.12 or before. It can go with ``shard_length``.
+    """
     return hasattr(parameter, "ds_id")
 
 
 def shard_length(parameter: nn.Parameter) -> int:
-    """Return the number of elements of a ZeRO 3 shard, padding included: equal on all ranks.
+    """Return the number of elements of a ZeRO 3 shard, padding included, which is equal on all ranks.
 
-    Why: ``safe_set_local_...`` wants a tensor of just this length. Since: 0.12 or before.
+    Why: ``safe_set_local_...`` needs a tensor of exactly this length. Since: 0.12 or before.
     It can go when those functions pad.
     """
-    return parameter.ds_tensor.numel()
+    zero_parameter: Any = parameter
+    return zero_parameter.ds_tensor.numel()

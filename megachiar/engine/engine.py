@@ -1,10 +1,9 @@
-"""DeepSpeed behind one ``train_step``: forward, backward, gradient reduction, clipping and AdamW."""
+"""DeepSpeed behind one call, ``Engine.train_step``: forward, backward, gradient reduction, clipping and AdamW."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import deepspeed
 import numpy as np
@@ -17,43 +16,27 @@ from megachiar.console import silence
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
+from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
+from megachiar.kernels.cross_entropy import IGNORED_TARGET
 from megachiar.topology import Topology
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, averaged over micro-batches and data-parallel ranks. Floats are float64.
-
-    Attributes:
-        loss: mean cross-entropy a token, in nats.
-        regulariser: what was added to it.
-        gradient_norm: global L2 norm before clipping.
-        skipped: an fp16 overflow: no parameter changed.
-        stop: a rank was asked to stop.
-        attention_share, rbf_share, entropy: one value a layer; entropy is nan where a layer does not route.
-        gate: mean g of the MetaRouter; nan without one.
-    """
-
-    loss: float
-    regulariser: float
-    gradient_norm: float
-    skipped: bool
-    stop: bool
-    attention_share: list[float]
-    rbf_share: list[float]
-    entropy: list[float]
-    gate: float
-
-
 def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
-    """Join the other ranks; returns this rank's device (its GPU, or the CPU)."""
+    """Start the default process group, in which all ranks of the run meet, and set up this rank's device.
+
+    Returns:
+        The device of this rank: its GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: a GPU, a compiler or a kernel that the config asks for is missing, or DeepSpeed does not fit.
+    """
     if torch.cuda.is_available():
         if topology.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"rank {topology.rank}",
-                f"LOCAL_RANK {topology.local_rank} but {torch.cuda.device_count()} GPUs are visible",
+                f"has LOCAL_RANK {topology.local_rank} but {torch.cuda.device_count()} GPUs are visible",
                 "start one rank per GPU",
             )
         device = torch.device("cuda", topology.local_rank)
@@ -75,24 +58,25 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
 
 
 def choose_kernels(config: RunConfig, device: torch.device) -> None:
-    """Let this process use Triton kernels or not, as ``precision.kernels`` says.
+    """Let this process use Triton kernels, or keep it from them, as ``precision.kernels`` says.
 
     Raises:
-        UserError: they are wanted and cannot be had.
+        UserError: the config demands Triton kernels, and they do not run on ``device``.
     """
     kernels = config.precision.kernels
     gpu.allow(kernels != "torch")
-    lack = gpu.why_not(device)
-    if kernels == "triton" and lack is not None:
+    reason = gpu.why_not(device)
+    if kernels == "triton" and reason is not None:
         raise UserError(
-            "precision.kernels", f"is triton, but {lack}", "use auto, or a GPU and pip install 'megachiar[gpu]'"
+            "precision.kernels", f"is triton, but {reason}", "use auto, or a GPU and pip install 'megachiar[gpu]'"
         )
 
 
 def check_compiler(config: RunConfig, device: torch.device) -> None:
-    """
+    """Check that there is a C++ compiler where ``training.compile`` needs one.
+
     Raises:
-        UserError: ``training.compile`` needs a C++ compiler that is not there.
+        UserError: ``training.compile`` is inductor on a CPU, and the machine has no C++ compiler.
     """
     if config.training.compile != "inductor" or device.type != "cpu":
         return
@@ -109,44 +93,50 @@ def check_compiler(config: RunConfig, device: torch.device) -> None:
 
 
 class Engine:
-    """A model, its optimizer and the ranks it is trained on.
+    """A model with its optimizer, trained by all ranks together.
 
-    One rank or tensor group runs a whole ``Replica`` of the model; with several stages each runs its piece of a
-    ``PipelineReplica``. Both take micro-batches and report alike.
+    Without pipeline stages each rank, or tensor-parallel group, runs a ``Replica`` of the whole model. With several
+    stages each rank runs its stage of a ``PipelineReplica``. The two have the same methods.
+
+    Attributes:
+        replica: this rank's part of the model with its optimizer.
+        control: a gloo group of all ranks. Scalars are summed over it in float64, so that no GPU stream waits for them.
     """
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
-        self.config, self.topology, self.device = config, topology, device
+        self.config = config
+        self.topology = topology
+        self.device = device
         if device.type == "cpu" and config.precision.compute == "fp16":
             deepspeed_patches.allow_fp16_on_cpu()
         with silence():
             deepspeed_patches.import_muon_uncompiled()
-            kind = PipelineReplica if topology.pipeline_size > 1 else Replica
-            self.replica = kind(config, topology, device)
+            replica_class = PipelineReplica if topology.pipeline_size > 1 else Replica
+            self.replica: Replica | PipelineReplica = replica_class(config, topology, device)
         self._skipped_before = 0
-        # Scalars travel over gloo in float64: no GPU stream waits for them.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
     @property
     def deepspeed(self) -> deepspeed.DeepSpeedEngine:
+        """Return DeepSpeed's engine around this rank's part of the model."""
         return self.replica.deepspeed
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of one step on each replica."""
+        """Return the number of micro-batches that each replica computes in a step."""
         return self.deepspeed.gradient_accumulation_steps()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters, or its parts of them, by their names in the model."""
+        """Yield this rank's parameters, or its shards of them, with their names in the model."""
         return self.replica.named_parameters()
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """As ``named_parameters``, of what is drawn and never trained."""
+        """Yield this rank's buffers, which are drawn at the start and never trained, with their names in the model."""
         return self.replica.named_buffers()
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of the run whose gradients overflowed in fp16."""
+        """Return the number of steps of the run that were skipped because gradients overflowed in fp16."""
         return self._skipped_before + deepspeed_patches.skipped_steps(self.deepspeed)
 
     @skipped_steps.setter
@@ -156,74 +146,66 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[tuple[int, np.ndarray]], learning_rate: float, stop: bool = False
     ) -> StepResult:
-        """One optimizer step.
+        """Train one step on all ranks.
 
         Args:
-            micro_batches: ``accumulation_steps`` pairs of (global number of its first sample, tokens
-                (micro-batch, T + 1) int64). Inner stages of a pipeline read none.
-            learning_rate: for this step.
-            stop: whether this rank was asked to stop; the result says whether any was.
+            micro_batches: ``accumulation_steps`` pairs of the global number of a micro-batch's first sample and its
+                tokens (micro-batch, T + 1) int64. Inner stages of a pipeline read none.
+            learning_rate: learning rate of this step.
+            stop: whether this rank was asked to stop; the result says whether any rank was.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = self.skipped_steps
-        report = self.replica.step(self._on_device(micro_batches))
-        skipped = float(self.skipped_steps > skipped_before)
-        whole = self.topology.is_last_stage  # of what every stage knows, one of them tells
-        values = [*report.values, report.gradient_norm if whole else 0.0, skipped, float(stop)]
-        return _unflatten(self.mean_over_world(values), self.config.model.num_layers)
+        metrics = self.replica.step(self._on_device(micro_batches))
+        values = flatten_step(
+            metrics,
+            skipped=self.skipped_steps > skipped_before,
+            stop=stop,
+            is_last_stage=self.topology.is_last_stage,
+        )
+        return unflatten_step(self.mean_over_world(values), self.config.model.num_layers)
 
     def _on_device(
         self, micro_batches: Iterable[tuple[int, np.ndarray]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Inputs (B, T), targets (B, T) and sample ids (B,)."""
+        """Yield inputs (B, T), targets (B, T) and sample ids (B,) of each micro-batch, on the device."""
         for first_sample, batch in micro_batches:
             tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
             sample_ids = torch.arange(first_sample, first_sample + len(batch), device=self.device)
             yield tokens[:, :-1], tokens[:, 1:], sample_ids
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        """Summed cross-entropy (nats) and number of targets (those not -100) of this replica's ``(n, T)`` windows.
+        """Return the summed cross-entropy in nats, and the number of targets, of this replica's windows.
 
-        Ranks that share a replica tell a part of it: summed over all ranks it is counted once.
+        Of the ranks that share a replica one returns them and the others return 0, so that a sum over all ranks counts
+        each window once.
+
+        Args:
+            inputs: tokens (n, T) int64 of at most a micro-batch.
+            targets: tokens (n, T) int64; -100 marks what is no target.
         """
         missing = self.config.training.micro_batch_size - len(inputs)
-        if missing and self.topology.model_size > 1:  # stages and shards of rows are of one size
+        if missing and self.topology.model_size > 1:  # pipeline stages and row shards work on whole micro-batches
             inputs = np.pad(inputs, ((0, missing), (0, 0)))
-            targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
+            targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=IGNORED_TARGET)
         nats = self.replica.evaluate(
             torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
         )
         if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
             return 0.0, 0
-        return nats, int((targets != -100).sum())
+        return nats, int((targets != IGNORED_TARGET).sum())
 
     def mean_over_world(self, values: list[float]) -> list[float]:
-        """Mean of each number over replicas and the ranks that share their rows; stages add theirs up. In float64."""
+        """Return each number averaged over replicas and tensor-parallel ranks and summed over stages, in float64."""
         return [value / (self.topology.data_size * self.topology.tensor.size) for value in self.sum_over_world(values)]
 
     def sum_over_world(self, values: list[float]) -> list[float]:
-        """Sum of each number over all ranks of the run, not those of a tensor-parallel group, in float64."""
+        """Return the sum of each number over all ranks of the run, in float64."""
         summed = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(summed, group=self.control)
         return summed.tolist()
 
     def barrier(self) -> None:
+        """Wait until every rank of the run has called this."""
         dist.barrier(group=self.control)
-
-
-def _unflatten(values: list[float], layers: int) -> StepResult:
-    (loss, regulariser), values = values[:2], values[2:]
-    attention_share, rbf_share, entropy, gates = (values[i * layers : (i + 1) * layers] for i in range(4))
-    norm, skipped, stop = values[4 * layers :]
-    return StepResult(
-        loss=loss,
-        regulariser=regulariser,
-        gradient_norm=norm,
-        skipped=skipped > 0,
-        stop=stop > 0,
-        attention_share=attention_share,
-        rbf_share=rbf_share,
-        entropy=entropy,
-        gate=gates[0],
-    )

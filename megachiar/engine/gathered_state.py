@@ -1,7 +1,7 @@
-"""What DeepSpeed holds of a run, in and out: master weights and AdamW's moments, under any ZeRO stage.
+"""The state of a run that DeepSpeed holds, read and set: master weights and AdamW's moments, under any ZeRO stage.
 
-Optimizers with ZeRO keep shards of flattened parameters. DeepSpeed's own functions (``safe_get_full_...``) put a
-parameter together again. What they do not cover, states that do not exist before the first step, is made here.
+Under ZeRO an optimizer keeps shards of flattened parameters. DeepSpeed's documented functions (``safe_get_full_...``)
+gather a parameter from its shards. They do not cover the optimizer's state before the first step, which is made here.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from megachiar.engine.optimizer import MOMENTS
 from megachiar.parallel.shard import Shard, shard_of
 
 ReadTensor = Callable[[str, Shard | None], torch.Tensor]
-"""Returns this rank's part of the tensor that a checkpoint has under a name, fp32."""
+"""Returns this rank's part of the tensor that a checkpoint has under a name, in fp32."""
 
 
 @dataclass(frozen=True)
 class GatheredTensor:
-    """This tensor-parallel rank's part of one tensor, put together over the ranks of ZeRO.
+    """This tensor-parallel rank's part of one tensor, gathered from the shards of ZeRO.
 
     Attributes:
-        name: of the parameter or buffer in the model.
-        moment: which of ``MOMENTS`` this is; None for the fp32 master weight and for a buffer's value.
+        name: name in the model of the parameter or buffer.
+        moment: which of ``MOMENTS`` the value is; None for the fp32 master weight and for a buffer.
         shard: how tensor-parallel ranks cut the parameter; None where each has all of it.
         value: the tensor.
     """
@@ -51,54 +51,59 @@ class GatheredTensor:
 def gather_state(engine: Engine) -> Iterator[GatheredTensor]:
     """Yield weight and moments of every parameter of this rank's stage, then its buffers, one tensor at a time.
 
-    All ranks of a data-parallel group gather together: each must take all tensors. The tied weight comes from the
-    first stage alone.
+    The ranks of a data-parallel group gather together: each of them must take all tensors. The tied weight comes from
+    the first stage alone.
     """
-    _complete_states(engine)
-    for name, parameter in _own_parameters(engine):
+    _initialise_optimizer_state(engine)
+    for name, parameter in _parameters_to_save(engine):
         for moment in (None, *MOMENTS):
-            yield GatheredTensor(name, moment, shard_of(parameter), _whole(engine, parameter, moment))
+            value = _gather(engine, parameter, moment)
+            yield GatheredTensor(name=name, moment=moment, shard=shard_of(parameter), value=value)
     for name, buffer in engine.named_buffers():
-        yield GatheredTensor(name, None, None, buffer)
+        yield GatheredTensor(name=name, moment=None, shard=None, value=buffer)
 
 
 def set_weights(engine: Engine, read: ReadTensor) -> None:
-    """Set weights (master weights and those that compute) and buffers to what ``read`` returns."""
+    """Set the weights of the model, the master weights and the buffers to what ``read`` returns for their names."""
     for name, parameter in engine.named_parameters():
         value = read(name, shard_of(parameter)).to(engine.device)
-        _set_computing(parameter, value)
-        _set(engine, parameter, None, value)
+        _set_model_weight(parameter, value)
+        _set_optimizer_tensor(engine, parameter, None, value)
     for name, buffer in engine.named_buffers():
         buffer.copy_(read(name, None))
 
 
 def set_moments(engine: Engine, read: ReadTensor, steps: int) -> None:
-    """Set AdamW's moments to what ``read`` returns for NAME.MOMENT, and ``steps`` as the steps that it has taken."""
-    _complete_states(engine)
-    _count_steps(engine, steps)
+    """Set AdamW's moments to what ``read`` returns for NAME.MOMENT, and the number of steps taken to ``steps``."""
+    _initialise_optimizer_state(engine)
+    _set_step_count(engine, steps)
     for name, parameter in engine.named_parameters():
-        for key in MOMENTS:
-            _set(engine, parameter, key, read(f"{name}.{key}", shard_of(parameter)).to(engine.device))
+        for moment in MOMENTS:
+            value = read(f"{name}.{moment}", shard_of(parameter)).to(engine.device)
+            _set_optimizer_tensor(engine, parameter, moment, value)
 
 
-def _own_parameters(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
-    """The tied weight is written by the first stage."""
+def _parameters_to_save(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that this stage saves: all that it has, but the tied weight on the first stage alone."""
     for name, parameter in engine.named_parameters():
-        if not (name.startswith("embedding.") and not engine.topology.is_first_stage):
+        if engine.topology.is_first_stage or not name.startswith("embedding."):
             yield name, parameter
 
 
-def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-    """fp32 (master) weight, or moment ``key``, of this rank's part of a parameter; all data-parallel ranks call it."""
+def _gather(engine: Engine, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
+    """Return the fp32 master weight, or a moment, of this tensor-parallel rank's part of a parameter.
+
+    All data-parallel ranks call it together.
+    """
     if engine.config.parallel.zero_stage == 0:
-        return parameter if key is None else engine.deepspeed.optimizer.state[parameter][key]
-    if key is None:
+        return parameter if moment is None else engine.deepspeed.optimizer.state[parameter][moment]
+    if moment is None:
         return safe_get_full_fp32_param(parameter)
-    return safe_get_full_optimizer_state(parameter, key)
+    return safe_get_full_optimizer_state(parameter, moment)
 
 
-def _set_computing(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """The weight that computes, in its own type."""
+def _set_model_weight(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Set the weight that the model computes with, in its own dtype."""
     if deepspeed_patches.is_sharded(parameter):
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
@@ -107,44 +112,52 @@ def _set_computing(parameter: nn.Parameter, value: torch.Tensor) -> None:
             parameter.copy_(value)
 
 
-def _set(engine: Engine, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
-    """Master weight or moment ``key`` from this rank's part of the parameter, of which ZeRO keeps a shard."""
+def _set_optimizer_tensor(engine: Engine, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+    """Set the master weight (``moment`` None) or a moment, of which ZeRO keeps a shard.
+
+    ``value`` is this tensor-parallel rank's part of the parameter. ZeRO 0 has no master weight.
+    """
     if engine.config.parallel.zero_stage == 0:
-        if key is not None:
-            engine.deepspeed.optimizer.state[parameter][key].copy_(value)
+        if moment is not None:
+            engine.deepspeed.optimizer.state[parameter][moment].copy_(value)
     elif deepspeed_patches.is_sharded(parameter):
-        length, rank = deepspeed_patches.shard_length(parameter), engine.topology.data_rank
-        own = value.flatten()[rank * length : (rank + 1) * length]
-        own = torch.cat([own, own.new_zeros(length - len(own))])
-        if key is None:
-            safe_set_local_fp32_param(parameter, own)
+        shard = _zero_3_shard(parameter, value, engine.topology.data_rank)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, own, key)
-    elif key is None:
+            safe_set_local_optimizer_state(parameter, shard, moment)
+    elif moment is None:
         safe_set_full_fp32_param(parameter, value)
     else:
-        safe_set_full_optimizer_state(parameter, value, key)
+        safe_set_full_optimizer_state(parameter, value, moment)
 
 
-def _complete_states(engine: Engine) -> None:
-    """Make AdamW's states, which it would make in its first step, and let each parameter find its own."""
+def _zero_3_shard(parameter: nn.Parameter, value: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the flat shard of ``value`` that data-parallel ``rank`` holds under ZeRO 3, padded with zeros."""
+    length = deepspeed_patches.shard_length(parameter)
+    shard = value.flatten()[rank * length : (rank + 1) * length]
+    return torch.cat([shard, shard.new_zeros(length - len(shard))])
+
+
+def _initialise_optimizer_state(engine: Engine) -> None:
+    """Make AdamW's state, which AdamW itself makes in its first step, and link each parameter to its part of it."""
     stage = engine.config.parallel.zero_stage
     base = deepspeed_patches.base_optimizer(engine.deepspeed, stage)
     for tensor in deepspeed_patches.stepped_tensors(engine.deepspeed, stage):
         state: dict[str, Any] = base.state[tensor]
         state.setdefault("step", torch.zeros((), device=tensor.device))
-        for key in MOMENTS:
-            state.setdefault(key, torch.zeros_like(tensor))
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(tensor))
     if stage in (1, 2):
         deepspeed_patches.link_optimizer_states(base, (parameter for _, parameter in engine.named_parameters()))
 
 
-def _count_steps(engine: Engine, steps: int) -> None:
-    """Tell AdamW how many steps it has taken."""
+def _set_step_count(engine: Engine, steps: int) -> None:
+    """Set the number of steps that AdamW has taken: torch counts for each tensor, apex for each parameter group."""
     stage = engine.config.parallel.zero_stage
     base = deepspeed_patches.base_optimizer(engine.deepspeed, stage)
     for tensor in deepspeed_patches.stepped_tensors(engine.deepspeed, stage):
         base.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
-    for group in base.param_groups:  # apex counts here
+    for group in base.param_groups:
         if "step" in group:
             group["step"] = steps

@@ -1,10 +1,11 @@
-"""AdamW with decoupled weight decay, from whichever library is there."""
+"""AdamW with decoupled weight decay: NVIDIA apex's where it is installed, else torch's."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -13,49 +14,63 @@ from megachiar.config.sections import OptimizerConfig
 from megachiar.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's running means, by their names in torch's optimizer state and in our checkpoints."""
+"""Names of AdamW's running means of the gradient and of its square, in torch's optimizer state and in checkpoints."""
+
+
+class AdamSettings(TypedDict):
+    """Keyword arguments that torch's AdamW and apex's FusedAdam share."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
 
 
 @dataclass(frozen=True)
 class BuiltOptimizer:
-    """An optimizer and where it comes from, for the first lines of the log."""
+    """An optimizer and the name of its implementation, which the head of the log shows."""
 
     optimizer: torch.optim.Optimizer
     implementation: str
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> BuiltOptimizer:
-    """AdamW over ``model``'s parameters in two groups: matrices decay; biases, norms and DCT filters do not.
+    """Return AdamW over the parameters of ``model``, in the groups of ``parameter_groups``.
 
     Raises:
-        UserError: ``implementation: apex`` without NVIDIA's apex or a GPU.
+        UserError: ``optimizer.implementation`` is apex, but NVIDIA's apex or a GPU is missing.
     """
-    settings = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    settings: AdamSettings = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
     groups = parameter_groups(model, config.weight_decay)
-    on_gpu = torch.cuda.is_available()
-    apex = apex_fused_adam() if config.implementation != "torch" and on_gpu else None
-    if config.implementation == "apex" and apex is None:
+    may_use_apex = config.implementation != "torch" and torch.cuda.is_available()
+    fused_adam = apex_fused_adam() if may_use_apex else None
+    if config.implementation == "apex" and fused_adam is None:
         raise UserError(
             "optimizer.implementation",
             "is apex, but NVIDIA's apex with its CUDA extensions is not installed or there is no GPU",
             "build apex from NVIDIA's source with --cuda_ext (the `apex` on the package index is another project), "
             "or use auto",
         )
-    if apex is not None:
-        return BuiltOptimizer(apex(groups, adam_w_mode=True, **settings), "NVIDIA apex FusedAdam")
+    if fused_adam is not None:
+        return BuiltOptimizer(fused_adam(groups, adam_w_mode=True, **settings), "NVIDIA apex FusedAdam")
     return BuiltOptimizer(torch.optim.AdamW(groups, fused=True, **settings), "torch AdamW, fused")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with two or more dimensions decay; vectors (biases, norms, DCT filters, gates) do not."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    keep = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    """Return the trained parameters as torch's parameter groups, without empty groups.
+
+    Parameters with two or more dimensions decay. Vectors (biases, norms, DCT filters, gates) do not.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    not_decayed = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
-    """NVIDIA apex's FusedAdam; None without it. ``amp_C`` is its compiled part: the PyPI ``apex`` has none."""
+def apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """Return the class FusedAdam of NVIDIA's apex; None without it.
+
+    ``amp_C`` is apex's compiled part. The package that PyPI calls ``apex`` is another project and has none.
+    """
     if importlib.util.find_spec("amp_C") is None or importlib.util.find_spec("apex") is None:
         return None
     from apex.optimizers import FusedAdam

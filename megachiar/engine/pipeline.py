@@ -1,16 +1,16 @@
-"""A replica of the model in stages, trained by DeepSpeed's PipelineEngine (1F1B) under ZeRO 1.
+"""A replica of the model in pipeline stages, trained by DeepSpeed's PipelineEngine (1F1B) under ZeRO 1.
 
-    stage 0   F0 F1 F2    B0 F3 B1 F4 B2 ...      Fi, Bi: forward and backward of micro-batch i; a stage keeps at
-    stage 1      F0 F1 B0 F2 B1 F3 B2 ...         most (stages - its number) micro-batches' activations
+    stage 0   F0 F1 F2    B0 F3 B1 F4 B2 ...      Fi, Bi: forward and backward of micro-batch i; a stage keeps the
+    stage 1      F0 F1 B0 F2 B1 F3 B2 ...         activations of at most (stages - its number) micro-batches
 
-What travels between stages (``StageInputs``) is one floating tensor, the hidden states, and the sample ids (and where
-documents begin, if attention keeps to them), which need no gradient.
+Stages send each other ``StageInputs``: the hidden states, which have a gradient, and integers that need none. The
+integers are the sample ids and, where attention keeps to documents, the document starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -20,23 +20,37 @@ from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
-from megachiar.engine.pipeline_stages import StagePart, pipeline_parts
-from megachiar.engine.replica import MicroBatches, StepReport
+from megachiar.engine.pipeline_stages import StageEmbedding, StagePart, pipeline_parts
+from megachiar.engine.replica import MicroBatches
+from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_forward
 from megachiar.model.compiled import compile_parts
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
 
+NamedTensor = TypeVar("NamedTensor", bound=torch.Tensor)
 
-class Stages(deepspeed_patches.BoundedPipeline):
-    """This rank's stage with the loss of the tied head."""
+
+class StageModule(deepspeed_patches.BoundedPipeline):
+    """The part of the model on this rank's stage, and the loss that the last stage computes.
+
+    Attributes:
+        losses: mean loss per token of each micro-batch since they were last read; empty on the other stages.
+    """
 
     def __init__(self, parts: list, bounds: list[int], topology: Any):
         self.losses: list[torch.Tensor] = []
         super().__init__(parts, bounds, topology, self.loss)
 
     def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-        """Mean loss a token in training, which is kept for the log; the sum over tokens in evaluation."""
-        result = self.tied_module("embedding").loss(*outputs, targets.flatten())
+        """Return the mean loss per token in training, and the sum over tokens in evaluation.
+
+        Args:
+            outputs: hidden states (m, d) and the tied weight, as ``StageEmbedding.last_part`` returns them.
+            targets: (B, T) int64.
+        """
+        embedding = self.tied_module("embedding")
+        assert isinstance(embedding, StageEmbedding)
+        result = embedding.loss(*outputs, targets.flatten())
         if not self.training:
             return result.token_losses.double().sum()
         self.losses.append(result.loss.detach())
@@ -44,63 +58,87 @@ class Stages(deepspeed_patches.BoundedPipeline):
 
 
 class PipelineReplica:
-    """One stage of the model and its part in each step."""
+    """One pipeline stage of the model, with the same methods as ``Replica``."""
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
-        self.config, self.topology, self.device = config, topology, device
-        interval, length = config.training.activation_checkpoint_interval, config.sequence_length
-        model, seed = config.model, config.training.seed
-        parts = pipeline_parts(model, seed, topology.tensor, interval, length, config.document_end)
-        bounds = stage_bounds(
-            config.model, interval, length, config.model.expected_attention_share, topology.pipeline_size
-        )
-        grid = deepspeed_patches.pipeline_topology(topology.pipeline_size, topology.tensor.size, topology.data_size)
-        stages = Stages(parts, bounds, grid)
+        self.config = config
+        self.topology = topology
+        self.device = device
+        stage = _build_stage(config, topology)
         if config.training.compile is not None:
-            compile_parts(stages, config.training.compile)
-        built = build_optimizer(stages, config.optimizer)
+            compile_parts(stage, config.training.compile)
+        built = build_optimizer(stage, config.optimizer)
         self.optimizer_implementation = built.implementation
         self.deepspeed, *_ = deepspeed.initialize(
-            model=stages, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
+            model=stage, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
         )
-        self._parts = [module for module in stages.modules() if isinstance(module, StagePart)]
+        self._parts = [module for module in stage.modules() if isinstance(module, StagePart)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names without the number that DeepSpeed puts before a part's."""
-        return _in_the_model(self.deepspeed.module.named_parameters())
+        """Yield this stage's parameters, or this rank's shards of them, with their names in the model."""
+        return _with_names_in_model(self.deepspeed.module.named_parameters())
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return _in_the_model(self.deepspeed.module.named_buffers())
+        """Yield this stage's buffers, which are drawn at the start and never trained, with their names in the model."""
+        return _with_names_in_model(self.deepspeed.module.named_buffers())
 
-    def step(self, micro_batches: MicroBatches) -> StepReport:
-        """All micro-batches of the step through the pipeline, and the optimizer step."""
+    def step(self, micro_batches: MicroBatches) -> RankMetrics:
+        """Send the micro-batches of one step through the pipeline, forward and backward, and step the optimizer."""
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
         batches = (((inputs, sample_ids), targets) for inputs, targets, sample_ids in micro_batches)
         self.deepspeed.train_batch(batches)
-        return StepReport(self._values(), float(self.deepspeed.get_global_grad_norm() or 0.0))
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return RankMetrics(forward=self._forward_metrics().tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Summed cross-entropy in nats on the last stage; 0 on the others."""
+        """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.
+
+        ``inputs`` and ``targets`` are (B, T).
+        """
         sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
         batches = iter([((inputs, sample_ids), targets)])
         outputs = self.deepspeed.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return outputs[0].item() if self.topology.is_last_stage else 0.0
 
-    def _values(self) -> list[float]:
-        layers = self.config.model.num_layers
+    def _forward_metrics(self) -> torch.Tensor:
+        """Return what this stage measured since the last call, float64 on the CPU; 0 for what other stages know."""
         losses = self.deepspeed.module.losses
-        loss = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64)
+        loss = torch.stack(losses).double().mean().cpu() if losses else torch.zeros(())
         losses.clear()
-        regulariser, report = 0.0, torch.zeros(4, layers, dtype=torch.float64)
+        regulariser = torch.zeros((), dtype=torch.float64)
+        statistics = torch.zeros(len(STATISTICS), self.config.model.num_layers, dtype=torch.float64)
         for part in self._parts:
-            added, statistics = part.take_report()
-            regulariser += added.item()
-            report[:, [int(index) for index in part.layers]] = statistics.double().cpu()
-        return [loss.item(), regulariser, *report.flatten().tolist()]
+            part_regulariser, part_statistics = part.take_report()
+            regulariser += part_regulariser.double().cpu()
+            statistics[:, [int(index) for index in part.layers]] = part_statistics.double().cpu()
+        return flatten_forward(loss, regulariser, statistics)
 
 
-def _in_the_model(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _build_stage(config: RunConfig, topology: Topology) -> StageModule:
+    """Return the module of this rank's stage; stages are cut so that their FLOPs are balanced."""
+    interval = config.training.activation_checkpoint_interval
+    parts = pipeline_parts(
+        config.model,
+        seed=config.training.seed,
+        group=topology.tensor,
+        interval=interval,
+        length=config.sequence_length,
+        document_end=config.document_end,
+    )
+    bounds = stage_bounds(
+        config.model,
+        interval=interval,
+        length=config.sequence_length,
+        attention_share=config.model.expected_attention_share,
+        stages=topology.pipeline_size,
+    )
+    ranks = deepspeed_patches.pipeline_topology(topology.pipeline_size, topology.tensor.size, topology.data_size)
+    return StageModule(parts, bounds, ranks)
+
+
+def _with_names_in_model(named: Iterable[tuple[str, NamedTensor]]) -> Iterator[tuple[str, NamedTensor]]:
+    """Yield the tensors under names without the part's number that DeepSpeed puts before them."""
     for name, tensor in named:
         yield deepspeed_patches.without_part_number(name), tensor

@@ -1,6 +1,8 @@
-"""The parts of the model that a pipeline shares out among its stages, as DeepSpeed wants them described.
+"""The parts of the model that a pipeline distributes over its stages, described as DeepSpeed asks for them.
 
-StageEmbedding | StagePart (layers) | StagePart | ... | StageNorm | StageEmbedding (the tied head)
+    StageEmbedding | StagePart (layers) | StagePart | ... | StageNorm | StageEmbedding (the tied head)
+
+Shapes: B sequences of T tokens, m rows of this rank, d channels.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ from megachiar.config.model import ModelConfig
 from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
-from megachiar.model.layer_stack import build_layer, run_layers, statistics
+from megachiar.model.layer_stack import build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.planning.partition import layer_groups
 from megachiar.topology import TensorParallelGroup
 
 
 class StageInputs(NamedTuple):
-    """What one part of a pipeline hands to the next; DeepSpeed sends it from stage to stage as a plain tuple.
+    """The input of each part of a pipeline after the first; DeepSpeed sends it between stages as a plain tuple.
 
     Attributes:
-        hidden_states: (m, d), of this rank's rows.
-        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), with the document starts of the tokens after each.
+        hidden_states: (m, d), the rows of this rank.
+        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), each sample id followed by the document starts of its
+            tokens.
     """
 
     hidden_states: torch.Tensor
@@ -35,10 +38,21 @@ class StageInputs(NamedTuple):
 
 
 class StagePart(nn.Module):
-    """Consecutive layers as one part of a pipeline: ``StageInputs`` in and out.
+    """Consecutive layers as one part of a pipeline, which maps ``StageInputs`` to ``StageInputs``.
 
-    What layers report does not travel to the next stage: it is kept here until ``take_report``. A regulariser's value
-    is kept too, and its gradient starts here: ``regulariser_scale`` is what the loss's gradient has been scaled by.
+    The statistics of the layers do not travel to the next stage: they are kept here until ``take_report``. The value of
+    a regulariser is kept too, and its gradient starts here.
+
+    Args:
+        config: config of the model.
+        seed: seed of the run, for the initial weights and dropout.
+        indices: numbers of the layers, from 0.
+        group: the ranks that share each layer.
+        interval: number of layers whose activations are recomputed together; None to keep all activations.
+        length: tokens of a sequence, T.
+
+    Attributes:
+        regulariser_scale: factor that the gradient of the loss has been scaled by, which the regulariser's needs too.
     """
 
     def __init__(
@@ -52,7 +66,10 @@ class StagePart(nn.Module):
     ):
         super().__init__()
         self.layers = nn.ModuleDict({str(index): build_layer(config, index, group) for index in indices})
-        self.seed, self.group, self.interval, self.length = seed, group, interval, length
+        self.seed = seed
+        self.group = group
+        self.interval = interval
+        self.length = length
         self.regulariser_scale = 1.0
         self._reports: list[tuple[torch.Tensor, torch.Tensor]] = []
         initialise(self, config, seed, group)
@@ -70,26 +87,30 @@ class StagePart(nn.Module):
             layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0] if has_documents else sequence_ids)
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training:
-            added = [output.regulariser for output in outputs if output.regulariser is not None]
-            regulariser = sum(added) if added else x.new_zeros((), dtype=torch.float32)
-            if added:
-                x = _WithLoss.apply(x, regulariser, self.regulariser_scale)
+            regulariser = total_regulariser(outputs, x.device)
+            if any(output.regulariser is not None for output in outputs):
+                x = _AttachLoss.apply(x, regulariser, self.regulariser_scale)
             self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
         return StageInputs(x, sequence_ids)
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean regulariser () and statistics (4, layers of this part) of the micro-batches since the last call."""
+        """Return the mean over the micro-batches since the last call of what the layers reported.
+
+        Returns:
+            The regulariser () and the statistics (4, layers of this part), in the order of ``RoutingStatistics``.
+        """
         regularisers, reports = zip(*self._reports, strict=True)
         self._reports.clear()
         return torch.stack(regularisers).mean(0), torch.stack(reports).mean(0)
 
 
-class _WithLoss(torch.autograd.Function):
-    """Passes rows on; a loss hangs on them and gets ``scale`` as its gradient."""
+class _AttachLoss(torch.autograd.Function):
+    """Returns ``x`` unchanged and attaches ``loss`` to it, which gets the gradient ``scale`` in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, loss, scale):
-        ctx.scale, ctx.dtype = scale, loss.dtype
+        ctx.scale = scale
+        ctx.dtype = loss.dtype
         return x.view_as(x)
 
     @staticmethod
@@ -98,7 +119,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 class StageNorm(nn.Module):
-    """The last norm as a part of a pipeline: ``StageInputs`` in, hidden states (m, d) out."""
+    """The last norm as a part of a pipeline, which maps ``StageInputs`` to hidden states (m, d)."""
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
@@ -110,17 +131,19 @@ class StageNorm(nn.Module):
 
 
 class StageEmbedding(TiedEmbedding):
-    """The tied weight on the first and the last stage. It holds nothing else that is trained."""
+    """The tied weight, on the first and on the last stage; neither copy holds anything else that is trained."""
 
     def __init__(self, config: ModelConfig, seed: int, group: TensorParallelGroup, document_end: int | None = None):
         super().__init__(config, group)
-        self.seed, self.document_end = seed, document_end
+        self.seed = seed
+        self.document_end = document_end
         initialise(self, config, seed, group, prefix="embedding")
 
     def first_part(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> StageInputs:
         """Embed tokens (B, T) with sample ids (B,) into the inputs of the first ``StagePart``."""
         tokens, sample_ids = inputs
-        layout = BatchLayout(*tokens.shape, group=self.group)
+        sequences, length = tokens.shape
+        layout = BatchLayout(sequences=sequences, length=length, group=self.group)
         if self.training:
             layout = layout.with_dropout_keys(self.seed, sample_ids)
         hidden_states = self(tokens.flatten(), layout=layout)
@@ -129,13 +152,13 @@ class StageEmbedding(TiedEmbedding):
         starts = find_document_starts(tokens, self.document_end)
         return StageInputs(hidden_states, torch.cat([sample_ids[:, None], starts], 1))
 
-    def last_part(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, and the weight for the loss.
+    def last_part(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states (m, d), and the weight for the loss.
 
-        It leaves through the part's outputs, as DeepSpeed's bf16 optimizer clears gradients when the first one reaches
-        an output: what the loss gave to the weight directly would be lost.
+        The weight is an output of the part because DeepSpeed's bf16 optimizer clears gradients when the first gradient
+        reaches an output: a gradient that the loss gave to the weight directly would be lost.
         """
-        return rows, self.weight.view_as(self.weight)
+        return hidden_states, self.weight.view_as(self.weight)
 
 
 def pipeline_parts(
@@ -146,16 +169,32 @@ def pipeline_parts(
     length: int,
     document_end: int | None = None,
 ) -> list:
-    """The list for a pipeline: specifications that the stage which owns a part builds."""
+    """Return DeepSpeed's specifications of all parts; each stage builds the parts that it runs.
 
-    def tied(work: Callable) -> TiedLayerSpec:
+    Args:
+        config: config of the model.
+        seed: seed of the run.
+        group: the ranks that share each layer.
+        interval: number of layers whose activations are recomputed together; None to keep all activations.
+        length: tokens of a sequence, T.
+        document_end: token id after which attention starts a new document; None where attention crosses documents.
+    """
+
+    def embedding(forward: Callable) -> TiedLayerSpec:
         return TiedLayerSpec(
-            *("embedding", StageEmbedding, config, seed, group, document_end),
-            forward_fn=work,
+            "embedding",
+            StageEmbedding,
+            config=config,
+            seed=seed,
+            group=group,
+            document_end=document_end,
+            forward_fn=forward,
             tied_weight_attr="weight",
         )
 
-    groups = layer_groups(config, interval)
-    layers = [LayerSpec(StagePart, config, seed, indices, group, interval, length) for indices in groups]
-    first, last = tied(StageEmbedding.first_part), tied(StageEmbedding.last_part)
-    return [first, *layers, LayerSpec(StageNorm, config, group), last]
+    layers = [
+        LayerSpec(StagePart, config=config, seed=seed, indices=indices, group=group, interval=interval, length=length)
+        for indices in layer_groups(config, interval)
+    ]
+    norm = LayerSpec(StageNorm, config=config, group=group)
+    return [embedding(StageEmbedding.first_part), *layers, norm, embedding(StageEmbedding.last_part)]

@@ -1,45 +1,33 @@
-"""A replica of the model on one rank or one tensor group, trained by DeepSpeed's plain engine under ZeRO 0 to 3."""
+"""A replica of the model on one rank or one tensor-parallel group, trained by DeepSpeed's engine under ZeRO 0 to 3."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
-from megachiar.model import ModelOutput, build_model
+from megachiar.engine.step_metrics import RankMetrics, flatten_forward
+from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Inputs (B, T), targets (B, T) and sample ids (B,), on the device."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step as this rank saw it.
-
-    Attributes:
-        values: loss, regulariser, then attention share, RBF share, entropy and gate of each layer: means over its
-            micro-batches, 0 for what other stages know.
-        gradient_norm: global L2 norm before clipping; of all ranks.
-    """
-
-    values: list[float]
-    gradient_norm: float
+"""Inputs (B, T), targets (B, T) and sample ids (B,) of each micro-batch, on the device."""
 
 
 class Replica:
-    """The whole model, or this tensor rank's shard of all layers."""
+    """The whole model, or this tensor-parallel rank's shard of every layer."""
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         model = build_model(
             config.model,
             seed=config.training.seed,
@@ -58,52 +46,58 @@ class Replica:
             mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
             dist_init_required=False,
         )
-        self._norm = None
+        self._norm: torch.Tensor | None = None
         if not config.parallel.zero_stage:
             deepspeed_patches.replace_gradient_clipping(self.deepspeed, self._clip)
             if topology.data_size == 1:
                 deepspeed_patches.skip_gradient_reduction(self.deepspeed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's parameters, or its shards of them, with their names in the model."""
         return self.deepspeed.module.named_parameters()
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the buffers, which are drawn at the start and never trained, with their names in the model."""
         return self.deepspeed.module.named_buffers()
 
-    def step(self, micro_batches: MicroBatches) -> StepReport:
-        """Forward, backward and optimizer step over all micro-batches of the step."""
+    def step(self, micro_batches: MicroBatches) -> RankMetrics:
+        """Run forward and backward passes over the micro-batches of one step, and the optimizer's step."""
         self.deepspeed.train()
-        totals = []
+        metrics = []
         for inputs, targets, sample_ids in micro_batches:
             output = self.deepspeed(inputs, targets, sample_ids)
             self.deepspeed.backward(output.loss + output.regulariser)
-            totals.append(_flatten(output))
+            metrics.append(flatten_forward(output.loss, output.regulariser, output.statistics))
             self._norm = self._unclipped_norm()
             self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if self._norm is None else self._norm.item()
-        return StepReport(torch.stack(totals).double().mean(0).tolist(), norm)
+        return RankMetrics(forward=torch.stack(metrics).mean(0).tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Summed cross-entropy in nats."""
+        """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""
         self.deepspeed.eval()
         with torch.no_grad():
             return self.deepspeed(inputs, targets).token_losses.double().sum().item()
 
     def _unclipped_norm(self) -> torch.Tensor | None:
-        """Gradient norm before clipping where DeepSpeed does not tell it (ZeRO 0); gradients are reduced by now."""
+        """Return the gradient norm before clipping under ZeRO 0; None where DeepSpeed reports it, or between steps.
+
+        DeepSpeed has reduced the gradients over the ranks by the time this is called.
+        """
         if self.config.parallel.zero_stage or not self.deepspeed.is_gradient_accumulation_boundary():
             return None
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
     def _clip(self) -> None:
-        nn.utils.clip_grads_with_norm_(
-            self.deepspeed.module.parameters(), self.config.optimizer.clip_gradient_norm, self._norm
-        )
+        """Clip the gradients by the norm that ``step`` has computed; DeepSpeed calls this only where it clips."""
+        limit = self.config.optimizer.clip_gradient_norm
+        assert limit is not None and self._norm is not None
+        nn.utils.clip_grads_with_norm_(self.deepspeed.module.parameters(), limit, self._norm)
 
 
 class ModelParallelUnit:
-    """The process groups in the words that DeepSpeed asks for ("mpu")."""
+    """The process groups under the method names that DeepSpeed asks for: its ``mpu``, from Megatron."""
 
     def __init__(self, topology: Topology):
         self._topology = topology
@@ -114,7 +108,7 @@ class ModelParallelUnit:
     def get_model_parallel_world_size(self) -> int:
         return self._topology.tensor.size
 
-    def get_model_parallel_group(self):
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self._topology.tensor.handle
 
     def get_data_parallel_rank(self) -> int:
@@ -123,11 +117,5 @@ class ModelParallelUnit:
     def get_data_parallel_world_size(self) -> int:
         return self._topology.data_size
 
-    def get_data_parallel_group(self):
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self._topology.data_group
-
-
-def _flatten(output: ModelOutput) -> torch.Tensor:
-    """Loss, regulariser and statistics as one fp32 vector on the model's device, to be read once a step."""
-    parts = (output.loss, output.regulariser, *output.statistics)
-    return torch.cat([part.detach().float().reshape(-1) for part in parts])

@@ -1,70 +1,207 @@
-"""Causal attention for all tokens, or for the routed ones alone.
+"""Causal attention of all tokens or of the routed ones alone, and the one choice of the backend that computes it.
 
-Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence (the newest S of the T positions when nothing
+    causal_attention        the newest S positions of each sequence attend to all its keys
+    routed_attention        the routed rows attend to all keys of their sequence
+    routed_self_attention   the routed rows attend to the routed rows of their sequence
+
+    backend       file                  for
+    SDPA          torch                 causal attention without dropout and documents: flash or cuDNN on a GPU
+    TRITON        triton_attention      everything else on a GPU, where the kernels take the type and the head
+    CPU           cpu_attention         everything else on a CPU, without dropout
+    DROPOUT       dropout_attention     dropout of probabilities without Triton
+    MASKED_SDPA   masked_sdpa           what is left: the reference of the others
+
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence (the newest S of the T positions where nothing
 is routed), n = routed rows, h = heads, c = channels of a head.
-
-``document_starts`` are positions at which each query's document begins: it sees no key before. Without them a sequence
-is one document.
 """
 
 from __future__ import annotations
+
+from enum import Enum, auto
 
 import torch
 import torch.nn.functional as F
 
 from megachiar.kernels import cpu_attention, gpu, triton_attention
-from megachiar.kernels.dropout import KeyedDropout
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout_attention import dropout_attention
+from megachiar.kernels.masked_sdpa import masked_sdpa
+from megachiar.kernels.routed_rows import Packing, RoutedRows
 
-QUERY_CHUNK = 256
-"""Queries of a sequence that share one masked product: each chunk sees only the keys up to its last position."""
 ROUTED_KEYS_BY_TRITON = 2048
 """Tokens of a sequence up to which routed rows that attend to each other go to the Triton kernel, which reads them as
 they lie. Those of longer sequences are packed for torch's kernel, whose backward pass is 1.5 times as fast at length
 (427 against 285 TFLOP/s on an H200). The limit was set by these rates; the two ways were not timed side by side."""
 
+PLAIN = AttentionOptions()
+
+
+class Backend(Enum):
+    """Who computes an attention product."""
+
+    SDPA = auto()
+    TRITON = auto()
+    CPU = auto()
+    DROPOUT = auto()
+    MASKED_SDPA = auto()
+
+
+def choose_backend(
+    q: torch.Tensor, options: AttentionOptions, rows: RoutedRows | None = None, keys_are_routed: bool = False
+) -> Backend:
+    """Choose the backend of an attention product: the one place where this is decided.
+
+    Args:
+        q: queries (..., c), of which device, type and c count.
+        options: of the product.
+        rows: the routed rows whose queries these are; None for all rows.
+        keys_are_routed: whether the keys belong to the routed rows alone.
+    """
+    plain = not options.drops and options.document_starts is None
+    if plain and rows is None:
+        return Backend.SDPA
+    too_long = rows is not None and keys_are_routed and plain and rows.length > ROUTED_KEYS_BY_TRITON
+    if not too_long and gpu.has_kernels(q.device) and triton_attention.supports(q):
+        return Backend.TRITON
+    if options.drops:
+        return Backend.DROPOUT
+    if q.device.type == "cpu":
+        return Backend.CPU
+    return Backend.SDPA if plain and keys_are_routed else Backend.MASKED_SDPA
+
 
 def causal_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dropout: KeyedDropout | None = None,
-    first_head: int = 0,
-    scale: float | None = None,
-    document_starts: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions = PLAIN
 ) -> torch.Tensor:
-    """Attention of the newest S positions to all keys up to their own.
+    """Compute attention of the newest S positions to all keys up to their own.
 
     Args:
         q: (B, h, S, c).
         k, v: (B, h, T, c) with T >= S.
-        dropout: of attention probabilities, with the keys (B * S,) of the queries' rows.
-        first_head: number of the first head of q, where ranks share the heads.
-        scale: of the products; 1 / sqrt(c) if not given.
-        document_starts: (B, S) positions.
+        options: with dropout keys (B * S,) and document starts (B, S).
 
     Returns:
         (B, h, S, c).
     """
+    backend = choose_backend(q, options)
+    if backend is Backend.SDPA:
+        return _causal_sdpa(q, k, v, options.scale)
+    sequences, _, queries, _ = q.shape
+    if backend is Backend.TRITON:
+        rows = RoutedRows(torch.arange(sequences * queries, device=q.device), sequences, queries)
+        mixed = _routed_by_triton(_as_rows(q), k, v, rows, _with_flat_starts(options))
+        return mixed.unflatten(0, (sequences, queries)).transpose(1, 2)
+    positions = torch.arange(k.shape[2] - queries, k.shape[2]).expand(sequences, -1)
+    if backend is Backend.DROPOUT:
+        return dropout_attention(q, k, v, positions, options)
+    if backend is Backend.MASKED_SDPA:
+        return masked_sdpa(q, k, v, positions.to(q.device), options.document_starts, options.scale)
+    spans = cpu_attention.QuerySpans(
+        query_starts=list(range(0, sequences * queries + 1, queries)),
+        last_seen=positions.flatten(),
+        first_seen=_with_flat_starts(options).document_starts,
+    )
+    mixed = cpu_attention.attend(_as_rows(q), k, v, spans, options.scale)
+    return mixed.unflatten(0, (sequences, queries)).transpose(1, 2)
+
+
+def routed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RoutedRows, options: AttentionOptions = PLAIN
+) -> torch.Tensor:
+    """Compute attention of the routed rows alone to all keys of their sequence up to their own position.
+
+    Args:
+        q: (n, h, c), queries of the routed rows.
+        k, v: (B, h, T, c) with T >= S.
+        rows: which of the B * S rows are routed.
+        options: with dropout keys (n,) and document starts (n,).
+
+    Returns:
+        (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that are not routed.
+    """
+    if len(rows.indices) == 0:  # keys and values get a gradient of zeros, for ranks reduce alike
+        return q + (k[:, :, :0].sum() + v[:, :, :0].sum())
+    if rows.are_all:
+        by_sequence = rows.sequences, rows.length
+        if options.document_starts is not None:
+            options = options._replace(document_starts=options.document_starts.view(by_sequence))
+        return _as_rows(causal_attention(q.unflatten(0, by_sequence).transpose(1, 2), k, v, options))
+    backend = choose_backend(q, options, rows)
+    if backend is Backend.TRITON:
+        return _routed_by_triton(q, k, v, rows, options)
+    positions = rows.position + (k.shape[2] - rows.length)
+    if backend is Backend.CPU:
+        spans = cpu_attention.QuerySpans(
+            query_starts=rows.starts(), last_seen=positions, first_seen=options.document_starts
+        )
+        return cpu_attention.attend(q, k, v, spans, options.scale)
+    packing = Packing(rows)
+    packed, positions = packing.pack_heads(q), packing.pack(positions)
+    if options.document_starts is not None:
+        options = options._replace(document_starts=packing.pack(options.document_starts))
+    if backend is Backend.DROPOUT:
+        mixed = dropout_attention(packed, k, v, positions, _with_packed_dropout(options, packing))
+    else:
+        mixed = masked_sdpa(packed, k, v, positions, options.document_starts, options.scale)
+    return packing.unpack_heads(mixed)
+
+
+def routed_self_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RoutedRows, options: AttentionOptions = PLAIN
+) -> torch.Tensor:
+    """Compute attention of the routed rows to the routed rows of their sequence up to themselves, and to no other.
+
+    Args:
+        q, k, v: (n, h, c), of the routed rows.
+        rows: which of the B * S rows are routed.
+        options: with dropout keys (n,) and document starts (n,).
+
+    Returns:
+        (n, h, c), in the order of ``rows``.
+    """
+    indices = rows.indices
+    if len(indices) == 0:
+        return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
+    # Routed rows of a sequence lie side by side: to each other this is causal attention. ``first_seen`` counts routed
+    # rows: it is the number of the first one in each row's document.
+    first_seen = None
+    if options.document_starts is not None:
+        first_seen = torch.searchsorted(indices, indices - rows.position + options.document_starts)
+    backend = choose_backend(q, options, rows, keys_are_routed=True)
+    if backend is Backend.TRITON:
+        starts = triton_attention.first_rows(indices.int(), rows.sequences, rows.length)
+        row_layout = triton_attention.RowLayout(
+            query_starts=starts,
+            key_starts=starts,
+            last_seen=torch.arange(len(indices), dtype=torch.int32, device=indices.device),
+            longest_queries=rows.length,
+            longest_keys=rows.length,
+            first_seen=first_seen.int() if first_seen is not None else None,
+        )
+        return _by_triton(q, k, v, row_layout, options)
+    if backend is Backend.CPU:
+        starts_on_host = rows.starts()
+        before = torch.tensor(starts_on_host).index_select(0, rows.sequence)
+        spans = cpu_attention.QuerySpans(
+            query_starts=starts_on_host,
+            last_seen=torch.arange(len(indices)) - before,
+            first_seen=first_seen - before if first_seen is not None else None,
+            key_starts=starts_on_host,
+        )
+        return cpu_attention.attend(q, k, v, spans, options.scale)
+    packing = Packing(rows)
+    options = _with_packed_dropout(options, packing)
+    if first_seen is not None:
+        # Padding comes after the rows, and sees no earlier key than the last of them: the bounds ascend.
+        packed_starts = packing.pack(first_seen - packing.starts.index_select(0, rows.sequence)).cummax(1).values
+        options = options._replace(document_starts=packed_starts)
+    q, k, v = (packing.pack_heads(x) for x in (q, k, v))
+    return packing.unpack_heads(causal_attention(q, k, v, options))
+
+
+def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Compute ``causal_attention`` without dropout and documents."""
     queries, keys = q.shape[2], k.shape[2]
-    dropped = dropout is not None and dropout.probability > 0
-    if dropped or document_starts is not None:
-        if _by_triton(q):
-            rows = torch.arange(len(q) * queries, device=q.device)
-            document_starts = document_starts.flatten() if document_starts is not None else None
-            mixed = _routed_by_triton(
-                q.transpose(1, 2).flatten(0, 1), k, v, rows, queries, dropout, first_head, scale, document_starts
-            )
-            return mixed.unflatten(0, (len(q), queries)).transpose(1, 2)
-        at = torch.arange(keys - queries, keys).expand(len(q), -1)
-        if dropped:
-            return dropout_attention(q, k, v, at, dropout, first_head, scale, document_starts)
-        if q.device.type != "cpu":
-            return masked_sdpa(q, k, v, at.to(q.device), document_starts, scale)
-        starts = range(0, len(q) * queries + 1, queries)
-        rows = q.transpose(1, 2).flatten(0, 1)
-        spans = cpu_attention.QuerySpans(starts, at.flatten(), document_starts.flatten())
-        return cpu_attention.attend(rows, k, v, spans, scale).unflatten(0, (len(q), queries)).transpose(1, 2)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     positions = torch.arange(keys, device=q.device)
@@ -72,251 +209,57 @@ def causal_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def routed_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: torch.Tensor,
-    queries: int,
-    dropout: KeyedDropout | None = None,
-    first_head: int = 0,
-    scale: float | None = None,
-    document_starts: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of routed rows alone to all keys of their sequence up to their own position.
-
-    Args:
-        q: (n, h, c), queries of the routed rows.
-        k, v: (B, h, T, c).
-        rows: (n,) int64, ascending: which of the B * queries rows (sequence by sequence) were routed.
-        queries: S, rows a sequence has. They stand at the newest S of its T positions.
-        dropout: of attention probabilities, with the keys (n,) of the routed rows.
-        first_head: number of the first head of q, where ranks share the heads.
-        scale: of the products; 1 / sqrt(c) if not given.
-        document_starts: (n,) positions.
-
-    Returns:
-        (n, h, c), in the order of ``rows``. No (S, T) tensor is kept for rows that were not routed.
-    """
-    if len(rows) == 0:  # keys and values get a gradient of zeros, for ranks reduce alike
-        return q + (k[:, :, :0].sum() + v[:, :, :0].sum())
-    sequences, keys = k.shape[0], k.shape[2]
-    if len(rows) == sequences * queries:
-        packed = q.unflatten(0, (sequences, queries)).transpose(1, 2)
-        document_starts = document_starts.view(sequences, queries) if document_starts is not None else None
-        return causal_attention(packed, k, v, dropout, first_head, scale, document_starts).transpose(1, 2).flatten(0, 1)
-    if _by_triton(q):
-        return _routed_by_triton(q, k, v, rows, queries, dropout, first_head, scale, document_starts)
-    at = rows % queries + (keys - queries)
-    dropped = dropout is not None and dropout.probability > 0
-    if q.device.type == "cpu" and not dropped:
-        spans = cpu_attention.QuerySpans(_starts(rows, sequences, queries), at, document_starts)
-        return cpu_attention.attend(q, k, v, spans, scale)
-    packing = Packing(rows, sequences, queries)
-    packed, at = packing.pack_heads(q), packing.pack(at)
-    document_starts = packing.pack(document_starts) if document_starts is not None else None
-    if dropped:
-        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    if dropped:
-        mixed = dropout_attention(packed, k, v, at, dropout, first_head, scale, document_starts)
-    else:
-        mixed = masked_sdpa(packed, k, v, at, document_starts, scale)
-    return packing.unpack_heads(mixed)
-
-
-def routed_self_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: torch.Tensor,
-    sequences: int,
-    queries: int,
-    dropout: KeyedDropout | None = None,
-    first_head: int = 0,
-    scale: float | None = None,
-    document_starts: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of routed rows to the routed rows of their sequence up to themselves: to no other.
-
-    Args:
-        q, k, v: (n, h, c), of the routed rows.
-        rows: (n,) int64, ascending: which of the B * S rows (sequence by sequence) were routed.
-        sequences, queries: B and S.
-        dropout: of attention probabilities, with the keys (n,) of the routed rows.
-        first_head: number of the first head of q, where ranks share the heads.
-        scale: of the products; 1 / sqrt(c) if not given.
-        document_starts: (n,) positions.
-
-    Returns:
-        (n, h, c), in the order of ``rows``.
-    """
-    if len(rows) == 0:
-        return q + k + v  # keys and values get a gradient of zeros, for ranks reduce alike
-    # The routed rows of a sequence lie side by side: among them it is causal attention. Padding comes after them all.
-    if document_starts is not None:  # of the first routed row of the document, its number among the rows
-        document_starts = torch.searchsorted(rows, rows - rows % queries + document_starts)
-    dropped = dropout is not None and dropout.probability > 0
-    if _by_triton(q) and (dropped or document_starts is not None or queries <= ROUTED_KEYS_BY_TRITON):
-        starts = triton_attention.first_rows(rows.int(), sequences, queries)
-        last_seen = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        document_starts = document_starts.int() if document_starts is not None else None
-        row_layout = triton_attention.RowLayout(starts, starts, last_seen, queries, queries, document_starts)
-        return _by_rows(q, k, v, row_layout, dropout, first_head, scale)
-    if q.device.type == "cpu" and not dropped:
-        starts = _starts(rows, sequences, queries)
-        before = torch.tensor(starts).index_select(0, rows // queries)
-        at, document_starts = (
-            torch.arange(len(rows)) - before,
-            document_starts - before if document_starts is not None else None,
-        )
-        return cpu_attention.attend(q, k, v, cpu_attention.QuerySpans(starts, at, document_starts, starts), scale)
-    packing = Packing(rows, sequences, queries)
-    if dropout is not None:
-        dropout = dropout._replace(keys=packing.pack(dropout.keys).flatten())
-    if document_starts is not None:
-        document_starts = (
-            packing.pack(document_starts - packing.starts.index_select(0, rows // queries)).cummax(1).values
-        )
-    return packing.unpack_heads(
-        causal_attention(*map(packing.pack_heads, (q, k, v)), dropout, first_head, scale, document_starts)
-    )
-
-
-def cached_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, keys_at: torch.Tensor
-) -> torch.Tensor:
-    """Attention of queries (B, h, S, c) at positions ``at`` (B, S) to keys (B, h, T, c) at positions ``keys_at`` (B, T)
-    up to their own; a query that sees none gets the mean of the values."""
-    mask = keys_at[:, None, None, :] <= at[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~mask.any(-1, keepdim=True))
-
-
-class Packing:
-    """Routed rows of each sequence side by side, in a (B, widest) grid whose rest is padding.
-
-    Args:
-        rows: (n,) int64, ascending, at least one: which of the B * S rows (sequence by sequence) were routed.
-        sequences, queries: B and S.
-
-    Attributes:
-        counts: (B,) routed rows of each sequence.
-        starts: (B,) of them before each sequence.
-    """
-
-    def __init__(self, rows: torch.Tensor, sequences: int, queries: int):
-        sequence = rows // queries
-        self.counts = counts = torch.bincount(sequence, minlength=sequences)
-        self.sequences, self.widest = sequences, int(counts.max())
-        self.full = len(rows) == sequences * self.widest
-        self.starts = counts.cumsum(0) - counts
-        number = torch.arange(len(rows), device=rows.device) - self.starts[sequence]
-        self.slot = sequence * self.widest + number
-
-    def pack(self, x: torch.Tensor, padding: float = 0) -> torch.Tensor:
-        """(n, ...) to (B, widest, ...)."""
-        if not self.full:
-            x = x.new_full((self.sequences * self.widest, *x.shape[1:]), padding).index_copy(0, self.slot, x)
-        return x.unflatten(0, (self.sequences, self.widest))
-
-    def pack_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, h, c) to (B, h, widest, c)."""
-        return self.pack(x).transpose(1, 2)
-
-    def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:
-        """(B, h, widest, c) to (n, h, c)."""
-        return self.unpack(packed.transpose(1, 2))
-
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """(B, widest, ...) to (n, ...)."""
-        flat = packed.flatten(0, 1)
-        return flat if self.full else flat.index_select(0, self.slot)
-
-
-def _starts(rows: torch.Tensor, sequences: int, queries: int) -> list[int]:
-    """Number among the routed rows of the first one of each sequence, and how many there are."""
-    return torch.searchsorted(rows, torch.arange(sequences + 1) * queries).tolist()
-
-
-def _by_triton(q: torch.Tensor) -> bool:
-    return gpu.has_kernels(q.device) and triton_attention.supports(q)
-
-
 def _routed_by_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: torch.Tensor,
-    queries: int,
-    dropout: KeyedDropout | None,
-    first_head: int,
-    scale: float | None,
-    document_starts: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RoutedRows, options: AttentionOptions
 ) -> torch.Tensor:
-    """Arguments and result as those of ``routed_attention``; keys and values are read as they lie."""
-    sequences, keys = k.shape[0], k.shape[2]
-    rows = rows.int()
-    last_seen = rows
-    if queries != keys or document_starts is not None:
-        first_key = rows // queries * keys
-        last_seen = rows % queries + (first_key + (keys - queries))
-        document_starts = document_starts + first_key if document_starts is not None else None
-    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    """Compute ``routed_attention`` by the Triton kernels, which read keys and values where they lie."""
+    keys, queries = k.shape[2], rows.length
+    indices = rows.indices.int()
+    last_seen, first_seen = indices, options.document_starts
+    if queries != keys or first_seen is not None:
+        first_key = indices // queries * keys
+        last_seen = indices % queries + (first_key + (keys - queries))
+        first_seen = first_seen + first_key if first_seen is not None else None
     row_layout = triton_attention.RowLayout(
-        triton_attention.first_rows(rows, sequences, queries),
-        triton_attention.multiples(sequences + 1, keys, q.device),
-        last_seen,
-        queries,
-        keys,
-        document_starts.int() if document_starts is not None else None,
+        query_starts=triton_attention.first_rows(indices, rows.sequences, queries),
+        key_starts=triton_attention.multiples(rows.sequences + 1, keys, q.device),
+        last_seen=last_seen,
+        longest_queries=queries,
+        longest_keys=keys,
+        first_seen=first_seen.int() if first_seen is not None else None,
     )
-    return _by_rows(q, k, v, row_layout, dropout, first_head, scale)
+    return _by_triton(q, _as_rows(k), _as_rows(v), row_layout, options)
 
 
-def _by_rows(
+def _by_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     row_layout: triton_attention.RowLayout,
-    dropout: KeyedDropout | None,
-    first_head: int,
-    scale: float | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """(n, h, c) of queries (n, h, c), keys and values (m, h, c)."""
+    """Compute (n, h, c) from queries (n, h, c) and keys and values (m, h, c) that lie as rows."""
     mask = None
-    if dropout is not None and dropout.probability > 0:
-        mask = triton_attention.Mask.of(dropout, first_head, q.shape[1], row_layout.longest_keys)
-    return triton_attention.attend(q, k, v, row_layout, scale, mask)
+    if options.dropout is not None and options.drops:
+        mask = triton_attention.Mask.of(options.dropout, options.first_head, q.shape[1], row_layout.longest_keys)
+    return triton_attention.attend(q, k, v, row_layout, options.scale, mask)
 
 
-def masked_sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    at: torch.Tensor,
-    document_starts: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
-    """On any device by ``scaled_dot_product_attention``: queries (B, h, S, c) at positions ``at`` (B, S), ascending but
-    for padding, see keys ``document_starts`` (B, S) to ``at``; in chunks, each with a mask over the keys that it can
-    see.
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Turn (B, h, S, c) into rows (B * S, h, c)."""
+    return x.transpose(1, 2).flatten(0, 1)
 
-    Returns:
-        (B, h, S, c).
-    """
-    ats = at.split(QUERY_CHUNK, 1)
-    if document_starts is None:
-        starts = [torch.zeros_like(part) for part in ats]
-    else:
-        starts = document_starts.split(QUERY_CHUNK, 1)
-    bounds = torch.stack([torch.stack([s.min(), a.max() + 1]) for s, a in zip(starts, ats, strict=True)])
-    outputs = []
-    for queries, of_at, of_start, (first, end) in zip(
-        q.split(QUERY_CHUNK, 2), ats, starts, bounds.tolist(), strict=True
-    ):  # one copy to the host
-        key = torch.arange(first, end, device=q.device)
-        seen = (key <= of_at[:, None, :, None]) & (key >= of_start[:, None, :, None])
-        seen |= ~seen.any(-1, keepdim=True)  # padding
-        outputs.append(
-            F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end], attn_mask=seen, scale=scale)
-        )
-    return torch.cat(outputs, 2)
+
+def _with_flat_starts(options: AttentionOptions) -> AttentionOptions:
+    """Turn document starts (B, S) into (B * S,)."""
+    if options.document_starts is None:
+        return options
+    return options._replace(document_starts=options.document_starts.flatten())
+
+
+def _with_packed_dropout(options: AttentionOptions, packing: Packing) -> AttentionOptions:
+    """Turn dropout keys (n,) of routed rows into (B * widest,)."""
+    if options.dropout is None:
+        return options
+    keys = packing.pack(options.dropout.keys).flatten()
+    return options._replace(dropout=options.dropout._replace(keys=keys))

@@ -1,4 +1,4 @@
-"""Which implementation serves which operator, and why, for the first lines of a log."""
+"""A description of which implementation computes which operation, and why, for the first lines of a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megachiar.kernels import (
 
 
 def describe_backends(hidden_size: int, heads: int, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Phrases such as "Triton for routed attention, norms", of a model in ``dtype`` on ``device``."""
+    """Return phrases such as "Triton for routed attention, norms" for a model in ``dtype`` on ``device``."""
     rows = torch.empty(1, hidden_size, dtype=dtype, device="meta")
     by_head = rows.view(1, heads, -1)
     transform = "FFT" if dct.by_fft(hidden_size, device) else "matrix product"

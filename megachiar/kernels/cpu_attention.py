@@ -1,7 +1,7 @@
-"""Attention of rows to the keys up to their own, on a CPU: in pieces that PyTorch's flash kernel takes as they lie.
+"""Attention of rows to the keys up to their own on a CPU: in pieces that PyTorch's flash kernel computes in place.
 
-The queries of a sequence ascend, so that half of them see every key before the middle one. That rectangle needs no
-mask; what is left are two smaller problems of the same kind, down to leaves, whose products are masked:
+The queries of a sequence ascend, so that the second half of them sees every key before the middle query. That rectangle
+needs no mask. What is left are two smaller problems of the same kind, down to leaves, whose products are masked:
 
     queries                               a leaf's mask: a query sees no key behind itself
       |  leaf                             and none before its document; documents are cut
@@ -10,8 +10,9 @@ mask; what is left are two smaller problems of the same kind, down to leaves, wh
       |  rectangle  rect. leaf
       v                      keys ->
 
-Each piece is one call for all heads. A query's results over its pieces are weighed by their sums, and in the backward
-pass each piece works from the whole sums. Rows are read where they lie: nothing is packed or padded, no mask is kept.
+Each piece is one call of the kernel for all heads. A query's results over its pieces are weighted by their softmax
+sums, and in the backward pass each piece works with the sums over all pieces. Rows are read where they lie: nothing is
+packed or padded, and no mask is kept.
 
 Shapes: n = rows (queries), B = sequences, T = keys of a sequence, h = heads, c = channels of a head; of one piece: s
 queries, which see t keys.
@@ -29,16 +30,17 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 LEAF = 288
-"""Most queries of a masked piece. A bit more than a power of two: half of such a length of tokens is a leaf, or two."""
+"""Most queries of a masked piece. It is a bit more than a power of two: where about half of the tokens of such a length
+are routed, they are one leaf, or two."""
 SMALL = 256
-"""Queries below which a rectangle's backward pass is faster in fp32 than in 16 bits, as that of all leaves is."""
+"""Queries below which the backward pass of a rectangle is faster in fp32 than in 16 bits, as it is for all leaves."""
 MOST_PADDED = 1.25
-"""Most queries, by those that there are, to which sequences of few are padded for one call."""
+"""The most that padding may multiply the number of queries by, where sequences of few queries share one call."""
 CAUSAL_FROM = 768
-"""Queries from which on the kernel's own causal mask serves best, where they are all of a stretch: it takes them in
-larger blocks then."""
+"""Queries from which on the kernel's own causal mask is fastest, where every token of a stretch is a query: the kernel
+takes larger blocks then."""
 ROUNDED_TO = 32
-"""Queries and keys of 16-bit products are rounded up to a multiple: oneDNN compiles a kernel for each size."""
+"""Queries and keys of 16-bit products are rounded up to a multiple of this: oneDNN compiles a kernel for each size."""
 
 
 class QuerySpans(NamedTuple):
@@ -58,12 +60,13 @@ class QuerySpans(NamedTuple):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: QuerySpans, scale: float | None) -> torch.Tensor:
-    """
+    """Compute attention of each query row to the span of keys that it sees.
+
     Args:
         q: (n, h, c).
-        k, v: (B, h, T, c), or (m, h, c) rows.
-        spans: of each row what it sees.
-        scale: of the products; 1 / sqrt(c) if not given.
+        k, v: (B, h, T, c), or rows (m, h, c).
+        spans: the queries of each sequence, and the span of keys that each of them sees.
+        scale: factor of the products; 1 / sqrt(c) if None.
 
     Returns:
         (n, h, c).
@@ -75,12 +78,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: QuerySpans,
 
 
 class _Together(NamedTuple):
-    """Sequences of few queries, each no more than a leaf, for one call: the queries of each padded to the most of any.
+    """Sequences of few queries for one call: none has more than a leaf, and all are padded to the longest.
 
     Attributes:
-        sequences, length: B and S, the queries that each is padded to.
-        place: (n,) int64, where each row stands among B * S.
-        last_seen, first_seen: as ``QuerySpans``, (B, S).
+        sequences: B.
+        length: S, the number of queries that each sequence is padded to.
+        place: (n,) int64, index of each row among the B * S padded ones.
+        last_seen, first_seen: (B, S), as in ``QuerySpans``.
     """
 
     sequences: int
@@ -91,7 +95,11 @@ class _Together(NamedTuple):
 
     @classmethod
     def of(cls, spans: QuerySpans, k: torch.Tensor, rounding: int) -> _Together | None:
-        """None where the sequences are too long, or their queries so unequal that the padding costs more than calls."""
+        """Put the sequences together.
+
+        Returns:
+            None where a sequence is too long, or where they are so unequal that padding costs more than calls.
+        """
         counts = [end - start for start, end in itertools.pairwise(spans.query_starts)]
         length = _up(max(counts), rounding)
         if not 1 < len(counts) <= MOST_PADDED * len(spans.last_seen) / length or length > LEAF:
@@ -99,17 +107,20 @@ class _Together(NamedTuple):
         shift = [b * length - start for b, start in enumerate(spans.query_starts[:-1])]
         place = torch.arange(len(spans.last_seen))
         place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
-        last, first = k.shape[2] - 1, 0  # padding sees all: its sums are finite
-        last_seen, first_seen = (
-            seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
-            if seen is not None
-            else None
-            for seen, of_padding in ((spans.last_seen, last), (spans.first_seen, first))
+
+        def padded(seen: torch.Tensor, of_padding: int) -> torch.Tensor:
+            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
+
+        return cls(
+            sequences=len(counts),
+            length=length,
+            place=place,
+            last_seen=padded(spans.last_seen, k.shape[2] - 1),  # padding sees all: its sums are finite
+            first_seen=padded(spans.first_seen, 0) if spans.first_seen is not None else None,
         )
-        return cls(len(counts), length, place, last_seen, first_seen)
 
     def padded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(n, h, c) to (B, h, S, c) in ``dtype``, or (n, h) to (B, h, S); zero where no row stands."""
+        """Pad (n, h, c) to (B, h, S, c) in ``dtype``, or (n, h) to (B, h, S), with zeros."""
         if len(x) == self.sequences * self.length:
             whole = x.to(dtype)
         else:
@@ -118,12 +129,12 @@ class _Together(NamedTuple):
         return whole.unflatten(0, (self.sequences, self.length)).transpose(1, 2)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, h, S, c) to (n, h, c), or (B, h, S) to (n, h)."""
+        """Invert ``padded``: take (n, h, c) out of (B, h, S, c), or (n, h) out of (B, h, S)."""
         whole = x.transpose(1, 2).flatten(0, 1)
         return whole if len(whole) == len(self.place) else whole.index_select(0, self.place)
 
     def mask(self, keys: int, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the products (B, 1, S, T)."""
+        """Return the mask (B, 1, S, T) that is added to the products."""
         key = torch.arange(keys)
         hidden = key > self.last_seen[..., None]
         if self.first_seen is not None:
@@ -135,7 +146,11 @@ class _AttendTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, together, scale):
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(together.padded(q, q.dtype), k, v, 0.0, False),
+            together.padded(q, q.dtype),
+            k,
+            v,
+            dropout_p=0.0,
+            is_causal=False,
             attn_mask=together.mask(k.shape[2], q.dtype),
             scale=scale,
         )
@@ -151,9 +166,11 @@ class _AttendTogether(torch.autograd.Function):
         wide = _wide(q.dtype)  # as in leaves
         of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(together.padded(x, wide) for x in (gradient, q)),
-            *(k.to(wide), v.to(wide)),
+            k.to(wide),
+            v.to(wide),
             *(together.padded(x, wide) for x in (result, sums)),
-            *(0.0, False),
+            dropout_p=0.0,
+            is_causal=False,
             attn_mask=together.mask(k.shape[2], wide),
             scale=ctx.scale,
         )
@@ -161,10 +178,14 @@ class _AttendTogether(torch.autograd.Function):
 
 
 class _Piece(NamedTuple):
-    """Queries ``first`` to ``last - 1`` of a sequence and its keys ``key`` to ``key_end - 1``.
+    """A piece of the work: queries ``first`` to ``last - 1`` of a sequence and its keys ``key`` to ``key_end - 1``.
 
-    A leaf (``until`` is given) sees none but ``first_seen`` to ``until - 1`` of them. Its mask is ``causal`` if its
-    queries stand at these very keys.
+    Attributes:
+        first, last: the queries, by their numbers in the sequence.
+        key, key_end: the keys, by their numbers in the sequence.
+        first_seen, until: the queries of a leaf see at most the keys ``first_seen`` to ``until - 1``; ``until`` is None
+            for a rectangle, whose queries see all its keys.
+        causal: whether the queries of a leaf stand at these very keys, so that the kernel's own causal mask serves.
     """
 
     first: int
@@ -181,7 +202,13 @@ class _Piece(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    """Slices of its queries (of all rows) and of its keys (of rows or sequences); leaves and rectangles, ascending."""
+    """The pieces of one sequence.
+
+    Attributes:
+        queries: the slice of its queries among all rows.
+        keys: the slice of its keys among all rows of keys, or the slice of one sequence.
+        leaves, rectangles: its pieces, in ascending order.
+    """
 
     queries: slice
     keys: slice
@@ -189,15 +216,16 @@ class _Sequence(NamedTuple):
     rectangles: list[_Piece]
 
     def rows(self, piece: _Piece) -> slice:
-        """Of a piece, among all."""
+        """Return the slice of a piece's queries among all rows."""
         return slice(self.queries.start + piece.first, self.queries.start + piece.last)
 
     def keys_of(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, h, t, c) of keys or values."""
+        """Return this sequence's keys or values ``x`` as (1, h, t, c)."""
         return x[self.keys] if x.ndim == 4 else x[self.keys].transpose(0, 1)[None]
 
 
 def _plan(spans: QuerySpans, k: torch.Tensor, rounding: int) -> list[_Sequence]:
+    """Cut the work of all sequences into pieces."""
     result = []
     for b, (start, end) in enumerate(itertools.pairwise(spans.query_starts)):
         keys = slice(b, b + 1) if spans.key_starts is None else slice(*spans.key_starts[b : b + 2])
@@ -211,8 +239,10 @@ def _plan(spans: QuerySpans, k: torch.Tensor, rounding: int) -> list[_Sequence]:
 
 
 def _documents(last_seen: torch.Tensor, first_seen: torch.Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """First and last query and first key of each document that has more queries than a leaf, and of the others in
-    groups of neighbours that a leaf can hold."""
+    """Yield (first query, end of the queries, first key) of documents.
+
+    A document with more queries than a leaf comes alone; others come in groups of neighbours that fit in a leaf.
+    """
     if first_seen is None:
         if len(last_seen):
             yield 0, len(last_seen), 0
@@ -230,7 +260,7 @@ def _documents(last_seen: torch.Tensor, first_seen: torch.Tensor | None) -> Iter
 def _cut(
     sequence: _Sequence, last_seen: torch.Tensor, first: int, last: int, first_seen: int, keys: int, rounding: int
 ) -> None:
-    """Queries ``first`` to ``last - 1``, of which keys before ``first_seen`` are dealt with: add their pieces."""
+    """Add the pieces of queries ``first`` to ``last - 1`` for the keys from ``first_seen`` on."""
     until = int(last_seen[last - 1]) + 1
     if until - first_seen == last - first >= CAUSAL_FROM:
         end = min(keys, first_seen + _up(until - first_seen, rounding))
@@ -242,7 +272,7 @@ def _cut(
         sequence.leaves.append(_Piece(first, last, key, key + width, first_seen, until))
         return
     middle = first + _up((last - first) // 2, rounding)
-    # Each leaf's queries see a key of it: their own.
+    # Every query of a leaf sees at least one key of the leaf: its own.
     split = first_seen + (int(last_seen[middle]) - first_seen) // rounding * rounding
     _cut(sequence, last_seen, first, middle, first_seen, keys, rounding)
     if split > first_seen:
@@ -272,7 +302,10 @@ class _Attend(torch.autograd.Function):
                 sums[rows] = both
         results = results.to(q.dtype)
         ctx.save_for_backward(q, k, v, results, sums)
-        ctx.spans, ctx.work, ctx.scale, ctx.wide = spans, work, scale, wide
+        ctx.spans = spans
+        ctx.work = work
+        ctx.scale = scale
+        ctx.wide = wide
         return results
 
     @staticmethod
@@ -280,19 +313,20 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, gradient):
         kept = q, k, v, *_ = ctx.saved_tensors
         slopes = functools.partial(_slopes, kept=kept, gradient=gradient, spans=ctx.spans, scale=ctx.scale)
-        of_q, of_k, of_v = [], torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
+        leaves_of_q = []
+        of_k, of_v = torch.empty_like(k, dtype=ctx.wide), torch.empty_like(v, dtype=ctx.wide)
         for sequence in ctx.work:
             filled = 0  # keys whose gradients are more than what memory held
             of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
             for leaf in sequence.leaves:
                 part_q, *parts = slopes(leaf, sequence)
-                of_q.append(part_q)
+                leaves_of_q.append(part_q)
                 for whole, part in zip((of_keys, of_values), parts, strict=True):
                     _fill(whole, filled, leaf, part)
                 filled = leaf.until
             if filled < of_keys.shape[2]:
                 of_keys[:, :, filled:], of_values[:, :, filled:] = 0, 0
-        of_q = torch.cat(of_q).to(ctx.wide)
+        of_q = torch.cat(leaves_of_q).to(ctx.wide)
         for sequence in ctx.work:
             of_keys, of_values = sequence.keys_of(of_k), sequence.keys_of(of_v)
             for rectangle in sequence.rectangles:
@@ -306,11 +340,15 @@ class _Attend(torch.autograd.Function):
 def _results(
     piece: _Piece, sequence: _Sequence, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: QuerySpans, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results (s, h, c) of a piece's queries over its keys alone, and logarithms (s, h) of their sums."""
+    """Compute results (s, h, c) of a piece's queries over its keys alone, and logarithms (s, h) of the softmax sums."""
     rows, count = sequence.rows(piece), piece.last - piece.first
     keys, values = (sequence.keys_of(x)[:, :, piece.seen] for x in (k, v))
     result, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_by_head(q[rows]), keys, values, 0.0, piece.causal),
+        _by_head(q[rows]),
+        keys,
+        values,
+        dropout_p=0.0,
+        is_causal=piece.causal,
         attn_mask=_mask(piece, rows, spans, q.dtype),
         scale=scale,
     )
@@ -318,13 +356,16 @@ def _results(
 
 
 def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, spans: QuerySpans, scale) -> tuple[torch.Tensor, ...]:
-    """What a piece adds to the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
+    """Compute what a piece adds to the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
     q, k, v, results, sums = kept
     rows, dtype = sequence.rows(piece), _backward_type(piece, q.dtype)
     of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_by_head(x[rows].to(dtype)) for x in (gradient, q)),
         *(sequence.keys_of(x)[:, :, piece.seen].to(dtype) for x in (k, v)),
-        *(_by_head(results[rows].to(dtype)), _padded(sums[rows], dtype).T[None], 0.0, piece.causal),
+        _by_head(results[rows].to(dtype)),
+        _padded(sums[rows], dtype).T[None],
+        dropout_p=0.0,
+        is_causal=piece.causal,
         attn_mask=_mask(piece, rows, spans, dtype),
         scale=scale,
     )
@@ -332,13 +373,17 @@ def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, spans: QuerySpan
 
 
 def _backward_type(piece: _Piece, dtype: torch.dtype) -> torch.dtype:
-    """Type of the products in a backward pass."""
+    """Return the type of a piece's products in the backward pass."""
     narrow = piece.causal or (piece.until is None and piece.last - piece.first >= SMALL)
     return dtype if narrow else _wide(dtype)
 
 
 def _fill(whole: torch.Tensor, filled: int, leaf: _Piece, part: torch.Tensor) -> None:
-    """Put a leaf's part (1, h, t, c) of a gradient after those of the leaves before it, which end at ``filled``."""
+    """Write a leaf's part (1, h, t, c) of a gradient behind the parts of earlier leaves, which end at key ``filled``.
+
+    Where they overlap it is added. Keys that no leaf sees get zeros.
+    """
+    assert leaf.until is not None
     new = max(filled, leaf.first_seen)
     if new > filled:
         whole[:, :, filled:new] = 0
@@ -348,7 +393,7 @@ def _fill(whole: torch.Tensor, filled: int, leaf: _Piece, part: torch.Tensor) ->
 
 
 def _mask(piece: _Piece, rows: slice, spans: QuerySpans, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to a leaf's products (1, 1, s, t): -inf where a key is hidden."""
+    """Return the mask (1, 1, s, t) that is added to a leaf's products; None where none is needed."""
     if piece.until is None or piece.causal:
         return None
     key = torch.arange(piece.key, piece.key_end)
@@ -361,25 +406,26 @@ def _mask(piece: _Piece, rows: slice, spans: QuerySpans, dtype: torch.dtype) -> 
 
 
 def _hiding(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """-inf where a key is hidden, 0 elsewhere."""
+    """Return -inf where a key is hidden, and 0 elsewhere."""
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
-    """(s, h, c) to (1, h, s, c)."""
+    """Turn rows (s, h, c) into (1, h, s, c)."""
     return _padded(x, x.dtype).transpose(0, 1)[None]
 
 
 def _padded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros after the rows of a piece, for products in ``dtype``: of such rows the gradient is zero too."""
+    """Put zeros after the rows of a piece, as products in ``dtype`` want it. The gradient of such rows is zero too."""
     missing = -len(x) % _rounding(dtype)
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x
 
 
 def _rounding(dtype: torch.dtype) -> int:
+    """Return what the queries and keys of products in ``dtype`` are rounded up to a multiple of."""
     return ROUNDED_TO if dtype.itemsize == 2 else 1
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and of what is added up."""
+    """Return the type in which results of pieces are summed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

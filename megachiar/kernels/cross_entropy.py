@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear head without ever holding all logits.
+"""The cross-entropy of a linear head, chunk by chunk, so that all logits never exist at once.
 
-Shapes: N = rows, d = channels, V = vocabulary.
+Shapes: N = rows, n = rows of a chunk, d = channels, V = vocabulary, or a rank's part of it.
 """
 
 from __future__ import annotations
@@ -14,34 +14,38 @@ from megachiar.kernels import gpu, triton_cross_entropy
 
 IGNORED_TARGET = -100
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Most that the fp32 logits of one chunk of rows take, by the device; others as a CPU. Each chunk adds to the gradient
-of the whole weight, which a GPU feels where chunks are small."""
+"""The most bytes that the fp32 logits of one chunk of rows may take, by the type of the device; other devices are
+treated as a CPU. Each chunk adds to the gradient of the whole weight, which costs a GPU much where chunks are small."""
 CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
-"""On a CPU a chunk is no larger than this, which a cache may hold, if that still leaves it so many rows."""
+"""On a CPU a chunk has at most CACHED_BYTES, which a cache may hold, unless that leaves fewer than CACHED_ROWS rows."""
 
 PAGE, SPARE = 4096, 64
-"""On a CPU rows of logits whose bytes are a multiple of PAGE get SPARE columns more: rows that all start at one place
-of a page fight over one part of the cache, and the head's products take 4 to 14 % longer (V 8192 to 32768 on Zen 3)."""
+"""On a CPU, rows of logits whose bytes are a multiple of PAGE get SPARE more columns. Rows that all start at one offset
+in a page would compete for one part of the cache, and the head's products would take 4 to 14 % longer (V 8192 to 32768
+on Zen 3)."""
 
 SMALLEST_SHARE = 1e-30
-"""Of a softmax in fp32, well above where numbers lose digits: its logarithm can be relied on."""
+"""A share of a softmax in fp32 well above those that lose digits: the logarithm of such a share is exact enough."""
 
 
 class Vocabulary(Protocol):
-    """The part of a vocabulary whose weights are at hand, and how the parts become one.
+    """The part of a vocabulary whose weights this process has."""
 
-    Attributes:
-        first: id of the first row of the weight.
-    """
-
-    first: int
+    @property
+    def first(self) -> int:
+        """The token id of the first row of the weight."""
 
     def merge(self, scale: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-sum-exp (n,) and target's logit (n,) (0 where it is in another part) of this part to those of all."""
+        """Turn log-sum-exp (n,) and the target's logit (n,), 0 where another part has it, into those of all parts."""
 
 
 class CrossEntropy(NamedTuple):
-    """``loss``: scalar fp32, mean over targets that count. ``token_losses``: (N,) fp32, no gradient, 0 elsewhere."""
+    """Losses in nats.
+
+    Attributes:
+        loss: scalar fp32, the mean over targets that count.
+        token_losses: (N,) fp32 without gradient; 0 for rows that do not count.
+    """
 
     loss: torch.Tensor
     token_losses: torch.Tensor
@@ -50,16 +54,17 @@ class CrossEntropy(NamedTuple):
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, part: Vocabulary | None = None
 ) -> CrossEntropy:
-    """Cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+    """Compute the cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+
+    The forward pass computes the gradients too, chunk by chunk while it has the logits, so that neither pass keeps
+    logits. Softmax and losses are in fp32 (fp64 for fp64 input), whatever the type of the weights.
 
     Args:
         hidden: (N, d).
-        weight: (V, d), or its rows of ``part``.
-        targets: (N,) int64 in [0, V), or -100 for rows that do not count. With none that counts the loss is 0.
-        part: where ``weight`` is only a part of the vocabulary. The gradient of ``hidden`` is then this part's addend.
-
-    The gradients are computed in the forward pass, chunk by chunk while the logits are at hand, so that neither pass
-    keeps them; fp32 logits (fp64 for fp64 input) whatever the type of the weights.
+        weight: (V, d), or the rows of ``part``.
+        targets: (N,) int64 in [0, V), or -100 for rows that do not count. If none counts, the loss is 0.
+        part: the part of the vocabulary that ``weight`` has; None for all of it. The gradient of ``hidden`` is then
+            this part's addend.
     """
     return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets, part))
 
@@ -78,8 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             losses[part], slope = _losses_and_slope(hidden[part], weight, targets[part], counted[part], part_of, wide)
-            if needed:
-                # d loss / d logits, times the number of targets: within the range of fp16 before the loss is scaled.
+            if of_hidden is not None and of_weight is not None:
+                # This is d loss / d logits times the number of targets: within the range of fp16 before loss scaling.
                 torch.mm(slope, weight, out=of_hidden[part])
                 if slope.dtype == wide:
                     torch.addmm(of_weight, slope.mT, hidden[part], out=of_weight)
@@ -99,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _rows_of_chunk(device: str, vocabulary: int) -> int:
+    """Return how many rows a chunk has on a device of this type."""
     rows = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
     if device == "cpu":
         rows = min(rows, max(CACHED_ROWS, CACHED_BYTES // (4 * vocabulary)))
@@ -106,7 +112,7 @@ def _rows_of_chunk(device: str, vocabulary: int) -> int:
 
 
 def _columns(device: str, vocabulary: int, width: int) -> int:
-    """Columns of a chunk's logits, which take ``width`` bytes each."""
+    """Return the columns of a chunk's logits, which take ``width`` bytes each."""
     spare = device == "cpu" and width >= 4 and vocabulary * width % PAGE == 0
     return vocabulary + SPARE * spare
 
@@ -114,7 +120,7 @@ def _columns(device: str, vocabulary: int, width: int) -> int:
 def buffer_bytes(
     rows: int, channels: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", by_triton: bool = False
 ) -> int:
-    """Bytes that the loss takes at most for itself, beside what it is given and the gradient of ``hidden``.
+    """Return the bytes that the loss takes at most for itself, beside what it is given and the gradient of ``hidden``.
 
     The most of three moments, at each of which the weight's gradient (V, d) is there in fp32:
 
@@ -151,7 +157,7 @@ def _losses_and_slope(
     part_of: Vocabulary | None,
     wide: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (n,) of a chunk and their slope by its logits (n, V), in the type of the weight."""
+    """Compute the losses (n,) of a chunk and their slope by its logits (n, V), in the type of the weight."""
     logits = _logits(hidden, weight)
     by_triton = gpu.has_kernels(logits.device) and triton_cross_entropy.supports(logits)
     target = targets - (part_of.first if part_of is not None else 0)
@@ -162,7 +168,7 @@ def _losses_and_slope(
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Products (n, V), which SPARE columns of -inf may follow."""
+    """Compute logits (n, V), which SPARE columns of -inf may follow."""
     vocabulary = len(weight)
     columns = _columns(hidden.device.type, vocabulary, hidden.element_size())
     if columns == vocabulary:
@@ -176,18 +182,25 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _by_torch(
     logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor, part_of: Vocabulary | None, wide: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (n,), and the slope of each by its logits in their type: 0 for rows that do not count.
+    """Compute the losses of a chunk and their derivatives.
 
     Args:
-        logits: (n, V), or more columns of -inf.
-        target: (n,); negative where another part of the vocabulary has it, or none.
+        logits: (n, V), which columns of -inf may follow.
+        target: (n,) int64, by the rows of the weight; negative where another part of the vocabulary has it, or none.
+        counted: (n,) bool, whether a row counts.
+        part_of: the part of the vocabulary; None for all of it.
+        wide: type of softmax and losses.
+
+    Returns:
+        Losses (n,), and their derivatives by the logits, in the shape and type of ``logits``; 0 for rows that do not
+        count.
     """
     target = target[:, None]
     elsewhere = target < 0
     target = target.masked_fill(elsewhere, 0)
     slope = torch.softmax(logits, -1, dtype=wide)
     at_target, share = logits.gather(-1, target).to(wide), slope.gather(-1, target)
-    # The logarithm of the sum, from a token whose share of it has not vanished: its target's, or the likeliest.
+    # The logarithm of the sum comes from a token whose share has not vanished: the target, or the likeliest one.
     if logits.device.type == "cpu" and share.amin() > SMALLEST_SHARE:
         scale = at_target - share.log()
     else:
@@ -207,7 +220,7 @@ def _by_torch(
 def _by_triton(
     logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor, part_of: Vocabulary | None, wide: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_by_torch``; the slope takes the logits' place."""
+    """Compute what ``_by_torch`` computes; the derivatives overwrite the logits."""
     scale, at_target = triton_cross_entropy.scales_and_targets(logits, target)
     if part_of is not None:
         scale, at_target = part_of.merge(scale, at_target)

@@ -2,16 +2,17 @@
 
     X_k = a_k sum_n x_n cos(pi (n + 1/2) k / d)      a_0 = sqrt(1/d), a_k = sqrt(2/d)
 
-As a matrix, ``X = C x`` with ``C`` orthogonal: the inverse is ``C^T`` and the transform of a gradient is the transform
-itself. Two ways to compute it: the product with ``C`` (2 d^2 FLOPs, what a GPU does best) and a real FFT of the same
-length after one permutation (Makhoul 1980; about 2.5 d log2 d FLOPs, what a CPU does best from ``FFT_FROM`` channels).
+As a matrix it is ``X = C x`` with ``C`` orthogonal: the inverse is ``C^T``, and the gradient of one transform is the
+other. There are two ways to compute it: the product with ``C`` (2 d^2 FLOPs, what a GPU does best), and a real FFT of
+the same length after one permutation (Makhoul 1980; about 2.5 d log2 d FLOPs, what a CPU does best from ``FFT_FROM``
+channels).
 
-What works on a spectrum need not have it in order. ``packed_dct`` leaves its numbers where the transform has them: for
-the product in order, for the FFT as real and imaginary parts of the half spectrum,
+Most uses of a spectrum do not need it in order. ``packed_dct`` leaves its numbers where the transform has them. The
+product has them in order. The FFT has them as real and imaginary parts of the half spectrum:
 
     X_0 . X_1 X_{d-1} X_2 X_{d-2} ...        "." is 0, and an even d has X_{d/2} twice; signs differ
 
-and ``packed`` arranges weights alike. That saves the copies that would put all rows in order.
+``packed`` arranges weights of frequencies alike. That saves the copies that would put all rows in order.
 
 Shapes: d = channels of a token, P = numbers of a packed spectrum, "..." = any leading dimensions.
 """
@@ -26,15 +27,15 @@ import torch
 from megachiar.kernels.tables import cached_table
 
 FFT_FROM = 128
-"""Channels from which the FFT beats the matrix product on a CPU (2048 rows there and back: 1.5 against 1.8 ms at 128,
-1.2 against 0.9 ms at 96)."""
+"""Channels from which the FFT is faster than the matrix product on a CPU (2048 rows, transform and inverse: 1.5 against
+1.8 ms at 128 channels, 1.2 against 0.9 ms at 96)."""
 
 WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
-"""Whether this torch gives products of 16-bit numbers in fp32 (``out_dtype`` of ``torch.mm``, on a GPU)."""
+"""Whether this torch can return products of 16-bit numbers in fp32 (``out_dtype`` of ``torch.mm``, on a GPU)."""
 
 
 def dct(x: torch.Tensor) -> torch.Tensor:
-    """Orthonormal DCT-II of ``x`` (..., d); same shape. 16-bit types are transformed in fp32 and returned in fp32."""
+    """Compute the orthonormal DCT-II of ``x`` (..., d), in the same shape: fp32, or fp64 for fp64."""
     d = x.shape[-1]
     spectrum = packed_dct(x)
     if not by_fft(d, x.device):
@@ -44,7 +45,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
 
 
 def idct(spectrum: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``dct``: the orthonormal DCT-III of ``spectrum`` (..., d)."""
+    """Invert ``dct``: compute the orthonormal DCT-III of ``spectrum`` (..., d)."""
     spectrum, d = _computable(spectrum), spectrum.shape[-1]
     if by_fft(d, spectrum.device):
         tables = _fft_tables(d, spectrum.device, spectrum.dtype)
@@ -53,7 +54,7 @@ def idct(spectrum: torch.Tensor) -> torch.Tensor:
 
 
 def packed_dct(x: torch.Tensor) -> torch.Tensor:
-    """The numbers of ``dct`` of ``x`` (..., d) in the order that is cheapest: (..., P)."""
+    """Compute the numbers of ``dct`` of ``x`` (..., d) in the order that is cheapest: (..., P)."""
     d = x.shape[-1]
     if _by_halves(x):
         return _product_of_halves(x)
@@ -68,7 +69,7 @@ def packed_dct(x: torch.Tensor) -> torch.Tensor:
 
 
 def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
-    """Inverse of ``packed_dct``: (..., P) to (..., d)."""
+    """Invert ``packed_dct``: turn (..., P) into (..., d)."""
     if not by_fft(d, spectrum.device):
         return _exact_product(spectrum, dct_matrix(d, spectrum.device, spectrum.dtype))
     tables = _fft_tables(d, spectrum.device, spectrum.dtype)
@@ -83,21 +84,21 @@ def packed_idct(spectrum: torch.Tensor, d: int) -> torch.Tensor:
 
 
 def packed(weights: torch.Tensor) -> torch.Tensor:
-    """Weights (d,) of frequencies as (P,), for the numbers of ``packed_dct``."""
+    """Arrange weights (d,) of frequencies as (P,), like the numbers of ``packed_dct``."""
     if not by_fft(len(weights), weights.device):
         return weights
     return weights.index_select(0, _fft_tables(len(weights), weights.device, torch.float32).frequency)
 
 
 def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
-    """Of (P,) numbers, one for each of ``packed_dct``'s, those of the frequencies: (d,)."""
+    """Invert ``packed``: take the numbers (d,) of the frequencies out of (P,)."""
     if not by_fft(d, numbers.device):
         return numbers
     return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).place)
 
 
 def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torch.Tensor:
-    """Power (..., P) of a packed spectrum: each frequency's once, 0 elsewhere; that of ``X_0`` times ``dc_weight``."""
+    """Compute the power (..., P) of a packed spectrum: each frequency's once, that of ``X_0`` times ``dc_weight``."""
     power = spectrum.square()
     if by_fft(d, spectrum.device):
         power[..., 1] = 0  # empty
@@ -109,7 +110,7 @@ def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torc
 
 
 def _exact_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Without TF32, which would change routes: in training it may be on for all other products."""
+    """Compute a product without TF32, which would change routes; in training it may be on for all other products."""
     if rows.device.type != "cuda":
         return rows @ matrix
     settings = torch.backends.cuda.matmul
@@ -121,13 +122,13 @@ def _exact_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _by_halves(x: torch.Tensor) -> bool:
-    """Whether rows of 16 bits are transformed by two products of their type, a tenth of an exact fp32 one's time."""
+    """Return whether 16-bit rows are transformed by two products of their type: a tenth of the time of one in fp32."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     return x.device.type == "cuda" and x.element_size() == 2 and WIDE_RESULTS and not needs_gradient
 
 
 def _product_of_halves(x: torch.Tensor) -> torch.Tensor:
-    """fp32, as exact as a product of fp32 numbers: the matrix is the sum of a high and a low part."""
+    """Transform 16-bit rows into fp32, as exactly as in fp32: the matrix is the sum of a high and a low part."""
     high, low = _matrix_halves(x.shape[-1], x.device, x.dtype)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     result = torch.mm(rows, high, out_dtype=torch.float32) + torch.mm(rows, low, out_dtype=torch.float32)
@@ -136,7 +137,7 @@ def _product_of_halves(x: torch.Tensor) -> torch.Tensor:
 
 @cached_table
 def _matrix_halves(d: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """``C^T`` (d, d) as a sum of two in ``dtype``."""
+    """Return two matrices (d, d) in ``dtype`` whose sum is ``C^T``."""
     exact = dct_matrix(d, torch.device("cpu"), torch.float64).mT.contiguous()
     high = exact.to(dtype)
     return high.to(device), (exact - high.double()).to(device=device, dtype=dtype)
@@ -147,13 +148,13 @@ def _computable(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_fft(d: int, device: torch.device) -> bool:
-    """Whether rows of ``d`` channels are transformed by FFT."""
+    """Return whether rows of ``d`` channels are transformed by FFT."""
     return device.type == "cpu" and d >= FFT_FROM
 
 
 @cached_table
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """``C`` (d, d) with ``X = C x``; computed in float64, kept per size, device and type."""
+    """Return ``C`` (d, d) with ``X = C x``, computed in float64."""
     n = torch.arange(d, dtype=torch.float64)
     c = torch.cos(math.pi / d * (n + 0.5) * n[:, None]) * math.sqrt(2 / d)
     c[0] /= math.sqrt(2)
@@ -161,14 +162,14 @@ def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 
 class _FftTables(NamedTuple):
-    """Of one length.
+    """What the FFT needs for one length.
 
     Attributes:
         order, inverse_order: (d,) Makhoul's permutation and its inverse.
-        twiddle, inverse_twiddle: (d // 2 + 1,) complex, scaled so that the transform is orthonormal.
-        frequency: (P,) whose number stands at each place of a packed spectrum.
-        place, sign: (d,) where each frequency's number stands, and what it is multiplied by there.
-        filled: (P,) sign that an inverse transform wants at each place; 0 at the empty one.
+        twiddle, inverse_twiddle: (d // 2 + 1,) complex factors, scaled so that the transform is orthonormal.
+        frequency: (P,) the frequency whose number is at each place of a packed spectrum.
+        place, sign: (d,) the place of each frequency's number, and the factor that makes it ``X_k``.
+        filled: (P,) the sign that the inverse transform wants at each place; 0 at the empty one.
     """
 
     order: torch.Tensor
@@ -183,6 +184,7 @@ class _FftTables(NamedTuple):
 
 @cached_table
 def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
+    """Return the tables for length ``d``, computed in float64."""
     order = torch.cat([torch.arange(0, d, 2), torch.arange(1, d, 2).flip(0)])
     k = torch.arange(d // 2 + 1)
     scale = torch.full(k.shape, math.sqrt(2 / d), dtype=torch.float64)
@@ -190,7 +192,7 @@ def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     angle = -math.pi / (2 * d) * k.double()
     complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
     twiddle, inverse = (torch.polar(s, a).to(complex_type) for s, a in ((scale, angle), (1 / scale, -angle)))
-    # X_k = Re half_k up to d // 2; the rest is X_{d-k} = -Im half_k.
+    # X_k = Re half_k up to d // 2, and the rest is X_{d-k} = -Im half_k.
     frequency = torch.stack([k, (d - k) % d], 1).flatten()
     n = torch.arange(d)
     place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
@@ -198,6 +200,6 @@ def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     filled = torch.ones(len(frequency), dtype=dtype)
     filled[1] = 0
     if d % 2 == 0 and d > 1:
-        filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; of the others ``sign`` has changed it already
+        filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; ``sign`` has changed the signs of the others already
     tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, filled)
     return _FftTables(*(t.to(device) for t in tables))

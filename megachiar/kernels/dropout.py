@@ -1,16 +1,16 @@
-"""Dropout whose mask is a function of keys: which sample, position, place in the model and column.
+"""Dropout whose mask is a function of keys: of the sample, the position, the place in the model and the column.
 
-A mask then does not depend on how rows and columns are shared out over micro-batches and ranks, a resumed run needs no
-generator's state, and a recomputed activation gets the mask it had.
+A mask then does not depend on how rows and columns are distributed over micro-batches and ranks. A resumed run needs no
+state of a generator, and a recomputed activation gets the mask that it had.
 
     row key (64 bits)      mix64 of seed, sample and position; mixed once more with the site: halves r (high), s (low)
     column key (32 bits)   c, the high half of mix64 of the column's number in the whole matrix
     number (32 bits)       z = (r XOR c) * 0x7FEB352D;  number = (z XOR z >> 15) * (s OR 1)
     kept                   where the number, as int32, is at least p * 2^32 - 2^31
 
-The second factor belongs to the row: two columns with unlucky keys are not alike in all rows.
+The second factor belongs to the row, so that two columns with unlucky keys are not alike in all rows.
 
-Shapes: n rows, m columns.
+Shapes: n = rows, m = columns.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from megachiar.kernels.hash import GOLDEN, mix64, wrap64
 from megachiar.kernels.tables import cached_table
 
 CHUNK = 2**18
-"""Elements a CPU hashes at once: with their 32-bit numbers they stay in a core's cache."""
+"""Elements that a CPU hashes at once: with their 32-bit numbers they stay in a core's cache."""
 DEVICE_CHUNK = 2**24
-"""Elements another device hashes at once, where it has no triton."""
+"""Elements that another device hashes at once, where it has no Triton."""
 FACTOR = 0x7FEB352D
+"""The first factor of the hash."""
 
 
 class KeyedDropout(NamedTuple):
     """Dropout of rows at one place of the model.
 
     Attributes:
-        probability: of an element to become 0; the others are scaled by 1 / (1 - probability).
-        keys: (n,) int64 of ``row_keys``.
-        site: number of the place.
+        probability: probability of an element to become 0; the others are scaled by 1 / (1 - probability).
+        keys: (n,) int64, the rows' keys from ``row_keys``.
+        site: number of the place in the model.
     """
 
     probability: float
@@ -47,34 +48,40 @@ class KeyedDropout(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Of the elements that stay."""
+        """The factor of the elements that stay."""
         return 1 / (1 - self.probability)
 
     def select(self, rows: torch.Tensor) -> KeyedDropout:
-        """Of the rows with these numbers (int64)."""
+        """Return the dropout of the rows at these indices (int64)."""
         return self._replace(keys=self.keys.index_select(0, rows))
 
 
 def least_kept(probability: float) -> int:
-    """The int32 number from which an element stays."""
+    """Return the int32 number from which an element stays."""
     return int(probability * 2**32) - 2**31
 
 
 def row_keys(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Key of each row: int64, as ``sample_ids`` and ``positions`` (int64) broadcast."""
+    """Return the key of each row: int64, in the shape that ``sample_ids`` and ``positions`` (int64) broadcast to."""
     return mix64(mix64(sample_ids + wrap64((seed + 1) * GOLDEN)) + positions * GOLDEN)
 
 
 def head_keys(keys: torch.Tensor, first_head: int, heads: int) -> torch.Tensor:
-    """``keys`` (...) as those of a row of each head: (..., heads)."""
+    """Return a key for each of ``heads`` heads from ``first_head`` on: (...) becomes (..., heads)."""
     numbers = torch.arange(first_head + 1, first_head + heads + 1, device=keys.device)
     return mix64(keys[..., None] + numbers * GOLDEN)
 
 
 def apply_dropout(x: torch.Tensor, dropout: KeyedDropout | None, first_column: int = 0) -> torch.Tensor:
-    """``x`` (n, m) with elements dropped; ``x`` itself without ``dropout`` or with probability 0.
+    """Drop elements of ``x`` and scale the others.
 
-    ``first_column`` is the number of x's first column in the whole matrix, where ranks share its columns.
+    Args:
+        x: (n, m).
+        dropout: with keys (n,) of the rows; None for no dropout.
+        first_column: number of the first column of ``x`` in the whole matrix, where ranks share its columns.
+
+    Returns:
+        (n, m); ``x`` itself without dropout or with probability 0.
     """
     if dropout is None or dropout.probability == 0:
         return x
@@ -82,7 +89,7 @@ def apply_dropout(x: torch.Tensor, dropout: KeyedDropout | None, first_column: i
 
 
 class _Dropout(torch.autograd.Function):
-    """The mask is computed again in the backward pass, not kept."""
+    """The backward pass computes the mask again, instead of keeping it."""
 
     @staticmethod
     def forward(ctx, x, keys, *place):
@@ -98,7 +105,7 @@ class _Dropout(torch.autograd.Function):
 
 @library.custom_op("megachiar::dropped", mutates_args=())
 def _dropped(x: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_column: int) -> torch.Tensor:
-    """One operation to ``torch.compile``: its blocks are not to be unrolled."""
+    """Drop elements of rows. To ``torch.compile`` this is one operation, whose blocks are not unrolled."""
     drop = Dropper(KeyedDropout(probability, keys, site), x.shape[1], first_column)
     return drop(x, drop.keys, torch.empty_like(x, memory_format=torch.contiguous_format))
 
@@ -109,16 +116,18 @@ def _(x: torch.Tensor, *_) -> torch.Tensor:
 
 
 class Dropper:
-    """Drops elements of rows, block by block, and scales the others; what the blocks share is made once.
+    """What drops elements of rows block by block, and scales the others. What the blocks share is computed once.
 
     Attributes:
-        keys: of the rows, as ``dropout`` has them: mixed with the site where that is not the kernel's work. A block
-            names its rows by a part of them.
+        keys: the rows' keys in the shape of ``dropout.keys``; they are mixed with the site already, unless the kernel
+            does that. The caller passes the part of them that belongs to a block's rows.
     """
 
     def __init__(self, dropout: KeyedDropout, columns: int, first_column: int = 0):
         device = dropout.keys.device
-        self.site, self.scale, self.least = dropout.site, dropout.scale, least_kept(dropout.probability)
+        self.site = dropout.site
+        self.scale = dropout.scale
+        self.least = least_kept(dropout.probability)
         self.columns = column_keys(first_column, columns, device)
         self.one_kernel = gpu.has_kernels(device)
         self.keys = dropout.keys if self.one_kernel else mix64(dropout.keys + wrap64(dropout.site * GOLDEN))
@@ -126,9 +135,12 @@ class Dropper:
         self.spare = torch.empty(2, 0, dtype=torch.int32, device=device)
 
     def __call__(self, x: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write what stays of ``x`` (n, m) to ``out``, which is contiguous and may be ``x``, and return it.
+        """Write what stays of a block to ``out``, and return it.
 
-        ``keys`` (n,) are its rows'; its columns are the first m ones.
+        Args:
+            x: (n, m), whose columns are the first m ones.
+            keys: (n,), the part of ``self.keys`` that belongs to its rows.
+            out: (n, m), contiguous; it may be ``x``.
         """
         columns = self.columns[: x.shape[1]]
         if self.one_kernel:
@@ -143,8 +155,12 @@ class Dropper:
         return out
 
     def _kept(self, first: torch.Tensor, second: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """(n, m) int32 of keys (n, 1) and (m,): all bits set where an element stays, none where it is dropped."""
-        # In place and on 32-bit integers throughout, since these are vectorised: bool masks take several times as long.
+        """Return a mask (n, m) int32: all bits are set where an element stays, none where it is dropped.
+
+        ``first`` and ``second`` (n, 1) are the halves of the rows' keys, ``columns`` (m,) the keys of the columns.
+        """
+        # All operations are in place and on 32-bit integers, which are vectorised: bool masks take several times as
+        # long.
         count = len(first) * len(columns)
         if self.spare.shape[1] < count:
             self.spare = self.spare.new_empty(2, count)
@@ -156,5 +172,5 @@ class Dropper:
 
 @cached_table
 def column_keys(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """(count,) int32: keys of columns ``first`` to ``first + count - 1``."""
+    """Return the keys (count,) int32 of columns ``first`` to ``first + count - 1``."""
     return (mix64((torch.arange(first, first + count, device=device) + 1) * GOLDEN) >> 32).int()

@@ -1,6 +1,6 @@
-"""Attention with keyed dropout of its probabilities, of which no more than a block is ever held.
+"""Attention with keyed dropout of its probabilities, in torch: only one block of probabilities exists at a time.
 
-A query's row of a head has as columns the keys' positions: see ``dropout`` for what stays of them.
+Each query of a head is a row of dropout, and the positions of the keys are its columns: see ``dropout``.
 
 Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head; of one
 block: b sequences, s queries of each, which see t keys.
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import Dropper, KeyedDropout, head_keys
 
 CPU_QUERIES = 128
-"""Queries of a block on a CPU: it then stays in the caches, and sees few keys that stand behind its queries."""
+"""Queries of a block on a CPU: such a block stays in the caches, and covers few keys that its queries do not see."""
 PROBABILITIES = 2**24
-"""Most probabilities of a block."""
+"""The most probabilities that a block may have."""
 
 
 def dropout_attention(
@@ -27,36 +28,35 @@ def dropout_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
-    dropout: KeyedDropout,
-    first_head: int = 0,
-    scale: float | None = None,
-    document_starts: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention of queries to the keys up to their own position.
+    """Compute attention of queries to the keys of their document up to their own position, with dropout.
 
     Args:
         q: (B, h, S, c).
         k, v: (B, h, T, c).
         positions: (B, S) int64, of the queries.
-        dropout: with the keys (B * S,) of the queries' rows.
-        first_head: number of the first head of q, where ranks share the heads.
-        scale: of the products; 1 / sqrt(c) if not given.
-        document_starts: (B, S) int64, position of the first key that each query sees; 0 if not given.
+        options: with dropout keys (B * S,) and document starts (B, S).
 
     Returns:
         (B, h, S, c). Probabilities and sums are fp32 (fp64 for fp64 input).
     """
+    dropout = options.dropout
+    assert dropout is not None
     blocks = _blocks(positions, q.shape[1], k.shape[2], *_at_once(positions, q.device))
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    place = dropout.probability, dropout.site, first_head
+    scale = 1 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
+    place = dropout.probability, dropout.site, options.first_head
     keys = dropout.keys.view(positions.shape)
-    return _DropoutAttention.apply(q, k, v, positions.to(q.device), document_starts, keys, blocks, scale, place)
+    return _DropoutAttention.apply(q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, place)
 
 
 class _Block(NamedTuple):
-    """Queries whose products are made at once: ``queries`` of ``sequences``.
+    """Queries whose products are computed at once.
 
-    All of them see the keys before ``first``, none of them those from ``end``.
+    Attributes:
+        sequences, queries: the slices of the queries.
+        first: all queries of the block see the keys before this one (within their documents).
+        end: no query of the block sees this key or a later one.
     """
 
     sequences: slice
@@ -65,21 +65,22 @@ class _Block(NamedTuple):
     end: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Their part of (B, h, S, ...)."""
+        """Return the part of a tensor (B, h, S, ...) that belongs to the block's queries."""
         return tensor[self.sequences, :, self.queries]
 
     def seen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What they see of (B, h, T, c)."""
+        """Return the keys or values that the block's queries see, of (B, h, T, c)."""
         return tensor[self.sequences, :, : self.end]
 
 
 def _at_once(positions: torch.Tensor, device: torch.device) -> tuple[int, int]:
-    """Sequences and queries that a block has if it does not become too large."""
-    return (1, min(CPU_QUERIES, positions.shape[1])) if device.type == "cpu" else tuple(positions.shape)
+    """Return how many sequences and queries a block has, if that is not too large."""
+    sequences, queries = positions.shape
+    return (1, min(CPU_QUERIES, queries)) if device.type == "cpu" else (sequences, queries)
 
 
 def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size: int) -> list[_Block]:
-    """Blocks of all queries: ``together`` sequences, which divide B, and ``size`` queries of each or fewer."""
+    """Cut all queries into blocks of ``together`` sequences, which divide B, and at most ``size`` queries of each."""
     size = max(1, min(size, PROBABILITIES // (together * heads * keys)))
     parts = positions.view(-1, together, positions.shape[1]).split(size, 2)
     bounds = torch.stack([torch.stack([p.amin((1, 2)), p.amax((1, 2))], -1) for p in parts], 1) + 1
@@ -91,32 +92,37 @@ def _blocks(positions: torch.Tensor, heads: int, keys: int, together: int, size:
 
 
 class _DropoutAttention(torch.autograd.Function):
-    """Probabilities and their masks are computed again in the backward pass, not kept."""
+    """The backward pass computes probabilities and their masks again, instead of keeping them."""
 
     @staticmethod
     def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
-        ctx.blocks, ctx.scale, ctx.place = blocks, scale, place
+        ctx.blocks = blocks
+        ctx.scale = scale
+        ctx.place = place
         product, wide = _types(q)
-        drop = _dropper(q, k, keys, *place)
-        factors = [t.to(product) for t in (q, k, v)]
+        probability, site, first_head = place
+        drop = _dropper(q, k, keys, probability, site, first_head)
+        query, key, value = (t.to(product) for t in (q, k, v))
         output = torch.empty_like(q)
         scales = q.new_empty(*q.shape[:3], 1, dtype=wide)  # log-sum-exp of each row
         for block in blocks:
-            weights = _scores(block, *factors[:2], positions, document_starts, scale, wide)
+            weights = _scores(block, query, key, positions, document_starts, scale, wide)
             top = weights.amax(-1, keepdim=True)
             total = weights.sub_(top).exp_().sum(-1, keepdim=True)
             block.of(scales).copy_(total.log().add_(top))
             _dropped(drop, block, weights, weights)
-            block.of(output).copy_((weights.to(product) @ block.seen(factors[2])) / total)
+            block.of(output).copy_((weights.to(product) @ block.seen(value)) / total)
         ctx.save_for_backward(q, k, v, positions, document_starts, keys, output, scales)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        *inputs, positions, document_starts, keys, output, scales = ctx.saved_tensors
+        q, k, v, positions, document_starts, keys, output, scales = ctx.saved_tensors
+        inputs = q, k, v
         product, wide = _types(gradient)
-        drop = _dropper(*inputs[:2], keys, *ctx.place)
+        probability, site, first_head = ctx.place
+        drop = _dropper(q, k, keys, probability, site, first_head)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
         q, k, v, gradient = (t.to(product) for t in (*inputs, gradient))
         of_q = torch.empty_like(q, dtype=wide)
@@ -136,7 +142,7 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of factors in products, and of probabilities and sums."""
+    """Return the type of the factors of products, and the type of probabilities and sums."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     # A CPU may have no fast products of 16-bit numbers: those of fp16 can take twenty times as long.
     return wide if q.device.type == "cpu" else q.dtype, wide
@@ -145,7 +151,7 @@ def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
 def _dropper(
     q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_head: int
 ) -> Dropper:
-    """What drops probabilities: its keys are (B, h, S)."""
+    """Return what drops probabilities; its keys are (B, h, S)."""
     of_heads = head_keys(keys, first_head, q.shape[1]).transpose(1, 2)
     return Dropper(KeyedDropout(probability, of_heads, site), k.shape[2])
 
@@ -159,7 +165,7 @@ def _scores(
     scale: float,
     wide: torch.dtype,
 ) -> torch.Tensor:
-    """Scaled products (b, h, s, t), -inf where a key stands behind its query or in another document."""
+    """Compute the scaled products (b, h, s, t): -inf where a key is behind the query or in another document."""
     scores = (block.of(q) @ block.seen(k).mT).to(wide).mul_(scale)
     key = torch.arange(block.first, block.end, device=q.device)
     behind = key > positions[block.sequences, None, block.queries, None]
@@ -171,6 +177,6 @@ def _scores(
 
 
 def _dropped(drop: Dropper, block: _Block, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``weights`` (b, h, s, t) dropped, in ``out``."""
+    """Write ``weights`` (b, h, s, t) after dropout to ``out``, and return it."""
     seen = weights.shape[-1]
     return drop(weights.view(-1, seen), block.of(drop.keys).flatten(), out.view(-1, seen)).view_as(weights)

@@ -1,4 +1,4 @@
-"""The one place where triton is imported: optional, without it GPUs run the plain torch operations."""
+"""The one place where Triton is imported. It is optional: without it GPUs run plain torch operations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _allowed = True
 
 
 def allow(kernels: bool) -> None:
-    """Whether this process may use Triton kernels at all (``precision.kernels``)."""
+    """Say whether this process may use Triton kernels at all (``precision.kernels``)."""
     global _allowed
     _allowed = kernels
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why Triton kernels do not run on ``device``; None where they do."""
+    """Return why Triton kernels do not run on ``device``; None where they do."""
     if not _allowed:
         return "precision.kernels is torch"
     if device.type != "cuda":
@@ -33,26 +33,26 @@ def why_not(device: torch.device) -> str | None:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run on ``device``."""
+    """Return whether Triton kernels run on ``device``."""
     return why_not(device) is None
 
 
 def jit(function, **options):
-    """``function`` as a Triton kernel; as it is, never to be called, without triton."""
+    """Compile ``function`` as a Triton kernel. Without Triton it is returned as it is, and never called."""
     return function if triton is None else triton.jit(function, **options)
 
 
 def compute_type(dtype: torch.dtype):
-    """Triton's type for products of ``dtype``. The interpreter keeps bf16 as raw bits: there all of it is fp32."""
+    """Return Triton's type for products of ``dtype``: fp32 in the interpreter, which keeps bf16 as raw bits."""
     wide = INTERPRETED or dtype == torch.float32
     return tl.float32 if wide else {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """How fp32 numbers are multiplied: in three products of their halves, which keeps fp32's grade."""
+    """Return how numbers are multiplied: fp32 in three products of their halves, which keep the precision of fp32."""
     return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
 def launch_options(warps: int, stages: int = 2) -> dict[str, int]:
-    """What a kernel is compiled with."""
+    """Return what a kernel is compiled with; nothing in the interpreter."""
     return {} if INTERPRETED else {"num_warps": warps, "num_stages": stages}

@@ -1,4 +1,4 @@
-"""LayerNorm of rows, with the residual before it.
+"""LayerNorm of rows, with the residual addition before it.
 
 Shapes: n = rows, d = channels.
 """
@@ -15,15 +15,16 @@ from megachiar.kernels import gpu, triton_norm
 def add_and_norm(
     x: torch.Tensor, branch_output: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """LayerNorm of ``x + branch_output``, or of ``x`` alone, over the last dimension.
+    """Normalise ``x + branch_output``, or ``x`` alone, over the channels (LayerNorm).
 
     Args:
-        x, branch_output: (n, d).
+        x: (n, d).
+        branch_output: (n, d), or None.
         weight, bias: (d,).
-        epsilon: added to the variance.
+        epsilon: what is added to the variance.
 
     Returns:
-        (n, d) in the type of ``x``; mean and variance are fp32 (fp64 for fp64 rows).
+        (n, d) in the type of ``x``. Mean and variance are fp32 (fp64 for fp64 rows).
     """
     if gpu.has_kernels(x.device) and triton_norm.supports(x):
         return _AddAndNorm.apply(x, branch_output, weight, bias, epsilon)

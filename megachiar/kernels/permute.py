@@ -1,4 +1,6 @@
-"""Permute rows into operator order and back: a gather in one direction is a scatter in the other, never an add.
+"""Permutation of rows into operator order and back.
+
+A gather in one direction is a scatter in the other direction. Neither pass adds.
 
 Shapes: N = rows, d = channels.
 """
@@ -13,8 +15,16 @@ from megachiar.kernels import gpu, triton_permute
 
 
 def permute(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """``x[order]`` for rows (N, d) and a permutation of N, in parts of ``sizes``, each with a storage of its own: what
-    keeps one does not keep the others."""
+    """Return ``x[permutation]`` in parts.
+
+    Args:
+        x: rows (N, d).
+        permutation: (N,) int64, a permutation of 0 to N - 1.
+        sizes: how many rows each part has.
+
+    Returns:
+        One tensor a part. Each has a storage of its own: keeping one does not keep the others.
+    """
     return _Permute.apply(x, permutation, tuple(sizes))
 
 
@@ -32,7 +42,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _unpermuted(gradients, *ctx.saved_tensors), None, None
+        (permutation,) = ctx.saved_tensors
+        return _unpermuted(gradients, permutation), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -44,14 +55,17 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, *_permuted(gradient, *ctx.saved_tensors, ctx.sizes)
+        (permutation,) = ctx.saved_tensors
+        return None, *_permuted(gradient, permutation, ctx.sizes)
 
 
 def _permuted(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Compute ``permute`` without gradient."""
     return tuple(x.index_select(0, part) for part in permutation.split(sizes))
 
 
 def _unpermuted(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
+    """Compute ``unpermute`` without gradient."""
     rows = torch.empty(len(permutation), *parts[0].shape[1:], dtype=parts[0].dtype, device=permutation.device)
     for part, place in zip(parts, permutation.split([len(part) for part in parts]), strict=True):
         if gpu.has_kernels(part.device) and triton_permute.supports(part):

@@ -1,4 +1,7 @@
-"""Rotary position embedding, rotate-half form (RoFormer, arXiv 2104.09864)."""
+"""Rotary position embedding in its rotate-half form (RoFormer, arXiv 2104.09864).
+
+Shapes: h = heads, c = channels of a head, "..." = any leading dimensions.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from megachiar.kernels.tables import cached_table
 def rotary_table(
     length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``rotate`` needs for positions 0..length-1: cos and [-sin | sin], both (length, head_size).
+    """Return what ``rotate`` needs for positions 0 to ``length - 1``: cos and [-sin | sin], both (length, head_size).
 
-    Angles are computed in float64; tables are kept per size, device and type.
+    Angles are computed in float64.
     """
     frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
@@ -24,15 +27,15 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels (i, i + head_size / 2) of ``x`` (..., head_size).
+    """Rotate the pairs of channels (i, i + c / 2) of ``x`` (..., c).
 
-    ``cos`` and ``sin`` are rows of ``rotary_table`` that broadcast against ``x``; they get no gradient.
+    ``cos`` and ``sin`` are rows of ``rotary_table`` that broadcast against ``x``. They get no gradient.
     """
     return _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient is turned back by the same angles: half the time of what autograd would derive."""
+    """The backward pass rotates the gradient back by the same angles: half the time of what autograd would derive."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -47,8 +50,16 @@ class _Rotate(torch.autograd.Function):
 
 
 def keys_and_values(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated keys (..., h, c) and values (..., h, c) of ``kv`` (..., 2, h, c), which may be overwritten: it is to be
-    the fresh result of a product. Their gradients are written side by side, where the product's backward wants them.
+    """Split keys and values, and rotate the keys.
+
+    The gradients are written side by side, where the backward pass of the product wants them.
+
+    Args:
+        kv: (..., 2, h, c), the fresh result of a product: it may be overwritten.
+        cos, sin: rows of ``rotary_table`` that broadcast against keys (..., h, c).
+
+    Returns:
+        Rotated keys and values, both (..., h, c).
     """
     return _KeysAndValues.apply(kv, cos, sin)
 
@@ -81,6 +92,7 @@ def _by_triton(x: torch.Tensor, cos: torch.Tensor) -> bool:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    """Rotate ``x``, or rotate it back, without gradient."""
     if _by_triton(x, cos):
         return triton_rope.rotated(x, cos, sin, back)
     sin = -sin if back else sin

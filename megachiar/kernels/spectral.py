@@ -1,4 +1,4 @@
-"""What is done in the DCT domain of one token: spectral entropy and spectral mixing.
+"""Operations in the DCT domain of one token: spectral entropy and spectral mixing.
 
 Shapes: N = rows (tokens), d = channels, P = numbers of a packed spectrum (see ``dct``).
 """
@@ -17,15 +17,15 @@ from megachiar.kernels.norm import add_and_norm
 
 
 def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
-    """Normalised entropy of each token's power spectrum (paper, spectral entropy H), with a gradient.
+    """Compute the normalised entropy of each token's power spectrum (paper, spectral entropy H), with a gradient.
 
-    ``p = X^2 / sum X^2`` with ``X`` the DCT of the token and the power of ``X_0`` taken ``dc_weight`` times;
-    ``H = -sum p log(p + epsilon) / log d``.
+    It is ``H = -sum p log(p + epsilon) / log d`` with ``p = X^2 / sum X^2``, where ``X`` is the DCT of the token and
+    the power of ``X_0`` is taken ``dc_weight`` times.
 
     Args:
         x: rows (N, d).
         dc_weight: weight of the zero-frequency power.
-        epsilon: added inside the logarithm.
+        epsilon: what is added inside the logarithm.
 
     Returns:
         H (N,) in [0, 1] (with epsilon 0), fp32, or fp64 for fp64 rows. An all-zero token has H = 0. The gradient is
@@ -37,9 +37,11 @@ def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0
 def spectrum_and_entropy(
     x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Packed spectrum (N, P) and entropy (N,) of rows (N, d), both fp32 (fp64 for fp64 rows) and without gradient.
+    """Compute packed spectrum and spectral entropy of rows (N, d), without gradient.
 
-    On a GPU there is no spectrum: to compute it again costs less there than to write it and read it again.
+    Returns:
+        Spectrum (N, P) and entropy (N,), both fp32 (fp64 for fp64 rows). The spectrum is None on a GPU, where computing
+        it again costs less than writing and reading it.
     """
     with torch.no_grad():
         if gpu.has_kernels(x.device) and triton_factored.supports(x) and epsilon == 0:
@@ -50,6 +52,7 @@ def spectrum_and_entropy(
 
 
 def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -> torch.Tensor:
+    """Compute spectral entropy (N,) from a packed spectrum (N, P)."""
     power = packed_power(spectrum, d, dc_weight)
     total, tiny = power.sum(-1), torch.finfo(power.dtype).tiny  # 0 log 0 = 0
     total = total.masked_fill(total == 0, 1)
@@ -62,14 +65,14 @@ def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -
 
 
 def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spectrum: torch.Tensor | None = None):
-    """DCT mixing (paper, DCT-Mix): ``gain * C^T diag(weight) C x`` for each row.
+    """Compute DCT mixing (paper, DCT-Mix): ``gain * C^T diag(weight) C x`` for each row.
 
     Args:
         x: rows (N, d).
         weight: filter (d,).
         gain: constant factor outside the learned filter.
-        spectrum: ``packed_dct(x)`` (N, P) where it is known already, so that it is not computed twice. It carries no
-            gradient: the gradient flows through ``x``.
+        spectrum: ``packed_dct(x)`` (N, P) where it is known already, so that it is not computed twice; else None. It
+            carries no gradient: the gradient flows through ``x``.
 
     Returns:
         (N, d) in the type of ``x``.
@@ -88,18 +91,18 @@ def mix_add_and_norm(
     bias: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
-    """LayerNorm (weight and bias (d,)) of ``x + spectral_mix(x, filters, gain, spectrum)``."""
+    """Normalise ``x + spectral_mix(x, filters, gain, spectrum)``; ``weight`` and ``bias`` (d,) are the norm's."""
     return add_and_norm(x, spectral_mix(x, filters, gain, spectrum), weight, bias, epsilon)
 
 
 def _filter_matrix(weight: torch.Tensor, gain: float) -> torch.Tensor:
-    """``gain * C^T diag(weight) C``, symmetric: one product with it is what a GPU does faster than two transforms."""
+    """Return ``gain * C^T diag(weight) C`` (d, d): on a GPU one product with it is faster than two transforms."""
     matrix = dct_matrix(len(weight), weight.device, weight.dtype)
     return (matrix.mT * (gain * weight)) @ matrix
 
 
 class _SpectralMix(torch.autograd.Function):
-    """The operator is symmetric: its backward pass is the operator itself on the gradient."""
+    """The operator is symmetric: its backward pass applies it to the gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, gain, spectrum):
@@ -122,17 +125,17 @@ class _SpectralMix(torch.autograd.Function):
 
 
 def _filtered(spectrum: torch.Tensor, weight: torch.Tensor, gain: float, dtype: torch.dtype) -> torch.Tensor:
-    """Back from a filtered spectrum, to rows of ``dtype``."""
+    """Filter a packed spectrum (N, P), and transform it back to rows (N, d) of ``dtype``."""
     return packed_idct(spectrum * packed(gain * weight.to(spectrum.dtype)), len(weight)).to(dtype)
 
 
 def _of_filters(of_spectrum: torch.Tensor, spectrum: torch.Tensor, weight: torch.Tensor, gain: float) -> torch.Tensor:
-    """Gradient (d,) of the filter; ``of_spectrum`` is overwritten."""
+    """Compute the gradient (d,) of the filter; ``of_spectrum`` is overwritten."""
     return (gain * unpacked(of_spectrum.mul_(spectrum).sum(0), len(weight))).to(weight.dtype)
 
 
 def white_noise_entropy(d: int) -> tuple[float, float]:
-    """Mean and standard deviation of H for a token of white noise with ``d`` channels.
+    """Return mean and standard deviation of H for a token of white noise with ``d`` channels.
 
     Power fractions of white noise follow a Dirichlet(1/2, ..., 1/2) distribution, hence the digamma functions. A
     threshold near this mean routes like a coin unless the embedding's spectra differ from noise.

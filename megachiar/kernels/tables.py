@@ -1,4 +1,4 @@
-"""Tables that are computed once and kept: per size, device and type."""
+"""Tables that are computed once for each size, device and type, and kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Table = TypeVar("Table")
 
 
 def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
-    """``make``, called once for each set of arguments.
+    """Wrap ``make`` so that it is called once for each set of arguments, which are hashable.
 
-    Training may use a table that was first asked for in inference. To ``torch.compile`` it is a constant: traced, it
-    would be computed in every call.
+    Training may use a table that was first computed in inference. To ``torch.compile`` a table is a constant: traced,
+    it would be computed in every call.
     """
     cached = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(make))
 
     @functools.wraps(make)
     def get(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
-        return cached(*arguments, **named)
+        return cached(*arguments, **named)  # type: ignore[arg-type]  # a ParamSpec cannot say that all are hashable
 
-    get.cache_clear = cached.cache_clear
+    get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]  # mypy knows no attributes of functions
     return torch.compiler.assume_constant_result(get)

@@ -1,9 +1,9 @@
-"""Routed causal attention in Triton: blocks of keys that no query of a block can see are skipped in both passes.
+"""Routed causal attention in Triton: both passes skip blocks of keys that no query of a block can see.
 
-Queries and keys are read where they lie, row by row, and results are written alike: nothing is packed, and how many
-rows a sequence has is read on the device, so that the host waits for nothing. Neither pass keeps a (n, T) tensor:
-probabilities are computed again, and so are the masks where they are dropped (see ``dropout``: keyed by row, head and
-the key's position).
+Queries and keys are read where they lie, row by row, and results are written alike: nothing is packed. The kernels read
+on the device how many rows a sequence has, so that the host waits for nothing. Neither pass keeps a (n, T) tensor: the
+backward pass computes probabilities again, and so it does dropout masks (see ``dropout``), whose keys are those of the
+row, the head and the position of the key.
 
     keys      [0 ......... b)[b ............. c)[c ....... end)      of a block of queries
     masked     with documents        no             yes
@@ -25,12 +25,13 @@ from megachiar.kernels.hash import GOLDEN, mix64, wrap64
 from megachiar.kernels.tables import cached_table
 
 HEAD_SIZES = (16, 32, 64, 128)
-"""Channels of a head that the kernels take."""
+"""The numbers of channels of a head that the kernels take."""
 LOG2_E = 1.4426950408889634
+"""log2 e: the kernels take powers of 2."""
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a block, and what a program of each kernel is compiled with."""
+    """The block sizes of a kernel, and what it is compiled with."""
 
     queries: int
     keys: int
@@ -39,8 +40,11 @@ class Tiles(NamedTuple):
 
 
 def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
-    """Of the kernel ``forward``, ``queries`` or ``keys`` (of the gradients): block sizes that compile for sm_90 without
-    spilled registers (``tests/kernels/test_triton.py`` looks); of 16 bits the fastest of those tried on an H200."""
+    """Return the block sizes of a kernel: ``forward``, or ``queries`` or ``keys`` for the kernel of their gradients.
+
+    They compile for sm_90 without spilled registers, which ``tests/kernels/test_triton.py`` checks. Those of 16-bit
+    types were the fastest that were tried on an H200.
+    """
     if INTERPRETED:
         return Tiles(16, 16, 4, 1)
     wide = c > 64
@@ -58,15 +62,15 @@ def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
 
 
 class RowLayout(NamedTuple):
-    """Which queries see which keys: those of their sequence up to their own.
+    """Where the rows of queries and keys lie, and which keys each query sees.
 
     Attributes:
         query_starts: (B + 1,) int32, the first row of queries of each sequence, and n.
-        key_starts: (B + 1,) int32, its first row of keys, and m.
-        last_seen: (n,) int32, ascending: the row of keys up to which each query sees.
-        longest_queries, longest_keys: no sequence has more queries, or keys.
-        first_seen: (n,) int32, the row of keys from which each query sees, no later than its last; it never falls.
-            None: from the first one of its sequence.
+        key_starts: (B + 1,) int32, the first row of keys of each sequence, and m.
+        last_seen: (n,) int32, ascending, the last row of keys that each query sees.
+        longest_queries, longest_keys: no sequence has more queries, or more keys.
+        first_seen: (n,) int32, never falling, the first row of keys that each query sees, at most ``last_seen``. None
+            where that is the first one of its sequence.
     """
 
     query_starts: torch.Tensor
@@ -79,23 +83,26 @@ class RowLayout(NamedTuple):
 
 @cached_table
 def multiples(count: int, of: int, device: torch.device) -> torch.Tensor:
-    """(count,) int32 of 0, ``of``, 2 ``of``, ..."""
+    """Return (count,) int32: 0, ``of``, 2 ``of``, ..."""
     return torch.arange(0, count * of, of, dtype=torch.int32, device=device)
 
 
 def first_rows(rows: torch.Tensor, sequences: int, queries: int) -> torch.Tensor:
-    """``RowLayout.query_starts`` of ascending ``rows`` (n,) int32 among those of sequences of ``queries`` rows."""
+    """Return ``RowLayout.query_starts`` of routed rows.
+
+    ``rows`` (n,) int32 are their ascending indices among ``sequences`` sequences of ``queries`` rows.
+    """
     return torch.searchsorted(rows, multiples(sequences + 1, queries, rows.device), out_int32=True)
 
 
 class Mask(NamedTuple):
-    """Dropout of probabilities.
+    """The dropout mask of probabilities, as keys.
 
     Attributes:
-        keys: (n, h) int64 of the queries' rows and heads, mixed with the site.
-        columns: (longest_keys,) int32 of a sequence's keys.
-        least: number from which a probability stays.
-        scale: of those that stay.
+        keys: (n, h) int64, the dropout keys of the queries' rows and heads, mixed with the site.
+        columns: (longest_keys,) int32, the dropout keys of the positions of a sequence's keys.
+        least: the int32 number from which a probability stays.
+        scale: the factor of those that stay.
     """
 
     keys: torch.Tensor
@@ -105,13 +112,13 @@ class Mask(NamedTuple):
 
     @classmethod
     def of(cls, dropout: KeyedDropout, first_head: int, heads: int, columns: int) -> Mask:
-        """``dropout`` with the keys (n,) of the queries' rows, for the heads from ``first_head``."""
+        """Make the mask of ``dropout``, with keys (n,) of the queries' rows, for the heads from ``first_head`` on."""
         mixed = mix64(head_keys(dropout.keys, first_head, heads) + wrap64(dropout.site * GOLDEN))
         return cls(mixed, column_keys(0, columns, mixed.device), least_kept(dropout.probability), dropout.scale)
 
 
 def supports(q: torch.Tensor) -> bool:
-    """Whether the kernels take queries (..., c) like these."""
+    """Return whether the kernels take queries (..., c) like these."""
     return q.shape[-1] in HEAD_SIZES and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,14 +130,14 @@ def attend(
     scale: float | None = None,
     mask: Mask | None = None,
 ) -> torch.Tensor:
-    """Attention of queries to the keys that ``row_layout`` lets them see.
+    """Compute attention of queries to the keys that ``row_layout`` lets them see.
 
     Args:
         q: (n, h, c), at least one row.
         k, v: (m, h, c).
-        layout: of the rows.
-        scale: of the products, above 0; 1 / sqrt(c) if not given.
-        mask: of dropout.
+        row_layout: where the rows lie, and which keys each query sees.
+        scale: factor of the products, above 0; 1 / sqrt(c) if None.
+        mask: the mask of dropout; None for no dropout.
 
     Returns:
         (n, h, c). Products of 16-bit types are summed in fp32.
@@ -148,14 +155,23 @@ class _Attention(torch.autograd.Function):
         output, sums = q.new_empty(n, h, c), q.new_empty(n, h, dtype=torch.float32)
         sequences = len(row_layout.query_starts) - 1
         _forward[triton.cdiv(row_layout.longest_queries, size.queries), sequences * h](
-            *(q, k, v, output, sums),
+            q,
+            k,
+            v,
+            output,
+            sums,
             *_places(row_layout),
-            *(*_of_mask(mask, row_layout), scale * LOG2_E),
-            *(*_strides(q), *_strides(k), *_strides(v)),
+            *_of_mask(mask, row_layout),
+            scale * LOG2_E,
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
             **_constants(h, c, q.dtype, size, mask, row_layout),
         )
         ctx.save_for_backward(q, k, v, output, sums)
-        ctx.row_layout, ctx.scale, ctx.mask = row_layout, scale, mask
+        ctx.row_layout = row_layout
+        ctx.scale = scale
+        ctx.mask = mask
         return output
 
     @staticmethod
@@ -171,32 +187,53 @@ class _Attention(torch.autograd.Function):
         heads = (len(row_layout.query_starts) - 1) * h
         size = tiles("queries", c, q.dtype)
         _backward_queries[triton.cdiv(row_layout.longest_queries, size.queries), heads](
-            *(q, k, v, gradient, output, sums, inner),
+            q,
+            k,
+            v,
+            gradient,
+            output,
+            sums,
+            inner,
             *_places(row_layout),
-            *(*mask, of_q, ctx.scale, *strides),
+            *mask,
+            of_q,
+            ctx.scale,
+            *strides,
             **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
         )
         size = tiles("keys", c, q.dtype)
         blocks = triton.cdiv(row_layout.longest_keys, size.keys)
         _backward_keys[blocks, heads](
-            *(q, k, v, gradient, sums, inner),
-            *(*_places(row_layout), _bounds(row_layout, blocks, size.keys)),
-            *(*mask, of_k, of_v, ctx.scale, *strides),
+            q,
+            k,
+            v,
+            gradient,
+            sums,
+            inner,
+            *_places(row_layout),
+            _bounds(row_layout, blocks, size.keys),
+            *mask,
+            of_k,
+            of_v,
+            ctx.scale,
+            *strides,
             **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
         )
         return of_q, of_k, of_v, None, None, None
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with its channels side by side in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int]:
+    """Return the strides of rows and of heads."""
     return x.stride(0), x.stride(1)
 
 
 def _places(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
-    """An unused tensor stands for what is not there."""
+    """Return a kernel's arguments for ``row_layout``; an unused tensor stands for ``first_seen`` where that is None."""
     return (
         row_layout.query_starts,
         row_layout.key_starts,
@@ -206,9 +243,12 @@ def _places(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
 
 
 def _bounds(row_layout: RowLayout, blocks: int, size: int) -> torch.Tensor:
-    """Rows of queries (2 or 4, B, blocks) int32 for blocks of ``size`` keys: the first that sees some of a block, and
-    all that are not behind it; with ``first_seen`` the first that sees only later keys than its first, and than its
-    last."""
+    """Return bounds of the rows of queries (2 or 4, B, blocks) int32 for each block of ``size`` keys.
+
+    They are the first row that sees the block's first key, and the first row that sees its last key. With
+    ``first_seen`` they are also the first row that no longer sees the first key, and the first row that no longer sees
+    the last key.
+    """
     first = row_layout.key_starts[:-1, None] + multiples(blocks, size, row_layout.last_seen.device)
     edges = torch.stack([first, first + (size - 1)])
     bounds = torch.searchsorted(row_layout.last_seen, edges, out_int32=True)
@@ -218,7 +258,10 @@ def _bounds(row_layout: RowLayout, blocks: int, size: int) -> torch.Tensor:
 
 
 def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
-    """Two keys of 32 bits a row and head, those of the columns, and what stays; unused tensors without dropout."""
+    """Return a kernel's arguments for ``mask``: the halves of the keys, keys of columns, least number and scale.
+
+    Without dropout unused tensors stand for them.
+    """
     if mask is None:
         return row_layout.last_seen, row_layout.last_seen, row_layout.last_seen, 0, 1.0
     keys = mask.keys.contiguous()
@@ -226,6 +269,7 @@ def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
 
 
 def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, row_layout: RowLayout) -> dict:
+    """Return what a kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
@@ -241,7 +285,7 @@ def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | Non
 
 @jit
 def _stays(first, second, columns, least, FACTOR: tl.constexpr):
-    """What dropout leaves of rows and columns that broadcast against each other."""
+    """Return which probabilities stay, for keys of rows and columns that broadcast against each other."""
     number = (first.to(tl.uint32, bitcast=True) ^ columns.to(tl.uint32, bitcast=True)) * FACTOR
     number = (number ^ (number >> 15)) * second.to(tl.uint32, bitcast=True)
     return number.to(tl.int32, bitcast=True) >= least
@@ -249,7 +293,7 @@ def _stays(first, second, columns, least, FACTOR: tl.constexpr):
 
 @jit
 def _read(x, stride, row, rows, channel, GUARDED: tl.constexpr):
-    """Rows of ``x``; with ``GUARDED`` those from ``rows`` on are 0."""
+    """Load rows of ``x``; with ``GUARDED`` the rows from ``rows`` on are 0."""
     place = x + row[:, None] * stride + channel[None, :]
     if GUARDED:
         return tl.load(place, mask=(row < rows)[:, None], other=0.0)
@@ -258,7 +302,7 @@ def _read(x, stride, row, rows, channel, GUARDED: tl.constexpr):
 
 @jit
 def _seen(key, position, opening, DOCUMENTS: tl.constexpr):
-    """Which keys are seen by queries; they broadcast against each other."""
+    """Return which keys queries see; the two broadcast against each other."""
     seen = key <= position
     if DOCUMENTS:
         seen = seen & (key >= opening)
@@ -267,7 +311,10 @@ def _seen(key, position, opening, DOCUMENTS: tl.constexpr):
 
 @jit
 def _edges(position, opening, count, start, keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOC: tl.constexpr):
-    """For a block of queries: its first key, those from which on and up to which all see all, and the end."""
+    """Return bounds of the keys of a block of queries.
+
+    They are the first key that a query sees, the bounds between which every query sees every key, and the end.
+    """
     row = start + tl.arange(0, QUERIES)
     end = tl.max(tl.where(row < count, position, -1), 0) + 1
     unmasked = (tl.min(tl.where(row < count, position, keys), 0) + 1) // KEYS * KEYS
@@ -583,12 +630,12 @@ def _keys_range(
 ):
     for start in range(begin, end, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        valid = row < count  # the others' rows of 0 add nothing
+        valid = row < count  # rows beyond are 0 and add nothing
         queries = _read(q, q_row, row, count, channel, True).to(COMPUTE)
         of_output = _read(gradient, g_row, row, count, channel, True).to(COMPUTE)
         log_sum = tl.load(sums + row * H, mask=valid, other=0.0)
         product = tl.load(inner + row * H, mask=valid, other=0.0)
-        # Keys by queries: what is multiplied next stays in the registers where it was computed.
+        # Products are keys by queries: what is multiplied next stays in the registers where it was computed.
         score = tl.dot(of_key, tl.trans(queries), input_precision=PRECISION)
         weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[None, :])
         if MASKED:

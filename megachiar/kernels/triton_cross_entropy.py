@@ -1,4 +1,4 @@
-"""What a chunk of logits is needed for, in Triton: the losses' parts, and in place the slope of the loss.
+"""Cross-entropy of a chunk of logits in Triton: parts of the losses, and in place the derivatives of the losses.
 
 Shapes: n = rows, v = logits of a row.
 """
@@ -10,28 +10,38 @@ import torch
 from megachiar.kernels.gpu import INTERPRETED, jit, launch_options, tl
 
 BLOCK = 64 if INTERPRETED else 4096
-"""Logits that a program holds at once."""
+"""The number of logits that a program holds at once."""
 
 
 def supports(logits: torch.Tensor) -> bool:
-    """Whether the kernels take logits (n, v) like these."""
+    """Return whether the kernels take logits (n, v) like these."""
     return logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scales_and_targets(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp (n,) of each row and its logit at ``target`` (n,), 0 where that is not in [0, v); fp32."""
+    """Return log-sum-exp (n,) of each row and its logit (n,) at ``target`` (n,), both fp32.
+
+    The logit is 0 where the target is not in [0, v).
+    """
     n, v = logits.shape
     scale, at_target = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
-    _read[(n,)](*(logits, target, scale, at_target, v, logits.stride(0)), BLOCK=BLOCK, **launch_options(8))
+    _read[(n,)](logits, target, scale, at_target, v, logits.stride(0), BLOCK=BLOCK, **launch_options(8))
     return scale, at_target
 
 
 def slope_(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Overwrite logits with ``exp(logit - scale)``, less 1 at the target; with 0 in rows (n,) that are not counted."""
+    """Overwrite logits (n, v) with the derivatives of the losses, and return them.
+
+    They are ``exp(logit - scale)``, less 1 at the target, and 0 in rows that do not count.
+
+    Args:
+        logits: (n, v).
+        target: (n,) int64.
+        scale: (n,) fp32, log-sum-exp of each row.
+        counted: (n,) bool, whether a row counts.
+    """
     n, v = logits.shape
-    _slope[(n, -(-v // BLOCK))](
-        *(logits, target, scale, counted, v, logits.stride(0)), BLOCK=BLOCK, **launch_options(8)
-    )
+    _slope[(n, -(-v // BLOCK))](logits, target, scale, counted, v, logits.stride(0), BLOCK=BLOCK, **launch_options(8))
     return logits
 
 

@@ -1,6 +1,6 @@
-"""Keyed dropout in one Triton kernel, bit for bit that of the torch operations in ``dropout``, which defines it.
+"""Keyed dropout in one Triton kernel: bit for bit the torch operations in ``dropout``, which are its reference.
 
-Shapes: n rows, m columns.
+Shapes: n = rows, m = columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megachiar.kernels.gpu import jit, tl, triton
 from megachiar.kernels.hash import GOLDEN, MIX
 
 BLOCK = 4096
-"""Elements of one program."""
+"""The number of elements of one program."""
 
 
 def drop(
@@ -24,9 +24,17 @@ def drop(
     factor: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Write ``scale * x`` (n, m), or 0 where the number is below ``least``, to ``out``: contiguous; it may be ``x``.
+    """Write ``scale * x`` to ``out`` where an element stays, and 0 where it is dropped; return ``out``.
 
-    ``keys`` (n,) int64 are the rows' ones before they are mixed with ``site``, ``columns`` (m,) int32.
+    Args:
+        x: (n, m).
+        keys: (n,) int64, the rows' keys before they are mixed with ``site``.
+        columns: (m,) int32, the columns' keys.
+        site: number of the place in the model.
+        least: the int32 number from which an element stays.
+        scale: factor of the elements that stay.
+        factor: the first factor of the hash.
+        out: (n, m), contiguous; it may be ``x``.
     """
     n, m = x.shape
     if x.numel() == 0:
@@ -36,7 +44,13 @@ def drop(
     grid = (triton.cdiv(n, block_rows), triton.cdiv(m, block_columns))
     (shift0, times0), (shift1, times1), (shift2, _) = MIX
     _drop[grid](
-        *(x.contiguous(), out, keys.contiguous(), columns, n, m, site),
+        x.contiguous(),
+        out,
+        keys.contiguous(),
+        columns,
+        n,
+        m,
+        site,
         SCALE=scale,
         LEAST=least,
         FACTOR=factor,

@@ -2,14 +2,14 @@
 
     C = P3 . blockdiag(B_g) . P2 . (R (x) I_b) . P1       d = a b,  2 d (a + 2 b) FLOPs a row instead of 2 d^2
 
-``P1`` is Makhoul's order (J. Makhoul, 1980): even channels ascending, then odd ones descending, ``b n1 + n2`` the place
-of (n1, n2). ``R`` (a, a) is the real DFT over n1, its rows in pairs for each pair of frequencies k1 and a - k1; the
-orthogonal blocks ``B_g`` (2b, 2b) do the rest of one pair. A program has whole rows on the chip and goes through the
-pairs by ``PAIRS``; nothing of the spectrum is written. On an H200, 32,768 bf16 rows of 1024 take 0.23 ms; the products
-with the whole matrix took 1.0.
+``P1`` is Makhoul's order (J. Makhoul, 1980): even channels ascending, then odd ones descending; ``b n1 + n2`` is the
+place of (n1, n2). ``R`` (a, a) is the real DFT over n1, with its rows in pairs for each pair of frequencies k1 and
+a - k1. The orthogonal blocks ``B_g`` (2b, 2b) do the rest of one pair. A program has whole rows on the chip and goes
+through the pairs, ``PAIRS`` at a time; nothing of the spectrum is written. On an H200, 32,768 bf16 rows of 1024 take
+0.23 ms; the products with the whole matrix took 1.0 ms.
 
-Of 16-bit rows the entropy is exact to fp32: matrices and intermediate numbers are split into two of their type, high
-and low parts.
+For 16-bit rows the entropy is exact to fp32: matrices and intermediate numbers are split into a high and a low part of
+their type.
 
 Shapes: n = rows, d = channels; in kernels A and B stand for a and b, R for the rows of a program.
 """
@@ -26,14 +26,15 @@ from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options
 from megachiar.kernels.tables import cached_table
 
 INNER = 16
-"""b: the smallest that matrix units take, and the one with the smallest blocks."""
+"""b: the smallest size that matrix units take, and the one with the smallest blocks."""
 NARROWEST = 256
+"""The least number of channels that the kernel takes."""
 WIDEST = 8192
-"""Bytes of a row up to which a program has it without spilled registers."""
+"""Bytes of a row up to which a program can hold it without spilled registers."""
 
 
 class Tiles(NamedTuple):
-    """Rows and pairs of frequencies that a program works on at once, and how it is compiled."""
+    """The rows and pairs of frequencies that a program works on at once, and what it is compiled with."""
 
     rows: int
     pairs: int
@@ -42,8 +43,11 @@ class Tiles(NamedTuple):
 
 
 def tiles(d: int, dtype: torch.dtype) -> Tiles:
-    """Sizes that compile for sm_90 without spilled registers (``tests/kernels/test_triton.py`` looks); of 16 bits the
-    fastest of those tried on an H200."""
+    """Return the sizes for rows of ``d`` channels.
+
+    They compile for sm_90 without spilled registers, which ``tests/kernels/test_triton.py`` checks. Those of 16-bit
+    types were the fastest that were tried on an H200.
+    """
     if INTERPRETED:
         return Tiles(16, 8, 4, 1)
     if d * dtype.itemsize <= 2048:
@@ -52,7 +56,7 @@ def tiles(d: int, dtype: torch.dtype) -> Tiles:
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Whether the kernel takes rows (n, d) like these."""
+    """Return whether the kernel takes rows (n, d) like these."""
     d = x.shape[-1]
     return (
         d >= NARROWEST
@@ -63,11 +67,11 @@ def supports(x: torch.Tensor) -> bool:
 
 
 class Factors(NamedTuple):
-    """Of one width and type, as high and low parts; of fp32 the high part is all.
+    """The factors of the DCT for one width and type, as high and low parts; for fp32 the high part is all.
 
     Attributes:
         outer_high, outer_low: R (a, a).
-        inner_high, inner_low: B (a / 2, 2b, 2b).
+        inner_high, inner_low: the blocks B (a / 2, 2b, 2b).
     """
 
     outer_high: torch.Tensor
@@ -78,7 +82,7 @@ class Factors(NamedTuple):
 
 @cached_table
 def factors(d: int, device: torch.device, dtype: torch.dtype) -> Factors:
-    """Computed in float64."""
+    """Return the factors for ``d`` channels, computed in float64."""
     a, b = d // INNER, INNER
     n1, pair, k2 = torch.arange(a, dtype=torch.float64), torch.arange(1, a // 2)[:, None], torch.arange(b)
     angle = pair * n1 * (2 * math.pi / a)
@@ -102,14 +106,20 @@ def factors(d: int, device: torch.device, dtype: torch.dtype) -> Factors:
 
 
 def entropy(x: torch.Tensor, dc_weight: float = 1.0) -> torch.Tensor:
-    """Spectral entropy (n,) fp32 of rows (n, d), the power of frequency zero taken ``dc_weight`` times."""
+    """Compute the spectral entropy (n,) fp32 of rows (n, d), with the power of ``X_0`` taken ``dc_weight`` times."""
     x = x.contiguous()
     n, d = x.shape
     result = torch.empty(n, dtype=torch.float32, device=x.device)
     if n:
         size, parts = tiles(d, x.dtype), factors(d, x.device, x.dtype)
         _entropy[(triton.cdiv(n, size.rows),)](
-            *(x, parts.outer_high, parts.outer_low, parts.inner_high, parts.inner_low, result, n),
+            x,
+            parts.outer_high,
+            parts.outer_low,
+            parts.inner_high,
+            parts.inner_low,
+            result,
+            n,
             DC_WEIGHT=dc_weight,
             PER_LOG=1 / math.log(d),
             SPLIT=x.dtype != torch.float32,
@@ -119,6 +129,7 @@ def entropy(x: torch.Tensor, dc_weight: float = 1.0) -> torch.Tensor:
 
 
 def _constants(d: int, size: Tiles, dtype: torch.dtype) -> dict:
+    """Return what the kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "D": d,
         "A": d // INNER,
@@ -132,14 +143,14 @@ def _constants(d: int, size: Tiles, dtype: torch.dtype) -> dict:
 
 @jit
 def _channels(D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
-    """Channel (A, R * B) of n1 and of (row, n2): those of one row lie two apart."""
+    """Return the channel (A, R * B) of n1 and of (row, n2): channels of one row are two apart."""
     index = tl.arange(0, A)[:, None] * B + (tl.arange(0, R * B) % B)[None, :]
     return tl.where(index < D // 2, 2 * index, 2 * (D - 1 - index) + 1)
 
 
 @jit
 def _by_pair(u, B: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr):
-    """(2 PAIRS, R * B) to (PAIRS, 2B, R)."""
+    """Turn (2 PAIRS, R * B) into (PAIRS, 2B, R)."""
     return tl.reshape(tl.permute(tl.reshape(u, (PAIRS, 2, R, B)), (0, 1, 3, 2)), (PAIRS, 2 * B, R))
 
 

@@ -1,4 +1,4 @@
-"""Residual and LayerNorm in Triton: one pass over the rows forward, one backward.
+"""Residual addition and LayerNorm in Triton, with one pass over the rows forward and one backward.
 
 Shapes: n = rows, d = channels.
 """
@@ -12,16 +12,19 @@ import torch
 from megachiar.kernels.gpu import INTERPRETED, jit, launch_options, tl, triton
 
 WIDEST = 16384
-"""Channels up to which a program holds a row."""
+"""The most channels that a program can hold of a row."""
 PROGRAMS = 1056
-"""Of the backward pass at most: eight for each processor of an H100. Each sums the weights' gradients of its rows."""
+"""The most programs of the backward pass: eight for each multiprocessor of an H100. Each program sums the gradients of
+weight and bias over its rows."""
 
 
 class Normed(NamedTuple):
-    """Attributes:
-    rows: (n, d) the result.
-    sums: (n, d) what was normalised.
-    mean, scale: (n,) fp32, its mean and the reciprocal of its deviation.
+    """The result of a LayerNorm, and what its backward pass needs.
+
+    Attributes:
+        rows: (n, d), the result.
+        sums: (n, d), what was normalised.
+        mean, scale: (n,) fp32, the mean of each row and the reciprocal of its standard deviation.
     """
 
     rows: torch.Tensor
@@ -31,14 +34,14 @@ class Normed(NamedTuple):
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Whether the kernels take rows (n, d) like these."""
+    """Return whether the kernels take rows (n, d) like these."""
     return x.shape[-1] <= WIDEST and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normed(
     x: torch.Tensor, branch_output: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> Normed:
-    """LayerNorm of ``x + branch_output`` (n, d), or of ``x`` alone."""
+    """Normalise ``x + branch_output`` (n, d), or ``x`` alone."""
     x = x.contiguous()
     n, d = x.shape
     sums = x if branch_output is None else torch.empty_like(x)
@@ -46,7 +49,14 @@ def normed(
     mean, scale = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
     if n:
         _norm[(n,)](
-            *(x, x if branch_output is None else branch_output.contiguous(), weight, bias, sums, rows, mean, scale),
+            x,
+            x if branch_output is None else branch_output.contiguous(),
+            weight,
+            bias,
+            sums,
+            rows,
+            mean,
+            scale,
             EPSILON=epsilon,
             ADDED=branch_output is not None,
             **_constants(d),
@@ -57,18 +67,19 @@ def normed(
 def norm_backward(
     gradient: torch.Tensor, sums: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of what was normalised (n, d), of the weight (d,) and of the bias (d,)."""
+    """Return the gradients of what was normalised (n, d), of the weight (d,) and of the bias (d,)."""
     gradient = gradient.contiguous()
     n, d = gradient.shape
     result = torch.empty_like(sums)
     programs = max(1, min(n, 4 if INTERPRETED else PROGRAMS))
     parts = torch.empty(2, programs, d, dtype=torch.float32, device=sums.device)
-    _norm_backward[(programs,)](*(gradient, sums, mean, scale, weight, result, parts[0], parts[1], n), **_constants(d))
+    _norm_backward[(programs,)](gradient, sums, mean, scale, weight, result, parts[0], parts[1], n, **_constants(d))
     of_weight, of_bias = parts.sum(1).to(weight.dtype)
     return result, of_weight, of_bias
 
 
 def _constants(d: int) -> dict:
+    """Return what the kernels are compiled with."""
     columns = triton.next_power_of_2(d)
     return launch_options(min(16, max(1, columns // 512))) | {"D": d, "COLUMNS": columns}
 

@@ -1,4 +1,4 @@
-"""Rows to their places in one Triton kernel: of rows of 2 KiB, less than half the time of torch's ``index_copy_``.
+"""A scatter of rows in one Triton kernel; for rows of 2 KiB it takes less than half the time of ``index_copy_``.
 
 Shapes: n = rows, N = places, d = channels.
 """
@@ -10,22 +10,22 @@ import torch
 from megachiar.kernels.gpu import jit, launch_options, tl, triton
 
 WIDEST = 16384
-"""Channels up to which a program holds a row."""
+"""The most channels that a program can hold of a row."""
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Whether the kernel takes rows (n, d) like these."""
+    """Return whether the kernel takes rows (n, d) like these."""
     return x.dim() == 2 and x.shape[1] <= WIDEST
 
 
 def scatter(x: torch.Tensor, place: torch.Tensor, out: torch.Tensor) -> None:
-    """Write rows ``x`` (n, d) to the rows ``place`` (n,) of ``out`` (N, d), which is contiguous."""
+    """Write the rows ``x`` (n, d) to the rows ``place`` (n,) of ``out`` (N, d), which is contiguous."""
     n, d = x.shape
     if n:
         x = x if x.stride(1) == 1 else x.contiguous()
         columns = triton.next_power_of_2(d)
         warps = min(8, max(1, columns // 256))
-        _scatter[(n,)](*(x, place, out, x.stride(0)), D=d, COLUMNS=columns, **launch_options(warps))
+        _scatter[(n,)](x, place, out, x.stride(0), D=d, COLUMNS=columns, **launch_options(warps))
 
 
 def _kernel(x, place, out, stride, D: tl.constexpr, COLUMNS: tl.constexpr):

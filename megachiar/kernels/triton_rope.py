@@ -10,11 +10,11 @@ import torch
 from megachiar.kernels.gpu import jit, launch_options, tl, triton
 
 WIDEST = 16384
-"""Channels of all heads up to which a program holds a row."""
+"""The most channels, of all heads together, that a program can hold of a row."""
 
 
 def supports(x: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether the kernel takes ``x`` (..., h, c) with tables (..., 1, c) that repeat over its first dimensions."""
+    """Return whether the kernel takes ``x`` (..., h, c) with tables (..., 1, c) that repeat over leading dimensions."""
     *rows, heads, c = x.shape
     tables = list(cos.shape[:-2])
     return (
@@ -30,8 +30,17 @@ def supports(x: torch.Tensor, cos: torch.Tensor) -> bool:
 def rotated(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Pairs of channels of ``x`` turned by the tables' angles, or back by them: contiguous, or in ``out``, whose rows
-    and heads lie evenly and which may be ``x``."""
+    """Rotate the pairs of channels of ``x`` by the angles of the tables, or rotate them back.
+
+    Args:
+        x: (..., h, c).
+        cos, sin: tables (..., 1, c), as ``supports`` wants them.
+        back: whether to rotate by the negative angles.
+        out: where to write the result, with evenly spaced rows and heads; it may be ``x``. None for a new tensor.
+
+    Returns:
+        ``out``, or a contiguous tensor in the shape of ``x``.
+    """
     heads, c = x.shape[-2:]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if x.numel() == 0:
@@ -44,7 +53,13 @@ def rotated(
     cos, sin = (t.reshape(-1, c).contiguous() for t in (cos, sin))
     half = triton.next_power_of_2(c // 2)
     _rotate[(len(rows),)](
-        *(rows, cos, sin, into, *rows.stride()[:2], *into.stride()[:2], len(cos)),
+        rows,
+        cos,
+        sin,
+        into,
+        *rows.stride()[:2],
+        *into.stride()[:2],
+        len(cos),
         BACK=back,
         H=heads,
         C=c,
@@ -75,7 +90,7 @@ def _kernel(
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, HALF)[None, :]
     inside = (head < H) & (channel < C // 2)
-    at = (row % repeat) * C + C // 2 + channel  # the tables' second halves: sin as it is, not negated
+    at = (row % repeat) * C + C // 2 + channel  # the second halves of the tables, where sin is not negated
     cosine = tl.load(cos + at, mask=channel < C // 2, other=0.0).to(tl.float32)
     sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
     if BACK:

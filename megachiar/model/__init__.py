@@ -1,4 +1,4 @@
-"""The model: ``build_model`` makes it, ``ChiarFormer`` is it."""
+"""CHIAR-Former and its attention-only baseline: ``build_model`` builds a ``ChiarFormer``."""
 
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer_stack import RoutingStatistics

@@ -1,4 +1,7 @@
-"""How the rows of a micro-batch lie: sequence by sequence, position by position, in blocks over ranks."""
+"""The layout of a micro-batch: rows in the order of sequences and positions, in blocks over ranks.
+
+Shapes: B = sequences, T = tokens of a sequence in this pass, N = B * T rows, p = ranks of the tensor-parallel group.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.kernels.dropout import KeyedDropout, row_keys
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
 class DropoutKeys(NamedTuple):
-    """Keys of the rows' dropout masks: int64 numbers, one a row.
+    """Keys of the rows' dropout masks: one int64 number a row.
 
     Attributes:
-        all_rows: (N,) of all rows, as they lie between column- and row-parallel products.
-        local_rows: (N / p,) of this rank's rows with sequence parallelism; ``all_rows`` without.
+        all_rows: (N,), the keys of all rows: for what each rank computes between column- and row-parallel products.
+        local_rows: (N / p,), the keys of this rank's rows with sequence parallelism; else ``all_rows``.
     """
 
     all_rows: torch.Tensor
@@ -26,15 +30,16 @@ class DropoutKeys(NamedTuple):
 class BatchLayout(NamedTuple):
     """Row ``b * length + t`` is the token at position ``cache_length + t`` of sequence ``b``.
 
-    With sequence parallelism each rank of the tensor group has a block of N / p consecutive rows.
+    With sequence parallelism each rank of the tensor-parallel group has a block of N / p consecutive rows.
 
     Attributes:
         sequences: B.
-        length: tokens of each sequence in this pass.
-        cache_length: positions before them that a decoding cache holds.
-        group: the ranks that share the rows or the layers.
-        dropout_keys: of the rows; None where there is no dropout.
-        document_starts: (B, T) position at which each token's document begins; None where a sequence is one document.
+        length: T, tokens of each sequence in this pass.
+        cache_length: number of earlier positions that a decoding cache holds.
+        group: the ranks that share the layers, and with sequence parallelism the rows.
+        dropout_keys: the keys of the rows' dropout masks; None where there is no dropout.
+        document_starts: (B, T) int64, position at which each token's document begins; None where each sequence is one
+            document.
     """
 
     sequences: int
@@ -46,44 +51,51 @@ class BatchLayout(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """N, of all ranks together."""
+        """N, the rows of all ranks together."""
         return self.sequences * self.length
 
     @property
     def local_slice(self) -> slice:
-        """This rank's rows among all."""
+        """The slice of this rank's rows among all N."""
         if not self.group.shards_rows:
             return slice(0, self.num_rows)
         block = self.num_rows // self.group.size
         return slice(self.group.rank * block, (self.group.rank + 1) * block)
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """Position (length,) of each token within its sequence."""
+        """Return the positions (T,) of this pass's tokens within their sequences."""
         return torch.arange(self.cache_length, self.cache_length + self.length, device=device)
 
     def local_positions(self, device: torch.device) -> torch.Tensor:
-        """Position of each of this rank's rows within its sequence."""
+        """Return the position of each of this rank's rows within its sequence."""
         local = self.local_slice
         return self.cache_length + torch.arange(local.start, local.stop, device=device) % self.length
 
-    def document_starts_of(self, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """``document_starts`` (n,) of rows by their numbers among all; (B, T) of all without."""
-        if self.document_starts is None or rows is None:
+    def routed_rows(self, indices: torch.Tensor) -> RoutedRows:
+        """Return the rows at ``indices`` (n,) among all N in the form that attention takes."""
+        return RoutedRows(indices, self.sequences, self.length)
+
+    def document_starts_of(self, indices: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the document starts (n,) of the rows at ``indices`` among all N, or (B, T) of all if that is None."""
+        if self.document_starts is None or indices is None:
             return self.document_starts
-        return self.document_starts.flatten().index_select(0, rows)
+        return self.document_starts.flatten().index_select(0, indices)
 
     def with_dropout_keys(self, seed: int, sample_ids: torch.Tensor) -> BatchLayout:
-        """With keys for dropout: of the run's seed and each sequence's number (B,) in the order of samples."""
+        """Return this layout with dropout keys: functions of the run's seed, the sample ids (B,) and the positions."""
         all_rows = row_keys(seed, sample_ids[:, None], self.positions(sample_ids.device)).flatten()
         return self._replace(dropout_keys=DropoutKeys(all_rows, all_rows[self.local_slice]))
 
 
 def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
-    """Position (B, T) at which each token's document begins; a document ends with the token ``end``, inclusive."""
+    """Return the position (B, T) at which the document of each token (B, T) begins.
+
+    The token ``end`` ends a document and belongs to it.
+    """
     opens = F.pad(tokens[:, :-1] == end, (1, 0))
     return (opens * torch.arange(tokens.shape[1], device=tokens.device)).cummax(1).values
 
 
 def dropout_of(probability: float, keys: torch.Tensor, layer: int, place: int) -> KeyedDropout:
-    """Dropout at a place of a layer, both counted from 0; the embedding's is layer -1."""
+    """Return the dropout at place ``place`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
     return KeyedDropout(probability, keys, (layer + 1) * 8 + place)

@@ -1,11 +1,11 @@
 """torch.compile for the parts of a layer that work row by row.
 
     compiled, each as one graph       routers, DCT mixing, feed-forward
-    not compiled, and why             sorting by route: how many rows each operator gets is read by the host (once a
-                                      layer), and everything after it has that many rows
-                                      attention: how its queries are packed is read by the host, and its blocks with
+    not compiled, and why             dispatch: the host reads how many rows each operator gets (once a layer), and
+                                      everything after it has that many rows
+                                      attention: the host reads how its queries are packed, and its blocks with
                                       dropout depend on where they stand; what takes time there is one kernel anyway
-                                      loss and embedding: chunks, with kernels of their own
+                                      loss and embedding: they go in chunks, with kernels of their own
 
 Row counts differ from step to step: after the first step their dimension is dynamic, and nothing is compiled anew.
 """
@@ -25,7 +25,7 @@ COMPILED = (Router, DctMixing, FeedForward)
 
 
 def compile_parts(model: nn.Module, backend: str) -> None:
-    """Let the parts of ``model`` that are ``COMPILED`` run as compiled by ``backend``, from their next call on."""
+    """Compile the parts of ``model`` that are ``COMPILED`` with torch.compile's ``backend`` at their next call."""
     dynamo = torch._dynamo.config
     dynamo.allow_unspec_int_on_nn_module = True  # one graph for all layers, though each has its number
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)

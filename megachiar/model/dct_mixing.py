@@ -1,4 +1,7 @@
-"""DCT mixing sub-layer: a learned filter over the channels' spectrum of one token. No token sees another here."""
+"""The DCT mixing sub-layer: a learned filter over the spectrum of one token's channels. No token sees another here.
+
+Shapes: n = rows that are routed to DCT mixing, d = channels, P = numbers of a packed spectrum (see ``kernels.dct``).
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,28 @@ from megachiar.topology import TensorParallelGroup
 
 
 class DctMixing(nn.Module):
-    """``LN_dct(x + C^T diag(w) C x)`` (norm: post) or ``x + C^T diag(w) C LN_dct(x)`` (norm: pre).
+    """The sub-layer ``LN_dct(x + C^T diag(w) C x)`` (norm: post) or ``x + C^T diag(w) C LN_dct(x)`` (norm: pre).
 
-    It works on the rows that a rank has: with sequence parallelism it communicates nothing.
+    Each rank mixes the rows that it has: with sequence parallelism nothing is communicated.
     """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
-        self.pre, self.gain, self.group = config.norm == "pre", config.dct.gain, group
+        self.pre = config.norm == "pre"
+        self.gain = config.dct.gain
+        self.group = group
         self.filter = nn.Parameter(torch.ones(config.hidden_size))
         self.norm = (RowNorm if self.pre else MixNorm)(config.hidden_size, config.norm_epsilon, group)
 
     def forward(self, routed: torch.Tensor, spectrum: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Compute the sub-layer for the routed rows.
+
         Args:
-            routed: rows (n, d) that take this operator.
-            spectrum: their packed DCT (n, P) without gradient, where the router has computed it.
+            routed: rows (n, d) that are routed to DCT mixing.
+            spectrum: their packed DCT (n, P) without gradient, where the router has computed it; else None.
 
         Returns:
-            (n, d), residual and norm included.
+            The sub-layer's result (n, d), residual and norm included.
         """
         weight = replicated_parameter(self.filter, self.group)
         if self.pre:

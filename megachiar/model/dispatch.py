@@ -1,6 +1,7 @@
-"""Which rows take which operator, on this rank and on all ranks of its tensor group.
+"""Dispatch: which rows take which operator, on this rank and on all ranks of its tensor-parallel group.
 
-Shapes: N = rows of the micro-batch, m = this rank's rows (N, or N / p with sequence parallelism), O = operators.
+Shapes: N = rows of the micro-batch, m = this rank's rows (N, or N / p with sequence parallelism), n = rows of one
+operator.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from megachiar.parallel.collectives import all_gather, broadcast_from_first_rank
 
 @dataclass(frozen=True)
 class OperatorTokens:
-    """The tokens of one operator, by the numbers of their rows.
+    """The tokens that are routed to one operator, by the indices of their rows.
 
     Attributes:
-        indices: (n,) int64, their numbers among all N rows, ascending.
-        counts_per_rank: how many of them each rank owns, with sequence parallelism; else None.
-        local_indices: int64, the numbers of this rank's ones among its m rows, ascending.
+        indices: (n,) int64, their indices among all N rows, ascending.
+        counts_per_rank: how many of them each rank owns, in the order of the ranks; None without sequence parallelism.
+        local_indices: int64, the indices of this rank's ones among its m rows, ascending.
     """
 
     indices: torch.Tensor
@@ -34,7 +35,7 @@ class DispatchPlan:
     keep their order.
 
     Attributes:
-        permutation: (m,) int64, the number of the row that stands at each place of the operator order.
+        permutation: (m,) int64, the index of the row that stands at each place of the operator order.
         operators: the tokens of each operator, in operator order.
         local_counts: how many of this rank's rows each operator has, in operator order.
     """
@@ -45,10 +46,10 @@ class DispatchPlan:
 
 
 def synchronize_routes(operator: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-    """Return the routes (N,) of all rows, the same on every rank, from this rank's (m,) int64: one byte a row is sent.
+    """Return the routes (N,) of all rows, the same on every rank, from this rank's routes (m,) int64.
 
-    Sharded rows are decided by their owner. Rows that every rank has are decided by the first one: a rounding that
-    differs between machines must not send a token two ways.
+    The owner of a sharded row decides its route. Where every rank has all rows, the first rank decides: a rounding that
+    differs between machines must not send a token two ways. Ranks send one byte a row.
     """
     if layout.group.size == 1:
         return operator
@@ -59,7 +60,7 @@ def synchronize_routes(operator: torch.Tensor, layout: BatchLayout) -> torch.Ten
 
 
 def plan_dispatch(operator: torch.Tensor, operators: int, layout: BatchLayout) -> DispatchPlan:
-    """Plan the dispatch from the routes (N,) of all rows.
+    """Plan the dispatch from the routes (N,) int64 of all rows to operators 0 to ``operators - 1``.
 
     The host waits here for the number of rows that each operator has, once a layer.
     """
@@ -72,7 +73,8 @@ def plan_dispatch(operator: torch.Tensor, operators: int, layout: BatchLayout) -
         )
     by_rank, me = operator.view(layout.group.size, -1), layout.group.rank
     permutation = torch.argsort(by_rank[me], descending=True, stable=True)
-    counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()  # the one copy to host
+    # The one copy to the host.
+    counts = torch.stack([(by_rank == o).sum(1) for o in reversed(range(operators))]).tolist()
     local_counts = [of_operator[me] for of_operator in counts]
     planned, start = [], 0
     for index, of_operator in enumerate(counts):

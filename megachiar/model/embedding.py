@@ -1,4 +1,8 @@
-"""The token embedding and the head that is tied to it: one weight, one module, so that sharding gathers it as one."""
+"""The token embedding and the head that is tied to it: one module with one weight, which ZeRO gathers as one.
+
+Shapes: N = rows of the micro-batch, m = this rank's rows (N, or N / p with sequence parallelism), d = channels, V =
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,15 @@ from megachiar.topology import TensorParallelGroup
 
 
 class TiedEmbedding(nn.Module):
-    """Embedding (V, d) of tokens, and logits or loss of hidden rows with the same weight; a tensor group shares V."""
+    """The embedding (V, d) of tokens, and logits or losses of hidden states with the same weight.
+
+    The ranks of a tensor-parallel group share the vocabulary: each has V / p rows of the weight.
+    """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
-        self.group, self.dropout = group, config.dropout
+        self.group = group
+        self.dropout = config.dropout
         self.weight = nn.Parameter(torch.empty(config.vocab_size // group.size, config.hidden_size))
         sharded(self.weight, Shard(0), group)
         self.part = VocabularyShard(group, len(self.weight)) if group.size > 1 else None
@@ -29,16 +37,30 @@ class TiedEmbedding(nn.Module):
     def forward(
         self, x: torch.Tensor, targets: torch.Tensor | None = None, layout: BatchLayout | None = None
     ) -> torch.Tensor | CrossEntropy:
-        """Integer tokens (N,) to rows (m, d); rows (m, d) to logits (N, V), or with targets (N,) to losses."""
+        """Embed tokens, or compute logits or losses of hidden states: one call for each, so that ZeRO sees them all.
+
+        Args:
+            x: tokens (N,) int64 to embed, or hidden states (m, d).
+            targets: (N,) int64, for losses of hidden states; None for their logits.
+            layout: the layout of the micro-batch, for tokens.
+
+        Returns:
+            Hidden states (m, d), logits (N, V), or the ``CrossEntropy`` of the targets.
+        """
         if not x.is_floating_point():
+            assert layout is not None, "tokens are embedded with a layout"
             return self._embed(x, layout)
         return self._logits(x) if targets is None else self.loss(x, self.weight, targets)
 
     def loss(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
-        """Losses of rows (m, d) against targets (N,); ``weight`` is this module's, however it came here."""
+        """Compute losses of hidden states (m, d) against targets (N,).
+
+        ``weight`` is this module's weight; a pipeline passes it through the outputs of its last part.
+        """
         return linear_cross_entropy(gather_or_copy_input(x, self.group), weight, targets, self.part)
 
     def _embed(self, tokens: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Embed tokens (N,) as hidden states (m, d); a rank adds zeros for the tokens of other ranks."""
         if self.part is None:
             rows = F.embedding(tokens, self.weight)
         else:
@@ -51,7 +73,7 @@ class TiedEmbedding(nn.Module):
         return apply_dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """For reading alone: no gradient flows back over ranks."""
+        """Compute logits (N, V) for reading alone: no gradient flows back over ranks."""
         logits = F.linear(gather_or_copy_input(x, self.group), self.weight)
         if self.part is None:
             return logits

@@ -1,4 +1,4 @@
-"""Feed-forward sub-layer, shared by all operators of a layer."""
+"""The feed-forward sub-layer, which all operators of a layer share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from megachiar.topology import TensorParallelGroup
 
 
 class FeedForward(nn.Module):
-    """``LN_ff(y + W2 gelu(W1 y))`` (norm: post) or ``y + W2 gelu(W1 LN_ff(y))`` (norm: pre)."""
+    """The sub-layer ``LN_ff(y + W2 gelu(W1 y))`` (norm: post) or ``y + W2 gelu(W1 LN_ff(y))`` (norm: pre)."""
 
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
-        self.pre, self.dropout, self.layer = config.norm == "pre", config.dropout, layer
+        self.pre = config.norm == "pre"
+        self.dropout = config.dropout
+        self.layer = layer
         self.up = ColumnParallelLinear(config.hidden_size, config.ffn_size, group)
         self.down = RowParallelLinear(config.ffn_size, config.hidden_size, group)
         self.first_feature = group.rank * (config.ffn_size // group.size)
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
 
     def forward(self, y: torch.Tensor, keys: DropoutKeys | None) -> torch.Tensor:
-        """Rows (n, d) to rows (n, d); ``keys`` of their dropout."""
+        """Compute the sub-layer for this rank's rows (m, d); ``keys`` are those of their dropout, None for none."""
         inner = inner_dropout = outer_dropout = None
         if self.training and self.dropout and keys is not None:
             inner_dropout = dropout_of(self.dropout, keys.all_rows, self.layer, 2)

@@ -1,4 +1,7 @@
-"""Initial weights: each parameter from a generator keyed by seed and name, whatever order or layout builds it."""
+"""Initial weights: each parameter comes from a generator of its own, keyed by the run's seed and the parameter's name.
+
+The weights then do not depend on the order or the layout in which a model is built.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,19 @@ from megachiar.parallel.shard import shard_of
 from megachiar.topology import TensorParallelGroup
 
 INTENDED_GATE_BIAS = 2.0
+"""Initial bias of the MetaRouter's gate with ``meta_router.init: intended``; its weight is 0 then."""
 
 
 @torch.no_grad()
 def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorParallelGroup, prefix: str = "") -> None:
-    """Fill ``root``: normal(0, initializer_std) for linear and embedding weights, zero biases.
+    """Fill ``root`` with initial weights: normal(0, initializer_std) for linear layers and embeddings, zero for biases.
 
     Args:
         root: the model or a part of it.
-        config: of the model.
-        seed: of the run.
-        group: the ranks that share its parameters; each takes its part of the whole parameter's numbers.
-        prefix: what goes before names within ``root`` to make them the model's.
+        config: the model's config.
+        seed: the run's seed.
+        group: the ranks that share the parameters; each takes its part of the whole parameter's numbers.
+        prefix: what goes before a name within ``root`` to make it the name in the model.
     """
 
     def draw(tensor: torch.Tensor, std: float, name: str) -> None:
@@ -35,18 +39,22 @@ def initialise(root: nn.Module, config: ModelConfig, seed: int, group: TensorPar
     for name, module in root.named_modules():
         if isinstance(module, (nn.Linear, TiedEmbedding)):
             draw(module.weight, config.initializer_std, f"{name}.weight")
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                bias.zero_()
         elif isinstance(module, RbfMixing):
             draw(module.frequencies, module.spread, f"{name}.frequencies")
-    for module in root.modules():  # after its nn.Linear has been filled
+    for module in root.modules():  # after the gate, which is an nn.Linear, has been filled
         if isinstance(module, MetaRouter) and config.meta_router.init == "intended":
             module.gate.weight.zero_()
             module.gate.bias.fill_(INTENDED_GATE_BIAS)
 
 
 def _draw(tensor: torch.Tensor, std: float, seed: int, name: str, group: TensorParallelGroup) -> None:
-    """Fill with normal(0, std), drawn at whole shape on the CPU in fp32: the same on every device and in every type."""
+    """Fill ``tensor`` with its part of normal(0, std) numbers.
+
+    They are drawn for the whole parameter, on the CPU and in fp32: the same on every device and in every type.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
     shard = shard_of(tensor)

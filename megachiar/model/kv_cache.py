@@ -1,4 +1,7 @@
-"""What incremental decoding keeps of earlier positions."""
+"""The cache of incremental decoding: keys, values and running sums of earlier positions.
+
+Shapes: B = sequences, T = cached positions, h = heads, c = channels of a head, d = channels.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import torch
 
 
 class LayerCache:
-    """Keys and values of one operator of one layer, and sums for a running mean.
+    """What one operator of one layer has cached.
 
     Attributes:
-        keys, values: (B, h, T so far, c); None before the first pass.
-        positions: (B, T so far), of keys that are not those of all positions.
-        total: (B, d) sum over positions so far, fp32 or fp64; None before the first pass.
+        keys, values: (B, h, T, c); None before the first pass.
+        positions: (B, T) int64, positions of the keys, where keys belong to routed tokens alone; else None.
+        total: (B, d) sum over the positions, fp32 or fp64, for a running mean; None before the first pass.
     """
 
     def __init__(self) -> None:
@@ -21,8 +24,8 @@ class LayerCache:
         self.total: torch.Tensor | None = None
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values (B, h, new, c) and return all of them."""
-        if self.keys is not None:
+        """Append keys and values (B, h, new, c) and return all of them: (B, h, T, c) each."""
+        if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         self.keys, self.values = keys, values
         return keys, values
@@ -30,17 +33,22 @@ class LayerCache:
     def extend_at(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As ``extend``, of keys at ``positions`` (B, new)."""
+        """Append keys and values (B, h, new, c) of keys at ``positions`` (B, new), and return all of the three."""
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions], 1)
         return *self.extend(keys, values), self.positions
 
 
 class DecodingCache:
-    """Caches of all layers by name, and the number of positions they hold."""
+    """The caches of all layers.
+
+    Attributes:
+        length: number of positions that the caches hold.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self._layers: dict[str, LayerCache] = {}
 
     def layer(self, name: str) -> LayerCache:
+        """Return the cache of the operator with this name (``layers.INDEX.OPERATOR``); it is empty at first."""
         return self._layers.setdefault(name, LayerCache())

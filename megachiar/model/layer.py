@@ -1,12 +1,16 @@
-"""A layer: an operator sub-layer, routed per token, and the feed-forward sub-layer that all operators share.
+"""A layer: an operator sub-layer to which tokens are routed, and the feed-forward sub-layer that all operators share.
 
 A routed layer permutes its rows into operator order, lets each operator compute its own rows alone and permutes back:
 
-    x (N, d) --router--> attention rows | rbf rows | dct rows --operators--> (N, d) --feed-forward--> (N, d)
+    x (m, d) --router--> attention rows | rbf rows | dct rows --operators--> (m, d) --feed-forward--> (m, d)
+
+Shapes: N = rows of the micro-batch, m = this rank's rows (N, or N / p with sequence parallelism), n = rows of one
+operator, d = channels, O = operators of the layer.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,15 +31,15 @@ from megachiar.topology import TensorParallelGroup
 
 
 class LayerOutput(NamedTuple):
-    """What a layer gives besides its rows; all but ``regulariser`` without gradient.
+    """The result of a layer. Hidden states and regulariser have gradients, the rest is for the log.
 
     Attributes:
-        hidden_states: (m, d).
+        hidden_states: (m, d), of this rank's rows.
         regulariser: scalar to add to the loss; None if there is none.
-        attention_share, rbf_share: scalars, share of this rank's rows that took the operator (mean gate of a soft
-            router).
-        entropy: scalar, mean H; nan where the layer does not route.
-        gate: scalar, mean g of the MetaRouter; nan without one.
+        attention_share, rbf_share: scalars, the share of this rank's rows that took the operator; with a soft router
+            the operator's mean gate.
+        entropy: scalar, mean spectral entropy H; nan where the layer does not route.
+        gate: scalar, mean gate g of the MetaRouter; nan without one.
     """
 
     hidden_states: torch.Tensor
@@ -47,7 +51,8 @@ class LayerOutput(NamedTuple):
 
 
 Routes = dict[str, torch.Tensor]
-"""Routes (N,) by layer, which a layer reads instead of deciding, or writes: recomputed activations take the same."""
+"""The routes (N,) of all rows by the name of the layer. A layer that finds its routes there takes them instead of
+deciding; else it decides and writes them, so that recomputed activations take the same routes."""
 
 
 class FixedLayer(nn.Module):
@@ -55,7 +60,9 @@ class FixedLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, operator: str, group: TensorParallelGroup):
         super().__init__()
-        self.name, self.is_attention = f"layers.{index}", operator == "attention"
+        self.name = f"layers.{index}"
+        self.is_attention = operator == "attention"
+        # Layer 1's DCT mixing has a gate.
         has_gate = not self.is_attention and config.meta_router.pool != "none"
         self.meta_router = MetaRouter(config, group) if has_gate else None
         self.operator = SelfAttention(config, index, group) if self.is_attention else DctMixing(config, group)
@@ -75,7 +82,14 @@ class FixedLayer(nn.Module):
         if self.meta_router is not None:
             gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
             hidden_states, mean_gate = gate * hidden_states + (1 - gate) * x, gate.detach().float().mean()
-        return LayerOutput(hidden_states, None, share, zero, nan, mean_gate)
+        return LayerOutput(
+            hidden_states=hidden_states,
+            regulariser=None,
+            attention_share=share,
+            rbf_share=zero,
+            entropy=nan,
+            gate=mean_gate,
+        )
 
 
 class RoutedLayer(nn.Module):
@@ -83,7 +97,8 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, group: TensorParallelGroup):
         super().__init__()
-        self.name, self.names = f"layers.{index}", config.router.operators
+        self.name = f"layers.{index}"
+        self.names = config.router.operators
         self.collapse_weight = config.router.collapse_weight
         self.router = Router(config, index, group)
         self.attention = SelfAttention(config, index, group)
@@ -106,9 +121,13 @@ class RoutedLayer(nn.Module):
         if decision.utilisation is not None:
             regulariser = collapse_regulariser(decision.utilisation, self.collapse_weight)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
-        entropy, rbf = decision.entropy.float().mean(), share.get("rbf", zero)
         return LayerOutput(
-            hidden_states, regulariser, share["attention"], rbf, entropy, torch.full_like(zero, torch.nan)
+            hidden_states=hidden_states,
+            regulariser=regulariser,
+            attention_share=share["attention"],
+            rbf_share=share.get("rbf", zero),
+            entropy=decision.entropy.float().mean(),
+            gate=torch.full_like(zero, torch.nan),
         )
 
     def _route(
@@ -119,7 +138,11 @@ class RoutedLayer(nn.Module):
         cache: DecodingCache | None,
         routes: Routes | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (m, d) after both sub-layers, each row through its own operator, and the operators' shares (O,)."""
+        """Compute both sub-layers, each row through its own operator.
+
+        Returns:
+            Hidden states (m, d), and the fraction (O,) of this rank's rows that each operator took.
+        """
         operator = routes.get(self.name) if routes is not None else None
         if operator is None:
             operator = synchronize_routes(decision.operator, layout)
@@ -145,12 +168,17 @@ class RoutedLayer(nn.Module):
     def _blend(
         self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, cache: DecodingCache | None
     ) -> torch.Tensor:
-        """soft: every operator for every row, weighted by the gates."""
-        own = torch.arange(len(x), device=x.device)
-        everything = OperatorTokens(torch.arange(layout.num_rows, device=x.device), None, own)
+        """Compute the sub-layer of a soft router: every operator for every row, weighted by the gates."""
+        everything = OperatorTokens(
+            indices=torch.arange(layout.num_rows, device=x.device),
+            counts_per_rank=None,
+            local_indices=torch.arange(len(x), device=x.device),
+        )
         results = [self._operate(name, x, x, everything, decision.spectrum, layout, cache) for name in self.names]
+        assert decision.gates is not None, "a soft router has gates"
         gates = decision.gates.to(x.dtype)
-        return sum(gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
+        weighted = (gate[:, None] * result for gate, result in zip(gates.unbind(-1), results, strict=True))
+        return functools.reduce(torch.add, weighted)
 
     def _operate(
         self,
@@ -162,7 +190,7 @@ class RoutedLayer(nn.Module):
         layout: BatchLayout,
         cache: DecodingCache | None,
     ) -> torch.Tensor:
-        """Operator ``name`` on its rows. It runs even with none: ranks must gather and reduce alike."""
+        """Compute operator ``name`` for its rows. It runs even without rows: all ranks must gather and reduce alike."""
         if name == "dct":
             return self.dct(
                 routed, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None

@@ -1,4 +1,4 @@
-"""The layers of the model as one list, and how a rank runs the part of it that it holds.
+"""The layers of the model as one list, of which each rank runs the part that it holds.
 
     embedding | layers.0 | layers.1 | ... | layers.L-1 | norm | embedding (the tied head)
 
@@ -8,6 +8,7 @@ names of the parameters are the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,12 +24,12 @@ from megachiar.topology import TensorParallelGroup
 
 
 class RoutingStatistics(NamedTuple):
-    """What the routers did in a forward pass: each (layers,) fp32, of this rank's rows, without gradient.
+    """What the routers did in a forward pass. Each field is (layers,) fp32, of this rank's rows, without gradient.
 
     Attributes:
-        attention_share, rbf_share: share of tokens that took the operator.
-        entropy: mean spectral entropy H; nan where a layer does not route.
-        gate: mean g of the MetaRouter; nan where a layer has none.
+        attention_share, rbf_share: the share of tokens that took the operator.
+        entropy: the mean spectral entropy H; nan where a layer does not route.
+        gate: the mean gate g of the MetaRouter; nan where a layer has none.
     """
 
     attention_share: torch.Tensor
@@ -38,7 +39,11 @@ class RoutingStatistics(NamedTuple):
 
 
 def build_layer(config: ModelConfig, index: int, group: TensorParallelGroup) -> nn.Module:
-    """chiar: DCT only, routed ..., attention only. baseline: attention in every layer."""
+    """Build layer ``index`` (from 0).
+
+    A ``chiar`` model has DCT mixing in its first layer, routers in the layers after it and attention in its last one. A
+    ``baseline`` has attention in every layer.
+    """
     if index in config.routed_layers:
         return RoutedLayer(config, index, group)
     is_first_of_chiar = config.kind == "chiar" and index == 0
@@ -48,10 +53,19 @@ def build_layer(config: ModelConfig, index: int, group: TensorParallelGroup) -> 
 def run_layers(
     layers: Sequence[nn.Module], x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, interval: int | None
 ) -> tuple[torch.Tensor, list[LayerOutput]]:
-    """Rows after ``layers``, and what each reported.
+    """Run ``layers`` one after another.
 
-    With ``interval``, of each so many layers only the input is kept, and the rest is computed once more in the backward
-    pass: with the routes that were taken, and with the same dropout, since that is keyed.
+    Args:
+        layers: consecutive layers of the model.
+        x: hidden states (m, d) of this rank's rows.
+        layout: the layout of the micro-batch.
+        cache: of earlier positions; None in training.
+        interval: number of layers that are recomputed together in the backward pass; None keeps all activations. Of
+            such a group only the input is kept. The second forward pass takes the same routes, and has the same
+            dropout, since its masks are functions of keys.
+
+    Returns:
+        Hidden states (m, d) after the last layer, and the outputs of the layers without their hidden states.
     """
     if interval is None or not torch.is_grad_enabled():
         return _run(layers, x, layout, cache, None)
@@ -78,8 +92,14 @@ def _run(
     return x, outputs
 
 
+def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> torch.Tensor:
+    """Return the sum () of the layers' regularisers: zero in fp32 where no layer has one."""
+    added = [output.regulariser for output in outputs if output.regulariser is not None]
+    return functools.reduce(torch.add, added) if added else torch.zeros((), dtype=torch.float32, device=device)
+
+
 def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:
-    """What layers report, layer by layer."""
+    """Collect what the layers report, layer by layer."""
     return RoutingStatistics(
         *(torch.stack([getattr(o, name) for o in outputs]).detach().float() for name in RoutingStatistics._fields)
     )

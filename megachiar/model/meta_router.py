@@ -1,4 +1,8 @@
-"""The gate of layer 1: how much of its DCT mixing is taken (paper, MetaRouter)."""
+"""The MetaRouter: the gate of layer 1, which says how much of its DCT mixing is taken (paper, MetaRouter).
+
+Shapes: B = sequences, T = tokens of a sequence, N = B * T rows, m = this rank's rows (N, or N / p with sequence
+parallelism), d = channels, p = ranks of the group.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,22 @@ from megachiar.topology import TensorParallelGroup
 
 
 class MetaRouter(nn.Module):
-    """``g = sigmoid(v . mean(x) + b)``.
+    """The gate ``g = sigmoid(v . mean(x) + b)``.
 
     ``pool: batch`` is the published form. Its mean runs over all tokens of the micro-batch, so that every logit depends
-    on later tokens and on what else is in the batch; perplexities under it are not those of a language model that
+    on later tokens and on what else is in the batch. Perplexities under it are not those of a language model that
     reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence, or of its own
-    document where attention keeps to documents too.
+    document where attention keeps to documents.
     """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
-        self.pool, self.group = config.meta_router.pool, group
+        self.pool = config.meta_router.pool
+        self.group = group
         self.gate = ReplicatedLinear(config.hidden_size, 1, group)
 
     def forward(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
-        """Gate (m, 1) of this rank's rows x (m, d), or (1, 1) for all of them with ``pool: batch``.
+        """Compute the gate (m, 1) of this rank's rows ``x`` (m, d), or (1, 1) for all of them with ``pool: batch``.
 
         Raises:
             UserError: incremental decoding with ``pool: batch``, whose mean would need the tokens to come.
@@ -41,6 +46,7 @@ class MetaRouter(nn.Module):
         return torch.sigmoid(self.gate(mean.to(x.dtype)))
 
     def _of_batch(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
+        """Compute the mean (1, d) of all rows of the micro-batch."""
         if cache is not None:
             raise UserError(
                 "model.meta_router.pool",
@@ -53,6 +59,7 @@ class MetaRouter(nn.Module):
         return total / layout.num_rows
 
     def _of_prefix(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
+        """Compute the mean (m, d) of the tokens up to each row in its sequence or document."""
         if self.group.shards_rows:
             total = self._sharded_prefix_sum(x, layout)
         else:
@@ -72,12 +79,12 @@ class MetaRouter(nn.Module):
         return (total - before) / (position - start + 1)[:, None]
 
     def _sharded_prefix_sum(self, x: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """Sums (m, d) over the prefix of each row's own sequence, where earlier ranks may have its beginning.
+        """Compute sums (m, d) over the prefix of each row's sequence, where earlier ranks may have its beginning.
 
-        rank 0    a a a b b b | rank 1    b b b b c c      tail of rank 0: its rows of b, which go before rank 1's
+        rank 0    a a a b b b | rank 1    b b b b c c      tail of rank 0: its rows of b, which come before rank 1's
         """
         first, block = layout.local_slice.start, layout.num_rows // self.group.size
-        # Rows of one sequence make one run; cumulate each by itself.
+        # Rows of one sequence are one run, and each run is summed by itself.
         edges = list(range(-(-first // layout.length) * layout.length, first + block, layout.length))
         starts = sorted({first, *edges}) + [first + block]
         sums = [x[a - first : b - first].cumsum(0) for a, b in pairwise(starts)]
@@ -85,7 +92,7 @@ class MetaRouter(nn.Module):
         tails = all_gather_rows(sums[-1][-1:], self.group)
         last_sequence = [(rank * block + block - 1) // layout.length for rank in range(self.group.size)]
         before = [rank for rank in range(self.group.rank) if last_sequence[rank] == first // layout.length]
-        # Every rank uses all tails, if only with weight 0: the gradient's reduction is for all ranks.
+        # Every rank uses all tails, if only with weight 0: all ranks take part in the gradient's reduction.
         weights = torch.zeros(self.group.size, dtype=x.dtype, device=x.device)
         weights[before] = 1
         return torch.cat([sums[0] + weights @ tails, *sums[1:]])

@@ -1,4 +1,7 @@
-"""LayerNorm, and where it stands in a sub-layer."""
+"""LayerNorm of a rank's rows, and its place in a sub-layer.
+
+Shapes: n = rows, d = channels.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,39 @@ from megachiar.parallel.collectives import replicated_parameter
 from megachiar.topology import TensorParallelGroup
 
 
-class RowNorm(nn.LayerNorm):
-    """LayerNorm of this rank's rows; with sequence parallelism the ranks' gradients of its weights are summed."""
+class _ReplicatedNorm(nn.Module):
+    """Weight and bias (d,) of a LayerNorm that each rank applies to its own rows."""
 
     def __init__(self, size: int, epsilon: float, group: TensorParallelGroup):
-        super().__init__(size, eps=epsilon)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = epsilon
         self.group = group
 
+    def replicated_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and bias (d,), whose gradients are summed over ranks that hold different rows."""
+        return replicated_parameter(self.weight, self.group), replicated_parameter(self.bias, self.group)
+
+
+class RowNorm(_ReplicatedNorm):
+    """LayerNorm of this rank's rows, to which the output of a branch may be added before."""
+
     def forward(self, x: torch.Tensor, branch_output: torch.Tensor | None = None) -> torch.Tensor:
-        """Of ``x + branch_output`` (n, d), or of ``x`` alone."""
+        """Normalise ``x + branch_output`` (n, d), or ``x`` alone if there is no branch."""
         return add_and_norm(x, branch_output, *self.replicated_parameters(), self.eps)
 
-    def replicated_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias (d,), whose gradients are summed where they must."""
-        return tuple(replicated_parameter(p, self.group) for p in (self.weight, self.bias))
 
-
-class MixNorm(RowNorm):
-    """``RowNorm`` of rows to which their DCT mixing is added."""
+class MixNorm(_ReplicatedNorm):
+    """LayerNorm of this rank's rows, to which their DCT mixing is added before."""
 
     def forward(
         self, x: torch.Tensor, filters: torch.Tensor, gain: float, spectrum: torch.Tensor | None
     ) -> torch.Tensor:
-        """Arguments as those of ``spectral_mix``."""
+        """Normalise ``x + spectral_mix(x, filters, gain, spectrum)`` (n, d)."""
         return mix_add_and_norm(x, filters, gain, spectrum, *self.replicated_parameters(), self.eps)
 
 
 def residual_norm(x: torch.Tensor, branch_output: torch.Tensor, norm: RowNorm | None) -> torch.Tensor:
-    """``norm(x + branch_output)`` for post-norm layers, ``x + branch_output`` (norm None) for pre-norm ones."""
+    """Return ``norm(x + branch_output)`` for post-norm layers; ``x + branch_output`` for pre-norm ones (norm None)."""
     return x + branch_output if norm is None else norm(x, branch_output)

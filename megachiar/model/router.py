@@ -1,6 +1,7 @@
-"""Which operator each row takes.
+"""The router of a layer: it decides which operator each row takes.
 
-Shapes: m = this rank's rows, d channels, O operators of the layer (in the config's order, by rising entropy).
+Shapes: m = this rank's rows, d = channels, P = numbers of a packed spectrum, O = operators of the layer in the config's
+order, which is that of rising entropy.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from megachiar.topology import TensorParallelGroup
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What a router says of this rank's rows.
+    """What a router decides about this rank's rows.
 
     Attributes:
-        operator: (m,) int64, index into the layer's operators.
-        entropy: (m,) H without gradient.
-        spectrum: (m, P) packed DCT of the rows without gradient, where mixing is to have it.
-        gates: (m, O) softmax weights with gradient for soft and hard routers, else None.
-        utilisation: (O,) mean use of each operator with a gradient, where the collapse regulariser wants it.
+        operator: (m,) int64, index of the operator that each row takes.
+        entropy: (m,) spectral entropy H, without gradient.
+        spectrum: (m, P) packed DCT of the rows, without gradient, where DCT mixing can use it; else None.
+        gates: (m, O) softmax weights of soft and hard routers, with gradient; else None.
+        utilisation: (O,) mean use of each operator with a gradient, for the collapse regulariser; None without it.
     """
 
     operator: torch.Tensor
@@ -41,32 +42,42 @@ class RoutingDecision:
 
 
 class Router(nn.Module):
-    """Decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
+    """A router that decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
 
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
         router = config.router
         self.group = group
-        self.kind, self.operators, self.layer, self.seed = router.kind, router.operators, layer, router.seed
-        self.dc_weight, self.epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
-        self.regularised, self.temperature = router.collapse_weight > 0, router.collapse_temperature
+        self.kind = router.kind
+        self.operators = router.operators
+        self.layer = layer
+        self.seed = router.seed
+        self.dc_weight = config.dct.entropy_dc_weight
+        self.epsilon = config.dct.entropy_epsilon
+        self.regularised = router.collapse_weight > 0
+        self.temperature = router.collapse_temperature
         self.bounds = self._bounds(config, layer)
         if self.kind in ("soft", "hard"):
             self.gate = ReplicatedLinear(config.hidden_size + 1, len(self.operators), group)
 
     @staticmethod
     def _bounds(config: ModelConfig, layer: int) -> tuple[float, ...]:
-        """Increasing bounds between the operators: on H (threshold) or on a uniform hash (random)."""
+        """Return the increasing bounds between the operators: on H (threshold) or on a uniform hash (random)."""
         router = config.router
         three = len(router.operators) == 3
         if router.kind == "threshold":
             return tuple(config.threshold(n, layer) for n in (("tau_low", "tau_high") if three else ("tau",)))
         if router.kind == "random":
+            assert router.attention_share is not None, "the config checks that random routers have shares"
             below = 1 - router.attention_share
-            return (below - router.rbf_share, below) if three else (below,)
+            if not three:
+                return (below,)
+            assert router.rbf_share is not None
+            return below - router.rbf_share, below
         return ()
 
     def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:
+        """Decide about this rank's rows ``x`` (m, d)."""
         spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
         gates = utilisation = None
         if self.kind == "threshold":
@@ -82,10 +93,19 @@ class Router(nn.Module):
             utilisation = gates.mean(0) if self.regularised else None
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
             utilisation = reduce_from_tp_group(utilisation, self.group) / self.group.size
-        return RoutingDecision(operator, entropy, spectrum, gates, utilisation)
+        return RoutingDecision(
+            operator=operator,
+            entropy=entropy,
+            spectrum=spectrum,
+            gates=gates,
+            utilisation=utilisation,
+        )
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
-        """Operator 0 up to the first bound, the last one above the last: at a bound the cheaper operator is taken."""
+        """Return operator 0 up to the first bound, and the last operator above the last bound.
+
+        A value at a bound takes the cheaper operator.
+        """
         first, *others = self.bounds
         operator = (value > first).long()
         for bound in others:
@@ -96,21 +116,21 @@ class Router(nn.Module):
         return spectral_entropy(x, self.dc_weight, self.epsilon)
 
     def _soft_thresholds(self, entropy: torch.Tensor) -> torch.Tensor:
-        """Mean use (O,) of the operators through sigmoids of width ``collapse_temperature`` around the thresholds."""
+        """Return the mean use (O,) of the operators, with sigmoids of width ``collapse_temperature`` as thresholds."""
         above = [torch.sigmoid((entropy - bound) / self.temperature).mean() for bound in self.bounds]
         edges = [torch.ones_like(above[0]), *above, torch.zeros_like(above[0])]
         return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
 
     def _hash(self, layout: BatchLayout, device: torch.device) -> torch.Tensor:
-        """A number in [0, 1) for each of this rank's rows, fp64: a function of seed, layer and position alone."""
+        """Return a fp64 number in [0, 1) for each of this rank's rows: a function of seed, layer and position alone."""
         key = (self.seed * 1_000_003 + self.layer) * 0x9E3779B97F4A7C15 % 2**62
         return uniform_hash(layout.local_positions(device) + key)
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:
-    """``-weight * U`` with ``U = -sum q log q`` over mean operator fractions ``q`` (O,): least where all are alike.
+    """Return ``-weight * U`` with ``U = -sum q log q`` over the mean use ``q`` (O,) of the operators.
 
-    The gradient is finite where an operator is not used at all.
+    It is least where all operators are used alike. The gradient is finite where an operator is not used at all.
     """
     used = utilisation.clamp_min(torch.finfo(utilisation.dtype).tiny)
     return weight * (used * used.log()).sum()

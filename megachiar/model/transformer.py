@@ -1,6 +1,7 @@
-"""CHIAR-Former and its attention-only baseline (paper: architecture; "Chiaroscuro Attention", arXiv 2606.08327).
+"""CHIAR-Former and its attention-only baseline ("Chiaroscuro Attention", arXiv 2606.08327, architecture).
 
-Shapes: B sequences, T tokens of each, N = B * T rows, d channels, V vocabulary, L layers.
+Shapes: B = sequences, T = tokens of a sequence, N = B * T rows, m = this rank's rows (N, or N / p with sequence
+parallelism), d = channels, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
-from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics
+from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
 class ModelOutput(NamedTuple):
-    """Result of a forward pass.
+    """The result of a forward pass.
 
     Attributes:
         loss: mean cross-entropy a token in nats over targets that are not -100, fp32, without the regulariser; None
@@ -29,7 +30,7 @@ class ModelOutput(NamedTuple):
         regulariser: scalar to add to the loss for training; 0 where there is none.
         token_losses: (B, T) fp32 without gradient, 0 where the target is -100; None without targets.
         logits: (B, T, V); None with targets.
-        statistics: of the routing.
+        statistics: what the routers did.
     """
 
     loss: torch.Tensor | None
@@ -40,14 +41,15 @@ class ModelOutput(NamedTuple):
 
 
 class ChiarFormer(nn.Module):
-    """Embedding, layers, final LayerNorm and a head tied to the embedding. No absolute position embedding.
+    """Embedding, layers, a final LayerNorm and a head that is tied to the embedding. Positions are rotary alone.
 
     Args:
-        config: of the model.
-        seed: of the run, for dropout.
-        group: the ranks that share its layers.
-        checkpoint_interval: layers whose activations are recomputed together in the backward pass; None keeps all.
-        document_end: token that ends a document, if no token is to see another document's (``data.document_mask``).
+        config: the model's config.
+        seed: the run's seed, for dropout.
+        group: the ranks that share the layers.
+        checkpoint_interval: number of layers whose activations are recomputed together in the backward pass; None
+            keeps all activations.
+        document_end: the token that ends a document, if no token is to see another document (``data.document_mask``).
     """
 
     def __init__(
@@ -60,7 +62,10 @@ class ChiarFormer(nn.Module):
     ):
         super().__init__()
         self.document_end = document_end
-        self.config, self.seed, self.group, self.checkpoint_interval = config, seed, group, checkpoint_interval
+        self.config = config
+        self.seed = seed
+        self.group = group
+        self.checkpoint_interval = checkpoint_interval
         self.embedding = TiedEmbedding(config, group)
         self.layers = nn.ModuleList(build_layer(config, index, group) for index in range(config.num_layers))
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
@@ -73,14 +78,22 @@ class ChiarFormer(nn.Module):
         *,
         cache: DecodingCache | None = None,
     ) -> ModelOutput:
-        """
+        """Compute losses against targets, or logits without them.
+
         Args:
             tokens: (B, T) int64, the same on all ranks of the group.
-            targets: (B, T) int64, -100 where there is none; with them the result has losses, else logits.
-            sample_ids: (B,) int64, number of each sequence in the run, which keys its dropout; 0 to B - 1 if not given.
-            cache: of earlier positions; it is extended by these. All of them are of one document.
+            targets: (B, T) int64, -100 where there is none; None for logits.
+            sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
+            cache: what earlier passes kept of earlier positions, to which this pass adds its own. All positions of a
+                sequence are of one document then.
         """
-        layout = BatchLayout(*tokens.shape, cache_length=cache.length if cache is not None else 0, group=self.group)
+        sequences, length = tokens.shape
+        layout = BatchLayout(
+            sequences=sequences,
+            length=length,
+            cache_length=cache.length if cache is not None else 0,
+            group=self.group,
+        )
         if self.document_end is not None and cache is None:
             layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
@@ -88,20 +101,31 @@ class ChiarFormer(nn.Module):
                 sample_ids = torch.arange(len(tokens), device=tokens.device)
             layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
-        x, outputs = run_layers(self.layers, x, layout, cache, self.checkpoint_interval if self.training else None)
+        interval = self.checkpoint_interval if self.training else None
+        x, outputs = run_layers(list(self.layers), x, layout, cache, interval)
         if cache is not None:
             cache.length += layout.length
-        added = [output.regulariser for output in outputs if output.regulariser is not None]
-        regulariser = sum(added) if added else torch.zeros((), dtype=torch.float32, device=x.device)
-        report = statistics(outputs)
+        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)
         x = self.norm(x)
         if targets is None:
-            return ModelOutput(None, regulariser, None, self.embedding(x).view(*tokens.shape, -1), report)
+            return ModelOutput(
+                loss=None,
+                regulariser=regulariser,
+                token_losses=None,
+                logits=self.embedding(x).view(*tokens.shape, -1),
+                statistics=report,
+            )
         result = self.embedding(x, targets.flatten())
-        return ModelOutput(result.loss, regulariser, result.token_losses.view(tokens.shape), None, report)
+        return ModelOutput(
+            loss=result.loss,
+            regulariser=regulariser,
+            token_losses=result.token_losses.view(tokens.shape),
+            logits=None,
+            statistics=report,
+        )
 
     def parameter_count(self) -> int:
-        """Trained numbers of this rank; the tied head counts once."""
+        """Return how many numbers this rank trains; the tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -115,7 +139,10 @@ def build_model(
     checkpoint_interval: int | None = None,
     document_end: int | None = None,
 ) -> ChiarFormer:
-    """A model with initial weights (this rank's part of them); ``device="meta"`` gives shapes alone."""
+    """Build a model with this rank's part of the initial weights; on ``device="meta"`` it has shapes alone.
+
+    Arguments are those of ``ChiarFormer``; ``seed`` is for the initial weights too.
+    """
     device = torch.device(device)
     with torch.device("meta" if device.type == "meta" else "cpu"):
         model = ChiarFormer(config, seed, group, checkpoint_interval, document_end)

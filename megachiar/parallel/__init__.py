@@ -1,1 +1,1 @@
-"""Tensor and sequence parallelism: collectives as autograd functions, linear layers over shards, rows over ranks."""
+"""Tensor and sequence parallelism: collectives as autograd functions, and linear layers over shards."""

@@ -1,15 +1,16 @@
-"""Collectives over a tensor group, with what each does to gradients on the way back.
+"""Collectives over a tensor-parallel group, with what each does to gradients in the backward pass.
 
     function              forward          backward
     copy_to_tp_group      -                all-reduce       into a computation that each rank does for its shard
-    reduce_from_tp_group  all-reduce       -                out of it
-    all_gather_rows       all-gather       reduce-scatter   the same two where rows are sharded outside
-    reduce_scatter_rows   reduce-scatter   all-gather
+    reduce_from_tp_group  all-reduce       -                out of such a computation
+    all_gather_rows       all-gather       reduce-scatter   into it, where rows are sharded outside of it
+    reduce_scatter_rows   reduce-scatter   all-gather       out of it, where rows are sharded outside of it
     replicated_parameter  -                all-reduce       a whole parameter that each rank uses for its own rows
 
 ``gather_or_copy_input`` (Megatron's f) and ``reduce_or_scatter_output`` (its g) choose between the first two pairs.
 Groups of one rank communicate nothing.
-Shapes: N = rows of a micro-batch, n = rows routed among them, d = channels.
+
+Shapes: N = rows of a micro-batch, n = rows that are routed to an operator, d = channels, p = ranks of the group.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from megachiar.topology import TensorParallelGroup
 
 
 def gather_or_copy_input(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """Rows as they lie outside to all rows (N, d), for a computation that each rank does for its shard."""
+    """Return all rows (N, d), for a computation that each rank does for its shard of the features.
+
+    ``x`` are all rows, or with sequence parallelism this rank's block (N / p, d).
+    """
     if group.size == 1:
         return x
     return all_gather_rows(x, group) if group.sequence else copy_to_tp_group(x, group)
@@ -32,13 +36,16 @@ def gather_or_copy_input(x: torch.Tensor, group: TensorParallelGroup) -> torch.T
 def reduce_or_scatter_output(
     partial: torch.Tensor, group: TensorParallelGroup, counts_per_rank: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Sum the ranks' ``partial`` rows (n, d); rows as they lie outside come back.
+    """Sum the ranks' partial results, and return all rows or with sequence parallelism those that this rank owns.
 
     Args:
-        partial: this rank's addend of all n rows.
+        partial: (n, d), this rank's addend of all n rows.
         group: the ranks.
-        counts_per_rank: with sequence parallelism, how many of the n rows each rank owns, in order; n / size each
-            without.
+        counts_per_rank: how many of the n rows each rank owns with sequence parallelism, in the order of the ranks;
+            n / p each if None.
+
+    Returns:
+        (n, d), or with sequence parallelism the rows that this rank owns.
     """
     if group.size == 1:
         return partial
@@ -46,79 +53,85 @@ def reduce_or_scatter_output(
         return reduce_from_tp_group(partial, group)
     if counts_per_rank is None or len(set(counts_per_rank)) == 1:
         return reduce_scatter_rows(partial, group)
-    # Blocks of one size are what collectives know: pad each rank's to the widest.
+    # Collectives take blocks of one size: each rank's block is padded to the widest.
     widest = max(counts_per_rank)
     blocks = torch.cat([padded(block, widest) for block in partial.split(list(counts_per_rank))])
     return reduce_scatter_rows(blocks, group)[: counts_per_rank[group.rank]]
 
 
 def copy_to_tp_group(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
+    """Return ``x``, whose gradient is summed over the ranks."""
     return _Copy.apply(x, group)
 
 
 def reduce_from_tp_group(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
+    """Sum ``x`` over the ranks; each rank's ``x`` gets the whole gradient."""
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
 def all_gather_rows(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """Blocks (N / size, ...) of all ranks, one after another: (N, ...)."""
+    """Gather the blocks (N / p, ...) of all ranks, one after another, into (N, ...)."""
     return x if group.size == 1 else _AllGather.apply(x, group)
 
 
 def reduce_scatter_rows(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """The sum of the ranks' x (N, ...), of which this rank gets its block (N / size, ...)."""
+    """Sum the ranks' ``x`` (N, ...) and return this rank's block (N / p, ...) of the sum."""
     return _ReduceScatter.apply(x, group)
 
 
 def replicated_parameter(parameter: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """``parameter``, whose gradient is summed over the ranks where each of them uses it for its own rows alone."""
+    """Return ``parameter``; its gradient is summed over the ranks where each of them uses it for its own rows alone."""
     return copy_to_tp_group(parameter, group) if group.shards_rows else parameter
 
 
 def all_reduce(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """Sum over ranks, without gradient; ``x`` stays as it is."""
+    """Sum ``x`` over the ranks, without gradient and into a new tensor."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group.handle)
     return total
 
 
 def all_gather(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """Blocks of all ranks along the first dimension, without gradient."""
+    """Gather the blocks of all ranks along the first dimension, without gradient."""
     return start_all_gather(x, group).wait_for()
 
 
 def broadcast_from_first_rank(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """The first rank's ``x`` on every rank, without gradient."""
+    """Return the first rank's ``x`` on every rank, without gradient."""
     received = x.clone(memory_format=torch.contiguous_format)
     dist.broadcast(received, group=group.handle, group_src=0)
     return received
 
 
 class Pending:
-    """The result of a collective that runs while others compute."""
+    """The result of a collective that runs while this rank computes something else."""
 
     def __init__(self, work: dist.Work, result: torch.Tensor):
-        self._work, self._result = work, result
+        self._work = work
+        self._result = result
 
     def wait_for(self) -> torch.Tensor:
+        """Wait until the collective is done, and return its result."""
         self._work.wait()
         return self._result
 
 
 def start_all_gather(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
+    """Start to gather the blocks (N / p, ...) of all ranks into (N, ...)."""
     x = x.contiguous()
     whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     return Pending(dist.all_gather_into_tensor(whole, x, group=group.handle, async_op=True), whole)
 
 
 def start_reduce_scatter(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
+    """Start to sum the ranks' ``x`` (N, ...), of which this rank gets its block (N / p, ...)."""
     x = x.contiguous()
     block = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
     return Pending(dist.reduce_scatter_tensor(block, x, group=group.handle, async_op=True), block)
 
 
 def start_all_reduce(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
-    """``x`` itself becomes the sum."""
+    """Start to sum ``x`` over the ranks; a contiguous ``x`` becomes the sum itself."""
     x = x.contiguous()
     return Pending(dist.all_reduce(x, group=group.handle, async_op=True), x)
 
@@ -167,5 +180,5 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def padded(block: torch.Tensor, rows: int) -> torch.Tensor:
-    """``block`` (n, ...) with zeros behind it: (rows, ...)."""
+    """Return ``block`` (n, ...) with zeros after its rows: (rows, ...)."""
     return torch.cat([block, block.new_zeros(rows - len(block), *block.shape[1:])])

@@ -1,9 +1,15 @@
-"""Linear layers over shards. Column-parallel: a rank has some outputs; row-parallel: some inputs; replicated: all.
+"""Linear layers over the ranks of a tensor-parallel group.
 
-Shapes: N = rows of a micro-batch, n = rows routed among them, i = inputs, o = outputs, p = ranks of the group.
+    ColumnParallelLinear   a rank has o / p of the outputs   all rows in, or the rank's rows with sequence parallelism
+    RowParallelLinear      a rank has i / p of the inputs    the same rows out
+    ReplicatedLinear       every rank has all of it          for the rank's own rows
 
-Between the two a rank works on all rows with its shard of the features; outside, rows are whole on every rank or, with
-sequence parallelism, sharded. What the backward pass needs of the gathered rows is gathered once more then, not kept.
+Between a column-parallel and a row-parallel layer each rank works on all rows with its shard of the features. Outside
+of the two, rows are whole on every rank or, with sequence parallelism, sharded. Rows that were gathered in the forward
+pass are not kept: the backward pass gathers them once more.
+
+Shapes: N = rows of a micro-batch, n = rows that are routed to an operator, i = inputs, o = outputs, p = ranks of the
+group.
 """
 
 from __future__ import annotations
@@ -29,13 +35,15 @@ from megachiar.topology import TensorParallelGroup
 
 
 class ColumnParallelLinear(nn.Linear):
-    """``nn.Linear(i, o)`` of which this rank computes o / p outputs for all rows.
+    """An ``nn.Linear(i, o)`` of which this rank computes o / p outputs for all rows.
 
     Args:
-        inputs, outputs: of the whole layer.
-        group: the ranks it is shared over.
-        blocks: parts of the outputs that are each cut by themselves (keys and values: 2).
+        inputs, outputs: i and o of the whole layer.
+        group: the ranks that share it.
+        blocks: number of equal blocks of outputs that are each cut by themselves (keys and values: 2).
     """
+
+    weight: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup, blocks: int = 1):
         super().__init__(inputs, outputs // group.size)
@@ -44,14 +52,21 @@ class ColumnParallelLinear(nn.Linear):
         sharded(self.bias, Shard(0, blocks), group)
 
     def forward(self, x: torch.Tensor, indexed: IndexedRows | None = None) -> torch.Tensor:
-        """Rows as they lie outside to (N, o / p) of all rows; ``indexed`` as in ``linear_of_rows``, on one rank."""
+        """Compute (N, o / p) of all rows.
+
+        Args:
+            x: (N, i), or this rank's block (N / p, i) with sequence parallelism.
+            indexed: where the rows of ``x`` come from, as in ``linear_of_rows``; used on one rank alone.
+        """
         if self.group.size == 1:
             return linear_of_rows(x, self.weight, self.bias, indexed)
         return _ColumnParallel.apply(x, None, 0, self.group, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Linear):
-    """``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
+    """An ``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
+
+    weight: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs // group.size, outputs)
@@ -59,9 +74,11 @@ class RowParallelLinear(nn.Linear):
         sharded(self.weight, Shard(1), group)
 
     def forward(self, x: torch.Tensor, counts_per_rank: Sequence[int] | None = None) -> torch.Tensor:
-        """(n, i / p) of all rows to (n, o), rows as they lie outside.
+        """Compute (n, o) of all rows, or with sequence parallelism those that this rank owns.
 
-        ``counts_per_rank`` is that of ``reduce_or_scatter_output``.
+        Args:
+            x: (n, i / p), this rank's features of all rows.
+            counts_per_rank: how many of the n rows each rank owns, as in ``reduce_or_scatter_output``.
         """
         if self.group.size == 1:
             return linear_of_rows(x, self.weight, self.bias)
@@ -70,25 +87,29 @@ class RowParallelLinear(nn.Linear):
 
 
 class ReplicatedLinear(nn.Linear):
-    """``nn.Linear(i, o)``, whole on every rank, for the rows that a rank has."""
+    """An ``nn.Linear(i, o)`` that is whole on every rank, for the rows that a rank has."""
 
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs, outputs)
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute (m, o) of this rank's rows (m, i)."""
         return F.linear(x, replicated_parameter(self.weight, self.group), replicated_parameter(self.bias, self.group))
 
 
 def query_key_value(
     x: torch.Tensor, rows: torch.Tensor | None, query: ColumnParallelLinear, key_value: ColumnParallelLinear
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (n, o / p) of the routed rows and keys and values (N, 2 o / p) of all, from one gathering of the rows.
+    """Compute queries of the routed rows, and keys and values of all rows, from one all-gather of the rows.
 
     Args:
-        x: rows as they lie outside.
-        rows: indices (n,) of the routed ones among all N; None if they are all.
-        query, key_value: of the same group, of more than one rank.
+        x: (N, i), or this rank's block (N / p, i) with sequence parallelism.
+        rows: indices (n,) int64 of the routed rows among all N; None if all are routed.
+        query, key_value: layers of the same group, which has more than one rank.
+
+    Returns:
+        Queries (n, o / p), and keys and values (N, 2 o / p).
     """
     parameters = query.weight, query.bias, key_value.weight, key_value.bias
     return _ColumnParallel.apply(x, rows, 1, query.group, *parameters)
@@ -100,15 +121,19 @@ def query_key_value_of_routed(
     query: ColumnParallelLinear,
     key_value: ColumnParallelLinear,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (n, o / p), and keys and values (n, 2 o / p), of routed rows alone: no other row is sent.
+    """Compute queries, keys and values of the routed rows alone: no other row is sent.
 
     Args:
-        routed: the routed rows as they lie outside.
-        counts_per_rank: with sequence parallelism, how many of the n rows each rank owns, in order.
-        query, key_value: of the same group, of more than one rank.
+        routed: (n, i), or with sequence parallelism the routed rows that this rank owns.
+        counts_per_rank: how many of the n rows each rank owns with sequence parallelism, in the order of the ranks;
+            else None.
+        query, key_value: layers of the same group, which has more than one rank.
+
+    Returns:
+        Queries (n, o / p), and keys and values (n, 2 o / p).
     """
     rows = None
-    if counts_per_rank is not None and len(set(counts_per_rank)) > 1:  # blocks of one size are what collectives know
+    if counts_per_rank is not None and len(set(counts_per_rank)) > 1:  # collectives take blocks of one size
         widest = max(counts_per_rank)
         routed = padded(routed, widest)
         valid = [
@@ -120,11 +145,10 @@ def query_key_value_of_routed(
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Products of all rows with this rank's shard of one or two weights; the first ``routed_products`` of them are for
-    routed rows alone.
+    """Products of all rows with this rank's shard of one or two weights.
 
-    With sequence parallelism rows are gathered in both directions, and the gradient's sum is scattered while the
-    gradients of the weights are computed.
+    The first ``routed_products`` of the products are for routed rows alone. With sequence parallelism rows are gathered
+    in both passes, and the gradient's sum is scattered while the gradients of the weights are computed.
     """
 
     @staticmethod

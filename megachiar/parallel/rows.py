@@ -1,6 +1,6 @@
-"""Linear maps of rows whose number differs from step to step, as that of routed rows does.
+"""Linear maps of rows whose number differs from step to step, as the number of routed rows does.
 
-Shapes: n = rows, N = rows of the tensor that they are indexed from, i = inputs, o = outputs.
+Shapes: n = rows, N = rows of the tensor that they are taken from, i = inputs, o = outputs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ROUNDED_TO = 64
-"""Rows of a 16-bit product on a CPU are rounded up to a multiple of this: oneDNN compiles a kernel for each new number
-of rows, which takes ten times as long as to run it (1000 rows, 512 to 512 channels: 10.2 against 1.05 ms) and some 100
-kB that it keeps."""
+"""The number of rows of a 16-bit product on a CPU is rounded up to a multiple of this. oneDNN compiles a kernel for
+each new number of rows. That takes ten times as long as the product (1000 rows, 512 to 512 channels: 10.2 against
+1.05 ms), and oneDNN keeps some 100 kB for it."""
 
 
 class IndexedRows(NamedTuple):
-    """Rows as ``source[indices]``, with ``source`` (N, i) and ``indices`` (n,) int64."""
+    """Rows that are ``source[indices]``.
+
+    Attributes:
+        source: (N, i).
+        indices: (n,) int64.
+    """
 
     source: torch.Tensor
     indices: torch.Tensor
@@ -27,9 +32,17 @@ class IndexedRows(NamedTuple):
 def linear_of_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, indexed: IndexedRows | None = None
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` for rows (n, i), weight (o, i) and bias (o,): (n, o).
+    """Compute ``x @ weight.T + bias``.
 
-    With ``indexed`` they are indexed again in the backward pass, and not kept where their source is kept anyway.
+    Args:
+        x: (n, i).
+        weight: (o, i).
+        bias: (o,), or None.
+        indexed: where the rows of ``x`` come from. With it the backward pass takes them from there again, instead of
+            keeping ``x`` beside a source that is kept anyway.
+
+    Returns:
+        (n, o).
     """
     if indexed is None and not _rounded(x):
         return F.linear(x, weight, bias)

@@ -1,8 +1,8 @@
-"""What training keeps of a forward pass for the backward pass.
+"""The activations that training keeps of a forward pass for the backward pass.
 
-Counted in values of the compute type, for one token. Left out: what does not grow with tokens (the head's gradient,
-V * d values in fp32, is computed in the forward pass), one number per row or head, and padding of attention's rows.
-Dropout keeps no mask: masks are computed again.
+They are counted in values of the compute dtype, for one token. Three things are left out: what does not grow with
+tokens (the head's gradient, V * d values in fp32, is computed in the forward pass), single numbers per row or head, and
+the padding of attention's rows. Dropout keeps no masks, because they are computed again.
 """
 
 from __future__ import annotations
@@ -13,58 +13,71 @@ from megachiar.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
-class KeptValues:
-    """Values kept for one token.
+class TokenActivations:
+    """Values kept for one token, by the region of the layer that they belong to, in the words of Megatron.
 
     Attributes:
-        rows: d numbers wide, outside the products that a tensor group shares. Every rank of the group keeps them, or
-            with sequence parallelism the token's owner alone.
-        features: between these products: a rank keeps its share of them, for all tokens.
+        sequence_region: values outside the matrix products that a tensor-parallel group shares. Every rank of the group
+            keeps all of them; with sequence parallelism only the rank that holds the token does.
+        tensor_region: values between those products. A rank keeps its share of them, for all tokens.
     """
 
-    rows: float
-    features: float
+    sequence_region: float
+    tensor_region: float
 
-    def on_a_rank(self, tensor_size: int, sequence: bool) -> float:
-        """Values a token of the micro-batch on each rank of a tensor group."""
-        return self.rows / (tensor_size if sequence else 1) + self.features / tensor_size
+    def per_rank(self, tensor_size: int, sequence: bool) -> float:
+        """Return the values per token of a micro-batch that each rank of a tensor-parallel group keeps.
 
-    def __add__(self, other: KeptValues) -> KeptValues:
-        return KeptValues(self.rows + other.rows, self.features + other.features)
+        ``sequence`` says whether the group uses sequence parallelism.
+        """
+        return self.sequence_region / (tensor_size if sequence else 1) + self.tensor_region / tensor_size
+
+    def __add__(self, other: TokenActivations) -> TokenActivations:
+        return TokenActivations(
+            sequence_region=self.sequence_region + other.sequence_region,
+            tensor_region=self.tensor_region + other.tensor_region,
+        )
 
 
-def layer_activations(config: ModelConfig, index: int, attention_share: float) -> KeptValues:
-    """Of layer ``index`` (from 0); ``attention_share`` is that of the routed layers' tokens."""
+def layer_activations(config: ModelConfig, index: int, attention_share: float) -> TokenActivations:
+    """Return the activations of layer ``index`` (from 0).
+
+    ``attention_share`` is the share of a routed layer's tokens that take attention.
+    """
     d = config.hidden_size
     # Input and the sum that is normed; the product with W1 and what gelu makes of it.
-    feed_forward = KeptValues(2 * d, 2 * config.ffn_size)
+    feed_forward = TokenActivations(2 * d, 2 * config.ffn_size)
     if config.kind == "chiar" and index == 0:
         gate = {"none": 0, "batch": 2, "causal": 3}[config.meta_router.pool]
-        return feed_forward + KeptValues((2 + gate) * d, 0)
+        return feed_forward + TokenActivations((2 + gate) * d, 0)
     if index not in config.routed_layers:
-        # Input, the sum that is normed; keys, values, keys rotated, queries rotated, result.
-        return feed_forward + KeptValues(2 * d, 5 * d)
-    return feed_forward + _routed(config, attention_share)
+        # Input and the sum that is normed; keys, values, rotated keys, rotated queries and the result.
+        return feed_forward + TokenActivations(2 * d, 5 * d)
+    return feed_forward + _routed_operators(config, attention_share)
 
 
-def _routed(config: ModelConfig, attention_share: float) -> KeptValues:
+def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActivations:
+    """Return the activations of a routed layer's router and operators."""
     d, kind, features = config.hidden_size, config.router.kind, config.rbf.features
     queries, mixed = (1.0, 1.0) if kind == "soft" else (attention_share, 1 - attention_share)
-    # Input, spectra, the sums that are normed, results to blend or rows in the operators' order.
+    # Input, spectra, the sums that are normed, and results: to blend, or as rows in the operators' order.
     rows = d + mixed * d + (queries + mixed) * d + (len(config.router.operators) if kind == "soft" else 1) * d
     if kind in ("soft", "hard") or config.router.collapse_weight:
-        rows += 5 * d  # entropy with a gradient
+        rows += 5 * d  # the entropy, where it has a gradient
     if kind in ("soft", "hard"):
         rows += d  # input of the gate
     if "rbf" in config.router.operators:
         rows += 3 * features + mixed * 4 * features
     if config.attention.keys == "routed":
-        # Queries and keys rotated, values and results, all of them packed as well; results in order.
-        return KeptValues(rows, queries * 5 * d)
-    # Keys, values, keys rotated; queries in order, results, results in order.
-    return KeptValues(rows, 3 * d + queries * 3 * d)
+        # Rotated queries and keys, values and results, all of them packed as well; results in token order.
+        return TokenActivations(rows, queries * 5 * d)
+    # Keys, values and rotated keys; queries in order, results, and results in token order.
+    return TokenActivations(rows, 3 * d + queries * 3 * d)
 
 
-def end_activations(config: ModelConfig) -> KeptValues:
-    """Before the first layer nothing; after the last the input of the norm, and the gradient at its output."""
-    return KeptValues(2 * config.hidden_size, 0)
+def head_activations(config: ModelConfig) -> TokenActivations:
+    """Return the activations after the last layer: the input of the last norm, and the gradient at its output.
+
+    The embedding, before the first layer, keeps none.
+    """
+    return TokenActivations(2 * config.hidden_size, 0)

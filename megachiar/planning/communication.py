@@ -1,77 +1,171 @@
-"""What the ranks of a tensor group send one another: payload in values of the compute type, for one token.
+"""What ranks send one another, from the config alone.
 
-The payload of a gather or a scatter is the whole tensor, of an all-reduce twice that (it is a scatter and a gather); of
-it each of p ranks sends (p - 1) / p. Rows are d values wide, f is the share of tokens that take attention.
+First comes the payload of the collectives in a tensor-parallel group, in values of the compute dtype for one token. The
+payload of an all-gather or a reduce-scatter is the whole tensor. That of an all-reduce is twice the tensor, because it
+is a reduce-scatter and an all-gather. Each of p ranks sends (p - 1) / p of the payload. The hidden states of a token
+are d values, and f is the share of tokens that take attention.
 
     with sequence parallelism          forward              backward (inputs of products are gathered once more)
-    attention in every row             2 d                  3 d
+    attention for every token          2 d                  3 d
     routed                             (1 + f) d + 1 byte   (2 + f) d
     routed, keys of routed tokens      2 f d + 1 byte       3 f d
     DCT mixing                         0                    0
     feed-forward                       2 d                  3 d
 
     without                            forward              backward
-    attention in every row             2 d                  2 d
+    attention for every token          2 d                  2 d
     routed                             2 f d + 1 byte       2 d
     routed, keys of routed tokens      2 f d + 1 byte       2 f d
     DCT mixing                         0                    0
     feed-forward                       2 d                  2 d
 
-Where keys and values come from all tokens, a routed layer gathers them all; its queries and results cost what is
-routed.
+Where keys and values come from all tokens, a routed layer gathers the rows of all tokens. Its queries and results cost
+only as much as is routed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megachiar.config import RunConfig
 from megachiar.config.model import ModelConfig
+from megachiar.model.dtypes import DTYPES
+from megachiar.planning.partition import Stage
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Payload of one token: values in the forward and in the backward pass, and bytes of routes."""
+class TokenPayload:
+    """Payload of one token in the collectives of a tensor-parallel group.
+
+    Attributes:
+        forward: values in the forward pass.
+        backward: values in the backward pass.
+        route_bytes: bytes of routes, sent in the forward pass.
+    """
 
     forward: float
     backward: float
     route_bytes: float = 0.0
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.forward + other.forward, self.backward + other.backward, self.route_bytes + other.route_bytes
+    def __add__(self, other: TokenPayload) -> TokenPayload:
+        return TokenPayload(
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            route_bytes=self.route_bytes + other.route_bytes,
         )
 
     def bytes(self, width: int) -> float:
-        """Of both passes, values of ``width`` bytes."""
+        """Return the bytes of both passes, where a value has ``width`` bytes."""
         return (self.forward + self.backward) * width + self.route_bytes
 
 
-def layer_traffic(config: ModelConfig, index: int, attention_share: float, sequence: bool) -> Traffic:
-    """Of layer ``index`` (from 0), both sub-layers; ``attention_share`` is that of the routed layers' tokens."""
+def layer_payload(config: ModelConfig, index: int, attention_share: float, sequence: bool) -> TokenPayload:
+    """Return the payload of layer ``index`` (from 0): of its operator and its feed-forward sub-layer.
+
+    ``attention_share`` is the share of a routed layer's tokens that take attention; ``sequence`` says whether the group
+    uses sequence parallelism.
+    """
     d = config.hidden_size
-    feed_forward = Traffic(2 * d, (3 if sequence else 2) * d)
+    dense = TokenPayload(2 * d, (3 if sequence else 2) * d)
     if config.kind == "chiar" and index == 0:
-        return feed_forward
+        return dense
     if index not in config.routed_layers or config.router.kind == "soft":
-        return feed_forward + Traffic(2 * d, (3 if sequence else 2) * d) + _rbf(config, index, 1.0, sequence)
+        return dense + dense + _rbf_payload(config, index, sequence)
     f = attention_share
     if config.attention.keys == "routed":
-        operator = Traffic(2 * f * d, (3 if sequence else 2) * f * d, 1)
+        operator = TokenPayload(2 * f * d, (3 if sequence else 2) * f * d, 1)
     else:
-        operator = Traffic((1 + f) * d, (2 + f) * d, 1) if sequence else Traffic(2 * f * d, 2 * d, 1)
-    return feed_forward + operator + _rbf(config, index, f, sequence)
+        operator = TokenPayload((1 + f) * d, (2 + f) * d, 1) if sequence else TokenPayload(2 * f * d, 2 * d, 1)
+    return dense + operator + _rbf_payload(config, index, sequence)
 
 
-def _rbf(config: ModelConfig, index: int, attention_share: float, sequence: bool) -> Traffic:
-    """The features of RBF mixing, which sharded rows gather."""
+def _rbf_payload(config: ModelConfig, index: int, sequence: bool) -> TokenPayload:
+    """Return the payload of RBF mixing's features, which ranks gather where rows are sharded."""
     if not sequence or index not in config.routed_layers or "rbf" not in config.router.operators:
-        return Traffic(0, 0)
-    return Traffic(2 * config.rbf.features, 2 * config.rbf.features)
+        return TokenPayload(0, 0)
+    return TokenPayload(2 * config.rbf.features, 2 * config.rbf.features)
 
 
-def end_traffic(config: ModelConfig, sequence: bool) -> tuple[Traffic, Traffic]:
-    """Of the embedding and of the head. The loss sends 8 bytes a token and rank more."""
+def end_payloads(config: ModelConfig, sequence: bool) -> tuple[TokenPayload, TokenPayload]:
+    """Return the payloads of the embedding and of the head, without 8 bytes per token and rank that the loss sends."""
     d = config.hidden_size
     if sequence:
-        return Traffic(d, d), Traffic(d, d)
-    return Traffic(2 * d, 0), Traffic(0, 2 * d)
+        return TokenPayload(d, d), TokenPayload(d, d)
+    return TokenPayload(2 * d, 0), TokenPayload(0, 2 * d)
+
+
+@dataclass(frozen=True)
+class RankCommunication:
+    """Bytes that one rank sends in a step.
+
+    Attributes:
+        tensor: bytes to the other ranks of its tensor-parallel group.
+        pipeline: bytes to the neighbouring stages.
+        data: bytes to the other data-parallel replicas.
+    """
+
+    tensor: float
+    pipeline: float
+    data: float
+
+
+def rank_communication(config: RunConfig, data_size: int, stage: Stage, parameters: int) -> RankCommunication:
+    """Return what one rank of ``stage`` sends in a step.
+
+    Args:
+        config: config of the run.
+        data_size: number of data-parallel replicas.
+        stage: the rank's pipeline stage.
+        parameters: number of parameters of the rank.
+    """
+    return RankCommunication(
+        tensor=_tensor_bytes(config, data_size, stage),
+        pipeline=_pipeline_bytes(config, data_size, stage),
+        data=_data_bytes(config, data_size, parameters),
+    )
+
+
+def _tokens(config: RunConfig, data_size: int) -> int:
+    """Return the number of tokens that each replica computes in a step."""
+    return config.training.global_batch_size // data_size * config.sequence_length
+
+
+def _tensor_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
+    model, parallel = config.model, config.parallel
+    width = DTYPES[config.precision.compute].itemsize
+    layers = [layer_payload(model, index, model.expected_attention_share, parallel.sequence) for index in stage.layers]
+    embedding, head = end_payloads(model, parallel.sequence)
+    payloads = layers + [embedding] * stage.is_first + [head] * stage.is_last
+    recomputed = 0.0
+    if config.training.activation_checkpoint_interval is not None:
+        recomputed = sum(layer.forward for layer in layers) * width
+    per_token = sum(payload.bytes(width) for payload in payloads) + recomputed
+    return per_token * _tokens(config, data_size) * (parallel.tensor_size - 1) / parallel.tensor_size
+
+
+def _pipeline_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
+    """Return the bytes of hidden states to the next stage and of their gradients to the one before."""
+    parallel = config.parallel
+    neighbours = (not stage.is_first) + (not stage.is_last)
+    width = DTYPES[config.precision.compute].itemsize
+    values = neighbours * _tokens(config, data_size) * config.model.hidden_size
+    return values * width / (parallel.tensor_size if parallel.sequence else 1)
+
+
+def _data_bytes(config: RunConfig, data_size: int, parameters: int) -> float:
+    """Return the bytes of gradients that are reduced and of weights that are gathered.
+
+    ZeRO 1 reduces gradients once per step and ZeRO 2 and 3 once per micro-batch. ZeRO 1 and 2 gather new weights once
+    per step, ZeRO 3 gathers weights twice per micro-batch. The all-reduce of ZeRO 0 counts as both.
+    """
+    training, zero_stage = config.training, config.parallel.zero_stage
+    width = DTYPES[config.precision.compute].itemsize
+    micro_batches = training.global_batch_size // (data_size * training.micro_batch_size)
+    gradient_width = DTYPES[config.precision.gradient_accumulation].itemsize if zero_stage == 1 else width
+    if zero_stage == 3:
+        payload = parameters * width * 3 * micro_batches
+    elif zero_stage == 2:
+        payload = parameters * (width * micro_batches + width)
+    else:
+        payload = parameters * (gradient_width + width)
+    return payload * (data_size - 1) / data_size

@@ -1,49 +1,48 @@
-"""How much a model computes.
+"""The FLOPs of a model.
 
-Protocol: a multiply-add is 2 FLOPs. Matrix products, attention products and the transforms count; norms, activations,
-softmax, rotations and the router's comparisons do not. A DCT or its inverse counts 2.5 d log2 d, the FFT's number,
-whatever computes it.
+A multiply-add is 2 FLOPs. Matrix products, attention products and the transforms are counted; norms, activations,
+softmax, rotations and the router's comparisons are not. A DCT or its inverse counts 2.5 d log2 d, as many as an FFT
+takes, whatever algorithm computes it.
 
                     forward                                          backward
-    products        one                                              two: of what is multiplied and of the weight
-    attention       two (scores, and values by them)                 four
+    products        one                                              two: gradients of the input and of the weight
+    attention       two: the scores, and their product with values   four
     DCT mixing      an inverse, and a transform where the router     a transform of the gradient and an inverse
-                    has not made it of the same rows
+                    has not transformed the same rows
     router          a transform of every row, and one more where     one, where H has a gradient
                     H has a gradient
     RBF features    one                                              one: their frequencies are not trained
 
-These are the model's FLOPs, by which runs are compared. What a kernel computes again in the backward pass (the scores)
-is not counted; layers that are recomputed are, where it is asked for.
+These are model FLOPs, by which runs are compared. What a kernel computes again in the backward pass (the scores) is
+never counted. The forward pass of recomputed layers is counted on request.
 
-Causal attention counts the (T + 1) / 2 keys that a query sees on average, T being those that give keys. With
-``count_masked`` it counts all T, as papers often do and as a counter does that watches a kernel without causal
-skipping; savings by routing look larger by it at long sequences.
+A causal query sees (T + 1) / 2 keys on average, where T is the number of tokens that give keys, and that many are
+counted. With ``count_masked`` all T are counted, as papers often do and as a counter sees them in a kernel that does
+not skip masked keys. Routing then seems to save more at long sequences.
 
-In the FLOPs, ``attention_share`` is the share of all layers' tokens that take attention, as a run logs it on average:
-the first (DCT) and last (attention) layer are part of it. A soft router computes every operator for every token.
+H is the spectral entropy, d the number of channels. A soft router computes every operator for every token.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from megachiar.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of one token, by part.
+    """FLOPs of one token, by part of the model.
 
     Attributes:
-        attention: projections and products; of them ``products`` are those of queries with keys and values.
-        products: see there.
-        spectral: transforms, for routing and for mixing.
+        attention: projections and products of attention.
+        products: the part of ``attention`` that multiplies queries with keys and scores with values.
+        spectral: transforms, for routing and for DCT mixing.
         rbf: features, products and projection of RBF mixing.
-        gates: of soft and hard routers and of the MetaRouter.
-        feed_forward: of all layers.
-        head: the logits.
+        gates: gates of soft and hard routers and of the MetaRouter.
+        feed_forward: feed-forward sub-layers.
+        head: logits.
     """
 
     attention: float
@@ -56,11 +55,12 @@ class TokenFlops:
 
     @property
     def operators(self) -> float:
-        """Of the operator sub-layers alone, routing included: what routing can save."""
+        """Return the FLOPs of the operator sub-layers with their routing, which are those that routing can save."""
         return self.attention + self.spectral + self.rbf + self.gates
 
     @property
     def total(self) -> float:
+        """Return the FLOPs of all parts."""
         return self.operators + self.feed_forward + self.head
 
 
@@ -73,24 +73,32 @@ def forward_flops_per_token(
     count_masked: bool = False,
     backward: bool = False,
 ) -> TokenFlops:
-    """FLOPs of one token's forward pass, mean over a sequence of ``sequence_length`` tokens.
+    """Return the FLOPs of one token's forward pass, averaged over a sequence.
 
     Args:
-        config: of the model.
-        sequence_length: T.
-        attention_share, rbf_share: of all layers' tokens, those that take the operator.
-        count_masked: count keys that a query does not see.
-        backward: of the backward pass instead.
+        config: config of the model.
+        sequence_length: tokens of the sequence.
+        attention_share: share of all layers' tokens that take attention, as a run logs it. The first layer (DCT) and
+            the last (attention) are part of it.
+        rbf_share: share of all layers' tokens that take RBF mixing.
+        count_masked: whether keys are counted that a query does not see.
+        backward: whether to count the backward pass instead.
     """
     routed = len(config.routed_layers)
-    shares = (attention_share * config.num_layers - 1, rbf_share * config.num_layers)
-    shares = tuple(share / routed for share in shares) if routed else (1.0, 0.0)
-    options = {"count_masked": count_masked, "backward": backward}
-    parts = [
-        layer_flops_per_token(config, index, sequence_length, *shares, **options) for index in range(config.num_layers)
+    layers = [
+        layer_flops_per_token(
+            config,
+            index,
+            sequence_length,
+            attention_share=(attention_share * config.num_layers - 1) / routed if routed else 1.0,
+            rbf_share=rbf_share * config.num_layers / routed if routed else 0.0,
+            count_masked=count_masked,
+            backward=backward,
+        )
+        for index in range(config.num_layers)
     ]
-    stack = TokenFlops(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
-    return replace(stack, head=(4 if backward else 2) * config.hidden_size * config.vocab_size)
+    sums = {field.name: sum(getattr(layer, field.name) for layer in layers) for field in fields(TokenFlops)}
+    return replace(TokenFlops(**sums), head=(4 if backward else 2) * config.hidden_size * config.vocab_size)
 
 
 def layer_flops_per_token(
@@ -103,34 +111,35 @@ def layer_flops_per_token(
     count_masked: bool = False,
     backward: bool = False,
 ) -> TokenFlops:
-    """FLOPs of one token's pass through layer ``index``; the shares are those of a routed layer's tokens."""
+    """Return the FLOPs of one token's pass through layer ``index`` (from 0).
+
+    The shares are those of a routed layer's tokens; other arguments are as in ``forward_flops_per_token``.
+    """
     d, router = config.hidden_size, config.router
-    routed, spectral_only = index in config.routed_layers, config.kind == "chiar" and index == 0
-    three = routed and len(router.operators) == 3
-    attends, mixes, by_rbf = 1.0, 0.0, 0.0
-    if spectral_only:
-        attends, mixes = 0.0, 1.0
-    elif routed and router.kind == "soft":
-        mixes, by_rbf = 1.0, float(three)
-    elif routed:
-        by_rbf = rbf_share if three else 0.0
-        attends, mixes = attention_share, 1 - attention_share - by_rbf
+    is_routed, is_dct_layer = index in config.routed_layers, config.kind == "chiar" and index == 0
+    has_rbf = is_routed and "rbf" in router.operators
+    has_gate = is_routed and router.kind in ("soft", "hard")
+    shares = _operator_shares(config, index, attention_share, rbf_share)
     passes = 2 if backward else 1
 
-    with_keys = attends if routed and config.attention.keys == "routed" else float(not spectral_only)
-    products = passes * attends * 4 * d * _seen(with_keys * sequence_length, count_masked)
-    projections = passes * (attends + with_keys) * 4 * d * d
+    key_share = shares["attention"] if is_routed and config.attention.keys == "routed" else float(not is_dct_layer)
+    seen = _seen_keys(key_share * sequence_length, count_masked)
+    products = passes * shares["attention"] * 4 * d * seen
+    projections = passes * (shares["attention"] + key_share) * 4 * d * d
 
-    has_slope = routed and (router.kind in ("soft", "hard") or router.collapse_weight > 0)
-    unknown = spectral_only or config.norm == "pre"  # the router has not transformed these rows
-    transforms = 2 * mixes + has_slope if backward else routed + has_slope + (1 + unknown) * mixes
+    entropy_has_gradient = has_gate or (is_routed and router.collapse_weight > 0)
+    needs_transform = is_dct_layer or config.norm == "pre"  # the router has not transformed the rows that are mixed
+    if backward:
+        transforms = 2 * shares["dct"] + entropy_has_gradient
+    else:
+        transforms = is_routed + entropy_has_gradient + (1 + needs_transform) * shares["dct"]
 
     features = config.rbf.features
-    rbf = passes * by_rbf * (8 * features * _seen(sequence_length, count_masked) + 4 * features * d)
-    rbf += three * 2 * d * features
+    rbf = passes * shares["rbf"] * (8 * features * _seen_keys(sequence_length, count_masked) + 4 * features * d)
+    rbf += has_rbf * 2 * d * features
 
-    gates = routed * (router.kind in ("soft", "hard")) * 2 * (d + 1) * len(router.operators)
-    gates += spectral_only * (config.meta_router.pool == "causal") * 2 * d
+    gates = has_gate * 2 * (d + 1) * len(router.operators)
+    gates += is_dct_layer * (config.meta_router.pool == "causal") * 2 * d
     return TokenFlops(
         attention=projections + products,
         products=products,
@@ -142,13 +151,29 @@ def layer_flops_per_token(
     )
 
 
+def _operator_shares(config: ModelConfig, index: int, attention_share: float, rbf_share: float) -> dict[str, float]:
+    """Return the share of tokens for which layer ``index`` computes each operator.
+
+    The arguments are the shares of a routed layer. A soft router computes every operator for every token.
+    """
+    has_rbf = "rbf" in config.router.operators
+    if config.kind == "chiar" and index == 0:
+        return {"attention": 0.0, "dct": 1.0, "rbf": 0.0}
+    if index not in config.routed_layers:
+        return {"attention": 1.0, "dct": 0.0, "rbf": 0.0}
+    if config.router.kind == "soft":
+        return {"attention": 1.0, "dct": 1.0, "rbf": float(has_rbf)}
+    rbf_share = rbf_share if has_rbf else 0.0
+    return {"attention": attention_share, "dct": 1 - attention_share - rbf_share, "rbf": rbf_share}
+
+
 def transform_flops(d: int) -> float:
-    """FLOPs of a DCT of ``d`` channels, or of its inverse."""
+    """Return the FLOPs of a DCT of ``d`` channels, or of its inverse."""
     return 2.5 * d * math.log2(d)
 
 
-def _seen(keys: float, count_masked: bool) -> float:
-    """Keys of a sequence that a query sees on average."""
+def _seen_keys(keys: float, count_masked: bool) -> float:
+    """Return how many of a sequence's keys are counted for a query: all, or those that it sees on average."""
     return keys if count_masked else (keys + 1) / 2
 
 
@@ -161,7 +186,11 @@ def training_flops_per_token(
     count_masked: bool = False,
     recomputed: bool = False,
 ) -> float:
-    """FLOPs of one token's forward and backward pass; with ``recomputed``, of the layers' second forward pass too."""
+    """Return the FLOPs of one token's forward and backward pass.
+
+    With ``recomputed`` the second forward pass of the layers is counted too. The other arguments are as in
+    ``forward_flops_per_token``.
+    """
     forward, backward = (
         forward_flops_per_token(
             config, sequence_length, attention_share, rbf_share, count_masked=count_masked, backward=b

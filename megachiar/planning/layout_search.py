@@ -1,4 +1,4 @@
-"""Which layouts a config fits a cluster in, and which of them should be fastest."""
+"""Find the layouts in which a config fits a cluster, and estimate which of them is fastest."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from megachiar.planning.rank_plan import RankPlan, plan_ranks
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster.
+    """A cluster of GPUs.
 
     Attributes:
-        gpus, gpus_per_node: in all, and those that share a node.
-        memory: bytes of a GPU that a run may use.
-        flops: FLOP/s a GPU reaches in matrix products.
-        node_bandwidth, network_bandwidth: bytes/s a GPU sends within its node and beyond.
+        gpus: number of GPUs.
+        gpus_per_node: number of GPUs that share a node.
+        memory: bytes of each GPU that a run may use.
+        flops: FLOP/s that a GPU reaches in matrix products.
+        node_bandwidth: bytes/s that a GPU sends within its node.
+        network_bandwidth: bytes/s that a GPU sends to other nodes.
     """
 
     gpus: int
@@ -32,14 +34,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class LayoutCandidate:
-    """A layout that fits.
+    """A layout in which the run fits the cluster.
 
     Attributes:
-        config: of the run under it.
-        overrides: what differs from the config that was given, as ``--set`` takes it.
-        memory: bytes of its fullest rank.
-        seconds: of a step, estimated.
-        reason: where the time goes.
+        config: config of the run under this layout.
+        overrides: what differs from the config that was given, in the form that ``--set`` takes.
+        memory: bytes on the rank that needs most.
+        seconds: estimated time of a step.
+        reason: how the time of a step divides.
     """
 
     config: RunConfig
@@ -50,13 +52,16 @@ class LayoutCandidate:
 
 
 def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandidate], Counter[str]]:
-    """Layouts of all GPUs, fastest first, and why others were left out. The batch and the model stay as they are."""
+    """Return the layouts that use all GPUs, fastest first, and how many were left out for which reason.
+
+    The model and the global batch are those of ``config`` in every layout.
+    """
     fitting: list[LayoutCandidate] = []
     refused: Counter[str] = Counter()
-    for overrides in _candidates(config, machine):
+    for data_size, overrides in _candidates(config, machine):
         try:
-            candidate = _with(config, overrides)
-            stages = plan_ranks(candidate, candidate.parallel.data_size)
+            candidate = _with_overrides(config, overrides)
+            stages = plan_ranks(candidate, data_size)
         except (ConfigError, UserError):
             refused["do not divide the model or the batch"] += 1
             continue
@@ -64,14 +69,21 @@ def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandid
         if memory > machine.memory:
             refused["need too much memory"] += 1
             continue
-        seconds, reason = _time(candidate, machine, stages)
-        text = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()]
-        fitting.append(LayoutCandidate(candidate, text, memory, seconds, reason))
+        seconds, reason = _estimate_step_time(candidate, data_size, machine, stages)
+        fitting.append(
+            LayoutCandidate(
+                config=candidate,
+                overrides=[f"{key}={_yaml_scalar(value)}" for key, value in overrides.items()],
+                memory=memory,
+                seconds=seconds,
+                reason=reason,
+            )
+        )
     return sorted(fitting, key=lambda layout: (layout.seconds, layout.memory)), refused
 
 
-def _candidates(config: RunConfig, machine: Machine) -> Iterator[dict[str, object]]:
-    """Overrides of all layouts worth a look: a tensor group stays within a node."""
+def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield data-parallel size and overrides of each layout to plan; a tensor-parallel group stays within a node."""
     model = config.model
     for tp in _divisors(machine.gpus_per_node):
         for pp in _divisors(machine.gpus // tp):
@@ -84,42 +96,58 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[dict[str, objec
             for micro in (size for size in (1, 2, 4, 8, 16, 32) if share % size == 0):
                 for zero in (1,) if pp > 1 else (1, 2, 3) if dp > 1 else (1,):
                     for recompute in (None, 1):
-                        yield {
-                            "parallel.pipeline_size": pp,
-                            "parallel.tensor_size": tp,
-                            "parallel.data_size": dp,
-                            "parallel.sequence": tp > 1 and micro * config.sequence_length % tp == 0,
-                            "parallel.zero_stage": zero,
-                            "training.micro_batch_size": micro,
-                            "training.activation_checkpoint_interval": recompute or "null",
-                        }
+                        yield (
+                            dp,
+                            {
+                                "parallel.pipeline_size": pp,
+                                "parallel.tensor_size": tp,
+                                "parallel.data_size": dp,
+                                "parallel.sequence": tp > 1 and micro * config.sequence_length % tp == 0,
+                                "parallel.zero_stage": zero,
+                                "training.micro_batch_size": micro,
+                                "training.activation_checkpoint_interval": recompute,
+                            },
+                        )
 
 
-def _with(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+def _with_overrides(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+    """Return ``config`` with other values for some keys, such as ``parallel.tensor_size``."""
     mapping = config.model_dump(mode="json")
     for key, value in overrides.items():
         section, name = key.split(".")
-        mapping[section][name] = None if value == "null" else value
+        mapping[section][name] = value
     return parse_config(mapping, "layout")
 
 
-def _time(config: RunConfig, machine: Machine, stages: list[RankPlan]) -> tuple[float, str]:
-    """Seconds of a step and where they go."""
+def _yaml_scalar(value: object) -> str:
+    """Return an integer, a truth value or None as YAML writes it."""
+    return "null" if value is None else str(value).lower()
+
+
+def _estimate_step_time(
+    config: RunConfig, data_size: int, machine: Machine, stages: list[RankPlan]
+) -> tuple[float, str]:
+    """Return the estimated seconds of a step, and in words how they divide.
+
+    The slowest stage counts. Nothing that is sent is assumed to overlap with arithmetic.
+    """
     parallel, training = config.parallel, config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * parallel.data_size)
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
     arithmetic = max(stage.flops for stage in stages) / machine.flops
-    bubble = arithmetic * (parallel.pipeline_size - 1) / micro_batches
-    tensor = max(stage.traffic.tensor for stage in stages) / machine.node_bandwidth
-    in_node = parallel.tensor_size * parallel.data_size <= machine.gpus_per_node
-    between = machine.node_bandwidth if in_node else machine.network_bandwidth
-    data = max(stage.traffic.data for stage in stages) / between
-    pipeline = max(stage.traffic.pipeline for stage in stages) / machine.network_bandwidth
-    shares = {"bubble": bubble, "tensor traffic": tensor, "stages' traffic": pipeline, "replicas' traffic": data}
-    seconds = arithmetic + sum(shares.values())
-    listed = [f"{name} {part / seconds:.0%}" for name, part in shares.items() if part / seconds >= 0.005]
-    extra = ["forward passes are done again"] if training.activation_checkpoint_interval else []
-    return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *listed, *extra])
+    is_replicated_in_node = parallel.tensor_size * data_size <= machine.gpus_per_node
+    data_bandwidth = machine.node_bandwidth if is_replicated_in_node else machine.network_bandwidth
+    overheads = {
+        "pipeline bubble": arithmetic * (parallel.pipeline_size - 1) / micro_batches,
+        "tensor-parallel communication": max(stage.communication.tensor for stage in stages) / machine.node_bandwidth,
+        "pipeline communication": max(stage.communication.pipeline for stage in stages) / machine.network_bandwidth,
+        "data-parallel communication": max(stage.communication.data for stage in stages) / data_bandwidth,
+    }
+    seconds = arithmetic + sum(overheads.values())
+    shares = [f"{name} {part / seconds:.0%}" for name, part in overheads.items() if part / seconds >= 0.005]
+    recomputation = ["forward passes are recomputed"] if training.activation_checkpoint_interval else []
+    return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *shares, *recomputation])
 
 
 def _divisors(n: int) -> list[int]:
+    """Return the divisors of ``n``, ascending."""
     return [i for i in range(1, n + 1) if n % i == 0]

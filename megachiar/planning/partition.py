@@ -1,52 +1,90 @@
-"""Which layers each stage of a pipeline gets: the costliest stage costs as little as it can."""
+"""Which layers each pipeline stage gets: the cut under which the stage with the most FLOPs has the fewest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megachiar.config.model import ModelConfig
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline.
+
+    Attributes:
+        number: number of this stage, from 0.
+        count: number of stages; 1 without pipeline parallelism.
+        layers: numbers of the layers on this stage, from 0.
+    """
+
+    number: int
+    count: int
+    layers: range
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether the embedding is on this stage."""
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether the last norm, the head and the loss are on this stage."""
+        return self.number == self.count - 1
+
+
 def layer_groups(config: ModelConfig, interval: int | None) -> list[range]:
-    """Layers that a pipeline does not part: those whose activations are recomputed together."""
+    """Return the groups of layers that a pipeline does not separate: those that are recomputed together."""
     step = interval or 1
     return [range(start, min(start + step, config.num_layers)) for start in range(0, config.num_layers, step)]
 
 
-def stage_bounds(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[int]:
-    """Parts of ``pipeline_parts`` at which stages begin, and their number: the costliest stage costs least.
+def stage_bounds(
+    config: ModelConfig, interval: int | None, length: int, attention_share: float, stages: int
+) -> list[int]:
+    """Return the index in ``pipeline_parts`` of the first part of each stage, followed by the number of parts.
 
     Args:
-        config: of the model.
-        interval: as in ``pipeline_parts``.
+        config: config of the model.
+        interval: number of layers whose activations are recomputed together; None to keep all activations.
         length: tokens of a sequence.
-        share: of a routed layer's tokens that take attention, as far as is known.
-        stages: at most as many as ``layer_groups``.
+        attention_share: expected share of a routed layer's tokens that take attention.
+        stages: number of stages, at most that of ``layer_groups``.
     """
-    bounds = _group_bounds(config, interval, length, share, stages)
+    bounds = _group_bounds(config, interval, length, attention_share, stages)
     # Parts: the embedding goes with the first group, the norm and the head with the last.
     return [0, *(bound + 1 for bound in bounds[1:-1]), bounds[-1] + 3]
 
 
-def stage_layers(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[range]:
-    """Layers of each stage; arguments as of ``stage_bounds``."""
+def cut_into_stages(
+    config: ModelConfig, interval: int | None, length: int, attention_share: float, stages: int
+) -> list[Stage]:
+    """Return the stages of a pipeline; the arguments are those of ``stage_bounds``."""
     groups = layer_groups(config, interval)
-    bounds = _group_bounds(config, interval, length, share, stages)
-    return [range(groups[a].start, groups[b - 1].stop) for a, b in pairwise(bounds)]
+    bounds = _group_bounds(config, interval, length, attention_share, stages)
+    return [
+        Stage(number=number, count=stages, layers=range(groups[start].start, groups[stop - 1].stop))
+        for number, (start, stop) in enumerate(pairwise(bounds))
+    ]
 
 
-def _group_bounds(config: ModelConfig, interval: int | None, length: int, share: float, stages: int) -> list[int]:
-    """Groups of layers at which stages begin, and their number."""
-    layers = [layer_flops_per_token(config, index, length, share).total for index in range(config.num_layers)]
+def _group_bounds(
+    config: ModelConfig, interval: int | None, length: int, attention_share: float, stages: int
+) -> list[int]:
+    """Return the index in ``layer_groups`` of each stage's first group, followed by the number of groups."""
+    layers = [layer_flops_per_token(config, index, length, attention_share).total for index in range(config.num_layers)]
     costs = [sum(layers[i] for i in indices) for indices in layer_groups(config, interval)]
-    costs[-1] += forward_flops_per_token(config, length, share).head
+    costs[-1] += forward_flops_per_token(config, length, attention_share).head
     return balanced(costs, stages)
 
 
 def balanced(costs: Sequence[float], stages: int) -> list[int]:
-    """Bounds of ``stages`` runs of ``costs``, none empty, whose greatest sum is least; early runs take the ties."""
+    """Return the bounds of ``stages`` consecutive, nonempty runs of ``costs`` whose greatest sum is least.
+
+    Of cuts that are equally good, one with shorter early runs is taken.
+    """
     sums = [0.0, *accumulate(costs)]
     best = {(0, 0): (0.0, [0])}
     for stage in range(1, stages + 1):

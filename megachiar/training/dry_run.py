@@ -19,7 +19,7 @@ from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
 from megachiar.training.epochs import resolve_epochs
-from megachiar.training.run_data import describe_uses, open_data, refuse_too_small
+from megachiar.training.run_data import check_max_epochs, describe_source_usage, open_data
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
@@ -77,7 +77,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
         layers = stages[number].layers
         table.add_column(f"stage {number}: layers {layers.start + 1} to {layers.stop}", justify="right")
     plans = [stages[number] for number in shown]
-    memory, traffic = [plan.memory for plan in plans], [plan.traffic for plan in plans]
+    memory, traffic = [plan.memory for plan in plans], [plan.communication for plan in plans]
     rows = [
         ("parameters", [f"{plan.parameters:,}" for plan in plans]),
         ("memory", [gib(m.total) for m in memory]),
@@ -122,10 +122,10 @@ def _data_note(config: RunConfig) -> str:
         return f"not checked, since not on this machine: {', '.join(map(str, missing))}"
     try:
         data = open_data(config)
-        refuse_too_small(config, data)
+        check_max_epochs(config, data)
     except UserError as error:
         raise UserError(error.where, error.problem, error.remedy) from None
-    return "\n".join(describe_uses(config, data))
+    return "\n".join(describe_source_usage(config, data))
 
 
 def _missing(prefixes: Iterable[Path]) -> list[Path]:

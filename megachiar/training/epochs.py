@@ -8,7 +8,7 @@ from megachiar.config import RunConfig
 from megachiar.config.run_length import steps_of_epochs
 from megachiar.data.sampling.order import StreamOrder
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
 

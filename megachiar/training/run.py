@@ -7,7 +7,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
-from megachiar.checkpoint.checkpoint import compute_dtype
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
@@ -17,19 +16,21 @@ from megachiar.errors import UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
+from megachiar.model.dtypes import DTYPES
 from megachiar.topology import Topology, raise_together
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import Display, MetricsWriter
 from megachiar.training.peaks import why_no_utilisation
+from megachiar.training.restore import Progress, restore
 from megachiar.training.run_data import (
     RunData,
+    check_max_epochs,
     describe_seen_validation,
-    describe_uses,
+    describe_source_usage,
     open_data,
-    refuse_too_small,
 )
-from megachiar.training.start import Progress, begin, check_shared_folder, resolve_start
+from megachiar.training.start import check_shared_folder, resolve_start
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
 
@@ -65,10 +66,10 @@ def train(
     """Train with the process group and the data already there, from where the run starts to its last step."""
     start = resolve_start(config, topology, console.print)
     engine = Engine(config, topology, device)
-    introduce(config, engine, data, console)
-    progress, data = begin(engine, data, start, console.print)
-    refuse_too_small(config, data)
-    for line in (*describe_uses(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
+    log_run_header(config, engine, data, console)
+    progress, data = restore(engine, data, start, console.print)
+    check_max_epochs(config, data)
+    for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
     if progress.step >= config.steps:
@@ -99,7 +100,7 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
     return MetricsWriter(folder, config.logging.tensorboard, progress.step)
 
 
-def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
+def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
     """The first lines of the log: what runs, on what, from what."""
     topology, training = engine.topology, config.training
     count = build_model(config.model, seed=0, device="meta").parameter_count()
@@ -110,7 +111,7 @@ def introduce(config: RunConfig, engine: Engine, data: RunData, console: Console
         f"ZeRO {config.parallel.zero_stage}, {config.precision.compute}, "
         f"optimizer: {engine.replica.optimizer_implementation}"
     )
-    dtype = compute_dtype(config)
+    dtype = DTYPES[config.precision.compute]
     kernels = describe_backends(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
     if training.compile is not None:
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")

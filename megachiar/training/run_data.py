@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megachiar.checkpoint.checkpoint import check_data, read_state
+from megachiar.checkpoint.compatibility import check_data
+from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.config.run_length import samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
@@ -48,7 +49,7 @@ class RunData:
         """What made the data, even where the tokenizer itself is gone; None where nothing tells."""
         return record_of_data(self.sources, self.tokenizer)
 
-    def going_on(self, history: DataHistory, step: int) -> RunData:
+    def continue_from(self, history: DataHistory, step: int) -> RunData:
         """The data of a run that goes on at ``step`` with this data, after what ``history`` says it has read.
 
         Raises:
@@ -56,7 +57,7 @@ class RunData:
         """
         if self.history.order != "keyed":
             return self
-        continued = history.going_on(self.history, step)
+        continued = history.continue_from(self.history, step)
         sources = dict(zip(continued.numbers_of(self.history.sources), self.training.sources, strict=True))
         return replace(self, history=continued, training=_stream(continued, continued.orders[-1], sources))
 
@@ -70,7 +71,7 @@ def open_data(config: RunConfig) -> RunData:
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
         sources = open_sources([source.path for source in config.data.train], vocab_size)
-        history = _beginning(config, sources)
+        history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
         validation = {
             name: ValidationSet(prefix, length, vocab_size=vocab_size)
@@ -90,17 +91,17 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
 
     Raises:
         UserError: there is no such step.
-        LaunchError: as ``open_data`` and ``checkpoint.check_data``; or a dataset that the step read is gone.
+        LaunchError: as ``open_data`` and ``check_data``; or a dataset that the step read is gone.
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
     config = resolve_epochs(config)
     data = open_data(config)
     start = find_start(config)
-    if start.goes_on:
+    if start.continues:
         state = read_state(start.path)
         check_data(start.path, state, config, data.history)
-        data = data.going_on(state.data, state.step)
+        data = data.continue_from(state.data, state.step)
     history = data.history
     positions = history.samples_of(step)
     order = history.order_at(positions.start)
@@ -126,8 +127,8 @@ def _record(source: TokenSource) -> SourceRecord:
     )
 
 
-def _beginning(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
-    return DataHistory.beginning(
+def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
+    return DataHistory.initial(
         [(_record(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
         config.sequence_length,
         config.training.global_batch_size,
@@ -154,7 +155,7 @@ def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSo
         raise LaunchError(error.where, error.problem, error.remedy) from error
 
 
-def refuse_too_small(config: RunConfig, data: RunData) -> None:
+def check_max_epochs(config: RunConfig, data: RunData) -> None:
     """Refuse to pass over a source more often than ``data.max_epochs``.
 
     Raises:
@@ -174,15 +175,15 @@ def refuse_too_small(config: RunConfig, data: RunData) -> None:
             )
 
 
-def source_uses(config: RunConfig, data: RunData) -> list[SourceUse]:
+def source_usage(config: RunConfig, data: RunData) -> list[SourceUse]:
     """What the whole run takes from each of the sources that it reads now."""
     return data.training.describe(data.history.samples_before(config.steps))
 
 
-def describe_uses(config: RunConfig, data: RunData) -> list[str]:
+def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
     """A line for each source; what is passed over too often says so."""
     lines = []
-    for use in source_uses(config, data):
+    for use in source_usage(config, data):
         line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
         if config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
             line += " (small for its weight: repeated text teaches ever less)"

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.checkpoint.checkpoint import CONFIG_FILE
+from megachiar.checkpoint.format import CONFIG_FILE
 from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.data.storage.files import manifest_path
@@ -44,7 +44,7 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
     if path is None:
         return None
     if known is None:
-        tokenizer = load_tokenizer(path)
+        tokenizer: Tokenizer = load_tokenizer(path)
     else:
         prefix, manifest = known
         tokenizer = load_as_recorded(path, manifest.tokenizer, manifest_path(prefix))

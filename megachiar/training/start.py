@@ -13,20 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
-from rich.markup import escape
 
-from megachiar.checkpoint import checkpoint as checkpoints
+from megachiar.checkpoint.format import STATE_FILE, complete_checkpoints, find_damage, locate_checkpoint, read_state
 from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together
-from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
-
-if TYPE_CHECKING:  # to decide needs neither engine nor data
-    from megachiar.engine.engine import Engine
-    from megachiar.training.run_data import RunData
 
 VISIBLE_WITHIN_S = 10.0
 """Seconds that another host may take to see what a shared file system shows rank 0."""
@@ -48,24 +42,9 @@ class Start:
     step: int = 0
 
     @property
-    def goes_on(self) -> bool:
+    def continues(self) -> bool:
         """Whether optimizer, step and position in the data come from the checkpoint too."""
         return self.kind in ("all", "resumed")
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps taken.
-        samples: training samples consumed.
-        saved_step: step of the newest checkpoint; None before the first.
-    """
-
-    step: int = 0
-    samples: int = 0
-    saved_step: int | None = None
 
 
 def resolve_start(config: RunConfig, topology: Topology, say: Callable[[str], None]) -> Start:
@@ -96,42 +75,13 @@ def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None
     """
     own = _newest(config.checkpoint_folder, say)
     if own is not None:
-        return Start("resumed", own, checkpoints.read_state(own).step)
+        return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
-    other = checkpoints.find_checkpoint(config.checkpoint.load_from)
+    other = locate_checkpoint(config.checkpoint.load_from)
     if config.checkpoint.load == "weights":
         return Start("weights", other)
-    return Start("all", other, checkpoints.read_state(other).step)
-
-
-def begin(engine: Engine, data: RunData, start: Start, say: Callable[[str], None]) -> tuple[Progress, RunData]:
-    """Bring the engine to ``start``; every rank calls it.
-
-    Returns:
-        how far the run is, and its data from there on.
-
-    Raises:
-        UserError: the checkpoint is damaged, of another model, or of data that ``data.on_change`` does not allow.
-    """
-    if start.kind == "fresh":
-        return Progress(), data
-    if start.kind == "weights":
-        checkpoints.start_from(engine, start.path)
-        say(f"weights from {start.path}; optimizer, schedule and data start anew")
-        for line in describe_other_tokenizer(start.path, data.tokenizer_record):
-            say(f"[yellow]  {escape(line)}[/]")
-        return Progress(), data
-    check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
-    changes = checkpoints.check_data(start.path, checkpoints.read_state(start.path), engine.config, data.history)
-    state = checkpoints.resume(engine, start.path)
-    what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
-    say(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
-    for line in (*lines, *checkpoints.describe_mask_change(start.path, engine.config)):
-        say(f"[yellow]  {escape(line)}[/]")
-    saved = state.step if start.kind == "resumed" else None
-    return Progress(state.step, state.samples, saved), data.going_on(state.data, state.step)
+    return Start("all", other, read_state(other).step)
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:
@@ -193,14 +143,14 @@ def _from_rank_0(value: Any) -> Any:
 
 def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     for path in sorted(folder.glob("step_*")):
-        if not path.name.endswith(".incomplete") and (problem := checkpoints.damage(path)):
+        if not path.name.endswith(".incomplete") and (problem := find_damage(path)):
             say(f"[yellow]passing over {path}: {problem}[/]")
-    whole = checkpoints.whole_checkpoints(folder)
-    return whole[-1] if whole else None
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / checkpoints.STATE_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
 
 
 def _why_unseen(decision: _Decision) -> UserError | None:
@@ -218,7 +168,7 @@ def _why_unseen(decision: _Decision) -> UserError | None:
 
 def _difference(checkpoint: Path, fingerprint: str) -> str | None:
     """How ``checkpoint`` differs from the whole one of that fingerprint; None if it does not."""
-    problem = checkpoints.damage(checkpoint)
+    problem = find_damage(checkpoint)
     if problem is None and _fingerprint(checkpoint) != fingerprint:
         return "stands another one"
     return problem

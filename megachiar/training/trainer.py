@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import time
 
-from megachiar.checkpoint import checkpoint as checkpoints
+from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
-from megachiar.engine.engine import Engine, StepResult
+from megachiar.engine.engine import Engine
+from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.evaluation import evaluate
 from megachiar.training.metrics import Display, MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
+from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
-from megachiar.training.start import Progress
 
 
 class Diverged(UserError):
@@ -152,7 +153,7 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
-        path = checkpoints.save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
+        path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
 

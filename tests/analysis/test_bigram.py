@@ -14,7 +14,7 @@ from support import python
 
 from megachiar.analysis.bigram import bigram_baseline, fit_bigram, fit_discounts
 from megachiar.data.sampling.dataset import ValidationSet
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 VOCABULARY = 13

@@ -23,7 +23,7 @@ from megachiar.analysis.calibration import (
     spread_windows,
     token_counts,
 )
-from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
+from megachiar.checkpoint.format import complete_checkpoints, read_weights
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.kernels.spectral import white_noise_entropy
@@ -138,7 +138,7 @@ def test_tau_of_the_embedding_is_the_middle_of_its_percentiles(run_folder):
     done = forked_python(TOOL, run_folder, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    weights = read_weights(whole_checkpoints(run_folder / "checkpoints")[-1])
+    weights = read_weights(complete_checkpoints(run_folder / "checkpoints")[-1])
     tokens = np.asarray(TokenSource(run_folder.parent / "train").dataset.tokens).astype(np.int64)
     h = entropy_oracle(weights["embedding.weight"].detach().numpy())[tokens]
     (place,) = found["places"]
@@ -158,7 +158,7 @@ def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_fold
     router = yaml.safe_load(done.stdout[done.stdout.index("# under model.router") :])
     assert len(router["tau"]) == 2
     assert "white noise" in done.stdout and "layer 2" in done.stdout and "layer 3" in done.stdout
-    checkpoint = whole_checkpoints(run_folder / "checkpoints")[-1]
+    checkpoint = complete_checkpoints(run_folder / "checkpoints")[-1]
     config = load_config(checkpoint / "config.yaml").model
     routed = config.model_copy(update={"router": type(config.router)(**router)})
     model = build_model(routed, seed=0).eval()

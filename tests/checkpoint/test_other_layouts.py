@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from support import pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import read_weights, whole_checkpoints
-from megachiar.checkpoint.sharded_tensors import ShardWriter, Store
+from megachiar.checkpoint.format import complete_checkpoints, read_weights
+from megachiar.checkpoint.sharded_tensors import ShardReader, ShardWriter
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
@@ -54,7 +54,9 @@ def test_a_run_goes_on_under_any_layout(tmp_path):
     for key in ("loss", "gradient_norm"):
         expected = np.array([r[key] for r in undisturbed])
         assert np.abs(np.array([r[key] for r in journey]) / expected - 1).max() <= 2e-6, key
-    ours, theirs = (read_weights(whole_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("run", "undisturbed"))
+    ours, theirs = (
+        read_weights(complete_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("run", "undisturbed")
+    )
     assert set(ours) == set(theirs)
     assert any(name.endswith("rbf.frequencies") for name in ours)
     distance = sum((ours[n] - theirs[n]).double().square().sum() for n in ours)
@@ -64,7 +66,7 @@ def test_a_run_goes_on_under_any_layout(tmp_path):
 def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
     config = make_run(tmp_path)
     pretrain(config, "training.steps=1", TP2, PP2, ranks=4, fresh=True)  # each with an order of sets of its own
-    (checkpoint,) = whole_checkpoints(tmp_path / "run" / "checkpoints")
+    (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
     assert len(sizes) == 8
     numbers = 0
@@ -78,7 +80,7 @@ def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
 @pytest.mark.parametrize("readers", [1, 2, 3, 6])
 @pytest.mark.parametrize("shard", [None, Shard(0), Shard(1), Shard(0, 2)], ids=str)
 def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
-    """Against numpy: a tensor of distinct numbers, written in pieces, read in others."""
+    """Against numpy: a tensor of distinct numbers, written in shards of one layout, read in those of another."""
     whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
     for rank in range(writers):
         writer = ShardWriter(_place(rank, writers))
@@ -86,10 +88,10 @@ def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
         if writer.is_mine(shard):
             writer.add("w", None, piece, shard if writers > 1 else None)
         writer.write(tmp_path)
-    store = Store(tmp_path)
-    assert torch.equal(store.whole("w"), whole)
+    reader = ShardReader(tmp_path)
+    assert torch.equal(reader.whole("w"), whole)
     for rank in range(readers):
-        part = store.part("w", shard if readers > 1 else None, TensorParallelGroup(rank, readers))
+        part = reader.part("w", shard if readers > 1 else None, TensorParallelGroup(rank, readers))
         expected = whole.numpy() if shard is None or readers == 1 else _cut(whole.numpy(), shard, rank, readers)
         np.testing.assert_array_equal(part.numpy(), expected)
 

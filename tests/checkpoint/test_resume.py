@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import checkpoint_name, damage, whole_checkpoints
+from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage
 from megachiar.launch import EXIT_STOPPED
 from megachiar.training.metrics import read_metrics
+
+pytestmark = pytest.mark.every_python
 
 STEPS = 10
 
@@ -109,7 +111,7 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_losses(tmp_path):
         process.kill()
         process.wait()
         for path in (tmp_path / "b" / "run" / "checkpoints").glob("step_*"):
-            assert path.name.endswith(".incomplete") or damage(path) is None
+            assert path.name.endswith(".incomplete") or find_damage(path) is None
     pretrain(config, "training.steps=30")
     assert losses(tmp_path / "b" / "run") == losses(tmp_path / "a" / "run")
     assert not list((tmp_path / "b" / "run" / "checkpoints").glob("*.incomplete"))
@@ -129,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
             victim.unlink()
         else:
             (checkpoint / "state.json").unlink()
-    assert whole_checkpoints(folder)[-1].name == checkpoint_name(7)
+    assert complete_checkpoints(folder)[-1].name == checkpoint_name(7)
     (output,) = pretrain(config)
     assert "passing over" in output and "step 7" in output
     assert losses(tmp_path / "run") == whole
@@ -138,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 def test_only_the_newest_are_kept_and_a_finished_run_is_left_alone(tmp_path):
     config = make_run(tmp_path)
     pretrain(config, "checkpoint.keep=2")
-    assert [p.name for p in whole_checkpoints(tmp_path / "run" / "checkpoints")] == [
+    assert [p.name for p in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [
         checkpoint_name(9),
         checkpoint_name(10),
     ]
@@ -157,8 +159,11 @@ def test_more_steps_can_be_asked_for_later(tmp_path):
 
 
 REFUSED = {
-    "another model": (["model.hidden_size=64"], "model.hidden_size 32 there, 64 here"),
-    "another operator set": (["model.kind=baseline"], "model.kind 'chiar' there, 'baseline' here"),
+    "another model": (["model.hidden_size=64"], "model.hidden_size is 32 in the checkpoint and 64 in the config"),
+    "another operator set": (
+        ["model.kind=baseline"],
+        "model.kind is 'chiar' in the checkpoint and 'baseline' in the config",
+    ),
     "another seed": (["training.seed=7"], "training.seed: was 1234"),
     "another batch": (["training.global_batch_size=16"], "training.global_batch_size"),
     "another length": (["data.sequence_length=16"], "data.sequence_length: was 32"),
@@ -181,7 +186,7 @@ def test_what_does_not_go_on_is_refused_and_nothing_is_lost(tmp_path):
         for (name, (_, message)), output in zip(REFUSED.items(), outputs, strict=True):
             assert message in " ".join(output.split()), (name, output)
             assert "Traceback" not in output and "remedy:" in output, name
-    state = whole_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
+    state = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
     written = state.read_text()
     state.write_text(written.replace('"format_version": 3', '"format_version": 2'))
     assert "format_version 2" in refuse([])  # passed over, the run would begin anew

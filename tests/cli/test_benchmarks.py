@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import forked_python, python
 
-from megachiar.benchmark import Spread, Times, in_turn, timed
+from megachiar.benchmark import Spread, Times, measure_interleaved, timed
 from megachiar.cli import bench_train
 from megachiar.errors import UserError
 
@@ -27,7 +27,7 @@ for line in sys.stdin:
 def test_contenders_take_turns_and_a_ratio_is_of_the_same_round():
     calls = []
     clock = {"a": iter([1.0, 2.0, 3.0]), "b": iter([2.0, 8.0, 9.0])}
-    times = in_turn({n: lambda n=n: calls.append(n) or next(clock[n]) for n in clock}, 3)
+    times = measure_interleaved({n: lambda n=n: calls.append(n) or next(clock[n]) for n in clock}, 3)
     turns = [calls[i : i + 2] for i in (0, 2, 4)]
     assert all(sorted(turn) == ["a", "b"] for turn in turns) and len(set(map(tuple, turns))) == 2, "in either order"
     assert times.spread("a") == Spread(2.0, 1.5, 2.5)

@@ -43,8 +43,10 @@ def test_overrides_are_kept_in_the_order_they_are_given_in(arguments):
 def test_a_short_override_takes_no_word_after_it():
     parser = config_parser()
     add_run_argument(parser)
-    options = parser.parse_args(["--config", "x", "--data.train.0.path=a b=c\nd", "runs/tiny"])
-    assert options.overrides == ["data.train.0.path=a b=c\nd"] and str(options.run) == "runs/tiny"
+    words = ["--config", "x", "--data.train.0.path=a b=c\nd", "--data.validation.my-set=e", "runs/tiny"]
+    options = parser.parse_args(words)
+    assert options.overrides == ["data.train.0.path=a b=c\nd", "data.validation.my-set=e"]
+    assert str(options.run) == "runs/tiny"
 
 
 def test_an_option_of_several_values_keeps_those_of_every_use():

@@ -21,6 +21,8 @@ from megachiar.errors import UserError
 from megachiar.topology import LaunchError, data_parallel_size
 from megachiar.training.schedule import learning_rate
 
+pytestmark = pytest.mark.every_python
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The contract with DeepSpeed: each private name that we use is there, and stands in one file."""
+"""The contract with DeepSpeed: it has each private name that we use, and one file of ours alone uses them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megachiar"
 PATCHES = Path(deepspeed_patches.__file__)
 DOCUMENTED_MODULES = {"deepspeed", "deepspeed.pipe", "deepspeed.utils", "deepspeed.accelerator"}
 COMMON_WORDS = {"compile", "optimizer", "parts", "dynamic", "skipped_steps"}
-"""Private names of DeepSpeed's that our own objects have too, which a search by name cannot tell apart."""
+"""Private names of DeepSpeed that objects of ours have too, so that a search by name cannot tell them apart."""
 
 
 def private_words() -> set[str]:
@@ -26,7 +26,7 @@ def private_words() -> set[str]:
 
 
 def used_words(source: str) -> set[str]:
-    """Attributes that the source reads or sets, and names in its ``getattr``, ``hasattr`` and ``setattr``."""
+    """Return the attributes that the source reads or sets, by dot or by ``getattr``, ``hasattr`` and ``setattr``."""
     tree = ast.parse(source)
     words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
@@ -91,7 +91,7 @@ def test_private_names_stand_in_one_file():
 
 
 def test_no_entry_is_left_over():
-    """A name that is listed is also used: it stands in the file outside of the tables."""
+    """A name that is listed is also used: it occurs in the file outside the tables."""
     text = re.sub(r"(?s)\nPRIVATE_\w+ = \{.*?\n\}", "", PATCHES.read_text())
     assert {word for word in private_words() if not re.search(rf"\b{word}\b", text)} == set()
 

@@ -1,4 +1,4 @@
-"""The losses of a run do not depend on its layout: the table of layouts in the README, and the proof of it.
+"""The losses of a run do not depend on its layout. ``docs/correctness.md`` shows the table that this file prints.
 
 ``pytest tests/engine/test_layouts.py -m "slow or not slow" -s`` prints the table.
 """
@@ -23,8 +23,8 @@ OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse
 DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
-# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences, of which the replicas of a
-# layout have their share.
+# name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
+# divide the same batch.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1 process, micro-batch 8": (1, [MICRO + "8"]),
     "1 process, recompute 2": (1, [RECOMPUTE + "2"]),
@@ -50,7 +50,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp 4, ZeRO 2, micro-batch 1": (4, [ZERO + "2", MICRO + "1"]),
     "tp 2, pp 2, dp 2, sequence": (8, [TP + "2", PP + "2", SP]),
 }
-# The regulariser is one of each micro-batch: these have the single process's micro-batches.
+# The regulariser depends on how the batch is cut into micro-batches: these layouts have those of the single process.
 REGULARISED_LAYOUTS = {
     "regularised: pp 2, recompute 2": (2, [REGULARISED, PP + "2", RECOMPUTE + "2"]),
     "regularised: dp 2, ZeRO 2": (2, [REGULARISED, ZERO + "2"]),
@@ -62,7 +62,7 @@ DOCUMENT_LAYOUTS = {
     "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
 }
 EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS
-# Against one process of the same precision: routes of tokens near tau differ, and losses with them.
+# Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
     "bf16: pp 2": (2, [BF16, PP + "2"]),
@@ -74,7 +74,7 @@ HALF_LAYOUTS = {
     "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
     "fp16, regularised: pp 2": (2, [FP16, REGULARISED, PP + "2"]),
 }
-# Trained as CHIAR alone, to save time: what they add to the others has nothing to do with routing.
+# Trained with CHIAR layers only, to save time: what these layouts add to the others does not depend on the layers.
 CHIAR_ONLY = {
     "1 process, recompute 2",
     "dp 2, ZeRO 0",
@@ -90,8 +90,8 @@ CHIAR_ONLY = {
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
-# The fast tests: each way to share the work, each ZeRO stage and precision, offload, recomputation, the regulariser and
-# documents, each alone or with what it meets in the code. `pytest -m slow` trains the others.
+# The fast tests: each way to divide the work, each ZeRO stage and precision, offload, recomputation, the regulariser,
+# and documents, each alone or with what interacts with it. `pytest -m slow` trains the others.
 FAST = {
     "1 process, micro-batch 8",
     "1 process, recompute 2",
@@ -112,12 +112,12 @@ FAST = {
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
     "fp16, regularised: pp 2",
 }
-# Of the baseline, whose layers are those of CHIAR without a router: stages, and one in 16 bits. What a tensor group
-# does with them is in test_model_shards.
+# The fast tests of the baseline, whose layers are those of CHIAR without a router: stages, and one run in 16 bits.
+# tests/model/test_shards.py tests what a tensor-parallel group does with its layers.
 FAST_BASELINE = {"pp 2, recompute 1", "bf16: dp 2, ZeRO 2"}
 SINGLE = "1 process"
-# The runs of one process that the others are compared with.
-SINGLES = {
+# The runs of one process that the other runs are compared with.
+REFERENCES = {
     SINGLE: [ZERO + "0"],
     f"regularised: {SINGLE}": [REGULARISED],
     f"documents: {SINGLE}": DOCUMENTS,
@@ -126,28 +126,36 @@ SINGLES = {
 }
 
 
-def asked(layouts: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrise a test by kind of model and layout."""
+def for_layouts(layouts: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by kind of model and by layout."""
     fast = {"chiar": FAST, "baseline": FAST_BASELINE}
     cases = [(kind, name) for kind in fast for name in layouts if kind == "chiar" or name not in CHIAR_ONLY]
     marked = [pytest.param(k, n, marks=[] if n in fast[k] else pytest.mark.slow, id=f"{k}-{n}") for k, n in cases]
     return pytest.mark.parametrize(("runs", "name"), marked, indirect=["runs"])
 
 
-def single_of(name: str) -> str:
-    """The run of one process that a layout is compared with."""
+def reference_of(name: str) -> str:
+    """Return the name of the run of one process that a layout is compared with."""
     kind, colon, _ = name.partition(": ")
     return f"{kind}: {SINGLE}" if colon else SINGLE
 
 
 class Runs:
-    """Recordings by layout, made when they are first asked for; ranks of one number do all their layouts in one go.
+    """The recorded runs of one kind of model, each trained when a test first needs it.
 
-    ``names``: the layouts that will be asked for.
+    Layouts with the same number of ranks are trained together, by the same processes.
+
+    Args:
+        folder: where datasets, config and recordings are written.
+        kind: ``model.kind``, chiar or baseline.
+        names: the layouts that tests of this session need.
     """
 
     def __init__(self, folder: Path, kind: str, names: set[str]):
-        self.folder, self.kind, self.names = folder, kind, names
+        self.folder = folder
+        self.kind = kind
+        self.names = names
+        self.lines: list[str] = []
         write_tokens(folder / "train")
         write_tokens(folder / "valid", seed=1, documents=4)
         config = small_config(folder)
@@ -155,48 +163,49 @@ class Runs:
         config["training"]["steps"] = STEPS
         self.config = write_config(folder / "config.yaml", config)
         self.recordings: dict[str, dict[str, np.ndarray]] = {}
-        singles = {single_of(n) for n in names}
-        self._run(1, {name: sets for name, sets in SINGLES.items() if name in singles | {SINGLE}})
-        self.lines: list[str] = []
+        references = {reference_of(n) for n in names} | {SINGLE}
+        self.train(1, {name: sets for name, sets in REFERENCES.items() if name in references})
 
-    def of(self, name: str) -> dict[str, np.ndarray]:
-        if name in SINGLES and name not in self.recordings:
-            self._run(1, {name: SINGLES[name]})
+    def recording(self, name: str) -> dict[str, np.ndarray]:
+        """Return the recording of the run under a layout."""
+        if name in REFERENCES and name not in self.recordings:
+            self.train(1, {name: REFERENCES[name]})
         elif name not in self.recordings:
             layouts = EXACT_LAYOUTS | HALF_LAYOUTS
             ranks = layouts[name][0]
-            self._run(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and n in self.names})
+            self.train(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and n in self.names})
         return self.recordings[name]
 
     def replayed(self, name: str) -> dict[str, np.ndarray]:
-        """The run under a layout, with the single process's routes."""
+        """Return the recording of a run under a layout that takes the routes of the single process."""
         ranks, sets = EXACT_LAYOUTS[name]
         key = f"{name}, replayed"
-        self._run(ranks, {key: sets}, replay=self.folder / f"{single_of(name)}.npz")
+        self.train(ranks, {key: sets}, replay=self.folder / f"{reference_of(name)}.npz")
         return self.recordings[key]
 
-    def _run(self, ranks: int, layouts: dict[str, list[str]], replay: Path | None = None) -> None:
+    def train(self, ranks: int, layouts: dict[str, list[str]], replay: Path | None = None) -> None:
+        """Train layouts, given by their overrides, with so many ranks; with the routes of the recording ``replay``."""
         described = {n: {"set": sets, "replay": replay and str(replay)} for n, sets in layouts.items()}
-        arguments = self.config, self.folder, json.dumps(described)
-        run_ranks(ranks, WORKER, *arguments, timeout=570, fresh=ranks == 2 and self.kind == "chiar")  # as launchers do
+        fresh = ranks == 2 and self.kind == "chiar"  # these ranks start as a launcher starts them
+        run_ranks(ranks, WORKER, self.config, self.folder, json.dumps(described), timeout=570, fresh=fresh)
         for name in layouts:
             self.recordings[name] = dict(np.load(self.folder / f"{name}.npz"))
 
 
 @pytest.fixture(scope="module")
 def runs_of(request, tmp_path_factory):
-    """kind -> its runs, of the layouts that are asked for in this session; their table is printed at the end."""
-    here = [item.callspec.params for item in request.session.items if item.path == request.path]
+    """Yield a function that returns the runs of a kind of model, and print their table at the end."""
+    selected = [item.callspec.params for item in request.session.items if item.path == request.path]
+    all_runs: list[Runs] = []
 
     @functools.cache
-    def made(kind: str) -> Runs:
-        names = {params["name"] for params in here if "name" in params and params["runs"] == kind}
-        all_made.append(Runs(tmp_path_factory.mktemp(kind), kind, names))
-        return all_made[-1]
+    def runs_of_kind(kind: str) -> Runs:
+        names = {params["name"] for params in selected if "name" in params and params["runs"] == kind}
+        all_runs.append(Runs(tmp_path_factory.mktemp(kind), kind, names))
+        return all_runs[-1]
 
-    all_made: list[Runs] = []
-    yield made
-    for runs in all_made:
+    yield runs_of_kind
+    for runs in all_runs:
         print(f"\n| {runs.kind} | loss | gradient norm | parameters | routes that flipped |\n|---|---|---|---|---|")
         print("\n".join(runs.lines))
 
@@ -206,13 +215,13 @@ def runs(request, runs_of) -> Runs:
     return runs_of(request.param)
 
 
-def of_kinds(*kinds):
+def for_kinds(*kinds):
     return pytest.mark.parametrize("runs", kinds, indirect=True)
 
 
-@asked(EXACT_LAYOUTS)
+@for_layouts(EXACT_LAYOUTS)
 def test_the_loss_does_not_depend_on_the_layout(runs, name):
-    single, other = runs.of(single_of(name)), runs.of(name)
+    single, other = runs.recording(reference_of(name)), runs.recording(name)
     flips = _flips(single, other)
     for margin in flips.values():
         assert margin < 1e-6, f"routes differ that no rounding explains: {flips}"
@@ -233,9 +242,9 @@ def test_the_loss_does_not_depend_on_the_layout(runs, name):
         assert _deviation(single["regulariser"], other["regulariser"]) <= 2e-6
 
 
-@asked(HALF_LAYOUTS)
+@for_layouts(HALF_LAYOUTS)
 def test_losses_in_16_bits_come_near(runs, name):
-    single, other = runs.of(single_of(name)), runs.of(name)
+    single, other = runs.recording(reference_of(name)), runs.recording(name)
     loss, norm = (_deviation(single[key], other[key]) for key in ("loss", "gradient_norm"))
     runs.lines.append(f"| {name} | {loss:.1e} | {norm:.1e} | | |")
     assert loss <= 1e-2
@@ -244,45 +253,48 @@ def test_losses_in_16_bits_come_near(runs, name):
         assert _deviation(single["regulariser"], other["regulariser"]) <= 1e-2
 
 
-@of_kinds("chiar", pytest.param("baseline", marks=pytest.mark.slow))  # its layouts with documents are
+@for_kinds("chiar", pytest.param("baseline", marks=pytest.mark.slow))  # as are its layouts with documents
 def test_documents_move_the_run(runs):
-    """What their comparisons stand on."""
-    assert _deviation(runs.of(SINGLE)["loss"][5:], runs.of(single_of("documents: "))["loss"][5:]) > 1e-4
+    """Without this the comparisons of layouts with documents would prove nothing about documents."""
+    with_documents = runs.recording(reference_of("documents: "))
+    assert _deviation(runs.recording(SINGLE)["loss"][5:], with_documents["loss"][5:]) > 1e-4
 
 
-@of_kinds("chiar")
+@for_kinds("chiar")
 def test_the_regulariser_moves_the_run(runs):
-    """What its comparisons stand on: without its gradient it would have another value."""
-    regularised = runs.of(single_of("regularised: "))
-    assert _deviation(runs.of(SINGLE)["loss"][5:], regularised["loss"][5:]) > 1e-3
+    """Without this the comparisons of regularised layouts would prove nothing about the regulariser's gradient."""
+    regularised = runs.recording(reference_of("regularised: "))
+    assert _deviation(runs.recording(SINGLE)["loss"][5:], regularised["loss"][5:]) > 1e-3
 
 
-@of_kinds("chiar")
+@for_kinds("chiar")
 def test_replayed_routes_are_taken(runs):
-    single, name = runs.of(SINGLE), "tp 2, pp 2, sequence, micro-batch 4"
+    single, name = runs.recording(SINGLE), "tp 2, pp 2, sequence, micro-batch 4"
     changed = dict(single)
     changed["routes"] = 1 - single["routes"]
     np.savez(runs.folder / "changed.npz", **changed)
     ranks, sets = LAYOUTS[name]
-    runs._run(ranks, {"changed": sets}, replay=runs.folder / "changed.npz")
+    runs.train(ranks, {"changed": sets}, replay=runs.folder / "changed.npz")
     recording = runs.recordings["changed"]
     assert (recording["routes"] == changed["routes"]).all()
     assert _deviation(single["loss"], recording["loss"]) > 1e-4
 
 
 def test_the_run_learns(runs):
-    loss = runs.of(SINGLE)["loss"]
+    loss = runs.recording(SINGLE)["loss"]
     assert loss[-5:].mean() < loss[:5].mean() - 0.3
 
 
 def _deviation(single: np.ndarray, other: np.ndarray) -> float:
+    """Return the greatest relative difference."""
     return float(np.abs(other / single - 1).max())
 
 
 def _parameter_deviation(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tuple[float, str]:
-    """Relative L2 distance over all parameters, and the one with the greatest share in it.
+    """Return the relative L2 distance over all parameters, and the name of that with the greatest share in it.
 
-    Single numbers whose gradient vanishes move by rounding alone: AdamW divides it by itself.
+    Parameters are not compared one by one: AdamW divides a gradient by its own size, so that a number whose gradient
+    vanishes moves by rounding alone.
     """
     names = [name for name in single if name.startswith("parameter ")]
     assert names
@@ -296,7 +308,7 @@ def _parameter_deviation(single: dict[str, np.ndarray], other: dict[str, np.ndar
 
 
 def _flips(single: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """Tokens whose route differs, each with its distance |H - tau| in the single process."""
+    """Return the tokens whose routes differ, each with its distance |H - tau| in the single process."""
     assert single["routes"].shape == other["routes"].shape
     different = np.argwhere(single["routes"] != other["routes"])
     return {

@@ -1,4 +1,4 @@
-"""Indexed datasets and manifests for tests, packed by hand with struct: independent of the code under test."""
+"""Indexed datasets and manifests for tests, packed with struct, so that they do not depend on the code under test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LETTERS = {
 
 
 def pack(documents: Sequence[Sequence[Sequence[float]]], dtype: str) -> tuple[bytes, bytes]:
-    """Content of .bin and .idx for documents of sequences of tokens."""
+    """Return the content of .bin and .idx for documents, which are sequences of lists of tokens."""
     letter = LETTERS[dtype]
     stream, lengths, pointers, starts = b"", [], [], [0]
     for document in documents:
@@ -36,7 +36,7 @@ def pack(documents: Sequence[Sequence[Sequence[float]]], dtype: str) -> tuple[by
 
 
 def write(prefix: Path, documents: Sequence[Sequence[Sequence[float]]], dtype: str = "uint16") -> Path:
-    """Write the dataset; returns its prefix."""
+    """Write a dataset and return its prefix."""
     stream, index = pack(documents, dtype)
     Path(f"{prefix}.bin").write_bytes(stream)
     Path(f"{prefix}.idx").write_bytes(index)
@@ -44,12 +44,15 @@ def write(prefix: Path, documents: Sequence[Sequence[Sequence[float]]], dtype: s
 
 
 def write_stream(prefix: Path, tokens: np.ndarray, dtype: str = "uint16", documents: int = 1) -> Path:
-    """Write ``tokens`` as that many documents of about equal size; returns the prefix."""
+    """Write ``tokens`` as so many ``documents`` of about equal size, and return the prefix."""
     return write(prefix, [[part.tolist()] for part in np.array_split(tokens, documents)], dtype)
 
 
 def random_documents(rng: np.random.Generator, dtype: str, count: int) -> list[list[list[float]]]:
-    """Documents of 1 to 3 sequences of 0 to 20 tokens over the whole range of the type, extremes included."""
+    """Return documents of 1 to 3 sequences of 0 to 19 tokens over the whole range of the dtype.
+
+    One more document holds the extremes of the dtype.
+    """
     kind = np.dtype(dtype)
     documents = []
     for _ in range(count):
@@ -66,8 +69,8 @@ def random_documents(rng: np.random.Generator, dtype: str, count: int) -> list[l
 
 
 def make_manifest(prefix: Path, **changes: object) -> Manifest:
-    """Write a right manifest for the dataset at ``prefix``, but for ``changes``."""
-    from megachiar.data.storage.indexed import IndexedDataset
+    """Write a correct manifest for the dataset at ``prefix``, apart from ``changes``, and return it."""
+    from megachiar.data.storage.reader import IndexedDataset
 
     dataset = IndexedDataset(prefix)
     tokenizer = {"kind": "gpt2", "file": "vocab", "fingerprint": "sha256:aa", "vocab_size": 300, "eod_id": 0}

@@ -1,4 +1,4 @@
-"""Small models for the tests of the model: every router, norm, gate and number of operators."""
+"""Small models for the tests of the model, with every router and every number of operators."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VARIANTS |= {
 
 
 def small_model_config(**fields: Any) -> ModelConfig:
-    """4 layers, 2 of them routed, d 32; ``fields`` replace whole fields or update sections."""
+    """Return the config of a model with 4 layers, 2 of them routed, and d = 32; ``fields`` replace fields of it."""
     base: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -54,7 +54,7 @@ def small_model_config(**fields: Any) -> ModelConfig:
 
 
 def lively_model(config: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float64) -> ChiarFormer:
-    """A model whose every weight differs from its neutral start, so that no gradient is zero by accident."""
+    """Return a model whose weights all differ from their neutral start, so that no gradient is zero by accident."""
     model = build_model(config, seed=seed, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The model written a second time, the slow way: every operator for every token, then a choice. float64 throughout.
+"""The model, written a second time in a slow way: every operator for every token, then a selection. It is in float64.
 
 It shares nothing with the package but the names of the weights. Shapes: B sequences, T tokens, d channels.
 """
@@ -18,7 +18,14 @@ from megachiar.config.model import ModelConfig
 
 @dataclass
 class OracleResult:
-    """Logits (B, T, V), what is added to the loss, and per routed layer each token's operator and entropy (B, T)."""
+    """The result of a forward pass.
+
+    Attributes:
+        logits: (B, T, V).
+        regulariser: scalar that is added to the loss.
+        operators: each token's operator, (B, T), for each routed layer.
+        entropies: each token's spectral entropy, (B, T), for each routed layer.
+    """
 
     logits: Tensor
     regulariser: Tensor
@@ -27,7 +34,7 @@ class OracleResult:
 
 
 class Oracle:
-    """``weights``: parameters and buffers by name, float64."""
+    """The model with given ``weights``: its parameters and buffers by name, float64."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config, self.w = config, weights
@@ -78,13 +85,14 @@ class Oracle:
         else:
             y = every.gather(-1, operator[..., None, None].expand(*x.shape, 1)).squeeze(-1)
         if router.kind == "hard":
-            chosen = gates.gather(-1, operator[..., None])
-            y = y * (1 + chosen - chosen.detach())
+            gate_of_operator = gates.gather(-1, operator[..., None])
+            y = y * (1 + gate_of_operator - gate_of_operator.detach())
         result.operators.append(operator)
         result.entropies.append(entropy.detach())
         if router.collapse_weight:
-            use = gates.mean((0, 1)) if gates is not None else self.soft_use(entropy, index)
-            result.regulariser = result.regulariser + router.collapse_weight * sum(q * torch.log(q) for q in use)
+            fractions = gates.mean((0, 1)) if gates is not None else self.soft_fractions(entropy, index)
+            negative_entropy = sum(q * torch.log(q) for q in fractions)
+            result.regulariser = result.regulariser + router.collapse_weight * negative_entropy
         return self.feed_forward(y, name)
 
     def bounds(self, index: int) -> list[float]:
@@ -93,7 +101,7 @@ class Oracle:
         values = [getattr(router, n) for n in names]
         return [v[index - 1] if isinstance(v, tuple) else v for v in values]
 
-    def soft_use(self, entropy: Tensor, index: int) -> list[Tensor]:
+    def soft_fractions(self, entropy: Tensor, index: int) -> list[Tensor]:
         width = self.config.router.collapse_temperature
         above = [torch.sigmoid((entropy - bound) / width).mean() for bound in self.bounds(index)]
         edges = [torch.ones(()), *above, torch.zeros(())]
@@ -113,7 +121,7 @@ class Oracle:
         return self.sub_layer(x, operator, f"{name}.norm")
 
     def attention(self, x: Tensor, name: str, has_key: Tensor | None = None) -> Tensor:
-        """``has_key`` (B, T): tokens that others may attend to; each attends to itself."""
+        """Attend to the tokens where ``has_key`` (B, T) is True; every token also attends to itself."""
         heads, size = self.config.num_attention_heads, self.config.head_size
 
         def operator(y: Tensor) -> Tensor:
@@ -133,7 +141,7 @@ class Oracle:
         return self.sub_layer(x, operator, f"{name}.norm")
 
     def turned(self, y: Tensor) -> Tensor:
-        """Channels i and i + size/2 as one complex number, turned by its position."""
+        """Return channels i and i + size/2 as one complex number, turned by the angle of its position."""
         half = y.shape[-1] // 2
         frequency = self.config.attention.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = torch.arange(y.shape[1], dtype=torch.float64)[:, None] * frequency
@@ -186,7 +194,7 @@ def causal_softmax(products: Tensor) -> Tensor:
 
 
 def splitmix(seed: int, layer: int, position: int) -> float:
-    """The random router's number in [0, 1), in Python's own integers."""
+    """Return the random router's number in [0, 1), computed in Python's integers."""
     mask = 2**64 - 1
     z = ((seed * 1_000_003 + layer) * 0x9E3779B97F4A7C15 % 2**62 + position) & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask

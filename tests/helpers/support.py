@@ -1,4 +1,4 @@
-"""What several tests need: a small dataset, a small config, and real processes."""
+"""Helpers that many tests share: a small dataset, a small config, and real processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -31,7 +31,7 @@ FORKS = sys.platform == "linux"  # elsewhere a process that has imported torch i
 
 
 def write_tokens(prefix: Path, *, documents: int = 24, seed: int = 0, vocab_size: int = 64) -> Path:
-    """An indexed dataset of ``documents`` documents with a pattern in it that a model can learn."""
+    """Write an indexed dataset of so many documents, with a pattern that a model can learn, and return its prefix."""
     rng = np.random.default_rng(seed)
     with IndexedDatasetBuilder(prefix, np.uint16) as builder:
         for _ in range(documents):
@@ -42,7 +42,7 @@ def write_tokens(prefix: Path, *, documents: int = 24, seed: int = 0, vocab_size
 
 
 def small_config(folder: Path, **sections: dict) -> dict:
-    """A config that trains in seconds; ``sections`` update its sections."""
+    """Return a config that trains in seconds; each of ``sections`` updates the section of its name."""
     config = {
         "model": {
             "num_layers": 4,
@@ -70,7 +70,10 @@ def write_config(path: Path, config: dict) -> Path:
 
 
 def process_environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher or an outer test left in it."""
+    """Return this process's environment without what a launcher or an outer test run has left in it.
+
+    ``more`` adds variables or replaces them.
+    """
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "OMPI_", "MPI_", "OMP_NUM")
     env = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     return {
@@ -82,7 +85,7 @@ def process_environment(**more: str) -> dict[str, str]:
 
 
 def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end in a clean environment."""
+    """Run a command to its end in a clean environment, at the top of the repository."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -94,11 +97,12 @@ def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subpr
 
 
 def python(*arguments: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end, as ``run_command`` does."""
     return run_command(sys.executable, *arguments, timeout=timeout, **env)
 
 
 def forked_python(*arguments: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """``python``, forked as ranks are: without the seconds that a tool spends on importing torch."""
+    """Run what ``python`` runs in a forked process, which saves the seconds that importing torch takes."""
     if not FORKS:
         return python(*arguments, timeout=timeout, **env)
     program = [str(argument) for argument in arguments]
@@ -113,13 +117,15 @@ def forked_python(*arguments: str | Path, timeout: float = 240, **env: str) -> s
 
 
 class ForkedRank:
-    """A rank that the server of ``rank_server.py`` forked, with what tests use of ``subprocess.Popen``.
+    """A rank that the server of ``rank_server.py`` has forked, with the methods of ``subprocess.Popen`` that tests use.
 
-    Its standard error goes where its output goes, or into the file of the descriptor ``errors``.
+    Its standard error is written to the descriptor ``errors``, or where its output goes if that is None.
     """
 
     def __init__(self, arguments: Sequence[str], env: dict[str, str], errors: int | None = None):
-        self.args, self.returncode, self._read = arguments, None, b""
+        self.args = arguments
+        self.returncode: int | None = None
+        self._read = b""
         self._output, output_of_rank = os.pipe()
         self._status, status_of_rank = os.pipe()
         message = json.dumps({"arguments": arguments, "cwd": str(ROOT), "env": env}).encode()
@@ -127,11 +133,11 @@ class ForkedRank:
         socket.send_fds(_rank_server(), [message], [output_of_rank, errors, status_of_rank])
         os.close(output_of_rank)
         os.close(status_of_rank)
-        self.pid = self._number()
+        self.pid = self._read_number()
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], 0)[0]:
-            self.returncode = self._number()
+            self.returncode = self._read_number()
             os.close(self._status)
         return self.returncode
 
@@ -166,7 +172,7 @@ class ForkedRank:
         if not select.select([descriptor], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(self.args, timeout)
 
-    def _number(self) -> int:
+    def _read_number(self) -> int:
         line = b""
         while not line.endswith(b"\n"):
             byte = os.read(self._status, 1)
@@ -191,7 +197,10 @@ def _rank_server() -> socket.socket:
 
 
 def _rendezvous_port() -> int:
-    """A free port below those that the kernel hands out, or it could go to a connection before the ranks take it."""
+    """Return a free port for the ranks to meet at.
+
+    It is below the ports that the kernel gives to connections: one of those could be taken before the ranks take it.
+    """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -204,8 +213,8 @@ def start_ranks(
 ) -> list[subprocess.Popen[str]] | list[ForkedRank]:
     """Start ``python ARGUMENTS`` as ``world_size`` real ranks on this machine, as a launcher would.
 
-    They are forked from one process that has imported what training imports, which saves seconds for each. ``fresh``
-    ranks are new interpreters, as a launcher's are: each imports everything, and orders sets by a hash of its own.
+    Ranks are forked from one process that has imported what training imports, which saves seconds for each. With
+    ``fresh`` each rank is a new interpreter, as a launcher starts it, with its own imports and its own hash seed.
     """
     port, program = str(_rendezvous_port()), [str(argument) for argument in arguments]
     ranks = []
@@ -229,7 +238,7 @@ def start_ranks(
 def run_ranks(
     world_size: int, *arguments: str | Path, timeout: float = 240, codes: Sequence[int] = (0,), fresh: bool = False
 ) -> list[str]:
-    """Run ranks to their end and return what each printed; fails unless every exit code is one of ``codes``."""
+    """Run ranks to their end and return what each printed; the exit code of each must be one of ``codes``."""
     processes = start_ranks(world_size, *arguments, fresh=fresh)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -244,13 +253,13 @@ def run_ranks(
 def pretrain(
     config: Path, *overrides: str, ranks: int = 1, codes: Sequence[int] = (0,), fresh: bool = False
 ) -> list[str]:
-    """Train ``config`` with ``ranks`` processes; returns what they printed."""
+    """Train ``config`` on so many ``ranks``, and return what each printed."""
     sets = ["--set", *overrides] if overrides else []
     return run_ranks(ranks, "-m", "megachiar.pretrain", "--config", config, *sets, codes=codes, fresh=fresh)
 
 
 def find_mpirun() -> str | None:
-    """The ``mpirun`` beside this Python or on the path; None without it or mpi4py."""
+    """Return the path of ``mpirun``, beside this Python or on the PATH; None where it or mpi4py is missing."""
     if importlib.util.find_spec("mpi4py") is None:
         return None
     beside = Path(sys.executable).with_name("mpirun")

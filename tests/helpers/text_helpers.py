@@ -1,4 +1,4 @@
-"""What the tests of tokenizers, readers and preprocessing share: a small corpus and tokenizers trained on it."""
+"""A small corpus, tokenizers trained on it, and ways to run tools, for the tests of tokenizers and preprocessing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOCUMENTS = [
 
 
 def numbered_documents(count: int) -> list[str]:
-    """Distinct documents of about 100 bytes, the same each time."""
+    """Return ``count`` distinct documents of about 100 bytes, the same in each call."""
     return [
         f"Document {number}: " + " ".join(WORDS[(number * 7 + step * step) % len(WORDS)] for step in range(16))
         for number in range(count)
@@ -38,14 +38,14 @@ def numbered_documents(count: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    """``texts`` as JSON lines, compressed if the suffix says so."""
+    """Write ``texts`` as JSON lines, compressed if the suffix says so, and return the path."""
     content = "".join(json.dumps({"id": number, key: text}) + "\n" for number, text in enumerate(texts)).encode()
     path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(content))
     return path
 
 
 def train(folder: Path, kind: TrainedKind, vocab_size: int = 400) -> Path:
-    """A tokenizer of this kind, trained on the helpers' texts, in ``folder``."""
+    """Train a tokenizer of this kind in ``folder``, on the documents of this module, and return its path."""
     corpus = write_jsonl(folder / "training.jsonl", numbered_documents(200) + DOCUMENTS)
     output = folder / {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}[kind]
     train_tokenizer(TrainingSettings(find_sources([corpus]), output, vocab_size, kind))
@@ -53,7 +53,7 @@ def train(folder: Path, kind: TrainedKind, vocab_size: int = 400) -> Path:
 
 
 def run_tool(name: str, *arguments: object, stdin: bytes | None = None, **options) -> subprocess.CompletedProcess:
-    """Run ``tools/NAME.py`` as a user does; its output as text."""
+    """Run ``tools/NAME.py`` as a user does, and return the finished process with its output as text."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120, **options)
@@ -62,7 +62,7 @@ def run_tool(name: str, *arguments: object, stdin: bytes | None = None, **option
 
 
 def expected_index(lengths: list[int], code: int, itemsize: int) -> bytes:
-    """The .idx of one sequence per document, from the format's description alone."""
+    """Return the .idx of documents of one sequence each, written from the description of the format alone."""
     pointers = [sum(lengths[:number]) * itemsize for number in range(len(lengths))]
     count = len(lengths)
     return b"".join(

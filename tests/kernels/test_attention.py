@@ -11,10 +11,13 @@ from dropout_oracle import numpy_head_keys, numpy_mask, some_keys
 
 from megachiar.kernels import cpu_attention
 from megachiar.kernels import dropout_attention as dropout_module
+from megachiar.kernels import masked_sdpa as masked_module
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout
 from megachiar.kernels.permute import permute, unpermute
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
+from megachiar.kernels.routed_rows import RoutedRows
 
 HEADS, CHANNELS = 2, 4
 
@@ -64,10 +67,10 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, tensors: list[torch.T
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (3, 7), (1, 9)])
 def test_causal_attention_is_the_dense_formula(queries, keys, scale):
     tensors = inputs(3, queries, keys)
-    assert_same(causal_attention(*tensors, scale=scale), dense_oracle(*tensors, scale), tensors)
+    assert_same(causal_attention(*tensors, AttentionOptions(scale=scale)), dense_oracle(*tensors, scale), tensors)
 
 
-def routed_rows(name: str, sequences: int, queries: int) -> torch.Tensor:
+def routed_indices(name: str, sequences: int, queries: int) -> torch.Tensor:
     """Numbers of routed rows, ascending."""
     mask = torch.rand(sequences, queries, generator=torch.Generator().manual_seed(3)) < 0.4
     match name:
@@ -97,14 +100,16 @@ ROUTINGS = ("none", "all", "one", "one sequence without", "first of each", "same
 def test_routed_self_attention_sees_no_other_rows(length, routing):
     sequences = 3
     tensors = inputs(sequences, length, length)
-    rows = routed_rows(routing, sequences, length)
+    rows = routed_indices(routing, sequences, length)
     routed = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in tensors)  # (rows, h, c)
     products = tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     probabilities = products.masked_fill(later, -math.inf).masked_fill(~routed, -1e300).softmax(-1)
     expected = (probabilities @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
-    assert_same(routed_self_attention(q[rows], k[rows], v[rows], rows, sequences, length), expected, tensors)
+    assert_same(
+        routed_self_attention(q[rows], k[rows], v[rows], RoutedRows(rows, sequences, length)), expected, tensors
+    )
 
 
 WAYS = {"pieces": (3, 0.0), "a piece a sequence": (512, 0.0), "together": (512, math.inf)}
@@ -121,14 +126,14 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("scale", (None, 1.0))
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (8, 8), (5, 12), (1, 6)])
-def test_routed_attention_is_the_routed_rows_of_the_dense_formula(way, queries, keys, routing, scale):
+def test_routed_attention_is_the_routed_rowsof_the_dense_formula(way, queries, keys, routing, scale):
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
-    rows = routed_rows(routing, sequences, queries)
+    rows = routed_indices(routing, sequences, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, scale).transpose(1, 2).flatten(0, 1).index_select(0, rows)
-    got = routed_attention(flat, k, v, rows, queries, scale=scale)
+    got = routed_attention(flat, k, v, RoutedRows(rows, sequences, queries), AttentionOptions(scale=scale))
     assert got.shape == (len(rows), HEADS, CHANNELS)
     assert_same(got, expected, tensors)
 
@@ -138,7 +143,7 @@ def test_routed_attention_beyond_one_chunk_of_the_real_size():
     q, k, v = (noise(2, 1, queries, 2, seed=s) for s in range(3))
     rows = (torch.rand(2 * queries, generator=torch.Generator().manual_seed(1)) < 0.8).nonzero().flatten()
     expected = dense_oracle(q, k, v).transpose(1, 2).flatten(0, 1).index_select(0, rows)
-    got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, rows, queries)
+    got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, RoutedRows(rows, 2, queries))
     assert len(rows) > 2 * cpu_attention.LEAF
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
@@ -147,17 +152,17 @@ def test_gradcheck_of_routed_attention():
     q, k, v = inputs(2, 5, 5)
     rows = torch.tensor([1, 2, 4, 8])
     flat = q.detach().transpose(1, 2).flatten(0, 1).index_select(0, rows).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5), (flat, k, v))
+    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, RoutedRows(rows, 2, 5)), (flat, k, v))
 
 
 @pytest.mark.parametrize("way", ("a piece a sequence", "together"), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_routed_attention_in_16_bits_is_near_the_dense_formula(way, dtype):
     tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
-    rows = routed_rows("some", 2, 16)
+    rows = routed_indices("some", 2, 16)
     expected = dense_oracle(*(t.double() for t in tensors)).transpose(1, 2).flatten(0, 1).index_select(0, rows)
     q, k, v = tensors
-    got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, rows, 16)
+    got = routed_attention(q.transpose(1, 2).flatten(0, 1).index_select(0, rows), k, v, RoutedRows(rows, 2, 16))
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
     gradients = (torch.autograd.grad(y.double().square().sum(), tensors) for y in (got, expected))
@@ -173,7 +178,7 @@ def test_sequences_of_few_queries_take_one_call(monkeypatch):
     _, k, v = inputs(3, 40, 40)
     for counts, together in (((9, 10, 8), True), ((1, 10, 8), False), ((10, 10, 10), True)):
         rows = torch.cat([torch.arange(count) * 4 + 40 * b for b, count in enumerate(counts)])
-        routed_attention(noise(len(rows), HEADS, CHANNELS), k, v, rows, 40)
+        routed_attention(noise(len(rows), HEADS, CHANNELS), k, v, RoutedRows(rows, 3, 40))
         assert bool(calls) is together, counts
         calls.clear()
 
@@ -212,25 +217,26 @@ def blocks(request, monkeypatch) -> str:
 def test_causal_attention_with_dropout_is_the_dense_formula(blocks, queries, keys, first_head, scale):
     tensors = inputs(3, queries, keys)
     expected = dense_oracle(*tensors, scale, masks(3, queries, keys, first_head), RATE)
-    got = causal_attention(*tensors, keyed(3, queries), first_head, scale)
+    got = causal_attention(*tensors, AttentionOptions(keyed(3, queries), first_head, scale))
     assert_same(got, expected, tensors)
 
 
 @pytest.mark.parametrize(("first_head", "scale"), [(0, None), (6, 1.0)])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (13, 13), (5, 12)])
-def test_routed_attention_with_dropout_is_the_routed_rows_of_the_dense_formula(
+def test_routed_attention_with_dropout_is_the_routed_rowsof_the_dense_formula(
     blocks, queries, keys, routing, first_head, scale
 ):
     sequences = 3
     tensors = inputs(sequences, queries, keys)
     q, k, v = tensors
-    rows = routed_rows(routing, sequences, queries)
+    rows = routed_indices(routing, sequences, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, scale, masks(sequences, queries, keys, first_head), RATE)
     expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     dropout = keyed(sequences, queries).select(rows)
-    got = routed_attention(flat, k, v, rows, queries, dropout, first_head, scale)
+    options = AttentionOptions(dropout, first_head, scale)
+    got = routed_attention(flat, k, v, RoutedRows(rows, sequences, queries), options)
     assert got.shape == (len(rows), HEADS, CHANNELS)
     assert_same(got, expected, tensors)
 
@@ -240,12 +246,12 @@ def test_dropout_beyond_one_block_of_the_real_size(routing):
     queries = dropout_module.CPU_QUERIES * 2 + 37
     tensors = inputs(2, queries, queries)
     q, k, v = tensors
-    rows = routed_rows(routing, 2, queries)
+    rows = routed_indices(routing, 2, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     expected = dense_oracle(*tensors, None, masks(2, queries, queries), RATE)
     expected = expected.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     assert len(rows) / 2 > dropout_module.CPU_QUERIES / 2
-    got = routed_attention(flat, k, v, rows, queries, keyed(2, queries).select(rows))
+    got = routed_attention(flat, k, v, RoutedRows(rows, 2, queries), AttentionOptions(keyed(2, queries).select(rows)))
     assert_same(got, expected, tensors)
 
 
@@ -253,12 +259,13 @@ def test_dropout_beyond_one_block_of_the_real_size(routing):
 def test_ranks_that_share_the_heads_compute_parts_of_the_whole(routing):
     queries, heads = 11, 6
     q, k, v = (noise(2, heads, queries, CHANNELS, seed=s).requires_grad_() for s in range(3))
-    rows = routed_rows(routing, 2, queries)
+    rows = routed_indices(routing, 2, queries)
     dropout = keyed(2, queries).select(rows)
 
     def attention(of_rank: slice) -> torch.Tensor:
         flat = q[:, of_rank].transpose(1, 2).flatten(0, 1).index_select(0, rows)
-        return routed_attention(flat, k[:, of_rank], v[:, of_rank], rows, queries, dropout, of_rank.start)
+        options = AttentionOptions(dropout, of_rank.start)
+        return routed_attention(flat, k[:, of_rank], v[:, of_rank], RoutedRows(rows, 2, queries), options)
 
     parts = torch.cat([attention(slice(first, first + 2)) for first in range(0, heads, 2)], 1)
     assert_same(parts, attention(slice(0, heads)), [q, k, v])
@@ -266,19 +273,23 @@ def test_ranks_that_share_the_heads_compute_parts_of_the_whole(routing):
 
 def test_a_sequence_alone_has_the_dropout_it_has_in_a_micro_batch():
     tensors, dropout = inputs(4, 9, 9), keyed(4, 9)
-    whole = causal_attention(*tensors, dropout)
+    whole = causal_attention(*tensors, AttentionOptions(dropout))
     for i in range(4):
-        alone = causal_attention(*(t[i : i + 1] for t in tensors), dropout.select(torch.arange(i * 9, i * 9 + 9)))
+        options = AttentionOptions(dropout.select(torch.arange(i * 9, i * 9 + 9)))
+        alone = causal_attention(*(t[i : i + 1] for t in tensors), options)
         torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-12)
 
 
 def test_dropout_at_rate_0_is_none():
     tensors = inputs(2, 7, 7)
-    assert causal_attention(*tensors, KeyedDropout(0.0, some_keys(14), 1)).equal(causal_attention(*tensors))
-    rows = routed_rows("some", 2, 7)
+    options = AttentionOptions(KeyedDropout(0.0, some_keys(14), 1))
+    assert causal_attention(*tensors, options).equal(causal_attention(*tensors))
+    rows = routed_indices("some", 2, 7)
     flat = tensors[0].transpose(1, 2).flatten(0, 1)[rows]
     dropout = KeyedDropout(0.0, some_keys(14)[rows], 1)
-    got, expected = (routed_attention(flat, *tensors[1:], rows, 7, d) for d in (dropout, None))
+    got, expected = (
+        routed_attention(flat, *tensors[1:], RoutedRows(rows, 2, 7), AttentionOptions(d)) for d in (dropout, None)
+    )
     assert got.equal(expected)
 
 
@@ -286,14 +297,14 @@ def test_gradcheck_of_attention_with_dropout():
     q, k, v = inputs(2, 5, 5)
     rows = torch.tensor([1, 2, 4, 8])
     flat = q.detach().transpose(1, 2).flatten(0, 1).index_select(0, rows).requires_grad_()
-    dropout = keyed(2, 5).select(rows)
-    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, rows, 5, dropout, 1), (flat, k, v))
+    options = AttentionOptions(keyed(2, 5).select(rows), first_head=1)
+    assert torch.autograd.gradcheck(lambda *t: routed_attention(*t, RoutedRows(rows, 2, 5), options), (flat, k, v))
 
 
 def test_probabilities_of_far_apart_scores_stay_finite():
     q, k, v = (t.detach() for t in inputs(1, 9, 9))
     tensors = [t.float().requires_grad_() for t in (q * 1e4, k, v)]
-    got = causal_attention(*tensors, keyed(1, 9))
+    got = causal_attention(*tensors, AttentionOptions(keyed(1, 9)))
     expected = dense_oracle(*(t.double() for t in tensors), None, masks(1, 9, 9), RATE)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-2)  # scores of 10^4 are exact to 10^-3
     got.sum().backward()
@@ -308,7 +319,7 @@ def test_dropout_in_16_bits_is_near_the_dense_formula(monkeypatch, dtype, produc
     tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(2, 16, 16)]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     expected = dense_oracle(*doubles, None, masks(2, 16, 16), RATE)
-    got = causal_attention(*tensors, keyed(2, 16))
+    got = causal_attention(*tensors, AttentionOptions(keyed(2, 16)))
     assert got.dtype == dtype
     direction = noise(*got.shape, seed=9).to(dtype)
     pairs = [(got, expected)]
@@ -326,7 +337,7 @@ def test_dropout_in_16_bits_is_near_the_dense_formula(monkeypatch, dtype, produc
 def test_no_probabilities_are_kept_for_the_backward_pass():
     queries = 300
     q, k, v = inputs(1, queries, queries)
-    rows = routed_rows("some", 1, queries)
+    rows = routed_indices("some", 1, queries)
     flat = q.transpose(1, 2).flatten(0, 1).index_select(0, rows)
     dropout = keyed(1, queries)
 
@@ -339,8 +350,9 @@ def test_no_probabilities_are_kept_for_the_backward_pass():
         return max(kept) // q.element_size()
 
     assert largest_kept(F.scaled_dot_product_attention, q, k, v, dropout_p=RATE) >= queries * queries  # it is seen
-    assert largest_kept(causal_attention, q, k, v, dropout) == q.numel()
-    assert largest_kept(routed_attention, flat, k, v, rows, queries, dropout.select(rows)) == q.numel()
+    assert largest_kept(causal_attention, q, k, v, AttentionOptions(dropout)) == q.numel()
+    options = AttentionOptions(dropout.select(rows))
+    assert largest_kept(routed_attention, flat, k, v, RoutedRows(rows, 1, queries), options) == q.numel()
 
 
 @pytest.mark.parametrize("routing", ("some", "all"))
@@ -348,10 +360,10 @@ def test_dropout_leaves_out_attention_probabilities_at_its_rate(routing):
     queries, rate, heads = 64, 0.25, 2000
     q, k = (torch.zeros(1, heads, queries, 1) for _ in range(2))
     v = torch.ones(1, heads, queries, 1)
-    rows = routed_rows(routing, 1, queries)
-    dropout = KeyedDropout(rate, some_keys(queries)[rows], SITE)
+    rows = routed_indices(routing, 1, queries)
+    options = AttentionOptions(KeyedDropout(rate, some_keys(queries)[rows], SITE))
     # Every head is a run of its own.
-    runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, rows, queries, dropout)[..., 0].T
+    runs = routed_attention(q[0].transpose(0, 1)[rows], k, v, RoutedRows(rows, 1, queries), options)[..., 0].T
     assert not runs[0].equal(runs[1])
     seen = (rows + 1).double()  # equal probabilities: the kept share of them, scaled up
     deviation = (rate / (1 - rate) / seen).sqrt()
@@ -428,16 +440,19 @@ def test_attention_keeps_to_documents(way, length, routing, dropped):
     """Of all rows, of routed ones to all, and of routed ones to each other."""
     sequences = 3
     tensors, document_starts = inputs(sequences, length, length), documents(sequences, length)
-    rows = routed_rows(routing, sequences, length)
+    rows = routed_indices(routing, sequences, length)
     dropout, stays = (keyed(sequences, length), masks(sequences, length, length)) if dropped else (None, None)
 
     def expected() -> torch.Tensor:
         return dense_oracle(*tensors, None, stays, RATE, document_starts)
 
-    assert_same(causal_attention(*tensors, dropout, document_starts=document_starts), expected(), tensors)
-    of_rows = document_starts.flatten()[rows]
+    assert_same(
+        causal_attention(*tensors, AttentionOptions(dropout, document_starts=document_starts)), expected(), tensors
+    )
+    of_rows = AttentionOptions(dropout and dropout.select(rows), document_starts=document_starts.flatten()[rows])
+    routed_rows = RoutedRows(rows, sequences, length)
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = routed_attention(q, *tensors[1:], rows, length, dropout and dropout.select(rows), document_starts=of_rows)
+    got = routed_attention(q, *tensors[1:], routed_rows, of_rows)
     assert_same(got, expected().transpose(1, 2).flatten(0, 1)[rows], tensors)
     if dropped:  # its columns are numbered as they lie packed
         return
@@ -448,5 +463,18 @@ def test_attention_keeps_to_documents(way, length, routing, dropped):
     products = (tensors[0] @ tensors[1].mT / math.sqrt(CHANNELS)).masked_fill(hidden | ~routed, -1e300)
     expected = (products.softmax(-1) @ tensors[2]).transpose(1, 2).flatten(0, 1)[rows]
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
-    got = routed_self_attention(q, k, v, rows, sequences, length, document_starts=of_rows)
+    got = routed_self_attention(q, k, v, routed_rows, of_rows)
     assert_same(got, expected, tensors)
+
+
+@pytest.mark.parametrize("chunk", (3, 256))
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (3, 7)])
+def test_masked_sdpa_is_the_dense_formula(monkeypatch, chunk, queries, keys):
+    """It serves GPUs without Triton; here it is run on a CPU."""
+    monkeypatch.setattr(masked_module, "QUERY_CHUNK", chunk)
+    tensors = inputs(3, queries, keys)
+    positions = torch.arange(keys - queries, keys).expand(3, -1)
+    document_starts = documents(3, keys)[:, keys - queries :]
+    for starts in (None, document_starts):
+        got = masked_module.masked_sdpa(*tensors, positions, starts, scale=None)
+        assert_same(got, dense_oracle(*tensors, document_starts=starts), tensors)

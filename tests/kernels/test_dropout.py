@@ -223,7 +223,9 @@ INTERPRETED = """
 import torch
 from megachiar.kernels import gpu
 from megachiar.kernels.attention import causal_attention, routed_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout, apply_dropout, row_keys
+from megachiar.kernels.routed_rows import RoutedRows
 
 SHAPES = (37, 100, 0, 0), (5, 1500, 7, 225), (3, 1, 2, -8), (9, 2048, 0, 1)
 launched = []
@@ -251,11 +253,12 @@ for dtype, probability in ((torch.float32, 0.1), (torch.float64, 0.1), (torch.fl
 
 q, k, v = torch.randn(3, 2, 2, 20, 4, dtype=torch.float64)
 keys = row_keys(3, torch.arange(2)[:, None], torch.arange(20)).flatten()
-same_bits(both(lambda *t: causal_attention(*t, KeyedDropout(0.1, keys, 3), 5), q, k, v))
+options = AttentionOptions(KeyedDropout(0.1, keys, 3), first_head=5)
+same_bits(both(lambda *t: causal_attention(*t, options), q, k, v))
 rows = torch.arange(1, 40, 3)
-dropout = KeyedDropout(0.1, keys, 3).select(rows)
+of_rows = options._replace(dropout=options.dropout.select(rows))
 routed = q.transpose(1, 2).flatten(0, 1)[rows]
-same_bits(both(lambda q, k, v: routed_attention(q, k, v, rows, 20, dropout, 5), routed, k, v))
+same_bits(both(lambda *t: routed_attention(*t, RoutedRows(rows, 2, 20), of_rows), routed, k, v))
 assert True in launched
 print("same bits")
 """

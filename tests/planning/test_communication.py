@@ -1,4 +1,4 @@
-"""What a tensor group sends and keeps, counted in real processes, is what the formulas say."""
+"""The formulas of communication and activations, against a tensor-parallel group of real processes that are counted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 from support import WORKERS, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.config import ModelConfig
-from megachiar.planning.activations import end_activations, layer_activations
-from megachiar.planning.communication import Traffic, end_traffic, layer_traffic
+from megachiar.planning.activations import head_activations, layer_activations
+from megachiar.planning.communication import TokenPayload, end_payloads, layer_payload
 
 WORKER = WORKERS / "costs_worker.py"
 SP = "parallel.sequence=true"
-# A hash sends the same positions of every sequence to attention, so that both ranks own as many: nothing is padded.
+# A hash routes the same positions of every sequence to attention. Both ranks hold as many, so that nothing is padded.
 MODEL = {
     "num_layers": 6,
     "hidden_size": 64,
@@ -43,6 +43,7 @@ def counted(tmp_path_factory):
     path = write_config(folder / "config.yaml", config)
     cases = {name: ["parallel.tensor_size=2", *sets] for name, sets in CASES.items()}
     run_ranks(2, WORKER, path, folder, json.dumps(cases))
+    # (model's config, whether the group uses sequence parallelism, what the worker counted)
     return {
         name: (_model(sets), SP in sets, json.loads((folder / f"{name}.json").read_text()))
         for name, sets in CASES.items()
@@ -50,7 +51,8 @@ def counted(tmp_path_factory):
 
 
 def _model(sets: list[str]) -> ModelConfig:
-    fields = {**small_config_model(), **MODEL}
+    """Return the config of the model that the worker builds under these overrides."""
+    fields = {"vocab_size": 64, "max_sequence_length": 32, **MODEL}
     if "model.kind=baseline" in sets:
         fields["kind"] = "baseline"
     if "model.attention.keys=routed" in sets:
@@ -58,25 +60,21 @@ def _model(sets: list[str]) -> ModelConfig:
     return ModelConfig.model_validate(fields)
 
 
-def small_config_model() -> dict:
-    return {"vocab_size": 64, "max_sequence_length": 32}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_sent_as_the_table_says(counted, case):
     config, sequence, seen = counted[case]
-    layers = [layer_traffic(config, index, seen["share"], sequence) for index in range(config.num_layers)]
-    expected = sum((*layers, *end_traffic(config, sequence)), Traffic(0, 0))
+    layers = [layer_payload(config, index, seen["share"], sequence) for index in range(config.num_layers)]
+    expected = sum((*layers, *end_payloads(config, sequence)), TokenPayload(0, 0))
     tokens = seen["tokens"]
     assert seen["forward"]["rows"] == pytest.approx(4 * tokens * expected.forward, rel=1e-9)
-    # Gradients of the shared matrices of two dimensions would be rows too: without RBF and gate there are none.
+    # Gradients of replicated matrices would be counted as rows too: without RBF mixing and gate there are none.
     assert seen["backward"]["rows"] == pytest.approx(4 * tokens * expected.backward, rel=1e-9)
     assert seen["forward"].get("routes", 0) == tokens * expected.route_bytes
     assert "routes" not in seen["backward"]
 
 
 def test_a_token_of_dct_mixing_sends_no_query_and_no_result(counted):
-    """Per routed layer, in bytes a token, against a layer in which every row attends."""
+    """A routed layer sends less than a layer with attention for every token, by what the other tokens do not send."""
     dense, half, few, none = (
         counted[case][2]
         for case in ("dense, sequence", "routed, sequence", "routed at 0.2, sequence", "all DCT, sequence")
@@ -92,5 +90,5 @@ def test_a_token_of_dct_mixing_sends_no_query_and_no_result(counted):
 def test_a_rank_keeps_what_the_formula_says(counted, case):
     config, sequence, seen = counted[case]
     parts = [layer_activations(config, index, seen["share"]) for index in range(config.num_layers)]
-    formula = sum(part.on_a_rank(2, sequence) for part in (*parts, end_activations(config)))
+    formula = sum(part.per_rank(2, sequence) for part in (*parts, head_activations(config)))
     assert formula == pytest.approx(seen["kept"], rel=0.2), f"{formula / seen['kept']:.3f}"

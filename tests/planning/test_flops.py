@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megachiar.config import load_config
 from megachiar.config.model import ModelConfig
 from megachiar.model import build_model
-from megachiar.planning.activations import end_activations, layer_activations
+from megachiar.planning.activations import head_activations, layer_activations
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token, training_flops_per_token
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,12 +26,12 @@ def wide_config(**fields) -> ModelConfig:
 
 
 class Protocol(FlopCounterMode):
-    """PyTorch's counter with our words for what it does not know: transforms, and attention on a CPU."""
+    """PyTorch's counter with formulas for what it does not know: transforms, and attention on a CPU."""
 
     def __init__(self):
         aten = torch.ops.aten
 
-        def transform(x, dims, *_, out_shape=None, **__):  # as many rows, of as many real numbers, as go in or come out
+        def transform(x, dims, *_, out_shape=None, **__):  # input or output holds d real numbers in each row
             rows, d = math.prod(x[:-1]), max(x[-1], out_shape[-1])
             return rows * 2.5 * d * math.log2(d)
 
@@ -52,9 +52,9 @@ class Protocol(FlopCounterMode):
 
 
 def counted_flops(config: ModelConfig, interval: int | None = None) -> tuple[float, float, float]:
-    """FLOPs a token of a forward and backward pass as they are executed, and the shares of attention and RBF mixing.
+    """Return the FLOPs per token that a forward and backward pass executes, and the shares of attention and RBF mixing.
 
-    Attention's kernel counts all T keys of every query: masked ones too.
+    Attention's kernel is counted with all T keys of every query, masked ones too.
     """
     model = build_model(config, seed=0, checkpoint_interval=interval).train()
     tokens = token_batch(SEQUENCES, LENGTH + 1, config.vocab_size)
@@ -90,27 +90,28 @@ COUNTED = {
 @pytest.mark.parametrize("interval", (None, 2))
 @pytest.mark.parametrize("case", COUNTED)
 def test_flops_are_those_a_counter_sees(monkeypatch, case, interval):
-    """The random router's rows lie alike in all sequences: nothing is padded. The transforms are made FFTs."""
+    """The random router takes the same positions in all sequences, so that nothing is padded; transforms are FFTs."""
     monkeypatch.setattr("megachiar.kernels.dct.FFT_FROM", 0)
     config = wide_config(**COUNTED[case])
     counted, *shares = counted_flops(config, interval)
-    if "soft" in case:  # its statistics are weights, not rows
+    if "soft" in case:  # a soft router reports weights of operators, but every token takes all of them
         shares = [1.0, 0.0]
     formula = training_flops_per_token(config, LENGTH, *shares, count_masked=True, recomputed=interval is not None)
-    if interval and config.norm == "pre":  # the last product of a recomputed group: nothing needs it again
+    if interval and config.norm == "pre":  # nothing needs the last product of a recomputed group a second time
         formula -= 2 * config.hidden_size * config.ffn_size * config.num_layers / interval
     assert formula == pytest.approx(counted, rel=0.01), f"{formula / counted:.4f} of what is executed"
 
 
 def test_chunks_of_queries_execute_what_causal_counting_counts(monkeypatch):
-    """With a chunk for each query no key is read that it does not see. Half of the rows attend, wherever they are."""
+    """With chunks of one query the kernel reads no masked key. Half of the tokens take attention."""
     monkeypatch.setattr("megachiar.kernels.dct.FFT_FROM", 0)
     monkeypatch.setattr("megachiar.kernels.cpu_attention.LEAF", 1)
     config = wide_config(router=HALF)
     counted, share, _ = counted_flops(config)
-    last = 3 * (layer_flops_per_token(config, 5, LENGTH, 1.0, count_masked=True).products)
-    last -= 3 * layer_flops_per_token(config, 5, LENGTH, 1.0).products  # a kernel of its own, which counts all keys
-    assert training_flops_per_token(config, LENGTH, share) + last == pytest.approx(counted, rel=0.01)
+    # The last layer has another kernel, which counts all keys.
+    masked = layer_flops_per_token(config, 5, LENGTH, 1.0, count_masked=True).products
+    masked -= layer_flops_per_token(config, 5, LENGTH, 1.0).products
+    assert training_flops_per_token(config, LENGTH, share) + 3 * masked == pytest.approx(counted, rel=0.01)
 
 
 def test_causal_counting_leaves_out_the_masked_half():
@@ -125,7 +126,7 @@ def test_causal_counting_leaves_out_the_masked_half():
     ("count_masked", "savings"), [(True, (9.1, 13.0, 23.2, 37.3)), (False, (8.4, 10.5, 17.2, 30.4))]
 )
 def test_savings_of_the_400m_model_when_half_of_all_tokens_take_attention(count_masked, savings):
-    """Whole model, in percent of the baseline, at T = 256, 1024, 4096 and 16384."""
+    """The savings are those of the whole model, in percent of the baseline, at T = 256, 1024, 4096 and 16384."""
     model, baseline = (load_config(CONFIGS / f"{name}.yaml").model for name in ("400m", "400m_baseline"))
     for length, expected in zip((256, 1024, 4096, 16384), savings, strict=True):
         routed = forward_flops_per_token(model, length, 0.5, count_masked=count_masked).total
@@ -147,7 +148,10 @@ def test_flops_fall_with_the_attention_share_and_parts_add_up():
 
 
 def kept_values(config: ModelConfig) -> tuple[float, float]:
-    """Values a token that autograd keeps, each storage once and weights not, and the routed layers' attention share."""
+    """Return the values per token that autograd keeps, and the attention share of the routed layers.
+
+    Each storage is counted once, and weights are not counted.
+    """
     model = build_model(config, seed=0)
     left_out = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -191,5 +195,5 @@ def test_kept_values_are_those_autograd_keeps(case, dropout):
     config = wide_config(**MEMORY_CASES[case], dropout=dropout)
     kept, share = kept_values(config)
     parts = [layer_activations(config, index, share) for index in range(config.num_layers)]
-    formula = sum(part.on_a_rank(1, False) for part in (*parts, end_activations(config)))
+    formula = sum(part.per_rank(1, False) for part in (*parts, head_activations(config)))
     assert formula == pytest.approx(kept, rel=0.2), f"{formula / kept:.3f} of what is kept at share {share:.2f}"

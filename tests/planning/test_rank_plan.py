@@ -1,4 +1,4 @@
-"""Plans against what is really allocated, and the list of layouts against the rules it is made by."""
+"""Plans against tensors that are really allocated, and the list of layouts against the rules that it is made by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from loss_memory_worker import measure
@@ -42,7 +43,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(config's path, bytes alive on each rank while AdamW steps, by case)."""
+    """Return the config's path, and by case the bytes that are alive on each rank while AdamW steps."""
     folder = tmp_path_factory.mktemp("plan")
     write_tokens(folder / "train")
     config = small_config(folder)
@@ -99,7 +100,8 @@ def test_recomputed_activations_are_less_and_more_stages_hold_more_micro_batches
     first, last = (plan.memory for plan in plan_ranks(seven, 4))
     assert first.activations_recomputed < first.activations_kept / 5
     one = plan_ranks(load_config(ROOT / "configs" / "7b.yaml", ["parallel.pipeline_size=1"]), 8)[0].memory
-    assert first.activations_kept == pytest.approx(one.activations_kept, rel=0.15)  # 2 micro-batches of half the layers
+    # The first of two stages holds two micro-batches, but half of the layers.
+    assert first.activations_kept == pytest.approx(one.activations_kept, rel=0.15)
     assert not first.recomputes and last.activations_kept < first.activations_kept
 
 
@@ -124,7 +126,14 @@ def test_the_head_and_the_cheap_first_layer_move_the_bounds():
     assert first.flops == pytest.approx(last.flops, rel=0.06)
 
 
-MACHINE = Machine(64, 8, 72 * 2**30, 400e12, 350e9, 40e9)
+MACHINE = Machine(
+    gpus=64,
+    gpus_per_node=8,
+    memory=72 * 2**30,
+    flops=400e12,
+    node_bandwidth=350e9,
+    network_bandwidth=40e9,
+)
 
 
 def test_every_layout_that_is_listed_is_one_that_can_be_run():
@@ -143,7 +152,7 @@ def test_every_layout_that_is_listed_is_one_that_can_be_run():
 def test_less_memory_leaves_layouts_that_need_less():
     config = load_config(ROOT / "configs" / "7b.yaml")
     many, _ = find_layouts(config, MACHINE)
-    small = Machine(64, 8, 12 * 2**30, 400e12, 350e9, 40e9)
+    small = replace(MACHINE, memory=12 * 2**30)
     few, _ = find_layouts(config, small)
     assert 0 < len(few) < len(many)
     assert {tuple(layout.overrides) for layout in few} < {tuple(layout.overrides) for layout in many}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support import ROOT, pretrain, process_environment, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import whole_checkpoints
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_full_disk_while_saving_leaves_no_checkpoint_and_keeps_the_last(folder
         assert "remedy:" in output and "Traceback" not in output, output
         checkpoints = disk / "run" / "checkpoints"
         assert not list(checkpoints.glob("*.incomplete"))
-        saved = whole_checkpoints(checkpoints)
+        saved = complete_checkpoints(checkpoints)
         assert saved and saved == sorted(checkpoints.glob("step_*"))
     finally:
         subprocess.run(["umount", disk], check=True)

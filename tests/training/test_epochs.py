@@ -9,11 +9,11 @@ import yaml
 from support import forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.topology import LaunchError
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import read_metrics
-from megachiar.training.run_data import open_data, refuse_too_small
+from megachiar.training.run_data import check_max_epochs, open_data
 
 LENGTH, BATCH = 32, 8
 
@@ -80,10 +80,10 @@ def test_as_many_epochs_as_are_allowed_are_not_too_many(tmp_path, config, order)
     for epochs in (3, 2.5):
         loaded = resolve_epochs(load_config(config, [*alone, f"training.epochs={epochs}"]))
         assert loaded.steps * BATCH > epochs * ((IndexedDataset(tmp_path / "train").tokens.size - 1) // LENGTH)
-        refuse_too_small(loaded, open_data(loaded))
+        check_max_epochs(loaded, open_data(loaded))
     loaded = resolve_epochs(load_config(config, [*alone, "training.epochs=4"]))
     with pytest.raises(LaunchError, match=r"passed over 4\.00 times, more than data\.max_epochs 3"):
-        refuse_too_small(loaded, open_data(loaded))
+        check_max_epochs(loaded, open_data(loaded))
 
 
 def test_steps_that_epochs_do_not_make_are_refused(config, tmp_path):

@@ -10,7 +10,7 @@ from support import small_config, write_config, write_tokens
 
 from megachiar.config import load_config
 from megachiar.topology import LaunchError
-from megachiar.training.run_data import describe_seen_validation, describe_uses, open_data, refuse_too_small
+from megachiar.training.run_data import check_max_epochs, describe_seen_validation, describe_source_usage, open_data
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def config(tmp_path):
 
 def test_what_is_passed_over_often_is_reported(config):
     loaded = load_config(config)
-    small, large = describe_uses(loaded, open_data(loaded))
+    small, large = describe_source_usage(loaded, open_data(loaded))
     assert "66.7% of samples" in small and "small for its weight" in small
     assert "small for its weight" not in large and "epochs" in large
 
@@ -34,11 +34,11 @@ def test_what_is_passed_over_often_is_reported(config):
 def test_more_passes_than_allowed_are_refused_and_the_remedy_holds(config):
     with pytest.raises(LaunchError, match=r"small: .* more than data\.max_epochs 3") as refused:
         loaded = load_config(config, ["data.max_epochs=3"])
-        refuse_too_small(loaded, open_data(loaded))
+        check_max_epochs(loaded, open_data(loaded))
     share = float(refused.value.remedy.split("at most ")[1].split(" ")[0])
     weight = 2 / 3 * share / (1 - 2 / 3 * share)  # of the other source's 1
     mended = load_config(config, ["data.max_epochs=3", f"data.train.0.weight={weight:.3f}"])
-    (use, _) = describe_uses(mended, open_data(mended))
+    (use, _) = describe_source_usage(mended, open_data(mended))
     assert 2.8 <= float(use.split()[-2]) <= 3
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import WORKERS, pretrain, run_ranks, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import checkpoint_name, read_state, read_weights
+from megachiar.checkpoint.format import checkpoint_name, read_state, read_weights
 from megachiar.config import load_config
 from megachiar.training.metrics import read_metrics
 from megachiar.training.run_data import open_at_step
@@ -113,7 +113,7 @@ def test_all_is_refused_where_a_resume_would_be_and_other_data_goes_on_where_tha
     other = write_tokens(tmp_path / "other", seed=5)
     new = [f"logging.folder={tmp_path / 'new'}", f"checkpoint.load_from={tmp_path / 'run'}", ALL]
     for changed, message in (
-        ("model.hidden_size=64", "model.hidden_size 32 there, 64 here"),
+        ("model.hidden_size=64", "model.hidden_size is 32 in the checkpoint and 64 in the config"),
         ("training.seed=7", "training.seed: was 1234"),
         (f"data.train.0.path={other}", "data.train: was"),
     ):

@@ -7,7 +7,7 @@ import json
 import pytest
 from support import forked_python, pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.checkpoint import checkpoint_name, read_state
+from megachiar.checkpoint.format import checkpoint_name, read_state
 from megachiar.config import load_config
 from megachiar.training.metrics import read_metrics
 from megachiar.training.schedule import learning_rate

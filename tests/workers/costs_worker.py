@@ -1,6 +1,8 @@
-"""One rank of ``test_parallel_costs.py``: one forward and backward pass, with every collective and kept tensor counted.
+"""Run one forward and backward pass on one rank, and count every collective and every kept tensor.
 
-python costs_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
+    python costs_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
+
+``tests/planning/test_communication.py`` starts it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def main() -> None:
 
 
 def measure(model: torch.nn.Module, vocab_size: int, length: int, sent: Counter[str]) -> dict:
-    """Payload bytes of large tensors in either pass, bytes of routes, kept values a token, the share that attended."""
+    """Return payload bytes by pass and kind, kept values per token, and the share of tokens that took attention.
+
+    The kinds are those of ``watch_collectives``.
+    """
     tokens = torch.randint(vocab_size, (SEQUENCES, length + 1), generator=torch.Generator().manual_seed(0))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -71,7 +76,7 @@ def measure(model: torch.nn.Module, vocab_size: int, length: int, sent: Counter[
 
 
 def watch_collectives(sent: Counter[str]) -> None:
-    """Count the payload of each collective: rows (two dimensions, floating), routes (bytes) and the rest."""
+    """Add the payload bytes of each collective to ``sent``: under rows (matrices), routes (bytes) or other."""
 
     def watch(name: str, factor: int, argument: int) -> None:
         call = getattr(dist, name)
@@ -85,8 +90,8 @@ def watch_collectives(sent: Counter[str]) -> None:
 
         setattr(dist, name, counted)
 
-    watch("all_gather_into_tensor", 1, 0)  # the whole result
-    watch("reduce_scatter_tensor", 1, 1)  # the whole input
+    watch("all_gather_into_tensor", 1, 0)  # the payload is the whole result
+    watch("reduce_scatter_tensor", 1, 1)  # the payload is the whole input
     watch("all_reduce", 2, 0)
     watch("broadcast", 1, 0)
 

@@ -1,6 +1,8 @@
-"""Sets up real engines on one rank and prints which attributes of ``PRIVATE_ATTRIBUTES`` they lack, as JSON.
+"""Set up real engines on one rank and print, as JSON, which attributes of ``PRIVATE_ATTRIBUTES`` they lack.
 
-python deepspeed_contract_worker.py CONFIG ...        one config after another
+    python deepspeed_contract_worker.py CONFIG ...        one config after another
+
+``tests/engine/test_deepspeed_patches.py`` starts it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from megachiar.topology import build_topology  # noqa: E402
 
 
 def holders(engine: Engine) -> Iterator[tuple[str, object]]:
-    """Yield (kind of ``PRIVATE_ATTRIBUTES``, object of this kind) for what this engine has."""
+    """Yield each object of this engine whose kind stands in ``PRIVATE_ATTRIBUTES``, after the name of its kind."""
     zero_stage = engine.config.parallel.zero_stage
     optimizer = engine.deepspeed.optimizer
     parameters = [parameter for _, parameter in engine.named_parameters()]
@@ -52,8 +54,8 @@ def main() -> None:
         engine = Engine(config, topology.with_groups(), device)
         found = list(holders(engine))
         if "pipeline" not in seen:
-            grid = deepspeed_patches.pipeline_topology(1, 1, 1)
-            pipeline = deepspeed_patches.BoundedPipeline([LayerSpec(torch.nn.Identity)], [0, 1], grid, sum)
+            ranks = deepspeed_patches.pipeline_topology(1, 1, 1)
+            pipeline = deepspeed_patches.BoundedPipeline([LayerSpec(torch.nn.Identity)], [0, 1], ranks, sum)
             found.append(("pipeline", pipeline))
         for kind, holder in found:
             seen.add(kind)

@@ -1,6 +1,8 @@
-"""One rank of ``test_training_start.py``, in a working directory of its own: as on a host that mounts other files.
+"""Train on one rank in a working directory of its own, as on a host that mounts other files than the others.
 
-python elsewhere_worker.py FOLDER_OF_RANK_0,FOLDER_OF_RANK_1,... ARGUMENTS_OF_PRETRAIN...
+    python elsewhere_worker.py FOLDER_OF_RANK_0,FOLDER_OF_RANK_1,... ARGUMENTS_OF_PRETRAIN...
+
+``tests/training/test_start.py`` starts it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""One rank of ``test_training_layouts.py``: train one config under several layouts and record everything.
+"""Train one config under several layouts on one rank, and record losses, parameters and routes.
 
-python layouts_worker.py CONFIG OUTPUT_FOLDER JSON
+    python layouts_worker.py CONFIG OUTPUT_FOLDER JSON
 
 JSON: {layout's name: {"set": overrides of the config, "replay": recording whose routes are taken, or null}}
+
+``tests/engine/test_layouts.py`` starts it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def main() -> None:
         config = load_config(config_path, layout["set"])
         topology = build_topology(config)
         device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
-        groups.mpu = None  # what DeepSpeed keeps of the last layout
+        groups.mpu = None  # DeepSpeed keeps that of the last layout
         topology = topology.with_groups()
         replay = np.load(layout["replay"])["routes"] if layout["replay"] else None
         recording = train(config, topology, device, replay)
@@ -49,7 +51,11 @@ def main() -> None:
 def train(
     config: RunConfig, topology: Topology, device: torch.device, replay: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Losses, gradient norms and evaluation of a run, its last parameters, and the route of each token at each step."""
+    """Train all steps and return the recording of the run.
+
+    It holds losses, gradient norms and statistics by step, the evaluation, the last parameters, and the route of each
+    token at each step. With ``replay``, an array of recorded routes, the routers take these.
+    """
     data = open_data(config)
     engine = Engine(config, topology, device)
     training, micro = config.training, config.training.micro_batch_size
@@ -73,7 +79,7 @@ def train(
         ).loss
         for dataset in data.validation.values()
     ]
-    taken, margin = routes.of_all()
+    taken, margin = routes.gather()
     return {
         "loss": np.array([r.loss for r in results]),
         "regulariser": np.array([r.regulariser for r in results]),
@@ -84,15 +90,20 @@ def train(
         "evaluation": np.array(evaluation),
         "routes": taken,
         "margin": margin,
-        **{f"parameter {name}": value for name, value in whole_parameters(engine, topology).items()},
+        **{f"parameter {name}": value for name, value in gather_parameters(engine, topology).items()},
     }
 
 
 class Routes:
-    """Records operator and |H - tau| of each row in each step, or makes routers take recorded ones."""
+    """Recorder of the operator and the distance |H - tau| of each token in each step; it can replay recorded operators.
+
+    Both arrays are (steps, routed layers, tokens of a step), in the order of the data.
+    """
 
     def __init__(self, config: RunConfig, engine: Engine, topology: Topology, replay: np.ndarray | None):
-        self.config, self.topology, self.replay = config, topology, replay
+        self.config = config
+        self.topology = topology
+        self.replay = replay
         self.accumulation = engine.accumulation_steps
         layers = len(config.model.routed_layers)
         shape = (config.training.steps, layers, config.training.global_batch_size * config.sequence_length)
@@ -114,43 +125,43 @@ class Routes:
             nonlocal seen
             if not router.training or recomputing:
                 return None
-            place = self._place(seen, arguments[1])
+            tokens = self._tokens(seen, arguments[1])
             step, seen = seen // self.accumulation, seen + 1
-            self.margin[step, index, place] = (decision.entropy.float() - router.bounds[0]).abs()
+            self.margin[step, index, tokens] = (decision.entropy.float() - router.bounds[0]).abs()
             if self.replay is None:
-                self.taken[step, index, place] = decision.operator
+                self.taken[step, index, tokens] = decision.operator
                 return None
-            operator = torch.from_numpy(self.replay[step, index, place])
-            self.taken[step, index, place] = operator
+            operator = torch.from_numpy(self.replay[step, index, tokens])
+            self.taken[step, index, tokens] = operator
             return type(decision)(**{**vars(decision), "operator": operator})
 
         layer.register_forward_pre_hook(before)
         layer.router.register_forward_hook(after)
 
-    def _place(self, seen: int, layout) -> slice:
-        """Where this rank's rows of its micro-batch number ``seen`` stand among all tokens of their step."""
+    def _tokens(self, seen: int, layout) -> slice:
+        """Return which of a step's tokens the rows of this rank's micro-batch number ``seen`` are."""
         micro = self.config.training.micro_batch_size
         first = (seen % self.accumulation * self.topology.data_size + self.topology.data_rank) * micro * layout.length
         return slice(first + layout.local_slice.start, first + layout.local_slice.stop)
 
-    def of_all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all ranks, (steps, routed layers, tokens of a step) in the order of the data."""
-        everyone: list = [None] * self.topology.world_size
-        dist.all_gather_object(everyone, (self.taken, self.margin))
-        return np.max([taken for taken, _ in everyone], axis=0), np.max([margin for _, margin in everyone], axis=0)
+    def gather(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return operators and distances of the whole model, gathered from all ranks."""
+        recorded: list = [None] * self.topology.world_size
+        dist.all_gather_object(recorded, (self.taken, self.margin))
+        return np.max([taken for taken, _ in recorded], axis=0), np.max([margin for _, margin in recorded], axis=0)
 
 
-def whole_parameters(engine: Engine, topology: Topology) -> dict[str, np.ndarray]:
-    """The model's parameters, whole, from the parts of all ranks."""
-    own = {}
+def gather_parameters(engine: Engine, topology: Topology) -> dict[str, np.ndarray]:
+    """Return the unsharded parameters of the model by name, gathered from all ranks."""
+    local = {}
     for name, parameter in engine.named_parameters():
         value = safe_get_full_fp32_param(parameter)
         value = parameter if value is None else value
-        own[name] = (value.detach().float().numpy().copy(), shard_of(parameter), topology.tensor.rank)
-    everyone: list = [None] * topology.world_size
-    dist.all_gather_object(everyone, own)
+        local[name] = (value.detach().float().numpy().copy(), shard_of(parameter), topology.tensor.rank)
+    gathered: list = [None] * topology.world_size
+    dist.all_gather_object(gathered, local)
     whole: dict[str, np.ndarray] = {}
-    for parameters in everyone:
+    for parameters in gathered:
         for name, (value, shard, rank) in parameters.items():
             if shard is None:
                 whole[name] = value

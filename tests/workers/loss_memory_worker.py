@@ -1,6 +1,8 @@
-"""What the head's loss takes of memory, counted, beside what its formula says: in torch, and in Triton's interpreter.
+"""Count the memory that the head's loss takes in Triton's interpreter, beside what its formula says.
 
-python loss_memory_worker.py          with TRITON_INTERPRET=1; prints JSON {case: [bytes counted, bytes by the formula]}
+    python loss_memory_worker.py          with TRITON_INTERPRET=1
+
+It prints JSON, {case: [bytes counted, bytes by the formula]}. ``tests/kernels/test_cross_entropy.py`` starts it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from torch.utils._pytree import tree_leaves
 from megachiar.kernels import cross_entropy, gpu, triton_cross_entropy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK_BYTES = 2**14  # small, so that some rows fill several chunks
+CHUNK_BYTES = 2**14  # so small that some of the shapes fill several chunks
 # (rows, channels, vocabulary): a part of a chunk; several chunks; a row of whole pages; a wide weight, few rows.
 SHAPES = ((5, 16, 500), (20, 16, 500), (10, 16, 1024), (3, 100, 500))
 
 
 class TensorPeak(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators make, and the most that were alive at once."""
+    """A counter of the bytes of the tensors that operators make: those alive, and the most that were alive at once.
+
+    Tensors in ``given`` are left out.
+    """
 
     def __init__(self, given: list[torch.Tensor]):
         super().__init__()
@@ -43,14 +48,17 @@ class TensorPeak(TorchDispatchMode):
 
 
 def counted(step: Callable[[], object], given: list[torch.Tensor]) -> int:
-    """Most bytes that are alive at once of the tensors that ``step`` makes, ``given`` left out."""
+    """Return the most bytes that were alive at once of the tensors that ``step`` makes, without those in ``given``."""
     with TensorPeak(given) as watch:
         step()
     return watch.peak
 
 
 def measure(rows: int, channels: int, vocabulary: int, dtype: torch.dtype, by_triton: bool) -> tuple[int, int]:
-    """Bytes counted in a forward and backward pass, less the gradient of the rows; bytes by the formula."""
+    """Return the bytes counted in a forward and backward pass, and the bytes by the formula.
+
+    The gradient of the rows is left out of both.
+    """
     hidden = torch.randn(rows, channels).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, channels).to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (rows,))
@@ -63,8 +71,10 @@ def measure(rows: int, channels: int, vocabulary: int, dtype: torch.dtype, by_tr
 
 
 class Uncounted:
-    """Launches a kernel, whose interpreter works on copies of the arguments and leaves them to the collector: a GPU
-    makes none."""
+    """A kernel that is launched without being counted.
+
+    Triton's interpreter works on copies of the arguments, which a GPU does not make, and leaves them to the collector.
+    """
 
     def __init__(self, kernel):
         self.kernel = kernel

@@ -1,6 +1,8 @@
-"""One rank of ``test_training_plan.py``: the bytes of all tensors that are alive while AdamW steps, under each layout.
+"""Measure on one rank, under each layout, the bytes of all tensors that are alive while AdamW steps.
 
-python memory_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
+    python memory_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
+
+``tests/planning/test_rank_plan.py`` starts it.
 """
 
 from __future__ import annotations
@@ -42,28 +44,28 @@ def main() -> None:
         ) as loader:
             for _ in range(2):
                 engine.train_step(((loader.position, next(loader)) for _ in range(engine.accumulation_steps)), 1e-3)
-        everyone: list = [None] * topology.world_size
-        dist.all_gather_object(everyone, max(alive) - before)
+        all_ranks: list = [None] * topology.world_size
+        dist.all_gather_object(all_ranks, max(alive) - before)
         if topology.is_main:
-            Path(output, f"{name}.json").write_text(json.dumps(everyone))
+            Path(output, f"{name}.json").write_text(json.dumps(all_ranks))
         del engine
     dist.destroy_process_group()
 
 
 def watched(step, alive: list[int]):
-    """``step`` that first notes the bytes of all tensors."""
+    """Return ``step`` as a function that first appends the bytes of all tensors to ``alive``."""
     step = getattr(step, "unwatched", step)
 
-    def noted(*arguments, **options):
+    def watched_step(*arguments, **options):
         alive.append(tensor_bytes())
         return step(*arguments, **options)
 
-    noted.unwatched = step
-    return noted
+    watched_step.unwatched = step
+    return watched_step
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that Python can reach, each storage once."""
+    """Return the bytes of all tensors on the CPU that Python can reach, each storage counted once."""
     storages = {}
     for found in gc.get_objects():
         if isinstance(found, torch.Tensor) and found.device.type == "cpu":

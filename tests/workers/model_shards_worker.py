@@ -1,7 +1,9 @@
-"""One rank of ``test_model_shards.py``: models cut over all ranks against the same models whole.
+"""Compare, on one rank, models that are sharded over all ranks with the same models on one rank.
 
-python model_shards_worker.py FOLDER: cases and layout in FOLDER/layout.json, greatest deviations to
-FOLDER/measured.json.
+    python model_shards_worker.py FOLDER
+
+Cases and layout are read from FOLDER/layout.json, and rank 0 writes the greatest deviations to FOLDER/measured.json.
+``tests/model/test_shards.py`` starts it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def deviations(fields: dict, group: TensorParallelGroup, interval: int | None) -> dict[str, float]:
-    """Greatest difference of this rank's part of each result, from a training pass of the whole model."""
+    """Return the greatest difference in each result of a training pass between this rank's part and the whole model."""
     config = small_model_config(**SIZES | fields)
     whole = lively_model(config).train()
     part = build_model(config, seed=1, dtype=torch.float64, group=group, checkpoint_interval=interval).train()
@@ -52,7 +54,7 @@ def deviations(fields: dict, group: TensorParallelGroup, interval: int | None) -
         for name in ("loss", "regulariser", "token_losses")
     }
     for name, value in output.statistics._asdict().items():
-        if group.shards_rows:  # of a rank's own rows; equal blocks, so their mean is that of all
+        if group.shards_rows:  # statistics of a rank's rows; blocks are equal, so that their mean is that of all rows
             value = value.clone()
             dist.all_reduce(value)
             value /= group.size
@@ -71,7 +73,7 @@ def run(model: ChiarFormer, tokens: torch.Tensor) -> ModelOutput:
 
 
 def worst_of(everyone: list[dict]) -> dict:
-    """Of all ranks' deviations the greatest."""
+    """Return the greatest deviation over all ranks, by case and result."""
     return {
         case: {what: max(one[case][what] for one in everyone) for what in found} for case, found in everyone[0].items()
     }

@@ -1,10 +1,11 @@
-"""Starts ranks by forking one process that has imported torch, DeepSpeed and the training: seconds less for each.
+"""Start ranks by forking one process that has imported torch, DeepSpeed and training, which saves seconds for each.
 
-python rank_server.py SOCKET          the descriptor of a Unix socket
+    python rank_server.py SOCKET          the descriptor of a Unix socket
 
-Each message asks for a rank: JSON {"arguments", "cwd", "env"}, with three descriptors: the rank's standard output and
-error, and where the number of its process and, after its end, its exit code are written, each a line. The rank does
-what ``python ARGUMENTS`` does up to the interpreter's own end; it shares with others what was imported, no more.
+Each message asks for a rank: JSON {"arguments", "cwd", "env"}, with three file descriptors. Two are the rank's standard
+output and standard error. To the third the server writes the rank's process id and, after its end, its exit code, each
+on a line. The rank does what ``python ARGUMENTS`` does up to the end of the interpreter. Ranks share nothing but what
+was imported before.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Rank:
     """A forked rank.
 
     Attributes:
-        pid: the number of its process.
-        process: a descriptor of its process, which can be read once it has ended.
-        status: the descriptor where its number and then its exit code are written.
+        pid: its process id.
+        process: a descriptor of its process (pidfd), which becomes readable when the process has ended.
+        status: the descriptor to which its process id and then its exit code are written.
     """
 
     pid: int
@@ -42,7 +43,7 @@ class Rank:
     def report_end(self) -> None:
         """Write the exit code of this rank, which has ended."""
         _, status = os.waitpid(self.pid, 0)
-        tell(self.status, os.waitstatus_to_exitcode(status))
+        write_number(self.status, os.waitstatus_to_exitcode(status))
 
     def close(self) -> None:
         os.close(self.process)
@@ -50,10 +51,13 @@ class Rank:
 
 
 def serve(requests: socket.socket) -> dict | None:
-    """Fork a rank for each message; returns its message in the rank, and None in the server when nobody asks any more.
+    """Fork a rank for each message.
 
-    Messages and ends of ranks are events of one loop, each handled before the next. A signal handler would not do: the
-    signal of another rank's end interrupts it.
+    Messages and ends of ranks are events of one loop, each handled before the next. A signal handler would not do,
+    because the signal of another rank's end interrupts it.
+
+    Returns:
+        In a rank, its message; in the server, None once the other end of the socket is closed.
     """
     ranks: dict[int, Rank] = {}
     with selectors.DefaultSelector() as events:
@@ -82,7 +86,7 @@ def fork(output: int, errors: int, status: int) -> Rank | None:
     """Fork a rank whose standard output and error are those given; returns None in the rank."""
     pid = os.fork()
     if pid:
-        tell(status, pid)
+        write_number(status, pid)
     else:
         os.dup2(output, 1)
         os.dup2(errors, 2)
@@ -92,8 +96,8 @@ def fork(output: int, errors: int, status: int) -> Rank | None:
     return Rank(pid, os.pidfd_open(pid), status) if pid else None
 
 
-def tell(descriptor: int, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+def write_number(descriptor: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the reader is gone
         os.write(descriptor, f"{number}\n".encode())
 
 
@@ -114,9 +118,9 @@ if __name__ == "__main__":
     launch.quiet_deepspeed()
     import megachiar.training.run  # noqa: F401
 
-    gc.freeze()  # what is imported is no rank's to collect: its end would take a second instead of a third of one
+    gc.freeze()  # no rank collects what is imported: a rank's end would take a second instead of a third of one
 
-    with socket.socket(fileno=int(sys.argv[1])) as asked:
-        request = serve(asked)
+    with socket.socket(fileno=int(sys.argv[1])) as requests_socket:
+        request = serve(requests_socket)
     if request is not None:
         become(**request)

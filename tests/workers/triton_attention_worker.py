@@ -1,8 +1,10 @@
-"""Routed attention's kernels against the dense formula in float64: greatest deviations of each case as JSON.
+"""Compare routed attention's kernels with the dense formula in float64, and print the greatest deviations as JSON.
 
-python triton_attention_worker.py cpu|cuda pairs|all          on a CPU with TRITON_INTERPRET=1
+    python triton_attention_worker.py cpu|cuda pairs|all          on a CPU with TRITON_INTERPRET=1
+    python triton_attention_worker.py dispatch                    the functions that choose between the kernels
 
-``pairs``: half of all cases, in which each two of length, rows, type, dropout and documents still meet.
+With ``pairs`` half of all cases run, in which any two of length, rows, type, dropout and documents still meet.
+``tests/kernels/test_triton.py`` starts it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import sys
 import torch
 
 from megachiar.kernels import attention, gpu, triton_attention
+from megachiar.kernels.attention_options import AttentionOptions
 from megachiar.kernels.dropout import KeyedDropout, column_keys, head_keys, row_keys
 from megachiar.kernels.hash import GOLDEN, mix64, wrap64
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.kernels.triton_attention import Mask, RowLayout, attend
 
 HEADS, SITE, RATE = 2, 5, 0.25
@@ -47,7 +51,7 @@ def main() -> None:
 def deviations(
     length: int, c: int, routing: str, dtype: torch.dtype, dropped: bool, documents: bool, device: torch.device
 ) -> dict[str, float]:
-    """Of the output and of the gradients of q, k and v, relative to the greatest value, or to 1."""
+    """Return the deviations of the output and of the gradients of q, k and v, by ``relative``."""
     generator = torch.Generator().manual_seed(length * c)
     routed = route(routing, length, generator)
     b = len(routed)
@@ -83,29 +87,29 @@ def deviations(
 
 
 def dispatched() -> dict[str, float]:
-    """The functions of ``kernels.attention`` with the kernels, against themselves without."""
+    """Return how far the functions of ``kernels.attention`` with kernels deviate from themselves without."""
     length, heads, c = 20, 2, 16
     q, k, v = (torch.randn(3, heads, length, c, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    rows = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    indices = route("some", length, torch.Generator().manual_seed(5)).flatten().nonzero().flatten()
+    rows = RoutedRows(indices, sequences=3, length=length)
     keys = row_keys(3, torch.arange(3)[:, None], torch.arange(length)).flatten()
-    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v))
-    document_starts = document_openings(3, length, torch.Generator().manual_seed(6))
+    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1)[indices] for x in (q, k, v))
+    starts = document_openings(3, length, torch.Generator().manual_seed(6))
     found = {}
     for dropout in (None, KeyedDropout(RATE, keys, SITE)):
-        of_rows = dropout and dropout.select(rows)
-        packed = packed_q, packed_k, packed_v, rows, 3, length, of_rows, 1, None
-        calls = {
-            "causal": lambda dropout=dropout: attention.causal_attention(q, k, v, dropout, 1),
-            "routed": lambda h=of_rows: attention.routed_attention(packed_q, k, v, rows, length, h, 1),
-            "self": lambda p=packed: attention.routed_self_attention(*p),
-            "causal, documents": lambda dropout=dropout: attention.causal_attention(
-                q, k, v, dropout, 1, None, document_starts
-            ),
-            "routed, documents": lambda h=of_rows: attention.routed_attention(
-                packed_q, k, v, rows, length, h, 1, None, document_starts.flatten()[rows]
-            ),
-            "self, documents": lambda p=packed: attention.routed_self_attention(*p, document_starts.flatten()[rows]),
-        }
+        calls = {}
+        for name, of_all in (("", None), (", documents", starts)):
+            options = AttentionOptions(dropout, first_head=1, document_starts=of_all)
+            of_rows = AttentionOptions(
+                dropout=dropout and dropout.select(indices),
+                first_head=1,
+                document_starts=of_all.flatten()[indices] if of_all is not None else None,
+            )
+            calls[f"causal{name}"] = lambda o=options: attention.causal_attention(q, k, v, o)
+            calls[f"routed{name}"] = lambda o=of_rows: attention.routed_attention(packed_q, k, v, rows, o)
+            calls[f"self{name}"] = lambda o=of_rows: attention.routed_self_attention(
+                packed_q, packed_k, packed_v, rows, o
+            )
         for name, call in calls.items():
             expected = call()
             launched = []
@@ -120,7 +124,7 @@ def dispatched() -> dict[str, float]:
 
 
 def route(routing: str, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(3, length) bool."""
+    """Return which tokens of 3 sequences are routed to attention, (3, length) bool."""
     routed = torch.rand(3, length, generator=generator) < {"some": 0.5, "few": 0.1}.get(routing, 0.6)
     match routing:
         case "all":
@@ -135,7 +139,7 @@ def route(routing: str, length: int, generator: torch.Generator) -> torch.Tensor
 
 
 def document_openings(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(sequences, length): where the document of each position begins; the last sequence has one document alone."""
+    """Return where the document of each position begins, (sequences, length); the last sequence is one document."""
     opens = torch.rand(sequences, length, generator=generator) < 0.2
     opens[-1] = False
     return (opens * torch.arange(length)).cummax(1).values
@@ -152,7 +156,7 @@ def dense(
 
 
 def stays_of(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """What dropout leaves of (b, h, rows, columns), in Python's integers' terms: everything modulo 2^32."""
+    """Return which of (b, h, rows, columns) dropout keeps, by its definition: integer arithmetic modulo 2^32."""
     half = 2**32
     first, second = (keys >> 32) % half, (keys % half) | 1
     number = ((first[..., None] ^ (columns.long() % half)) * 0x7FEB352D) % half

@@ -1,6 +1,8 @@
-"""Compile all kernels for sm_90, with no GPU: what each uses, as JSON.
+"""Compile all kernels for sm_90 without a GPU, and print what each of them uses as JSON.
 
-python triton_compile_worker.py few|all          few: each kernel in both types, where it needs most registers
+    python triton_compile_worker.py few|all          few: each kernel in both types, where it needs most registers
+
+``tests/kernels/test_triton.py`` starts it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from triton.runtime import driver
 
 
 class Planned:
-    """A driver of a GPU that is not there."""
+    """A driver for a GPU that is not there."""
 
     get_current_device = get_current_stream = lambda self, device=None: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)  # noqa: E731
@@ -48,11 +50,11 @@ KERNELS = {
     triton_rope: ("_rotate",),
 }
 SIZES = (256, 1024, 4096)
-"""Channels of a token."""
+"""Numbers of channels of a token."""
 
 
 class Compiled:
-    """Stands for a kernel: is compiled, and not launched."""
+    """A stand-in for a kernel that is compiled and never launched."""
 
     def __init__(self, module, name: str, into: dict):
         self.name, self.kernel, self.into = name, getattr(module, name), into
@@ -120,7 +122,7 @@ def attend(c: int, dtype: torch.dtype, dropped: bool, documents: bool) -> None:
 
 
 def usage(kernel) -> dict[str, int]:
-    """Registers, bytes of stack (spills) and shared memory."""
+    """Return the registers of a kernel, its bytes of stack (spills) and of shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

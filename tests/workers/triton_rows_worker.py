@@ -1,8 +1,8 @@
-"""The kernels that work row by row against their definitions in float64: greatest deviations of each case as JSON.
+"""Compare the kernels that work row by row with their definitions in float64, and print the deviations as JSON.
 
-python triton_rows_worker.py cpu|cuda          on a CPU with TRITON_INTERPRET=1
+    python triton_rows_worker.py cpu|cuda          on a CPU with TRITON_INTERPRET=1
 
-The functions are those a model calls; they are made to take the kernels.
+The functions are those that a model calls, made to take the kernels. ``tests/kernels/test_triton.py`` starts it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Found = dict[str, dict[str, float]]
 
 
 class Launched:
-    """Stands for a kernel: launches it, and notes that it did."""
+    """A stand-in for a kernel that launches it and records that it did."""
 
     def __init__(self, name: str, kernel, into: set[str]):
         self.name, self.kernel, self.into = name, kernel, into
@@ -130,7 +130,7 @@ def norm(n: int, d: int, dtype: torch.dtype, device: torch.device, added: bool) 
 
 
 def rotation(heads: int, c: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of rows that lie between others, with tables that repeat over sequences; and of single rows."""
+    """Return the deviations of rotating rows in place with tables that repeat over sequences, and of single rows."""
     both = noise(2, 5, 2, heads, c, seed=1)
     exact = rotary_table(9, c, 10000.0, torch.device("cpu"), torch.float64)
     rounded = [table.to(device) for table in rotary_table(9, c, 10000.0, torch.device("cpu"), dtype)]
@@ -177,7 +177,7 @@ def permuted_and_back(dtype: torch.dtype, device: torch.device) -> dict[str, flo
 
 
 class Half:
-    """The tokens from ``first``, of which another rank has those before: its part of the sums is given."""
+    """The part of a vocabulary from token ``first``; the sums over the tokens before it, of another rank, are given."""
 
     def __init__(self, first: int, scale: torch.Tensor, target: torch.Tensor):
         self.first, self.scale, self.target = first, scale, target
@@ -223,7 +223,7 @@ def loss(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, i
 def compared(
     kernels: Callable, definition: Callable, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Deviations of the result and of the gradients, of inputs rounded to ``dtype``."""
+    """Return the deviations of the result and of the gradients, for inputs rounded to ``dtype``."""
     exact = {name: x.to(dtype).double().requires_grad_() for name, x in inputs.items()}
     own = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
     expected, got = definition(*exact.values()), kernels(*own.values())

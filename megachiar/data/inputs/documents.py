@@ -1,7 +1,7 @@
 """What is read of a corpus: chunks of whole documents, the documents in them, and those that cannot be used.
 
-A *trouble* is a document that cannot be used; whether it is skipped or ends the run is the user's choice
-(``TroubleLog``).
+An *invalid document* is one that cannot be used; whether it is skipped or ends the run is the user's choice
+(``InvalidDocumentLog``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megachiar.errors import UserError
 
 TxtDocuments = Literal["file", "line", "blank-line"]
 OnError = Literal["skip", "refuse"]
-TroubleKind = Literal[
+InvalidDocumentKind = Literal[
     "broken_json", "not_an_object", "missing_text", "not_a_string", "invalid_utf8", "empty", "control_token"
 ]
 
@@ -77,53 +77,53 @@ class Document(NamedTuple):
     where: str = ""
 
 
-class Trouble(NamedTuple):
+class InvalidDocument(NamedTuple):
     """A document that cannot be used: of which kind, where it is, what is wrong with it."""
 
-    kind: TroubleKind
+    kind: InvalidDocumentKind
     where: str
     problem: str
 
 
 @dataclass
-class TroubleLog:
+class InvalidDocumentLog:
     """Counts unusable documents by kind and keeps the first few of each; or refuses the first.
 
     Attributes:
-        on_error: ``refuse`` raises at the first trouble, ``skip`` goes on.
+        on_error: ``refuse`` raises at the first invalid document, ``skip`` goes on.
         counts: kind -> documents.
-        examples: the first EXAMPLES_PER_KIND troubles of each kind.
+        examples: the first EXAMPLES_PER_KIND documents of each kind.
     """
 
     on_error: OnError = "refuse"
     counts: Counter[str] = field(default_factory=Counter)
-    examples: list[Trouble] = field(default_factory=list)
+    examples: list[InvalidDocument] = field(default_factory=list)
 
-    def add(self, trouble: Trouble) -> None:
-        """Record one trouble.
+    def add(self, invalid: InvalidDocument) -> None:
+        """Record one invalid document.
 
         Raises:
             UserError: ``on_error`` is ``refuse``.
         """
         if self.on_error == "refuse":
             raise UserError(
-                trouble.where,
-                f"{trouble.problem} [{trouble.kind}]",
+                invalid.where,
+                f"{invalid.problem} [{invalid.kind}]",
                 "mend the input, or pass --on-error skip to leave such documents out and have them counted",
             )
-        if self.counts[trouble.kind] < EXAMPLES_PER_KIND:
-            self.examples.append(trouble)
-        self.counts[trouble.kind] += 1
+        if self.counts[invalid.kind] < EXAMPLES_PER_KIND:
+            self.examples.append(invalid)
+        self.counts[invalid.kind] += 1
 
-    def merge(self, later: TroubleLog) -> None:
+    def merge(self, later: InvalidDocumentLog) -> None:
         """Take over what was recorded about a later part of the input."""
-        for trouble in later.examples:
-            if sum(known.kind == trouble.kind for known in self.examples) < EXAMPLES_PER_KIND:
-                self.examples.append(trouble)
+        for invalid in later.examples:
+            if sum(known.kind == invalid.kind for known in self.examples) < EXAMPLES_PER_KIND:
+                self.examples.append(invalid)
         self.counts.update(later.counts)
 
 
-def parse_chunk(chunk: Chunk, text_key: str = "text") -> Iterator[Document | Trouble]:
+def parse_chunk(chunk: Chunk, text_key: str = "text") -> Iterator[Document | InvalidDocument]:
     """The documents of ``chunk`` in order, and what cannot be used where it occurs.
 
     Blank lines in jsonl are no documents; in text they only separate or, line by line, are empty documents.
@@ -170,7 +170,7 @@ def _paragraphs(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
         yield start, start_offset, b"\n".join(run)
 
 
-def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: str) -> Document | Trouble:
+def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: str) -> Document | InvalidDocument:
     try:
         decoded = line.decode()
     except UnicodeDecodeError as error:
@@ -179,51 +179,57 @@ def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: s
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
         byte = offset + len(decoded[: error.pos].encode())
-        return Trouble("broken_json", _at_byte(_place(chunk, number), chunk, byte), f"broken JSON: {error.msg}")
+        return InvalidDocument("broken_json", _at_byte(_place(chunk, number), chunk, byte), f"broken JSON: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        return Trouble("broken_json", _at_byte(_place(chunk, number), chunk, offset), f"cannot parse JSON: {error}")
+        return InvalidDocument(
+            "broken_json", _at_byte(_place(chunk, number), chunk, offset), f"cannot parse JSON: {error}"
+        )
     where = _at_byte(_place(chunk, number), chunk, offset)
     if not isinstance(record, dict):
-        return Trouble("not_an_object", where, f"a JSON {_json_type(record)} where an object is expected")
+        return InvalidDocument("not_an_object", where, f"a JSON {_json_type(record)} where an object is expected")
     if text_key not in record:
         keys = ", ".join(list(record)[:8]) or "none at all"
-        return Trouble("missing_text", where, f"has no key {text_key!r}; keys are {keys}")
+        return InvalidDocument("missing_text", where, f"has no key {text_key!r}; keys are {keys}")
     text = record[text_key]
     if not isinstance(text, str):
-        return Trouble("not_a_string", where, f"{text_key!r} is a JSON {_json_type(text)}, not a string")
+        return InvalidDocument("not_a_string", where, f"{text_key!r} is a JSON {_json_type(text)}, not a string")
     return _usable(where, text)
 
 
-def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | Trouble:
+def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | InvalidDocument:
     many = len(chunk.data) > 1 or chunk.first > 1
     place = f"{chunk.source}: document {number}" if many else chunk.source
     if data is None:
-        return Trouble("not_a_string", place, "the text is null")
+        return InvalidDocument("not_a_string", place, "the text is null")
     return _decode(place, chunk, chunk.offset, data)
 
 
-def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | Trouble:
+def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         return _invalid_utf8(place, chunk, offset, data, error)
-    return Document(text, data, place) if text.strip() else Trouble("empty", _at_byte(place, chunk, offset), "is empty")
+    if not text.strip():
+        return InvalidDocument("empty", _at_byte(place, chunk, offset), "is empty")
+    return Document(text, data, place)
 
 
-def _usable(where: str, text: str) -> Document | Trouble:
+def _usable(where: str, text: str) -> Document | InvalidDocument:
     """The document ``text``, which came through JSON and may hold what UTF-8 cannot."""
     if not text.strip():
-        return Trouble("empty", where, "is empty")
+        return InvalidDocument("empty", where, "is empty")
     try:
         return Document(text, text.encode(), where)
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        return Trouble("invalid_utf8", where, f"character {error.start} is half of a surrogate pair (\\u{code:04x})")
+        return InvalidDocument(
+            "invalid_utf8", where, f"character {error.start} is half of a surrogate pair (\\u{code:04x})"
+        )
 
 
-def _invalid_utf8(place: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> Trouble:
+def _invalid_utf8(place: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
     byte = data[error.start]
-    return Trouble(
+    return InvalidDocument(
         "invalid_utf8", _at_byte(place, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
     )
 

@@ -2,13 +2,13 @@
 
 Reading is split in two so that the cheap half can feed many processes with the dear half:
 
-    sources --read_chunks--> Chunk (raw bytes, cut between documents) --parse_chunk--> Document | Trouble
+    sources --read_chunks--> Chunk (raw bytes, cut between documents) --parse_chunk--> Document | InvalidDocument
              one process, disk and decompression only                  any process, UTF-8 and JSON
 
-    find_inputs.py      which files are read          source.py         one file, its format by its name
-    compression.py      blocks of its text            recognition.py    what it is, whatever its name says
-    text_reader.py      text and JSON lines           parquet_reader.py parquet
-    documents.py        chunks, documents, troubles   this file         all together
+    find_inputs.py      which files are named        folder_files.py     what a folder gives and leaves out
+    source.py           one file, its format by name recognition.py      what it is, whatever its name says
+    compression.py      blocks of its text           documents.py        valid and invalid documents
+    text_reader.py      text and JSON lines          parquet_reader.py   parquet
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
 What makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the run.
@@ -19,7 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from megachiar.data.inputs.documents import Chunk, Document, ReadOptions, Trouble, TroubleLog, parse_chunk
+from megachiar.data.inputs.documents import (
+    Chunk,
+    Document,
+    InvalidDocument,
+    InvalidDocumentLog,
+    ReadOptions,
+    parse_chunk,
+)
 from megachiar.data.inputs.parquet_reader import parquet_chunks
 from megachiar.data.inputs.source import Source
 from megachiar.data.inputs.text_reader import text_chunks
@@ -37,11 +44,11 @@ def read_chunks(sources: Iterable[Source], options: ReadOptions) -> Iterator[Chu
             yield from (parquet_chunks if source.format == "parquet" else text_chunks)(source, options)
 
 
-def read_documents(sources: Iterable[Source], options: ReadOptions, log: TroubleLog) -> Iterator[Document]:
+def read_documents(sources: Iterable[Source], options: ReadOptions, log: InvalidDocumentLog) -> Iterator[Document]:
     """All usable documents in this process; what cannot be used goes to ``log``."""
     for chunk in read_chunks(sources, options):
         for item in parse_chunk(chunk, options.text_key):
-            if isinstance(item, Trouble):
+            if isinstance(item, InvalidDocument):
                 log.add(item)
             else:
                 yield item

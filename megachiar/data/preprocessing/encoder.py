@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup
-from megachiar.data.inputs.documents import Document, Trouble, TroubleLog, parse_chunk
+from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentLog, parse_chunk
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.indexed import dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.tokenizers.control_guard import ControlTokenError
 from megachiar.data.tokenizers.fast import Engine, FastTokenizer
-from megachiar.data.tokenizers.pieces import in_pieces
-from megachiar.data.tokenizers.tokenizer import ControlTokenError, Tokenizer, load_tokenizer
+from megachiar.data.tokenizers.pieces import with_piece_cache
+from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # of ASCII
@@ -40,10 +41,10 @@ class EncodedPart(NamedTuple):
 
 
 class EncodedGroup(NamedTuple):
-    """What became of some chunks: one ``EncodedPart`` per part of the split, the troubles, and the input read."""
+    """The result of one chunk group: an ``EncodedPart`` per part of the split, invalid documents, and bytes read."""
 
     parts: list[EncodedPart]
-    log: TroubleLog
+    log: InvalidDocumentLog
     consumed: int
 
 
@@ -69,23 +70,26 @@ class ChunkEncoder:
         tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
         if tokenizer.fingerprint != fingerprint:
             raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
-        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else in_pieces(tokenizer))
+        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer))
 
     def __call__(self, group: ChunkGroup) -> EncodedGroup:
-        log = TroubleLog(self._settings.on_error)
+        log = InvalidDocumentLog(self._settings.on_error)
         parts = self._encode(group, log)  # the text is gone by now: a large one leaves room for its tokens
         consumed = sum(chunk.consumed for chunk in group.chunks)
         return EncodedGroup([self._encoded_part(*part) for part in parts], log, consumed)
 
-    def _encode(self, group: ChunkGroup, log: TroubleLog) -> list[tuple[list[Sequence[int]], int, int]]:
+    def _encode(self, group: ChunkGroup, log: InvalidDocumentLog) -> list[tuple[list[TokenIds], int, int]]:
         """For each part of the split, the ids of its documents, and bytes and words of their text."""
         key = self._settings.read.text_key
         items = [item for chunk in group.chunks for item in parse_chunk(chunk, key)]
         encoded = iter(self._encode_documents([item for item in items if isinstance(item, Document)]))
-        members: list[list[tuple[Document, Sequence[int]]]] = [[] for _ in self._settings.prefixes]
+        members: list[list[tuple[Document, TokenIds]]] = [[] for _ in self._settings.prefixes]
         for item in items:
-            ids = next(encoded) if isinstance(item, Document) else item
-            if isinstance(ids, Trouble):
+            if isinstance(item, InvalidDocument):
+                log.add(item)
+                continue
+            ids = next(encoded)
+            if isinstance(ids, InvalidDocument):
                 log.add(ids)
             else:
                 members[self._part_of(item)].append((item, ids))
@@ -98,8 +102,8 @@ class ChunkEncoder:
             for part in members
         ]
 
-    def _encode_documents(self, documents: list[Document]) -> list[Sequence[int] | Trouble]:
-        """The ids of each document, or the trouble that the tokenizer makes of it."""
+    def _encode_documents(self, documents: list[Document]) -> list[TokenIds | InvalidDocument]:
+        """The ids of each document, or the reason why the tokenizer cannot encode it."""
         try:
             encoded = self._tokenizer.encode_batch([document.text for document in documents])
         except ControlTokenError:  # by one of them: the others are good
@@ -108,17 +112,17 @@ class ChunkEncoder:
             ids if len(ids) else _without_tokens(document) for document, ids in zip(documents, encoded, strict=True)
         ]
 
-    def _encode_one(self, document: Document) -> Sequence[int] | Trouble:
+    def _encode_one(self, document: Document) -> TokenIds | InvalidDocument:
         try:
             ids = self._tokenizer.encode_batch([document.text])[0]
         except ControlTokenError as error:
-            return Trouble("control_token", document.where, f"the tokenizer {error.problem}")
+            return InvalidDocument("control_token", document.where, f"the tokenizer {error.problem}")
         return ids if len(ids) else _without_tokens(document)
 
     def _part_of(self, document: Document) -> int:
         return self._settings.split.part_of(document.utf8) if self._settings.split else 0
 
-    def _encoded_part(self, encoded: list[Sequence[int]], text_bytes: int, words: int) -> EncodedPart:
+    def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int) -> EncodedPart:
         room = int(self._settings.append_eod)
         lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
@@ -134,8 +138,8 @@ class ChunkEncoder:
         return EncodedPart(narrowed, lengths, text_bytes, words, unknown_tokens)
 
 
-def _without_tokens(document: Document) -> Trouble:
-    return Trouble("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
+def _without_tokens(document: Document) -> InvalidDocument:
+    return InvalidDocument("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
 
 
 def encode_without_threads() -> None:

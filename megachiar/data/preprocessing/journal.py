@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megachiar.data.inputs.documents import Trouble, TroubleLog
+from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.inputs.source import Source
-from megachiar.data.storage.indexed import BuilderState, open_locked
+from megachiar.data.storage.writer import BuilderState, open_locked
 from megachiar.errors import UserError, disk_errors
 
 Stage = Literal["encoding", "shuffling", "placing"]
@@ -56,7 +56,7 @@ class Journal:
     stage: Stage = "encoding"
     sources: list[list[Any]] = field(default_factory=list)
     outputs: list[OutputState] = field(default_factory=list)
-    log: TroubleLog = field(default_factory=TroubleLog)
+    log: InvalidDocumentLog = field(default_factory=InvalidDocumentLog)
 
     @classmethod
     def open(cls, path: Path, options: dict[str, Any], *, restart: bool = False) -> Journal:
@@ -116,7 +116,7 @@ class Journal:
         return time.monotonic() - self._last_checkpoint >= pause
 
     def checkpoint(
-        self, sources: list[list[Any]], outputs: list[OutputState], log: TroubleLog, stage: Stage = "encoding"
+        self, sources: list[list[Any]], outputs: list[OutputState], log: InvalidDocumentLog, stage: Stage = "encoding"
     ) -> None:
         """Record that ``sources`` are done too, and what there is now.
 
@@ -198,7 +198,9 @@ class Journal:
             )
             for output, blocks in zip(line["outputs"], before, strict=True)
         ]
-        self.log = TroubleLog("skip", Counter(line["skipped"]), [Trouble(*example) for example in line["examples"]])
+        self.log = InvalidDocumentLog(
+            "skip", Counter(line["skipped"]), [InvalidDocument(*example) for example in line["examples"]]
+        )
 
 
 def _check_options(path: Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:

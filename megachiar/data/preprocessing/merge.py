@@ -23,7 +23,6 @@ from megachiar.data.storage.files import (
     manifest_path,
     remove_dataset,
 )
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
 from megachiar.data.storage.manifest import (
     Checksums,
     Manifest,
@@ -33,6 +32,8 @@ from megachiar.data.storage.manifest import (
     compare_checksums,
     read_manifest,
 )
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 COPY_BLOCK = 1 << 26  # bytes copied at once, unless one sequence is longer

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import megachiar
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
-from megachiar.data.inputs.documents import Document, TroubleLog, parse_chunk
+from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedPart, encode_without_threads
@@ -33,10 +33,12 @@ from megachiar.data.preprocessing.report import Report, describe_ending
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import dataset_files, put_in_place, remove_dataset
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import Checksums, Manifest, read_manifest
-from megachiar.data.tokenizers.fast import CHECKED_BYTES, ChosenEngine, choose_engine
-from megachiar.data.tokenizers.pieces import MOST_KNOWN_BYTES
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
+from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
+from megachiar.data.tokenizers.pieces import MOST_CACHED_BYTES
 from megachiar.data.tokenizers.recorded import describe_tokenizer
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
@@ -180,7 +182,7 @@ class _Run:
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer, journal: Journal, stream: TextIO):
         self.settings, self.tokenizer, self.journal, self.stream = settings, tokenizer, journal, stream
         self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-        self.engine: ChosenEngine | None = None
+        self.engine: EngineChoice | None = None
         self.made: dict[Path, Manifest] = {}
 
     def go(self) -> Report:
@@ -195,7 +197,7 @@ class _Run:
                 manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _is_there(prefix)},
                 log=self.journal.log,
                 seconds=progress.elapsed,
-                engine=f"{self.engine.kind} ({self.engine.why})" if self.engine else "",
+                engine=f"{self.engine.kind} ({self.engine.reason})" if self.engine else "",
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
                 ending=describe_ending(self.tokenizer, self.settings.append_eod),
@@ -247,7 +249,7 @@ class _Run:
             if not output.builder.tokens:
                 output.builder.abort()
 
-    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> TroubleLog:
+    def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> InvalidDocumentLog:
         settings, log = self.settings, self.journal.log
         log.on_error = settings.on_error
         waiting: collections.deque[ChunkGroup] = collections.deque()  # groups under way, without their text
@@ -270,7 +272,7 @@ class _Run:
             make_encoder = functools.partial(ChunkEncoder, settings, self.engine.tokenizer)
         else:
             make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, self.engine.kind)
-        remembers = MOST_KNOWN_BYTES if self.engine.kind == "reference" else 0
+        remembers = MOST_CACHED_BYTES if self.engine.kind == "reference" else 0
         results = ordered_map(
             *(make_encoder, itertools.chain(first, stream), settings.workers), fork=settings.fork, remembers=remembers
         )
@@ -292,7 +294,7 @@ class _Run:
                 progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
         return log
 
-    def _check_filled(self, outputs: list[Output], log: TroubleLog) -> None:
+    def _check_filled(self, outputs: list[Output], log: InvalidDocumentLog) -> None:
         """Refuse to write a dataset without documents."""
         documents = sum(output.builder.documents for output in outputs)
         skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
@@ -331,7 +333,7 @@ class _Run:
                 if self.settings.shuffle_seed is not None:
                     remove_dataset(unshuffled(prefix))
 
-    def _manifest(self, output: Output, log: TroubleLog, builder: IndexedDatasetBuilder) -> bytes:
+    def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
         self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log)
         return made.to_json()
 
@@ -342,7 +344,9 @@ class _Run:
         return manifest
 
 
-def make_manifest(settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: TroubleLog) -> Manifest:
+def make_manifest(
+    settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: InvalidDocumentLog
+) -> Manifest:
     """The manifest of a complete output."""
     builder = output.builder
     return Manifest(

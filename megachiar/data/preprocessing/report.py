@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megachiar.data.inputs.documents import TroubleLog
-from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.inputs.documents import InvalidDocumentLog
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.preprocessing.existing import SAME
 from megachiar.data.storage.manifest import Manifest
 from megachiar.data.tokenizers.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class Report:
     """
 
     manifests: dict[Path, Manifest] = field(default_factory=dict)
-    log: TroubleLog = field(default_factory=TroubleLog)
+    log: InvalidDocumentLog = field(default_factory=InvalidDocumentLog)
     seconds: float = 0.0
     engine: str = ""
     rate: float = 0.0
@@ -46,14 +46,14 @@ class Report:
     def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
         """Report on datasets that were there already."""
         skipped = next(iter(manifests.values())).skipped
-        return cls(manifests, TroubleLog("skip", Counter(skipped)), existed=True)
+        return cls(manifests, InvalidDocumentLog("skip", Counter(skipped)), existed=True)
 
     def lines(self) -> Iterator[str]:
         """The report as text, line by line."""
         for found in self.found:
             yield found.told()
-        for trouble in self.log.examples:
-            yield f"skipped {trouble.where}: {trouble.problem} [{trouble.kind}]"
+        for invalid in self.log.examples:
+            yield f"skipped {invalid.where}: {invalid.problem} [{invalid.kind}]"
         for prefix, made in self.manifests.items():
             ratio = made.tokens / max(1, made.text_bytes)
             yield (

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megachiar.data.inputs.documents import OnError, ReadOptions
-from megachiar.data.inputs.find_inputs import FoundFiles
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.tokenizers.fast import Engine
-from megachiar.data.tokenizers.tokenizer import TokenizerKind
+from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PreprocessSettings:
         read: how documents are found.
         append_eod: end each document with the tokenizer's end-of-document id.
         split: parts by document hash, None for one dataset.
-        on_error: what an unusable document does, see ``TroubleLog``.
+        on_error: what an unusable document does, see ``InvalidDocumentLog``.
         workers: tokenizing processes; 1 works in this one.
         fork: workers are copies of this process, see ``ordered_map``.
         shuffle_seed: shuffle the documents of each part by this key; None keeps the order of the input.

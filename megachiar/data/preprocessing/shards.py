@@ -17,15 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from megachiar.data.inputs.documents import Trouble, TroubleLog
+from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.preprocessing.merge import append_dataset
 from megachiar.data.preprocessing.preprocess import Output, check_outputs, existing_report, make_manifest, preprocess
 from megachiar.data.preprocessing.report import Report, describe_ending
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 
@@ -116,7 +118,6 @@ def _merge(
     log = _merged_log(records)
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
-    log = _merged_log(everything)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
@@ -183,12 +184,12 @@ def _records(shards: list[PreprocessSettings]) -> list[dict]:
     return records
 
 
-def _merged_log(records: list[dict]) -> TroubleLog:
+def _merged_log(records: list[dict]) -> InvalidDocumentLog:
     """What all shards left out, in the order of the inputs."""
-    log = TroubleLog("skip")
+    log = InvalidDocumentLog("skip")
     for record in records:
-        examples = [Trouble(*example) for example in record["examples"]]
-        log.merge(TroubleLog("skip", Counter(record["skipped"]), examples))
+        examples = [InvalidDocument(*example) for example in record["examples"]]
+        log.merge(InvalidDocumentLog("skip", Counter(record["skipped"]), examples))
     return log
 
 

@@ -19,7 +19,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megachiar.data.permutation import permute, round_keys, unpermute
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import disk_errors
 
 BUCKET_BYTES = 1 << 28  # tokens that a bucket aims at

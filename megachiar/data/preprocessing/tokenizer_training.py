@@ -26,14 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-from megachiar.data.inputs.documents import OnError, ReadOptions, TroubleLog
-from megachiar.data.inputs.find_inputs import FoundFiles, same_file
+from megachiar.data.inputs.documents import InvalidDocumentLog, OnError, ReadOptions
+from megachiar.data.inputs.find_inputs import same_file
+from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.existing import Differs, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
-from megachiar.data.tokenizers.tokenizer import GPT2_EOD, Tokenizer, load_tokenizer
-from megachiar.errors import UserError
+from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
 
@@ -101,7 +103,7 @@ class TrainingReport(NamedTuple):
     used_bytes: int
     read_documents: int
     read_bytes: int
-    log: TroubleLog
+    log: InvalidDocumentLog
     existed: bool = False
 
 
@@ -116,12 +118,14 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         UserError: the output has the wrong suffix, or exists and was not made by the same call; the corpus cannot be
             read or is too small for the vocabulary, the vocabulary is too small for the corpus, or the disk is full.
     """
-    _check(settings)
-    if settings.output.exists() and not settings.overwrite:
+    with disk_errors(settings.output):
+        _check(settings)
+        exists = settings.output.exists()
+    if exists and not settings.overwrite:
         return _existing(settings)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream or sys.stderr)
-    log = TroubleLog(settings.on_error)
+    log = InvalidDocumentLog(settings.on_error)
     asked = settings.deciding
     with TextProgress("reading", None, stream) as progress:
         sample = sample_texts(_counted(settings, log, progress), settings.max_text_bytes)
@@ -154,7 +158,7 @@ def _existing(settings: TrainingSettings) -> TrainingReport:
     except Differs as difference:
         problem = f"exists already, and not as this command makes it: {difference}"
         raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
-    log = TroubleLog("skip", Counter(report.pop("skipped")))
+    log = InvalidDocumentLog("skip", Counter(report.pop("skipped")))
     return TrainingReport(load_tokenizer(settings.output, settings.kind), **report, log=log, existed=True)
 
 
@@ -192,7 +196,7 @@ def _check(settings: TrainingSettings) -> None:
         )
 
 
-def _counted(settings: TrainingSettings, log: TroubleLog, progress: TextProgress) -> Iterator[str]:
+def _counted(settings: TrainingSettings, log: InvalidDocumentLog, progress: TextProgress) -> Iterator[str]:
     """Texts of the corpus, each told to ``progress``."""
     for document in read_documents(settings.sources, settings.read, log):
         progress.advance(0, len(document.utf8), 1)

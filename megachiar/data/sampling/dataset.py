@@ -13,13 +13,13 @@ import numpy as np
 
 from megachiar.data.sampling.order import OrderedSource, RunOrder
 from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import (
     check_manifest,
     check_same_tokenizer,
     check_vocabulary,
     read_manifest,
 )
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
 LOCATED_TOGETHER = 1024  # positions of a run
@@ -127,7 +127,7 @@ class SourceUse(NamedTuple):
     epochs: float
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample of a run lies: ``source`` is its number, ``epoch`` counts from 0, ``token`` is the first one."""
 
     source: int
@@ -145,7 +145,7 @@ class SampleStream:
 
     def __init__(self, sources: Sequence[TokenSource], order: RunOrder):
         self.sources, self.order, self.sequence_length = tuple(sources), order, order.sequence_length
-        self._last_block: tuple[int, list[Place]] = (-1, [])
+        self._last_block: tuple[int, list[SampleLocation]] = (-1, [])
 
     def sample(self, position: int) -> np.ndarray:
         """Sample ``position`` of the run, int64 (T + 1,)."""
@@ -153,48 +153,48 @@ class SampleStream:
 
     def batch(self, positions: Iterable[int]) -> np.ndarray:
         """Samples of the run at ``positions`` (a range, a list, an array), int64 (n, T + 1)."""
-        places = self.locate(positions)
-        batch = np.empty((len(places), self.sequence_length + 1), np.int64)
-        for place in places:  # all reads of the batch are under way before the first is waited for
-            self.sources[place.source].dataset.announce(place.token, self.sequence_length + 1)
-        for row, place in zip(batch, places, strict=True):
-            self.sources[place.source].copy(place.token, row)
+        locations = self.locate(positions)
+        batch = np.empty((len(locations), self.sequence_length + 1), np.int64)
+        for location in locations:  # all reads of the batch are under way before the first is waited for
+            self.sources[location.source].dataset.prefetch_hint(location.token, self.sequence_length + 1)
+        for row, location in zip(batch, locations, strict=True):
+            self.sources[location.source].copy(location.token, row)
         if batch.size and not self._are_known_ids(batch):
-            for row, place in zip(batch, places, strict=True):
-                self.sources[place.source].check_ids(place.token, row)
+            for row, location in zip(batch, locations, strict=True):
+                self.sources[location.source].check_ids(location.token, row)
         return batch
 
-    def locate(self, positions: Iterable[int]) -> list[Place]:
+    def locate(self, positions: Iterable[int]) -> list[SampleLocation]:
         """Where the samples at ``positions`` lie, without reading them."""
-        places = []
+        locations = []
         for position in positions:
             if position < self.order.first:
                 raise IndexError(f"position {position} of a run; positions begin at {self.order.first}")
             block, row = divmod(int(position) - self.order.first, LOCATED_TOGETHER)
-            places.append(self._block(block)[row])
-        return places
+            locations.append(self._block(block)[row])
+        return locations
 
     def _are_known_ids(self, batch: np.ndarray) -> bool:
         """Whether every id is one of the model's vocabulary, as far as it is known."""
         limits = [source.vocab_size for source in self.sources if source.vocab_size is not None]
         return not limits or (int(batch.min()) >= 0 and int(batch.max()) < min(limits))
 
-    def _block(self, number: int) -> list[Place]:
-        """Places of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
-        known, places = self._last_block  # one read and one write of one name: threads may share a stream
+    def _block(self, number: int) -> list[SampleLocation]:
+        """Locations of ``LOCATED_TOGETHER`` positions: to find many costs little more than to find one."""
+        known, locations = self._last_block  # one read and one write of one name: threads may share a stream
         if known != number:
             first = self.order.first + number * LOCATED_TOGETHER
-            columns = self.order.places(np.arange(first, first + LOCATED_TOGETHER))
-            places = [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-            self._last_block = (number, places)
-        return places
+            columns = self.order.locate(np.arange(first, first + LOCATED_TOGETHER))
+            locations = [SampleLocation(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+            self._last_block = (number, locations)
+        return locations
 
     def documents(self, position: int) -> list[int]:
         """The documents that sample ``position`` is made of, in order."""
-        (place,) = self.locate([position])
-        dataset = self.sources[place.source].dataset
-        first = dataset.document_of_token(place.token)
-        last = dataset.document_of_token((place.token + self.sequence_length) % dataset.tokens.size)
+        (location,) = self.locate([position])
+        dataset = self.sources[location.source].dataset
+        first = dataset.document_of_token(location.token)
+        last = dataset.document_of_token((location.token + self.sequence_length) % dataset.tokens.size)
         return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
 
     def describe(self, samples: int) -> list[SourceUse]:

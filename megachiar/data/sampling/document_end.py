@@ -11,8 +11,8 @@ import numpy as np
 
 from megachiar.data.sampling.dataset import TokenSource, token_blocks
 from megachiar.data.storage.files import manifest_path
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import Manifest
+from megachiar.data.storage.reader import IndexedDataset
 
 DOCUMENTS_LOOKED_AT = 256
 TOKENS_LOOKED_AT = 1 << 22

@@ -90,7 +90,7 @@ class DataHistory(_Record):
     batches: tuple[BatchRecord, ...]
 
     @classmethod
-    def beginning(
+    def initial(
         cls,
         sources: Iterable[tuple[SourceRecord, float]],
         sequence_length: int,
@@ -158,7 +158,7 @@ class DataHistory(_Record):
         return Consumed()
 
     def changes(self, wanted: DataHistory, step: int) -> list[Change]:
-        """What ``wanted``, a beginning, has otherwise than this run at ``step``."""
+        """What ``wanted``, an initial history, has otherwise than this run at ``step``."""
         old, new = self._until(step), wanted.orders[0]
         before, changes = old.orders[-1], []
 
@@ -179,8 +179,8 @@ class DataHistory(_Record):
         note("data.order", self.order == wanted.order, repr(self.order), repr(wanted.order), defined=False)
         return changes
 
-    def going_on(self, wanted: DataHistory, step: int) -> DataHistory:
-        """This run's history with what ``wanted``, a beginning, asks for from ``step`` on.
+    def continue_from(self, wanted: DataHistory, step: int) -> DataHistory:
+        """This run's history with what ``wanted``, an initial history, asks for from ``step`` on.
 
         All of their ``changes`` must be defined. Where nothing changes but the paths, those are taken over.
         """

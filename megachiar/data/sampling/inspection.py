@@ -12,8 +12,8 @@ import numpy as np
 from megachiar.data.sampling.dataset import SampleStream, build_training_samples
 from megachiar.data.sampling.megatron_order import MegatronStream
 from megachiar.data.storage.files import bin_path, idx_path, manifest_path
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.recorded import find_recorded, load_as_recorded
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
@@ -155,15 +155,15 @@ def show_sample(
             prefix, f"sample {number} of sequence length {sequence_length}", "give 0 or more, and 1 or more"
         )
     stream = build_training_samples([(prefix, 1.0)], sequence_length, seed)
-    (place,) = stream.locate([number])
+    (location,) = stream.locate([number])
     ids = stream.sample(number)
-    dataset = stream.sources[place.source].dataset
-    last = (place.token + ids.size - 1) % dataset.tokens.size
+    dataset = stream.sources[location.source].dataset
+    last = (location.token + ids.size - 1) % dataset.tokens.size
     return {
         "sample": number,
-        "epoch": place.epoch,
-        "first_token": place.token,
-        "first_document": dataset.document_of_token(place.token),
+        "epoch": location.epoch,
+        "first_token": location.token,
+        "first_document": dataset.document_of_token(location.token),
         "last_document": dataset.document_of_token(last),
         **_as_text(ids.tolist(), tokenizer),
     }
@@ -174,13 +174,13 @@ def show_samples(
 ) -> list[dict[str, Any]]:
     """What a run reads at ``positions``, sample by sample: position, source, epoch, documents, ids and text."""
     shown = []
-    for position, place, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
+    for position, location, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
         shown.append(
             {
                 "position": position,
-                "source": str(stream.sources[place.source].prefix),
-                "epoch": place.epoch,
-                "first_token": place.token,
+                "source": str(stream.sources[location.source].prefix),
+                "epoch": location.epoch,
+                "first_token": location.token,
                 "documents": ", ".join(map(str, stream.documents(position))),
                 **_as_text(ids.tolist(), tokenizer),
             }

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megachiar.data.sampling.dataset import Place, SourceUse, TokenSource
+from megachiar.data.sampling.dataset import SampleLocation, SourceUse, TokenSource
 from megachiar.data.storage.files import bin_path
 from megachiar.errors import UserError
 
@@ -189,15 +189,15 @@ class MegatronStream:
                 filled += length
         return batch
 
-    def locate(self, positions: Iterable[int]) -> list[Place]:
+    def locate(self, positions: Iterable[int]) -> list[SampleLocation]:
         """Where the samples at ``positions`` begin."""
-        places = []
+        locations = []
         for number, sample in map(self._draw, positions):
             dataset, order = self.sources[number].dataset, self.orders[number]
             sequence, first, _ = order.pieces(sample)[0]
             token = int(dataset.pointers[sequence]) // dataset.dtype.itemsize + first
-            places.append(Place(number, order.epoch(sample), token))
-        return places
+            locations.append(SampleLocation(number, order.epoch(sample), token))
+        return locations
 
     def documents(self, position: int) -> list[int]:
         """The documents that sample ``position`` is made of, in order."""

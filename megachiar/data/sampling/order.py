@@ -231,7 +231,7 @@ class RunOrder:
         )
         self._begin = [order.first_after(s.consumed) for order, s in zip(self.orders, sources, strict=True)]
 
-    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, epoch and first token of the sample at each position, all int64 (n,)."""
         draws = self.blend.draws(positions)
         epochs, tokens = np.empty_like(draws.samples), np.empty_like(draws.samples)

@@ -26,7 +26,7 @@ from megachiar.data.storage.files import (
     manifest_path,
     write_atomically,
 )
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
 FORMAT_VERSION = 2

@@ -1,6 +1,6 @@
-"""gigatoken, which encodes tens of times faster than the reference libraries, behind the same interface.
+"""Encode with gigatoken, which is tens of times faster than the reference libraries, behind the same interface.
 
-It is believed only as far as it is proved: its ids are compared with the reference's on strings that are known to be
+It is trusted only as far as it is proved. Its ids are compared with the reference's on strings that are known to be
 hard, on the first documents of the input and on one document now and then, and any difference ends its use. Text in
 which it sees a control token (it takes a literal ``<s>`` for one) is encoded by the reference.
 """
@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megachiar.data.tokenizers.pieces import in_pieces
-from megachiar.data.tokenizers.tokenizer import ControlTokenError, Tokenizer
+from megachiar.data.tokenizers.control_guard import ControlTokenError
+from megachiar.data.tokenizers.pieces import with_piece_cache
+from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, TokenIds, Tokenizer
 from megachiar.errors import UserError
 from megachiar.process_memory import give_back_free_memory, own_bytes
 
@@ -32,23 +33,26 @@ HARD_TEXTS = (
     "\x00\x01\x1f\x7f\ufffd\ue000 a\u0301\u0323\u0302 ... !!!??? --- ____ ~~~ \\\\ //",
     "a" * 300 + " " * 70 + "ab" * 80 + "\n" * 40,
 )
-CHECKED_BYTES = 1 << 16  # of the input's first documents, and at most of a document that is checked now and then
+CHECKED_BYTES = 1 << 16  # of the input's first documents; also the size of the largest document checked now and then
 CHECKED_EVERY = 64  # batches
-LOOKED_AT_TOGETHER = 1 << 19  # characters
-LARGEST_GROWTH = 24 << 20  # bytes: gigatoken remembers every word it meets; beyond that it is opened anew
+GROUP_CHARACTERS = 1 << 19  # of the texts whose ids are searched for control ids at once
+LARGEST_GROWTH = 24 << 20  # bytes: gigatoken caches every word it meets; beyond this growth it is opened anew
 
 
 class FastTokenizer:
-    """A tokenizer whose ids are those of ``reference``; attributes are the reference's.
+    """Encode with gigatoken the ids that ``reference`` gives; all other attributes are the reference's.
 
     Attributes:
         name: library and version.
+
+    Args:
+        reference: the tokenizer that serves as the truth.
 
     Raises:
         UserError: gigatoken is not installed or cannot serve this tokenizer.
     """
 
-    def __init__(self, reference: Tokenizer):
+    def __init__(self, reference: ReferenceTokenizer):
         try:
             import gigatoken
         except ImportError as error:
@@ -63,19 +67,22 @@ class FastTokenizer:
                 reference.path, f"gigatoken cannot serve this tokenizer: {error}", "use --engine reference"
             ) from error
         self._reference = reference
-        self.kind, self.path, self.fingerprint = reference.kind, reference.path, reference.fingerprint
-        self.vocab_size, self.eod_id = reference.vocab_size, reference.eod_id
+        self.kind = reference.kind
+        self.path = reference.path
+        self.fingerprint = reference.fingerprint
+        self.vocab_size = reference.vocab_size
+        self.eod_id = reference.eod_id
         self.unknown_id = reference.unknown_id
         self.controls = reference.controls
         self.name = f"gigatoken {gigatoken.__version__}" if hasattr(gigatoken, "__version__") else "gigatoken"
-        self._forbidden = np.zeros(max(reference.vocab_size, 1), bool)
-        self._forbidden[[index for index in reference.controls if index < reference.vocab_size]] = True
+        self._is_control = np.zeros(max(reference.vocab_size, 1), bool)  # by id
+        self._is_control[[index for index in reference.controls if index < reference.vocab_size]] = True
         self._batches = self._resident = 0
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str) -> TokenIds:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[Sequence[int]]:
+    def encode_batch(self, texts: list[str]) -> list[TokenIds]:
         if self._batches % CHECKED_EVERY == 1:
             self._bound_memory()
         encoded = [ids for group in _groups(texts) for ids in self._encode_group(group)]
@@ -91,10 +98,10 @@ class FastTokenizer:
         return self._reference.known_ids()
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compare with the reference.
+        """Compare the ids of ``texts`` with the reference's.
 
         Raises:
-            UserError: a text has other ids; it names the text.
+            UserError: a text has other ids; the message names the text.
         """
         for text in texts:
             try:
@@ -103,15 +110,18 @@ class FastTokenizer:
                 continue
             self._compare(text, ids)
 
-    def _encode_group(self, texts: list[str]) -> list[Sequence[int]]:
-        encoded: list[Sequence[int]] = [self._encode(text) for text in texts]
-        if self._is_suspect(np.concatenate(encoded) if len(encoded) > 1 else encoded[0]):
-            for row, ids in enumerate(encoded):
-                if self._is_suspect(ids):
-                    encoded[row] = self._reference.encode(texts[row])
-        return encoded
+    def _encode_group(self, texts: list[str]) -> list[TokenIds]:
+        """Encode a few texts; those in which gigatoken sees a control token or an unknown id go to the reference."""
+        encoded = [self._encode(text) for text in texts]
+        if not self._has_control(np.concatenate(encoded) if len(encoded) > 1 else encoded[0]):
+            return encoded
+        return [
+            self._reference.encode(text) if self._has_control(ids) else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def _bound_memory(self) -> None:
+        """Open gigatoken anew if this process has grown too much since it was opened."""
         give_back_free_memory()
         if not self._resident:
             self._resident = own_bytes()
@@ -121,16 +131,19 @@ class FastTokenizer:
             give_back_free_memory()
             self._resident = own_bytes()
 
-    def _is_suspect(self, ids: np.ndarray) -> bool:
-        return ids.size > 0 and (int(ids.max()) >= self._forbidden.size or bool(self._forbidden[ids].any()))
+    def _has_control(self, ids: np.ndarray) -> bool:
+        """Return whether a control id, or an id beyond the vocabulary, is among ``ids``."""
+        return ids.size > 0 and (int(ids.max()) >= self._is_control.size or bool(self._is_control[ids].any()))
 
-    def _check_one(self, texts: list[str], encoded: list[Sequence[int]]) -> None:
+    def _check_one(self, texts: list[str], encoded: Sequence[TokenIds]) -> None:
+        """Compare the first of ``texts`` that is not too large with the reference."""
         for text, ids in zip(texts, encoded, strict=True):
             if len(text) <= CHECKED_BYTES:
                 self._compare(text, ids)
                 return
 
-    def _compare(self, text: str, ids: Sequence[int]) -> None:
+    def _compare(self, text: str, ids: TokenIds) -> None:
+        """Refuse ``ids`` of ``text`` that are not the reference's."""
         try:
             expected = self._reference.encode(text)
         except ControlTokenError as error:
@@ -138,67 +151,69 @@ class FastTokenizer:
             raise UserError(self.path, problem, "use --engine reference") from error
         if np.array_equal(ids, expected):
             return
-        place = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
-        before = self._reference.decode(expected[max(0, place - 5) : place])
+        first = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+        before = self._reference.decode(expected[max(0, first - 5) : first])
         raise UserError(
             self.path,
-            f"{self.name} gives other ids than the reference after {before!r}: {list(map(int, ids[place:][:5]))}, "
-            f"not {list(map(int, expected[place:][:5]))}",
+            f"{self.name} gives other ids than the reference after {before!r}: {list(map(int, ids[first:][:5]))}, "
+            f"not {list(map(int, expected[first:][:5]))}",
             "use --engine reference, with --restart if a run was begun",
         )
 
 
 def _groups(texts: list[str]) -> Iterator[list[str]]:
-    """``texts`` in groups whose ids are looked at together; a large text is one by itself, which needs no copy."""
+    """Cut ``texts`` into groups whose ids are searched at once; a large text is a group by itself and is not copied."""
     group: list[str] = []
-    room = LOOKED_AT_TOGETHER
+    room = GROUP_CHARACTERS
     for text in texts:
         if group and len(text) > room:
             yield group
-            group, room = [], LOOKED_AT_TOGETHER
+            group, room = [], GROUP_CHARACTERS
         group.append(text)
         room -= len(text)
     if group:
         yield group
 
 
-class ChosenEngine(NamedTuple):
-    """What encodes, and why: ``kind`` is ``"fast"`` or ``"reference"``."""
+class EngineChoice(NamedTuple):
+    """The tokenizer that encodes, its ``kind`` (``"fast"`` or ``"reference"``), and the reason for the choice."""
 
     kind: Engine
-    why: str
+    reason: str
     tokenizer: Tokenizer
 
 
-def choose_engine(wanted: Engine, reference: Tokenizer, texts: Iterable[str]) -> ChosenEngine:
-    """Decide what encodes, proving the fast engine on hard strings and on ``texts``, the input's first documents.
+def choose_engine(requested: Engine, reference: ReferenceTokenizer, texts: Iterable[str]) -> EngineChoice:
+    """Decide what encodes, and prove the fast engine on hard strings and on ``texts`` before it is chosen.
 
     Args:
-        wanted: ``fast`` insists, ``auto`` takes the reference where the fast one is missing or differs.
+        requested: ``fast`` insists; ``auto`` takes the reference where the fast engine is missing or differs.
+        reference: the tokenizer as its own library encodes.
+        texts: the first documents of the input.
 
     Raises:
-        UserError: ``fast`` is wanted, but missing, unable, or not equal to the reference.
+        UserError: ``fast`` is requested, but is missing, cannot serve this tokenizer, or differs from the reference.
     """
-    if wanted == "reference":
-        return ChosenEngine("reference", "asked for", in_pieces(reference))
-    if wanted == "auto" and importlib.util.find_spec("gigatoken") is None:
-        why = "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'"
-        return ChosenEngine("reference", why, in_pieces(reference))
+    if requested == "reference":
+        return EngineChoice("reference", "asked for", with_piece_cache(reference))
+    if requested == "auto" and importlib.util.find_spec("gigatoken") is None:
+        reason = "gigatoken, many times faster, is not installed: pip install 'megachiar[fast]'"
+        return EngineChoice("reference", reason, with_piece_cache(reference))
     try:
         fast = FastTokenizer(reference)
         fast.check(HARD_TEXTS)
         fast.check(texts)
     except UserError as error:
-        if wanted == "fast":
+        if requested == "fast":
             raise
-        return ChosenEngine("reference", error.problem, in_pieces(reference))
-    return ChosenEngine(
+        return EngineChoice("reference", error.problem, with_piece_cache(reference))
+    return EngineChoice(
         "fast", f"{fast.name}, equal to the reference on {len(HARD_TEXTS)} hard texts and the input's first", fast
     )
 
 
-def _open(gigatoken: Any, reference: Tokenizer) -> Any:
-    """gigatoken's tokenizer of the same definition."""
+def _open(gigatoken: Any, reference: ReferenceTokenizer) -> Any:
+    """Return gigatoken's tokenizer of the same definition."""
     if reference.kind == "sentencepiece":
         return gigatoken.Tokenizer.from_sentencepiece(reference.definition())
     return gigatoken.Tokenizer.from_json(reference.definition())

@@ -19,7 +19,8 @@ from typing import Any
 
 from megachiar.data.storage.files import manifest_path, write_atomically
 from megachiar.data.storage.manifest import Manifest, TokenizerRecord
-from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, vocabulary_files
+from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megachiar.data.tokenizers.vocabulary_files import tokenizer_fingerprint, vocabulary_files
 from megachiar.errors import UserError, disk_errors
 
 KEPT_FOLDER, KEPT_RECORD = "tokenizer", "tokenizer_record.json"

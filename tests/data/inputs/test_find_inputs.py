@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from text_helpers import run_tool, train, write_jsonl
 
-from megachiar.data.inputs.documents import ReadOptions, TroubleLog
+from megachiar.data.inputs.documents import InvalidDocumentLog, ReadOptions
 from megachiar.data.inputs.find_inputs import find_inputs, find_sources
 from megachiar.data.inputs.folder_walk import walk
 from megachiar.data.inputs.readers import read_documents
@@ -33,7 +33,7 @@ def write(folder: Path, *files: str, content: str = "x") -> None:
 
 
 def read(path: Path, format: str) -> list[str]:
-    return [item.text for item in read_documents(find_sources([path], format), ReadOptions(), TroubleLog())]
+    return [item.text for item in read_documents(find_sources([path], format), ReadOptions(), InvalidDocumentLog())]
 
 
 def told(folder: Path, **options) -> str:
@@ -156,8 +156,12 @@ def test_json_files_of_a_folder_are_read_where_they_hold_the_text(tmp_path):
     write(tmp_path, "c.json", content='{"body": "a"}\n')
     write(tmp_path, "d.json", content=json.dumps({"name": "corpus", "splits": [1, 2]}, indent=2))
     write(tmp_path, "e.json", content='["text"]')
-    assert names(find_sources([tmp_path])) == ["a.json", "b.json.gz"]
-    assert "3 left out, .json without 'text' in it: c.json, d.json, e.json" in told(tmp_path)
+    write(tmp_path, "vocab.json", content=json.dumps({"text": 5, "a": 6}))
+    write(tmp_path, "tokenizer.json", content=json.dumps({"model": {"vocab": {"text": 5}}}, indent=2))
+    write(tmp_path, "settings.json", content=json.dumps({"prompt": {"text": "a"}}))
+    (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "x" * 100_000}).encode())
+    assert names(find_sources([tmp_path])) == ["a.json", "b.json.gz", "f.json"]
+    assert "6 left out, .json without 'text' in it: c.json, d.json, e.json, ... vocab.json" in told(tmp_path)
     assert "(1 jsonl): c.json" in told(tmp_path, text_key="body")
 
 

@@ -20,29 +20,31 @@ from megachiar.data.inputs.documents import (
     EXAMPLES_PER_KIND,
     Chunk,
     Document,
+    InvalidDocument,
+    InvalidDocumentLog,
     ReadOptions,
-    Trouble,
-    TroubleLog,
     parse_chunk,
 )
 from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.inputs.readers import read_chunks, read_documents
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(30)
 
 
 def read(path: Path | str, format: str | None = None, on_error: str = "refuse", **options) -> list[str]:
     """Texts of one input."""
-    log = TroubleLog(on_error)
+    log = InvalidDocumentLog(on_error)
     documents = list(read_documents(find_sources([path], format), ReadOptions(**options), log))
     assert all(document.utf8 == document.text.encode() for document in documents)
     return [document.text for document in documents]
 
 
-def troubles(path: Path, **options) -> list[Trouble]:
+def invalid_documents(path: Path, **options) -> list[InvalidDocument]:
     """What cannot be used in one input."""
-    log = TroubleLog("skip")
+    log = InvalidDocumentLog("skip")
     list(read_documents(find_sources([path]), ReadOptions(**options), log))
     return log.examples
 
@@ -157,9 +159,9 @@ def test_another_key_or_column_can_hold_the_text(tmp_path):
 def test_a_byte_order_mark_is_no_text_and_offsets_count_it(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\nbroken')
     assert read(tmp_path / "a.jsonl", on_error="skip") == ["a"]
-    assert troubles(tmp_path / "a.jsonl")[0].where.endswith("a.jsonl:2 (byte 17)")
+    assert invalid_documents(tmp_path / "a.jsonl")[0].where.endswith("a.jsonl:2 (byte 17)")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\xff")
-    assert "(byte 5)" in troubles(tmp_path / "a.txt")[0].where
+    assert "(byte 5)" in invalid_documents(tmp_path / "a.txt")[0].where
 
 
 def test_standard_input_is_jsonl_unless_told(tmp_path, monkeypatch):
@@ -331,7 +333,7 @@ BROKEN_LINES = [
 def test_a_broken_line_is_placed_and_its_neighbours_are_kept(tmp_path, line, kind, byte, problem, chunk_bytes):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 3 + line + b"\n" + GOOD)
-    log = TroubleLog("skip")
+    log = InvalidDocumentLog("skip")
     options = ReadOptions(chunk_bytes=chunk_bytes)
     documents = list(read_documents(find_sources([path]), options, log))
     assert [document.text for document in documents] == ["good"] * 4
@@ -346,29 +348,33 @@ def test_a_broken_line_is_placed_and_its_neighbours_are_kept(tmp_path, line, kin
 
 def test_bytes_of_compressed_text_are_called_so(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD + b"{"))
-    assert troubles(tmp_path / "a.jsonl.gz")[0].where.endswith("a.jsonl.gz:2 (byte 18 of the decompressed text)")
+    assert invalid_documents(tmp_path / "a.jsonl.gz")[0].where.endswith(
+        "a.jsonl.gz:2 (byte 18 of the decompressed text)"
+    )
 
 
 def test_broken_text_files_are_placed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n\nb\xffd\n\n\ngood")
-    assert troubles(path)[0] == Trouble("invalid_utf8", f"{path} (byte 7)", "byte 0xff is not valid UTF-8")
-    assert troubles(path, txt_documents="blank-line")[0].where == f"{path}:3 (byte 7)"
-    by_line = troubles(path, txt_documents="line")
-    assert [(trouble.kind, trouble.where.rpartition(":")[2]) for trouble in by_line] == [
+    assert invalid_documents(path)[0] == InvalidDocument(
+        "invalid_utf8", f"{path} (byte 7)", "byte 0xff is not valid UTF-8"
+    )
+    assert invalid_documents(path, txt_documents="blank-line")[0].where == f"{path}:3 (byte 7)"
+    by_line = invalid_documents(path, txt_documents="line")
+    assert [(invalid.kind, invalid.where.rpartition(":")[2]) for invalid in by_line] == [
         ("empty", "2 (byte 5)"),
         ("invalid_utf8", "3 (byte 7)"),
         ("empty", "4 (byte 10)"),
         ("empty", "5 (byte 11)"),
     ]
     (tmp_path / "b.txt").write_bytes(b" \n")
-    assert troubles(tmp_path / "b.txt")[0].kind == "empty"
+    assert invalid_documents(tmp_path / "b.txt")[0].kind == "empty"
 
 
 def test_broken_parquet_rows_are_placed(tmp_path):
     column = pyarrow.array([b"good", None, b"b\xffd", b"", b"good"], pyarrow.binary())
     path = write_parquet(tmp_path / "a.parquet", column)
-    found = [(trouble.kind, trouble.where) for trouble in troubles(path, chunk_bytes=1)]
+    found = [(invalid.kind, invalid.where) for invalid in invalid_documents(path, chunk_bytes=1)]
     assert found == [
         ("not_a_string", f"{path}: document 2"),
         ("invalid_utf8", f"{path}: document 3 (byte 1)"),
@@ -381,12 +387,12 @@ def test_all_are_counted_and_the_first_few_of_each_kind_are_kept():
     chunk = Chunk("a.jsonl", "jsonl", b'{"text": ""}\n' * 10 + b"{\n" * 5)
     items = list(parse_chunk(chunk))
     assert len(items) == 15 and not any(isinstance(item, Document) for item in items)
-    halves = TroubleLog("skip"), TroubleLog("skip")
+    halves = InvalidDocumentLog("skip"), InvalidDocumentLog("skip")
     for number, item in enumerate(items):
         halves[number // 8].add(item)
     halves[0].merge(halves[1])
     assert halves[0].counts == {"empty": 10, "broken_json": 5}
-    kept = [trouble.where for trouble in halves[0].examples]
+    kept = [invalid.where for invalid in halves[0].examples]
     assert kept == [f"a.jsonl:{line} (byte {byte})" for line, byte in zip((1, 2, 3), (0, 13, 26), strict=True)] + [
         f"a.jsonl:{line} (byte {byte})" for line, byte in zip((11, 12, 13), (131, 133, 135), strict=True)
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from text_helpers import COMPRESS, DOCUMENTS, numbered_documents, write_jsonl
 
-from megachiar.data.inputs.documents import ReadOptions, TroubleLog
+from megachiar.data.inputs.documents import InvalidDocumentLog, ReadOptions
 from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.recognition import describe, encoding_of, json_layout
@@ -27,7 +27,7 @@ JAPANESE = "吾輩は猫である。名前はまだ無い。\nどこで生れた
 
 def read(path: Path, format: str | None = None, **options) -> list[str]:
     sources = find_sources([path], format)
-    return [document.text for document in read_documents(sources, ReadOptions(**options), TroubleLog())]
+    return [document.text for document in read_documents(sources, ReadOptions(**options), InvalidDocumentLog())]
 
 
 def refused(path: Path) -> UserError:
@@ -248,6 +248,6 @@ def test_the_layout_of_json_is_told_by_its_beginning(content, expected):
 
 def test_a_broken_first_line_is_still_a_document_that_can_be_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'["a"]\n{"text": "b"}\n')
-    log = TroubleLog("skip")
+    log = InvalidDocumentLog("skip")
     documents = list(read_documents(find_sources([tmp_path / "a.jsonl"]), ReadOptions(), log))
     assert [document.text for document in documents] == ["b"] and log.counts == {"not_an_object": 1}

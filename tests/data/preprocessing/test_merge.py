@@ -13,8 +13,8 @@ import pytest
 
 from megachiar.data.preprocessing import merge
 from megachiar.data.preprocessing.merge import merge_datasets
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import check_manifest, read_manifest
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
 TOOL = Path(__file__).parents[3] / "tools" / "merge_datasets.py"

@@ -27,6 +27,8 @@ from megachiar.data.storage.manifest import check_manifest, read_manifest
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(300)
 
 
@@ -244,7 +246,7 @@ def test_a_part_without_documents_is_refused(tmp_path, model):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_trouble_in_the_order_of_the_input_ends_the_run(tmp_path, model, workers):
+def test_the_first_invalid_document_in_the_order_of_the_input_ends_the_run(tmp_path, model, workers):
     settings = prepare(tmp_path, model, workers=workers, read=ReadOptions(chunk_bytes=200))
     lines = (tmp_path / "in.jsonl").read_bytes().splitlines(keepends=True)
     lines[100], lines[104], lines[200] = b'{"text": 1}\n', b"{\n", b"\xff\n"
@@ -255,7 +257,7 @@ def test_the_first_trouble_in_the_order_of_the_input_ends_the_run(tmp_path, mode
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_troubles_are_skipped_counted_and_reported(tmp_path, model, workers):
+def test_invalid_documents_are_skipped_counted_and_reported(tmp_path, model, workers):
     settings = prepare(tmp_path, model, workers=workers, on_error="skip")
     lines = (tmp_path / "in.jsonl").read_bytes().splitlines(keepends=True)
     for number in range(10, 60):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megachiar.data.preprocessing.ordered_pool import LARGEST_GROWTH, WINDOW, WorkerError, ordered_map
-from megachiar.data.storage.indexed import open_locked
+from megachiar.data.storage.writer import open_locked
 from megachiar.errors import UserError
 from megachiar.process_memory import own_bytes
 
@@ -161,7 +161,7 @@ def test_forked_workers_let_go_of_files_and_pipes_of_a_parent_that_is_killed(tmp
     """All end at once, though each came with its parent's ends of the pipes so far; and no lock outlives the parent."""
     program = (
         "import os, sys, time\n"
-        "from megachiar.data.storage.indexed import open_locked\n"
+        "from megachiar.data.storage.writer import open_locked\n"
         "from megachiar.data.preprocessing.ordered_pool import ordered_map\n"
         "from pathlib import Path\n"
         "held = open_locked(Path(sys.argv[1]))\n"

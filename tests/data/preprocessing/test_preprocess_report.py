@@ -14,8 +14,8 @@ from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.preprocessing.preprocess import preprocess
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.split import Split
-from megachiar.data.storage.indexed import IndexedDataset
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
@@ -54,7 +54,7 @@ def test_a_document_that_becomes_a_control_token_is_skipped_with_its_place(tmp_p
     report = preprocess(wanted, io.StringIO())
     assert report.log.counts == {"control_token": 2}
     lines = write_jsonl(tmp_path / "again.jsonl", texts).read_bytes().splitlines(keepends=True)
-    assert [trouble.where for trouble in report.log.examples] == [
+    assert [invalid.where for invalid in report.log.examples] == [
         f"{tmp_path}/in.jsonl:{line + 1} (byte {sum(map(len, lines[:line]))})" for line in (1, 4)
     ]
     assert report.log.examples[0].problem == "the tokenizer encodes ordinary text as the control token '</s>'"
@@ -74,7 +74,7 @@ def test_a_document_that_becomes_a_control_token_is_refused_with_its_place(tmp_p
     assert "--on-error skip" in done.stderr
 
 
-def test_the_first_trouble_of_the_input_is_named_whatever_kind_it_is(tmp_path):
+def test_the_first_invalid_document_of_the_input_is_named_whatever_kind_it_is(tmp_path):
     tokenizer = word_tokenizer(tmp_path / "tokenizer.json", ("END", "</s>"))
     wanted = settings(tmp_path, tokenizer, ["a", "a END", "b", ""], read=ReadOptions())
     with pytest.raises(UserError, match=r"in\.jsonl:2 .*control token"):

@@ -30,9 +30,10 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shards import make_shard, merge_shards
 from megachiar.data.preprocessing.shuffle import shuffle_documents
 from megachiar.data.preprocessing.split import Split
-from megachiar.data.storage import files, indexed
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.storage import files, writer
 from megachiar.data.storage.manifest import read_manifest
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
@@ -336,7 +337,7 @@ def test_two_runs_of_one_output_do_not_meet(tmp_path, model, corpus):
 
 
 def test_a_builder_goes_on_from_its_state_in_the_middle_of_a_checksum_block(tmp_path, monkeypatch):
-    for module in (files, indexed):
+    for module in (files, writer):
         monkeypatch.setattr(module, "CHECKSUM_BLOCK", 1000)
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 60_000, size) for size in rng.integers(1, 400, 50)]

@@ -18,6 +18,8 @@ from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, sa
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 TEXTS = DOCUMENTS + numbered_documents(200)
 KINDS = [("sentencepiece", "bpe", "t.model"), ("sentencepiece", "unigram", "t.model"), ("huggingface", "bpe", "t.json")]
 

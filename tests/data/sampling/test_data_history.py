@@ -18,7 +18,7 @@ from megachiar.data.sampling.dataset import SampleStream, TokenSource
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.data.sampling.order import Consumed, StreamOrder
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 SOURCE = 1_000_000
 CASES = range(12)
@@ -32,9 +32,9 @@ def write_numbered(prefix: Path, number: int, tokens: int, rng: np.random.Genera
     return TokenSource(prefix)
 
 
-def beginning(sources: list[TokenSource], weights: list[float], length: int, batch: int, seed: int) -> DataHistory:
+def initial(sources: list[TokenSource], weights: list[float], length: int, batch: int, seed: int) -> DataHistory:
     records = [SourceRecord(path=str(s.prefix), tokens=s.dataset.tokens.size, checksum=None) for s in sources]
-    return DataHistory.beginning(zip(records, weights, strict=True), length, batch, seed, "keyed")
+    return DataHistory.initial(zip(records, weights, strict=True), length, batch, seed, "keyed")
 
 
 def stream_of(history: DataHistory, sources: list[TokenSource]) -> SampleStream:
@@ -82,7 +82,7 @@ def test_each_sample_comes_once_an_epoch_and_a_restart_in_any_layout_goes_on_exa
     rng = np.random.default_rng(case)
     sources, weights, length, seed = random_run(rng, tmp_path)
     total = int(rng.integers(200, 900))
-    history = beginning(sources, weights, length, 1, seed)
+    history = initial(sources, weights, length, 1, seed)
     whole = stream_of(history, sources).batch(range(total))
     for number, source in enumerate(sources):
         check_epochs(whole[whole[:, 0] // SOURCE == number], source.dataset.tokens.size, length)
@@ -100,7 +100,7 @@ def test_weights_sources_and_batch_change_and_every_source_goes_on_at_its_next_s
     rng = np.random.default_rng(100 + case)
     sources, weights, length, seed = random_run(rng, tmp_path)
     present = list(range(len(sources)))
-    history, step, read = beginning(sources, weights, length, int(rng.integers(1, 9)), seed), 0, []
+    history, step, read = initial(sources, weights, length, int(rng.integers(1, 9)), seed), 0, []
     for _ in range(int(rng.integers(2, 7))):
         steps = int(rng.integers(1, 60))
         begin, end = history.samples_before(step), history.samples_before(step + steps)
@@ -108,9 +108,9 @@ def test_weights_sources_and_batch_change_and_every_source_goes_on_at_its_next_s
         step += steps
         present = rng.permutation(len(sources))[: rng.integers(1, len(sources) + 1)].tolist()
         weights, batch = (rng.random(len(present)) + 0.05).tolist(), int(rng.integers(1, 9))
-        wanted = beginning([sources[i] for i in present], weights, length, batch, seed)
-        history = history.going_on(wanted, step)
-        assert history.changes(wanted, step + 1) == [] and history.going_on(wanted, step) == history
+        wanted = initial([sources[i] for i in present], weights, length, batch, seed)
+        history = history.continue_from(wanted, step)
+        assert history.changes(wanted, step + 1) == [] and history.continue_from(wanted, step) == history
     rows = np.concatenate(read)
     assert history.tokens_before(len(rows)) == len(rows) * length
     for number, source in enumerate(sources):
@@ -129,7 +129,7 @@ def test_another_sequence_length_goes_on_in_the_epoch_that_was_begun_and_later_o
     rng = np.random.default_rng(200 + case)
     length = int(rng.integers(2, 12))
     sources = [write_numbered(tmp_path / f"s{i}", i, int(rng.integers(200, 500)), rng) for i in range(2)]
-    history, step, position = beginning(sources, [2, 1], length, 4, case), 0, 0
+    history, step, position = initial(sources, [2, 1], length, 4, case), 0, 0
     targets: dict[tuple[int, int], list[np.ndarray]] = {}
     for _ in range(4):
         stream = stream_of(history, sources)
@@ -142,7 +142,7 @@ def test_another_sequence_length_goes_on_in_the_epoch_that_was_begun_and_later_o
         step, position = step + steps, positions.stop
         used = [history.consumed(number, position) for number in range(2)]
         length = int(rng.integers(1, 40))
-        history = history.going_on(beginning(sources[::-1], [1, 1], length, 4, case), step)
+        history = history.continue_from(initial(sources[::-1], [1, 1], length, 4, case), step)
         for now, before, source in zip(
             (history.consumed(number, position) for number in range(2)), used, sources, strict=True
         ):
@@ -162,19 +162,19 @@ def test_another_sequence_length_goes_on_in_the_epoch_that_was_begun_and_later_o
 
 def test_a_source_is_known_by_its_content_and_an_order_that_nothing_was_read_in_leaves_no_trace():
     one, two = (SourceRecord(path=p, tokens=100, checksum=c) for p, c in (("a", "x"), ("b", "y")))
-    history = DataHistory.beginning([(one, 1.0), (two, 3.0)], 4, 2, 0, "keyed")
+    history = DataHistory.initial([(one, 1.0), (two, 3.0)], 4, 2, 0, "keyed")
     moved = [s.model_copy(update={"path": "/elsewhere/" + s.path}) for s in (two, one)]
-    turned = DataHistory.beginning(zip(moved, (6.0, 2.0), strict=True), 4, 2, 0, "keyed")
+    turned = DataHistory.initial(zip(moved, (6.0, 2.0), strict=True), 4, 2, 0, "keyed")
     assert history.changes(turned, 5) == []
-    went_on = history.going_on(turned, 5)
+    went_on = history.continue_from(turned, 5)
     assert went_on.orders == history.orders and [s.path for s in went_on.sources] == ["/elsewhere/a", "/elsewhere/b"]
-    other = DataHistory.beginning([(two, 1.0)], 4, 2, 0, "keyed")
-    tried = history.going_on(other, 5)
+    other = DataHistory.initial([(two, 1.0)], 4, 2, 0, "keyed")
+    tried = history.continue_from(other, 5)
     assert len(tried.orders) == 2 and tried.orders[1].first_sample == 10
-    back = tried.going_on(turned, 5)
+    back = tried.continue_from(turned, 5)
     assert back.orders == history.orders and back.consumed(1, 10) == history.consumed(1, 10)
     twins = [SourceRecord(path=p, tokens=100, checksum=None) for p in "ab"]
-    history = DataHistory.beginning(zip(twins, (1.0, 2.0), strict=True), 4, 2, 0, "keyed")
+    history = DataHistory.initial(zip(twins, (1.0, 2.0), strict=True), 4, 2, 0, "keyed")
     assert history.numbers_of([twins[1], twins[0]]) == [1, 0]
     assert history.consumed(0, 0) == Consumed(0, 0)
 

@@ -15,10 +15,12 @@ import pytest
 
 from megachiar.data.sampling.dataset import build_training_samples
 from megachiar.data.sampling.inspection import find_tokenizer, show_document, show_sample, summarise
-from megachiar.data.storage import indexed
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage import reader
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
+
+pytestmark = pytest.mark.every_python
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
 TEXTS = ["Now is the winter of our discontent", "made glorious summer", "by this sun of York; naïve – 日本"]
@@ -96,7 +98,7 @@ def test_verifying_finds_what_opening_cannot(tmp_path):
 
 
 def test_verifying_checks_every_row_of_a_long_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "ROWS_CHECKED_ON_OPEN", 256)
+    monkeypatch.setattr(reader, "ROWS_CHECKED_ON_OPEN", 256)
     prefix = oracle.write(tmp_path / "a", [[[1]]] * 2_000)
     with open(f"{prefix}.idx", "r+b") as file:
         file.seek(34 + 4 * 2_000 + 8 * 3)  # the pointer of sequence 3; the blocks checked begin at 0, 7, 15, ...

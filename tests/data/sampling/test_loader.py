@@ -16,6 +16,8 @@ from megachiar.data.sampling.dataset import build_training_samples
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 
 class Numbers:
     """Samples that are their own position, read after an optional delay, broken from a position on."""

@@ -9,7 +9,7 @@ from support import small_config, write_config
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.data.sampling.megatron_order import MegatronOrder, MegatronStream, blend
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
 from megachiar.training.run_data import open_data

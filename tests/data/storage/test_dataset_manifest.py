@@ -21,6 +21,8 @@ from megachiar.data.storage.manifest import (
 )
 from megachiar.errors import UserError
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture
 def prefix(tmp_path) -> Path:

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megachiar.data.storage import indexed
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.storage import writer
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 WRITER = """
 import sys
 import numpy as np
-from megachiar.data.storage.indexed import IndexedDatasetBuilder
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 print("begun", flush=True)
 while True:
     with IndexedDatasetBuilder(sys.argv[1], "uint16") as builder:
@@ -96,7 +97,7 @@ def test_no_moment_joins_the_tokens_of_one_dataset_with_the_index_of_another(tmp
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(indexed.os, "replace", stop_before_index)
+    monkeypatch.setattr(writer.os, "replace", stop_before_index)
     with pytest.raises(KeyboardInterrupt), IndexedDatasetBuilder(prefix, "uint16") as builder:
         builder.add_documents([7, 8, 9], [2, 1])
     with pytest.raises(UserError, match=r"a\.idx: the file does not exist"):
@@ -130,7 +131,7 @@ def test_a_file_size_limit_is_one_error_and_leaves_nothing(tmp_path, limit, when
     """A limit per process stands for a full disk or quota wherever no small disk can be mounted."""
     script = (
         "import sys, numpy as np; from megachiar.console import run\n"
-        "from megachiar.data.storage.indexed import IndexedDatasetBuilder\n"
+        "from megachiar.data.storage.writer import IndexedDatasetBuilder\n"
         "def main():\n"
         "    with IndexedDatasetBuilder(sys.argv[1], 'uint8') as builder:\n"
         "        for _ in range(100): builder.add_documents(np.ones(10_000, np.uint8), np.full(1_000, 10))\n"
@@ -159,14 +160,14 @@ def test_a_second_writer_is_refused_and_does_no_harm(tmp_path):
 def test_a_writer_that_opened_its_file_before_the_other_finished_does_not_empty_the_result(tmp_path, monkeypatch):
     first = IndexedDatasetBuilder(tmp_path / "a", "uint16")
     first.add_document([1, 2, 3])
-    real = indexed.fcntl.flock
+    real = writer.fcntl.flock
 
     def finish_then_lock(*arguments: object) -> None:
-        monkeypatch.setattr(indexed.fcntl, "flock", real)
+        monkeypatch.setattr(writer.fcntl, "flock", real)
         first.finish()
         real(*arguments)
 
-    monkeypatch.setattr(indexed.fcntl, "flock", finish_then_lock)
+    monkeypatch.setattr(writer.fcntl, "flock", finish_then_lock)
     second = IndexedDatasetBuilder(tmp_path / "a", "uint16")
     assert IndexedDataset(tmp_path / "a").tokens.tolist() == [1, 2, 3]
     second.add_document([9])

@@ -10,8 +10,8 @@ from pathlib import Path
 import indexed_oracle as oracle
 import pytest
 
-from megachiar.data.storage import indexed
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage import reader
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 
 DOCUMENTS = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10]]]  # 4 sequences, 3 documents
@@ -133,12 +133,12 @@ def test_a_folder_is_no_dataset(tmp_path):
 
 
 def test_a_long_index_is_checked_in_spread_blocks_and_whole_on_request(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "ROWS_CHECKED_ON_OPEN", 2 * 256)
+    monkeypatch.setattr(reader, "ROWS_CHECKED_ON_OPEN", 2 * 256)
     sequences = 5_000
     prefix = oracle.write(tmp_path / "a", [[[1, 2]]] * sequences)
     IndexedDataset(prefix).check_index()
 
-    checked = {row for part in indexed._spread_rows(sequences) for row in range(part.start, part.stop)}
+    checked = {row for part in reader._spread_rows(sequences) for row in range(part.start, part.stop)}
     assert len(checked) == 512 and {0, sequences - 1} <= checked
     skipped = next(row for row in range(sequences) if row not in checked and row + 1 not in checked)
     pointers = 34 + 4 * sequences

@@ -18,7 +18,7 @@ from text_helpers import numbered_documents, run_tool, train, write_jsonl
 from megachiar.data.preprocessing.merge import merge_datasets
 from megachiar.data.sampling.dataset import build_training_samples
 from megachiar.data.sampling.inspection import summarise
-from megachiar.data.storage.indexed import IndexedDataset
+from megachiar.data.storage.reader import IndexedDataset
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 299, 8], [9, 10]]
 

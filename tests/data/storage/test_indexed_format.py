@@ -15,8 +15,10 @@ import indexed_oracle as oracle
 import numpy as np
 import pytest
 
-from megachiar.data.storage import indexed
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder, dtype_for_vocabulary
+from megachiar.data.storage import reader, writer
+from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 
@@ -50,8 +52,9 @@ def test_builder_writes_and_reader_reads_every_type_byte_for_byte(tmp_path, dtyp
 
 def test_index_longer_than_one_block_is_the_same(tmp_path, monkeypatch):
     documents = oracle.random_documents(np.random.default_rng(0), "uint16", 50)
-    monkeypatch.setattr(indexed, "INDEX_ROWS", 7)
-    monkeypatch.setattr(indexed, "WRITE_BUFFER", 64)
+    monkeypatch.setattr(writer, "INDEX_ROWS", 7)
+    monkeypatch.setattr(reader, "INDEX_ROWS", 7)
+    monkeypatch.setattr(writer, "WRITE_BUFFER", 64)
     build(tmp_path / "ours", documents, "uint16")
     assert read_bytes(tmp_path / "ours") == oracle.pack(documents, "uint16")
     IndexedDataset(tmp_path / "ours").check_index()
@@ -153,7 +156,7 @@ def test_files_rebuilt_under_the_same_name_are_read_anew_and_the_old_manifest_go
 def test_a_view_outlives_its_dataset(tmp_path):
     oracle.write(tmp_path / "a", [[list(range(5000))], [[1, 2, 3]]])
     script = (
-        "import gc, sys; from megachiar.data.storage.indexed import IndexedDataset\n"
+        "import gc, sys; from megachiar.data.storage.reader import IndexedDataset\n"
         "views = [IndexedDataset(sys.argv[1])[i] for i in (0, 1)] + [IndexedDataset(sys.argv[1]).tokens]\n"
         "gc.collect(); print(*[int(view.sum()) for view in views])"
     )
@@ -216,7 +219,7 @@ def test_random_access_is_told_to_the_kernel_and_survives_pickling(tmp_path):
 def test_announcing_any_part_changes_nothing(tmp_path):
     dataset = IndexedDataset(oracle.write(tmp_path / "a", [[list(range(9_000))]]), random_access=True)
     for token, length in ((0, 1), (0, 9_000), (5_000, 10), (8_999, 1), (8_990, 500)):
-        dataset.announce(token, length)
+        dataset.prefetch_hint(token, length)
     assert dataset[0].tolist() == list(range(9_000))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from megachiar.data.preprocessing.merge import merge_datasets
-from megachiar.data.storage.indexed import IndexedDataset, IndexedDatasetBuilder
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None,

@@ -23,6 +23,8 @@ from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 from megachiar.process_memory import give_back_free_memory, own_bytes
 
+pytestmark = pytest.mark.every_python
+
 gigatoken = pytest.importorskip("gigatoken")
 
 
@@ -79,7 +81,7 @@ def test_a_difference_on_the_inputs_first_documents_ends_its_use(byte_level, bro
         choose_engine("fast", byte_level, ["a zebra"])
     assert "--engine reference" in refused.value.remedy
     chosen = choose_engine("auto", byte_level, ["a zebra"])
-    assert chosen.kind == "reference" and "gives other ids" in chosen.why
+    assert chosen.kind == "reference" and "gives other ids" in chosen.reason
     assert choose_engine("auto", byte_level, ["a horse"]).kind == "fast"
 
 
@@ -120,7 +122,7 @@ def test_diverse_text_does_not_fill_the_workers_memory(byte_level):
 
 
 def test_control_strings_are_found_in_every_group_of_texts(byte_level, monkeypatch):
-    monkeypatch.setattr(module, "LOOKED_AT_TOGETHER", 40)
+    monkeypatch.setattr(module, "GROUP_CHARACTERS", 40)
     end = byte_level.controls[byte_level.eod_id]
     texts = ["a", f"b {end}", "c" * 50, f"{'d' * 50} {end}", "", "e", "f" * 39, f"g {end}"]
     for text, ids in zip(texts, FastTokenizer(byte_level).encode_batch(texts), strict=True):

@@ -13,8 +13,10 @@ from text_helpers import DOCUMENTS, numbered_documents, train
 
 from megachiar.data.tokenizers import pieces as piece_tokenizer
 from megachiar.data.tokenizers.fast import HARD_TEXTS
-from megachiar.data.tokenizers.pieces import CHECKED_EVERY, LONGEST_KNOWN, PIECE, PieceTokenizer, in_pieces
+from megachiar.data.tokenizers.pieces import CHECKED_EVERY, LONGEST_CACHED, PIECE, PieceTokenizer, with_piece_cache
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.every_python
 
 # Of each class that the expressions tell apart, and what the classes of other libraries disagree about.
 CHARACTERS = (
@@ -74,14 +76,14 @@ def test_the_words_of_the_pieces_are_those_of_the_text():
 
 
 def test_ids_are_those_of_the_whole_text_whatever_is_known(byte_level, monkeypatch):
-    monkeypatch.setattr(piece_tokenizer, "MOST_KNOWN", 300)
+    monkeypatch.setattr(piece_tokenizer, "MOST_CACHED", 300)
     apart, known = PieceTokenizer(byte_level), []
     batches = [[*HARD_TEXTS, *DOCUMENTS], *([text] for text in numbered_documents(300)), ["x" * 900, " ", ""], []]
     for batch in batches:
         for ids, text in zip(apart.encode_batch(batch), batch, strict=True):
             assert np.array_equal(ids, byte_level.encode(text)), text
-        known.append(len(apart._known))
-        assert all(len(piece) <= LONGEST_KNOWN for piece in apart._known)
+        known.append(len(apart._cache))
+        assert all(len(piece) <= LONGEST_CACHED for piece in apart._cache)
     assert max(known) > 200 and sorted(known) != known  # forgotten, and learnt again
 
 
@@ -122,5 +124,5 @@ def test_only_texts_that_are_cut_like_gpt2s_are_taken_apart(tmp_path, change):
             described["added_tokens"].append({"id": 400, "content": "quick fox", **flags})
         path.write_text(json.dumps(described))
     reference = load_tokenizer(path)
-    assert isinstance(in_pieces(reference), PieceTokenizer) == (change == "none")
-    assert np.array_equal(in_pieces(reference).encode("the quick fox"), reference.encode("the quick fox"))
+    assert isinstance(with_piece_cache(reference), PieceTokenizer) == (change == "none")
+    assert np.array_equal(with_piece_cache(reference).encode("the quick fox"), reference.encode("the quick fox"))

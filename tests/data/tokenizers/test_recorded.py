@@ -17,7 +17,7 @@ import torch
 from support import forked_python, pretrain, small_config, write_config
 from text_helpers import train, write_jsonl
 
-from megachiar.checkpoint.checkpoint import find_checkpoint, load_for_inference
+from megachiar.checkpoint.format import locate_checkpoint
 from megachiar.data.storage.files import manifest_path
 from megachiar.data.storage.manifest import read_manifest, write_manifest
 from megachiar.data.tokenizers.recorded import keep_tokenizer, load_as_recorded, read_kept_record
@@ -25,6 +25,7 @@ from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate
 from megachiar.inference.loaded_run import TextSampler
+from megachiar.inference.loading import load_for_inference
 from megachiar.training.run_tokenizer import run_tokenizer
 
 END = "~"
@@ -115,7 +116,7 @@ def test_an_empty_prompt_begins_a_document(folder, run):
 def test_ids_without_a_token_are_never_sampled(folder, run):
     """As good as uniform sampling, of a model with 384 ids of which the tokenizer has 270."""
     config, model, _ = load_for_inference(run)
-    sampler = TextSampler(find_checkpoint(run), config, model)
+    sampler = TextSampler(locate_checkpoint(run), config, model)
     sampler.end = None
     known = set(sampler.tokenizer.known_ids())
     assert len(known) < sampler.tokenizer.vocab_size < VOCABULARY
@@ -128,7 +129,7 @@ def test_ids_without_a_token_are_never_sampled(folder, run):
 @pytest.mark.parametrize("temperature", (0, 1))
 def test_an_id_without_a_token_is_not_sampled_even_if_it_is_the_likeliest(folder, run, temperature):
     config, model, _ = load_for_inference(run)
-    sampler = TextSampler(find_checkpoint(run), config, model)
+    sampler = TextSampler(locate_checkpoint(run), config, model)
     unknown = sorted(set(range(VOCABULARY)) - set(sampler.tokenizer.known_ids()))
     with torch.no_grad():
         model.embedding.weight[unknown] = 100 * model.norm.weight + 100 * model.norm.bias
@@ -155,14 +156,14 @@ def test_an_older_run_folder_is_read_by_the_manifest_or_as_it_was(folder, run):
     for place in (older, run):
         (place / "tokenizer_record.json").unlink()
     config = load_for_inference(older)[0]
-    assert run_tokenizer(find_checkpoint(older), config).eod_id == end_of(folder)
-    forgotten = run_tokenizer(find_checkpoint(run), load_for_inference(run)[0])
+    assert run_tokenizer(locate_checkpoint(older), config).eod_id == end_of(folder)
+    forgotten = run_tokenizer(locate_checkpoint(run), load_for_inference(run)[0])
     assert (forgotten.kind, forgotten.eod_id) == ("gpt2", None)
     # What a manifest says of another tokenizer by now does not touch the copy that is kept.
     shutil.copytree(older, run.parent / "moved")
     for path in (run.parent / "moved").glob("checkpoints/*/config.yaml"):
         path.write_text(path.read_text().replace(f"{folder}/train", f"{folder}/alien"))
-    assert run_tokenizer(find_checkpoint(run.parent / "moved"), config).fingerprint == forgotten.fingerprint
+    assert run_tokenizer(locate_checkpoint(run.parent / "moved"), config).fingerprint == forgotten.fingerprint
 
 
 def test_a_kept_copy_that_was_changed_or_is_lost_is_named(folder, run):
@@ -208,7 +209,7 @@ def test_inspection_reads_kind_and_end_from_the_manifest(folder):
 
     assert shown(folder / "train", "--document", 0) == "the fox"
     assert shown(folder / "train", "--document", 0, "--tokenizer", folder / "tokenizer") == "the fox"
-    step = ("--config", folder / "config.yaml", "--step", 0, "--json")
+    step = ("--config", folder / "config.yaml", "--step", 1, "--json")
     for tokenizer in ((), ("--tokenizer", folder / "tokenizer")):
         assert "the foxa dog" in json.loads(tool("inspect_dataset", *step, *tokenizer))["samples"][0]["text"]
 

@@ -12,8 +12,11 @@ import sentencepiece
 import tokenizers
 from text_helpers import DOCUMENTS, numbered_documents, train
 
-from megachiar.data.tokenizers.tokenizer import ControlTokenError, load_tokenizer
+from megachiar.data.tokenizers.control_guard import ControlTokenError
+from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
+
+pytestmark = pytest.mark.every_python
 
 CONTROL_TEXT = "a</s>b <s> <|endoftext|><|endoftext|>c [SEP]"
 
@@ -281,7 +284,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe garbage", b'{"version": "1.0"}'])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: not a "):
+    with pytest.raises(UserError, match=f"{name}: is not a "):
         load_tokenizer(tmp_path / name)
 
 
@@ -297,7 +300,7 @@ def test_a_truncated_tokenizer_is_refused(models, tmp_path, kind):
 @pytest.mark.parametrize(
     ("vocabulary", "merges", "message"),
     [
-        (b"{", b"", "vocab.json: broken JSON"),
+        (b"{", b"", "vocab.json: holds broken JSON"),
         (b"[1]", b"", "not a map from tokens to distinct ids"),
         (b'{"a": 0, "b": 0}', b"", "not a map from tokens to distinct ids"),
         (b'{"a": 0}', b"#version: 0.2\na b c\n", "merges.txt:2: expected two tokens"),

@@ -1,4 +1,4 @@
-"""Tokenizer files that cannot be used, or would be used by wrong rules: recognised and named, with the remedy."""
+"""Recognise tokenizer files that cannot be used, or would be used with the wrong rules, and name the remedy."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from megachiar.data.inputs.recognition import HEAD_BYTES, describe, refuse_point
 from megachiar.errors import UserError
 
 TIKTOKEN_LINES = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
-CUTS_LIKE_GPT2 = {"gpt2", "roberta", "bart", "longformer", "led", "opt", "codegen", "blenderbot", "deberta"}
-"""Families whose vocab.json and merges.txt belong to GPT-2's rule for cutting text into words."""
-NEVER_GPT2S = re.compile(r"[!-/:-@\[-`{-~]Ċ|</w>$")
-"""In a token: a line end after punctuation, which GPT-2's rule puts into another word; or the mark that ends CLIP's."""
-GUESSED = ("UTF-16LE text", "UTF-16BE text")  # by their zeros, which a binary model has too
+GPT2_FAMILIES = {"gpt2", "roberta", "bart", "longformer", "led", "opt", "codegen", "blenderbot", "deberta"}
+"""Families of models whose vocab.json and merges.txt belong to GPT-2's rule for cutting text into words."""
+NEVER_IN_GPT2 = re.compile(r"[!-/:-@\[-`{-~]Ċ|</w>$")
+"""What no token of GPT-2 has: a line end after punctuation, which its rule cuts apart, or CLIP's end mark."""
+GUESSED = ("UTF-16LE text", "UTF-16BE text")  # guessed by zero bytes, which a binary model has too
 TAKE_JSON = (
     "take the tokenizer.json of the same model; if it has none, make it: AutoTokenizer.from_pretrained(FOLDER)"
     ".save_pretrained(OTHER) of the package transformers"
 )
 
 
-def refuse_foreign(path: Path, content: bytes) -> None:
-    """Say what a file that no library reads as a tokenizer is, if that can be told.
+def refuse_unsupported(path: Path, content: bytes) -> None:
+    """Say what a file is that no library reads as a tokenizer, if that can be recognised.
 
     Raises:
         UserError: ``content`` is a vocabulary of tiktoken or tekken, a pointer of git-LFS, or no tokenizer at all.
@@ -34,13 +34,13 @@ def refuse_foreign(path: Path, content: bytes) -> None:
     if TIKTOKEN_LINES.match(head):
         raise UserError(path, "is a vocabulary of tiktoken, which does not tell how text is cut into words", TAKE_JSON)
     if (what := describe(head)) is not None and what not in GUESSED:
-        raise UserError(path, f"not a tokenizer, but {what}", "give the file of the tokenizer itself")
+        raise UserError(path, f"is not a tokenizer, but {what}", "give the file of the tokenizer itself")
     if head.lstrip().startswith(b"{"):
         _refuse_other_json(path, content)
 
 
-def foreign_file(folder: Path) -> Path | None:
-    """A file of ``folder`` that may be a tokenizer of a kind that is not read."""
+def find_unsupported_file(folder: Path) -> Path | None:
+    """Return a file of ``folder`` that may be a tokenizer of an unsupported kind; None if there is none."""
     found: Iterable[Path] = (*sorted(folder.glob("tekken*.json")), *sorted(folder.glob("*.tiktoken")))
     return next(iter(found), None)
 
@@ -53,22 +53,23 @@ def refuse_other_rules(folder: Path, vocabulary: Iterable[str]) -> None:
             rule never gives.
     """
     for name, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
-        named = _value(folder / name, key)
+        named = _string_in_json(folder / name, key)
         if named is None:
             continue
         family = named.lower().removesuffix("fast").removesuffix("tokenizer")
-        if family in CUTS_LIKE_GPT2:
+        if family in GPT2_FAMILIES:
             break
         if family != "pretrained":
             problem = f"{name} names {named}, whose rule for cutting text into words may be another than GPT-2's"
             raise UserError(folder, problem, f"{TAKE_JSON}; or name the kind gpt2 if it is GPT-2's rule")
-    token = next((token for token in vocabulary if NEVER_GPT2S.search(token)), None)
+    token = next((token for token in vocabulary if NEVER_IN_GPT2.search(token)), None)
     if token is not None:
         problem = f"its vocabulary has the token {token!r}, which GPT-2's rule for cutting text into words never gives"
         raise UserError(folder, problem, TAKE_JSON)
 
 
 def _refuse_other_json(path: Path, content: bytes) -> None:
+    """Refuse a JSON file that is a vocabulary of tekken or the settings of a tokenizer."""
     try:
         described = json.loads(content)
     except ValueError:  # the loader says what is broken
@@ -84,8 +85,8 @@ def _refuse_other_json(path: Path, content: bytes) -> None:
         )
 
 
-def _value(path: Path, key: str) -> str | None:
-    """The string under ``key`` of a JSON file; None where there is no such file or no such string."""
+def _string_in_json(path: Path, key: str) -> str | None:
+    """Return the string under ``key`` of a JSON file; None where there is no such file or no such string."""
     try:
         described: Any = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,0 +1,92 @@
+"""Check whether a run can continue from a checkpoint: with the same model, and on which data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.config import ModelConfig, RunConfig, load_config
+from megachiar.data.sampling.history import Change, DataHistory
+from megachiar.topology import LaunchError
+
+# These model keys may differ between a checkpoint and the run that loads it: they change no weight's meaning.
+_FREE_MODEL_KEYS = {"dropout", "max_sequence_length", "initializer_std"}
+_FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share", "seed"}
+_FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
+
+
+def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
+    """Check that the weights of model ``saved`` mean the same in model ``wanted``.
+
+    Raises:
+        LaunchError: keys differ. The message names each of them with both values.
+    """
+    before, now = _binding_keys(saved), _binding_keys(wanted)
+    different = [key for key in now if before.get(key) != now[key]]
+    if different:
+        raise LaunchError(
+            checkpoint,
+            "holds another model than the config: "
+            + "; ".join(
+                f"model.{k} is {before.get(k)!r} in the checkpoint and {now[k]!r} in the config" for k in different
+            ),
+            "use the config that the checkpoint was written with (its config.yaml), or another logging.folder",
+        )
+
+
+def _binding_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return the values that fix what weights mean, by key under ``model``, such as ``router.kind``."""
+    flat = {"ffn_hidden_size": model.ffn_size}
+    for key, value in model.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            free = _FREE_ROUTER_KEYS if key == "router" else {"init"} if key == "meta_router" else set()
+            flat.update({f"{key}.{name}": v for name, v in value.items() if name not in free})
+        elif key not in _FREE_MODEL_KEYS | set(flat):
+            flat[key] = value
+    return flat
+
+
+def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, wanted: DataHistory) -> list[Change]:
+    """Return how the data of ``config`` differs from what the run read up to ``checkpoint``.
+
+    Args:
+        checkpoint: named in errors.
+        state: the checkpoint's record.
+        config: of the run that continues.
+        wanted: what ``config`` would read if the run were new.
+
+    Raises:
+        LaunchError: a value changed that ``data.on_change`` does not allow to change, or that no run can change.
+    """
+    changes = state.data.changes(wanted, state.step)
+    for change in changes:
+        if not change.defined:
+            remedy = (
+                "continue with the saved value, or start a new run from its weights alone with checkpoint.load_from"
+            )
+        elif config.data.on_change == "refuse":
+            remedy = (
+                "set it back, or set data.on_change=continue: every source then continues from where it is; or start a "
+                "new run from its weights alone with checkpoint.load_from"
+            )
+        else:
+            continue
+        raise LaunchError(
+            f"{checkpoint}: {change.key}",
+            f"was {change.before} when it was saved and is {change.now} now: the order of samples would change",
+            remedy,
+        )
+    return changes
+
+
+def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
+    """Return a line for the log where ``data.document_mask`` changes between ``checkpoint`` and ``config``."""
+
+    def mask(end: int | None) -> str:
+        return "off" if end is None else f"at id {end}"
+
+    before, now = load_config(checkpoint / CONFIG_FILE).document_end, config.document_end
+    if before == now:
+        return []
+    return [f"data.document_mask was {mask(before)} up to here and is {mask(now)} from here on"]

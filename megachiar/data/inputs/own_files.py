@@ -1,0 +1,72 @@
+"""Recognise, in a folder of text, the files that our own commands write beside it: they are never part of a corpus.
+
+    PREFIX.bin PREFIX.idx PREFIX.json    a tokenized dataset (`megachiar preprocess`, `megachiar merge`)
+    PREFIX.journal PREFIX.*.tmp          a dataset whose preprocessing was stopped or is under way
+    NAME.made                            a note that says how a corpus, or the tokenizer NAME beside it, was made
+
+A file is recognised by what it holds or by what stands beside it, never by its suffix alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megachiar.data.storage.index_format import MAGIC
+
+HEAD_BYTES = 64  # read of a file whose name may be one of ours
+DATASET = "part of a tokenized dataset"
+UNFINISHED = "part of an unfinished dataset"
+CORPUS_NOTE = "a note that says how the corpus was made"
+TOKENIZER_NOTE = "a note that says how a tokenizer was made"
+TOKENIZER = "a tokenizer, as the note beside it says"
+OWN_HEADS = {  # suffix -> (how such a file of ours begins, what it is), for each thing that it may be
+    ".idx": [(re.compile(re.escape(MAGIC)), DATASET)],
+    ".json": [(re.compile(rb'\{\s*"format_version": \d'), DATASET)],
+    ".journal": [(re.compile(rb'\{"journal": \d'), UNFINISHED)],
+    ".made": [
+        (re.compile(rb'\{\s*"asked": \{\s*"vocab_size"'), TOKENIZER_NOTE),
+        (re.compile(rb'\{\s*"asked": \{\s*"source"'), CORPUS_NOTE),
+    ],
+}
+TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts)\.tmp$")
+
+
+def find_own_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Find the files of ``folder`` that our own commands wrote.
+
+    Args:
+        folder: where the files are.
+        names: all files of the folder, by their paths in it.
+
+    Returns:
+        path in the folder -> what the file is.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    known = set(names)
+    by_content = dict(_recognised(folder, known))
+    return by_content | {name: what for name in known if (what := _by_neighbour(name, known, by_content)) is not None}
+
+
+def _recognised(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name whose file begins as one of ours does, with what it is."""
+    for name in names:
+        kinds = OWN_HEADS.get(name[name.rfind(".") :])
+        if kinds is not None:
+            with open(folder / name, "rb") as file:
+                head = file.read(HEAD_BYTES)
+            yield from ((name, what) for begins, what in kinds if begins.match(head))
+
+
+def _by_neighbour(name: str, names: set[str], own: dict[str, str]) -> str | None:
+    """Say what a file is of which a recognised file beside it tells; None if none does."""
+    if name.endswith(".bin"):
+        return own.get(f"{name.removesuffix('.bin')}.idx")
+    if temporary := TEMPORARY.match(name):
+        prefix = temporary[1]
+        begun = f"{prefix}.journal" in own or {f"{prefix}.bin.tmp", f"{prefix}.idx.tmp"} <= names
+        return UNFINISHED if begun else None
+    return TOKENIZER if own.get(f"{name}.made") == TOKENIZER_NOTE else None

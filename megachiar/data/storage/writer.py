@@ -1,0 +1,323 @@
+"""Write a dataset in Megatron's indexed format: whole or not there, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from megachiar.data.storage.files import (
+    CHECKSUM_BLOCK,
+    BlockChecksums,
+    bin_path,
+    block_checksums,
+    idx_path,
+    manifest_path,
+    put_in_place,
+    starts_path,
+    temporary_path,
+    write_temporary,
+)
+from megachiar.data.storage.index_format import DTYPE_CODES, HEADER, INDEX_ROWS, MAGIC, VERSION, dtype_code
+from megachiar.errors import UserError, disk_error, disk_errors
+
+LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
+WRITE_BUFFER = 1 << 20  # bytes
+_START_AFRESH = "remove it, or pass --restart to begin from the first file"
+
+
+class BuilderState(NamedTuple):
+    """How far a builder had come: all that is needed, with its temporary files, to go on from there.
+
+    Attributes:
+        documents, sequences, tokens, largest_token_id: as the builder's own.
+        blocks: checksums of the full blocks of ``.bin``.
+    """
+
+    documents: int
+    sequences: int
+    tokens: int
+    largest_token_id: int
+    blocks: list[str]
+
+
+class IndexedDatasetBuilder:
+    """Write a dataset in bounded memory, so that it is whole when the ``with`` block ends and absent otherwise.
+
+        with IndexedDatasetBuilder("data/train", dtype_for_vocabulary(32_000)) as builder:
+            builder.add_document(ids)
+
+    Everything goes to temporary names first. At the end both files are synced to the disk and put in their places, see
+    ``put_in_place``. An exception, a full disk or a kill leaves no dataset. A writer that is to survive a kill asks for
+    the ``state`` now and then, keeps it, and begins with it the next time.
+
+    Attributes:
+        documents, sequences, tokens: how many were added.
+        largest_token_id: the largest id added, -1 before the first one.
+        checksums: ``{"bin": [...], "idx": [...]}``, see ``BlockChecksums``; known when the files are complete.
+
+    Args:
+        prefix: path of the dataset without ``.bin``; its folder is made if missing.
+        dtype: type of the tokens, one of ``DTYPE_CODES``.
+        state: go on from there with the temporary files of an earlier builder; what it wrote later is dropped.
+
+    Raises:
+        UserError: the disk is full or read-only; a token id does not fit ``dtype``; another process is writing the
+            same dataset; no token was added by the end; the temporary files are not those that ``state`` describes.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype | type | str, state: BuilderState | None = None):
+        self.prefix = Path(prefix)
+        self._code = dtype_code(dtype)
+        self.dtype = DTYPE_CODES[self._code]
+        self.documents, self.sequences, self.tokens, self.largest_token_id, blocks = state or BuilderState(
+            0, 0, 0, -1, []
+        )
+        self.checksums: dict[str, list[str]] = {}
+        self._digests = BlockChecksums(blocks)
+        self._open = contextlib.ExitStack()
+        with disk_errors(self.prefix):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open.enter_context(open_locked(self._temporary["bin"]))
+            try:
+                self._idx = self._open.enter_context(open_locked(self._temporary["idx"]))
+                self._starts = self._open.enter_context(open_locked(self._temporary["starts"]))
+                self._begin()
+            except UserError:
+                self._open.close()  # what an earlier builder left stays as it is
+                raise
+            except BaseException:
+                self.abort()
+                raise
+
+    def __enter__(self) -> IndexedDatasetBuilder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if not self.checksums:  # else it was finished inside the block
+                self.finish()
+        else:
+            self.abort()
+
+    def state(self) -> BuilderState:
+        """How far this builder has come; all that was added until now survives a kill or a power cut.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._sync("bin", "idx", "starts")
+        return BuilderState(self.documents, self.sequences, self.tokens, self.largest_token_id, self._digests.whole)
+
+    def add_document(self, tokens: np.ndarray | list[int]) -> None:
+        """Add one document of one sequence. ``tokens``: whole numbers, any integer type, shape (n,)."""
+        tokens = np.asarray(tokens)
+        self.add_documents(tokens, np.array([tokens.size]))
+
+    def add_documents(self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int]) -> None:
+        """Add many documents of one sequence each, at the cost of one.
+
+        Args:
+            tokens: the documents' tokens one after another, shape (sum(lengths),), any integer type.
+            lengths: tokens of each document, shape (documents,).
+        """
+        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
+        self.add_sequences(tokens, lengths, self.sequences + 1 + np.arange(lengths.size))
+
+    def add_sequences(
+        self, tokens: np.ndarray | list[int], lengths: np.ndarray | list[int], document_ends: np.ndarray | list[int]
+    ) -> None:
+        """Add sequences and say where documents end: what datasets of several sequences per document need.
+
+        Args:
+            tokens: the sequences' tokens one after another, shape (sum(lengths),).
+            lengths: tokens of each sequence, shape (sequences,).
+            document_ends: for each document that ends in here, the number of sequences of the whole dataset up to and
+                with its last one.
+        """
+        tokens = np.asarray(tokens).reshape(-1)
+        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
+        ends = np.asarray(document_ends, dtype=np.int64).reshape(-1)
+        if lengths.sum() != tokens.size or (lengths < 0).any():
+            raise ValueError(f"lengths sum to {lengths.sum():,} tokens, but {tokens.size:,} were given")
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            raise UserError(
+                self.prefix,
+                f"a document of {lengths.max():,} tokens; the format holds at most {LONGEST_SEQUENCE:,}",
+                "split the document",
+            )
+        stored = self._as_stored(tokens)
+        with self._writing("bin"):
+            self._bin.write(stored)
+        with self._writing("idx"):
+            self._idx.write(lengths.astype("<i4").tobytes())
+        with self._writing("starts"):
+            self._starts.write(ends.astype("<i8").tobytes())
+        self._digests.update(stored)
+        self.sequences += lengths.size
+        self.documents += ends.size
+        self.tokens += tokens.size
+
+    def finish(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
+        """Complete the dataset and put it under its final names; called by the end of the ``with`` block.
+
+        Args:
+            make_manifest: gives the manifest's content from this builder, whose checksums are known by then.
+        """
+        try:
+            self.complete(make_manifest)
+            with disk_errors(self.prefix):
+                put_in_place(self.prefix)
+        except BaseException:
+            self.abort()
+            raise
+        self.close()
+
+    def complete(self, make_manifest: Callable[[IndexedDatasetBuilder], bytes] | None = None) -> None:
+        """Complete the files under their temporary names, for ``put_in_place``; see ``finish``."""
+        if self.tokens == 0:
+            raise UserError(self.prefix, "no token was written", "give input that holds at least one document")
+        with self._writing("idx"):
+            self._complete_index()
+        self._sync("bin", "idx")
+        self.checksums = {"bin": self._digests.digests(), "idx": block_checksums(self._temporary["idx"])}
+        if make_manifest is not None:
+            write_temporary(manifest_path(self.prefix), make_manifest(self))
+
+    def close(self) -> None:
+        """Let go of the files, which stay where they are, to be put in their places or gone on with."""
+        with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
+            self._open.close()
+
+    def abort(self) -> None:
+        """Remove all that was written; what stood under the final names before stays as it was."""
+        for path in (*self._temporary.values(), temporary_path(manifest_path(self.prefix))):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self.close()
+
+    @property
+    def _temporary(self) -> dict[str, Path]:
+        """What is written before it has its final name: tokens, index and, for a while, document starts."""
+        return {
+            "bin": temporary_path(bin_path(self.prefix)),
+            "idx": temporary_path(idx_path(self.prefix)),
+            "starts": starts_path(self.prefix),
+        }
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Name the temporary file ``name`` where the disk refuses to write it."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(self._temporary[name], error) from error
+
+    def _sync(self, *names: str) -> None:
+        """Make what was written so far survive a power cut."""
+        files = {"bin": self._bin, "idx": self._idx, "starts": self._starts}
+        for name in names:
+            with self._writing(name):
+                files[name].flush()
+                os.fsync(files[name].fileno())
+
+    def _begin(self) -> None:
+        """Cut the temporary files to what the state describes, nothing at first, and go on at their ends."""
+        partial = self.tokens * self.dtype.itemsize % CHECKSUM_BLOCK
+        sizes = {
+            self._bin: self.tokens * self.dtype.itemsize,
+            self._idx: HEADER.size + 4 * self.sequences,
+            self._starts: 8 * (self.documents + 1),
+        }
+        if self.sequences:
+            for (file, size), path in zip(sizes.items(), self._temporary.values(), strict=True):
+                found = os.fstat(file.fileno()).st_size
+                if found < size:
+                    raise UserError(
+                        path, f"{found:,} bytes, but the journal beside it tells of {size:,}", _START_AFRESH
+                    )
+            self._bin.seek(sizes[self._bin] - partial)
+            while partial > 0:
+                data = self._bin.read(min(partial, WRITE_BUFFER))
+                self._digests.update(data)
+                partial -= len(data)
+            for file, size in sizes.items():
+                file.truncate(size)
+                file.seek(size)
+        else:
+            for file in sizes:
+                file.truncate(0)
+            self._starts.write(np.zeros(1, "<i8").tobytes())
+        self._idx.seek(0)
+        self._idx.write(bytes(HEADER.size))  # zeros are no header: not an index until the very end
+        self._idx.seek(sizes[self._idx])
+
+    def _as_stored(self, tokens: np.ndarray) -> memoryview:
+        """The bytes of ``tokens`` in the dataset's type; refuses what the type cannot hold."""
+        if tokens.size == 0:
+            return memoryview(b"")
+        if tokens.dtype.kind not in "iu" and self.dtype.kind in "iu":
+            raise ValueError(f"tokens of type {tokens.dtype} for a dataset of {self.dtype}: whole numbers are needed")
+        if self.dtype.kind in "iu":
+            smallest, largest = int(tokens.min()), int(tokens.max())
+            limits = np.iinfo(self.dtype)
+            if smallest < limits.min or largest > limits.max:
+                raise UserError(
+                    self.prefix,
+                    f"token id {largest if largest > limits.max else smallest} does not fit {self.dtype.name}, "
+                    f"which holds {limits.min} to {limits.max}",
+                    "choose the type by the tokenizer's vocabulary, or check that this is the right tokenizer",
+                )
+            self.largest_token_id = max(self.largest_token_id, largest)
+        return memoryview(np.ascontiguousarray(tokens, dtype=self.dtype)).cast("B")
+
+    def _complete_index(self) -> None:
+        """Append pointers and document starts to the lengths already in the index, and write its header."""
+        self._idx.flush()
+        with open(temporary_path(idx_path(self.prefix)), "rb") as written:
+            written.seek(HEADER.size)
+            pointer = 0
+            for first in range(0, self.sequences, INDEX_ROWS):
+                rows = min(INDEX_ROWS, self.sequences - first)
+                sizes = np.frombuffer(written.read(4 * rows), "<i4").astype("<i8") * self.dtype.itemsize
+                ends = pointer + np.cumsum(sizes)
+                self._idx.write((ends - sizes).astype("<i8").tobytes())
+                pointer = int(ends[-1])
+        self._starts.seek(0)
+        while block := self._starts.read(WRITE_BUFFER):
+            self._idx.write(block)
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open ``path`` for writing with what it holds, and refuse if another process has it open this way.
+
+    A process that came while the other one finished may hold a file that has since been renamed: then it looks again,
+    or it would write into a finished dataset.
+    """
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            remedy = "wait for it or choose another output"
+            raise UserError(path, "another process is writing this dataset", remedy) from None
+        except OSError as error:  # file systems without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                file.close()
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()

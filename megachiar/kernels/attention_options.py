@@ -1,0 +1,31 @@
+"""What attention is given besides queries, keys and values: one value for all backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megachiar.kernels.dropout import KeyedDropout
+
+
+class AttentionOptions(NamedTuple):
+    """Options of an attention product. Those that belong to queries are in the order of the queries.
+
+    Attributes:
+        dropout: dropout of attention probabilities, with one key a query row; None for no dropout.
+        first_head: number of the first head of the queries, where ranks share the heads; it enters the dropout keys.
+        scale: factor of the products of queries and keys; 1 / sqrt(c) if None.
+        document_starts: int64, position at which the document of each query begins: it sees no key before. None where
+            each sequence is one document.
+    """
+
+    dropout: KeyedDropout | None = None
+    first_head: int = 0
+    scale: float | None = None
+    document_starts: torch.Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether any probability can be dropped."""
+        return self.dropout is not None and self.dropout.probability > 0

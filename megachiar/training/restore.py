@@ -1,0 +1,60 @@
+"""Bring an engine to where its run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.markup import escape
+
+from megachiar.checkpoint.compatibility import check_data, describe_mask_change
+from megachiar.checkpoint.format import read_state
+from megachiar.checkpoint.resume import load_weights, resume
+from megachiar.engine.engine import Engine
+from megachiar.training.run_data import RunData
+from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
+from megachiar.training.start import Start
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: training samples consumed.
+        saved_step: step of the newest checkpoint; None before the first.
+    """
+
+    step: int = 0
+    samples: int = 0
+    saved_step: int | None = None
+
+
+def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], None]) -> tuple[Progress, RunData]:
+    """Bring the engine to ``start``; every rank calls it.
+
+    Returns:
+        how far the run is, and its data from there on.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another model, or of data that ``data.on_change`` does not allow.
+    """
+    if start.kind == "fresh":
+        return Progress(), data
+    if start.kind == "weights":
+        load_weights(engine, start.path)
+        say(f"weights from {start.path}; optimizer, schedule and data start anew")
+        for line in describe_other_tokenizer(start.path, data.tokenizer_record):
+            say(f"[yellow]  {escape(line)}[/]")
+        return Progress(), data
+    check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
+    changes = check_data(start.path, read_state(start.path), engine.config, data.history)
+    state = resume(engine, start.path)
+    what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
+    say(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
+    lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
+    for line in (*lines, *describe_mask_change(start.path, engine.config)):
+        say(f"[yellow]  {escape(line)}[/]")
+    saved = state.step if start.kind == "resumed" else None
+    return Progress(state.step, state.samples, saved), data.continue_from(state.data, state.step)

@@ -1,0 +1,62 @@
+"""The vector of a step's numbers: what is put in comes out under its name, from one rank or from several stages."""
+
+from __future__ import annotations
+
+import torch
+
+from megachiar.engine.step_metrics import (
+    STATISTICS,
+    RankMetrics,
+    StepResult,
+    flatten_forward,
+    flatten_step,
+    unflatten_step,
+)
+from megachiar.model import RoutingStatistics
+
+LAYERS = 3
+STATISTICS_OF_LAYERS = RoutingStatistics(
+    attention_share=torch.tensor([0.0, 0.25, 1.0]),
+    rbf_share=torch.tensor([0.5, 0.125, 0.0]),
+    entropy=torch.tensor([2.0, 0.75, 3.0]),
+    gate=torch.tensor([0.375, 5.0, 6.0]),
+)
+EXPECTED = StepResult(
+    loss=4.5,
+    regulariser=-0.5,
+    gradient_norm=7.0,
+    skipped=False,
+    stop=True,
+    attention_share=[0.0, 0.25, 1.0],
+    rbf_share=[0.5, 0.125, 0.0],
+    entropy=[2.0, 0.75, 3.0],
+    gate=0.375,
+)
+
+
+def test_each_number_comes_back_under_its_name():
+    forward = flatten_forward(torch.tensor(4.5), torch.tensor(-0.5), STATISTICS_OF_LAYERS)
+    assert forward.dtype == torch.float64 and forward.shape == (2 + len(STATISTICS) * LAYERS,)
+    metrics = RankMetrics(forward=forward.tolist(), gradient_norm=7.0)
+    assert unflatten_step(flatten_step(metrics, skipped=False, stop=True, is_last_stage=True), LAYERS) == EXPECTED
+
+
+def test_two_stages_add_up_to_the_whole_model():
+    """The first stage has layers 0 and 1, the second has layer 2 and the loss; both know the gradient norm."""
+    first, second = (torch.stack(STATISTICS_OF_LAYERS) for _ in range(2))
+    first[:, 2], second[:, :2] = 0, 0
+    forwards = [
+        flatten_forward(torch.zeros(()), torch.tensor(-0.25), first),
+        flatten_forward(torch.tensor(4.5), torch.tensor(-0.25), second),
+    ]
+    vectors = [
+        flatten_step(RankMetrics(forward.tolist(), 7.0), skipped=False, stop=stage == 0, is_last_stage=stage == 1)
+        for stage, forward in enumerate(forwards)
+    ]
+    assert unflatten_step([sum(values) for values in zip(*vectors, strict=True)], LAYERS) == EXPECTED
+
+
+def test_an_overflow_on_any_rank_is_a_skipped_step():
+    metrics = RankMetrics(forward=[0.0] * (2 + len(STATISTICS) * LAYERS), gradient_norm=float("inf"))
+    result = unflatten_step(flatten_step(metrics, skipped=True, stop=False, is_last_stage=True), LAYERS)
+    assert result.skipped and not result.stop and result.gradient_norm == float("inf")
