@@ -1,6 +1,6 @@
-"""What no single key can tell: checks over keys and sections.
+"""Checks over several keys and sections, for what the type of a single key cannot say.
 
-Each check names the sections it needs as its arguments, and runs when all of them could be typed.
+Each check names the sections that it needs as its arguments, and runs when all of them could be typed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
 
 
 def run(sections: dict[str, Any]) -> list[Problem]:
-    """All problems that the checks find in ``sections`` (name -> typed section)."""
+    """Run every check whose sections are there and return all problems.
+
+    Args:
+        sections: typed sections by name.
+    """
     return [
         problem
         for check in CHECKS
@@ -80,8 +84,9 @@ def router(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
         elif given and name not in needed:
             yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
-    yield from _threshold_lists(model)
-    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not _problems(model):
+    wrong_lists = list(_threshold_lists(model))
+    yield from wrong_lists
+    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
         for layer in model.routed_layers:
             low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
             if low > high:
@@ -89,8 +94,7 @@ def router(model: ModelConfig) -> Iterator[Problem]:
                     "model.router.tau_low", f"{low} is above tau_high {high} (layer {layer + 1})", "swap them"
                 )
                 break
-    if r.kind == "random" and three and (r.attention_share or 0) + (r.rbf_share or 0) > 1:
-        total = r.attention_share + r.rbf_share
+    if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
         yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
     if r.kind == "random" and r.collapse_weight:
         yield Problem(
@@ -116,10 +120,6 @@ def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
                 f"has {len(value)} values for {routed} routed layers (2..{model.num_layers - 1})",
                 f"give one number or {routed}",
             )
-
-
-def _problems(model: ModelConfig) -> bool:
-    return any(True for _ in _threshold_lists(model))
 
 
 def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:

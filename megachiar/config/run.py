@@ -23,39 +23,39 @@ from megachiar.config.sections import (
 
 
 class RunConfig(Section):
-    """Everything a run depends on."""
+    """Everything that a run depends on."""
 
     model: ModelConfig
     """What is trained."""
     data: DataConfig
-    """What it is trained and validated on."""
+    """What the model is trained and validated on."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the work is split over ranks. A matter of speed and memory alone."""
+    """How the work is split over ranks. It changes speed and memory alone."""
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     optimizer: OptimizerConfig
-    """AdamW."""
+    """The settings of AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Learning rate over steps."""
+    """The learning rate over steps."""
     training: TrainingConfig
-    """How long, how much at once, how often evaluated."""
+    """How long the run is, how much a step reads, and how often the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When to save and what to start from."""
+    """When the run saves and what it starts from."""
     logging: LoggingConfig
-    """The run folder and what is written there."""
+    """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys, passed through; one that contradicts a typed key is refused."""
+    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused."""
 
     @property
     def sample_order(self) -> str:
-        """What fixes the order of samples beside the seed: Megatron's depends on the length of the run."""
+        """The name of the order of samples; Megatron's includes the samples of the run, on which it depends."""
         if self.data.order == "keyed":
             return "keyed"
         return f"megatron over {self.steps * self.training.global_batch_size} samples"
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run; those of ``training.epochs`` are known when its data has been measured."""
+        """Optimizer steps of the run. Those of ``training.epochs`` are known once its data has been measured."""
         assert self.training.steps is not None, "training.epochs is not resolved yet"
         return self.training.steps
 
@@ -70,13 +70,14 @@ class RunConfig(Section):
 
     @property
     def document_end(self) -> int | None:
-        """Token that ends a document, if no token is to see another document's."""
+        """The id that ends a document, where no token may attend to another document; else None."""
         return self.data.document_end if self.data.document_mask else None
 
     @property
     def checkpoint_folder(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.logging.folder / "checkpoints"
 
     def to_yaml(self) -> str:
-        """The resolved config, defaults included; ``load_config`` reads it back to an equal value."""
+        """Return the resolved config with all defaults; ``load_config`` reads it back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)

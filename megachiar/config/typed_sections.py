@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -58,6 +58,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 @functools.cache
 def _own_keys() -> OwnKeys:
+    """Return the dotted keys of a config by their last name."""
     own: OwnKeys = {}
 
     def walk(section: type[BaseModel], prefix: str) -> None:
@@ -65,7 +66,7 @@ def _own_keys() -> OwnKeys:
             inner = section_class(field.annotation)
             if inner is None:
                 own.setdefault(name, []).append(f"{prefix}{name}")
-            elif inner is field.annotation:  # the keys of a list's items are at home in the list alone
+            elif get_origin(field.annotation) is None:  # the keys of a list's items belong in the list alone
                 walk(inner, f"{prefix}{name}.")
 
     walk(RunConfig, "")
