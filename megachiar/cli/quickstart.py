@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import load_config
-from megachiar.config.shipped import copy_shipped_config
+from megachiar.config.copies import copy_shipped_config
 from megachiar.console import make_console
 from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.errors import UserError
@@ -196,7 +196,7 @@ def find_config() -> Path:
     for path in (Path("configs/tiny.yaml"), Path("tiny.yaml")):
         if path.exists():
             return path
-    return copy_shipped_config("tiny", Path())
+    return copy_shipped_config("tiny", Path()).path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import RunConfig
+from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import idx_path
 from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_data import check_max_epochs, describe_source_usage, open_data
 
 
@@ -28,6 +31,8 @@ def print_plan(config: RunConfig, world_size: int | None) -> None:
     Raises:
         UserError: the layout does not fit the ranks, or a dataset cannot be read or is too small.
     """
+    if not _missing(source.path for source in config.data.train):
+        config = resolve_epochs(config)
     ranks = world_size or _planned_ranks(config)
     data_size = data_parallel_size(config, ranks)
     sys.stdout.write(config.to_yaml())
@@ -55,10 +60,18 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
         ("parameters", f"{build_model(config.model, seed=0, device='meta').parameter_count():,}"),
         ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
         ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
-        ("tokens in all", f"{tokens * training.steps:,} in {training.steps:,} steps"),
+        ("tokens in all", _length(config, tokens)),
         ("FLOPs a step", f"{per_token * tokens:.3e} at attention share {share:.2f} of routed layers"),
         ("  against all attention", f"{per_token / baseline:.1%} of {baseline * tokens:.3e}"),
     ]
+
+
+def _length(config: RunConfig, tokens_of_a_step: int) -> str:
+    key, value = asked_length(config.training)
+    if config.training.steps is None:
+        return f"{value:g} epochs of data.train, which is not on this machine"
+    asked = "" if key == "steps" else f", from training.{key} {value:,g}"
+    return f"{tokens_of_a_step * config.steps:,} in {config.steps:,} steps{asked}"
 
 
 def _ranks_table(stages: list[RankPlan]) -> Table:
@@ -114,13 +127,16 @@ def _data_note(config: RunConfig) -> str:
 
     A plan is often made on another machine than the run's.
     """
-    prefixes = [source.path for source in config.data.train] + list(config.data.validation.values())
-    missing = [prefix for prefix in prefixes if not Path(idx_path(prefix)).exists()]
+    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values()])
     if missing:
         return f"these datasets are not on this machine, so that they were not checked: {', '.join(map(str, missing))}"
     data = open_data(config)
     check_max_epochs(config, data)
     return "\n".join(describe_source_usage(config, data))
+
+
+def _missing(prefixes: Iterable[Path]) -> list[Path]:
+    return [prefix for prefix in prefixes if not idx_path(prefix).exists()]
 
 
 def gib(size: float) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megachiar.config import RunConfig
+from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer
 from megachiar.engine.engine import Engine, start_process_group
@@ -19,6 +20,7 @@ from megachiar.model.dtypes import DTYPES
 from megachiar.topology import Topology, raise_together
 from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import MetricsWriter
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import Progress, restore
@@ -51,6 +53,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     """
     problem = None
     try:
+        config = resolve_epochs(config)
         data = open_data(config)
         config = with_document_end(config, data)
     except UserError as error:
@@ -94,11 +97,12 @@ def train(
     check_max_epochs(config, data)
     for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
-    display = Display(console, config.training.steps, progress.step)
-    if progress.step >= config.training.steps:
+    display = Display(console, config.steps, progress.step)
+    if progress.step >= config.steps:
+        key, _ = asked_length(config.training)
         console.print(
             f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
-            f"{config.training.steps:,}. To train it further raise training.steps; to begin another run name another "
+            f"{config.steps:,}. To train it further raise training.{key}; to begin another run name another "
             "logging.folder."
         )
         return 0
@@ -139,9 +143,11 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
     console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
+    key, value = asked_length(training)
+    asked = "" if key == "steps" else f", from training.{key} {value:,g}"
     console.print(
-        f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
-        f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
+        f"{config.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
+        f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps}){asked}"
     )
     if reason := why_no_utilisation(engine.device):
         console.print(f"[yellow]  {escape(reason)}[/]")

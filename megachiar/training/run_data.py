@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
+from megachiar.config.run_length import samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
@@ -15,6 +16,7 @@ from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenize
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
 
@@ -101,6 +103,7 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
+    config = resolve_epochs(config)
     data = open_data(config)
     checkpoint = find_start(config).continues_from
     if checkpoint is not None:
@@ -147,7 +150,7 @@ def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource
     if config.data.order == "keyed":
         return _stream(history, history.orders[0], dict(enumerate(sources)))
     weights = [source.weight for source in config.data.train]
-    samples = config.training.steps * config.training.global_batch_size
+    samples = config.steps * config.training.global_batch_size
     return MegatronStream(sources, weights, config.sequence_length, config.training.seed, samples)
 
 
@@ -167,8 +170,11 @@ def check_max_epochs(config: RunConfig, data: RunData) -> None:
         LaunchError: a source is too small. The message names it, its epochs, and the share of its weight that it can
             have.
     """
-    limit = config.data.max_epochs
-    for use in source_usage(config, data):
+    limit, samples = config.data.max_epochs, data.history.samples_before(config.steps)
+    if config.training.epochs is not None:  # the rest of the last step is not what was asked for
+        samples_per_epoch = sum(use.samples_per_epoch for use in data.training.describe(samples))
+        samples = min(samples, samples_of_epochs(config.training.epochs, samples_per_epoch))
+    for use in data.training.describe(samples):
         if limit is not None and use.epochs > limit:
             raise LaunchError(
                 f"data.train {use.prefix}",
@@ -180,7 +186,7 @@ def check_max_epochs(config: RunConfig, data: RunData) -> None:
 
 def source_usage(config: RunConfig, data: RunData) -> list[SourceUse]:
     """Return what the whole run, to its last step, takes from each of its current sources."""
-    return data.training.describe(data.history.samples_before(config.training.steps))
+    return data.training.describe(data.history.samples_before(config.steps))
 
 
 def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:

@@ -14,7 +14,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     ``decay_steps`` the rate follows the curve of ``schedule.kind``; afterwards it is the minimum.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
-    end = schedule.decay_steps or config.training.steps
+    end = schedule.decay_steps or config.steps
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":

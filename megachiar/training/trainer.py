@@ -71,7 +71,7 @@ class Trainer:
             Diverged: the loss became infinite or nan.
         """
         with self._loader() as loader, self.display.running():
-            while self.progress.step < self.config.training.steps:
+            while self.progress.step < self.config.steps:
                 began = time.perf_counter()
                 result = self._step(loader)
                 self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
@@ -79,7 +79,7 @@ class Trainer:
                 self._log(result, loader)
                 self._evaluate_if_due()
                 self._save_if_due(result.stop)
-                if result.stop and self.progress.step < self.config.training.steps:
+                if result.stop and self.progress.step < self.config.steps:
                     self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
                     return EXIT_STOPPED
         return 0
@@ -115,12 +115,12 @@ class Trainer:
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
-        if step % self.config.logging.every and step != self.config.training.steps:
+        if step % self.config.logging.every and step != self.config.steps:
             return
         values = self._measures(result, loader)
         if self.writer is not None:
             self.writer.write(step, "train", values)
-        self.display.line(_describe(step, self.config.training.steps, values, self.display.time_left(step)))
+        self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
         self._seconds, self._steps = 0.0, 0
 
     def _measures(self, result: StepResult, loader: BatchLoader) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         every, step = self.config.training.evaluate_every, self.progress.step
-        if step != self.config.training.steps and not (every and step % every == 0):
+        if step != self.config.steps and not (every and step % every == 0):
             return
         topology = self.engine.topology
         for name, dataset in self.data.validation.items():
@@ -174,7 +174,7 @@ class Trainer:
 
     def _save_if_due(self, stop: bool) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
-        last = step == self.config.training.steps
+        last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
