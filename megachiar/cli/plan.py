@@ -4,7 +4,7 @@
 
 Each layout is planned as ``--dry-run`` plans it: memory by formula (tests hold it against tensors that are really
 allocated), FLOPs and traffic counted. The time of a step is an estimate to rank layouts by, from the speeds given:
-arithmetic, the pipeline's bubble, the traffic of tensor-parallel groups (in the open) and of replicas (at a step's end).
+arithmetic, the pipeline's bubble, the traffic of tensor-parallel groups (in the open) and replicas (at a step's end).
 """
 
 from __future__ import annotations
