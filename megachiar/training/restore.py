@@ -31,14 +31,14 @@ class Progress:
     saved_step: int | None = None
 
 
-def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], None]) -> tuple[Progress, RunData]:
+def restore(engine: Engine, data: RunData, start: Start, log: Callable[[str], None]) -> tuple[Progress, RunData]:
     """Load the checkpoint of ``start`` into ``engine``, if there is one; every rank calls this function.
 
     Args:
         engine: with initial weights.
         data: of the config, as a new run would read it.
         start: what ``resolve_start`` decided.
-        say: prints a line of the log.
+        log: prints a line of the log.
 
     Returns:
         How far the run is, and the data that it reads from there on.
@@ -51,17 +51,17 @@ def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], No
         return Progress(), data
     if start.kind == "weights":
         load_weights(engine, start.path)
-        say(f"weights from {start.path}; optimizer, schedule and data start anew")
+        log(f"weights from {start.path}; optimizer, schedule and data start anew")
         for line in describe_other_tokenizer(start.path, data.tokenizer_record):
-            say(f"[yellow]  {escape(line)}[/]")
+            log(f"[yellow]  {escape(line)}[/]")
         return Progress(), data
     check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
     changes = check_data(start.path, read_state(start.path), engine.config, data.history)
     state = resume(engine, start.path)
     what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
-    say(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
+    log(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
     lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
     for line in (*lines, *describe_mask_change(start.path, engine.config)):
-        say(f"[yellow]  {escape(line)}[/]")
+        log(f"[yellow]  {escape(line)}[/]")
     saved = state.step if start.kind == "resumed" else None
     return Progress(state.step, state.samples, saved), data.continue_from(state.data, state.step)

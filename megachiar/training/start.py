@@ -48,19 +48,19 @@ class Start:
         return self.path if self.kind in ("all", "resumed") else None
 
 
-def resolve_start(config: RunConfig, topology: Topology, say: Callable[[str], None]) -> Start:
+def resolve_start(config: RunConfig, topology: Topology, log: Callable[[str], None]) -> Start:
     """Let rank 0 decide where the run starts, and return its decision; every rank calls this function.
 
     Args:
         config: of the run.
         topology: of the run's ranks.
-        say: prints a line of the log.
+        log: prints a line of the log.
 
     Raises:
         LaunchError: there is nothing to start from, ``checkpoint.resume`` forbids to resume, or a rank does not see the
             checkpoint. Every rank raises it.
     """
-    decision = _broadcast_from_rank_0(_decide(config, say) if topology.is_main else None)
+    decision = _broadcast_from_rank_0(_decide(config, log) if topology.is_main else None)
     if isinstance(decision, UserError):
         raise LaunchError(decision.where, decision.problem, decision.remedy)
     if decision.start.path is not None:
@@ -68,13 +68,13 @@ def resolve_start(config: RunConfig, topology: Topology, say: Callable[[str], No
     return decision.start
 
 
-def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Start:
+def find_start(config: RunConfig, log: Callable[[str], None] = lambda line: None) -> Start:
     """Return where the run of ``config`` would start, from what this process sees of the file system.
 
     Raises:
         UserError: ``checkpoint.load_from`` holds no complete checkpoint, or a checkpoint has another format.
     """
-    own = _newest(config.checkpoint_folder, say)
+    own = _newest(config.checkpoint_folder, log)
     if own is not None:
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
@@ -128,9 +128,9 @@ class _Decision(NamedTuple):
     fingerprint: str
 
 
-def _decide(config: RunConfig, say: Callable[[str], None]) -> _Decision | UserError:
+def _decide(config: RunConfig, log: Callable[[str], None]) -> _Decision | UserError:
     try:
-        start = find_start(config, say)
+        start = find_start(config, log)
     except UserError as error:
         return error
     if start.path is None:
@@ -151,11 +151,11 @@ def _broadcast_from_rank_0(value: Any) -> Any:
     return values[0]
 
 
-def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest complete checkpoint in ``folder``, or None; ``say`` names each damaged one."""
+def _newest(folder: Path, log: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint in ``folder``, or None; ``log`` names each damaged one."""
     for path in sorted(folder.glob("step_*")):
         if not path.name.endswith(".incomplete") and (problem := find_damage(path)):
-            say(f"[yellow]ignoring the damaged checkpoint {path}: {problem}[/]")
+            log(f"[yellow]ignoring the damaged checkpoint {path}: {problem}[/]")
     complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
 

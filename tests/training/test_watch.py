@@ -68,18 +68,18 @@ def test_a_rank_that_is_silent_is_given_up(run):
 
 
 def test_a_rank_that_ends_with_an_error_of_its_own_is_quoted(run):
-    """Only the main rank writes, and its disk is full."""
+    """Rank 1 alone raises an error, and all others quote it."""
     sabotage = run.parent / "sabotage.py"
     sabotage.write_text(
         "import os, sys, time\n"
-        "from megachiar.training import loop\n"
+        "from megachiar.training import trainer\n"
         "from megachiar.errors import UserError\n"
-        "step = loop.Trainer._step\n"
+        "step = trainer.Trainer._step\n"
         "def failing(self, loader):\n"
         "    if self.progress.step == 20 and os.environ['RANK'] == '1':\n"
         "        raise UserError('disk', 'is full', 'free some')\n"
         "    return step(self, loader)\n"
-        "loop.Trainer._step = failing\n"
+        "trainer.Trainer._step = failing\n"
         "from megachiar.console import run\n"
         "from megachiar.pretrain import main\n"
         "run(main)\n"
