@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megachiar.errors import EXIT_USER_ERROR, UserError
 
@@ -26,12 +26,18 @@ def global_rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
-def make_console() -> Console:
-    """Return a console on standard error that does not break lines in log files; it is silent on ranks but 0."""
+def make_console(file: TextIO | None = None) -> Console:
+    """Return a console that does not break lines in log files and is silent on ranks but 0.
+
+    Args:
+        file: that it writes to; standard error if None.
+    """
     from rich.console import Console
 
-    width = None if sys.stderr.isatty() else 200
-    return Console(stderr=True, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0)
+    width = None if (file or sys.stderr).isatty() else 200
+    return Console(
+        file=file, stderr=file is None, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0
+    )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from megachiar.options import CommandParser
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("config", __doc__)
-    plain = argparse.ArgumentParser  # CommandParser is that of whole commands
+    plain = argparse.ArgumentParser  # since CommandParser is for whole commands
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=plain)
     actions.add_parser("list", help="name the shipped configs")
     show = actions.add_parser("show", help="print a shipped config")
