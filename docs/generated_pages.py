@@ -26,13 +26,47 @@ INTRODUCTION = """# Configuration
 
 <!-- Written by docs/generated_pages.py from the types in megachiar/config. -->
 
-One YAML file is one run. Every key has a type, a unit and a meaning; this page is made from the code. Unknown keys are
-refused with the nearest known one. All problems of a file are reported at once, each with file, line, key, value and
-remedy. `--set a.b=c` overrides a key, and `--a.b=c` is short for it. `megachiar pretrain --dry-run` prints the resolved
-config, parameters, memory per rank and FLOPs, and exits.
+One YAML file is one run. Every key has a type, a unit and a meaning; this page is made from the code. An unknown key is
+refused with the nearest known one. A word of Megatron-LM, GPT-NeoX, DeepSpeed, torchtitan, litgpt or Hugging Face's
+`TrainingArguments` is answered with our key for it. All problems of a file are reported at once, each with file, line,
+key, value and remedy. `--set a.b=c` overrides a key, and `--a.b=c` is short for it. `megachiar pretrain --dry-run`
+prints the resolved config, parameters, memory per rank and FLOPs, and exits.
 
 `megachiar config list` names the shipped configs, and `megachiar config init tiny` copies one. `configs/schema.json`
 gives editors completion; `megachiar config schema` prints it.
+
+## `base`
+
+A config may say only what differs from another one:
+
+```yaml
+base: 400m.yaml                # a file, by its path from the folder of this one, or else a shipped config by its name
+
+model:
+  kind: baseline
+
+logging:
+  folder: runs/400m_baseline
+```
+
+Mappings are merged key by key. Any other value replaces that of the base; so does a list, as a whole. A base may have a
+base. `--set` wins over all of them. The `config.yaml` of a run folder is the whole resolved config, without `base`;
+`megachiar config show 400m_baseline --whole` prints that of a shipped one.
+
+## How long a run is
+
+`training` has one of three keys: `steps`, `tokens` or `epochs`. Tokens and epochs become steps, rounded up to the whole
+step. The resolved config has both, and they must agree when it is read again. A later one replaces an earlier one:
+that of a config replaces that of its base, and `--set training.steps=3` replaces both.
+
+- `tokens` are `tokens / (global_batch_size * sequence_length)` steps. They are known when the config is read.
+- `epochs` are `epochs * samples / global_batch_size` steps. They are known where the datasets of `data.train` are.
+
+The samples of an epoch are those that one pass over every source holds, `(tokens - 1) // sequence_length` each. A blend
+with other weights passes over some sources more often than over others. The log's first lines say how often, and
+`data.max_epochs` refuses too often.
+
+## Where to begin
 
 Keys you will touch first:
 

@@ -1,6 +1,6 @@
-"""Timing contenders side by side: in turn, round by round, so that what disturbs the machine disturbs all of them.
+"""Time contenders in turn, round by round, so that what disturbs the machine disturbs all of them.
 
-A ratio is the median over rounds of one contender's time by another's in the same round, with its quartiles.
+A ratio is the median over rounds, with quartiles, of one contender's time divided by another's in the same round.
 """
 
 from __future__ import annotations
@@ -26,33 +26,36 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Return median and quartiles of ``values``."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median, low, high)
 
     def format(self, unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
+        """Return the spread as text, such as ``1.23 ms (1.20 to 1.30)``, each value times ``scale``."""
         median, low, high = (f"{value * scale:.{digits}f}" for value in self)
         return f"{median}{unit} ({low} to {high})"
 
 
 class Times:
-    """Seconds of each contender, round by round."""
+    """The seconds of each contender, round by round."""
 
     def __init__(self, seconds: dict[str, list[float]]):
         self.seconds = seconds
 
     def spread(self, name: str) -> Spread:
+        """Return the spread of a contender's seconds."""
         return Spread.of(self.seconds[name])
 
     def speed_up(self, name: str, over: str) -> Spread:
-        """How many times as fast ``name`` is as ``over``."""
+        """Return how many times as fast ``name`` is as ``over``."""
         return Spread.of([b / a for a, b in zip(self.seconds[name], self.seconds[over], strict=True)])
 
 
 def measure_interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Times:
-    """Let each contender run once a round and say its seconds. They are warm already.
+    """Run each contender, which is warm already, once a round and return the seconds that it reports.
 
-    Their order is drawn anew for every round (from a fixed seed): one that leaves the system something to do, such as
-    memory to take back, must not always leave it to the same next one.
+    Every round has an order of its own, drawn from a fixed seed. A contender may leave work to the system, such as
+    memory to take back, and the same contender must not always follow it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     draw = random.Random(0)
@@ -65,7 +68,14 @@ def measure_interleaved(contenders: Mapping[str, Callable[[], float]], rounds: i
 def timed(
     function: Callable[[], object], device: torch.device, calls: int = 1, warm_up: int = 2
 ) -> Callable[[], float]:
-    """A contender that measures ``function``: seconds a call, of ``calls`` in a row. It is warmed up here."""
+    """Return a contender that reports the seconds of one call of ``function``.
+
+    Args:
+        function: is called.
+        device: that it runs on; the GPU is waited for.
+        calls: in a row, whose mean is reported.
+        warm_up: calls made here, before anything is measured.
+    """
 
     def measure() -> float:
         synchronise(device)
@@ -81,12 +91,13 @@ def timed(
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], int]:
-    """A large square product, the yardstick of a machine's arithmetic, and its FLOPs."""
+    """Return a large square matrix product, by which a machine's arithmetic is measured, and its FLOPs."""
     size = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 1024
     # A CPU without instructions for 16 bits may need seconds even for the smaller one.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -94,20 +105,20 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 
 
 def copy(device: torch.device) -> tuple[Callable[[], object], int]:
-    """A large copy, the yardstick of a machine's memory, and the bytes it reads and writes."""
+    """Return a large copy, by which a machine's memory is measured, and the bytes that it reads and writes."""
     numbers = torch.ones(2**29 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(numbers)
     return lambda: target.copy_(numbers), 2 * numbers.nbytes
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on, for the record."""
+    """Return what the measurements were made on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """Write ``record`` where a path was given."""
+    """Write ``record`` to ``path``, if there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")

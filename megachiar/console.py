@@ -1,6 +1,6 @@
-"""Where people are spoken to: one console on standard error, and the way a program ends.
+"""Messages go to one console on standard error, and every program ends here.
 
-Standard output is kept for results (``--json``, a sample); everything else goes to standard error, from rank 0 only.
+Standard output is kept for results (``--json``, a sample). Everything else goes to standard error, from rank 0 only.
 """
 
 from __future__ import annotations
@@ -11,32 +11,38 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megachiar.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console  # where it is used: a program that only writes a line starts without it
+    from rich.console import Console  # imported where it is used, since a program that writes one line needs no console
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def global_rank() -> int:
-    """Rank of this process as its launcher set it; 0 when there is no launcher."""
+    """Return the rank of this process as its launcher set it, 0 when there is no launcher."""
     return int(os.environ.get("RANK", "0") or 0)
 
 
-def make_console() -> Console:
-    """A console on standard error that does not break lines in log files; silent on ranks other than 0."""
+def make_console(file: TextIO | None = None) -> Console:
+    """Return a console that does not break lines in log files and is silent on ranks but 0.
+
+    Args:
+        file: that it writes to; standard error if None.
+    """
     from rich.console import Console
 
-    width = None if sys.stderr.isatty() else 200
-    return Console(stderr=True, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0)
+    width = None if (file or sys.stderr).isatty() else 200
+    return Console(
+        file=file, stderr=file is None, width=width, soft_wrap=True, highlight=False, quiet=global_rank() != 0
+    )
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Without what a library prints: memory tables, progress bars of its own. Errors are raised as ever."""
+    """Drop what a library prints in this block, such as memory tables and progress bars. Errors are still raised."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -48,7 +54,7 @@ def _plain_console() -> Console:
 
 
 def report(error: UserError) -> None:
-    """Print ``error`` once: rank 0 for what every rank sees alike, otherwise the rank it happened on."""
+    """Print ``error`` once: on rank 0 if every rank meets the same error, else on the rank that met it."""
     rank = global_rank()
     if rank and error.same_on_every_rank:
         return
@@ -59,7 +65,7 @@ def report(error: UserError) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call ``main`` and exit with its value (None = 0), 2 for a ``UserError`` without a traceback, 130 for Ctrl-C."""
+    """Call ``main`` and exit with its value (None is 0), with 2 after a ``UserError``, and with 130 after Ctrl-C."""
     try:
         code = main()
     except UserError as error:
@@ -68,7 +74,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         _plain_console().print("interrupted")
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `tool | head`: the reader has what it wanted
+    except BrokenPipeError:  # in `tool | head` the reader has read all that it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)

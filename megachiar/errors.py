@@ -1,7 +1,7 @@
-"""The one exception for what a user can mend: a config, a file, a launch.
+"""One exception serves everything that a user can mend: a config, a file, a launch.
 
-Every entry point turns it into one message and exit code 2 (see ``megachiar.console.run``); everything else is a
-defect of ours and keeps its traceback.
+Every entry point turns it into one message and exit code 2 (see ``megachiar.console.run``). Every other exception is a
+defect of this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_USER_ERROR = 2
 
@@ -19,19 +20,19 @@ class UserError(ValueError):
     """A problem that its reader can mend.
 
     Args:
-        where: file, key path, byte or rank the problem is at, such as ``"configs/a.yaml: model.tau"``.
-        problem: what is wrong, with the offending value and the limit it broke.
-        remedy: what to do about it.
+        where: file, key path, byte or rank of the problem, such as ``"configs/a.yaml: model.tau"``.
+        problem: what is wrong, with the value and the limit that it breaks.
+        remedy: what the reader can do.
     """
 
     same_on_every_rank = False
-    """True where each rank of a run meets the same error, so that one report is enough."""
+    """Whether every rank of a run meets the same error, so that one report is enough."""
 
     def __init__(self, where: object, problem: str, remedy: str = ""):
         self.where, self.problem, self.remedy = str(where), problem, remedy
         super().__init__(f"{where}: {problem}" + (f"\n    remedy: {remedy}" if remedy else ""))
 
-    def __reduce__(self):  # ValueError would be rebuilt from the one joined string
+    def __reduce__(self) -> tuple[Any, ...]:  # ValueError would be rebuilt from the joined message alone
         return type(self), (self.where, self.problem, self.remedy)
 
 
@@ -59,10 +60,12 @@ READ_REMEDIES = {
 
 
 def disk_error(path: Path | str, error: OSError, verb: str = "write") -> UserError:
-    """The message for what the system refused: it names the file, what was tried (``verb``) and the remedy.
+    """Return the message for an error of the system, with file, operation and remedy.
 
     Args:
-        path: named where ``error`` itself names no file.
+        path: the file, where ``error`` itself names none.
+        error: what the system raised.
+        verb: the operation that it refused.
     """
     where = error.filename if isinstance(error.filename, str | os.PathLike) else path
     remedies = READ_REMEDIES if verb == "read" else WRITE_REMEDIES
@@ -72,7 +75,7 @@ def disk_error(path: Path | str, error: OSError, verb: str = "write") -> UserErr
 
 @contextmanager
 def disk_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
-    """Turn whatever the system refuses while ``path`` is written (or ``verb``) into a ``UserError`` that names it."""
+    """Turn an error of the system in this block into a ``UserError`` that names ``path`` and the operation ``verb``."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What a process needs before ``torch.distributed`` starts: import this first, before torch.
+"""Prepare a process for ``torch.distributed``; this module is imported first, before torch.
 
-One environment serves every way to start: plain ``python``, ``torchrun``, ``deepspeed``, ``srun`` and ``mpirun`` all
-end in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+Every way to start gives the same environment. Plain ``python``, ``torchrun``, ``deepspeed``, ``srun`` and ``mpirun``
+all end in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ from collections.abc import Mapping, Sequence
 from megachiar.errors import UserError
 
 EXIT_STOPPED = 75
-"""Exit code after a signal made the run save and stop: EX_TEMPFAIL, "start me again"."""
+"""Exit code after a signal made the run save and stop. It is EX_TEMPFAIL, which asks to be started again."""
 
-_MPI_RANKS = (  # (rank, world size, local rank, local size) of the MPI implementations
+_MPI_RANKS = (  # rank, world size, local rank and local size in the MPI implementations
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
 
 class StopSignals:
-    """Remembers that SIGTERM or SIGUSR1 arrived, so that the loop can save and stop at the end of a step."""
+    """Remember that SIGTERM or SIGUSR1 arrived, so that the training loop can save and stop at the end of a step.
+
+    Attributes:
+        received: the name of the signal; None as long as there was none.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def install(self) -> None:
-        """Catch the signals. Called before torch is imported: an uncaught SIGUSR1 in these seconds ends the rank."""
+        """Catch the signals, before torch is imported: an uncaught SIGUSR1 in those seconds would end the rank."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def ignore(self) -> None:
-        """Ignore further signals, for the teardown after a save."""
+        """Ignore further signals while the process ends after a save."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
@@ -47,10 +51,10 @@ class StopSignals:
 
 
 def prepare_environment() -> None:
-    """Set the distributed environment of this process, thread counts and warning filters. Idempotent.
+    """Set the distributed environment and the warning filters of this process; a second call changes nothing.
 
     Raises:
-        UserError: started by several MPI ranks without mpi4py, or with contradictory ranks.
+        UserError: several MPI ranks were started without mpi4py, or RANK and WORLD_SIZE contradict each other.
     """
     _quiet()
     if "RANK" not in os.environ:
@@ -61,12 +65,16 @@ def prepare_environment() -> None:
         raise UserError("environment", f"RANK is {rank} with WORLD_SIZE {world}", "check how the ranks are started")
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world)
     os.environ["LOCAL_WORLD_SIZE"] = local
-    # DeepSpeed looks for these and would ask for mpi4py where its own launcher did not start the process.
+    # DeepSpeed reads this and would ask for mpi4py where its own launcher did not start the process.
     os.environ.setdefault("LOCAL_SIZE", local)
 
 
 def configure_torch(threads: int | None) -> None:
-    """Set what only torch can: CPU threads of this rank and the C allocator."""
+    """Set the CPU threads of this rank, and on a CPU the C allocator.
+
+    Args:
+        threads: of this rank; None shares the cores out among the local ranks, unless OMP_NUM_THREADS is set.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -79,12 +87,12 @@ def configure_torch(threads: int | None) -> None:
 
 
 def _usable_cores() -> int:
-    """Cores this process may run on: fewer than the machine has inside a container or a Slurm job."""
+    """Return the cores that this process may use, fewer than the machine's in a container or a Slurm job."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quiet_deepspeed() -> None:
-    """Before DeepSpeed is imported: no lines of its own on start-up, nor a warning that there is no GPU."""
+    """Keep DeepSpeed from printing on start-up and from warning that there is no GPU; call it before the import."""
     import torch
 
     _quiet()
@@ -93,7 +101,7 @@ def quiet_deepspeed() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks: page faults of big tensors cost a third of a training step on CPU."""
+    """Let glibc keep freed blocks, since page faults of large tensors cost a third of a training step on a CPU."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -104,19 +112,19 @@ def keep_freed_memory() -> None:
 
 
 def drop_launcher_arguments(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` without the ``--local_rank=N`` that the DeepSpeed launcher adds (the environment has it too)."""
+    """Return ``arguments`` without the DeepSpeed launcher's ``--local_rank=N``, which is in the environment too."""
     return [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]
 
 
 def _rank_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK and the others from Slurm or MPI; a world of one where neither started us."""
+    """Return RANK and the others from Slurm or MPI, or those of a world of one where neither started this process."""
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _slurm(env)
     for names in _MPI_RANKS:
         if names[0] in env and int(env.get(names[1], "1")) > 1:
             return _mpi()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any: nobody else is to find it
+    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port serves a single rank
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, str]:
@@ -136,7 +144,7 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_on_node(spec: str, node: int) -> int:
-    """Tasks on node ``node`` from Slurm's compressed form, such as ``4(x2),3``."""
+    """Return the tasks on a node from Slurm's compressed form, such as ``4(x2),3``."""
     counts: list[int] = []
     for part in spec.split(","):
         count, _, repeat = part.partition("(x")
@@ -145,7 +153,7 @@ def _tasks_on_node(spec: str, node: int) -> int:
 
 
 def _mpi() -> dict[str, str]:
-    """Ranks from MPI itself; rank 0's host name and a free port of it go to all."""
+    """Return the ranks that MPI gives; rank 0 broadcasts its host name and a free port."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -170,13 +178,14 @@ def _mpi() -> dict[str, str]:
 
 
 def free_port() -> int:
+    """Return a port of this host that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def _quiet() -> None:
-    """Drop the warnings that DeepSpeed and torch repeat on every rank and step and that nobody here can act on."""
+    """Drop the warnings that DeepSpeed and torch repeat on every rank and step, since a user cannot act on them."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch\.distributed|deepspeed).*")
     os.environ.setdefault("DS_ACCELERATOR_LOG", "ERROR")

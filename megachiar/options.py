@@ -1,6 +1,6 @@
-"""How all commands read their command line, and the options that several of them share.
+"""All commands read their command line by one parser, which has the options that several of them share.
 
-``--set a.b=c d.e=f`` overrides keys of a config; ``--a.b=c`` is short for ``--set a.b=c``. What is given later wins.
+``--set a.b=c d.e=f`` overrides keys of a config, and ``--a.b=c`` is short for ``--set a.b=c``. A later one wins.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megachiar.errors import UserError
 
@@ -17,16 +18,20 @@ CONFIG_KEY = re.compile(r"--[A-Za-z_]\w*(\.[\w-]+)+(?P<equals>=.*)?", re.DOTALL)
 
 
 class OptionError(UserError):
-    """An option of a command that makes no sense: every rank of a run sees the same."""
+    """An option of a command makes no sense; every rank of a run has the same command line."""
 
     same_on_every_rank = True
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of ``megachiar COMMAND``, which is the same under every way to start it.
+    """The parser of ``megachiar COMMAND``, the same for every way to start the command.
 
-    It differs from argparse's in two ways: an option of several values keeps the values of all its uses, and
+    It differs from argparse's in two ways. An option of several values keeps the values of all its uses, and
     ``--a.b=c`` overrides a key of the config.
+
+    Args:
+        command: the name of the command.
+        description: what ``--help`` prints, the docstring of the command's module.
     """
 
     def __init__(self, command: str, description: str | None):
@@ -38,16 +43,16 @@ class CommandParser(argparse.ArgumentParser):
         for action in (None, "store"):
             self.register("action", action, _Store)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Read ``args``, or what the process was started with.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read ``args``, or the command line of the process, as ``argparse`` does.
 
         Raises:
             OptionError: ``--a.b`` has no value, or this command reads no config.
         """
-        return super().parse_args(self._with_sets(sys.argv[1:] if args is None else args), namespace)
+        return super().parse_known_args(self._with_sets(sys.argv[1:] if args is None else args), namespace)
 
     def _with_sets(self, arguments: Sequence[str]) -> list[str]:
-        """Write each ``--a.b=c`` as ``--set=a.b=c``, which takes no word after it."""
+        """Return ``arguments`` with each ``--a.b=c`` as ``--set=a.b=c``, so that it takes no word after it."""
         before, after = list(arguments), []
         if "--" in before:
             before, after = before[: before.index("--")], before[before.index("--") :]
@@ -65,9 +70,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _Store(argparse.Action):
-    """Store a value, or the values of all uses of an option of several: argparse alone keeps those of the last."""
+    """Store a value, or for an option of several values those of all its uses, where argparse keeps the last ones."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         if option_string is not None and self.nargs in ("+", "*"):
             earlier = getattr(namespace, self.dest)
             values = values if earlier is self.default else [*earlier, *values]
@@ -75,7 +82,7 @@ class _Store(argparse.Action):
 
 
 def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add ``--config`` (None where it may be left out and is) and ``--set`` (``overrides``, a list)."""
+    """Add ``--config`` and ``--set``; the namespace has ``config``, None where it was left out, and ``overrides``."""
     parser.add_argument("--config", type=Path, required=required, metavar="YAML", help="config of the run")
     parser.add_argument(
         "--set",
@@ -88,9 +95,10 @@ def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the run, or the step of it, that is looked at: ``run``."""
+    """Add the argument ``run``: a run folder or one of its checkpoints."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder (its newest step), or one checkpoint of it")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")

@@ -4,8 +4,8 @@
     deepspeed megachiar/pretrain.py --config configs/400m.yaml
     torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml
 
-Exit codes: 0 finished; 2 something to mend, said in one message; 75 a signal stopped the run after it saved, start it
-again to go on.
+Exit codes: 0, the run is finished; 2, one message says what to correct; 75, a signal stopped the run after it saved a
+checkpoint, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,29 @@ from megachiar.options import CommandParser, add_config_options
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what launchers append to it is dropped."""
     parser = CommandParser("pretrain", __doc__)
     add_config_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved config, parameters, memory per rank and FLOPs a step, and exit",
+        help="print the resolved config, parameters, memory per rank and FLOPs per step, and exit",
     )
-    parser.add_argument("--world-size", type=int, help="--dry-run: ranks to plan for (default: those started)")
+    parser.add_argument("--world-size", type=int, help="--dry-run: ranks to plan for (default: the started ones)")
     return parser.parse_args(launch.drop_launcher_arguments(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or print the plan with ``--dry-run``; every rank calls this function.
+
+    Imports stand where they are needed: the environment must be prepared before torch is imported.
+
+    Returns:
+        The exit code of the process.
+
+    Raises:
+        UserError: config, data, checkpoint, layout or disk do not allow the run.
+    """
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     signals = launch.StopSignals()
     signals.install()

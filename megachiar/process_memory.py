@@ -1,17 +1,17 @@
-"""A long run's memory: what of it there is, and giving back what is free."""
+"""A long-running process measures its memory and returns what is free to the system."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-LARGE_BLOCK = 1 << 20  # bytes; more than most of what a chunk of text becomes
-KEPT_FREE = 8 << 20  # bytes at the end of the heap
+LARGE_BLOCK = 1 << 20  # bytes; most objects that a chunk of text becomes are smaller
+KEPT_FREE = 8 << 20  # bytes that may stay free at the end of the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def own_bytes() -> int:
-    """Memory that this process holds apart from mapped files: heaps, stacks. 0 where the system does not tell it."""
+    """Return the bytes that this process holds in heaps and stacks, without mapped files; 0 where there is no /proc."""
     try:
         with open("/proc/self/statm", "rb") as file:
             _, resident, of_files, *_ = map(int, file.read().split())
@@ -21,9 +21,9 @@ def own_bytes() -> int:
 
 
 def keep_large_blocks_apart() -> None:
-    """Have the C library return large blocks to the system when they are freed, in this process and its copies.
+    """Let the C library return large blocks to the system when they are freed, in this process and its forks.
 
-    glibc does so until the first one is freed, and from then on keeps room for more of that size in its heap.
+    glibc does so until the first large block is freed; from then on it keeps blocks of that size in its heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -32,7 +32,7 @@ def keep_large_blocks_apart() -> None:
 
 
 def give_back_free_memory() -> None:
-    """Have the C library return free pages to the system. glibc keeps those that lie between others in use."""
+    """Let the C library return free pages to the system, also those between pages that are in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""How far a long job has come: a live bar on a terminal, a plain line now and then in a log file."""
+"""A long job shows how far it is: by a live bar on a terminal, by a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress  # imported where a bar is shown: a log file's lines start without it
+    from rich.progress import Progress  # imported where a bar is shown, since lines in a log file need none
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_PICTURES = 0.1  # of the bar
@@ -18,16 +18,16 @@ Shown = TypeVar("Shown", bound="ByteProgress")
 
 
 class ByteProgress:
-    """Shows rate and time left of a job over ``total`` bytes while a ``with`` block runs.
+    """Show rate and time left of a job over ``total`` bytes while a ``with`` block runs.
 
     Attributes:
         consumed: bytes done so far.
         elapsed: seconds since the block began.
 
     Args:
-        label: what is being done, in a word.
-        total: bytes of all inputs as they lie on the disk, None where unknown: no time left is shown then.
-        stream: where to write, standard error if None; a bar if it is a terminal, plain lines if not.
+        label: one word for the job.
+        total: bytes of all inputs on the disk. None if they are unknown; then no time left is shown.
+        stream: the file to write to, standard error if None. A terminal gets a bar, any other file plain lines.
         every: seconds between plain lines.
     """
 
@@ -54,10 +54,11 @@ class ByteProgress:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the block began."""
         return time.monotonic() - self._start
 
     def advance(self, consumed: int) -> None:
-        """Add to the bytes that are done."""
+        """Count ``consumed`` more bytes as done."""
         self.consumed += consumed
         if self._bar is not None:
             self._bar.update(self._task, completed=self.consumed, rates=_joined(self.rates(), self._left()))
@@ -69,24 +70,24 @@ class ByteProgress:
             print(self.line(), file=self._stream, flush=True)
 
     def line(self) -> str:
-        """The whole state in one line."""
+        """Return the whole state in one line."""
         share = f"{100 * self.consumed / self.total:.0f} %" if self.total else ""
         return f"{self.label}: {_joined(self.amount(), self.rates(), share, self._left())}"
 
     def amount(self) -> str:
-        """What is done, such as ``11.0 MB``."""
+        """Return the amount that is done, such as ``11.0 MB``."""
         return _megabytes(self.consumed)
 
     def rates(self) -> str:
-        """Such as ``4.2 MB/s``."""
+        """Return the rate, such as ``4.2 MB/s``."""
         return f"{_megabytes(self.per_second(self.consumed))}/s"
 
     def per_second(self, amount: int) -> float:
-        """``amount`` over the seconds so far."""
+        """Return ``amount`` divided by the seconds so far."""
         return amount / max(self.elapsed, 1e-9)
 
     def _left(self) -> str:
-        """Such as ``0:01:30 left``; empty where it cannot be told."""
+        """Return the time left, such as ``0:01:30 left``; an empty text where it is unknown."""
         if not self.total or not self.consumed:
             return ""
         seconds = round(self.elapsed * max(0, self.total - self.consumed) / self.consumed)
@@ -94,32 +95,33 @@ class ByteProgress:
 
 
 class TextProgress(ByteProgress):
-    """The same for a job that makes documents of its input: shows the text's megabytes, and documents.
+    """Show the text's megabytes and the documents of a job that makes documents of its input.
 
     Attributes:
-        text_bytes, documents: done so far.
+        text_bytes: bytes of text made so far.
+        documents: documents made so far.
     """
 
     text_bytes = documents = 0
 
     def advance(self, consumed: int, text_bytes: int = 0, documents: int = 0) -> None:
-        """Add to what is done: bytes of input read, bytes of text and documents made of them."""
+        """Count more as done: bytes of input, and the bytes of text and documents that were made of them."""
         self.text_bytes += text_bytes
         self.documents += documents
         super().advance(consumed)
 
     def amount(self) -> str:
-        """Such as ``1,021 documents, 4.2 MB``."""
+        """Return the amount that is done, such as ``1,021 documents, 4.2 MB``."""
         return f"{self.documents:,} documents, {_megabytes(self.text_bytes)}"
 
     def rates(self) -> str:
-        """Such as ``4.2 MB/s, 1,021 documents/s``."""
+        """Return both rates, such as ``4.2 MB/s, 1,021 documents/s``."""
         documents = self.per_second(self.documents)
         return f"{_megabytes(self.per_second(self.text_bytes))}/s, {documents:,.0f} documents/s"
 
 
 def _make_bar(stream: TextIO, total_known: bool) -> Progress:
-    """A bar without a thread of its own: the processes that a job forks must not inherit the locks of one."""
+    """Return a bar that has no thread, since processes that a job forks must not inherit a thread's locks."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 

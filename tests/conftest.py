@@ -1,4 +1,4 @@
-"""Which tests come first: where several workers share the files, the longest must not be left for the end."""
+"""Run the longest test files first: where several workers share the files, these must not be left for the end."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_hooks_are_of_the_environment_alone():
     for hook in repository["hooks"]:
         assert hook["language"] == "system"
         words = shlex.split(hook["entry"])
-        assert words[0] in ("ruff", "python")
+        assert words[0] in ("ruff", "mypy", "python")
         for path in (word for word in words if word.startswith("tests/")):
             assert (ROOT / path).exists()
 

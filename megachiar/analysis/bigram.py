@@ -1,15 +1,15 @@
-"""An interpolated bigram model: what a language model must beat to have learned more than which token follows which.
+"""An interpolated bigram model: a language model that does not beat it has learned only which token follows which.
 
-Modified Kneser-Ney, the strongest of the usual interpolated bigrams::
+The model is modified Kneser-Ney (Chen and Goodman, 1999), the strongest of the usual interpolated bigrams::
 
     p(b | a) = (c(a, b) - D(c(a, b))) / c(a) + r(a) q(b)
 
-with counts ``c``; a discount ``D`` of its own for pairs seen once, twice and more often; ``r(a)`` the share that the
-discounts free after ``a``, so that weights depend on the context; and ``q(b)`` proportional to the number of distinct
-tokens before ``b``, plus one. Counts come from the training set; the discounts are the most likely ones on the
-validation set.
+Here ``c`` are counts. ``D`` is a discount, one each for pairs seen once, twice and more often. ``r(a)`` is the share
+of probability that the discounts free after ``a``, so that weights depend on the context. ``q(b)`` is proportional to
+the number of distinct tokens before ``b``, plus one. The counts come from the training set. The discounts have the
+highest likelihood on the validation set.
 
-Shapes: V = vocabulary, P = distinct pairs, n = tokens scored.
+Shapes: V = vocabulary size, P = number of distinct pairs, n = number of tokens scored.
 """
 
 from __future__ import annotations
@@ -27,40 +27,43 @@ from megachiar.data.storage.manifest import check_same_tokenizer
 from megachiar.errors import UserError
 
 CLASSES = 3
-"""Pairs seen once, twice, and three times or more."""
-_LEAST_DISCOUNT = 1e-3  # above 0, so that every pair has a probability
+"""Number of discounts: for pairs seen once, twice, and three times or more."""
+_LEAST_DISCOUNT = 1e-3  # it is above 0, so that every pair has a probability
 _START = (0.5, 1.0, 1.5)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PRECISION = 1e-4  # of a discount
-_GAIN = 1e-7  # nats a token; a sweep that gains less was the last
+_GAIN = 1e-7  # nats per token; the search ends after a sweep that gains less
 
 
 class Terms(NamedTuple):
-    """Probabilities of n tokens as a linear function of the discounts: ``base + slopes @ discounts``.
+    """The probabilities of n tokens as a linear function of the discounts: ``base + slopes @ discounts``.
 
     Attributes:
-        base: (n,) float64.
-        slopes: (n, CLASSES) float64.
+        base: probabilities at discounts of 0, (n,) float64.
+        slopes: change of each probability with each discount, (n, CLASSES) float64.
     """
 
     base: np.ndarray
     slopes: np.ndarray
 
     def nats(self, discounts: np.ndarray) -> float:
-        """Mean negative log-likelihood a token: convex in the discounts, as the log of a linear function is concave."""
+        """Return the mean negative log-likelihood in nats per token at ``discounts``, (CLASSES,) float64.
+
+        It is convex in the discounts, since the log of a linear function is concave.
+        """
         return float(-np.log(self.base + self.slopes @ discounts).mean())
 
 
 @dataclass(frozen=True)
 class Bigram:
-    """Counts of a training stream.
+    """The counts of a training stream.
 
     Attributes:
-        pairs: (P,) int64 sorted, ``a * V + b`` of each pair that occurs.
-        counts: (P,) int64, how often.
-        total: (V,) int64, how often ``a`` stands before another token.
-        followers: (V, CLASSES) int64, distinct tokens after ``a`` by class of the pair.
-        continuation: (V,) float64, ``q``.
+        pairs: ``a * V + b`` of each pair that occurs, sorted, (P,) int64.
+        counts: how often each pair occurs, (P,) int64.
+        total: how often each token stands before another one, (V,) int64.
+        followers: number of distinct tokens after each token, by class of the pair, (V, CLASSES) int64.
+        continuation: ``q`` of each token, (V,) float64.
     """
 
     pairs: np.ndarray
@@ -70,7 +73,7 @@ class Bigram:
     continuation: np.ndarray
 
     def terms(self, before: np.ndarray, after: np.ndarray) -> Terms:
-        """What the discounts turn into ``p(after | before)``, for int64 (n,) each."""
+        """Return ``p(after | before)`` as a function of the discounts; both arguments are ids, int64 (n,)."""
         total = self.total[before]
         seen = total > 0
         share = 1.0 / np.maximum(total, 1)
@@ -87,13 +90,13 @@ class Bigram:
         return np.where(self.pairs[index] == key, self.counts[index], 0)
 
     def terms_of(self, tokens: np.ndarray) -> Terms:
-        """Terms of every token after the first of a stream, what ``ValidationSet`` has as targets."""
+        """Return the terms of every token of a stream but the first, the same that a ``ValidationSet`` predicts."""
         tokens = np.asarray(tokens, np.int64)
         return self.terms(tokens[:-1], tokens[1:])
 
 
 def fit_bigram(tokens: np.ndarray, vocab_size: int) -> Bigram:
-    """Count the pairs of a stream of at least two ids below ``vocab_size``."""
+    """Count the pairs of ``tokens``, a stream of at least two ids from 0 to ``vocab_size - 1``, (tokens,)."""
     tokens = np.asarray(tokens, np.int64)
     pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     first = pairs // vocab_size
@@ -109,10 +112,11 @@ def fit_bigram(tokens: np.ndarray, vocab_size: int) -> Bigram:
 
 
 def fit_discounts(terms: Terms) -> np.ndarray:
-    """The discounts, (CLASSES,) float64, under which ``terms`` are most likely.
+    """Return the discounts, (CLASSES,) float64, under which ``terms`` are most likely.
 
-    One coordinate after the other by golden section, until a sweep gains nothing: the problem is convex, so that there
-    is one minimum. A pair of class k is seen k times or more, so that a discount of at most k leaves no count below 0.
+    A golden-section search optimizes one discount after the other, until a sweep over all gains nothing. The problem is
+    convex, so that it has one minimum. A pair of class k was seen at least k times, so that a discount of at most k
+    leaves no count below 0.
     """
     discounts = np.array(_START)
     best = terms.nats(discounts)
@@ -126,6 +130,7 @@ def fit_discounts(terms: Terms) -> np.ndarray:
 
 
 def _best_coordinate(terms: Terms, discounts: np.ndarray, number: int) -> float:
+    """Return the best value of discount ``number`` with all others as they are."""
     rest = discounts.copy()
     rest[number] = 0
     base, slope = terms.base + terms.slopes @ rest, terms.slopes[:, number]
@@ -150,14 +155,14 @@ def _best_coordinate(terms: Terms, discounts: np.ndarray, number: int) -> float:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What an interpolated bigram scores on a test set.
+    """The score of an interpolated bigram on a test set.
 
     Attributes:
-        token_ppl: perplexity of each token after the first of the test set.
-        valid_token_ppl: of the validation set, on which the discounts were fitted.
-        tokens: scored in the test set.
-        vocab_size: over which probabilities sum to 1.
-        discounts: of pairs seen once, twice, and more often.
+        token_ppl: perplexity per token of the test set, without its first token.
+        valid_token_ppl: the same of the validation set, on which the discounts were fitted.
+        tokens: number of tokens scored in the test set.
+        vocab_size: number of ids over which probabilities sum to 1.
+        discounts: for pairs seen once, twice, and more often.
     """
 
     token_ppl: float
@@ -172,10 +177,11 @@ def bigram_baseline(train: Path, valid: Path, test: Path, vocab_size: int | None
 
     Args:
         train, valid, test: prefixes of indexed datasets.
-        vocab_size: ids there are; None takes the tokenizer's from the manifest, or else the largest id there is + 1.
+        vocab_size: number of ids; None takes the largest vocabulary that a manifest records, or else the largest id in
+            the datasets plus 1.
 
     Raises:
-        UserError: a dataset is damaged or too short, the tokenizers differ, or an id is beyond the vocabulary.
+        UserError: a dataset is damaged or too short, the tokenizers differ, or an id is outside the vocabulary.
     """
     sets = [ValidationSet(prefix, 1, vocab_size=vocab_size) for prefix in (train, valid, test)]
     sources = [each.source for each in sets]
@@ -208,5 +214,5 @@ def _check_ids(source: TokenSource, vocab_size: int) -> None:
         raise UserError(
             bin_path(source.prefix),
             f"holds id {wrong}, but the vocabulary is 0 to {vocab_size - 1:,}",
-            "give the --vocab-size of its tokenizer, or check the file with `megachiar inspect`",
+            "give its tokenizer's --vocab-size, or check the file with `megachiar inspect`",
         )

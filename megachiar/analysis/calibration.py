@@ -1,7 +1,9 @@
-"""Thresholds for the router, from the spectral entropies that a trained model shows on a text.
+"""Choose thresholds for the router from the spectral entropies H that a trained model has on a text.
 
-A threshold says something only where the entropies differ from those of white noise: next to every distribution stands
-that of noise of the same width, and how far the two are apart.
+A threshold separates tokens by content only where their entropies differ from those of white noise. Each measurement is
+therefore compared with white noise of the model's width.
+
+Shapes: n tokens, d = hidden size, T = sequence length.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from megachiar.model import ChiarFormer
 PERCENTILES = (5, 33, 50, 67, 95)
 NOISE_SAMPLES = 50_000
 LIKE_NOISE = 0.1
-"""Kolmogorov-Smirnov distance below which a distribution counts as noise's: no threshold on H would tell the two apart
-in more than 55% of cases."""
+"""Kolmogorov-Smirnov distance below which a distribution counts as that of noise: no threshold on H would tell the two
+apart in more than 55% of cases."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Spectral entropies H: mean, standard deviation and ``PERCENTILES``."""
+    """Mean, standard deviation and ``PERCENTILES`` of spectral entropies, each between 0 and 1."""
 
     mean: float
     deviation: float
@@ -34,16 +36,16 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Entropies at one place of a model.
+class Measurement:
+    """The entropies at one place of a model, and the thresholds that they give.
 
     Attributes:
         name: ``embedding``, or ``layer 2`` for the input of the second layer.
-        tokens: how many were measured.
+        tokens: number of tokens measured.
         measured: their entropies.
-        noise_distance: largest difference (Kolmogorov-Smirnov) of their distribution function to that of white noise.
-        like_noise: whether that may be chance, or too little to route by.
-        bounds: thresholds between the operators, one number less than there are operators.
+        noise_distance: largest difference (Kolmogorov-Smirnov) between their distribution function and white noise's.
+        like_noise: whether that difference may be chance, or is too small to route by.
+        bounds: thresholds between the operators, one fewer than there are operators.
     """
 
     name: str
@@ -56,25 +58,32 @@ class Place:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found: ``noise`` for comparison, each place, and the settings for ``model.router``."""
+    """The result of a calibration.
+
+    Attributes:
+        noise: entropies of white noise, for comparison.
+        places: one measurement for each place of the model.
+        router: settings for ``model.router``.
+    """
 
     noise: Distribution
-    places: list[Place]
+    places: list[Measurement]
     router: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as ``--json`` prints them."""
         return asdict(self)
 
 
 def calibrate_on_embedding(model: ChiarFormer, source: TokenSource, tokens: int) -> Calibration:
-    """One threshold for all layers, as published: from the embeddings of a text's tokens.
+    """Choose one threshold for all layers from the embeddings of a text's tokens, as the paper does.
 
     ``tau`` is the middle of the 33rd and 67th percentile; three operators take the percentiles themselves.
 
     Args:
-        model: any; only its embedding is used.
+        model: any model; only its embedding is used.
         source: the text.
-        tokens: read at most so many, in blocks spread over the text.
+        tokens: at most so many tokens are read, in blocks spread over the text.
     """
     config = model.config
     counts = token_counts(source, config.vocab_size, tokens)
@@ -93,24 +102,25 @@ def calibrate_on_embedding(model: ChiarFormer, source: TokenSource, tokens: int)
 def calibrate_on_layers(
     model: ChiarFormer, dataset: ValidationSet, attention_share: float, sequences: int
 ) -> Calibration:
-    """One threshold for each of the layers 2..L-1, from what enters it.
+    """Choose one threshold for each of the layers 2..L-1 from the hidden states that enter it.
 
-    The layers are taken in order, and each routes by its new threshold before the next is measured, so that the model
-    with all of them sends ``attention_share`` of the sample to attention in every layer. Its thresholds are left
-    changed. Models that do not route by thresholds (a baseline) are measured as they are.
+    The layers are measured in order, and each routes by its new threshold before the next one is measured. With all new
+    thresholds the model sends ``attention_share`` of the sample to attention in every layer. The model keeps the new
+    thresholds. A model that does not route by thresholds (a baseline) is measured as it is.
 
     Args:
         model: in evaluation mode, on any device.
         dataset: the text.
-        attention_share: of each layer; with three operators the rest is shared alike between DCT and RBF mixing.
-        sequences: windows of the text that are measured, spread over it, in one forward pass.
+        attention_share: share of tokens that take attention in each layer, from 0 to 1. With three operators DCT and
+            RBF mixing share the other tokens equally.
+        sequences: number of windows that are measured, spread over the text, in one forward pass.
     """
     noise = noise_entropies(model.config)
-    places: list[Place] = []
+    places: list[Measurement] = []
     three = len(model.config.router.operators) == 3
     shares = ((1 - attention_share) / 2, 1 - attention_share) if three else (1 - attention_share,)
 
-    def visit(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def measure_layer(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         sample = Sample(entropies(model.config, inputs[0]))
         number = len(places) + 2
         place = measure(f"layer {number}", sample, noise, tuple(sample.threshold(share) for share in shares))
@@ -119,11 +129,11 @@ def calibrate_on_layers(
         if router is not None and router.kind == "threshold":
             router.bounds = place.bounds
 
-    hooks = [layer.register_forward_pre_hook(visit) for layer in model.layers[1:-1]]
+    hooks = [layer.register_forward_pre_hook(measure_layer) for layer in model.layers[1:-1]]
     try:
         inputs, targets = spread_windows(dataset, sequences)
         device = next(model.parameters()).device
-        with torch.inference_mode():  # with targets, so that the logits of all tokens never exist at once
+        with torch.inference_mode():  # targets are given, so that the logits of all tokens never exist at once
             model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
     finally:
         for hook in hooks:
@@ -133,7 +143,7 @@ def calibrate_on_layers(
 
 
 class Sample:
-    """Numbers with how often each occurs, in ascending order."""
+    """Numbers in ascending order, with how often each occurs."""
 
     def __init__(self, values: np.ndarray, counts: np.ndarray | None = None):
         order = np.argsort(values)
@@ -143,51 +153,62 @@ class Sample:
         self.size = int(self._up_to[-1])
 
     def quantile(self, share: float) -> float:
-        """The least number that at least ``share`` of all are not above."""
-        index = np.searchsorted(self._up_to, share * self.size)
+        """Return the smallest number x such that at least ``share`` of all numbers are at most x."""
+        index = int(np.searchsorted(self._up_to, share * self.size))
         return float(self.values[min(index, len(self.values) - 1)])
 
     def threshold(self, share: float) -> float:
-        """A bound that ``share`` of all numbers, which lie in [0, 1], are not above: half-way to the next number."""
+        """Return a bound that ``share`` of all numbers do not exceed, half-way to the next larger number.
+
+        The numbers are in [0, 1]; a share of 0 or 1 is returned as the bound itself.
+        """
         if not 0 < share < 1:
             return float(share)
         below = self.quantile(share)
-        above = self.values[min(np.searchsorted(self.values, below, side="right"), len(self.values) - 1)]
-        return (below + float(above)) / 2
+        index = int(np.searchsorted(self.values, below, side="right"))
+        return (below + float(self.values[min(index, len(self.values) - 1)])) / 2
 
     def share_up_to(self, bounds: np.ndarray) -> np.ndarray:
-        """Share of all numbers that are not above each of ``bounds``."""
+        """Return for each of ``bounds`` the share of all numbers that are not above it, float64."""
         return np.concatenate([[0], self._up_to])[np.searchsorted(self.values, bounds, side="right")] / self.size
 
     def describe(self) -> Distribution:
+        """Return mean, standard deviation and percentiles of the numbers."""
         mean = float(np.average(self.values, weights=self.counts))
         deviation = float(np.average((self.values - mean) ** 2, weights=self.counts) ** 0.5)
         return Distribution(mean, deviation, {p: self.quantile(p / 100) for p in PERCENTILES})
 
 
-def measure(name: str, sample: Sample, noise: Sample, bounds: tuple[float, ...]) -> Place:
-    """Describe ``sample`` and compare it with ``noise``."""
+def measure(name: str, sample: Sample, noise: Sample, bounds: tuple[float, ...]) -> Measurement:
+    """Describe ``sample``, the entropies at place ``name``, and compare it with ``noise``."""
     distance = distribution_distance(sample, noise)
-    # Equal tokens have equal embeddings: chance is judged by how many different numbers there are (5% level).
+    # Equal tokens have equal embeddings, so that only different numbers count in the test for chance (5% level).
     chance = 1.36 / len(np.unique(sample.values)) ** 0.5
     rounded = tuple(round(bound, 6) for bound in bounds)
-    return Place(name, sample.size, sample.describe(), distance, distance < max(LIKE_NOISE, chance), rounded)
+    return Measurement(
+        name=name,
+        tokens=sample.size,
+        measured=sample.describe(),
+        noise_distance=distance,
+        like_noise=distance < max(LIKE_NOISE, chance),
+        bounds=rounded,
+    )
 
 
 def distribution_distance(first: Sample, second: Sample) -> float:
-    """Largest difference between the distribution functions (Kolmogorov-Smirnov)."""
+    """Return the largest difference between the two distribution functions (Kolmogorov-Smirnov)."""
     points = np.concatenate([first.values, second.values])
     return float(np.abs(first.share_up_to(points) - second.share_up_to(points)).max())
 
 
 def entropies(config: ModelConfig, rows: torch.Tensor) -> np.ndarray:
-    """H of rows (n, d) as the model's routers compute it, fp32 or fp64 (n,)."""
+    """Return H of hidden states ``rows`` (n, d) as the model's routers compute it, fp32 or fp64 (n,)."""
     weight, epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
     return torch.cat([spectral_entropy(part, weight, epsilon) for part in rows.split(4096)]).cpu().numpy()
 
 
 def noise_entropies(config: ModelConfig) -> Sample:
-    """H of white noise as wide as the model."""
+    """Return entropies of ``NOISE_SAMPLES // 10 * 10`` rows of white noise, as wide as the model's hidden states."""
     generator = torch.Generator().manual_seed(0)
     shape, blocks = (NOISE_SAMPLES // 10, config.hidden_size), range(10)
     samples = (torch.randn(shape, generator=generator) for _ in blocks)
@@ -196,7 +217,7 @@ def noise_entropies(config: ModelConfig) -> Sample:
 
 
 def describe_noise(config: ModelConfig, noise: Sample) -> Distribution:
-    """Mean and deviation by formula where there is one, percentiles from the samples."""
+    """Return mean and deviation by the formula, where the settings of H have one, and percentiles of ``noise``."""
     sampled = noise.describe()
     if config.dct.entropy_dc_weight != 1 or config.dct.entropy_epsilon != 0:
         return sampled
@@ -204,7 +225,7 @@ def describe_noise(config: ModelConfig, noise: Sample) -> Distribution:
 
 
 def router_settings(config: ModelConfig, bounds: list[tuple[float, ...]]) -> dict[str, Any]:
-    """What to set under ``model.router``: a number for all layers, or a list with one for each."""
+    """Return settings for ``model.router`` from the bounds of one place for all layers, or of each routed layer."""
     names = ("tau_low", "tau_high") if len(config.router.operators) == 3 else ("tau",)
     columns = zip(*bounds, strict=True)
     values = {n: column[0] if len(column) == 1 else list(column) for n, column in zip(names, columns, strict=True)}
@@ -212,7 +233,7 @@ def router_settings(config: ModelConfig, bounds: list[tuple[float, ...]]) -> dic
 
 
 def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarray:
-    """How often each id (vocab_size,) occurs among ``tokens`` tokens of a text, or all of it."""
+    """Return how often each id occurs among ``tokens`` tokens of a text, or in all of it, int64 (vocab_size,)."""
     counts = np.zeros(vocab_size, np.int64)
     for block in token_blocks(source, tokens):
         counts += np.bincount(block, minlength=vocab_size)
@@ -220,11 +241,14 @@ def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarra
 
 
 def spread_windows(dataset: ValidationSet, sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of full windows spread evenly over the text; of a text shorter than one, what there is."""
+    """Return inputs and targets, int64 (windows, T), of full windows spread evenly over the text.
+
+    At most ``sequences`` windows are returned. A text shorter than one window is returned whole, as one short window.
+    """
     full = dataset.targets // dataset.sequence_length
     if full == 0:
         inputs, targets = dataset.batch(0, 1)
         return inputs[:, : dataset.targets], targets[:, : dataset.targets]
-    chosen = np.unique(np.linspace(0, full - 1, min(sequences, full)).astype(np.int64)).tolist()
-    parts = [dataset.batch(window, window + 1) for window in chosen]
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    windows = np.unique(np.linspace(0, full - 1, min(sequences, full)).astype(np.int64)).tolist()
+    inputs, targets = zip(*(dataset.batch(window, window + 1) for window in windows), strict=True)
+    return np.concatenate(inputs), np.concatenate(targets)

@@ -1,7 +1,7 @@
-"""How many tokens a model routes otherwise in 16 bits than in fp32.
+"""Count the tokens that a model routes differently in 16 bits and in fp32.
 
-The entropy is computed in fp32 whatever the model's type. What differs are the rows it is computed of: a token whose H
-lies near the threshold may fall on its other side.
+The entropy H is computed in fp32 whatever the model's dtype. What differs is the hidden states that it is computed
+from: a token whose H is near the threshold may end on its other side.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from megachiar.model.layer import RoutedLayer
 
 @dataclass(frozen=True)
 class LayerFlips:
-    """Of one routed layer, over all tokens that were read.
+    """The flips of one routed layer, over all tokens that were read.
 
     Attributes:
-        layer: its number, the first being 1.
-        tokens: how many were read.
-        rounded: share of them that take another operator when their row of the fp32 model is rounded.
-        whole: share that take another operator when the whole model computes in 16 bits.
-        entropy_change: mean change of H by the rounding.
-        margin: median distance of H to the nearest threshold in fp32; None where the router has none.
+        layer: number of the layer; the first layer of the model is 1.
+        tokens: number of tokens read.
+        rounded: share of tokens that take another operator when their hidden state in the fp32 model is rounded.
+        whole: share of tokens that take another operator when the whole model computes in 16 bits.
+        entropy_change: mean absolute change of H through the rounding.
+        margin: median distance of H in fp32 to the nearest threshold; None where the router has no threshold.
     """
 
     layer: int
@@ -40,6 +40,7 @@ class LayerFlips:
     margin: float | None
 
     def as_dict(self) -> dict[str, float | int | None]:
+        """Return the fields by name, as ``--json`` prints them."""
         return asdict(self)
 
 
@@ -47,16 +48,21 @@ class LayerFlips:
 def routing_flips(
     model: ChiarFormer, dtype: torch.dtype, inputs: np.ndarray, targets: np.ndarray, batch_size: int
 ) -> list[LayerFlips]:
-    """Compare ``model`` with itself in ``dtype``.
+    """Compare the routes of ``model`` with those of its copy in ``dtype``.
 
     Args:
         model: fp32, in evaluation mode.
         dtype: of 16 bits.
-        inputs, targets: windows (n, T) of a text.
-        batch_size: windows of a forward pass.
+        inputs: windows of a text, int64 (n, T).
+        targets: of these windows, int64 (n, T).
+        batch_size: number of windows in a forward pass.
+
+    Returns:
+        The flips of each routed layer, in the order of the layers.
     """
     device = next(model.parameters()).device
     other = copy.deepcopy(model).to(dtype)
+    layers, other_layers = _routed_layers(model), _routed_layers(other)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
     for start in range(0, len(inputs), batch_size):
         batch = [torch.from_numpy(a[start : start + batch_size]).to(device) for a in (inputs, targets)]
@@ -65,16 +71,25 @@ def routing_flips(
             other(*batch)
         layout = BatchLayout(*batch[0].shape)
         for index, (rows, operator, entropy) in exact.items():
-            rounded = other.layers[index].router(rows.to(dtype), layout)
+            rounded = other_layers[index].router(rows.to(dtype), layout)
             changes = (rounded.operator != operator, whole[index][1] != operator, (rounded.entropy - entropy).abs())
-            seen.setdefault(index, []).append((*changes, _margin(model.layers[index], entropy)))
+            seen.setdefault(index, []).append((*changes, _margin(layers[index], entropy)))
     return [_summary(index, [torch.cat(part) for part in zip(*parts, strict=True)]) for index, parts in seen.items()]
+
+
+def _routed_layers(model: ChiarFormer) -> dict[int, RoutedLayer]:
+    """Return the routed layers of ``model`` by index."""
+    return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, RoutedLayer)}
 
 
 @contextmanager
 def _decisions(model: ChiarFormer) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Rows, operators and entropies of each routed layer's tokens in the pass that is made meanwhile."""
-    found = {}
+    """Record the forward pass that is made within the context.
+
+    Yields:
+        Router input (tokens, d), operators (tokens,) and entropies (tokens,) of each routed layer, by its index.
+    """
+    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def record(index: int):
         def hook(_, arguments, decision):
@@ -82,8 +97,7 @@ def _decisions(model: ChiarFormer) -> Iterator[dict[int, tuple[torch.Tensor, tor
 
         return hook
 
-    layers = ((i, layer) for i, layer in enumerate(model.layers) if isinstance(layer, RoutedLayer))
-    hooks = [layer.router.register_forward_hook(record(i)) for i, layer in layers]
+    hooks = [layer.router.register_forward_hook(record(index)) for index, layer in _routed_layers(model).items()]
     try:
         yield found
     finally:
@@ -92,7 +106,7 @@ def _decisions(model: ChiarFormer) -> Iterator[dict[int, tuple[torch.Tensor, tor
 
 
 def _margin(layer: RoutedLayer, entropy: torch.Tensor) -> torch.Tensor:
-    """Distance (n,) to the nearest threshold; nan without one."""
+    """Return the distance of each entropy (tokens,) to the nearest threshold; nan if the layer has no threshold."""
     if layer.router.kind != "threshold":
         return torch.full_like(entropy, torch.nan)
     return torch.stack([(entropy - bound).abs() for bound in layer.router.bounds]).amin(0)

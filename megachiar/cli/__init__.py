@@ -1,1 +1,1 @@
-"""The commands: each module is what ``megachiar COMMAND`` of its name does. ``main.py`` finds and starts them."""
+"""Each module is the command of its name; ``main.py`` finds and starts it."""

@@ -1,4 +1,4 @@
-"""Time the data tools side by side with Megatron-LM's, start-up included, and say what memory they take.
+"""Time the data tools in turn with Megatron-LM's, start-up included, and report the memory that they take.
 
     megachiar bench-data preprocess --megabytes 40 --peer ~/Megatron-LM
     megachiar bench-data files --files 20000
@@ -6,11 +6,11 @@
     megachiar bench-data read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
-on them: our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to see what
-memory they take, then in turn, round by round; and compares the files. `files` tokenizes the same text from one file
-and from a folder of many tiny ones, with each engine, and says how many times as long that takes. `open` measures how
-long a dataset of 10 million documents and 5 billion tokens takes until the first sample, and what memory. `read` counts
-samples a second in training order, beside the peer's GPTDataset.
+on them. It runs our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to
+measure their memory, then in turn, round by round, and compares the files. `files` tokenizes the same text from one
+file and from a folder of many tiny ones, with each engine, and prints the ratio of the times. `open` measures the time
+and the memory until the first sample of a dataset of 10 million documents and 5 billion tokens. `read` counts samples a
+second in training order, beside the peer's GPTDataset.
 
 --peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).
 """
@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ from megachiar.options import CommandParser
 
 MEGA = 1_000_000
 TEXT_SUFFIXES = (".py", ".pyi", ".md", ".txt", ".rst", ".h", ".hpp")
-SECONDS_BETWEEN_LOOKS = 0.05  # at the memory of a process and its children
+SECONDS_BETWEEN_LOOKS = 0.05  # between two measurements of the memory of a process and its children
 VOCABULARY = 32_000
 TRAINING_MEGABYTES = 8  # of text that the tokenizer is trained on
 DOCUMENTS, TOKENS_PER_DOCUMENT = 10_000_000, 500  # of the large synthetic dataset
@@ -69,7 +69,7 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
     tokenizer = make_tokenizer(folder)
     commands = our_commands(options, corpus, tokenizer, folder) | peer_commands(options, corpus, tokenizer, folder)
 
-    def contender(name: str, look: bool = False):
+    def contender(name: str, look: bool = False) -> Callable[[], float]:
         def measure() -> float:
             for path in outputs(folder, name):
                 path.unlink()
@@ -78,7 +78,8 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
 
         return measure
 
-    memory = {name: contender(name, look=True)() for name in commands}  # apart: looking takes time, most from the peers
+    # Memory is measured apart, since measuring takes time, most from the peers.
+    memory = {name: contender(name, look=True)() for name in commands}
     times = measure_interleaved({name: contender(name) for name in commands}, options.rounds)
     size = corpus.stat().st_size / MEGA
     print(f"{size:.0f} MB of jsonl, {options.workers} workers, {options.rounds} rounds: median (quartiles)")
@@ -102,8 +103,8 @@ def compare(times: Times, memory: dict[str, float], names: dict) -> dict[str, fl
 
 
 def compare_files(folder: Path, names: list[str]) -> None:
-    """Say whether all wrote the same tokens."""
-    contents = {}
+    """Print whether all contenders wrote the same tokens."""
+    contents: dict[bytes, list[str]] = {}
     for name in names:
         (path,) = (path for path in outputs(folder, name) if path.suffix == ".bin")
         contents.setdefault(path.read_bytes(), []).append(name)
@@ -112,7 +113,7 @@ def compare_files(folder: Path, names: list[str]) -> None:
 
 
 def outputs(folder: Path, name: str) -> list[Path]:
-    """The files that a contender wrote; Megatron appends what was in its documents to the prefix."""
+    """Return the files that a contender wrote; Megatron appends ``_text_document`` to the prefix."""
     prefix = name.replace(" ", "_")
     stems = (prefix, f"{prefix}_text_document")
     return [path for path in folder.iterdir() if path.stem in stems]
@@ -144,9 +145,15 @@ def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, fo
 
 
 def carry_out(command: list[str], look: bool) -> tuple[float, float]:
-    """Seconds of a command and, if asked to ``look`` all the while, the most memory that it and its children held.
+    """Run a command and measure it.
 
-    Memory in MiB, shared pages counted once.
+    Args:
+        command: the program with its arguments.
+        look: measure memory as well.
+
+    Returns:
+        its seconds, and the most memory in MiB that it and its children held, each shared page counted once; 0 MiB
+        without ``look``.
     """
     peak, began = 0.0, time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -164,18 +171,19 @@ def carry_out(command: list[str], look: bool) -> tuple[float, float]:
 
 
 def held_by(process: int) -> float:
+    """Return the MiB that a process and its children hold, each shared page counted once."""
     total = 0
     try:
         parent = psutil.Process(process)
         for member in (parent, *parent.children(recursive=True)):
             total += member.memory_full_info().pss
-    except psutil.Error:  # it ended in between
+    except psutil.Error:  # the process ended in between
         pass
     return total / 2**20
 
 
 def write_corpus(path: Path, megabytes: int) -> Path:
-    """Text files of this Python's installation, as jsonl, until there are ``megabytes`` of text."""
+    """Write text files of this Python's installation as jsonl until there are ``megabytes`` of text."""
     room = megabytes * MEGA
     with open(path, "w") as file:
         while room > 0:
@@ -192,6 +200,7 @@ def write_corpus(path: Path, megabytes: int) -> Path:
 
 
 def installed_texts() -> Iterator[str]:
+    """Yield the text files of this Python's installation."""
     for root in (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"]):
         for path in sorted(Path(root).rglob("*")):
             if path.suffix in TEXT_SUFFIXES and path.is_file():
@@ -201,7 +210,7 @@ def installed_texts() -> Iterator[str]:
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A folder with a byte-level BPE as Hugging Face keeps it."""
+    """Train a byte-level BPE and return its folder, which has the files of a Hugging Face tokenizer."""
     output = folder / "tokenizer"
     output.mkdir()
     sample = write_corpus(folder / "sample.jsonl", TRAINING_MEGABYTES)
@@ -214,7 +223,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def many_files(options: argparse.Namespace, folder: Path) -> dict:
-    """The same documents as lines of one file and as files of a folder."""
+    """Time the same documents as lines of one file and as files of a folder."""
     tokenizer = make_tokenizer(folder)
     corpora = {"one file": folder / "one.jsonl", "many files": folder / "many"}
     write_twice(corpora["one file"], corpora["many files"], options.files)
@@ -224,7 +233,7 @@ def many_files(options: argparse.Namespace, folder: Path) -> dict:
             title = f"{engine.removeprefix('ours ')}, {name}"
             commands[title] = [*command[:-1], str(folder / title.replace(" ", "_"))]
 
-    def contender(title: str):
+    def contender(title: str) -> Callable[[], float]:
         def measure() -> float:
             for path in outputs(folder, title):
                 path.unlink()
@@ -233,7 +242,7 @@ def many_files(options: argparse.Namespace, folder: Path) -> dict:
         return measure
 
     for title in commands:
-        contender(title)()  # every file is in memory from now on
+        contender(title)()  # brings every file into the page cache
     times = measure_interleaved({title: contender(title) for title in commands}, options.rounds)
     print(f"{options.files:,} documents of {CHARACTERS_OF_A_FILE} characters, {options.workers} workers")
     ratios = {}
@@ -248,7 +257,7 @@ def many_files(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def write_twice(one: Path, many: Path, files: int) -> None:
-    """``files`` documents as lines of ``one`` and as files in folders of ``many``."""
+    """Write ``files`` documents as lines of ``one`` and as files in folders of ``many``."""
     size = CHARACTERS_OF_A_FILE
     texts = itertools.chain.from_iterable(installed_texts() for _ in itertools.repeat(None))
     pieces = (text[first : first + size] for text in texts for first in range(0, len(text), size))
@@ -264,7 +273,7 @@ def write_twice(one: Path, many: Path, files: int) -> None:
 
 
 def open_large(options: argparse.Namespace, folder: Path) -> dict:
-    """A sparse dataset of 10 M documents: time and memory until the first sample, in a process of its own."""
+    """Measure time and memory until the first sample of a sparse dataset of 10 M documents, in a process of its own."""
     prefix = write_sparse(folder / "large", DOCUMENTS, TOKENS_PER_DOCUMENT)
     program = (
         "import sys, time, psutil\n"
@@ -290,7 +299,7 @@ def open_large(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def write_sparse(prefix: Path, documents: int, tokens: int) -> Path:
-    """A dataset of equal documents of zeros that take no room on the disk."""
+    """Write a dataset of equal documents of zeros that take no room on the disk."""
     with open(f"{prefix}.idx", "wb") as index:
         index.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
         np.full(documents, tokens, "<i4").tofile(index)
@@ -333,7 +342,7 @@ for number in range(rounds + 1):
 
 
 def read(options: argparse.Namespace, folder: Path) -> dict:
-    """Samples a second in training order, from random tokens that are not zero."""
+    """Count samples a second in training order, from random tokens that are not zero."""
     prefix, rng = folder / "tokens", np.random.default_rng(0)
     with IndexedDatasetBuilder(prefix, "uint16") as builder:
         for _ in range(options.megabytes):
@@ -341,7 +350,7 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
             builder.add_documents(rng.integers(1, VOCABULARY, int(lengths.sum()), dtype=np.int64), lengths)
     stream = build_training_samples([(prefix, 1.0)], SEQUENCE_LENGTH, 0)
     count = min(2000, stream.order.orders[0].samples_per_epoch // (options.rounds + 1))
-    ours = {"one by one": [], "by 8": []}
+    ours: dict[str, list[float]] = {"one by one": [], "by 8": []}
     for number in range(options.rounds + 1):
         first = number * count
         rates = {}
@@ -357,21 +366,21 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
             for name, rate in rates.items():
                 ours[name].append(rate)
     record: dict = {"samples_per_second": dict(ours)}
-    for name, rates in ours.items():
-        print(f"  ours, {name}: {Spread.of(rates).format(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
+    for name, own in ours.items():
+        print(f"  ours, {name}: {Spread.of(own).format(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
     if options.peer is not None:
         environment = {**os.environ, "PYTHONPATH": f"{options.peer}:{os.environ.get('PYTHONPATH', '')}"}
         arguments = [str(prefix), str(SEQUENCE_LENGTH), str(count), str(options.rounds)]
         command = [options.peer_python, "-c", PEER_READER, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        rates = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RATE")]
-        if not rates:
+        theirs = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RATE")]
+        if not theirs:
             raise UserError("--peer", f"its GPTDataset did not run: {done.stderr[-2000:]}", "use --peer-python")
-        print(f"  peer's GPTDataset: {Spread.of(rates).format(digits=0)} samples/s")
+        print(f"  peer's GPTDataset: {Spread.of(theirs).format(digits=0)} samples/s")
         for name, own in ours.items():
-            ratio = Spread.of([a / b for a, b in zip(own, rates, strict=True)])
+            ratio = Spread.of([a / b for a, b in zip(own, theirs, strict=True)])
             print(f"  ours, {name}, is {ratio.format('x')} as fast")
-        record["samples_per_second"]["peer"] = rates
+        record["samples_per_second"]["peer"] = theirs
     return record
 
 

@@ -1,8 +1,8 @@
-"""Time keyed dropout beside torch's own, forward and backward, in turn in one process.
+"""Time keyed dropout and torch's own, forward and backward, in turn in one process.
 
     megachiar bench-dropout --threads 2
 
-Prints times and their ratio, medians with quartiles: below 1 keyed dropout is faster. Attention is compared with
+It prints times and their ratio, medians with quartiles: below 1 keyed dropout is faster. Attention is compared with
 ``scaled_dot_product_attention(dropout_p=...)``.
 """
 
@@ -72,7 +72,7 @@ def bench_attention(
 def compare(
     what: str, torchs: Callable[[], object], keyed: Callable[[], object], device: torch.device, rounds: int
 ) -> None:
-    """Print the times of both, measured in turn, and their ratio."""
+    """Measure both in turn and print their times and the ratio."""
     times = measure_interleaved({"torch": timed(torchs, device), "keyed": timed(keyed, device)}, rounds)
     texts = {name: times.spread(name).format(" ms", 1e3) for name in times.seconds}
     ratio = times.speed_up("torch", over="keyed").format()

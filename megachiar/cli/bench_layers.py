@@ -1,16 +1,18 @@
-"""Time operators and whole layers side by side: routed against attention in every row, forward and backward.
+"""Time operators and whole layers in turn: routed layers against attention in every row, forward and backward.
 
     megachiar bench-layers --hidden-size 512 --sequence-length 256 1024 4096 16384
 
-For each length: a routed layer at each ``--attention-share`` with keys of all tokens and of routed tokens alone,
-against a layer whose rows all attend (``scaled_dot_product_attention``); then the operators by themselves. Each line is
-one forward and backward pass, in turn with its rival; the speed-up is the median over rounds, with quartiles. Also what
-autograd keeps of the forward pass, in MiB, and how near a pass comes to the machine's limit: the time in which a large
-matrix product would do its FLOPs, or a large copy move the bytes that it must read and write once, whichever is longer,
-by the time it took. On a GPU also for how long it was busy: where passes are short, the host is what takes time.
+For each length it times a routed layer at each ``--attention-share``, with keys of all tokens and of routed tokens
+alone, against a layer whose rows all attend (``scaled_dot_product_attention``). Then it times the operators by
+themselves. Each line is one forward and backward pass; the speed-up is the median over rounds, with quartiles.
 
-FLOPs count a multiply-add as 2 and a backward pass as twice the forward; causal attention those keys that a query sees.
-Bytes are counted for operators alone: those of inputs, results and their gradients.
+A line also has the MiB that autograd keeps of the forward pass, and how near the pass comes to the machine's limit. The
+limit is the time in which a large matrix product does as many FLOPs, or a large copy moves the bytes that the pass must
+read and write once, whichever is longer. On a GPU a line also has the time for which the GPU was busy, since the host
+takes most of the time of short passes.
+
+FLOPs count a multiply-add as 2, a backward pass as twice the forward, and of causal attention the keys that a query
+sees. Bytes are counted for operators alone: those of inputs, results and their gradients.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class Pass(NamedTuple):
     """A forward pass, whose result is differentiated.
 
     Attributes:
-        forward: gives the result, or None where nothing is to be differentiated.
-        flops, bytes: of forward and backward, as the protocol above counts them; 0 bytes where they are not counted.
+        forward: returns the result, or None where there is nothing to differentiate.
+        flops: of forward and backward pass, as the module counts them.
+        bytes: likewise; 0 where they are not counted.
     """
 
     forward: Callable[[], torch.Tensor | None]
@@ -55,19 +58,20 @@ class Pass(NamedTuple):
     bytes: float = 0
 
     def run(self) -> None:
+        """Run the forward and the backward pass."""
         result = self.forward()
         if result is not None:
             result.sum().backward()
 
 
 class Limits(NamedTuple):
-    """What the machine does at most: FLOPs and bytes a second, as measured."""
+    """The most FLOPs and bytes a second that were measured on the machine."""
 
     flops: float
     bytes: float
 
     def seconds(self, work: Pass) -> float:
-        """That ``work`` needs at least."""
+        """Return the least seconds that ``work`` needs."""
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
@@ -93,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
-    """Of this machine, medians of 9."""
+    """Measure the limits of this machine, as medians of 9."""
     with torch.no_grad():
         (product, flops), (copied, size) = matrix_product(dtype, device), copy(device)
         times = measure_interleaved({"product": timed(product, device), "copy": timed(copied, device)}, 9)
     return Limits(flops / times.spread("product").median, size / times.spread("copy").median)
 
 
-def layer_passes(options, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
+def layer_passes(options: argparse.Namespace, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
     dtype, d = getattr(torch, options.precision), options.hidden_size
     x = torch.randn(sequences * length, d, device=device).to(dtype).requires_grad_()
     layout = BatchLayout(sequences, length)
@@ -124,8 +128,10 @@ def layer_passes(options, sequences: int, length: int, device: torch.device) -> 
     return passes
 
 
-def model_config(options, length: int, share: float | None, keys: str, x: torch.Tensor) -> ModelConfig:
-    """Three layers, the middle one routed at a threshold that sends ``share`` of ``x`` to attention."""
+def model_config(
+    options: argparse.Namespace, length: int, share: float | None, keys: str, x: torch.Tensor
+) -> ModelConfig:
+    """Return a config of three layers; the threshold of the middle one sends ``share`` of ``x`` to attention."""
     entropy = spectral_entropy(x.detach())
     tau = entropy.float().quantile(1 - share).clamp(0, 1).item() if share is not None else 0.5
     return ModelConfig.model_validate(
@@ -141,8 +147,8 @@ def model_config(options, length: int, share: float | None, keys: str, x: torch.
     )
 
 
-def operator_passes(options, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
-    """The products of attention by themselves, and what works row by row, of all rows."""
+def operator_passes(options: argparse.Namespace, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
+    """Return the passes of attention alone, and of the operators that work row by row on all rows."""
     dtype, heads, d = getattr(torch, options.precision), options.heads, options.hidden_size
     shape = (sequences, length, heads, d // heads)
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
@@ -151,24 +157,28 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
     def attention(forward: Callable[[], torch.Tensor], queries: int, keys: int, pairs: float) -> Pass:
         return Pass(forward, 12 * d * pairs, 6 * row * (queries + keys))
 
-    def flat(y: torch.Tensor) -> torch.Tensor:
-        return y.flatten(0, 1)
+    def routed_attentions(share: float, rows: RoutedRows) -> dict[str, Pass]:
+        indices = rows.indices
+        routed_q, routed_k, routed_v = (
+            y.detach().flatten(0, 1).index_select(0, indices).requires_grad_() for y in (q, k, v)
+        )
+        n, positions = len(indices), (indices % length + 1).sum().item()
+        pairs = sum(count * (count + 1) / 2 for count in (indices // length).bincount().tolist())
+        return {
+            f"operator, share {share:g}, keys of all": attention(
+                lambda: routed_attention(routed_q, keys, values, rows), n, tokens, positions
+            ),
+            f"operator, share {share:g}, keys of routed": attention(
+                lambda: routed_self_attention(routed_q, routed_k, routed_v, rows), n, n, pairs
+            ),
+        }
 
-    by_head = tuple(y.transpose(1, 2) for y in (q, k, v))
+    queries, keys, values = (y.transpose(1, 2) for y in (q, k, v))  # (B, h, T, c)
     pairs = tokens * (length + 1) / 2
-    passes = {f"operator, {DENSE}": attention(lambda: causal_attention(*by_head), tokens, tokens, pairs)}
+    passes = {f"operator, {DENSE}": attention(lambda: causal_attention(queries, keys, values), tokens, tokens, pairs)}
     for share in options.attention_share:
-        rows = (torch.rand(tokens, device=device) < share).nonzero().flatten()
-        routed = [flat(y.detach()).index_select(0, rows).requires_grad_() for y in (q, k, v)]
-        routed_rows = RoutedRows(rows, sequences, length)
-        n, positions = len(rows), (rows % length + 1).sum().item()
-        pairs = sum(count * (count + 1) / 2 for count in (rows // length).bincount().tolist())
-        passes[f"operator, share {share:g}, keys of all"] = attention(
-            lambda c=routed, r=routed_rows: routed_attention(c[0], *by_head[1:], r), n, tokens, positions
-        )
-        passes[f"operator, share {share:g}, keys of routed"] = attention(
-            lambda c=routed, r=routed_rows: routed_self_attention(*c, r), n, n, pairs
-        )
+        indices = (torch.rand(tokens, device=device) < share).nonzero().flatten()
+        passes |= routed_attentions(share, RoutedRows(indices, sequences, length))
     x, branch_output = (torch.randn(tokens, d, device=device).to(dtype).requires_grad_() for _ in range(2))
     filters, weight, bias = (torch.ones(d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     head = torch.randn(VOCABULARY, d, device=device).mul_(0.02).to(dtype).requires_grad_()
@@ -190,8 +200,8 @@ def operator_passes(options, sequences: int, length: int, device: torch.device) 
 
 
 def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.device) -> dict[str, dict]:
-    """Print and return the times of all, and how much faster each is than the first."""
-    calls = 8 if device.type == "cuda" else 1  # in a row: the host runs ahead of the GPU, as it does in training
+    """Print and return the times of all passes, and how many times as fast each is as the first."""
+    calls = 8 if device.type == "cuda" else 1  # so that the host runs ahead of the GPU, as it does in training
     times = measure_interleaved({name: timed(work.run, device, calls) for name, work in passes.items()}, rounds)
     first, report = next(iter(passes)), {}
     for name, work in passes.items():
@@ -218,7 +228,7 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
 
 
 def busy_seconds(work: Pass, calls: int = 3) -> float:
-    """Of the GPU in one pass: all kernels' times together."""
+    """Return the seconds of one pass for which the GPU is busy, the sum over its kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -230,7 +240,7 @@ def busy_seconds(work: Pass, calls: int = 3) -> float:
 
 
 def kept_bytes(work: Pass) -> int:
-    """Bytes that autograd keeps, each storage once."""
+    """Return the bytes that autograd keeps of the forward pass, each storage once."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,29 +1,31 @@
-"""Time training steps side by side: CHIAR-Former, its attention-only baseline, and any other program.
+"""Time training steps in turn: CHIAR-Former, its attention-only baseline, and any other program.
 
     megachiar bench-train --hidden-size 256 --layers 4 --heads 4 --sequence-length 256 --batch 8
     megachiar bench-train --precision fp32 bf16 --peer published='python /path/to/adapter.py'
 
     megachiar bench-train --variant compiled training.compile=inductor
 
-A step is what a run does: forward, backward, AdamW. Each contender is a process of its own; they take turns, round by
-round, and wait for their turn without computing. Thresholds are set so that ``--attention-share`` of each routed
-layer's tokens take attention in the first step; the share of the measured steps is printed. So are the most memory the
-process has had and, on a CPU, the most that tensors made in a step take at once: the first depends on the heap's holes.
+A step is that of a run: forward, backward, AdamW. Each contender is a process of its own. They take turns, round by
+round, and wait for their turn without computing. Thresholds send ``--attention-share`` of each routed layer's tokens
+to attention in the first step; the share of the measured steps is printed. Also printed are the most memory that the
+process has had and, on a CPU, the most that tensors made in a step take at once. The former depends on holes in the
+heap.
 
-``--bound`` adds a contender that does nothing but the matrix products and attention calls of a CHIAR-Former step, one
-after another, on the tensors they had in it: what a step would take if all else cost nothing. It is for CPUs.
+``--bound`` adds a contender that only repeats the matrix products and attention calls of a CHIAR-Former step, on the
+tensors that they had in it. This is the time of a step if everything else cost nothing. It works on CPUs.
 
-A variant is CHIAR-Former with keys of the config set, as ``--set`` of ``megachiar pretrain`` does.
+A variant is CHIAR-Former with keys of the config set, as by ``--set`` of ``megachiar pretrain``.
 
-A peer is a command that is started once a contender. It finds the size of the model in the environment
-(BENCH_HIDDEN_SIZE, BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS),
-builds it, and for each line with a number on its standard input trains so many steps and prints their seconds as a
-line of its own. Lines that are no number are passed over. It ends with its input.
+A peer is a command that is started once. It reads the size of the model from the environment (BENCH_HIDDEN_SIZE,
+BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS) and builds the model.
+For each line of its standard input it trains as many steps as the line says, and prints their seconds as a line of its
+own. Lines of its output that are no number are ignored. The peer ends when its input ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -34,7 +36,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -43,6 +47,11 @@ from megachiar.config import RunConfig, load_config
 from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
+
+if TYPE_CHECKING:  # a contender that is a process of its own imports them, this one does not
+    import torch
+
+    from megachiar.engine.engine import Engine
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
 
@@ -56,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     variants = [name for name, *_ in options.variant]
     for precision in options.precision:
         for kind in (CHIAR, *variants):
-            config_of(options, kind, precision)  # sizes that make no model are refused here, once
+            config_of(options, kind, precision)  # refuses sizes that make no model, once
 
     import torch
 
@@ -75,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     } | peers
     for contender in contenders.values():
         contender.train(options.warm_up)
-    products = {}
+    products: dict[str, tuple[Callable[[], float], int]] = {}
     for precision in options.precision:
-        product, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
-        products[f"matrix product {precision}"] = (timed(product, device), flops)
-    measured = {name: (lambda c=contender: c.train(options.steps)) for name, contender in contenders.items()}
+        multiply, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
+        products[f"matrix product {precision}"] = (timed(multiply, device), flops)
+    measured = {name: partial(contender.train, options.steps) for name, contender in contenders.items()}
     times = measure_interleaved(measured | {name: measure for name, (measure, _) in products.items()}, options.rounds)
     reports = {name: contender.finish() for name, contender in contenders.items()}
 
@@ -115,13 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Contender:
-    """A process that trains so many steps on request."""
+    """A process that trains as many steps as it is asked for.
+
+    Args:
+        name: of the contender in messages.
+        command: that starts it.
+        environment: variables that it gets beside those of this process.
+    """
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]):
         self.name = name
         self.process = subprocess.Popen(
             command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests, self.replies = self.process.stdin, self.process.stdout
 
     @classmethod
     def ours(cls, argv: Sequence[str], kind: str, precision: str) -> Contender:
@@ -137,13 +154,11 @@ class Contender:
             raise UserError(f"--peer {name}", f"cannot start {command!r}: {error}", "check the command") from None
 
     def train(self, steps: int) -> float:
-        """Seconds a step of ``steps``."""
-        try:
-            self.process.stdin.write(f"{steps}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is gone: said below
-        for line in self.process.stdout:
+        """Train ``steps`` steps and return the seconds of one."""
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended gives no reply below
+            self.requests.write(f"{steps}\n")
+            self.requests.flush()
+        for line in self.replies:
             try:
                 return float(line) / steps
             except ValueError:
@@ -155,15 +170,15 @@ class Contender:
         )
 
     def finish(self) -> dict:
-        """End the process; what it reports at its end."""
-        self.process.stdin.close()
-        last = self.process.stdout.read().strip().splitlines()
+        """End the process and return what it reports at its end."""
+        self.requests.close()
+        last = self.replies.read().strip().splitlines()
         self.process.wait()
         return json.loads(last[-1]) if last and last[-1].startswith("{") else {}
 
 
 def serve(options: argparse.Namespace) -> None:
-    """One of ours: build, calibrate, then train as many steps as each line of standard input says."""
+    """Be one of our contenders: build and calibrate, then train as many steps as each line of standard input says."""
     kind, precision = options.serve
     launch.prepare_environment()
     launch.configure_torch(options.threads)
@@ -183,19 +198,20 @@ def serve(options: argparse.Namespace) -> None:
     tokens = np.random.default_rng(0).integers(0, options.vocab_size, (options.batch, options.sequence_length + 1))
     if kind != BASELINE:
         calibrate(engine, torch.from_numpy(tokens[:, :-1]).to(device), options.attention_share)
-    shares = []
+    shares: list[float] = []
 
     def step() -> None:
         result = engine.train_step([(0, tokens)], 1e-4)
         shares.append(float(np.mean(result.attention_share)))
 
+    timed_step: Callable[[], None] = step
     if kind == BOUND:
         step()
-        step = products_of(step)
+        timed_step = products_of(step)
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
-            step()
+            timed_step()
         print(time.perf_counter() - start, flush=True)
     share = float(np.mean(shares))
     flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
@@ -209,10 +225,10 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConfig:
-    """A run of one batch a step. Its dataset is never opened.
+    """Return the config of a run with one batch a step; its dataset is never opened.
 
     Raises:
-        ConfigError: sizes that make no model.
+        ConfigError: the sizes make no model.
     """
     fields = {
         "model": {
@@ -243,8 +259,8 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
         return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
 
 
-def calibrate(engine, tokens, share: float) -> None:
-    """Thresholds that send ``share`` of each routed layer's tokens of this batch to attention, layer by layer."""
+def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
+    """Set thresholds that send ``share`` of each routed layer's tokens of this batch to attention, layer by layer."""
     import torch
 
     from megachiar.kernels.spectral import spectral_entropy
@@ -263,14 +279,15 @@ def calibrate(engine, tokens, share: float) -> None:
 
 
 def products_of(step: Callable[[], object]) -> Callable[[], None]:
-    """A call that repeats the matrix products and attention calls of ``step``, and nothing else.
+    """Return a function that repeats the matrix products and attention calls of ``step``, and nothing else.
 
-    On a CPU: elsewhere the backward pass runs in a thread of its own and kernels of ours are no operators of torch.
+    It works on a CPU alone. Elsewhere the backward pass runs in a thread of its own, and our kernels are no operators
+    of torch.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    calls = []
+    calls: list[tuple[Callable[..., object], tuple, dict]] = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -292,7 +309,7 @@ def products_of(step: Callable[[], object]) -> Callable[[], None]:
 
 
 def allocated_peak(step: Callable[[], object]) -> int:
-    """Most bytes that tensors made by a call take at once: what the process's peak shows but for the heap's holes."""
+    """Return the most bytes that tensors made by ``step`` take at once, without the holes of the heap."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -302,7 +319,7 @@ def allocated_peak(step: Callable[[], object]) -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory this process has had."""
+    """Return the most bytes that this process has had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

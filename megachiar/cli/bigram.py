@@ -1,9 +1,9 @@
-"""Perplexity of an interpolated bigram model, to hold a run's beside it: on the same tokens as `megachiar evaluate`.
+"""Measure the perplexity of an interpolated bigram model on the same tokens as `megachiar evaluate`, to compare with.
 
     megachiar bigram --train data/shakespeare/train --valid data/shakespeare/valid \\
         --test data/shakespeare/test
 
-Pairs are counted in --train, the discounts fitted on --valid, and every token of --test after the first is scored.
+Pairs are counted in --train, the discounts are fitted on --valid, and every token of --test after the first is scored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megachiar.options import CommandParser, add_json_option
 
 
 def positive(text: str) -> int:
+    """Return the integer that ``text`` is; argparse reports one below 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")

@@ -1,10 +1,10 @@
-"""Find thresholds for the router from a trained model and a text, beside what white noise would give.
+"""Find thresholds for the router from a trained model and a text, and print those of white noise beside them.
 
 megachiar calibrate runs/400m_baseline                     # one tau, from the embedding, as published
 megachiar calibrate runs/400m_baseline --where layers      # a tau for each routed layer, half to attention
 megachiar calibrate runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
 
-A threshold belongs to one width of the model and one checkpoint. Paste what is printed under model.router.
+A threshold belongs to one width of the model and one checkpoint. Paste the printed lines under model.router.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse settings that mean nothing.
+    """Refuse options that make no sense.
 
     Raises:
         UserError: names the flag, its value and its limits.
@@ -82,6 +82,11 @@ def check(options: argparse.Namespace) -> None:
 
 
 def check_layers(path: Path, model: ModelConfig) -> None:
+    """Refuse a model without a layer that could route.
+
+    Raises:
+        UserError: names the run and its layers.
+    """
     if model.num_layers < 3:
         raise UserError(path, f"has {model.num_layers} layers; only layers 2 to L-1 route", "use a deeper model")
 
@@ -100,10 +105,10 @@ def print_table(found: Calibration, title: str) -> None:
 
 
 def warn(found: Calibration) -> None:
-    """Say on standard error where routing by H would be routing by a coin."""
+    """Print on standard error where routing by H would be as good as routing at random."""
     names = [place.name for place in found.places if place.like_noise]
     if names:
         make_console().print(
-            f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}: a threshold "
-            "there routes like a coin. Compare with router.kind random at the same share."
+            f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}. A threshold "
+            "there routes at random. Compare with router.kind random at the same share."
         )

@@ -1,8 +1,8 @@
 """List, show and copy the shipped configs, and write the schema by which editors complete and check a config.
 
     megachiar config list
-    megachiar config show tiny
-    megachiar config init tiny                # writes tiny.yaml into the current folder
+    megachiar config show tiny                # --whole: with its base and all defaults
+    megachiar config init tiny                # writes tiny.yaml, and its base if it has one, into the current folder
     megachiar config schema > schema.json     # beside the config, whose first line names it
 
 Paths in a config are relative to the folder that a command is started in.
@@ -15,21 +15,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.config import RunConfig
-from megachiar.config.shipped import copy_shipped_config, shipped_config, shipped_configs, title_of
+from megachiar.config import load_config
+from megachiar.config.copies import copy_shipped_config
+from megachiar.config.schema import config_schema
+from megachiar.config.shipped import shipped_config, shipped_configs, title_of
 from megachiar.options import CommandParser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("config", __doc__)
-    plain = argparse.ArgumentParser  # CommandParser is that of whole commands
+    plain = argparse.ArgumentParser  # since CommandParser is for whole commands
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=plain)
     actions.add_parser("list", help="name the shipped configs")
     show = actions.add_parser("show", help="print a shipped config")
     init = actions.add_parser("init", help="copy a shipped config into the current folder")
     for action in (show, init):
         action.add_argument("name", metavar="NAME", help="such as tiny; see `megachiar config list`")
-    init.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    show.add_argument("--whole", action="store_true", help="print the whole config, with its base and all defaults")
+    init.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     actions.add_parser("schema", help="print the JSON schema of a config")
     return parser.parse_args(argv)
 
@@ -40,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, path in shipped_configs().items():
             print(f"{name:14} {title_of(path)}")
     elif options.action == "show":
-        print(shipped_config(options.name).read_text(encoding="utf-8"), end="")
+        path = shipped_config(options.name)
+        print(load_config(path).to_yaml() if options.whole else path.read_text(encoding="utf-8"), end="")
     elif options.action == "init":
-        path = copy_shipped_config(options.name, Path(), options.overwrite)
-        print(f"{path}: see what it needs with `megachiar pretrain --config {path} --dry-run`")
+        copy = copy_shipped_config(options.name, Path(), options.overwrite)
+        for base in copy.bases:
+            print(f"{base}: {'kept, since it was there already' if base in copy.kept else 'copied as its base'}")
+        print(f"{copy.path}: see what it needs with `megachiar pretrain --config {copy.path} --dry-run`")
     else:
-        schema = RunConfig.model_json_schema()
-        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1))
+        print(json.dumps(config_schema(), indent=1))

@@ -1,10 +1,10 @@
-"""Fetch a corpus to start with: train.jsonl, valid.jsonl and test.jsonl, whole works held out.
+"""Fetch a corpus to start with: train.jsonl, valid.jsonl and test.jsonl, with whole works held out.
 
 megachiar corpus --output data/shakespeare                            # Shakespeare and Milton, 6.5 MB
 megachiar corpus --source wikitext-103 --output data/wikitext-103     # needs the extra hf and a network
 
-Each line is {"text", "work", "edition"}. Without a network the first one takes 0.4 MB of English text that every Python
-carries, and says so. A command that was done before does nothing.
+Each line is {"text", "work", "edition"}. Without a network the first command takes 0.4 MB of English text that every
+Python installation has, and says so. A command that was done before does nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well a run predicts a text: token perplexity, word perplexity, bits per byte.
+"""Measure how well a run predicts a text: token perplexity, word perplexity, bits per byte.
 
 megachiar evaluate runs/tiny                            # on the validation sets of its config
 megachiar evaluate runs/tiny --data data/shakespeare/test
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = open_for_run(checkpoint, config, prefix, length)
         with Progress(console=make_console(), transient=True) as bar:
             task = bar.add_task(name, total=dataset.windows)
-            score = with_progress(model_score(model, device), lambda n, t=task, b=bar: b.advance(t, n))
+            score = with_progress(model_score(model, device), partial(bar.advance, task))
             results[name] = evaluate(score, dataset, options.batch_size)
     if options.json:
         values = {name: result.as_dict() for name, result in results.items()}
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
-    """Tokens of a window: ``wanted``, else what the run trained on."""
+    """Return the tokens of a window: ``wanted``, or else those that the run trained on."""
     if wanted is not None and not 1 <= wanted <= longest:
         raise UserError(
             f"--sequence-length {wanted}", f"not between 1 and model.max_sequence_length {longest}", "change it"
@@ -77,7 +79,4 @@ def print_table(checkpoint: Path, results: dict[str, Evaluation]) -> None:
         word = f"{r.word_ppl:.2f}" if r.word_ppl else "-"
         bits = f"{r.bits_per_byte:.4f}" if r.bits_per_byte else "-"
         table.add_row(name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.token_ppl:.2f}", word, bits)
-    console = make_console()
-    console.file = None  # the result goes to standard output
-    console.stderr = False
-    console.print(table)
+    make_console(sys.stdout).print(table)

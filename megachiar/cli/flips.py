@@ -1,10 +1,10 @@
-"""Count the tokens that a trained model routes otherwise in bf16 (or fp16) than in fp32.
+"""Count the tokens that a trained model routes differently in bf16 (or fp16) than in fp32.
 
 megachiar flips runs/tiny --data data/shakespeare/valid
 megachiar flips runs/tiny --precision fp16 --json
 
-"rounded": only the rows that a router reads are rounded. "whole model": all of it computes in 16 bits, so that what
-earlier layers did otherwise counts too. Entropy is computed in fp32 in any case.
+For "rounded" only the hidden states that a router reads are rounded. For "whole model" everything computes in 16 bits,
+so that differences of earlier layers count too. Entropy is computed in fp32 in both cases.
 """
 
 from __future__ import annotations

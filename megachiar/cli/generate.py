@@ -22,7 +22,7 @@ from megachiar.options import CommandParser, add_run_argument
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("generate", __doc__)
     add_run_argument(parser)
-    parser.add_argument("--prompt", default="", help="text to go on from; - reads it from standard input")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_sampling(options: argparse.Namespace) -> None:
-    """Refuse sampling settings that mean nothing.
+    """Refuse sampling options that make no sense.
 
     Raises:
         UserError: names the flag, its value and its limits.

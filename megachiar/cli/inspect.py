@@ -1,4 +1,4 @@
-"""Look into an indexed dataset: what it holds, whether it is intact, and the text of a document or training sample.
+"""Show what an indexed dataset holds, whether it is intact, and the text of a document or training sample.
 
     megachiar inspect data/train
     megachiar inspect data/train --verify
@@ -6,9 +6,9 @@
     megachiar inspect data/train --sample 0 --sequence-length 1024 --seed 1
     megachiar inspect --config configs/tiny.yaml --step 100
 
-The last one prints the documents and the text that a step of a run reads, whatever its layout.
+The last command prints the documents and the text that a step of a run reads, whatever its layout.
 
-Exit code 0: what was checked is in order. Exit code 2: it is not, and the message says what.
+The exit code is 0 where everything that was checked is in order, and 2 where the message says what is not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_step(arguments)
         return
     if arguments.verify:
-        IndexedDataset(arguments.prefix)  # a missing file is reported before its size is asked for
+        IndexedDataset(arguments.prefix)  # reports a missing file before its size is read
         total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
         with ByteProgress("verifying", total) as progress:
             summary = summarise(arguments.prefix, verify=True, on_bytes=progress.advance)

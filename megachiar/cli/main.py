@@ -1,6 +1,6 @@
-"""The console command ``megachiar``: finds the command that is asked for and starts it.
+"""The console command ``megachiar`` finds the command on its command line and starts it.
 
-Nothing but that command is imported, so that help and version are there at once.
+No other command is imported, so that help and version are printed at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GROUPS = {
     },
 }
 COMMANDS = {command: summary for group in GROUPS.values() for command, summary in group.items()}
-ELSEWHERE = {"pretrain": "megachiar.pretrain"}  # launchers start it as a file of its own
+ELSEWHERE = {"pretrain": "megachiar.pretrain"}  # launchers start this file
 
 
 def start() -> None:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         the exit code, None for 0.
 
     Raises:
-        UserError: there is no such command, or what the command itself refuses.
+        UserError: there is no such command, or the command itself refuses something.
     """
     first, *rest = launch.drop_launcher_arguments(sys.argv[1:] if argv is None else argv) or ["--help"]
     if first in ("--help", "-h"):
@@ -76,16 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def module_of(command: str) -> str:
+    """Return the module of a command."""
     return ELSEWHERE.get(command, f"megachiar.cli.{command.replace('-', '_')}")
 
 
 def nearest_command(word: str) -> str:
+    """Return the remedy for a word that is no command."""
     near = difflib.get_close_matches(word.lstrip("-"), COMMANDS, n=1, cutoff=0.5)
     meant = f"did you mean `megachiar {near[0]}`? " if near else ""
     return f"{meant}`megachiar --help` lists all commands"
 
 
 def help_text() -> str:
+    """Return the text of ``megachiar --help``."""
     lines = ["usage: megachiar COMMAND ...", "", "Pretrain CHIAR-Former language models, from a laptop to a cluster."]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {command:14} {summary}" for command, summary in commands.items())]
@@ -94,16 +97,17 @@ def help_text() -> str:
 
 
 def version_text() -> str:
-    """The version and, from a checkout, its commit; ``-dirty`` says that files were changed since."""
+    """Return the version and, in a checkout, its commit; ``-dirty`` means that files have changed since."""
     commit = checkout_commit(Path(megachiar.__file__).resolve().parents[1])
     return f"megachiar {megachiar.__version__}" + (f" (commit {commit})" if commit else "")
 
 
 def checkout_commit(root: Path) -> str | None:
+    """Return the commit of the checkout at ``root``; None if it is none or git cannot read it."""
     if not (root / ".git").exists():
         return None
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that it does not read
+    except (OSError, subprocess.CalledProcessError):  # there is no git, or it refuses the checkout
         return None

@@ -2,8 +2,8 @@
 
     megachiar merge data/part0 data/part1 --output data/whole
 
-Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared, and
-the output is whole or not there at all. A command that was done before does nothing.
+Inputs and output are prefixes (PREFIX.bin, PREFIX.idx, PREFIX.json). Types, tokenizers and checksums are compared. The
+output is complete or does not exist. A command that was done before does nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-missing-manifest",
         action="store_true",
-        help="merge datasets without manifest (made by another program); that they are of one tokenizer is up to you",
+        help="merge datasets without manifest (made by another program); you vouch that they are of one tokenizer",
     )
     return parser.parse_args(argv)
 

@@ -2,15 +2,16 @@
 
     megachiar plan --gpus 64 --memory-gib 80 --config configs/7b.yaml
 
-Each layout is planned as ``--dry-run`` plans it: memory by formula (tests hold it against tensors that are really
-allocated), FLOPs and traffic counted. The time of a step is an estimate to rank layouts by, from the speeds given:
-arithmetic, the pipeline's bubble, the tensor group's traffic (in the open), and the replicas' (at a step's end).
+Each layout is planned as ``--dry-run`` plans it. Memory follows from formulas, which tests compare with tensors that
+are really allocated; FLOPs and traffic are counted. The time of a step is an estimate, by which layouts are ranked. It
+follows from the speeds given: arithmetic, the pipeline's bubble, the traffic of the tensor-parallel group (which
+nothing hides), and that of the replicas (at the end of a step).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -67,8 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _positive(kind: type):
-    def parsed(text: str):
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Return a function by which argparse reads a number above 0."""
+
+    def parsed(text: str) -> float:
         value = kind(text)
         if value <= 0:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")

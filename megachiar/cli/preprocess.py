@@ -4,12 +4,12 @@
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
 Input may be jsonl, txt (both also .gz, .zst, .xz, .bz2) and parquet: files, quoted globs, folders, or - for standard
-input. The output does not depend on --workers, nor on interruptions: run the same command again after a failure, and it
-goes on with the first file that is missing; run again after a success, it does nothing. Exit code 2: a problem you can
-mend, and no dataset was written.
+input. The output does not depend on --workers, nor on interruptions. After a failure, run the same command again: it
+goes on with the first file that is missing. After a success it does nothing. Exit code 2 means that there is a problem
+that you can mend, and that no dataset was written.
 
-Many machines: `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
-`--merge-shards N`; the files are those of one process.
+On many machines, run `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
+`--merge-shards N`. The files are those that one process writes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megachiar.process_memory import keep_large_blocks_apart
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -73,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """(K, N) of ``"K/N"``."""
+    """Return (K, N) for ``"K/N"``."""
     number, _, shards = text.partition("/")
     if not (number.isdecimal() and shards.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form K/N, such as 0/64")
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         split=Split.parse(arguments.split) if arguments.split is not None else None,
         on_error=arguments.on_error,
         workers=arguments.workers,
-        fork=not arguments.mpi,  # this program has no threads; what MPI's libraries do is theirs
+        fork=not arguments.mpi,  # this program has no threads, but MPI's libraries may have some
         engine=arguments.engine,
         shuffle_seed=arguments.shuffle_seed,
         overwrite=arguments.overwrite,
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:
-    """What was asked for: the whole, a shard, the merge of shards, or an MPI rank's part."""
+    """Do what the command line asks for: the whole dataset, a shard, the merge of shards, or an MPI rank's part."""
     if arguments.mpi:
         return preprocess_with_mpi(settings)
     if arguments.shard is not None:

@@ -1,8 +1,8 @@
-"""From nothing to a trained model: the commands a newcomer would type, run one after the other (`make quickstart`).
+"""Run the commands from nothing to a trained model, one after the other, as a newcomer would (`make quickstart`).
 
-A step whose result is there and newer than what it is made from is skipped, so that a quickstart that was interrupted
-goes on where it stopped. It works in the current folder, with the shipped config `tiny`. Exit code: 0; that of the
-first command that failed; 1 if the model is no better than an interpolated bigram.
+A step is skipped where its result exists and is newer than its inputs, so that an interrupted quickstart goes on where
+it stopped. It works in the current folder, with the shipped config `tiny`. The exit code is that of the first command
+that failed, 1 if the model is no better than an interpolated bigram model, and else 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import load_config
-from megachiar.config.shipped import copy_shipped_config
+from megachiar.config.copies import copy_shipped_config
 from megachiar.console import make_console
 from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.errors import UserError
@@ -36,14 +36,14 @@ PROMPT = "To be, or not to be"
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command of the quickstart.
 
     Attributes:
-        title: what it does.
-        arguments: after ``python``.
-        made: files that say it has been done; none for a step that is always run.
-        source: files it reads; it is done again where one of them is newer than what was made.
-        reads: whether the summary needs its standard output.
+        title: what the command does.
+        arguments: of ``python``.
+        made: files that the command makes; empty for a command that is always run.
+        source: files that the command reads; it is run again where one of them is newer than those it makes.
+        reads: whether the summary needs the command's standard output.
     """
 
     title: str
@@ -54,6 +54,7 @@ class Step:
 
     @property
     def done(self) -> bool:
+        """Whether everything that the command makes is there and newer than what it reads."""
         if not self.made or not all(path.exists() for path in self.made):
             return False
         newest = max((path.stat().st_mtime_ns for path in self.source if path.exists()), default=0)
@@ -61,7 +62,7 @@ class Step:
 
     @property
     def command(self) -> str:
-        """As one would type it."""
+        """The command as a user would type it."""
         ours = list(self.arguments[:2]) == MEGACHIAR
         return shlex.join(["megachiar", *self.arguments[2:]] if ours else ["python", *self.arguments])
 
@@ -70,7 +71,7 @@ class StepFailed(Exception):
     """A command failed.
 
     Args:
-        code: to exit with: the command's own, or 128 + the signal that ended it.
+        code: to exit with, which is the command's own code, or 128 + the signal that ended it.
     """
 
     def __init__(self, code: int):
@@ -79,7 +80,7 @@ class StepFailed(Exception):
 
 
 def steps(config: Path, vocab_size: int, run_folder: Path) -> list[Step]:
-    """The quickstart, in order, for a config with this vocabulary and run folder."""
+    """Return the commands of the quickstart in order, for a config with this vocabulary and run folder."""
     corpus = [DATA / f"{part}.jsonl" for part in PARTS]
     tokenizer = [*MEGACHIAR, "tokenizer", "--input", str(corpus[0]), "--vocab-size", str(vocab_size)]
     bigram = [*MEGACHIAR, "bigram", "--vocab-size", str(vocab_size), "--json"]
@@ -104,6 +105,7 @@ def steps(config: Path, vocab_size: int, run_folder: Path) -> list[Step]:
 
 
 def preprocess(part: str) -> Step:
+    """Return the command that makes the dataset of a part of the corpus."""
     prefix, text = DATA / part, DATA / f"{part}.jsonl"
     arguments = [*MEGACHIAR, "preprocess", "--input", str(text), "--tokenizer", str(TOKENIZER), "--append-eod"]
     return Step(
@@ -118,12 +120,13 @@ def run_steps(todo: Sequence[Step], console: Console) -> tuple[dict[str, str], d
     """Run each step that is not done.
 
     Returns:
-        standard output of the steps that are read, and seconds of the steps that ran, by title.
+        the standard output of each step that is read, and the seconds of each step that ran, both by title.
 
     Raises:
-        StepFailed: a command failed; nothing after it was run.
+        StepFailed: a command failed, and no later one was run.
     """
-    outputs, seconds = {}, {}
+    outputs: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for number, step in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {step.title}"
         if step.done:
@@ -150,7 +153,7 @@ def run_steps(todo: Sequence[Step], console: Console) -> tuple[dict[str, str], d
 def summarise(
     outputs: dict[str, str], seconds: dict[str, float], config: Path, run_folder: Path, console: Console
 ) -> int:
-    """Print what came out; 0 if the model beats the bigram model, else 1."""
+    """Print the results and return the exit code: 0 if the model beats the bigram model, else 1."""
     bigram, model = json.loads(outputs["bigram"]), json.loads(outputs["evaluation"])
     if bigram["tokens"] != model["tokens"]:
         raise UserError(
@@ -177,7 +180,7 @@ def summarise(
 
 
 def results_table(bigram: dict, model: dict) -> Table:
-    """Both models on the test set; as they score the same tokens, the bigram's other numbers follow from its PPL."""
+    """Return a table of both models. They score the same tokens, so the bigram's numbers follow from its perplexity."""
     ratio = math.log(bigram["token_ppl"]) / math.log(model["token_ppl"])
     table = Table(title=f"Held-out text ({model['tokens']:,} tokens, {DATA / 'test'})", title_justify="left")
     for name in ("model", "token PPL", "bits/byte", "word PPL"):
@@ -192,11 +195,11 @@ def results_table(bigram: dict, model: dict) -> Table:
 
 
 def find_config() -> Path:
-    """The config that is trained: that of a checkout, or a copy of the shipped one in the current folder."""
+    """Return the config that is trained: that of a checkout, or a copy of the shipped one in the current folder."""
     for path in (Path("configs/tiny.yaml"), Path("tiny.yaml")):
         if path.exists():
             return path
-    return copy_shipped_config("tiny", Path())
+    return copy_shipped_config("tiny", Path()).path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

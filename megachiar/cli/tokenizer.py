@@ -2,8 +2,9 @@
 
     megachiar tokenizer --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
 
-Writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give the
-same file; a command that was done before does nothing. Exit code 2: a problem you can mend, and nothing was written.
+It writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give
+the same file, and a command that was done before does nothing. Exit code 2 means that there is a problem that you can
+mend, and that nothing was written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import get_args
 from megachiar.console import make_console
 from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
 from megachiar.data.preprocessing.existing import SAME
-from megachiar.data.preprocessing.tokenizer_training import SUFFIXES, Algorithm, TrainingSettings, train_tokenizer
+from megachiar.data.preprocessing.tokenizer_training import (
+    SUFFIXES,
+    Algorithm,
+    TrainedKind,
+    TrainingSettings,
+    train_tokenizer,
+)
 from megachiar.options import CommandParser
 
 
@@ -35,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    by_suffix = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
+    by_suffix: TrainedKind = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
     inputs = named_inputs(arguments)
     settings = TrainingSettings(
         sources=inputs.sources,

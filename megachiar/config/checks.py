@@ -1,6 +1,6 @@
-"""What no single key can tell: checks over keys and sections.
+"""Checks over several keys and sections, for what the type of a single key cannot say.
 
-Each check names the sections it needs as its arguments, and runs when all of them could be typed.
+Each check names the sections that it needs as its arguments, and runs when all of them could be typed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
+from megachiar.config.run_length import LENGTHS, steps_of_tokens
 from megachiar.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -20,13 +21,18 @@ from megachiar.config.sections import (
     PrecisionConfig,
     ScheduleConfig,
     TrainingConfig,
+    sample_length,
 )
 
 OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
 
 
 def run(sections: dict[str, Any]) -> list[Problem]:
-    """All problems that the checks find in ``sections`` (name -> typed section)."""
+    """Run every check whose sections are there and return all problems.
+
+    Args:
+        sections: typed sections by name.
+    """
     return [
         problem
         for check in CHECKS
@@ -78,8 +84,9 @@ def router(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
         elif given and name not in needed:
             yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
-    yield from _threshold_lists(model)
-    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not _problems(model):
+    wrong_lists = list(_threshold_lists(model))
+    yield from wrong_lists
+    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
         for layer in model.routed_layers:
             low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
             if low > high:
@@ -87,8 +94,7 @@ def router(model: ModelConfig) -> Iterator[Problem]:
                     "model.router.tau_low", f"{low} is above tau_high {high} (layer {layer + 1})", "swap them"
                 )
                 break
-    if r.kind == "random" and three and (r.attention_share or 0) + (r.rbf_share or 0) > 1:
-        total = r.attention_share + r.rbf_share
+    if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
         yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
     if r.kind == "random" and r.collapse_weight:
         yield Problem(
@@ -116,10 +122,6 @@ def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
             )
 
 
-def _problems(model: ModelConfig) -> bool:
-    return any(True for _ in _threshold_lists(model))
-
-
 def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
     if data.sequence_length and data.sequence_length > model.max_sequence_length:
         yield Problem(
@@ -139,6 +141,18 @@ def batch(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[Proble
             f"{training.global_batch_size} is no multiple of micro_batch_size {training.micro_batch_size}{ranks}",
             f"use {f'{below} or ' if below else ''}{below + unit}",
         )
+
+
+def run_length(model: ModelConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    steps, tokens = training.steps, training.tokens
+    if all(getattr(training, name) is None for name in LENGTHS):
+        yield Problem("training", "does not say how long the run is", "set one of steps, tokens and epochs")
+    elif tokens is not None and training.epochs is not None:
+        yield Problem("training.epochs", f"is {training.epochs:g} beside tokens {tokens:,}", "keep one of the two")
+    elif steps is not None and tokens is not None:
+        made = steps_of_tokens(tokens, training.global_batch_size, sample_length(model, data))
+        if steps != made:
+            yield Problem("training.steps", f"is {steps:,}, but tokens {tokens:,} make {made:,}", "keep one of the two")
 
 
 def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -188,7 +202,7 @@ def stages(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfi
 def sequence_rows(
     model: ModelConfig, data: DataConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> Iterator[Problem]:
-    length = data.sequence_length or model.max_sequence_length
+    length = sample_length(model, data)
     rows, tp = training.micro_batch_size * length, parallel.tensor_size
     if parallel.sequence and rows % tp:
         yield Problem(
@@ -223,7 +237,7 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
             f"{schedule.minimum_learning_rate} is above optimizer.learning_rate {optimizer.learning_rate}",
             "lower it",
         )
-    # Against training.steps nothing is checked: a run cut short with --set training.steps=3 just stays in warm-up.
+    # Nothing is checked against training.steps: a run cut short with --set training.steps=3 just stays in warm-up.
     end = schedule.decay_steps
     if schedule.kind == "constant" or end is None:
         return
@@ -289,6 +303,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     router,
     sequence_length,
     batch,
+    run_length,
     layout,
     stages,
     sequence_rows,

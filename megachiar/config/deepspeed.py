@@ -1,4 +1,4 @@
-"""From the typed config to DeepSpeed's dict: one table says which raw key each typed key owns."""
+"""The typed config becomes DeepSpeed's dict; one table says which raw key each typed key owns."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REPLACED = {
     "amp": "precision.compute",
     "activation_checkpointing": "training.activation_checkpoint_interval",
 }
-# Raw keys of what DeepSpeed measures or logs by itself: a second set of curves or figures beside ours.
+# Raw keys by which DeepSpeed measures or logs by itself. They would make a second set of curves or figures beside ours.
 _CURVES = "logging.tensorboard, or read metrics.jsonl in the run folder"
 MONITORS = {
     "tensorboard": _CURVES,
@@ -53,17 +53,17 @@ DEFAULTS = {
     "steps_per_print": 2**31 - 1,
     "wall_clock_breakdown": False,
     "zero_allow_untested_optimizer": True,
-    # Rows between stages are sharded by sequence parallelism or not at all, never by DeepSpeed.
+    # Only sequence parallelism shards the hidden states that are sent between stages, never DeepSpeed.
     "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-    # Elements that gradients are reduced by. DeepSpeed's own 5e8 are 2 GB of fp32 that ZeRO 3 holds all the time.
+    # Elements that one bucket of gradients holds. DeepSpeed's own 5e8 are 2 GB of fp32, which ZeRO 3 always holds.
     "zero_optimization": {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
 }
-# With offload, AdamW on the host is torch's own fused one: DeepSpeed's needs a compiler.
+# With offload, torch's own fused AdamW runs on the host, since DeepSpeed's needs a compiler.
 OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 def to_deepspeed(config: RunConfig) -> dict[str, Any]:
-    """The dict that ``deepspeed.initialize`` is given: typed keys, then the raw keys of ``deepspeed:``."""
+    """Return the dict for ``deepspeed.initialize``: the typed keys, then the raw keys of ``deepspeed:``."""
     result: dict[str, Any] = copy.deepcopy(DEFAULTS)
     for key, (_, value) in OWNED.items():
         _put(result, key.split("."), value(config))
@@ -76,7 +76,7 @@ def to_deepspeed(config: RunConfig) -> dict[str, Any]:
 
 
 def contradictions(config: RunConfig) -> Iterator[Problem]:
-    """Raw keys that a typed key owns with another value, or that have no place here at all."""
+    """Yield a problem for each raw key that contradicts a typed key or that this project does not pass through."""
     for path, value in _leaves(config.deepspeed):
         key, top = ".".join(path), path[0]
         if top in REPLACED:
@@ -88,7 +88,7 @@ def contradictions(config: RunConfig) -> Iterator[Problem]:
             typed, owned = OWNED[key]
             yield Problem(
                 f"deepspeed.{key}",
-                f"is {value!r} but {typed} makes it {owned(config)!r}",
+                f"is {value!r}, but {typed} makes it {owned(config)!r}",
                 f"remove the raw key and set {typed}",
             )
 

@@ -1,20 +1,21 @@
-"""All that is wrong with a config, said at once."""
+"""The error that reports everything that is wrong with a config at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megachiar.errors import UserError
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a config.
+    """One thing that is wrong with a config.
 
     Attributes:
-        key: dotted path, such as ``model.num_layers``.
+        key: the dotted path, such as ``model.num_layers``.
         message: what is wrong, with the value and the limit.
-        remedy: what to change.
+        remedy: what the reader can change.
     """
 
     key: str
@@ -23,7 +24,12 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """Every problem of a config, each with file (and line), key path, value, limit and remedy."""
+    """A config has problems; the message names each with file, line, key path, value, limit and remedy.
+
+    Args:
+        source: the name of the config.
+        located: each problem with its place, which is a file and line or an override.
+    """
 
     same_on_every_rank = True
 
@@ -34,5 +40,5 @@ class ConfigError(UserError):
         lines = [f"{place}: {p.key}: {p.message}\n    remedy: {p.remedy}" for place, p in located]
         super().__init__(source, f"{count}\n" + "\n".join(lines))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.source, self.located)

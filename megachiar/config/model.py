@@ -1,4 +1,4 @@
-"""`model:` what is trained. See the paper (arXiv 2606.08327) for the terms."""
+"""The section ``model:`` says what is trained; the paper (arXiv 2606.08327) has the terms."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megachiar.config.section import Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Operator = Literal["dct", "rbf", "attention"]
-# One threshold for all routed layers, or one per routed layer (layers 2..L-1, in order).
+# A threshold is one number for all routed layers, or a list with one for each (layers 2..L-1, in order).
 Threshold = Share | Annotated[tuple[Share, ...], Field(strict=False)]
 
 
 class DctConfig(Section):
-    """The orthonormal DCT-II over the channels of one token, and what is read off its spectrum."""
+    """The orthonormal DCT-II over the channels of one token, and the spectral entropy that is read from it."""
 
     gain: PositiveFloat = 1.0
     """Factor outside the learned filter: op(x) = gain * C^T diag(w) C x. The published code has 2."""
@@ -70,7 +70,7 @@ class RbfConfig(Section):
 
 
 class MetaRouterConfig(Section):
-    """Gate g of layer 1: x <- g * layer1(x) + (1 - g) * x with g = sigmoid(v . mean(x) + b)."""
+    """The gate g of layer 1: x <- g * layer1(x) + (1 - g) * x with g = sigmoid(v . mean(x) + b)."""
 
     pool: Literal["batch", "causal", "none"] = "causal"
     """What the mean runs over. batch: all tokens of the micro-batch, later ones included, as published: training leaks
@@ -112,23 +112,26 @@ class ModelConfig(Section):
 
     @property
     def ffn_size(self) -> int:
+        """Channels inside the feed-forward."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
     @property
     def head_size(self) -> int:
+        """Channels of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def routed_layers(self) -> range:
-        """Indices (from 0) of the layers that route; empty for the baseline."""
+        """The indices, counted from 0, of the layers that route; the baseline has none."""
         return range(1, self.num_layers - 1) if self.kind == "chiar" else range(0)
 
     @property
     def expected_attention_share(self) -> float:
-        """Share of a routed layer's tokens that take attention, as far as a config tells: random's, else one half."""
-        return self.router.attention_share if self.router.kind == "random" else 0.5
+        """Share of a routed layer's tokens that take attention: that of a random router, else a guess of one half."""
+        share = self.router.attention_share
+        return share if self.router.kind == "random" and share is not None else 0.5
 
     def threshold(self, name: Literal["tau", "tau_low", "tau_high"], layer: int) -> float:
-        """The threshold of routed layer ``layer`` (index from 0 in the whole stack)."""
-        value = getattr(self.router, name)
+        """Return the threshold of the routed layer with index ``layer``, counted from 0 in the whole stack."""
+        value: float | tuple[float, ...] = getattr(self.router, name)
         return value[layer - self.routed_layers.start] if isinstance(value, tuple) else value

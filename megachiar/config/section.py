@@ -1,4 +1,4 @@
-"""The base of every config section: typed, frozen, unknown keys refused."""
+"""The base class of every config section, which is typed, is frozen and refuses unknown keys."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One YAML mapping. Values are never changed after they are read.
+    """One mapping of the YAML file. Its values never change after they are read.
 
-    Strict: ``"3"`` is no integer and ``yes`` no number, so that a slip in the YAML is an error and not a surprise.
-    A whole number is taken where a float is wanted, and a YAML list where a tuple is.
+    Types are strict: ``"3"`` is no integer and ``yes`` no boolean, so that a slip in the YAML is an error. An integer
+    counts as a float, and a YAML list as a tuple.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

@@ -1,15 +1,22 @@
-"""The sections of a run's YAML file other than `model:`, with the meaning and unit of each key."""
+"""All sections of a run's YAML file but ``model:``, with the meaning and unit of each key."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megachiar.config.model import ModelConfig
 from megachiar.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _without_null(mapping: Any) -> Any:
+    if not isinstance(mapping, dict):
+        return mapping
+    return {name: value for name, value in mapping.items() if value is not None}
 
 
 class SourceConfig(Section):
@@ -26,25 +33,33 @@ class DataConfig(Section):
     """keyed: a pure function of seed and position, without an index. megatron: megatron-core's own order, index for
     index, which depends on the number of samples of the whole run."""
     on_change: Literal["refuse", "continue"] = "refuse"
-    """What to do where sources, weights, sequence length or batch are not those that the run was saved with: refuse, or
-    continue, every source from where it is. Of the keyed order."""
+    """What to do where sources, weights, sequence length or batch differ from those that the run was saved with.
+    refuse: end with a message. continue: read each source from where it was left, which the keyed order alone can."""
     max_epochs: PositiveFloat | None = None
-    """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported:
-    up to there repeated text is nearly as good as new (arXiv:2305.16264)."""
-    validation: dict[str, Path] = {}
-    """Validation sets by name: prefixes of indexed datasets, read whole and in order."""
+    """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported,
+    since up to 4 repeated text is nearly as good as new (arXiv:2305.16264)."""
+    validation: Annotated[
+        dict[str, Path], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
+    ] = {}
+    """Validation sets by name: prefixes of indexed datasets, read whole and in order. Null leaves out a set that the
+    base of the config has."""
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: Path | None = None
     """Tokenizer file or folder. When not given, the one that the first manifest of a source names. Its kind and the
     token that ends a document are those of that manifest."""
     document_mask: bool = False
-    """Let no token see another document's, though a sample holds the ends and beginnings of several."""
+    """Let no token attend to another document, though a sample holds the ends and beginnings of several."""
     document_end: NonNegativeInt | None = None
     """With document_mask: id of the token that ends a document; when not given, the one that the manifests name. A
     source whose manifest names another one, or none while this id does not occur in it, is refused."""
     prefetch: PositiveInt = 4
     """Micro-batches that each rank reads ahead."""
+
+
+def sample_length(model: ModelConfig, data: DataConfig) -> int:
+    """Return the tokens of a training sample."""
+    return data.sequence_length or model.max_sequence_length
 
 
 class ParallelConfig(Section):
@@ -58,7 +73,7 @@ class ParallelConfig(Section):
     """Sequence parallelism: rows outside attention and feed-forward are sharded over the tensor-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO over the data-parallel ranks: 0 replicates all, 1 shards optimizer state, 2 gradients as well, 3 parameters
-    as well. 0 is for a whole model a rank; with pipeline stages 1."""
+    as well. With 0 each rank holds a whole model; pipeline stages need 1."""
     offload_optimizer: bool = False
     """ZeRO-Offload: fp32 master weights and optimizer state live in the host's memory, and AdamW runs there."""
 
@@ -67,7 +82,7 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights, activations and gradients in a step. bf16 and fp16 keep fp32 master weights."""
     gradient_accumulation: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type gradients are summed in over micro-batches."""
+    """Type in which gradients are summed over micro-batches."""
     loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
     """fp16 only: a fixed factor on the loss, or one that follows overflows."""
     initial_loss_scale: PositiveFloat = 65536.0
@@ -77,15 +92,15 @@ class PrecisionConfig(Section):
     tf32: bool = True
     """Let fp32 matrix products on NVIDIA GPUs use TF32. Spectral entropy never does."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Which kernels a GPU runs where both can: ours in Triton (auto, triton) or plain torch operations (torch). With
-    triton a run that cannot have them is refused; auto takes torch then. The log's first lines say what runs."""
+    """Which kernels a GPU runs where both can: ours in Triton (auto, triton) or plain torch operations (torch). Where
+    Triton cannot run, triton refuses the run and auto takes torch. The log's first lines say what runs."""
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay. No decay on biases, norms and DCT filters."""
+    """AdamW with decoupled weight decay. Biases, norms and DCT filters have no decay."""
 
     learning_rate: PositiveFloat
-    """Peak learning rate: about what a step changes a weight by."""
+    """Peak learning rate, which is about what a step changes a weight by."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     """Factors by which the running means of the gradient and of its square shrink in a step."""
     epsilon: PositiveFloat = 1e-8
@@ -99,7 +114,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps. Step 1, the first, has learning_rate / warmup_steps, not 0."""
+    """The learning rate over steps. Step 1, the first, has learning_rate / warmup_steps, not 0."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """cosine, linear: from the peak to the minimum at decay_steps. constant: the peak. wsd: the peak until
@@ -115,9 +130,18 @@ class ScheduleConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: PositiveInt
+    """A run's length is given once: as steps, as tokens or as epochs."""
+
+    steps: PositiveInt | None = None
     """Optimizer steps of the run. Step N is the N-th of the run, counted from 1, in the log, in metrics, in the name of
     a checkpoint and as an argument of every tool."""
+    tokens: PositiveInt | None = None
+    """Tokens of the run in place of its steps, which are tokens / (global_batch_size * sequence length), rounded up. A
+    run that changes batch or length on its way counts as if it had had the present ones from the beginning."""
+    epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Epochs of the run in place of its steps. One epoch is as many samples as one pass over every source of data.train
+    holds together; steps are epochs * samples / global_batch_size, rounded up. Single sources are passed over more or
+    less often, by their weights, and the log says how often. Steps are known where the datasets are."""
     global_batch_size: PositiveInt
     """Sequences a step, over all ranks and micro-batches."""
     micro_batch_size: PositiveInt
@@ -134,8 +158,8 @@ class TrainingConfig(Section):
     """Keep only the input of each so many layers in the forward pass and compute the rest once more in the backward
     pass; null keeps all activations."""
     compile: Literal["inductor", "aot_eager"] | None = None
-    """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null: not. inductor needs a C++
-    compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
+    """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null compiles nothing. inductor
+    needs a C++ compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a collective waits for the other ranks before the run stops."""
 
@@ -144,16 +168,15 @@ class CheckpointConfig(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""
     keep: PositiveInt | None = 3
-    """Newest checkpoints that are kept; null: all."""
+    """Newest checkpoints that are kept; null keeps all."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
-    has one."""
+    """auto: go on from the newest complete checkpoint of the run folder if there is one. never: refuse a run folder
+    that has one."""
     load_from: Path | None = None
-    """Checkpoint, or run folder whose newest is meant, to start from as long as the run's own folder has none: a run
-    that has saved goes on from its own."""
+    """Checkpoint to start from, or a run folder, whose newest one counts. A run that has saved goes on from its own."""
     load: Literal["weights", "all"] = "weights"
-    """What load_from brings. weights: those alone; optimizer, schedule, steps and data begin anew. all: optimizer, loss
-    scale, steps taken and the position in the data as well, as if this run went on with that one."""
+    """What load_from loads. weights: the weights alone; optimizer, schedule, steps and data begin anew. all: optimizer,
+    loss scale, steps taken and the position in the data as well, as if this run continued that one."""
 
 
 class LoggingConfig(Section):

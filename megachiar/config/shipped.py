@@ -6,51 +6,37 @@ import difflib
 from pathlib import Path
 
 import megachiar
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError
 
 
 def shipped_folder() -> Path:
+    """Return the folder of the shipped configs: that of the installed package, or that of the checkout."""
     package = Path(megachiar.__file__).resolve().parent
     installed, checkout = package / "configs", package.parent / "configs"
     return installed if installed.is_dir() else checkout
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name -> file."""
+    """Return the file of each shipped config by its name."""
     return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
 
 
 def shipped_config(name: str) -> Path:
-    """The file of the shipped config ``name`` (``tiny`` or ``tiny.yaml``).
+    """Return the file of the shipped config ``name``, which is given as ``tiny`` or ``tiny.yaml``.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no shipped config of this name.
     """
     found = shipped_configs()
     name = name.removesuffix(".yaml")
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1)
         meant = f"did you mean {near[0]}? " if near else ""
-        raise UserError(name, "there is no such shipped config", f"{meant}there are {', '.join(found)}")
+        raise UserError(name, "there is no such shipped config", f"{meant}the shipped configs are {', '.join(found)}")
     return found[name]
 
 
-def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> Path:
-    """Write the shipped config ``name`` to ``folder``; returns its file there.
-
-    Raises:
-        UserError: there is none of this name, a file is there already, or it cannot be written.
-    """
-    shipped = shipped_config(name)
-    path = folder / shipped.name
-    if path.exists() and not overwrite:
-        raise UserError(path, "exists already", "move it, or replace it with --overwrite")
-    with disk_errors(path):
-        path.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
-    return path
-
-
 def title_of(path: Path) -> str:
-    """The first sentence of a config's comment: what it is."""
+    """Return the first sentence of a config's comment, which says what the config is."""
     comment = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
     return " ".join(comment).split(". ")[0].split(": ")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""YAML as a config file needs it: YAML 1.2 numbers, no duplicate keys, and the line of every key."""
+"""This reader takes numbers by YAML 1.2, refuses duplicate keys and knows the line of every key."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from megachiar.config.errors import ConfigError, Problem
 from megachiar.errors import UserError
 
 Lines = dict[tuple[str, ...], int]
+"""Key path -> line, counted from 1."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where 1e-4 is a string, `no` a boolean and 2020-01-01 a date. Not here."""
+    """Read YAML 1.2. PyYAML follows YAML 1.1, where 1e-4 is a string, `no` a boolean and 2020-01-01 a date."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,15 +35,15 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """The value of a ``--set key=value``, read as YAML."""
+    """Return the value of a ``--set key=value``, read as YAML."""
     return yaml.load(text, Loader=_Loader)
 
 
 def read_source_list(path: Path) -> list[Any]:
-    """The sources that a file lists: the value of ``data.train`` as YAML.
+    """Return the sources that the file at ``path`` lists, as ``data.train`` would.
 
     Raises:
-        UserError: the file is missing, is no text, no YAML or no list.
+        UserError: the file is missing, or holds no text, no YAML or no list.
     """
     try:
         sources = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -60,10 +61,13 @@ def read_source_list(path: Path) -> list[Any]:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """Read ``path``: its mapping, and the line (from 1) of each key path.
+    """Read the mapping in the file at ``path``.
+
+    Returns:
+        the mapping, and the line of each key path, counted from 1.
 
     Raises:
-        UserError: the file is missing, is no text, no YAML or no mapping.
+        UserError: the file is missing, or holds no text, no YAML or no mapping.
         ConfigError: a key stands twice in one mapping.
     """
     try:
@@ -101,7 +105,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
 
 
 def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:
-    """Line of each key path below ``node``, and the keys that repeat an earlier one of the same mapping."""
+    """Find the lines of keys.
+
+    Returns:
+        the line of each key path below ``node``, and the keys that repeat an earlier one of the same mapping.
+    """
     lines: Lines = {}
     twice: list[tuple[tuple[str, ...], int]] = []
 

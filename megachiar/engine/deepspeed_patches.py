@@ -98,9 +98,9 @@ def skip_compiled_collectives() -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer without compiling its kernels.
 
-    Why: DeepSpeed asks of any optimizer whether it is Muon, and for that it imports Muon. The import decorates Muon's
-    kernels with ``torch.compile``, for which torch loads its whole compiler. That is a fifth of the time in which a
-    small run starts, and no run here uses Muon. Since: 0.18.
+    Why: DeepSpeed asks of any optimizer whether it is Muon, and for that it imports Muon. The import compiles Muon's
+    kernels, for which torch loads its whole compiler. That is a fifth of the time in which a small run starts, and no
+    run here uses Muon. Since: 0.18.
     It can go when ``deepspeed.initialize`` no longer imports ``torch._dynamo``.
     """
     from deepspeed.runtime import compiler
@@ -186,6 +186,7 @@ def set_loss_scale_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, flo
 
 
 def _dynamic_scaler(engine: deepspeed.DeepSpeedEngine) -> Any | None:
+    """Return DeepSpeed's dynamic loss scaler; None in a run without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return scaler if engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
 
@@ -219,6 +220,7 @@ class BoundedPipeline(PipelineModule):
         super().__init__(parts, topology=topology, loss_fn=loss_fn)
 
     def _partition_layers(self, method: str = "") -> None:
+        """Set the parts of this rank's stage, whatever ``method`` DeepSpeed passes."""
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])

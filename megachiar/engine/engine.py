@@ -30,7 +30,8 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
         The device of this rank: its GPU, or the CPU where there is none.
 
     Raises:
-        UserError: a GPU, a compiler or a kernel that the config asks for is missing, or DeepSpeed does not fit.
+        UserError: a GPU, a compiler or a kernel that the config asks for is missing, or DeepSpeed lacks a private name
+            that we use.
     """
     if torch.cuda.is_available():
         if topology.local_rank >= torch.cuda.device_count():
@@ -141,6 +142,7 @@ class Engine:
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
+        """Set the number of skipped steps that a resumed run continues from."""
         self._skipped_before = count - deepspeed_patches.skipped_steps(self.deepspeed)
 
     def train_step(

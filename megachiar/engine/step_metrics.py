@@ -5,8 +5,8 @@
                `-- means over the micro-batches of this rank --'
 
 L is the number of layers, and the statistics come in the order of ``RoutingStatistics``. Every rank makes such a
-vector; the engine averages them over the replicas and adds up the pipeline stages. A value that several stages know is
-therefore given by one of them, and the others give 0.
+vector. The engine averages them over replicas and tensor-parallel ranks, and adds up the pipeline stages. A value that
+several stages know is therefore given by one of them, and the others give 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sampling from a model, one token at a time with a cache."""
+"""Sample from a model, one token at a time, with a cache of earlier positions.
+
+Shape: V = vocabulary size of the model.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,32 @@ def generate(
     eod_id: int | None = None,
     known_ids: torch.Tensor | None = None,
 ) -> list[int]:
-    """Continue ``prompt``.
+    """Generate tokens that continue ``prompt``.
+
+    A model that was trained with ``data.document_mask`` reads only the last document of the text. When the text exceeds
+    the model's ``max_sequence_length``, the model reads the last half of that length again with an empty cache, and
+    generation continues from there.
 
     Args:
         model: in evaluation mode, trained with ``meta_router.pool`` causal or none.
-        prompt: at least one token id. Of a prompt longer than the model's longest sequence the end is read.
-        max_new_tokens: at most so many.
+        prompt: at least one token id. Only the last ``max_sequence_length`` ids of a longer prompt are read.
+        max_new_tokens: largest number of tokens to generate.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together have this probability.
-        seed: of the samples.
-        eod_id: token that ends the text.
-        known_ids: bool (V,), which ids the tokenizer has: a model may have more, to fill up its vocabulary, and these
-            are never sampled. None: it has all of them.
+        seed: of the random draws.
+        eod_id: end-of-document id, which ends the generation.
+        known_ids: ids that the tokenizer has, bool (V,). A model may have more ids, which pad its vocabulary and are
+            never sampled. None means that the tokenizer has all of them.
 
     Returns:
         The new ids, without the prompt and without ``eod_id``.
-
-    A model that keeps to documents (``data.document_mask``) reads the last one alone.
-
-    Past ``max_sequence_length`` the last half of it is read anew and generation goes on from there.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     longest = model.config.max_sequence_length
-    text, new = list(prompt), []
+    text = list(prompt)
+    new: list[int] = []
     cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
     while len(new) < max_new_tokens:
         if cache.length + len(unread) > longest:
@@ -65,7 +69,7 @@ def generate(
 
 
 def last_document(text: Sequence[int], end: int | None) -> list[int]:
-    """What the last token sees of ``text``: with a model that keeps to documents, those of its own alone."""
+    """Return the ids of ``text`` that its last token attends to: all, or those of its document if ``end`` ends one."""
     start = len(text) - 1
     while start > 0 and text[start - 1] != end:
         start -= 1
@@ -80,7 +84,16 @@ def sample(
     generator: torch.Generator,
     known_ids: torch.Tensor | None = None,
 ) -> int:
-    """Draw one token id from logits (V,), among ``known_ids``, bool (V,), if they are given."""
+    """Draw one token id.
+
+    Args:
+        logits: fp32 (V,).
+        temperature: as ``generate`` takes it.
+        top_k: as ``generate`` takes it.
+        top_p: as ``generate`` takes it.
+        generator: of the random draw.
+        known_ids: ids that may be drawn, bool (V,); None allows all.
+    """
     if temperature:
         logits = logits / temperature
     if known_ids is not None:
@@ -91,6 +104,6 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)
     if top_p is not None:
-        # A token stays while those before it have less than top_p together: the likeliest one always does.
+        # A token stays if the likelier ones together have less than top_p, so that the likeliest one always stays.
         probabilities = probabilities.masked_fill(probabilities.cumsum(0) - probabilities >= top_p, 0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,9 +1,10 @@
-"""What a finished (or running) run is read for: its tokenizer, its loss on a text, its samples."""
+"""Read a finished or running run: check datasets against it, score texts with its model, and sample text from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,16 @@ from megachiar.training.run_tokenizer import record_of_run, run_tokenizer
 
 
 def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_readable(checkpoint: Path, config: RunConfig, source: TokenSource) -> None:
-    """Check that a run's numbers on a dataset mean something: its ids are the run's, and documents are kept apart.
+    """Check that a run can be measured on a dataset: ids mean the same tokens, and documents end as in training.
 
     Raises:
-        UserError: the dataset was made with another tokenizer, or the run keeps to documents and cannot tell these.
+        UserError: the dataset was made with another tokenizer, or the run was trained with ``data.document_mask`` and
+            the dataset's documents do not end with its end-of-document token.
     """
     recorded, manifest = record_of_run(checkpoint, config), source.manifest
     if recorded is not None and manifest is not None and manifest.tokenizer.fingerprint != recorded.fingerprint:
@@ -43,14 +46,20 @@ def check_readable(checkpoint: Path, config: RunConfig, source: TokenSource) -> 
             raise UserError(
                 source.prefix,
                 f"the run keeps attention to documents that end with id {config.document_end}, but {reason}",
-                "preprocess the text as the run's own data, with --append-eod",
+                "preprocess the text like the run's own data, with --append-eod",
             )
 
 
 def open_for_run(
     checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None
 ) -> ValidationSet:
-    """Open a dataset that the run of ``checkpoint`` can score, in windows of the run's length if none is given.
+    """Open a dataset that the run of ``checkpoint`` can score.
+
+    Args:
+        checkpoint: of the run.
+        config: of the run.
+        prefix: path of the dataset without ``.bin``.
+        sequence_length: tokens of a window; None takes the run's.
 
     Raises:
         UserError: as ``ValidationSet`` and ``check_readable``.
@@ -61,37 +70,48 @@ def open_for_run(
 
 
 class TextSampler:
-    """Continue text with the model of a run: prompt in, text out.
+    """Continue text with the model of a run.
 
     Attributes:
         tokenizer: of the run.
-        end: id that ends a text, and that an empty prompt is taken for; None where nothing names one.
+        end: id that ends a text, and that stands in for an empty prompt; None if nothing names such a token.
+
+    Raises:
+        UserError: the run's tokenizer is missing, or another one is in its place.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, model: ChiarFormer):
         self.tokenizer = run_tokenizer(checkpoint, config)
-        # Where attention keeps to documents, what ends them for the model is in its config.
+        # A run with data.document_mask has in its config which token ends a document for the model.
         self.end = self.tokenizer.eod_id if config.document_end is None else config.document_end
         self._model = model
         self._known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
         self._known[list(self.tokenizer.known_ids())] = True
 
-    def __call__(self, prompt: str, max_new_tokens: int, **sampling: object) -> tuple[str, list[int]]:
-        """Return ``prompt`` with what follows it, and the new ids; ``sampling`` is as ``generate`` takes it.
+    def __call__(self, prompt: str, max_new_tokens: int, **sampling: Any) -> tuple[str, list[int]]:
+        """Continue ``prompt``.
+
+        Args:
+            prompt: text; an empty one starts a new document.
+            max_new_tokens: largest number of tokens to generate.
+            sampling: keyword arguments of ``generate``: temperature, top_k, top_p and seed.
+
+        Returns:
+            The prompt with its continuation, and the new ids.
 
         Raises:
             UserError: the prompt is empty and nothing names the token that ends a document.
         """
         ids = list(self.tokenizer.encode(prompt))
-        if not ids and self.end is None:
+        start = ids or ([self.end] if self.end is not None else [])
+        if not start:
             raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
-        begin = ids or [self.end]
-        new = generate(self._model, begin, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
+        new = generate(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
         return self.tokenizer.decode([*ids, *new]), new
 
 
 def model_score(model: ChiarFormer, device: torch.device) -> Score:
-    """A ``Score`` that asks ``model`` itself, without an engine."""
+    """Return a ``Score`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
     def score(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
@@ -102,7 +122,7 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
 
 
 def with_progress(score: Score, advance: Callable[[int], None]) -> Score:
-    """``score`` that tells ``advance`` how many windows it has done."""
+    """Return a ``Score`` that calls ``score`` and then ``advance`` with the number of windows that were scored."""
 
     def scored(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         result = score(inputs, targets)

@@ -1,4 +1,4 @@
-"""Load the model of a checkpoint to read it: no engine, no process group, no DeepSpeed."""
+"""Load the model of a checkpoint for inference, without an engine, a process group or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from megachiar.model.dtypes import DTYPES
 def load_for_inference(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[RunConfig, ChiarFormer, CheckpointState]:
-    """Config, model (in evaluation mode) and record of a checkpoint or of a run folder's newest one.
+    """Load a checkpoint, or the newest complete one of a run folder.
 
     Args:
         path: run folder or checkpoint folder.
-        device: where the model goes.
-        dtype: of its weights; by default the type the run computed in.
+        device: that the model is put on.
+        dtype: of the weights; None takes the dtype that the run computed in.
+
+    Returns:
+        The config of the run, its model in evaluation mode, and the checkpoint's record.
+
+    Raises:
+        UserError: there is no complete checkpoint at ``path``, or it is damaged.
     """
     checkpoint = locate_checkpoint(path)
     config = load_config(checkpoint / CONFIG_FILE)

@@ -71,6 +71,14 @@ class FixedLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
     ) -> LayerOutput:
+        """Run the layer for this rank's rows.
+
+        Args:
+            x: hidden states (m, d).
+            layout: the layout of the micro-batch.
+            cache: of earlier positions; None in training.
+            routes: not used: all rows take one operator.
+        """
         if self.is_attention:
             y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
         else:
@@ -110,6 +118,14 @@ class RoutedLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
     ) -> LayerOutput:
+        """Run the layer for this rank's rows.
+
+        Args:
+            x: hidden states (m, d).
+            layout: the layout of the micro-batch.
+            cache: of earlier positions; None in training.
+            routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
+        """
         decision = self.router(x, layout)
         if self.router.kind == "soft":
             hidden_states = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)

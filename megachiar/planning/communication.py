@@ -131,6 +131,7 @@ def _tokens(config: RunConfig, data_size: int) -> int:
 
 
 def _tensor_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
+    """Return the bytes that the collectives of the tensor-parallel group send, those of recomputed layers included."""
     model, parallel = config.model, config.parallel
     width = DTYPES[config.precision.compute].itemsize
     layers = [layer_payload(model, index, model.expected_attention_share, parallel.sequence) for index in stage.layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from megachiar.config import ConfigError, RunConfig, parse_config
 from megachiar.errors import UserError
@@ -90,24 +91,22 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[int, dict
             if machine.gpus % (tp * pp) or pp > model.num_layers:
                 continue
             dp = machine.gpus // (tp * pp)
-            share, rest = divmod(config.training.global_batch_size, dp)
+            replica_batch, rest = divmod(config.training.global_batch_size, dp)
             if rest:
                 continue
-            for micro in (size for size in (1, 2, 4, 8, 16, 32) if share % size == 0):
-                for zero in (1,) if pp > 1 else (1, 2, 3) if dp > 1 else (1,):
-                    for recompute in (None, 1):
-                        yield (
-                            dp,
-                            {
-                                "parallel.pipeline_size": pp,
-                                "parallel.tensor_size": tp,
-                                "parallel.data_size": dp,
-                                "parallel.sequence": tp > 1 and micro * config.sequence_length % tp == 0,
-                                "parallel.zero_stage": zero,
-                                "training.micro_batch_size": micro,
-                                "training.activation_checkpoint_interval": recompute,
-                            },
-                        )
+            micro_batch_sizes = [size for size in (1, 2, 4, 8, 16, 32) if replica_batch % size == 0]
+            zero_stages = (1, 2, 3) if pp == 1 and dp > 1 else (1,)
+            for micro, zero, recompute in product(micro_batch_sizes, zero_stages, (None, 1)):
+                overrides: dict[str, object] = {
+                    "parallel.pipeline_size": pp,
+                    "parallel.tensor_size": tp,
+                    "parallel.data_size": dp,
+                    "parallel.sequence": tp > 1 and micro * config.sequence_length % tp == 0,
+                    "parallel.zero_stage": zero,
+                    "training.micro_batch_size": micro,
+                    "training.activation_checkpoint_interval": recompute,
+                }
+                yield dp, overrides
 
 
 def _with_overrides(config: RunConfig, overrides: dict[str, object]) -> RunConfig:

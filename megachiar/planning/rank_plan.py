@@ -57,6 +57,7 @@ def plan_ranks(config: RunConfig, data_size: int, device: str = "cuda") -> list[
 
 
 def _plan_stage(config: RunConfig, data_size: int, stage: Stage, layer_parameters: list[int], device: str) -> RankPlan:
+    """Return the plan of one rank of ``stage``; ``layer_parameters`` has the number of parameters of every layer."""
     parameters = sum(layer_parameters[index] for index in stage.layers)
     if stage.is_first or stage.is_last:
         parameters += _embedding_parameters(config)

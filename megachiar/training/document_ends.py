@@ -1,4 +1,7 @@
-"""Where documents end in everything that a run reads: at one token with ``data.document_mask``, else it is said."""
+"""Check which token ends a document in every dataset of a run.
+
+With ``data.document_mask`` all datasets must agree on the token. Without it the log names the datasets that differ.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from megachiar.training.run_data import RunData
 
 
 def with_document_end(config: RunConfig, data: RunData) -> RunConfig:
-    """Return ``config`` with the token that ends a document, where attention is to keep to documents.
+    """Return ``config`` with ``data.document_end`` set where ``data.document_mask`` keeps attention within documents.
 
     Raises:
-        LaunchError: nothing names that token, or it does not end the documents of every dataset, be it trained or
-            validated on.
+        LaunchError: nothing names the token that ends a document, or that token does not end the documents of every
+            training and validation set.
     """
     if not config.data.document_mask:
         return config
@@ -28,7 +31,7 @@ def with_document_end(config: RunConfig, data: RunData) -> RunConfig:
     end, named_by = (stated, "data.document_end") if stated is not None else _known_end(data)
     try:
         reasons = [why_unmasked(source, end, is_stated=stated is not None) for source in data.sources]
-    except UserError as error:  # an id above the vocabulary, which every rank reads
+    except UserError as error:  # an id is above the vocabulary: every rank finds it
         raise LaunchError(error.where, error.problem, error.remedy) from error
     problems = [reason for reason in reasons if reason is not None]
     if problems:
@@ -53,7 +56,7 @@ def _remedy(end: int | None, is_stated: bool) -> str:
 
 
 def _known_end(data: RunData) -> tuple[int | None, str]:
-    """Return the token that ends a document and what names it: the first manifest that does, else the tokenizer."""
+    """Return the token that ends a document, and the file that names it: the first manifest or else the tokenizer."""
     for source in data.sources:
         if (end := recorded_end(source.manifest)) is not None:
             return end, str(manifest_path(source.prefix))
@@ -61,7 +64,10 @@ def _known_end(data: RunData) -> tuple[int | None, str]:
 
 
 def describe_document_ends(data: RunData) -> list[str]:
-    """Return a line where documents end in several ways in what a run reads or, if it is still there, has read."""
+    """Return a line for the log where the datasets of a run end documents with different tokens.
+
+    Datasets that the run read earlier count too, as long as they are still in their place.
+    """
     groups: dict[int | None, list[str]] = {}
     for source in data.sources:
         if not is_one_document(source):
@@ -78,12 +84,12 @@ def describe_document_ends(data: RunData) -> list[str]:
 
 
 def _earlier_ends(history: DataHistory) -> Iterator[tuple[str, int | None]]:
-    """Yield path and recorded end of documents of each source that the run has read and reads no more."""
+    """Yield path and recorded end-of-document id of each source that the run has read earlier and no longer reads."""
     current = {share.source for share in history.orders[-1].shares}
     for number, record in enumerate(history.sources):
         if number in current:
             continue
-        with contextlib.suppress(UserError):  # something else lies there by now
+        with contextlib.suppress(UserError):  # another file is in its place by now
             manifest = read_manifest(record.path)
             if manifest is not None and manifest.content == record.checksum and is_recorded(manifest):
                 yield record.path, recorded_end(manifest)

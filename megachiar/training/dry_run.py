@@ -1,26 +1,38 @@
-"""``--dry-run``: what a run would be, without building a weight."""
+"""``--dry-run``: print what a run would compute, hold and send, without building its weights."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megachiar.config import RunConfig
+from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import idx_path
-from megachiar.errors import UserError
 from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_data import check_max_epochs, describe_source_usage, open_data
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
-    """Print the resolved config on standard output and the plan after it."""
+    """Print the resolved config and after it the plan, on standard output.
+
+    Args:
+        config: of the run.
+        world_size: ranks to plan for; None takes the ranks that are started, or else those that the config asks for.
+
+    Raises:
+        UserError: the layout does not fit the ranks, or a dataset cannot be read or is too small.
+    """
+    if not _missing(source.path for source in config.data.train):
+        config = resolve_epochs(config)
     ranks = world_size or _planned_ranks(config)
     data_size = data_parallel_size(config, ranks)
     sys.stdout.write(config.to_yaml())
@@ -48,14 +60,22 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
         ("parameters", f"{build_model(config.model, seed=0, device='meta').parameter_count():,}"),
         ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
         ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
-        ("tokens in all", f"{tokens * training.steps:,} in {training.steps:,} steps"),
+        ("tokens in all", _length(config, tokens)),
         ("FLOPs a step", f"{per_token * tokens:.3e} at attention share {share:.2f} of routed layers"),
         ("  against all attention", f"{per_token / baseline:.1%} of {baseline * tokens:.3e}"),
     ]
 
 
+def _length(config: RunConfig, tokens_of_a_step: int) -> str:
+    key, value = asked_length(config.training)
+    if config.training.steps is None:
+        return f"{value:g} epochs of data.train, which is not on this machine"
+    asked = "" if key == "steps" else f", from training.{key} {value:,g}"
+    return f"{tokens_of_a_step * config.steps:,} in {config.steps:,} steps{asked}"
+
+
 def _ranks_table(stages: list[RankPlan]) -> Table:
-    """Memory and traffic of one rank of each stage; of many stages, the first, the fullest and the last."""
+    """Return a table of memory and traffic of a rank of each stage; of more than 4, the first, fullest and last."""
     fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
     shown = range(len(stages)) if len(stages) <= 4 else sorted({0, fullest, len(stages) - 1})
     table = Table(title="one rank of a stage on a GPU, without what libraries hold (estimate)", title_justify="left")
@@ -77,7 +97,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
             "  activations, recomputed",
             [gib(m.activations_recomputed) + " (not this run)" * (not m.recomputes) for m in memory],
         ),
-        ("sent a step in the tensor group", [gib(t.tensor) for t in traffic]),
+        ("sent a step in the tensor-parallel group", [gib(t.tensor) for t in traffic]),
         ("  to other stages", [gib(t.pipeline) for t in traffic]),
         ("  to other replicas", [gib(t.data) for t in traffic]),
     ]
@@ -87,7 +107,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
 
 
 def _mean_share(config: RunConfig, routed_share: float) -> float:
-    """Attention share over all layers when the routed ones have ``routed_share``."""
+    """Return the attention share over all layers where the routed layers have ``routed_share``."""
     model = config.model
     if model.kind == "baseline":
         return 1.0
@@ -95,7 +115,7 @@ def _mean_share(config: RunConfig, routed_share: float) -> float:
 
 
 def _planned_ranks(config: RunConfig) -> int:
-    """The ranks that are started, or those that the config asks for."""
+    """Return the number of ranks that are started, or that the config asks for where one process runs alone."""
     parallel = config.parallel
     replica = parallel.pipeline_size * parallel.tensor_size
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,19 +123,22 @@ def _planned_ranks(config: RunConfig) -> int:
 
 
 def _data_note(config: RunConfig) -> str:
-    """What the datasets say, if they are here: a plan is often made on another machine."""
-    prefixes = [source.path for source in config.data.train] + list(config.data.validation.values())
-    missing = [prefix for prefix in prefixes if not Path(idx_path(prefix)).exists()]
+    """Return the passes over each dataset, or the names of datasets that are missing on this machine.
+
+    A plan is often made on another machine than the run's.
+    """
+    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values()])
     if missing:
-        return f"not checked, since not on this machine: {', '.join(map(str, missing))}"
-    try:
-        data = open_data(config)
-        check_max_epochs(config, data)
-    except UserError as error:
-        raise UserError(error.where, error.problem, error.remedy) from None
+        return f"these datasets are not on this machine, so that they were not checked: {', '.join(map(str, missing))}"
+    data = open_data(config)
+    check_max_epochs(config, data)
     return "\n".join(describe_source_usage(config, data))
 
 
+def _missing(prefixes: Iterable[Path]) -> list[Path]:
+    return [prefix for prefix in prefixes if not idx_path(prefix).exists()]
+
+
 def gib(size: float) -> str:
-    """Bytes for the reader."""
+    """Return ``size`` bytes as text, in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"

@@ -1,4 +1,7 @@
-"""How well a model predicts a text: token perplexity, word perplexity and bits per byte."""
+"""Measure how well a model predicts a text: token perplexity, word perplexity and bits per byte.
+
+Shapes: n windows, T = sequence length.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 
 from megachiar.data.sampling.dataset import IGNORED_TARGET, ValidationSet
 
-# Summed cross-entropy in nats and number of targets of (inputs, targets), both (n, T).
 Score = Callable[[np.ndarray, np.ndarray], tuple[float, int]]
+"""Takes inputs and targets, int64 (n, T); returns the summed cross-entropy in nats and the number of targets."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,12 @@ class Evaluation:
     """Loss of a model on a validation set.
 
     Attributes:
-        tokens: targets that were predicted.
-        loss: mean cross-entropy a token, in nats.
-        token_ppl: exp(loss).
-        word_ppl: exp of the cross-entropy a whitespace-separated word; None where the words are not known.
-        bits_per_byte: cross-entropy in bits per UTF-8 byte of the text; None where the bytes are not known.
-        complete: whether the whole set was read. If not, words and bytes are taken in proportion to the tokens.
+        tokens: number of targets that were predicted.
+        loss: mean cross-entropy in nats per token.
+        token_ppl: perplexity per token, exp(loss).
+        word_ppl: exp of the mean cross-entropy in nats per whitespace-separated word; None without a word count.
+        bits_per_byte: cross-entropy in bits per UTF-8 byte of the text; None without a byte count.
+        complete: whether the whole set was read. If not, words and bytes are counted in proportion to the tokens.
     """
 
     tokens: int
@@ -35,6 +38,7 @@ class Evaluation:
     complete: bool
 
     def as_dict(self) -> dict[str, float | int | bool | None]:
+        """Return the fields by name, as metrics.jsonl and ``--json`` hold them."""
         return asdict(self)
 
 
@@ -48,10 +52,19 @@ def evaluate(
     ranks: int = 1,
     reduce_sum: Callable[[list[float]], list[float]] = lambda values: values,
 ) -> Evaluation:
-    """Score the first ``windows`` windows of ``dataset`` (None: all), shared out over ``ranks``.
+    """Score a validation set on several ranks, each of which calls this function.
 
-    Every rank calls ``score`` equally often (ZeRO 3 gathers parameters in step): one that has no window left scores
-    padding. ``reduce_sum`` adds values up over the ranks.
+    Every rank calls ``score`` equally often, since ZeRO 3 gathers parameters on all ranks at once. A rank that has no
+    window left scores padding.
+
+    Args:
+        score: of the model.
+        dataset: the validation set.
+        batch_size: windows that one call of ``score`` gets, per rank.
+        windows: number of windows that all ranks together score, from the first on; None scores all.
+        rank: number of this rank among ``ranks``.
+        ranks: number of ranks that share the windows.
+        reduce_sum: returns the sum of each value over all ranks.
     """
     total = min(windows or dataset.windows, dataset.windows)
     nats, targets = 0.0, 0
@@ -68,7 +81,7 @@ def evaluate(
 
 
 def summarise(nats: float, tokens: int, dataset: ValidationSet) -> Evaluation:
-    """The measures of ``nats`` summed over ``tokens`` targets of ``dataset``."""
+    """Return the measures of a cross-entropy of ``nats``, summed over ``tokens`` targets of ``dataset``."""
     share = tokens / dataset.targets
     loss = nats / tokens
     return Evaluation(

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and a line for the reader."""
+"""The metrics of a run: ``metrics.jsonl``, one JSON record a line, and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ import json
 import math
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megachiar.data.storage.files import write_atomically
 from megachiar.errors import disk_errors
 
 
 class MetricsWriter:
-    """Writes each record to ``metrics.jsonl`` and TensorBoard; rank 0 only.
+    """Write each record to ``metrics.jsonl`` and TensorBoard; rank 0 alone does so.
 
     Args:
         folder: the run folder.
         tensorboard: whether to write event files.
-        step: step the run goes on from. Records after it, of a run that was stopped before it saved, are dropped, so
-            that the file tells one history.
+        step: step that the run continues from. Records of later steps, which a run wrote and then stopped before it
+            saved, are removed, so that the file holds one history.
+
+    Raises:
+        UserError: the disk is full or read-only; ``write`` raises it as well.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, step: int):
         self.path = folder / "metrics.jsonl"
         self._forget_after(step)
         with disk_errors(self.path):
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
         self._tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +41,7 @@ class MetricsWriter:
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Append one record; lists (one value a layer) become one TensorBoard curve a layer."""
+        """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""
         with disk_errors(self.path):
             self._file.write(json.dumps({"step": step, "kind": kind, **_without_nan(values)}) + "\n")
             self._file.flush()
@@ -58,6 +56,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(f"{kind}/{tag}", number, step)
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -70,7 +69,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Records of a run's metrics.jsonl, oldest first; only those of ``kind`` if given."""
+    """Return the records of a run's ``metrics.jsonl``, oldest first; only those of ``kind`` if it is given."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [record for record in records if kind in (None, record["kind"])]
@@ -79,12 +78,12 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run
+    except (json.JSONDecodeError, KeyError):  # a killed run may leave half a last line
         return math.inf
 
 
 def _without_nan(value: Any) -> Any:
-    """``value`` with nan and inf as null: JSON has neither."""
+    """Return ``value`` with None in place of nan and inf, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -93,43 +92,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: allocated on its GPU, or resident in RAM on a CPU."""
+    """Return the most bytes that this rank has held: allocated on its GPU, or resident in RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class Display:
-    """The run as a person follows it: a bar on a terminal, a line now and then in any case."""
-
-    def __init__(self, console: Console, steps: int, done: int):
-        self.console, self.steps = console, steps
-        self._began, self._done_before = time.monotonic(), done
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        columns += (TextColumn("{task.fields[note]}"),)
-        live = console.is_terminal and not console.quiet
-        self._progress = Progress(*columns, console=console, transient=True) if live else None
-        self._task = self._progress.add_task("", total=steps, completed=done, note="") if self._progress else None
-
-    @contextmanager
-    def running(self) -> Iterator[Display]:
-        if self._progress is None:
-            yield self
-            return
-        with self._progress:
-            yield self
-
-    def advance(self, step: int, loss: float) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, note=f"loss {loss:.4f}")
-
-    def line(self, text: str) -> None:
-        self.console.print(text)
-
-    def time_left(self, step: int) -> str:
-        """Time to the last step at the mean rate since this process started."""
-        rate = (time.monotonic() - self._began) / max(1, step - self._done_before)
-        seconds = round(rate * (self.steps - step))
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"

@@ -1,11 +1,12 @@
-"""What a GPU can reach at most, by the name that its driver gives it: the denominator of MFU.
+"""Peak FLOP/s of GPUs by the name that their driver reports: the denominator of MFU.
 
-Dense (not sparse) products of bf16 or fp16 summed in fp32, in TFLOP/s, from the vendors' data sheets and architecture
-papers. Where a data sheet gives only the number with sparsity, half of it. GeForce cards sum in fp32 at half the rate
-of fp16, which their papers list in a row of its own; of AMD's MI200 a device is one of the two dies of a module.
+The numbers are TFLOP/s of dense (not sparse) products of bf16 or fp16 summed in fp32, from the vendors' data sheets and
+architecture papers. Where a data sheet gives only the number with sparsity, the table has half of it. GeForce cards sum
+in fp32 at half the rate of fp16, which their papers list in a row of its own. A device of AMD's MI200 series is one of
+the two dies of a module.
 
-A name that is not here exactly has no peak: a laptop's chip, a MIG slice or a cut-down export model shares most of its
-name with a card several times as fast.
+Only a name that is exactly in the table has a peak: a laptop's chip, a MIG slice or a cut-down export model shares
+most of its name with a card that is several times as fast.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 TERA = 1e12
 PEAKS = {
-    # NVIDIA data centre: the data sheet of each product. Without PCIE or NVL: the SXM module.
+    # NVIDIA data centre: the data sheet of each product. A name without PCIE or NVL is the SXM module.
     "V100": 125,
     "V100 PCIE": 112,
     "V100S PCIE": 130,
@@ -76,24 +77,24 @@ PEAKS = {
     "MI350X": 2306.9,
     "MI355X": 2516.6,
 }
-# Words of a name that say nothing of the chip: maker and brand, the module's form, memory, cooling, a virtual function.
+# These words of a name do not identify the chip: maker, brand, module form, memory, cooling, virtual function.
 _BESIDE_THE_CHIP = re.compile(r"NVIDIA|AMD|TESLA|GEFORCE|INSTINCT|GENERATION|SXM\d|OAM|\d+GB?|HBM\w*|AC|VF")
 
 
 def peak_of(name: str) -> float | None:
-    """Peak in FLOP/s of the GPU that ``torch.cuda.get_device_name`` calls ``name``; None where it is not known."""
+    """Return the peak in FLOP/s of a GPU by what ``torch.cuda.get_device_name`` returns; None if it is unknown."""
     words = [word for word in re.split(r"[\s-]+", name.upper()) if not _BESIDE_THE_CHIP.fullmatch(word)]
     peak = PEAKS.get(" ".join(words))
     return peak * TERA if peak is not None else None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of a rank's device in FLOP/s; None where it is not known, as on a CPU."""
+    """Return the peak of a rank's device in FLOP/s; None if it is unknown, as on a CPU."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def why_no_utilisation(device: torch.device) -> str | None:
-    """Why a run on ``device`` logs no MFU, for its reader; None where it does, and on a CPU, where none is expected."""
+    """Return why a run on ``device`` logs no MFU; None where it logs MFU, and on a CPU, where nobody expects it."""
     if device.type != "cuda" or peak_flops(device) is not None:
         return None
     name = torch.cuda.get_device_name(device)

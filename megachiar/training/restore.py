@@ -1,4 +1,4 @@
-"""Bring an engine to where its run starts."""
+"""Load into the engine what its run starts from."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
-        samples: training samples consumed.
-        saved_step: step of the newest checkpoint; None before the first.
+        samples: training samples that all ranks together have consumed.
+        saved_step: step of the newest checkpoint in the run folder; None before the first.
     """
 
     step: int = 0
@@ -31,30 +31,37 @@ class Progress:
     saved_step: int | None = None
 
 
-def restore(engine: Engine, data: RunData, start: Start, say: Callable[[str], None]) -> tuple[Progress, RunData]:
-    """Bring the engine to ``start``; every rank calls it.
+def restore(engine: Engine, data: RunData, start: Start, log: Callable[[str], None]) -> tuple[Progress, RunData]:
+    """Load the checkpoint of ``start`` into ``engine``, if there is one; every rank calls this function.
+
+    Args:
+        engine: with initial weights.
+        data: of the config, as a new run would read it.
+        start: what ``resolve_start`` decided.
+        log: prints a line of the log.
 
     Returns:
-        how far the run is, and its data from there on.
+        How far the run is, and the data that it reads from there on.
 
     Raises:
-        UserError: the checkpoint is damaged, of another model, or of data that ``data.on_change`` does not allow.
+        UserError: the checkpoint is damaged, holds another model, or has read data that ``data.on_change`` does not
+            allow to change.
     """
-    if start.kind == "fresh":
+    if start.path is None:
         return Progress(), data
     if start.kind == "weights":
         load_weights(engine, start.path)
-        say(f"weights from {start.path}; optimizer, schedule and data start anew")
+        log(f"weights from {start.path}; optimizer, schedule and data start anew")
         for line in describe_other_tokenizer(start.path, data.tokenizer_record):
-            say(f"[yellow]  {escape(line)}[/]")
+            log(f"[yellow]  {escape(line)}[/]")
         return Progress(), data
     check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
     changes = check_data(start.path, read_state(start.path), engine.config, data.history)
     state = resume(engine, start.path)
     what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
-    say(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
+    log(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
     lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
     for line in (*lines, *describe_mask_change(start.path, engine.config)):
-        say(f"[yellow]  {escape(line)}[/]")
+        log(f"[yellow]  {escape(line)}[/]")
     saved = state.step if start.kind == "resumed" else None
     return Progress(state.step, state.samples, saved), data.continue_from(state.data, state.step)

@@ -1,4 +1,4 @@
-"""From a checked config to a finished run, in the order things happen."""
+"""Train from a checked config to a finished run; the functions stand in the order in which they act."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megachiar.config import RunConfig
+from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer
 from megachiar.engine.engine import Engine, start_process_group
@@ -17,8 +18,10 @@ from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.topology import Topology, raise_together
+from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
-from megachiar.training.metrics import Display, MetricsWriter
+from megachiar.training.epochs import resolve_epochs
+from megachiar.training.metrics import MetricsWriter
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import Progress, restore
 from megachiar.training.run_data import (
@@ -34,13 +37,27 @@ from megachiar.training.watch import PeerWatch
 
 
 def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
-    """Train as ``config`` says; returns the exit code of the process."""
+    """Train as ``config`` says, from opening the data to the last step; every rank calls this function.
+
+    Args:
+        config: checked.
+        topology: of this rank, still without process groups.
+        signals: that stop the run after a checkpoint.
+        console: of this rank, for the log.
+
+    Returns:
+        The exit code of the process.
+
+    Raises:
+        UserError: data, checkpoint, layout or disk do not allow the run.
+    """
     problem = None
     try:
+        config = resolve_epochs(config)
         data = open_data(config)
         config = with_document_end(config, data)
     except UserError as error:
-        problem = error  # the others may see a dataset that this rank does not
+        problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
     device = start_process_group(config, topology)
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):
@@ -60,7 +77,19 @@ def train(
     signals: StopSignals,
     console: Console,
 ) -> int:
-    """Train with the process group and the data already there, from where the run starts to its last step."""
+    """Train with process groups already set up and data already opened; every rank calls this function.
+
+    Args:
+        config: checked, with ``data.document_end`` set where a mask needs it.
+        topology: of this rank, with process groups.
+        device: of this rank.
+        data: of the config, as a new run would read it.
+        signals: that stop the run after a checkpoint.
+        console: of this rank, for the log.
+
+    Returns:
+        The exit code of the process.
+    """
     start = resolve_start(config, topology, console.print)
     engine = Engine(config, topology, device)
     log_run_header(config, engine, data, console)
@@ -68,11 +97,12 @@ def train(
     check_max_epochs(config, data)
     for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
-    display = Display(console, config.training.steps, progress.step)
-    if progress.step >= config.training.steps:
+    display = Display(console, config.steps, progress.step)
+    if progress.step >= config.steps:
+        key, _ = asked_length(config.training)
         console.print(
             f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
-            f"{config.training.steps:,}. To train it further raise training.steps; to begin another run name another "
+            f"{config.steps:,}. To train it further raise training.{key}; to begin another run name another "
             "logging.folder."
         )
         return 0
@@ -86,7 +116,7 @@ def train(
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
-    """Write the resolved config and the tokenizer, and open the metrics."""
+    """Write the resolved config and the tokenizer to the run folder, and open its metrics; rank 0 alone does so."""
     folder = config.logging.folder
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     if data.tokenizer is not None:
@@ -97,7 +127,7 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
 
 
 def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
-    """The first lines of the log: what runs, on what, from what."""
+    """Print the first lines of the log: model, ranks and device, kernels, batch sizes, and what the run lacks."""
     topology, training = engine.topology, config.training
     count = build_model(config.model, seed=0, device="meta").parameter_count()
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
@@ -113,9 +143,11 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
     console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
+    key, value = asked_length(training)
+    asked = "" if key == "steps" else f", from training.{key} {value:,g}"
     console.print(
-        f"{training.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
-        f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps})"
+        f"{config.steps:,} steps of {training.global_batch_size} x {config.sequence_length} = {tokens:,} tokens "
+        f"(micro-batch {training.micro_batch_size}, accumulation {engine.accumulation_steps}){asked}"
     )
     if reason := why_no_utilisation(engine.device):
         console.print(f"[yellow]  {escape(reason)}[/]")

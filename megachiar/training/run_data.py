@@ -1,4 +1,4 @@
-"""The data of a run, opened and checked against its config before any rank waits for another."""
+"""Open the data of a run and check it against the config, before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
+from megachiar.config.run_length import samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
@@ -15,6 +16,7 @@ from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenize
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
+from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
 
@@ -23,13 +25,13 @@ EPOCHS_WORTH_REPORTING = 4
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads.
+    """The datasets of a run.
 
     Attributes:
-        training: its samples by position.
-        validation: by name.
-        history: what the run has read and reads, as checkpoints record it.
-        tokenizer: None where neither config nor manifest names one.
+        training: training samples by position in the run.
+        validation: validation sets by name.
+        history: what the run has read and reads next, as checkpoints record it.
+        tokenizer: of the datasets; None where neither config nor manifest names one that is still there.
     """
 
     training: SampleStream | MegatronStream
@@ -39,16 +41,16 @@ class RunData:
 
     @property
     def sources(self) -> list[TokenSource]:
-        """Every dataset that is read from here on, to train or to validate on."""
+        """Every dataset that the run reads from here on, for training or validation."""
         return [*self.training.sources, *(dataset.source for dataset in self.validation.values())]
 
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
-        """What made the data, even where the tokenizer itself is gone; None where nothing tells."""
+        """The record of the tokenizer that made the data, even if its files are gone; None where nothing records it."""
         return record_of_data(self.sources, self.tokenizer)
 
     def continue_from(self, history: DataHistory, step: int) -> RunData:
-        """The data of a run that goes on at ``step`` with this data, after what ``history`` says it has read.
+        """Return the data of a run that has read ``history`` up to ``step`` and continues with this data.
 
         Raises:
             LaunchError: a source is shorter than one sample.
@@ -64,7 +66,8 @@ def open_data(config: RunConfig) -> RunData:
     """Open every dataset of ``config``.
 
     Raises:
-        LaunchError: one of them is missing, damaged, too short, or of another vocabulary than the model or the others.
+        LaunchError: a dataset is missing, damaged or too short, or its vocabulary does not fit the model's or the
+            other datasets'.
     """
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
@@ -78,26 +81,34 @@ def open_data(config: RunConfig) -> RunData:
         data = RunData(training, validation, history, tokenizer=None)
         check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources])
         return replace(data, tokenizer=find_tokenizer(config, data.sources))
-    except UserError as error:  # every rank reads the same files
+    except UserError as error:  # every rank reads the same files, so that one report is enough
         raise LaunchError(error.where, error.problem, error.remedy) from error
 
 
 def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | MegatronStream, range]:
-    """The data of a run, its samples around step ``step``, counted from 1, and the positions that it reads.
+    """Open what one step of a run reads or has read.
 
-    A run that goes on from a checkpoint has read what that one says; from there on it reads what ``config`` says.
+    Up to its newest checkpoint a run has read what the checkpoint records; from there on it reads what ``config`` says.
+
+    Args:
+        config: of the run.
+        step: counted from 1.
+
+    Returns:
+        The data of the run, the samples in the order that the step belongs to, and the positions that the step reads.
 
     Raises:
-        UserError: there is no such step.
-        LaunchError: as ``open_data`` and ``check_data``; or a dataset that the step read is gone.
+        UserError: ``step`` is below 1.
+        LaunchError: as ``open_data`` and ``check_data``; or a dataset that the step has read is gone.
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
+    config = resolve_epochs(config)
     data = open_data(config)
-    start = find_start(config)
-    if start.continues:
-        state = read_state(start.path)
-        check_data(start.path, state, config, data.history)
+    checkpoint = find_start(config).continues_from
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_data(checkpoint, state, config, data.history)
         data = data.continue_from(state.data, state.step)
     history = data.history
     positions = history.samples_of(step)
@@ -112,7 +123,7 @@ def _past_source(history: DataHistory, number: int) -> TokenSource:
     record = history.sources[number]
     source = TokenSource(record.path)
     if not record.same_data(_record(source)):
-        raise LaunchError(record.path, "is not the dataset any more that this step read", "bring that one back")
+        raise LaunchError(record.path, "is no longer the dataset that this step has read", "put that dataset back")
     return source
 
 
@@ -135,31 +146,35 @@ def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHisto
 
 
 def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource]) -> SampleStream | MegatronStream:
-    """The samples of a run in the order that ``data.order`` names."""
+    """Return the samples of a new run in the order that ``data.order`` names."""
     if config.data.order == "keyed":
         return _stream(history, history.orders[0], dict(enumerate(sources)))
     weights = [source.weight for source in config.data.train]
-    samples = config.training.steps * config.training.global_batch_size
+    samples = config.steps * config.training.global_batch_size
     return MegatronStream(sources, weights, config.sequence_length, config.training.seed, samples)
 
 
 def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSource]) -> SampleStream:
-    """The samples of one order, out of ``sources`` by number."""
-    chosen = [sources[share.source] for share in order.shares]
+    """Return the samples of one order, read from ``sources``, which are keyed by their number in ``history``."""
+    ordered = [sources[share.source] for share in order.shares]
     try:
-        return SampleStream(chosen, history.run_order(order, [bin_path(source.prefix) for source in chosen]))
+        return SampleStream(ordered, history.run_order(order, [bin_path(source.prefix) for source in ordered]))
     except UserError as error:
         raise LaunchError(error.where, error.problem, error.remedy) from error
 
 
 def check_max_epochs(config: RunConfig, data: RunData) -> None:
-    """Refuse to pass over a source more often than ``data.max_epochs``.
+    """Check that the run reads no source more often than ``data.max_epochs`` times.
 
     Raises:
-        LaunchError: names the source, its passes, and the share of its weight that would do.
+        LaunchError: a source is too small. The message names it, its epochs, and the share of its weight that it can
+            have.
     """
-    limit = config.data.max_epochs
-    for use in source_usage(config, data):
+    limit, samples = config.data.max_epochs, data.history.samples_before(config.steps)
+    if config.training.epochs is not None:  # the rest of the last step is not what was asked for
+        samples_per_epoch = sum(use.samples_per_epoch for use in data.training.describe(samples))
+        samples = min(samples, samples_of_epochs(config.training.epochs, samples_per_epoch))
+    for use in data.training.describe(samples):
         if limit is not None and use.epochs > limit:
             raise LaunchError(
                 f"data.train {use.prefix}",
@@ -170,12 +185,12 @@ def check_max_epochs(config: RunConfig, data: RunData) -> None:
 
 
 def source_usage(config: RunConfig, data: RunData) -> list[SourceUse]:
-    """What the whole run takes from each of the sources that it reads now."""
-    return data.training.describe(data.history.samples_before(config.training.steps))
+    """Return what the whole run, to its last step, takes from each of its current sources."""
+    return data.training.describe(data.history.samples_before(config.steps))
 
 
 def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
-    """A line for each source; what is passed over too often says so."""
+    """Return a line for the log for each source; it warns of a source that the run repeats too often."""
     lines = []
     for use in source_usage(config, data):
         line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
@@ -186,7 +201,7 @@ def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
 
 
 def describe_seen_validation(data: RunData) -> list[str]:
-    """Return a line for each validation set that is a training source as well, so that its loss is of learned text."""
+    """Return a line for the log for each validation set that is also trained on, and so measures nothing new."""
     lines = []
     for name, dataset in data.validation.items():
         twins = [source.prefix for source in data.training.sources if _hold_the_same(source, dataset.source)]
@@ -197,5 +212,6 @@ def describe_seen_validation(data: RunData) -> list[str]:
 def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
     if one.prefix.resolve() == other.prefix.resolve():
         return True
-    known = one.manifest is not None and other.manifest is not None
-    return known and one.manifest.content == other.manifest.content
+    if one.manifest is None or other.manifest is None:
+        return False
+    return one.manifest.content == other.manifest.content

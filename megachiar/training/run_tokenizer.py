@@ -1,6 +1,7 @@
-"""The tokenizer of a run: found when it begins, held against what it was trained with, loaded again to read it.
+"""Find the tokenizer of a run when it starts, compare it when it continues, and load it when the run is read.
 
-What the manifests of its data record is the truth; the run folder keeps the same record with a copy of the files.
+The manifests of the run's data record which tokenizer made them. The run folder keeps a copy of the tokenizer's files
+and of that record.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
     Its kind and its end-of-document token are those that the manifest records.
 
     Returns:
-        None if neither names one that is still there.
+        The tokenizer, or None if neither config nor manifest names one that is still there.
 
     Raises:
-        UserError: the one in the config is missing, has more ids than the model, or did not make the datasets.
+        UserError: the config's tokenizer is missing, has more ids than the model, or did not make the datasets.
     """
     known = first_manifest((source.prefix, source.manifest) for source in sources)
     path = config.data.tokenizer or (find_recorded(*known) if known is not None else None)
@@ -53,7 +54,7 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
 
 
 def record_of_data(sources: Sequence[TokenSource], tokenizer: Tokenizer | None) -> TokenizerRecord | None:
-    """Return what made ``sources``, as their first manifest says, or else describe ``tokenizer``, if there is one."""
+    """Return the tokenizer's record in the first manifest of ``sources``, or else one that describes ``tokenizer``."""
     known = first_manifest((source.prefix, source.manifest) for source in sources)
     if known is not None:
         return known[1].tokenizer
@@ -61,10 +62,14 @@ def record_of_data(sources: Sequence[TokenSource], tokenizer: Tokenizer | None) 
 
 
 def check_kept_tokenizer(run: Path, now: TokenizerRecord | None) -> None:
-    """Check that a run which goes on reads data of the tokenizer that its folder ``run`` keeps.
+    """Check that a run which continues reads data made with the tokenizer that its folder ``run`` keeps.
+
+    Args:
+        run: the run folder.
+        now: record of the tokenizer that made the data; None where nothing records it.
 
     Raises:
-        LaunchError: its data is of another one, ``now``: every id would mean something else from here on.
+        LaunchError: another tokenizer made the data, so that every id would change its meaning.
     """
     kept = read_kept_record(run)
     if kept is not None and now is not None and kept.fingerprint != now.fingerprint:
@@ -72,12 +77,12 @@ def check_kept_tokenizer(run: Path, now: TokenizerRecord | None) -> None:
             run / KEPT_RECORD,
             f"the run was trained with tokenizer {kept.file} ({kept.fingerprint}), but its data is now made with "
             f"{now.file} ({now.fingerprint})",
-            "go on with data of the run's tokenizer, or start a new run in another logging.folder",
+            "continue with data of the run's tokenizer, or start a new run in another logging.folder",
         )
 
 
 def describe_other_tokenizer(checkpoint: Path, now: TokenizerRecord | None) -> list[str]:
-    """Return a line where a new run, of tokenizer ``now``, starts with weights that were trained with another one.
+    """Return a line for the log where a new run loads weights that were trained with another tokenizer than ``now``.
 
     Raises:
         UserError: the config or the record beside the checkpoint is damaged.
@@ -92,9 +97,9 @@ def describe_other_tokenizer(checkpoint: Path, now: TokenizerRecord | None) -> l
 
 
 def record_of_run(checkpoint: Path, config: RunConfig) -> TokenizerRecord | None:
-    """Return the record of the tokenizer that the run of ``checkpoint`` was trained with; None if nothing tells.
+    """Return the record of the tokenizer that the run of ``checkpoint`` was trained with; None if nothing records it.
 
-    An older run folder keeps no record: there it is that of the first manifest of its data that is still there.
+    An older run folder keeps no record. The first manifest of its data that is still there stands in for it.
     """
     kept = read_kept_record(checkpoint.parent.parent)
     if kept is not None:
@@ -104,12 +109,12 @@ def record_of_run(checkpoint: Path, config: RunConfig) -> TokenizerRecord | None
 
 
 def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
-    """Load the tokenizer of the run that wrote ``checkpoint``: its own copy, or the one its config or data names.
+    """Load the tokenizer of the run that wrote ``checkpoint``: its own copy, or the one that its config or data names.
 
-    Its kind and its end-of-document token are those that the run folder, else a manifest of its data, records.
+    Its kind and its end-of-document token are those that the run folder, or else a manifest of its data, records.
 
     Raises:
-        UserError: there is none any more, or what is there is another one.
+        UserError: no tokenizer of the run is left, or another one is in its place.
     """
     run = checkpoint.parent.parent
     kept = read_kept_record(run)
@@ -117,7 +122,7 @@ def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
     if path is None:
         raise UserError(
             checkpoint,
-            "no tokenizer of this run is to be found",
+            "no tokenizer of this run was found",
             f"put its file into {run / KEPT_FOLDER}, or set data.tokenizer",
         )
     if kept is not None:
@@ -129,13 +134,13 @@ def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
 
 
 def _candidates(run: Path, kept: TokenizerRecord | None, config: RunConfig) -> list[Path]:
-    """Return where the tokenizer of a run may be, the best place first."""
+    """Return paths where the tokenizer of a run may be, the best one first."""
     if kept is not None:
         candidates = [run / kept.file]
     else:
         folder = run / KEPT_FOLDER
         candidates = sorted(folder.iterdir()) if folder.is_dir() else []
-        if len(candidates) > 1:  # the files of one tokenizer, not a folder or file
+        if len(candidates) > 1:  # these are the files of one tokenizer, which is named by their folder
             candidates = [folder]
     if config.data.tokenizer is not None:
         candidates.append(config.data.tokenizer)
@@ -145,7 +150,10 @@ def _candidates(run: Path, kept: TokenizerRecord | None, config: RunConfig) -> l
 
 
 def _load_of_older_run(path: Path, recorded: TokenizerRecord | None, checkpoint: Path) -> Tokenizer:
-    """Load the tokenizer at ``path`` as ``recorded``, or by itself if it is another one: a kept copy counts more."""
+    """Load the tokenizer at ``path`` as ``recorded`` says, or without the record if it is of another tokenizer.
+
+    A copy in the run folder is trusted more than a manifest of the data.
+    """
     if recorded is not None:
         with contextlib.suppress(UserError):
             return load_as_recorded(path, recorded, checkpoint)

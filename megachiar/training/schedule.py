@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate is a pure function of the step, so that checkpoints neither save nor restore it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from megachiar.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of optimizer step ``step``, counted from 1.
+    """Return the learning rate of optimizer step ``step``, counted from 1.
 
-    Warm-up rises linearly and gives step 1 a share of the peak, not 0. From the end of the warm-up to
-    ``decay_steps`` the schedule's own curve; the minimum afterwards.
+    The warm-up rises linearly; step 1 already gets a share of the peak, not 0. From the end of the warm-up to
+    ``decay_steps`` the rate follows the curve of ``schedule.kind``; afterwards it is the minimum.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
-    end = schedule.decay_steps or config.training.steps
+    end = schedule.decay_steps or config.steps
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":
@@ -22,7 +22,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
         start = max(start, round(end * (1 - schedule.wsd_decay_fraction)))
-    taken = step - 1  # steps before this one
+    taken = step - 1  # steps taken before this one
     progress = min(1.0, max(0.0, (taken - start) / max(1, end - start)))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return schedule.minimum_learning_rate + (peak - schedule.minimum_learning_rate) * remaining

@@ -1,7 +1,7 @@
-"""Where a run starts: decided once, by rank 0, and told to all ranks.
+"""Where a run starts: rank 0 decides it once and broadcasts the decision to all ranks.
 
-the run folder has a whole checkpoint      resumed: go on from its newest (refused with checkpoint.resume: never)
-else, checkpoint.load_from is given        weights, or with checkpoint.load: all everything, from there
+the run folder has a complete checkpoint   resumed: continue from the newest one (refused with checkpoint.resume: never)
+else, checkpoint.load_from is given        weights (the weights alone), or with checkpoint.load: all everything
 else                                       fresh
 """
 
@@ -23,7 +23,7 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together
 
 VISIBLE_WITHIN_S = 10.0
-"""Seconds that another host may take to see what a shared file system shows rank 0."""
+"""Seconds that another host may take to see what rank 0 wrote to a shared file system."""
 _SHARE_THE_FOLDER = "start all ranks in one working directory, on a file system that all hosts mount at the same path"
 
 
@@ -32,9 +32,10 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        kind: fresh, from the weights of another run, from all that another run saved, or resumed from its own folder.
-        path: the checkpoint; None for a fresh start.
-        step: optimizer steps that are taken already.
+        kind: ``fresh``; ``weights`` loads the weights of another run, ``all`` everything that another run saved, and
+            ``resumed`` everything from the run's own folder.
+        path: the checkpoint to load; None for a fresh start.
+        step: optimizer steps taken before the start.
     """
 
     kind: Literal["fresh", "weights", "all", "resumed"]
@@ -42,38 +43,38 @@ class Start:
     step: int = 0
 
     @property
-    def continues(self) -> bool:
-        """Whether optimizer, step and position in the data come from the checkpoint too."""
-        return self.kind in ("all", "resumed")
+    def continues_from(self) -> Path | None:
+        """The checkpoint whose optimizer, step and position in the data are loaded too; None if there is none."""
+        return self.path if self.kind in ("all", "resumed") else None
 
 
-def resolve_start(config: RunConfig, topology: Topology, say: Callable[[str], None]) -> Start:
-    """Let rank 0 decide where the run starts and tell all ranks; every rank calls it.
+def resolve_start(config: RunConfig, topology: Topology, log: Callable[[str], None]) -> Start:
+    """Let rank 0 decide where the run starts, and return its decision; every rank calls this function.
 
     Args:
         config: of the run.
-        topology: of its ranks.
-        say: prints a line of the log.
+        topology: of the run's ranks.
+        log: prints a line of the log.
 
     Raises:
-        LaunchError: on every rank alike: there is nothing to start from, ``checkpoint.resume`` forbids it, or a rank
-            does not see the checkpoint.
+        LaunchError: there is nothing to start from, ``checkpoint.resume`` forbids to resume, or a rank does not see the
+            checkpoint. Every rank raises it.
     """
-    decided = _from_rank_0(_decide(config, say) if topology.is_main else None)
-    if isinstance(decided, UserError):
-        raise LaunchError(decided.where, decided.problem, decided.remedy)
-    if decided.start.path is not None:
-        raise_together(_why_unseen(decided))
-    return decided.start
+    decision = _broadcast_from_rank_0(_decide(config, log) if topology.is_main else None)
+    if isinstance(decision, UserError):
+        raise LaunchError(decision.where, decision.problem, decision.remedy)
+    if decision.start.path is not None:
+        raise_together(_why_unseen(decision.start.path, decision.fingerprint))
+    return decision.start
 
 
-def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Start:
-    """Where the run of ``config`` would start, by what this process sees.
+def find_start(config: RunConfig, log: Callable[[str], None] = lambda line: None) -> Start:
+    """Return where the run of ``config`` would start, from what this process sees of the file system.
 
     Raises:
-        UserError: ``checkpoint.load_from`` holds no whole checkpoint; or one is of another format.
+        UserError: ``checkpoint.load_from`` holds no complete checkpoint, or a checkpoint has another format.
     """
-    own = _newest(config.checkpoint_folder, say)
+    own = _newest(config.checkpoint_folder, log)
     if own is not None:
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
@@ -85,25 +86,26 @@ def find_start(config: RunConfig, say: Callable[[str], None] = lambda line: None
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:
-    """Check that all ranks have the same run folder; every rank calls it. Rank 0 makes it.
+    """Check that all ranks see the same run folder, which rank 0 creates; every rank calls this function.
 
     Raises:
-        LaunchError: on every rank alike: it cannot be written, or a rank does not see what rank 0 wrote there.
+        LaunchError: rank 0 cannot write to the folder, or a rank does not see what rank 0 wrote there. Every rank
+            raises it.
     """
     if topology.world_size == 1:
         return
-    mark = folder.absolute() / _from_rank_0(f".seen-by-all-{secrets.token_hex(8)}")
-    raise_together(_put_mark(mark) if topology.is_main else None)
+    mark = folder.absolute() / _broadcast_from_rank_0(f".seen-by-all-{secrets.token_hex(8)}")
+    raise_together(_write_mark(mark) if topology.is_main else None)
     try:
         seen = topology.is_main or _within(VISIBLE_WITHIN_S, mark.exists)
-        unseen = UserError(mark.parent, "is another folder than rank 0's, or cannot be seen", _SHARE_THE_FOLDER)
+        unseen = UserError(mark.parent, "is not the folder that rank 0 sees, or cannot be read", _SHARE_THE_FOLDER)
         raise_together(None if seen else unseen)
     finally:
         if topology.is_main:
             mark.unlink(missing_ok=True)
 
 
-def _put_mark(path: Path) -> UserError | None:
+def _write_mark(path: Path) -> UserError | None:
     try:
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,37 +116,46 @@ def _put_mark(path: Path) -> UserError | None:
 
 
 class _Decision(NamedTuple):
-    """A start, and by what its checkpoint is known from another one of that name."""
+    """Rank 0's decision.
+
+    Attributes:
+        start: where the run starts.
+        fingerprint: hash of the checkpoint's record, which tells it from another one of the same name; empty for a
+            fresh start.
+    """
 
     start: Start
-    fingerprint: str | None
+    fingerprint: str
 
 
-def _decide(config: RunConfig, say: Callable[[str], None]) -> _Decision | UserError:
+def _decide(config: RunConfig, log: Callable[[str], None]) -> _Decision | UserError:
     try:
-        start = find_start(config, say)
+        start = find_start(config, log)
     except UserError as error:
         return error
+    if start.path is None:
+        return _Decision(start, fingerprint="")
     if start.kind == "resumed" and config.checkpoint.resume == "never":
         return UserError(
             config.logging.folder,
             f"holds {start.path.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
-    return _Decision(start, _fingerprint(start.path) if start.path is not None else None)
+    return _Decision(start, _fingerprint(start.path))
 
 
-def _from_rank_0(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank; every rank calls it."""
+def _broadcast_from_rank_0(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank; every rank calls this function."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+def _newest(folder: Path, log: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint in ``folder``, or None; ``log`` names each damaged one."""
     for path in sorted(folder.glob("step_*")):
         if not path.name.endswith(".incomplete") and (problem := find_damage(path)):
-            say(f"[yellow]passing over {path}: {problem}[/]")
+            log(f"[yellow]ignoring the damaged checkpoint {path}: {problem}[/]")
     complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
 
@@ -153,29 +164,28 @@ def _fingerprint(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
 
 
-def _why_unseen(decision: _Decision) -> UserError | None:
-    """Why this rank cannot start from the checkpoint that rank 0 chose; None if it can."""
-    checkpoint = decision.start.path
+def _why_unseen(checkpoint: Path, fingerprint: str) -> UserError | None:
+    """Return why this rank cannot load the checkpoint that rank 0 chose; None if it can."""
     try:
-        if _within(VISIBLE_WITHIN_S, lambda: _difference(checkpoint, decision.fingerprint) is None):
+        if _within(VISIBLE_WITHIN_S, lambda: _difference(checkpoint, fingerprint) is None):
             return None
-        problem = _difference(checkpoint, decision.fingerprint)
+        difference = _difference(checkpoint, fingerprint)
     except UserError as error:
         return error
-    told = f"rank 0 starts from this checkpoint, but here {problem}"
-    return UserError(checkpoint.absolute(), told, _SHARE_THE_FOLDER)
+    problem = f"rank 0 starts from this checkpoint, but on this rank {difference}"
+    return UserError(checkpoint.absolute(), problem, _SHARE_THE_FOLDER)
 
 
 def _difference(checkpoint: Path, fingerprint: str) -> str | None:
-    """How ``checkpoint`` differs from the whole one of that fingerprint; None if it does not."""
+    """Return how ``checkpoint`` differs from the complete one with ``fingerprint``; None if it does not."""
     problem = find_damage(checkpoint)
     if problem is None and _fingerprint(checkpoint) != fingerprint:
-        return "stands another one"
+        return "the path holds another checkpoint"
     return problem
 
 
 def _within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether ``condition`` becomes true in so many seconds."""
+    """Return whether ``condition`` becomes true within ``seconds``."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:

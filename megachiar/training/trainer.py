@@ -1,9 +1,10 @@
-"""The training loop: step, log, evaluate, save, stop when asked."""
+"""The training loop: take a step, log, evaluate, save, and stop when a signal asks for it."""
 
 from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
@@ -13,8 +14,9 @@ from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
-from megachiar.training.metrics import Display, MetricsWriter, peak_memory_bytes
+from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
@@ -22,13 +24,22 @@ from megachiar.training.schedule import learning_rate
 
 
 class Diverged(UserError):
-    """The loss is no number any more: the same on every rank."""
+    """The loss became infinite or nan, on every rank alike."""
 
     same_on_every_rank = True
 
 
 class Trainer:
-    """One run from its current step to its last."""
+    """Train one run from its current step to its last.
+
+    Args:
+        engine: with the weights and optimizer state of ``progress``.
+        data: that the run reads.
+        progress: how far the run is; the trainer keeps it up to date.
+        writer: of the metrics; None on all ranks but rank 0.
+        display: of this rank.
+        signals: that stop the run after a checkpoint.
+    """
 
     def __init__(
         self,
@@ -39,16 +50,28 @@ class Trainer:
         display: Display,
         signals: StopSignals,
     ):
-        self.engine, self.data, self.progress = engine, data, progress
+        self.engine = engine
+        self.data = data
+        self.progress = progress
         self.config: RunConfig = engine.config
-        self.writer, self.display, self.signals = writer, display, signals
+        self.writer = writer
+        self.display = display
+        self.signals = signals
         self.peak = peak_flops(engine.device)
-        self._seconds, self._steps = 0.0, 0  # of training alone, since the last line of the log
+        # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
+        self._seconds, self._steps = 0.0, 0
 
     def run(self) -> int:
-        """Train to the last step; returns the process's exit code (75 if a signal stopped it early)."""
+        """Train to the last step; every rank calls this method.
+
+        Returns:
+            The exit code of the process: 0, or 75 if a signal stopped the run early.
+
+        Raises:
+            Diverged: the loss became infinite or nan.
+        """
         with self._loader() as loader, self.display.running():
-            while self.progress.step < self.config.training.steps:
+            while self.progress.step < self.config.steps:
                 began = time.perf_counter()
                 result = self._step(loader)
                 self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
@@ -56,7 +79,7 @@ class Trainer:
                 self._log(result, loader)
                 self._evaluate_if_due()
                 self._save_if_due(result.stop)
-                if result.stop and self.progress.step < self.config.training.steps:
+                if result.stop and self.progress.step < self.config.steps:
                     self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
                     return EXIT_STOPPED
         return 0
@@ -75,8 +98,8 @@ class Trainer:
         )
 
     def _step(self, loader: BatchLoader) -> StepResult:
-        own = self.engine.topology.data_rank * self.config.training.micro_batch_size
-        micro_batches = ((loader.position + own, next(loader)) for _ in range(self.engine.accumulation_steps))
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
+        micro_batches = ((loader.position + offset, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
         step = self.progress.step + 1
         result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
@@ -92,15 +115,16 @@ class Trainer:
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
-        if step % self.config.logging.every and step != self.config.training.steps:
+        if step % self.config.logging.every and step != self.config.steps:
             return
         values = self._measures(result, loader)
         if self.writer is not None:
             self.writer.write(step, "train", values)
-        self.display.line(_describe(step, self.config.training.steps, values, self.display.time_left(step)))
+        self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
         self._seconds, self._steps = 0.0, 0
 
-    def _measures(self, result: StepResult, loader: BatchLoader) -> dict:
+    def _measures(self, result: StepResult, loader: BatchLoader) -> dict[str, Any]:
+        """Return the metrics of the last step, with rates over all steps since the last line of the log."""
         config, topology = self.config, self.engine.topology
         tokens = self._steps * config.training.global_batch_size * config.sequence_length
         rate = tokens / self._seconds
@@ -127,7 +151,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         every, step = self.config.training.evaluate_every, self.progress.step
-        if step != self.config.training.steps and not (every and step % every == 0):
+        if step != self.config.steps and not (every and step % every == 0):
             return
         topology = self.engine.topology
         for name, dataset in self.data.validation.items():
@@ -150,7 +174,7 @@ class Trainer:
 
     def _save_if_due(self, stop: bool) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
-        last = step == self.config.training.steps
+        last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
@@ -158,7 +182,8 @@ class Trainer:
         self.display.line(f"saved {path}")
 
 
-def _describe(step: int, steps: int, values: dict, left: str) -> str:
+def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:
+    """Return the line of the log for a step's metrics."""
     routed = [h for h in values["entropy"] if h is not None and math.isfinite(h)]
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",

@@ -1,4 +1,4 @@
-"""The bigram baseline against counts made by hand."""
+"""The bigram baseline agrees with counts made by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("train", "valid", "test")
 
 
 def stream(seed: int, length: int = 400) -> np.ndarray:
-    """Tokens 0..10 with a preferred follower each; 11 and 12 never occur."""
+    """Draw tokens 0 to 10, each with a preferred follower; 11 and 12 never occur."""
     rng = np.random.default_rng(seed)
     tokens = [0]
     for _ in range(length - 1):
@@ -31,7 +31,7 @@ def stream(seed: int, length: int = 400) -> np.ndarray:
 
 
 def by_hand(train: np.ndarray, test: np.ndarray, discounts: tuple[float, float, float]) -> float:
-    """Perplexity of modified Kneser-Ney from dictionaries, one pair at a time."""
+    """Return the perplexity of modified Kneser-Ney from dictionaries, one pair at a time."""
     pairs = Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True))
     before = Counter(train[:-1].tolist())
     leaders = {b: len({a for a, c in pairs if c == b}) + 1 for b in range(VOCABULARY)}
@@ -55,7 +55,7 @@ def write(folder: Path, streams: dict[str, np.ndarray]) -> list[Path]:
 
 @pytest.fixture
 def streams() -> dict[str, np.ndarray]:
-    """The test stream holds tokens, and a context, that training never saw."""
+    """Draw streams of which the test stream has tokens, and a context, that training never saw."""
     unseen = np.array([12, 12, 2, 11, 0])
     return {"train": stream(0), "valid": stream(2), "test": np.append(stream(1), unseen)}
 
@@ -83,7 +83,7 @@ def test_no_discounts_of_a_fine_grid_are_better():
 
 
 def test_a_useless_training_set_is_discounted_away():
-    """Training pairs that never come back: the discounts go to their upper limits, 1, 2 and 3."""
+    """Where no training pair occurs again, the discounts go to their upper limits 1, 2 and 3."""
     train = np.concatenate([[0, 5, 1, 6, 0, 5, 1, 6, 0, 7], np.arange(11)])
     terms = fit_bigram(train, VOCABULARY).terms_of(np.tile([0, 3, 9, 1], 50))
     assert fit_discounts(terms)[:2] == pytest.approx([1, 2], abs=0.01)

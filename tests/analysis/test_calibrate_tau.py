@@ -1,4 +1,4 @@
-"""Calibration of thresholds: statistics against numpy and scipy, and the tool on real runs."""
+"""Calibration of thresholds agrees with numpy and scipy in its statistics, and the tool works on real runs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_embeddings_of_white_noise_are_called_noise_and_smooth_ones_are_not(tmp_
     assert (fresh.noise.mean, fresh.noise.deviation) == white_noise_entropy(128)
     assert fresh.places[0].measured.mean == pytest.approx(fresh.noise.mean, abs=0.003)
     with torch.no_grad():
-        model.embedding.weight.copy_(model.embedding.weight.cumsum(-1))  # neighbouring channels alike: low frequencies
+        model.embedding.weight.copy_(
+            model.embedding.weight.cumsum(-1)
+        )  # neighbouring channels become alike: low frequencies
     smooth = calibrate_on_embedding(model, source, 10**6).places[0]
     assert not smooth.like_noise and smooth.noise_distance > 0.9
 
@@ -150,7 +152,7 @@ def test_tau_of_the_embedding_is_the_middle_of_its_percentiles(run_folder):
 
 
 def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_folder):
-    """The list that is printed goes into the config as it is, and the model then routes as wanted."""
+    """The printed list goes into the config unchanged, and the model then routes the share that was asked for."""
     share = 0.3
     valid = run_folder.parent / "valid"
     done = forked_python(TOOL, run_folder, "--where", "layers", "--attention-share", str(share), "--data", valid)

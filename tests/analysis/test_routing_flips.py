@@ -1,4 +1,4 @@
-"""Routes in 16 bits against fp32: what is counted, and that entropy itself is fp32's."""
+"""Flips between routes in 16 bits and in fp32 are counted correctly, and the entropy itself is computed in fp32."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_thresholds_far_from_every_token_and_hashes_flip_nothing(router):
 
 
 def test_flips_by_rounding_are_the_tokens_that_cross_the_threshold():
-    """Against scipy in float64, of the rows that the fp32 model's routers read."""
+    """Compare with scipy in float64, on the hidden states that the fp32 model's routers read."""
     model, found = flips_of({"tau": 0.85})
     rows: dict[int, torch.Tensor] = {}
     for index in (1, 2, 3):

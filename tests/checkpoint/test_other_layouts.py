@@ -1,4 +1,4 @@
-"""A run saved under one layout goes on under another as if nothing had changed."""
+"""A run that was saved under one layout continues under another as if nothing had changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
 
 TP2, PP2, SP = "parallel.tensor_size=2", "parallel.pipeline_size=2", "parallel.sequence=true"
-# One run, handed on from layout to layout: (ranks, overrides, last step).
+# One run continues under one layout after another: (ranks, overrides, last step).
 JOURNEY = [
     (1, ["parallel.zero_stage=0"], 2),
     (2, [TP2], 4),
@@ -65,7 +65,7 @@ def test_a_run_goes_on_under_any_layout(tmp_path):
 
 def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
     config = make_run(tmp_path)
-    pretrain(config, "training.steps=1", TP2, PP2, ranks=4, fresh=True)  # each with an order of sets of its own
+    pretrain(config, "training.steps=1", TP2, PP2, ranks=4, fresh=True)  # each rank iterates over sets in another order
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
     assert len(sizes) == 8
@@ -80,7 +80,7 @@ def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
 @pytest.mark.parametrize("readers", [1, 2, 3, 6])
 @pytest.mark.parametrize("shard", [None, Shard(0), Shard(1), Shard(0, 2)], ids=str)
 def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
-    """Against numpy: a tensor of distinct numbers, written in shards of one layout, read in those of another."""
+    """Compare with numpy a tensor of distinct numbers that is written in one layout's shards and read in another's."""
     whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
     for rank in range(writers):
         writer = ShardWriter(_place(rank, writers))

@@ -1,4 +1,4 @@
-"""A run that stopped, whatever stopped it, goes on as if it never had."""
+"""A run that stopped, for whatever reason, continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STEPS = 10
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Step -> (loss, gradient norm), in full precision."""
+    """Return loss and gradient norm by step, in full precision."""
     return {r["step"]: (r["loss"], r["gradient_norm"]) for r in read_metrics(folder, "train")}
 
 
 def make_run(folder: Path, **sections: dict) -> Path:
-    """Datasets and a config in ``folder``; dropout is on, so that its random numbers are part of what resumes."""
+    """Write datasets and a config to ``folder``; dropout is on, so that a resumed run must draw the same masks."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokens(folder / "train")
     write_tokens(folder / "valid", seed=1, documents=4)
@@ -37,7 +37,7 @@ def make_run(folder: Path, **sections: dict) -> Path:
     return write_config(folder / "config.yaml", config)
 
 
-TWO = {"training": {"micro_batch_size": 1}}  # which accumulate as one process does: 2 micro-batches
+TWO = {"training": {"micro_batch_size": 1}}  # two ranks accumulate over 2 micro-batches, as one process does
 BF16 = {"precision": {"compute": "bf16"}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
@@ -58,7 +58,7 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, name):
     pretrain(config, ranks=ranks)
     whole = losses(tmp_path / "run")
     assert len(whole) == STEPS
-    if "fp16" in name:  # steps that overflow and steps that train
+    if "fp16" in name:  # some steps overflow and others train
         assert {r["skipped"] for r in read_metrics(tmp_path / "run", "train")} == {True, False}
     for stopped_at in (1, 7) if ranks == 1 else (4,):
         folder = tmp_path / f"resumed_{stopped_at}"
@@ -84,7 +84,7 @@ def test_a_signal_saves_and_stops_and_the_history_has_no_seam(tmp_path):
         while _lines(tmp_path / "b" / "run") < before + 5:
             assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
             time.sleep(0.05)
-        processes[1].send_signal(number)  # one rank alone is told: all must stop at the same step
+        processes[1].send_signal(number)  # one rank alone gets the signal; all must stop at the same step
         outputs = [p.communicate(timeout=120)[0] for p in processes]
         assert [p.returncode for p in processes] == [EXIT_STOPPED] * 2, outputs
         assert "stopped by a signal" in outputs[0]
@@ -107,7 +107,7 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_losses(tmp_path):
         before = _lines(tmp_path / "b" / "run")
         while process.poll() is None and _lines(tmp_path / "b" / "run") < before + 3:
             time.sleep(0.01)
-        time.sleep(delay / 10)  # somewhere between two steps, or in the middle of a save
+        time.sleep(delay / 10)  # the kill falls between two steps, or into the middle of a save
         process.kill()
         process.wait()
         for path in (tmp_path / "b" / "run" / "checkpoints").glob("step_*"):
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
             (checkpoint / "state.json").unlink()
     assert complete_checkpoints(folder)[-1].name == checkpoint_name(7)
     (output,) = pretrain(config)
-    assert "passing over" in output and "step 7" in output
+    assert "ignoring the damaged checkpoint" in output and "step 7" in output
     assert losses(tmp_path / "run") == whole
 
 
@@ -181,7 +181,7 @@ def test_what_does_not_go_on_is_refused_and_nothing_is_lost(tmp_path):
     def refuse(overrides: list[str]) -> str:
         return pretrain(config, *(o.format(other=other) for o in overrides), codes=(2,))[0]
 
-    with ThreadPoolExecutor(2) as pool:  # they only read: two at a time
+    with ThreadPoolExecutor(2) as pool:  # these runs only read, so that two may run at once
         outputs = pool.map(refuse, [overrides for overrides, _ in REFUSED.values()])
         for (name, (_, message)), output in zip(REFUSED.items(), outputs, strict=True):
             assert message in " ".join(output.split()), (name, output)
@@ -189,7 +189,7 @@ def test_what_does_not_go_on_is_refused_and_nothing_is_lost(tmp_path):
     state = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
     written = state.read_text()
     state.write_text(written.replace('"format_version": 3', '"format_version": 2'))
-    assert "format_version 2" in refuse([])  # passed over, the run would begin anew
+    assert "format_version 2" in refuse([])  # a run that ignored the checkpoint would start over
     state.write_text(written)
     assert json.dumps(sorted(str(p) for p in (tmp_path / "run").rglob("*"))) == before
 

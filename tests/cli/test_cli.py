@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 from support import ROOT, forked_python, process_environment, python
 
 import megachiar
@@ -174,3 +175,29 @@ def test_relative_paths_of_a_config_are_of_the_current_folder(tmp_path):
     again = subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(json.loads(again.stdout)["samples"]) == load_config(tmp_path / "tiny.yaml").training.global_batch_size
+
+
+def test_a_shipped_config_comes_with_its_base(tmp_path, monkeypatch, capsys):
+    """A base that is there already is the user's own, and is kept."""
+    monkeypatch.chdir(tmp_path)
+    config.main(["init", "400m_baseline"])
+    assert "400m.yaml: copied as its base" in capsys.readouterr().out
+    assert load_config("400m_baseline.yaml") == load_config(ROOT / "configs" / "400m_baseline.yaml")
+    Path("400m_baseline.yaml").unlink()
+    own = Path("400m.yaml").read_text().replace("num_layers: 28", "num_layers: 12")
+    Path("400m.yaml").write_text(own)
+    config.main(["init", "400m_baseline"])
+    assert "400m.yaml: kept, since it was there already" in capsys.readouterr().out
+    assert Path("400m.yaml").read_text() == own and load_config("400m_baseline.yaml").model.num_layers == 12
+    config.main(["init", "400m_baseline", "--overwrite"])
+    assert load_config("400m_baseline.yaml").model.num_layers == 28
+
+
+def test_a_shipped_config_is_shown_as_its_file_or_whole(tmp_path, capsys):
+    shipped = ROOT / "configs" / "400m_baseline.yaml"
+    config.main(["show", "400m_baseline"])
+    assert capsys.readouterr().out == shipped.read_text()
+    config.main(["show", "400m_baseline", "--whole"])
+    (tmp_path / "whole.yaml").write_text(capsys.readouterr().out)
+    assert "base" not in yaml.safe_load((tmp_path / "whole.yaml").read_text())
+    assert load_config(tmp_path / "whole.yaml") == load_config(shipped)

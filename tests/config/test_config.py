@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from megachiar.config import ConfigError, RunConfig, load_config
 from megachiar.config.deepspeed import MONITORS, OWNED, to_deepspeed
+from megachiar.config.schema import config_schema
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError, data_parallel_size
 from megachiar.training.schedule import learning_rate
@@ -58,11 +59,17 @@ def test_baseline_differs_from_400m_in_the_layers_alone():
         assert getattr(chiar, section) == getattr(baseline, section)
 
 
+def test_the_400m_family_trains_as_long_as_the_paper_and_mixes_as_many_tokens():
+    for name in ("400m", "400m_baseline"):
+        assert load_config(CONFIGS / f"{name}.yaml").training.epochs == 5
+    mixed = load_config(CONFIGS / "400m_mixed.yaml")
+    assert mixed.steps == 18_000 and mixed.training.tokens == 18_000 * 128 * 256
+    assert list(mixed.data.validation) == ["wikitext-103", "listops"]
+    assert mixed.model == load_config(CONFIGS / "400m.yaml").model
+
+
 def test_schema_is_that_of_the_code():
-    assert json.loads((CONFIGS / "schema.json").read_text()) == {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **RunConfig.model_json_schema(),
-    }
+    assert json.loads((CONFIGS / "schema.json").read_text()) == config_schema(), "megachiar config schema writes it"
 
 
 UNITS = (

@@ -1,4 +1,4 @@
-"""Sampling: what each setting does to the choice, and that long texts go on."""
+"""Each setting of the sampling has its effect, and generation continues past the longest sequence of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megachiar.inference.generation import generate, sample
 
 
 def draws(logits: list[float], count: int = 4000, **settings) -> torch.Tensor:
-    """Share of each token among ``count`` samples."""
+    """Return the share of each token among ``count`` samples."""
     generator = torch.Generator().manual_seed(0)
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
     tokens = [sample(torch.tensor(logits), **settings, generator=generator) for _ in range(count)]
@@ -25,7 +25,7 @@ def assert_shares(got: torch.Tensor, expected: list[float]) -> None:
     assert not got[torch.tensor(expected) == 0].any()
 
 
-LOGITS = [0.4, 0.1, 0.2, 0.3]  # as probabilities; not in order, so that indices must be mapped back
+LOGITS = [0.4, 0.1, 0.2, 0.3]  # probabilities, not in order, so that indices must be mapped back
 
 
 def test_samples_follow_the_softmax():
@@ -85,7 +85,7 @@ def test_past_the_longest_sequence_the_last_half_is_read_anew():
     text = [5, 6]
     new = generate(model, text, 40, temperature=0)
     start = 0
-    for token in new:  # the same rule without a cache
+    for token in new:  # the same choice without a cache
         if len(text) - start > 8:
             start = len(text) - 4
         with torch.no_grad():

@@ -454,7 +454,7 @@ def test_attention_keeps_to_documents(way, length, routing, dropped):
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[rows] for x in tensors)
     got = routed_attention(q, *tensors[1:], routed_rows, of_rows)
     assert_same(got, expected().transpose(1, 2).flatten(0, 1)[rows], tensors)
-    if dropped:  # its columns are numbered as they lie packed
+    if dropped:  # its columns are numbered in the packed order
         return
     routed = torch.zeros(sequences * length, dtype=torch.bool).index_fill(0, rows, True).view(sequences, 1, 1, length)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | (

@@ -78,14 +78,14 @@ LONG = RoutedRows(torch.arange(4), 2, ROUTED_KEYS_BY_TRITON + 1)
 def test_each_attention_product_has_one_backend(
     monkeypatch, options, rows, keys_are_routed, on_cpu, with_triton, without_triton
 ):
-    def chosen(device: str, channels: int = 64) -> Backend:
+    def backend(device: str, channels: int = 64) -> Backend:
         return choose_backend(torch.empty(4, 2, channels, device=device), options, rows, keys_are_routed)
 
-    assert chosen("cpu") is on_cpu
-    assert chosen("meta") is without_triton
+    assert backend("cpu") is on_cpu
+    assert backend("meta") is without_triton
     monkeypatch.setattr(gpu, "has_kernels", lambda device: True)
-    assert chosen("meta") is with_triton
-    assert chosen("meta", channels=48) is without_triton, "the kernels take no heads of 48 channels"
+    assert backend("meta") is with_triton
+    assert backend("meta", channels=48) is without_triton, "the kernels take no heads of 48 channels"
 
 
 def test_dropout_at_rate_0_does_not_count_as_dropout():

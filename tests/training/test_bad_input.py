@@ -1,4 +1,4 @@
-"""What a user can get wrong about a run: one message with the remedy, exit code 2, nothing written."""
+"""A user's mistake about a run gets one message with its remedy and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def refused(folder: Path, *overrides: str, ranks: int = 1) -> str:
-    """What a run prints that must be refused before it writes anything."""
+    """Return the output of a run that must be refused before it writes anything."""
     outputs = pretrain(folder / "config.yaml", *overrides, ranks=ranks, codes=(2,))
     assert "Traceback" not in "".join(outputs)
     assert sum(output.count("error:") for output in outputs) == 1, outputs
@@ -91,7 +91,7 @@ def test_weights_from_nowhere(folder):
 
 
 def test_an_id_above_the_vocabulary_ends_the_run_with_its_place(folder):
-    # A dataset without a manifest says nothing of its vocabulary: the id is found when it is read.
+    # A dataset without a manifest does not record its vocabulary, so that the id is found when it is read.
     output = pretrain(folder / "config.yaml", "model.vocab_size=50", codes=(2,))[0]
     assert "train.bin" in output and "vocabulary is 0 to 49" in " ".join(output.split()), output
     assert "Traceback" not in output
@@ -123,7 +123,7 @@ def test_a_full_disk_while_saving_leaves_no_checkpoint_and_keeps_the_last(folder
 
 
 def test_a_dead_rank_does_not_leave_the_others_waiting(folder):
-    """The launcher ends the rest: a rank that is killed takes the run down, with an exit code other than 0."""
+    """A killed rank ends the whole run with an exit code other than 0, since the launcher ends the others."""
     import sys
     import time
 

@@ -1,4 +1,4 @@
-"""Where documents end in each dataset of a run: data.document_mask refuses what it cannot mask, else it is said."""
+"""data.document_mask refuses datasets that it cannot mask; without it, the log names those that end otherwise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASK = ("data.document_mask=true",)
 
 
 def write_documents(prefix: Path, end: int | None, *, manifest: bool = True, seed: int = 0) -> Path:
-    """Write 24 documents of ids from 8 on, each ended by id ``end``, with a manifest that says so or without one."""
+    """Write 24 documents of ids from 8 on, each ended by id ``end``, with or without a manifest that records it."""
     rng = np.random.default_rng(seed)
     tail = [] if end is None else [end]
     oracle.write(prefix, [[[*rng.integers(8, 64, rng.integers(60, 140)).tolist(), *tail]] for _ in range(24)])
@@ -62,7 +62,7 @@ def test_every_source_that_cannot_be_masked_is_refused(folder, name, place):
     with pytest.raises(LaunchError) as refused:
         resolved_end(folder, train, valid)
     assert refused.value.where == "data.document_mask" and "--append-eod" in refused.value.remedy
-    # Of two that say different ids neither is right: the first one's holds, and the other one is named.
+    # Where two manifests record different ids, the first one counts and the message names the other dataset.
     named = "train" if (place, name) == ("first", "other") else name
     assert f"{folder / named}.json" in refused.value.problem
     said = {"none": "no token of their own", "other": f"id {OTHER}", "train": f"id {END}"}
@@ -73,15 +73,15 @@ def test_every_source_that_cannot_be_masked_is_refused(folder, name, place):
 def test_sources_that_end_alike_are_masked(folder):
     assert resolved_end(folder, ["train", "same"]) == END
     assert resolved_end(folder, ["other"], "megatron_other") == OTHER
-    # What a manifest names is confirmed by the documents of a source without one.
+    # The documents of a source without a manifest confirm the id that another source's manifest records.
     assert resolved_end(folder, ["megatron_train", "same"]) == END
 
 
 def test_an_end_that_the_config_names_must_be_one(folder):
-    """A token that occurs in the text may be named, but none that a manifest contradicts or that never occurs."""
+    """A token that occurs in the text may be named, but not one that a manifest contradicts or that never occurs."""
     named = f"data.document_end={END}"
     assert resolved_end(folder, ["train", "megatron_train"], "valid", named) == END
-    assert resolved_end(folder, ["megatron_none"], "none", "data.document_end=9") == 9  # which occurs in both
+    assert resolved_end(folder, ["megatron_none"], "none", "data.document_end=9") == 9  # id 9 occurs in both
     for name in ("other", "none", "megatron_none", "megatron_other"):
         with pytest.raises(
             LaunchError, match=f"data.document_end says that documents end with id {END}, but .*{name}.json"
@@ -97,7 +97,7 @@ def test_a_token_between_documents_of_the_text_is_found_wherever_it_stands(tmp_p
     source = TokenSource(oracle.write_stream(tmp_path / "a", tokens))
     assert why_unmasked(source, END, is_stated=True) is None
     assert "id 4 does not occur" in why_unmasked(source, 4, is_stated=True)
-    assert document_end(source) == 9  # of its one document, which proves nothing
+    assert document_end(source) == 9  # id 9 ends its only document, which proves nothing
     assert why_unmasked(source, END, is_stated=False) is not None
 
 

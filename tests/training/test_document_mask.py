@@ -1,4 +1,4 @@
-"""data.document_mask: no token sees another document's, whatever mixes them, and the run says where documents end."""
+"""With data.document_mask no operator mixes tokens of two documents, and the log says where documents end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def masked_model(**fields):
 
 
 def packed_documents() -> torch.Tensor:
-    """Two samples (2, 14): of documents of 4, 3, 1 and 6 tokens, and of one alone."""
+    """Return two samples, (2, 14): the first has documents of 4, 3, 1 and 6 tokens, the second one document."""
     tokens = token_batch(2, 14)
     tokens[tokens == END] = END + 1
     tokens[0, [3, 6, 7]] = END
@@ -50,7 +50,7 @@ def test_a_document_begins_after_the_token_that_ends_the_one_before():
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_document_has_the_logits_it_has_alone(case, norm):
-    """Rotary positions count from the sample's beginning: their differences are the document's own."""
+    """Rotary positions count from the start of the sample, but only their differences within a document matter."""
     model, tokens = masked_model(**CASES[case], norm=norm), packed_documents()
     logits = model(tokens).logits
     for start, end in ((0, 4), (4, 7), (7, 8), (8, 14)):
@@ -85,7 +85,7 @@ def test_generation_reads_the_last_document(text, read):
 
 @torch.no_grad()
 def test_greedy_generation_takes_what_a_full_pass_finds_likeliest():
-    """Over several documents: the token that ends one is likely here, and is no reason to stop."""
+    """The text goes over several documents: the token that ends one is likely here, and does not end the generation."""
     model = masked_model(**CASES["threshold"])
     model.embedding.weight[END] *= 3
     text = [5, END, 9, 4]

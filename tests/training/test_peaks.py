@@ -1,4 +1,4 @@
-"""MFU's denominator by the names that drivers give: every common GPU, none that only looks like one."""
+"""The peak is known for the driver's name of every common GPU, and for no name that only resembles one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from megachiar.training.peaks import TERA, peak_flops, peak_of, why_no_utilisation
 
-# As torch.cuda.get_device_name gives them -> dense TFLOP/s.
+# Names as torch.cuda.get_device_name returns them, with dense TFLOP/s.
 NAMES = {
     "Tesla V100-SXM2-16GB": 125,
     "Tesla V100-SXM3-32GB": 125,

@@ -1,4 +1,4 @@
-"""A source too small for its weight is told before the run, or refused."""
+"""A source that is too small for its weight is named before the run starts, or refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megachiar.training.run_data import check_max_epochs, describe_seen_validati
 
 @pytest.fixture
 def config(tmp_path):
-    """640 samples of 32 tokens: two thirds from a source of some 2,400 tokens, one third from a large one."""
+    """Return a config of 640 samples of 32 tokens, two thirds from some 2,400 tokens, the rest from a large source."""
     small, large = write_tokens(tmp_path / "small"), write_tokens(tmp_path / "large", documents=400)
     sections = {
         "data": {"train": [{"path": str(small), "weight": 2}, {"path": str(large)}], "validation": {}},
@@ -36,14 +36,14 @@ def test_more_passes_than_allowed_are_refused_and_the_remedy_holds(config):
         loaded = load_config(config, ["data.max_epochs=3"])
         check_max_epochs(loaded, open_data(loaded))
     share = float(refused.value.remedy.split("at most ")[1].split(" ")[0])
-    weight = 2 / 3 * share / (1 - 2 / 3 * share)  # of the other source's 1
+    weight = 2 / 3 * share / (1 - 2 / 3 * share)  # the other source has weight 1
     mended = load_config(config, ["data.max_epochs=3", f"data.train.0.weight={weight:.3f}"])
     (use, _) = describe_source_usage(mended, open_data(mended))
     assert 2.8 <= float(use.split()[-2]) <= 3
 
 
 def test_a_validation_set_that_is_trained_on_is_named(config, tmp_path):
-    """By path, or by what the manifests say of the content of a copy."""
+    """The set is recognised by its path, or as a copy by the content that the manifests record."""
 
     def lines(**validation: object) -> list[str]:
         sets = ", ".join(f"{name}: {path}" for name, path in validation.items())

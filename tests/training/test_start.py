@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, from another run's weights, from all that it saved, or from its own checkpoint."""
+"""A run starts fresh, from another run's weights, from all that another run saved, or from its own checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = "checkpoint.load=all"
 
 
 def make_run(folder: Path, **sections: dict) -> Path:
-    """Datasets and a config in ``folder``; dropout is on, so that its random numbers are part of what goes on."""
+    """Write datasets and a config to ``folder``; dropout is on, so that a resumed run must draw the same masks."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokens(folder / "train")
     config = small_config(folder, checkpoint={"every": 1, "keep": None}, **sections)
@@ -33,7 +33,7 @@ def make_run(folder: Path, **sections: dict) -> Path:
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Step -> (loss, gradient norm), in full precision."""
+    """Return loss and gradient norm by step, in full precision."""
     return {r["step"]: (r["loss"], r["gradient_norm"]) for r in read_metrics(folder, "train")}
 
 
@@ -74,7 +74,7 @@ def test_all_of_another_run_goes_on_bit_for_bit_and_is_loaded_once(tmp_path, nam
         checkpoint_name(MIDDLE)
     ]
     assert losses(new) == {step: whole[step] for step in (MIDDLE + 1, MIDDLE + 2)}
-    shutil.rmtree(other)  # the second start has its own checkpoints and must not look there
+    shutil.rmtree(other)  # the second start has its own checkpoints and must not read the other run
     output = pretrain(config, *sets, f"schedule.decay_steps={STEPS}", ranks=ranks)[0]
     assert f"resumed from {saved(new, MIDDLE + 2)}" in output
     assert losses(new) == {step: whole[step] for step in range(MIDDLE + 1, STEPS + 1)}
@@ -95,7 +95,7 @@ def test_weights_alone_are_those_of_the_checkpoint_and_all_else_is_new(tmp_path)
     config = make_run(tmp_path, parallel={"zero_stage": 0})
     pretrain(config)
     source, new = saved(tmp_path / "run", MIDDLE), tmp_path / "new"
-    rate = ["optimizer.learning_rate=1e-30", "training.steps=2"]  # too small to change a weight
+    rate = ["optimizer.learning_rate=1e-30", "training.steps=2"]  # the rate is too small to change a weight
     (output,) = pretrain(config, f"logging.folder={new}", f"checkpoint.load_from={source}", *rate)
     assert f"weights from {source}; optimizer, schedule and data start anew" in output
     assert_same_weights(saved(new, 1), source)
@@ -152,7 +152,7 @@ def test_the_start_is_found_by_one_rule_that_inspection_follows(tmp_path):
 
 @pytest.fixture
 def apart(tmp_path):
-    """Two working directories, of rank 0 and rank 1, and the config of a run whose folder is relative to them."""
+    """Return the config of a run whose folder is a relative path, and the working directories of ranks 0 and 1."""
     config = make_run(tmp_path, training={"micro_batch_size": 1, "communication_timeout_s": 120})
     folders = [tmp_path / "host_0", tmp_path / "host_1"]
     for folder in folders:
@@ -168,7 +168,7 @@ def start_apart(config: Path, folders: list[Path], *sets: str, codes: tuple[int,
 
 
 def refused_apart(config: Path, folders: list[Path], *sets: str) -> str:
-    """The one message of ranks that must all end, in time, naming rank 1 and its host."""
+    """Return the one message of ranks that must all end in time; it must name rank 1 and its host."""
     began = time.monotonic()
     outputs = start_apart(config, folders, *sets, codes=(2,))
     assert time.monotonic() - began < 100
@@ -189,7 +189,7 @@ def test_ranks_that_share_a_folder_start_and_leave_no_mark(apart):
 def test_a_rank_with_another_run_folder_ends_all_before_the_first_step(apart):
     config, folders = apart
     message = refused_apart(config, folders)
-    assert f"{folders[1] / 'run'}: is another folder than rank 0's" in message
+    assert f"{folders[1] / 'run'}: is not the folder that rank 0 sees" in message
     assert not list(folders[0].rglob("*.jsonl")) and not list(folders[0].rglob(".seen*"))
     assert not list(folders[1].iterdir())
 
@@ -199,7 +199,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_ends_all(apart):
     start_apart(config, [folders[0]] * 2)
     message = refused_apart(config, folders, f"training.steps={STEPS}")
     expected = saved(folders[1] / "run", MIDDLE)
-    assert f"{expected}: rank 0 starts from this checkpoint, but here state.json is missing" in message
+    assert f"{expected}: rank 0 starts from this checkpoint, but on this rank state.json is missing" in message
 
 
 def test_a_rank_that_sees_another_checkpoint_of_that_name_ends_all(apart):
@@ -207,7 +207,7 @@ def test_a_rank_that_sees_another_checkpoint_of_that_name_ends_all(apart):
     for folder, seed in zip(folders, (1, 2), strict=True):
         start_apart(config, [folder] * 2, f"training.seed={seed}")
     message = refused_apart(config, folders, f"training.steps={STEPS}", "training.seed=1")
-    assert "rank 0 starts from this checkpoint, but here stands another one" in message
+    assert "rank 0 starts from this checkpoint, but on this rank the path holds another checkpoint" in message
 
 
 @pytest.mark.parametrize("load", ["weights", "all"])

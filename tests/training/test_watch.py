@@ -1,4 +1,4 @@
-"""A rank that is gone makes the others stop, in time, with its name."""
+"""When a rank is lost, the others stop in time and name it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import small_config, start_ranks, write_config, write_tokens
 
-TIMEOUT_S, MARGIN_S = 8, 25  # the margin is for two cores that have other work
+TIMEOUT_S, MARGIN_S = 8, 25  # the margin allows for two cores that are busy with other work
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run(tmp_path):
 
 
 def started(run: Path, *arguments: str) -> list:
-    """Three ranks that have begun to train."""
+    """Start three ranks and wait until they have begun to train."""
     processes = start_ranks(3, "-m", "megachiar.pretrain", "--config", run, *arguments)
     metrics, until = run.parent / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size > 300):
@@ -64,22 +64,22 @@ def test_a_rank_that_is_silent_is_given_up(run):
     processes[2].send_signal(signal.SIGSTOP)
     outputs = ended(processes, [0, 1], TIMEOUT_S + MARGIN_S)
     for output in outputs.values():
-        assert "rank 2 (" in output and "nothing was heard of it" in output
+        assert "rank 2 (" in output and "it sent no heartbeat for" in output
 
 
 def test_a_rank_that_ends_with_an_error_of_its_own_is_quoted(run):
-    """One rank alone cannot write: the main one, whose disk is full."""
+    """Rank 1 alone raises an error, and all others quote it."""
     sabotage = run.parent / "sabotage.py"
     sabotage.write_text(
         "import os, sys, time\n"
-        "from megachiar.training import loop\n"
+        "from megachiar.training import trainer\n"
         "from megachiar.errors import UserError\n"
-        "step = loop.Trainer._step\n"
+        "step = trainer.Trainer._step\n"
         "def failing(self, loader):\n"
         "    if self.progress.step == 20 and os.environ['RANK'] == '1':\n"
         "        raise UserError('disk', 'is full', 'free some')\n"
         "    return step(self, loader)\n"
-        "loop.Trainer._step = failing\n"
+        "trainer.Trainer._step = failing\n"
         "from megachiar.console import run\n"
         "from megachiar.pretrain import main\n"
         "run(main)\n"

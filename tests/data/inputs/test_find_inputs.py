@@ -83,7 +83,7 @@ def test_a_file_named_twice_is_refused(tmp_path):
 def test_a_format_can_be_given_for_any_name(tmp_path):
     (tmp_path / "corpus").write_text('{"text": "a"}\n')
     assert read(tmp_path / "corpus", "jsonl") == ["a"]
-    (tmp_path / "corpus.gz").write_bytes(gzip.compress(b"b"))
+    (tmp_path / "corpus.gz").write_bytes(gzip.compress(b"b", mtime=0))
     assert read(tmp_path / "corpus.gz", "txt") == ["b"]
     with pytest.raises(UserError, match="unknown format 'xml'"):
         find_sources([tmp_path / "corpus"], "xml")
@@ -172,12 +172,12 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123
     ("name", "content", "problem", "remedy"),
     [
         ("part-00000", LINE.encode(), "JSON, suffix missing", "--format"),
-        ("part-00000", gzip.compress(b"x"), "gzip data, suffix missing", "--format"),
+        ("part-00000", gzip.compress(b"x", mtime=0), "gzip data, suffix missing", "--format"),
         ("wiki_00", b"Once upon a time\n", "text, suffix missing", "--format"),
         ("text.001", "Es war einmal ein König".encode(), "text, suffix .001", "--format"),
         ("x.c000", LINE.encode(), "JSON, suffix .c000", "--format"),
-        ("a.gz", gzip.compress(b"x"), "its name does not tell what .gz holds", "--format"),
-        ("a.md.gz", gzip.compress(b"x"), "its name does not tell what .gz holds", "--format"),
+        ("a.gz", gzip.compress(b"x", mtime=0), "its name does not tell what .gz holds", "--format"),
+        ("a.md.gz", gzip.compress(b"x", mtime=0), "its name does not tell what .gz holds", "--format"),
         ("a.txt.part", b"x", ".part after a suffix of text", "--format"),
         ("a.jsonl-00000-of-00008", LINE.encode(), "JSON, suffix .jsonl-00000-of-00008", "--format"),
         ("a.csv", b"x", ".csv is not read", "make jsonl"),

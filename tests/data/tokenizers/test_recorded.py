@@ -173,7 +173,7 @@ def test_a_kept_copy_that_was_changed_or_is_lost_is_named(folder, run):
     (kept / "merges.txt").unlink()
     assert "merges.txt" in tool("generate", run, "--prompt", "a", code=2)
     shutil.rmtree(kept)
-    assert "no tokenizer of this run is to be found" in tool("generate", run, "--prompt", "a", code=2)
+    assert "no tokenizer of this run was found" in tool("generate", run, "--prompt", "a", code=2)
     (run / "tokenizer_record.json").write_text('{"kind": 3}')
     assert "is no record of a tokenizer: kind" in tool("generate", run, "--prompt", "a", code=2)
 
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_is_gone_is_recorded_until_it_is_put_back(folder, tmp_p
     sets = [data, "data.validation={}", f"logging.folder={run}"]
     output = " ".join(pretrain(folder / "config.yaml", *sets, "training.steps=1")[0].split())
     assert "no tokenizer is known (tokenizer of the manifest is gone)" in output
-    assert "no tokenizer of this run is to be found" in tool("generate", run, code=2)
+    assert "no tokenizer of this run was found" in tool("generate", run, code=2)
     shutil.copytree(folder / "tokenizer", run / "tokenizer" / "tokenizer")
     pretrain(folder / "config.yaml", *sets, "training.steps=2")
     assert json.loads(tool("generate", run, "--json"))["prompt"] == ""

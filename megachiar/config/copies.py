@@ -1,0 +1,48 @@
+"""Copies of the shipped configs, in a folder where they can be changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from megachiar.config.bases import files_of
+from megachiar.config.shipped import shipped_config
+from megachiar.errors import UserError, disk_errors
+
+
+class ConfigCopy(NamedTuple):
+    """A copied config.
+
+    Attributes:
+        path: the copy.
+        bases: the files beside it that it is based on, the nearest first.
+        kept: those of them that were there already and were left as they are.
+    """
+
+    path: Path
+    bases: list[Path]
+    kept: list[Path]
+
+
+def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> ConfigCopy:
+    """Copy the shipped config ``name`` and its bases to ``folder``.
+
+    Args:
+        name: of the config, such as ``tiny``.
+        folder: that exists.
+        overwrite: replace files that are there already; without it a base that is there is kept.
+
+    Raises:
+        UserError: there is no config of this name, its file is there already, or one cannot be written.
+    """
+    first, *bases = files_of(shipped_config(name))
+    path = folder / first.name
+    if path.exists() and not overwrite:
+        raise UserError(path, "exists already", "move it, or replace it with --overwrite")
+    kept = [copy for base in bases if (copy := folder / base.name).exists() and not overwrite]
+    for file in (first, *bases):
+        copy = folder / file.name
+        if copy not in kept:
+            with disk_errors(copy):
+                copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    return ConfigCopy(path, [folder / base.name for base in bases], kept)

@@ -1,0 +1,63 @@
+"""``--set a.b=value``: one key of a config gets another value than its file says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from megachiar.config.bases import BASE
+from megachiar.config.run_length import drop_other_lengths
+from megachiar.config.yaml_file import parse_value
+from megachiar.errors import UserError
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> str:
+    """Set one dotted key in ``mapping``; items of a list are addressed by index (``data.train.0.path=...``).
+
+    Returns:
+        the dotted key.
+
+    Raises:
+        UserError: the override is no ``key=value``, or its key does not lead through keys and indices.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}", "is not KEY=VALUE", "write for example --set training.steps=100")
+    if key == BASE:
+        raise UserError(f"--set {override}", "a base can only be named in a file", "write a file with this base")
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}", f"value {text!r} is not valid YAML", "quote the value") from None
+    *parents, last = key.split(".")
+    node: Any = mapping
+    for depth, name in enumerate(parents):
+        node = _child(node, name, override, ".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        node[_list_index(node, last, override, ".".join(parents))] = value
+    elif isinstance(node, dict):
+        node[last] = value
+        if parents == ["training"]:
+            drop_other_lengths(node, {last: value})
+    else:
+        raise UserError(f"--set {override}", f"{'.'.join(parents)} holds a value, not keys", "set that key itself")
+    return key
+
+
+def _child(node: Any, name: str, override: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, name, override, key)]
+    if isinstance(node, dict):
+        if node.get(name) is None:
+            node[name] = {}
+        return node[name]
+    raise UserError(f"--set {override}", f"{key} is below a value, not below keys", "check the key's path")
+
+
+def _list_index(node: list[Any], name: str, override: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise UserError(
+            f"--set {override}", f"{key} is a list of {len(node)}, {name!r} is no index in it", "use 0, 1, ..."
+        )
+    return int(name)

@@ -1,0 +1,143 @@
+"""Type each section of a config by itself, so that a bad one does not hide the problems of the others."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megachiar.config.errors import Problem
+from megachiar.config.run import RunConfig
+from megachiar.config.unknown_keys import OwnKeys, unknown_key
+
+
+def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Type the sections of a config.
+
+    Returns:
+        the typed sections by name, without those that have a problem, and all problems.
+    """
+    sections: dict[str, Any] = {}
+    problems: list[Problem] = []
+    fields = RunConfig.model_fields
+    for name, value in mapping.items():
+        if name not in fields:
+            problems += unknown_key((str(name),), value, list(fields), _own_keys())
+    for name, field in fields.items():
+        value = mapping.get(name)
+        section = section_class(field.annotation)
+        if name not in mapping and not field.is_required():
+            sections[name] = field.default
+        elif name not in mapping:
+            problems.append(Problem(name, "section is missing", f"add `{name}:`; see `megachiar config show tiny`"))
+        elif not isinstance(value, dict):
+            keys = f": {', '.join(section.model_fields)}" if section is not None else ""
+            problems.append(
+                Problem(name, f"is {_shown(value)}, not a mapping of keys", f"write keys below `{name}:`{keys}")
+            )
+        elif section is None:
+            sections[name] = value
+        else:
+            typed, found = _type_section(name, section, value)
+            problems += found
+            if typed is not None:
+                sections[name] = typed
+    return sections, problems
+
+
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section in an annotation, also as the items of a list; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_class(part)) is not None), None)
+
+
+@functools.cache
+def _own_keys() -> OwnKeys:
+    """Return the dotted keys of a config by their last name."""
+    own: OwnKeys = {}
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = section_class(field.annotation)
+            if inner is None:
+                own.setdefault(name, []).append(f"{prefix}{name}")
+            elif get_origin(field.annotation) is None:  # the keys of a list's items belong in the list alone
+                walk(inner, f"{prefix}{name}.")
+
+    walk(RunConfig, "")
+    return own
+
+
+def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) -> tuple[BaseModel | None, list[Problem]]:
+    text = json.dumps(value, default=str)
+    try:
+        # Strict JSON mode: no string for a number, but a list for a tuple and a string for a path.
+        return section.model_validate_json(text, strict=True), []
+    except ValidationError as error:
+        located = _one_per_key(error, json.loads(text))
+        return None, [problem for path, detail in located for problem in _problems_of(section, (name, *path), detail)]
+
+
+def _one_per_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], ErrorDetails]]:
+    """Return one problem a key path: a union reports each of its arms, and the first is kept."""
+    kept: dict[tuple[str, ...], ErrorDetails] = {}
+    for detail in error.errors(include_url=False):
+        kept.setdefault(tuple(_key_path(detail, value)), detail)
+    # An arm that looked inside the value and one that did not, or a list short of its bad items: the inner one says it.
+    return [
+        (path, detail)
+        for path, detail in kept.items()
+        if not any(other[: len(path)] == path and other != path for other in kept)
+    ]
+
+
+def _key_path(detail: ErrorDetails, value: Any) -> Iterator[str]:
+    """Yield keys and indices of pydantic's location of a problem, without the names of a union's arms in it."""
+    for number, part in enumerate(detail["loc"], 1):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+            yield str(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part] if part < len(value) else None
+            yield str(part)
+        elif detail["type"] == "missing" and number == len(detail["loc"]):
+            yield str(part)
+
+
+def _problems_of(section: type[BaseModel], path: tuple[str, ...], detail: ErrorDetails) -> Iterator[Problem]:
+    key, kind, context = ".".join(path), detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = list(_class_at(section, path[1:-1]).model_fields)
+        yield from unknown_key(path, detail["input"], known, _own_keys())
+        return
+    if kind == "missing":
+        yield Problem(key, "is missing and has no default", f"add `{path[-1]}:` below `{'.'.join(path[:-1])}:`")
+        return
+    wanted = detail["msg"].removeprefix("Input should be ")
+    if kind == "literal_error":
+        wanted = f"one of {context['expected']}"
+    elif kind == "too_short":
+        wanted = f"a list of at least {context['min_length']}"
+    elif not wanted.startswith("a "):
+        wanted = f"a value {wanted}"
+    yield Problem(key, f"is {_shown(detail['input'])}, must be {wanted}", f"set it to {wanted}")
+
+
+def _class_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """Return the section that the keys below ``path`` belong to."""
+    for name in path:
+        if not name.isdigit():
+            inner = section_class(section.model_fields[name].annotation)
+            assert inner is not None, f"{name} has no keys"
+            section = inner
+    return section
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

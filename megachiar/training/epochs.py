@@ -1,0 +1,46 @@
+"""``training.epochs`` becomes steps as soon as the datasets can be measured, before anything depends on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megachiar.config import RunConfig
+from megachiar.config.run_length import steps_of_epochs
+from megachiar.data.sampling.order import StreamOrder
+from megachiar.data.storage.files import bin_path
+from megachiar.data.storage.reader import IndexedDataset
+from megachiar.errors import UserError
+from megachiar.topology import LaunchError
+
+
+def resolve_epochs(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the steps that its epochs make of the training data; as it is where it has no epochs.
+
+    Raises:
+        LaunchError: a source is missing or shorter than one sample, or ``training.steps`` says otherwise.
+    """
+    epochs, steps = config.training.epochs, config.training.steps
+    if epochs is None:
+        return config
+    try:
+        samples = sum(samples_of_a_pass(source.path, config.sequence_length) for source in config.data.train)
+    except UserError as error:  # every rank reads the same files
+        raise LaunchError(error.where, error.problem, error.remedy) from error
+    made = steps_of_epochs(epochs, samples, config.training.global_batch_size)
+    if steps is not None and steps != made:
+        raise LaunchError(
+            "training.steps",
+            f"is {steps:,}, but training.epochs {epochs:g} make {made:,} of {samples:,} samples an epoch",
+            "keep one of the two",
+        )
+    return config.with_steps(made)
+
+
+def samples_of_a_pass(prefix: Path, sequence_length: int) -> int:
+    """Return how many samples one pass over a source holds.
+
+    Raises:
+        UserError: the source is missing, damaged, or shorter than one sample.
+    """
+    tokens = IndexedDataset(prefix).tokens.size
+    return StreamOrder(tokens, sequence_length, key=(), where=bin_path(prefix)).samples_per_epoch
