@@ -209,7 +209,7 @@ def test_inspection_reads_kind_and_end_from_the_manifest(folder):
 
     assert shown(folder / "train", "--document", 0) == "the fox"
     assert shown(folder / "train", "--document", 0, "--tokenizer", folder / "tokenizer") == "the fox"
-    step = ("--config", folder / "config.yaml", "--step", 0, "--json")
+    step = ("--config", folder / "config.yaml", "--step", 1, "--json")
     for tokenizer in ((), ("--tokenizer", folder / "tokenizer")):
         assert "the foxa dog" in json.loads(tool("inspect_dataset", *step, *tokenizer))["samples"][0]["text"]
 
