@@ -124,8 +124,9 @@ def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], 
                 walk(value, path)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                lines[(*prefix, str(index))] = value.start_mark.line + 1
-                walk(value, (*prefix, str(index)))
+                path = (*prefix, str(index))
+                lines[path] = value.start_mark.line + 1
+                walk(value, path)
 
     if node is not None:
         walk(node, ())
