@@ -42,13 +42,12 @@ class TiedEmbedding(nn.Module):
         Args:
             x: tokens (N,) int64 to embed, or hidden states (m, d).
             targets: (N,) int64, for losses of hidden states; None for their logits.
-            layout: the layout of the micro-batch, for tokens.
+            layout: the layout of the micro-batch, whose keys decide about dropout in training; None drops nothing.
 
         Returns:
             Hidden states (m, d), logits (N, V), or the ``CrossEntropy`` of the targets.
         """
         if not x.is_floating_point():
-            assert layout is not None, "tokens are embedded with a layout"
             return self._embed(x, layout)
         return self._logits(x) if targets is None else self.loss(x, self.weight, targets)
 
@@ -59,7 +58,7 @@ class TiedEmbedding(nn.Module):
         """
         return linear_cross_entropy(gather_or_copy_input(x, self.group), weight, targets, self.part)
 
-    def _embed(self, tokens: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, layout: BatchLayout | None) -> torch.Tensor:
         """Embed tokens (N,) as hidden states (m, d); a rank adds zeros for the tokens of other ranks."""
         if self.part is None:
             rows = F.embedding(tokens, self.weight)
@@ -68,9 +67,10 @@ class TiedEmbedding(nn.Module):
             elsewhere = (ids < 0) | (ids >= len(self.weight))
             rows = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)
             rows = reduce_or_scatter_output(rows, self.group)
-        if not (self.training and self.dropout and layout.dropout_keys is not None):
+        keys = layout.dropout_keys if layout is not None else None
+        if not (self.training and self.dropout and keys is not None):
             return rows
-        return apply_dropout(rows, dropout_of(self.dropout, layout.dropout_keys.local_rows, -1, 0))
+        return apply_dropout(rows, dropout_of(self.dropout, keys.local_rows, -1, 0))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits (N, V) for reading alone: no gradient flows back over ranks."""

@@ -168,27 +168,32 @@ def test_make_takes_the_pinned_versions_once(tmp_path):
     assert "pip install" not in plan and "-m pytest" in plan
 
 
-def pins() -> dict[str, list[str]]:
-    """Package -> markers of its lines in constraints.txt."""
-    found: dict[str, list[str]] = {}
+def pins() -> dict[str, list[Requirement]]:
+    """Return the pins of each package, of which each Python takes at most one."""
+    found: dict[str, list[Requirement]] = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
-            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([0-9][\w.]*)(?: ; (python_version [<>=]+ \"3\.11\"))?", line)
-            assert match, f"not an exact pin: {line}"
-            found.setdefault(re.sub("[-_.]+", "-", match[1]).lower(), []).append(match[3] or "")
+            pin = Requirement(line)
+            assert re.fullmatch(r"==[0-9][\w.]*", str(pin.specifier)), line
+            found.setdefault(canonicalize_name(pin.name), []).append(pin)
     return found
 
 
-def test_every_requirement_is_pinned_once_for_each_python():
+def holds(requirement: Requirement, python: str) -> bool:
+    """Whether a requirement or pin is one of that Python; extras count as asked for."""
+    return requirement.marker is None or requirement.marker.evaluate({"python_version": python, "extra": ""})
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_once_for_each_python(python):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
-    requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
-    names = {re.match(r"[A-Za-z0-9_.-]+", r)[0].lower().replace("_", "-") for r in requirements}
+    texts = [*project["dependencies"], *(text for extra in extras for text in extra)]
+    names = {canonicalize_name(r.name) for r in map(Requirement, texts) if holds(r, python)}
     assert len(names) > 15
-    assert names - set(pins()) == {"triton"}, "triton is pinned by each build of torch"
-    for name, markers in pins().items():
-        both = {'python_version < "3.11"', 'python_version >= "3.11"'}
-        assert markers == [""] or set(markers) == both or (len(markers) == 1 and markers[0] in both), name
+    pinned = {name: sum(holds(pin, python) for pin in found) for name, found in pins().items()}
+    assert max(pinned.values()) == 1
+    assert {name for name in names if not pinned.get(name)} == {"triton"}, "triton is pinned by each build of torch"
 
 
 def test_what_the_requirements_require_is_pinned_too():

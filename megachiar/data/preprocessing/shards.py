@@ -122,10 +122,10 @@ def _merge(
 ) -> Report:
     """Merge the shards that were made with the settings ``shards``."""
     tokenizer = _load_tokenizer(settings)
-    records = _records(shards)
-    log = _merged_log(records)
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
+    records = _records(shards)
+    log = _merged_log(records)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
 
     def manifest_of(output: Output) -> Callable[[IndexedDatasetBuilder], bytes]:
