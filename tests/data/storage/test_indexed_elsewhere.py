@@ -62,9 +62,9 @@ def test_neox_merge_output_is_read_with_a_document_for_each_sequence(merged):
 
 
 def test_what_neox_merge_loses_is_said(merged):
-    told = summarise(merged, verify=True)
-    assert told["documents"] == 4 and told["document_tokens"]["largest"] == 4
-    assert any(what.startswith("where documents begin: the index does not tell") for what in told["not_checked"])
+    summary = summarise(merged, verify=True)
+    assert summary["documents"] == 4 and summary["document_tokens"]["largest"] == 4
+    assert any(what.startswith("where documents begin: the index does not say it") for what in summary["not_checked"])
     assert not any("where documents begin" in what for what in summarise(merged.with_name("a"))["not_checked"])
 
 
