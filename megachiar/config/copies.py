@@ -33,12 +33,12 @@ def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> Con
         overwrite: replace files that are there already; without it a base that is there is kept.
 
     Raises:
-        UserError: there is no config of this name, its file is there already, or one cannot be written.
+        UserError: there is no config of this name, another file of its name is there, or one cannot be written.
     """
     first, *bases = files_of(shipped_config(name))
     path = folder / first.name
-    if path.exists() and not overwrite:
-        raise UserError(path, "exists already", "move it, or replace it with --overwrite")
+    if path.exists() and not overwrite and not _same_text(first, path):
+        raise UserError(path, "exists already and is another config", "move it, or replace it with --overwrite")
     kept = [copy for base in bases if (copy := folder / base.name).exists() and not overwrite]
     for file in (first, *bases):
         copy = folder / file.name
@@ -46,3 +46,7 @@ def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> Con
             with disk_errors(copy):
                 copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     return ConfigCopy(path, [folder / base.name for base in bases], kept)
+
+
+def _same_text(first: Path, second: Path) -> bool:
+    return first.read_bytes() == second.read_bytes()

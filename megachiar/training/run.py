@@ -10,14 +10,14 @@ from rich.markup import escape
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
-from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer
+from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read_kept_record
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.errors import UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
-from megachiar.topology import Topology, raise_together
+from megachiar.topology import LaunchError, Topology, raise_together
 from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
@@ -100,6 +100,12 @@ def train(
     display = Display(console, config.steps, progress.step)
     if progress.step >= config.steps:
         key, _ = asked_length(config.training)
+        if start.kind == "all":
+            raise LaunchError(
+                f"training.{key}",
+                f"ends the run at step {config.steps:,}, but {start.path} is at step {progress.step:,} already",
+                f"raise training.{key}, or take the weights alone with checkpoint.load: weights",
+            )
         console.print(
             f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
             f"{config.steps:,}. To train it further raise training.{key}; to begin another run name another "
@@ -151,7 +157,8 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
     )
     if reason := why_no_utilisation(engine.device):
         console.print(f"[yellow]  {escape(reason)}[/]")
-    if data.tokenizer is None:
+    kept = read_kept_record(config.logging.folder)
+    if data.tokenizer is None and not (kept is not None and (config.logging.folder / kept.file).exists()):
         record = data.tokenizer_record
         lack = "no manifest, no data.tokenizer" if record is None else f"{record.file} of the manifest is gone"
         console.print(f"[yellow]  no tokenizer is known ({escape(lack)}): the run cannot be sampled from[/]")

@@ -20,8 +20,8 @@ from megachiar.data.tokenizers.recorded import (
     KEPT_RECORD,
     describe_tokenizer,
     find_recorded,
-    first_manifest,
     load_as_recorded,
+    manifest_of_tokenizer,
     read_kept_record,
 )
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -40,7 +40,7 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
     Raises:
         UserError: the config's tokenizer is missing, has more ids than the model, or did not make the datasets.
     """
-    known = first_manifest((source.prefix, source.manifest) for source in sources)
+    known = manifest_of_tokenizer((source.prefix, source.manifest) for source in sources)
     path = config.data.tokenizer or (find_recorded(*known) if known is not None else None)
     if path is None:
         return None
@@ -55,7 +55,7 @@ def find_tokenizer(config: RunConfig, sources: Sequence[TokenSource]) -> Tokeniz
 
 def record_of_data(sources: Sequence[TokenSource], tokenizer: Tokenizer | None) -> TokenizerRecord | None:
     """Return the tokenizer's record in the first manifest of ``sources``, or else one that describes ``tokenizer``."""
-    known = first_manifest((source.prefix, source.manifest) for source in sources)
+    known = manifest_of_tokenizer((source.prefix, source.manifest) for source in sources)
     if known is not None:
         return known[1].tokenizer
     return describe_tokenizer(tokenizer, Path()) if tokenizer is not None else None
@@ -163,7 +163,7 @@ def _load_of_older_run(path: Path, recorded: TokenizerRecord | None, checkpoint:
 def _manifest_of_run(config: RunConfig) -> tuple[Path, Manifest] | None:
     """Return prefix and manifest of the first dataset of ``config`` whose manifest is still there."""
     prefixes = [*(source.path for source in config.data.train), *config.data.validation.values()]
-    return first_manifest((prefix, read_manifest(prefix)) for prefix in prefixes)
+    return manifest_of_tokenizer((prefix, read_manifest(prefix)) for prefix in prefixes)
 
 
 def _check_fits(tokenizer: Tokenizer, where: object, vocab_size: int) -> None:

@@ -148,7 +148,9 @@ def test_tau_of_the_embedding_is_the_middle_of_its_percentiles(run_folder):
     assert (place["measured"]["mean"], place["measured"]["deviation"]) == pytest.approx((h.mean(), h.std()), abs=1e-5)
     low, high = (np.percentile(h, p, method="inverted_cdf") for p in (33, 67))
     assert found["router"]["tau"] == pytest.approx((low + high) / 2, abs=1e-5)
-    assert place["like_noise"] and "warning" in done.stderr and "routes at random" in done.stderr, "nothing is learned yet"
+    assert place["like_noise"] and "warning" in done.stderr and "routes at random" in done.stderr, (
+        "nothing is learned yet"
+    )
 
 
 def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_folder):

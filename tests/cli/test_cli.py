@@ -138,8 +138,9 @@ def test_a_shipped_config_is_copied_once(tmp_path, monkeypatch, capsys):
     config.main(["init", "tiny"])
     assert "tiny.yaml" in capsys.readouterr().out
     assert load_config("tiny.yaml") == load_config(ROOT / "configs" / "tiny.yaml")
+    config.main(["init", "tiny"])  # the same file is no error
     Path("tiny.yaml").write_text("mine")
-    with pytest.raises(UserError, match=r"tiny\.yaml: exists already\n .*--overwrite"):
+    with pytest.raises(UserError, match=r"tiny\.yaml: exists already and is another config\n .*--overwrite"):
         config.main(["init", "tiny.yaml"])
     assert Path("tiny.yaml").read_text() == "mine"
     config.main(["init", "tiny", "--overwrite"])

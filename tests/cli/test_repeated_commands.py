@@ -88,6 +88,18 @@ def test_an_input_that_was_changed_since_is_another_input(folder, command):
     assert done.returncode == 2 and OTHER in done.stderr and changed.name in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("command", ["train_tokenizer", "preprocess_data"])
+def test_an_older_file_that_was_moved_over_an_input_is_another_input(folder, command):
+    """As ``mv``, ``cp -p``, ``rsync -a`` and ``tar x`` leave it: with other text, and times before the output's."""
+    arguments = arguments_of(command, folder)
+    assert run_tool(command, *arguments).returncode == 0
+    older = write_jsonl(folder / "older.jsonl", numbered_documents(201))
+    os.utime(older, ns=(0, 10**18))
+    older.replace(folder / "in.jsonl")
+    done = run_tool(command, *arguments)
+    assert done.returncode == 2 and f"{OTHER} {folder / 'in.jsonl'} was changed since" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_was_changed_since_is_not_what_the_command_makes(folder, command):
     arguments = arguments_of(command, folder)

@@ -84,6 +84,15 @@ def test_all_of_another_run_goes_on_bit_for_bit_and_is_loaded_once(tmp_path, nam
     assert ours.model_dump(exclude=unlike) == theirs.model_dump(exclude=unlike)
 
 
+def test_a_run_that_would_begin_after_its_last_step_is_refused(tmp_path):
+    config = make_run(tmp_path)
+    pretrain(config)
+    sets = [f"logging.folder={tmp_path / 'new'}", f"checkpoint.load_from={tmp_path / 'run'}", ALL, "training.steps=2"]
+    message = pretrain(config, *sets, codes=(2,))[0]
+    assert "training.steps: ends the run at step 2, but " in message and f"is at step {STEPS} already" in message
+    assert "Traceback" not in message and not (tmp_path / "new" / "checkpoints").exists()
+
+
 def test_a_named_checkpoint_is_loaded_and_not_the_newest(tmp_path):
     config = make_run(tmp_path)
     pretrain(config)

@@ -33,14 +33,23 @@ def find_existing(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[Pa
     found = {prefix: read_whole(prefix) for prefix in settings.prefixes}
     for prefix, manifest in found.items():
         _compare_manifest(settings, tokenizer, manifest)
-        made_at = manifest_path(prefix).stat().st_mtime_ns
+        made_at = _last_change(manifest_path(prefix))
         for source in settings.sources:
-            changed_at = source.identity()[2]
+            changed_at = source.identity()[2] if source.path is None else _last_change(source.path)
             if not isinstance(changed_at, int):
                 raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
             if changed_at > made_at:
                 raise OutputDiffers(f"{source.name} was changed since")
     return found
+
+
+def _last_change(path: Path) -> int:
+    """Return when a file last got its content or its name, in nanoseconds.
+
+    The time of its content alone is older than that where a file was moved or copied here with its times.
+    """
+    status = path.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def read_whole(prefix: Path | str) -> Manifest:
@@ -92,8 +101,18 @@ def compare(made: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """
     for key in {**requested, **made}:
         if made.get(key) != requested.get(key):
+            if key == "inputs" and (changed := _changed_inputs(made.get(key), requested.get(key))):
+                raise OutputDiffers(f"{changed[0]} was changed since")
             before, now = _shorten(made.get(key)), _shorten(requested.get(key))
             raise OutputDiffers(f"it was made with {key} {before}, this command has {now}")
+
+
+def _changed_inputs(made: Any, requested: Any) -> list[str]:
+    """Return the names of inputs (name, bytes, time of change) that are named in both lists and differ."""
+    if not all(isinstance(entry, list) for inputs in (made, requested) for entry in inputs or ()):
+        return []
+    before = {entry[0]: entry for entry in made or ()}
+    return [entry[0] for entry in requested or () if before.get(entry[0], entry) != entry]
 
 
 def _shorten(value: Any) -> str:

@@ -72,9 +72,14 @@ def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def first_manifest(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
-    """Return the first of ``datasets`` (prefix and manifest) that has a manifest; None if none has."""
-    return next(((prefix, manifest) for prefix, manifest in datasets if manifest is not None), None)
+def manifest_of_tokenizer(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
+    """Return the dataset (prefix and manifest) whose manifest tells the tokenizer and the end-of-document token.
+
+    It is the first that ends its documents with a token, since no other manifest knows which token was trained. Where
+    none does, it is the first that has a manifest; None if none has.
+    """
+    known = [(prefix, manifest) for prefix, manifest in datasets if manifest is not None]
+    return next(((prefix, manifest) for prefix, manifest in known if manifest.append_eod), known[0] if known else None)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:

@@ -232,6 +232,21 @@ def test_a_manifest_behind_the_first_source_tells_the_tokenizer(folder, tmp_path
     assert read_kept_record(tmp_path / "run").kind == "gpt2"
 
 
+def test_a_source_without_ends_does_not_tell_which_token_ends_a_document(folder, tmp_path):
+    """Its manifest has the tokenizer's own end, which nothing was trained on."""
+    corpus = write_jsonl(tmp_path / "endless.jsonl", ["the fox", "a dog"] * 150)
+    arguments = ("--tokenizer", folder / "tokenizer", *KIND[:2], "--eod-token", "!", "--workers", "1")
+    tool("preprocess_data", "--input", corpus, *arguments, "--output-prefix", tmp_path / "endless")
+    assert read_manifest(tmp_path / "endless").tokenizer.eod_id != end_of(folder)
+    for number, names in enumerate(
+        ((tmp_path / "endless", folder / "train"), (folder / "train", tmp_path / "endless"))
+    ):
+        train = "data.train=[" + ", ".join(f"{{path: {name}}}" for name in names) + "]"
+        run = tmp_path / f"run{number}"
+        pretrain(folder / "config.yaml", train, "training.steps=1", f"logging.folder={run}")
+        assert read_kept_record(run).eod_id == end_of(folder)
+
+
 def test_a_tokenizer_that_is_gone_is_recorded_until_it_is_put_back(folder, tmp_path):
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(folder / f"train{suffix}", tmp_path / f"train{suffix}")
