@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spread = times.spread(name)
         line = f"{name:16} {spread.format(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
         entry = {"seconds": times.seconds[name], **report}
-        if "flops" in report:
+        if "flops" in report and name not in peers:  # a peer may be another version of this program
             precision = name.split()[-1]
             product = f"matrix product {precision}"
             rate = products[product][1] / times.spread(product).median
