@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         copy = copy_shipped_config(options.name, Path(), options.overwrite)
         for base in copy.bases:
             print(f"{base}: {'kept, since it was there already' if base in copy.kept else 'copied as its base'}")
+        if copy.path in copy.kept:
+            print(f"{copy.path}: exists already and is what this command makes")
         print(f"{copy.path}: see what it needs with `megachiar pretrain --config {copy.path} --dry-run`")
     else:
         print(json.dumps(config_schema(), indent=1))

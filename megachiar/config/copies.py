@@ -16,7 +16,7 @@ class ConfigCopy(NamedTuple):
     Attributes:
         path: the copy.
         bases: the files beside it that it is based on, the nearest first.
-        kept: those of them that were there already and were left as they are.
+        kept: files that were there already and were left as they are: the copy, if it is the same, and bases.
     """
 
     path: Path
@@ -39,7 +39,7 @@ def copy_shipped_config(name: str, folder: Path, overwrite: bool = False) -> Con
     path = folder / first.name
     if path.exists() and not overwrite and not _same_text(first, path):
         raise UserError(path, "exists already and is another config", "move it, or replace it with --overwrite")
-    kept = [copy for base in bases if (copy := folder / base.name).exists() and not overwrite]
+    kept = [copy for file in (first, *bases) if (copy := folder / file.name).exists() and not overwrite]
     for file in (first, *bases):
         copy = folder / file.name
         if copy not in kept:

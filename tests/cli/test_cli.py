@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -138,7 +139,9 @@ def test_a_shipped_config_is_copied_once(tmp_path, monkeypatch, capsys):
     config.main(["init", "tiny"])
     assert "tiny.yaml" in capsys.readouterr().out
     assert load_config("tiny.yaml") == load_config(ROOT / "configs" / "tiny.yaml")
-    config.main(["init", "tiny"])  # the same file is no error
+    os.utime("tiny.yaml", (0, 0))
+    config.main(["init", "tiny"])  # the same file is no error, and stays
+    assert "exists already" in capsys.readouterr().out and Path("tiny.yaml").stat().st_mtime == 0
     Path("tiny.yaml").write_text("mine")
     with pytest.raises(UserError, match=r"tiny\.yaml: exists already and is another config\n .*--overwrite"):
         config.main(["init", "tiny.yaml"])
