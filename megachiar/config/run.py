@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.section import Section
 from megachiar.config.sections import (
     CheckpointConfig,
@@ -41,6 +42,8 @@ class RunConfig(Section):
     """How long the run is, how much a step reads, and how often the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves and what it starts from."""
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    """How the run notices that something is wrong."""
     logging: LoggingConfig
     """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}

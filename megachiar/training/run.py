@@ -18,6 +18,7 @@ from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.topology import LaunchError, Topology, raise_together
+from megachiar.training.compare_setups import compare_setups
 from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
@@ -62,6 +63,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):
             raise_together(problem)
+            compare_setups(config, data)
             return train(config, topology.with_groups(), device, data, signals, console)
     finally:
         signals.ignore()
