@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
-from megachiar.config import ModelConfig, RunConfig, load_config
+from megachiar.checkpoint.format import CheckpointState
+from megachiar.config import ModelConfig, RunConfig
 from megachiar.data.sampling.history import Change, DataHistory
 from megachiar.topology import LaunchError
 
@@ -80,13 +80,7 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
     return changes
 
 
-def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
-    """Return a line for the log where ``data.document_mask`` changes between ``checkpoint`` and ``config``."""
-
-    def mask(end: int | None) -> str:
-        return "off" if end is None else f"at id {end}"
-
-    before, now = load_config(checkpoint / CONFIG_FILE).document_end, config.document_end
-    if before == now:
-        return []
-    return [f"data.document_mask was {mask(before)} up to here and is {mask(now)} from here on"]
+def changed_keys(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return each key whose value differs between two configs, with both values; a key that one lacks is None there."""
+    old, new = before.flat(), now.flat()
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]

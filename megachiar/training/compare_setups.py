@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def compare_setups(config: RunConfig, data: RunData) -> None:
 
 def describe_setup(config: RunConfig, data: RunData) -> dict[str, str]:
     """Return what must be equal on every rank, by a name that a message can show."""
-    entries = {name: json.dumps(value) for name, value in _flatten(config.model_dump(mode="json"))}
+    entries = {key: json.dumps(value) for key, value in config.flat().items()}
     for source in data.sources:
         entries[f"data of {source.prefix}"] = fingerprint(source)
     entries["version of megachiar"] = __version__
@@ -87,14 +86,6 @@ def _digest_file(path: Path) -> str:
             file.seek(last * block // _SAMPLED_BLOCKS)
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _version(library: str) -> str:
