@@ -14,6 +14,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megachiar.errors import UserError
 
@@ -84,6 +85,16 @@ def _set_rendezvous(world: int) -> None:
             "start through a launcher, unset RANK to train alone, or export both: the host and a free port of rank 0",
         )
     _int("MASTER_PORT")
+
+
+def refuse_shared_pipe(config: Path) -> None:
+    """Refuse a config that several ranks would read from one pipe, since each of them would get a part of it.
+
+    Raises:
+        UserError: ``config`` is standard input or a pipe, and the run has more than one rank.
+    """
+    if _int("WORLD_SIZE") > 1 and (str(config) == "-" or config.is_fifo()):
+        raise UserError(config, "is a pipe, and several ranks cannot read one", "write the config to a file")
 
 
 def configure_torch(threads: int | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,10 @@ from megachiar.errors import UserError
 
 Lines = dict[tuple[str, ...], int]
 """Key path -> line, counted from 1."""
+STANDARD_INPUT = Path("-")
+"""The path by which a command line names standard input."""
+PIPE_TIMEOUT_S = 30.0
+"""Seconds to wait for the next bytes of a pipe."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,38 +77,70 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         UserError: the file is missing, or holds no text, no YAML or no mapping.
         ConfigError: a key stands twice in one mapping.
     """
+    shown = shown_path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_bytes(path).decode()
     except FileNotFoundError:
         raise UserError(
             path, "no such config file", "check the path; `megachiar config list` names shipped ones"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
+        raise UserError(shown, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines, twice = _locate(node)
         if twice:
             raise ConfigError(
-                str(path),
+                shown,
                 [
-                    (f"{path}:{line}", Problem(".".join(key), f"stands twice (first on line {lines[key]})", "keep one"))
+                    (
+                        f"{shown}:{line}",
+                        Problem(".".join(key), f"stands twice (first on line {lines[key]})", "keep one"),
+                    )
                     for key, line in twice
                 ],
             )
         mapping = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
         detail = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(place, f"not valid YAML: {detail}", "mend the syntax at this place") from None
     if not isinstance(mapping, dict):
         raise UserError(
-            path,
+            shown,
             f"holds {type(mapping).__name__}, not a mapping of sections",
             "see `megachiar config show tiny`",
         )
     return mapping, lines
+
+
+def shown_path(path: Path) -> str:
+    """Return the name of a config in messages."""
+    return "standard input" if path == STANDARD_INPUT else str(path)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return the bytes of a config: of a file, of standard input, or of a pipe such as a shell's ``<(command)``.
+
+    Raises:
+        TimeoutError: a pipe has a writer that wrote nothing for ``PIPE_TIMEOUT_S``.
+        OSError: the file cannot be read.
+    """
+    if path == STANDARD_INPUT:
+        return sys.stdin.buffer.read()
+    if not path.is_fifo():
+        return path.read_bytes()
+    parts: list[bytes] = []
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe without a writer would wait for ever
+    with open(descriptor, "rb", buffering=0) as pipe:
+        while True:
+            if not select.select([pipe], [], [], PIPE_TIMEOUT_S)[0]:
+                raise TimeoutError(f"nothing was written to this pipe for {PIPE_TIMEOUT_S:.0f} s")
+            part = pipe.read(2**20)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
 
 
 def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:
