@@ -17,6 +17,10 @@ from megachiar.errors import UserError
 CONFIG_KEY = re.compile(r"--[A-Za-z_]\w*(\.[\w-]+)+(?P<equals>=.*)?", re.DOTALL)
 
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""The names of number formats as options take them, those of ``precision.compute``, fp32 first."""
+
+
 class OptionError(UserError):
     """An option of a command makes no sense; every rank of a run has the same command line."""
 

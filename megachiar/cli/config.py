@@ -15,10 +15,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.config import load_config
-from megachiar.config.copies import copy_shipped_config
-from megachiar.config.schema import config_schema
-from megachiar.config.shipped import shipped_config, shipped_configs, title_of
 from megachiar.options import CommandParser
 
 
@@ -39,6 +35,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+
+    from megachiar.config import load_config
+    from megachiar.config.copies import copy_shipped_config
+    from megachiar.config.schema import config_schema
+    from megachiar.config.shipped import shipped_config, shipped_configs, title_of
+
     if options.action == "list":
         for name, path in shipped_configs().items():
             print(f"{name:14} {title_of(path)}")

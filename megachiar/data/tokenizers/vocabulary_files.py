@@ -6,12 +6,11 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from megachiar.data.tokenizers.choices import TokenizerKind
 from megachiar.data.tokenizers.unsupported import find_unsupported_file, refuse_unsupported
 from megachiar.errors import UserError
-
-TokenizerKind = Literal["auto", "sentencepiece", "huggingface", "gpt2"]
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
