@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megachiar.options import CommandParser, add_config_options, add_json_option
+from megachiar.options import CommandParser, OptionError, add_config_options, add_json_option
 from megachiar.progress import ByteProgress
 
 
@@ -37,17 +37,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     add_json_option(parser)
     arguments = parser.parse_args(argv)
-    if (arguments.config is None) != (arguments.step is None):
-        parser.error("--config and --step belong together")
-    if arguments.overrides and arguments.config is None:
-        parser.error("--set belongs to --config")
-    if (arguments.prefix is None) == (arguments.config is None):
-        parser.error("give either PREFIX or --config")
-    if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
-        parser.error("--sample needs --sequence-length and --seed")
-    if arguments.sample is None and (arguments.sequence_length is not None or arguments.seed is not None):
-        parser.error("--sequence-length and --seed belong to --sample")
+    check_together(arguments, parser)
     return arguments
+
+
+def check_together(arguments: argparse.Namespace, parser: CommandParser) -> None:
+    """Check that the arguments make sense together.
+
+    Raises:
+        OptionError: one is given without another that it belongs to.
+    """
+    of_sample = arguments.sequence_length, arguments.seed
+    run, sample = parser.example("--step"), parser.example("--sample")
+    rules = (
+        (arguments.overrides and arguments.config is None, "--set", "belongs to --config", run),
+        (arguments.config is None and arguments.step is not None, "--step", "needs --config", run),
+        (arguments.config is not None and arguments.step is None, "--config", "needs --step", run),
+        (arguments.prefix is None and arguments.config is None, parser.prog, "PREFIX is missing", parser.example()),
+        (arguments.prefix is not None and arguments.config is not None, "PREFIX", "does not go with --config", run),
+        (arguments.sample is not None and None in of_sample, "--sample", "needs --sequence-length and --seed", sample),
+        (
+            arguments.sample is None and of_sample != (None, None),
+            "--sequence-length and --seed",
+            "belong to --sample",
+            sample,
+        ),
+    )
+    for broken, where, problem, example in rules:
+        if broken:
+            raise OptionError(where, problem, f"give what belongs together{example}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
