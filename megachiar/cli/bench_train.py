@@ -40,10 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from megachiar import launch
-from megachiar.config import RunConfig, load_config
 from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
@@ -51,6 +48,7 @@ from megachiar.options import CommandParser
 if TYPE_CHECKING:  # a contender that is a process of its own imports them, this one does not
     import torch
 
+    from megachiar.config import RunConfig
     from megachiar.engine.engine import Engine
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
@@ -230,6 +228,8 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     Raises:
         ConfigError: the sizes make no model.
     """
+    from megachiar.config import load_config
+
     fields = {
         "model": {
             "kind": BASELINE if kind == BASELINE else CHIAR,
@@ -255,7 +255,7 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "bench.yaml")
-        path.write_text(yaml.safe_dump(fields))
+        path.write_text(json.dumps(fields))  # JSON is YAML
         return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
 
 

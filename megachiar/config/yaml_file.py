@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import select
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from megachiar.config.errors import ConfigError, Problem
+from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
 
 Lines = dict[tuple[str, ...], int]
@@ -82,7 +84,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         text = _read_bytes(path).decode()
     except FileNotFoundError:
         raise UserError(
-            path, "no such config file", "check the path; `megachiar config list` names shipped ones"
+            path, "no such config file", f"{_meant(path)}check the path; `megachiar config list` names shipped ones"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(shown, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
@@ -141,6 +143,12 @@ def _read_bytes(path: Path) -> bytes:
             if not part:
                 return b"".join(parts)
             parts.append(part)
+
+
+def _meant(path: Path) -> str:
+    """Return a question where ``path`` may be meant as the name of a shipped config, and nothing else."""
+    near = difflib.get_close_matches(path.stem, shipped_configs(), n=1, cutoff=0.75)
+    return f"`megachiar config init {near[0]}` writes the shipped config to {near[0]}.yaml; else " if near else ""
 
 
 def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import zstandard
 
 from megachiar.data.inputs.find_inputs import find_sources
-from megachiar.data.preprocessing.tokenizer_training import TrainedKind, TrainingSettings, train_tokenizer
+from megachiar.data.preprocessing.choices import TrainedKind
+from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
 
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,13 +24,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocumentLog, OnError, ReadOptions
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
+from megachiar.data.preprocessing.choices import SUFFIXES, Algorithm, TrainedKind
 from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
@@ -39,10 +40,6 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
 
-TrainedKind = Literal["sentencepiece", "huggingface"]
-Algorithm = Literal["bpe", "unigram"]
-
-SUFFIXES: dict[TrainedKind, str] = {"sentencepiece": ".model", "huggingface": ".json"}
 BYTES = 256
 # SentencePiece skips sentences above 4,192 bytes without a word, and its results change with its threads.
 LONGEST_SENTENCE = 1000  # characters, of up to 4 bytes each
