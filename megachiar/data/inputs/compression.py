@@ -27,6 +27,8 @@ COMPRESSED_READ_BYTES = 1 << 14  # read at once; small, because the text may be 
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
 MOST_TEXT = 1 << 22  # bytes that xz and bzip2 give at once; the text may be ten thousand times larger
 
+OnContent = Callable[[bytes], None]
+
 
 class Codec(NamedTuple):
     """Describe how one compression is undone.
@@ -59,16 +61,27 @@ CODECS: dict[Compression, Callable[[], Codec]] = {
 }
 
 
-def text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
+def text_blocks(source: Source, on_content: OnContent | None = None) -> Iterator[tuple[bytes, int]]:
     """Yield the text of ``source`` in blocks, each with the number of bytes read from the disk for it.
+
+    Args:
+        source: the source to read.
+        on_content: called with each block as it is on the disk.
 
     Raises:
         UserError: the source has another compression than its name says, or is damaged or truncated.
     """
-    raw = raw_blocks(source)
+    raw = raw_blocks(source) if on_content is None else _watched(raw_blocks(source), on_content)
     if source.compression:
         return _decompressed(raw, source, CODECS[source.compression]())
     return ((block, len(block)) for block in raw)
+
+
+def _watched(blocks: Iterator[bytes], on_content: OnContent) -> Iterator[bytes]:
+    """Yield ``blocks``, after calling ``on_content`` with each."""
+    for block in blocks:
+        on_content(block)
+        yield block
 
 
 def raw_blocks(source: Source) -> Iterator[bytes]:
