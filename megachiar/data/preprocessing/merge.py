@@ -18,6 +18,7 @@ from megachiar.data.storage.files import (
     BlockChecksums,
     bin_path,
     block_checksums,
+    check_prefix,
     dataset_files,
     idx_path,
     manifest_path,
@@ -70,6 +71,7 @@ def merge_datasets(
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
+    check_prefix(output)
     _refuse_own_inputs(inputs, output)
     if not overwrite:
         _refuse_existing(inputs, output, shuffle_seed)

@@ -24,7 +24,7 @@ from megachiar.data.preprocessing.journal import Journal
 from megachiar.data.preprocessing.report import Report
 from megachiar.data.preprocessing.run import PreprocessRun
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.files import dataset_files
+from megachiar.data.storage.files import check_prefix, dataset_files
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 
@@ -50,6 +50,7 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
 def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
     """Check settings and outputs, and carry out the run."""
     encode_without_threads()
+    check_prefix(settings.output_prefix)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream)
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)

@@ -25,7 +25,7 @@ from megachiar.data.preprocessing.preprocess import check_outputs, existing_repo
 from megachiar.data.preprocessing.report import Report, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
-from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
+from megachiar.data.storage.files import check_prefix, put_in_place, remove_dataset, write_atomically
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.data.storage.reader import IndexedDataset
@@ -49,6 +49,7 @@ def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> Pr
         raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
     if not all(source.can_be_read_again for source in settings.sources):
         raise UserError("--input", "standard input cannot be shared by many processes", "name files")
+    check_prefix(settings.output_prefix)
     count = len(settings.sources)
     if shards > count:
         raise UserError(
