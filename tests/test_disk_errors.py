@@ -224,7 +224,7 @@ def test_a_path_that_no_file_can_have_is_one_message(tmp_path, model, monkeypatc
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("prefix", [".", "..", "/", "a/.."])
+@pytest.mark.parametrize("prefix", [".", "..", "a/.."])
 def test_a_folder_as_the_name_of_a_dataset_is_refused(tmp_path, model, monkeypatch, prefix):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
