@@ -49,6 +49,7 @@ def time_data_tools(options: argparse.Namespace) -> None:
 
 
 def preprocess(options: argparse.Namespace, folder: Path) -> dict:
+    """Time our engines and the peer's tools on one corpus in turn, and print rates, memory and ratios."""
     corpus = write_corpus(folder / "corpus.jsonl", options.megabytes)
     tokenizer = make_tokenizer(folder)
     commands = our_commands(options, corpus, tokenizer, folder) | peer_commands(options, corpus, tokenizer, folder)
@@ -76,6 +77,7 @@ def preprocess(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def compare(times: Times, memory: dict[str, float], names: dict) -> dict[str, float]:
+    """Print how much faster each of our engines is than each tool of the peer, and return the ratios of the times."""
     ratios = {}
     for ours in (name for name in names if name.startswith("ours")):
         for peer in (name for name in names if name.startswith("peer")):
@@ -104,6 +106,7 @@ def outputs(folder: Path, name: str) -> list[Path]:
 
 
 def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
+    """Return, for each engine to be measured, the command that tokenizes the corpus with it."""
     common = [sys.executable, "-m", "megachiar", "preprocess", "--input", str(corpus), "--append-eod"]
     common += ["--tokenizer", str(tokenizer / "tokenizer.json"), "--workers", str(options.workers)]
     return {
@@ -113,6 +116,7 @@ def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, fol
 
 
 def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
+    """Return the commands by which the peer tokenizes the corpus; none without ``--peer``."""
     if options.peer is None:
         return {}
     tool = options.peer / "tools" / "preprocess_data.py"

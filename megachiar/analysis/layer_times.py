@@ -86,6 +86,7 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
 
 
 def layer_passes(options: argparse.Namespace, sequences: int, length: int, device: torch.device) -> dict[str, Pass]:
+    """Return the passes of a dense layer, and of a routed one for each share of attention and kind of keys."""
     dtype, d = getattr(torch, options.precision), options.hidden_size
     x = torch.randn(sequences * length, d, device=device).to(dtype).requires_grad_()
     layout = BatchLayout(sequences, length)

@@ -140,11 +140,13 @@ class Contender:
 
     @classmethod
     def ours(cls, argv: Sequence[str], kind: str, precision: str) -> Contender:
+        """Start this program as a contender that trains a model of ``kind`` in ``precision``."""
         command = [sys.executable, "-m", "megachiar", "bench-train"]
         return cls(kind, [*command, *argv, "--serve", kind, precision], {})
 
     @classmethod
     def peer(cls, options: argparse.Namespace, name: str, command: str) -> Contender:
+        """Start another program as a contender; variables ``BENCH_...`` tell it the sizes of the model."""
         sizes = ("hidden_size", "layers", "heads", "sequence_length", "batch", "vocab_size", "threads")
         try:
             return cls(name, shlex.split(command), {f"BENCH_{s.upper()}": str(getattr(options, s)) for s in sizes})
@@ -356,6 +358,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def named(text: str) -> tuple[str, str]:
+    """Split ``NAME=COMMAND`` of the command line."""
     name, equals, command = text.partition("=")
     if not (name and equals and command):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")

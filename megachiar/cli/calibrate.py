@@ -101,6 +101,7 @@ def print_router(found: Calibration) -> None:
 
 
 def print_table(found: Calibration, title: str) -> None:
+    """Print the entropies at each place of the model and of white noise, and the thresholds they suggest."""
     from rich.console import Console
     from rich.table import Table
 

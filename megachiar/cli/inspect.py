@@ -97,6 +97,7 @@ def summary_of(prefix: Path, verify: bool) -> dict[str, Any]:
 
 
 def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the document or sample that the command line asks for; None if it asks for none."""
     if arguments.document is None and arguments.sample is None:
         return None
 
@@ -109,6 +110,7 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def print_step(arguments: argparse.Namespace) -> None:
+    """Print the samples that one step of a run reads or has read."""
     from megachiar.config import load_config
     from megachiar.data.sampling.inspection import show_samples
     from megachiar.training.run_data import open_at_step
@@ -125,6 +127,7 @@ def print_step(arguments: argparse.Namespace) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print what a dataset holds, what its manifest says of it, and what could not be checked."""
     for path, size in summary["files"].items():
         print(f"{path}: {size:,} bytes")
     sizes = summary["document_tokens"]
@@ -151,6 +154,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_text(shown: Mapping[str, Any]) -> None:
+    """Print a document or sample as text, after what is known of it; as ids if there is no tokenizer."""
     for key, value in shown.items():
         if key not in ("ids", "text"):
             print(f"{key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:,}'}")

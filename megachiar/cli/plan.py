@@ -89,6 +89,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
+    """Return a table of layouts, in their order, with memory and time of a step of each."""
     from rich.table import Table
 
     from megachiar.training.dry_run import gib

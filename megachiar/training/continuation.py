@@ -16,6 +16,7 @@ from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_data import (
     RunData,
     check_max_epochs,
+    describe_repeated_sources,
     describe_seen_validation,
     describe_source_usage,
     open_data,
@@ -157,7 +158,8 @@ def describe_changes(before: RunConfig, now: RunConfig, of_data: list[Change], s
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:
     """Return what the log says of the data: how often each source is read, and what may surprise."""
-    return [*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)]
+    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_validation(data)]
+    return [*describe_source_usage(config, data), *surprises]
 
 
 def describe_finished(config: RunConfig, progress: Progress) -> str | None:

@@ -216,8 +216,22 @@ def describe_seen_validation(data: RunData) -> list[str]:
     return lines
 
 
+def describe_repeated_sources(data: RunData) -> list[str]:
+    """Return a line for the log for each training source that holds the same tokens as one before it."""
+    lines, sources = [], data.training.sources
+    for number, source in enumerate(sources):
+        twin = next((earlier for earlier in sources[:number] if _hold_the_same(source, earlier)), None)
+        if twin is not None:
+            lines.append(
+                f"data.train: {source.prefix} holds the same tokens as {twin.prefix}, so that they count double: list "
+                "them once, with the sum of the weights, if that is not what you want"
+            )
+    return lines
+
+
 def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
-    if one.prefix.resolve() == other.prefix.resolve():
+    """Return whether two datasets are one file under two names, or copies by what their manifests record."""
+    if bin_path(one.prefix).samefile(bin_path(other.prefix)):
         return True
     if one.manifest is None or other.manifest is None:
         return False

@@ -82,6 +82,7 @@ class FastTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[TokenIds]:
+        """Encode with gigatoken, and compare a text now and then with the reference."""
         if self._batches % CHECKED_EVERY == 1:
             self._bound_memory()
         encoded = [ids for group in _groups(texts) for ids in self._encode_group(group)]
