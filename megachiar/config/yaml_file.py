@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from megachiar.config.errors import ConfigError, Problem
 from megachiar.config.shipped import shipped_configs
@@ -23,13 +24,79 @@ STANDARD_INPUT = Path("-")
 PIPE_TIMEOUT_S = 30.0
 """Seconds to wait for the next bytes of a pipe."""
 
+MAX_NODES = 100_000
+"""Values that a config may have, with its aliases written out: a few lines of aliases can stand for billions."""
+MAX_DEPTH = 50
+"""Levels that a config may be nested by."""
+
 
 class _Loader(yaml.SafeLoader):
-    """Read YAML 1.2. PyYAML follows YAML 1.1, where 1e-4 is a string, `no` a boolean and 2020-01-01 a date."""
+    """Read YAML 1.2, and only what a config can hold: mappings, lists, text, numbers, booleans and null.
 
+    PyYAML follows YAML 1.1, where 1e-4 is a string, `no` a boolean and 2020-01-01 a date. What cannot be read is always
+    a ``yaml.YAMLError``.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document as nodes, none of which is too much to read."""
+        try:
+            node = super().get_single_node()
+        except RecursionError:
+            raise ConstructorError(None, None, "it is nested too deep", None) from None
+        if node is not None:
+            _expanded_size(node, {})
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Return the document's value."""
+        try:
+            return super().construct_document(node)
+        except (ValueError, KeyError, OverflowError) as error:  # of a number or boolean that is none
+            raise ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
+    """Return how many nodes ``node`` is with its aliases written out.
+
+    Args:
+        node: of the document.
+        sizes: the sizes known by the identity of a node; 0 for one that is being counted.
+        depth: nodes around this one.
+
+    Raises:
+        ConstructorError: it is too large or nested too deep, contains itself, or has a type that no config can hold.
+    """
+    known = sizes.get(id(node))
+    if known == 0:
+        raise ConstructorError(None, None, "an alias stands inside the value that it repeats", node.start_mark)
+    if known is not None:
+        return known
+    if node.tag not in _TAGS:
+        raise ConstructorError(None, None, f"the type {node.tag!r} has no place in a config", node.start_mark)
+    if depth > MAX_DEPTH:
+        raise ConstructorError(None, None, f"it is nested deeper than {MAX_DEPTH} levels", node.start_mark)
+    sizes[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    size = 1 + sum(_expanded_size(child, sizes, depth + 1) for child in children)
+    if size > MAX_NODES:
+        message = f"with its aliases written out it has more than {MAX_NODES:,} values"
+        raise ConstructorError(None, None, message, node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":float", ":bool", ":timestamp", ":int", ":value"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
@@ -106,7 +173,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
-        detail = getattr(error, "problem", None) or "not valid YAML"
+        detail = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise UserError(place, f"not valid YAML: {detail}", "mend the syntax at this place") from None
     if not isinstance(mapping, dict):
         raise UserError(
