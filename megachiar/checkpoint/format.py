@@ -44,7 +44,7 @@ class CheckpointState(BaseModel):
         step: optimizer steps taken.
         samples: training samples that all ranks together have consumed; this is the run's position in the data.
         data: sources and order of these samples.
-        optimizer_steps: steps that changed the weights; steps that fp16 skipped after an overflow are not counted.
+        optimizer_steps: steps that changed the weights; steps that were skipped are not counted.
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
         layout: layout of the run that wrote the files, as text for people.
         files: size in bytes of each file of the folder but ``state.json``, by name.

@@ -16,6 +16,7 @@ from megachiar.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    ReliabilityConfig,
     ScheduleConfig,
     TrainingConfig,
     sample_length,
@@ -41,6 +42,8 @@ class RunConfig(Section):
     """How long the run is, how much a step reads, and how often the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves and what it starts from."""
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    """When a run with bad numbers stops."""
     logging: LoggingConfig
     """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}

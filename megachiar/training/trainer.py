@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
+from megachiar.checkpoint.format import checkpoint_name
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.bad_steps import SkippedSteps, check_weights_are_finite
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
@@ -21,12 +23,6 @@ from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
-
-
-class Diverged(UserError):
-    """The loss became infinite or nan, on every rank alike."""
-
-    same_on_every_rank = True
 
 
 class Trainer:
@@ -58,6 +54,7 @@ class Trainer:
         self.display = display
         self.signals = signals
         self.peak = peak_flops(engine.device)
+        self.skipped_steps = SkippedSteps(self.config)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
 
@@ -68,7 +65,7 @@ class Trainer:
             The exit code of the process: 0, or 75 if a signal stopped the run early.
 
         Raises:
-            Diverged: the loss became infinite or nan.
+            Diverged: steps are left out one after the other, since their numbers are not finite.
         """
         with self._loader() as loader, self.display.running():
             while self.progress.step < self.config.steps:
@@ -102,15 +99,11 @@ class Trainer:
         micro_batches = ((loader.position + offset, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
         step = self.progress.step + 1
+        at_least_scale = self.engine.is_at_least_loss_scale
         result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
-        if not math.isfinite(result.loss):
-            raise Diverged(
-                f"step {self.progress.step}",
-                f"the loss is {result.loss}",
-                "resume from the last checkpoint with a lower optimizer.learning_rate, a longer warm-up or bf16",
-            )
+        self.skipped_steps.note(step, result, at_least_scale, self._newest_checkpoint())
         return result
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
@@ -135,7 +128,7 @@ class Trainer:
             "regulariser": result.regulariser,
             "learning_rate": learning_rate(config, self.progress.step),
             "gradient_norm": result.gradient_norm,
-            "skipped": result.skipped,
+            "skipped": self.skipped_steps.take_count(),
             "samples": self.progress.samples,
             "tokens": self.data.history.tokens_before(self.progress.samples),
             "tokens_per_second": rate,
@@ -172,11 +165,16 @@ class Trainer:
                 f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
             )
 
+    def _newest_checkpoint(self) -> Path | None:
+        saved = self.progress.saved_step
+        return None if saved is None else self.config.checkpoint_folder / checkpoint_name(saved)
+
     def _save_if_due(self, stop: bool) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
+        check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
@@ -200,5 +198,5 @@ def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:
     if values["model_flops_utilisation"]:
         parts.append(f"MFU {values['model_flops_utilisation']:.1%}")
     if values["skipped"]:
-        parts.append("overflow: step skipped")
+        parts.append(f"{values['skipped']} skipped")
     return "  ".join([*parts, f"{left} left"])
