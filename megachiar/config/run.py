@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.section import Section
 from megachiar.config.sections import (
     CheckpointConfig,
@@ -16,7 +17,6 @@ from megachiar.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
-    ReliabilityConfig,
     ScheduleConfig,
     TrainingConfig,
     sample_length,
@@ -43,7 +43,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves and what it starts from."""
     reliability: ReliabilityConfig = ReliabilityConfig()
-    """When a run with bad numbers stops."""
+    """How the run notices that something is wrong, and what it does."""
     logging: LoggingConfig
     """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}

@@ -186,10 +186,3 @@ class LoggingConfig(Section):
     """Steps between lines of the log."""
     tensorboard: bool = True
     """Write TensorBoard event files below the run folder."""
-
-
-class ReliabilityConfig(Section):
-    """What a run does when its numbers go wrong."""
-
-    max_skipped: PositiveInt = 20
-    """Steps in a row that may be left out, because their loss or gradients are not finite, before the run stops."""

@@ -61,6 +61,13 @@ class RunData:
         sources = dict(zip(continued.numbers_of(self.history.sources), self.training.sources, strict=True))
         return replace(self, history=continued, training=_stream(continued, continued.orders[-1], sources))
 
+    def leave_out(self, positions: range) -> RunData:
+        """Return the data of a run that never reads the samples that are now at ``positions``; its order is keyed."""
+        history = self.history.leave_out(positions)
+        order = history.orders[-1]
+        sources = {share.source: source for share, source in zip(order.shares, self.training.sources, strict=True)}
+        return replace(self, history=history, training=_stream(history, order, sources))
+
 
 def open_data(config: RunConfig) -> RunData:
     """Open every dataset of ``config``.

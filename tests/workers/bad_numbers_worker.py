@@ -2,9 +2,12 @@
 
     python bad_numbers_worker.py CONFIG JSON
 
-JSON: [{"set": overrides of the config, "poison": a case or null}, ...]. A case names what is made bad, and where::
+JSON: [{"set": overrides of the config, "poison": a case or null, "leave_out": [first, end] or null}, ...]. A case names
+what is made bad, and where; with ``token`` it is made bad wherever a micro-batch holds this token. ``leave_out`` are
+positions of samples that the run never reads::
 
     {"what": "gradient" | "loss" | "weight", "steps": [3], "ranks": [1], "value": "nan"}
+    {"what": "token", "token": 63, "value": "1000"}
 
 The runs share one process group, so that the cases of a test need one start of processes. Each ends with a line of
 JSON: its exit code and its error.
@@ -50,6 +53,8 @@ def main() -> None:
         device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
         groups.mpu = None  # DeepSpeed keeps that of the last run
         groups_of_run, data, signals = topology.with_groups(), open_data(config), launch.StopSignals()
+        if case.get("leave_out"):
+            data = data.leave_out(range(*case["leave_out"]))
         try:
             result = {"code": train(config, groups_of_run, device, data, signals, make_console()), "error": ""}
         except UserError as error:
@@ -62,6 +67,9 @@ def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:
     """Return a ``Trainer._step`` that makes numbers bad in the steps and on the ranks of the case."""
 
     def step(self: trainer.Trainer, loader: Any) -> Any:
+        if case["what"] == "token":
+            with poison_token(self.engine, float(case["value"]), case["token"]):
+                return step_of_trainer(self, loader)
         number, rank = self.progress.step + 1, self.engine.topology.rank
         if number not in case["steps"] or rank not in case["ranks"]:
             return step_of_trainer(self, loader)
@@ -91,6 +99,18 @@ def poison_loss(engine: Engine, value: float) -> Iterator[None]:
 
     def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         return output._replace(loss=output.loss + value)
+
+    handle = engine.deepspeed.module.register_forward_hook(spoil)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def poison_token(engine: Engine, value: float, token: int) -> Iterator[None]:
+    """Multiply the loss of each micro-batch that holds the token."""
+
+    def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        return output._replace(loss=output.loss * value) if (inputs[0] == token).any() else output
 
     handle = engine.deepspeed.module.register_forward_hook(spoil)
     yield
