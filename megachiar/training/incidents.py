@@ -1,7 +1,8 @@
 """Leave a folder in the run folder for each step with bad numbers, from which the step can be understood and replayed.
 
-    RUN/incidents/step_00000815/incident.json     numbers, samples with their documents, versions, config, data
-    RUN/incidents/more.json                       how many incidents there were beyond the ``MOST_FOLDERS`` first
+    RUN/incidents/step_00000815/incident.json    numbers, samples with their documents, versions, history of the data
+                                config.yaml      the resolved config
+    RUN/incidents/more.json                      how many incidents there were beyond the ``MOST_FOLDERS`` first
 
 ``megachiar replay`` repeats such a step.
 """
@@ -29,7 +30,7 @@ from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 
 MOST_FOLDERS = 20
-INCIDENT_FILE, MORE_FILE = "incident.json", "more.json"
+INCIDENT_FILE, CONFIG_FILE, MORE_FILE = "incident.json", "config.yaml", "more.json"
 
 
 def incidents_folder(run: Path) -> Path:
@@ -71,6 +72,7 @@ class Incidents:
                 path = self._new_folder(step)
                 incident = {**self._describe(step, bad, result, data), "checkpoint": newest and str(newest)}
                 text = json.dumps(without_nan(incident), indent=1)
+                write_atomically(path / CONFIG_FILE, self._config.to_yaml().encode())
                 write_atomically(path / INCIDENT_FILE, (text + "\n").encode())
         except UserError as error:
             self._log(f"[yellow]  the incident of step {step} was not recorded: {escape(str(error))}[/]")
@@ -98,7 +100,6 @@ class Incidents:
             "versions": {**versions, "python": platform.python_version()},
             "layout": self._layout,
             "data": data.history.model_dump(mode="json"),
-            "config": self._config.model_dump(mode="json"),
         }
 
     def _new_folder(self, step: int) -> Path:

@@ -179,6 +179,11 @@ def test_the_log_tells_the_count(fast):
     assert len(told) == len(FAST) + 1 + 1, "every run with a bad gradient, 'always' and 'least scale' included"
 
 
+def test_an_overflow_that_lowers_the_loss_scale_of_fp16_is_no_incident(fast):
+    assert (fast.run("ZeRO 1 bf16 1") / "incidents" / f"step_{BAD:08d}" / "incident.json").is_file()
+    assert not (fast.run("ZeRO 1 fp16 0") / "incidents").exists()
+
+
 def test_bad_gradients_without_end_stop_the_run(fast):
     assert_stopped(fast, "always ZeRO 0 fp32 1")
 

@@ -138,6 +138,15 @@ def test_a_stopped_run_goes_on_without_the_samples(runs):
     assert_same_end(runs, "stopped", "without nan")
 
 
+def test_a_spike_leaves_an_incident_with_the_samples_that_are_left_out(runs):
+    folders = sorted((runs.run("rollback") / "incidents").iterdir())
+    assert [path.name for path in folders] == ["step_00000011", "step_00000011_2"]
+    first, second = (json.loads((path / "incident.json").read_text()) for path in folders)
+    assert first["kind"] == "spike" and first["action"] == "roll back"
+    assert second["data"]["orders"][-1]["left_out"] == [[80, 88]]
+    assert first["samples"][0]["first_token"] != second["samples"][0]["first_token"]
+
+
 def test_too_many_rollbacks_stop_the_run_at_a_good_checkpoint(runs):
     result = runs.results["limit"]
     assert result["code"] == 2, result

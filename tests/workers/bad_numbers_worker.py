@@ -7,6 +7,7 @@ what is made bad, and where; with ``token`` it is made bad wherever a micro-batc
 positions of samples that the run never reads::
 
     {"what": "gradient" | "loss" | "weight", "steps": [3], "ranks": [1], "value": "nan"}
+    {"what": "weight", "name": "layers.1.norm.weight", "steps": [3], "ranks": [0], "value": "3e38"}    ZeRO 0 alone
     {"what": "token", "token": 63, "value": "1000"}
 
 The runs share one process group, so that the cases of a test need one start of processes. Each ends with a line of
@@ -73,14 +74,14 @@ def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:
         number, rank = self.progress.step + 1, self.engine.topology.rank
         if number not in case["steps"] or rank not in case["ranks"]:
             return step_of_trainer(self, loader)
-        with POISONS[case["what"]](self.engine, float(case["value"])):
+        with POISONS[case["what"]](self.engine, float(case["value"]), case.get("name")):
             return step_of_trainer(self, loader)
 
     return step
 
 
 @contextlib.contextmanager
-def poison_gradient(engine: Engine, value: float) -> Iterator[None]:
+def poison_gradient(engine: Engine, value: float, _: str | None) -> Iterator[None]:
     """Make one number of one parameter's gradient bad."""
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def poison_gradient(engine: Engine, value: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def poison_loss(engine: Engine, value: float) -> Iterator[None]:
+def poison_loss(engine: Engine, value: float, _: str | None) -> Iterator[None]:
     """Make the loss bad, and leave the gradients as they are."""
 
     def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
@@ -118,11 +119,14 @@ def poison_token(engine: Engine, value: float, token: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def poison_weight(engine: Engine, value: float) -> Iterator[None]:
-    """Make a master weight bad after the step, as a faulty device would."""
+def poison_weight(engine: Engine, value: float, name: str | None) -> Iterator[None]:
+    """Make a row of a weight, or one number of the optimizer's first tensor, bad after the step."""
     yield
     with torch.no_grad():
-        stepped_tensors(engine.deepspeed, engine.config.parallel.zero_stage)[0].view(-1)[0] = value
+        if name is not None:
+            dict(engine.named_parameters())[name][0] = value
+        else:
+            stepped_tensors(engine.deepspeed, engine.config.parallel.zero_stage)[0].view(-1)[0] = value
 
 
 POISONS = {"gradient": poison_gradient, "loss": poison_loss, "weight": poison_weight}
