@@ -86,7 +86,8 @@ class BadSteps:
         Returns:
             What is bad and what follows; None for a good step, and for one that only lowers fp16's loss scale.
         """
-        spike = self._detector.find(result) if result.is_finite else None
+        # Where an overflow is no bad step by itself, it may still come from a loss that is a spike.
+        spike = self._detector.find(result) if result.is_finite or self._overflows(result) else None
         self._detector.note(result)
         self._counts["spikes"] += spike is not None
         self._counts["skipped"] += result.skipped
@@ -96,7 +97,7 @@ class BadSteps:
         error = self._why_stop(step, result, reason, at_least_scale, newest)
         if error is not None:
             return BadStep(kind, reason, "stop", error)
-        if spike is None and (result.is_finite or (self._scales and math.isfinite(result.loss))):
+        if spike is None and (result.is_finite or self._overflows(result)):
             return None
         return self._follow_policy(step, BadStep(kind, reason, "left out" if result.skipped else "taken"), newest)
 
@@ -110,6 +111,10 @@ class BadSteps:
         self._detector = SpikeDetector(self._config.reliability, recent)
         self._in_a_row = 0
         self.take_counts()
+
+    def _overflows(self, result: StepResult) -> bool:
+        """Return whether only fp16's loss scale is too large: gradients are not finite under a loss that is."""
+        return self._scales and math.isfinite(result.loss) and not math.isfinite(result.gradient_norm)
 
     def _follow_policy(self, step: int, bad: BadStep, newest: Path | None) -> BadStep:
         policy, limit = self._config.reliability.on_spike, self._config.reliability.max_rollbacks

@@ -71,7 +71,10 @@ class SpikeDetector:
         return RecentSteps(losses=tuple(self._losses), gradient_norms=tuple(self._norms))
 
     def find(self, result: StepResult) -> Spike | None:
-        """Return the spike of a step with finite numbers, the larger one of loss and gradient norm; None without."""
+        """Return the spike of a step, the larger one of loss and gradient norm; None without one.
+
+        A number that is not finite is no spike.
+        """
         spikes = [
             self._compare("loss", result.loss, self._losses),
             self._compare("gradient norm", result.gradient_norm, self._norms),
@@ -85,7 +88,7 @@ class SpikeDetector:
             self._norms.append(result.gradient_norm)
 
     def _compare(self, name: str, value: float, before: deque[float]) -> Spike | None:
-        if len(before) < self._least_steps:
+        if len(before) < self._least_steps or not math.isfinite(value):
             return None
         median = float(np.median(before))
         distance = float(np.median(np.abs(np.array(before) - median)))

@@ -29,7 +29,7 @@ NAN = SPIKE | {"value": "nan"}
 class Runs:
     """Runs of two ranks over data with a poisoned range."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cases: dict[str, dict]):
         self.folder = folder
         write_tokens(folder / "train", documents=80, vocab_size=60)
         config = small_config(
@@ -42,7 +42,6 @@ class Runs:
         del config["data"]["validation"]
         self.path = write_config(folder / "config.yaml", config)
         poison(self.path, [BAD[3], BAD[-2]])
-        cases = self.cases()
         for name, case in cases.items():
             case["set"].append(f"logging.folder={self.run(name)}")
         arguments = [WORKERS / "bad_numbers_worker.py", self.path, json.dumps(list(cases.values()))]
@@ -50,22 +49,6 @@ class Runs:
         lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out in outputs]
         assert lines[0] == lines[1], "the ranks differ"
         self.results = dict(zip(cases, lines[0], strict=True))
-
-    def cases(self) -> dict[str, dict]:
-        back, bf16 = "reliability.on_spike=rollback", ["parallel.zero_stage=1", "precision.compute=bf16"]
-        zero_3, without = ["parallel.zero_stage=3"], [BAD.start, BAD.stop]
-        zero_0 = ["parallel.zero_stage=0"]
-        return {
-            "rollback": {"set": [back, *bf16], "poison": SPIKE},
-            "without": {"set": [*bf16], "poison": SPIKE, "leave_out": without},
-            "rollback nan": {"set": [back, *zero_3], "poison": NAN},
-            "without nan": {"set": [*zero_3], "poison": NAN, "leave_out": without},
-            "stopped": {"set": [back, *zero_3, "training.steps=12"], "poison": NAN},
-            "limit": {"set": [back, "reliability.max_rollbacks=1", *zero_0], "poison": SPIKE},
-            "skip": {"set": ["reliability.on_spike=skip", *zero_0], "poison": SPIKE},
-            "ignore": {"set": zero_0, "poison": SPIKE},
-            "stop": {"set": ["reliability.on_spike=stop", *zero_0], "poison": SPIKE},
-        }
 
     def run(self, name: str) -> Path:
         return self.folder / name.replace(" ", "_")
@@ -89,9 +72,49 @@ def poison(config_path: Path, positions: list[int]) -> None:
     ids.tofile(path)
 
 
+BACK = "reliability.on_spike=rollback"
+LEFT_OUT = [BAD.start, BAD.stop]
+
+
+def pair(name: str, value: dict, *overrides: str) -> dict[str, dict]:
+    """Return a run that rolls back, and one of the same layout that never has the bad samples."""
+    return {
+        f"rollback {name}": {"set": [BACK, *overrides], "poison": value},
+        f"without {name}": {"set": [*overrides], "poison": value, "leave_out": LEFT_OUT},
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("rollback"))
+    bf16, zero_3, zero_0 = "precision.compute=bf16", "parallel.zero_stage=3", "parallel.zero_stage=0"
+    cases = pair("spike", SPIKE, bf16) | pair("nan", NAN, zero_3)
+    cases["stopped"] = {"set": [BACK, zero_3, "training.steps=12"], "poison": NAN}
+    cases["limit"] = {"set": [BACK, "reliability.max_rollbacks=1", zero_0], "poison": SPIKE}
+    cases["skip"] = {"set": ["reliability.on_spike=skip", zero_0], "poison": SPIKE}
+    cases["ignore"] = {"set": [zero_0], "poison": SPIKE}
+    cases["stop"] = {"set": ["reliability.on_spike=stop", zero_0], "poison": SPIKE}
+    return Runs(tmp_path_factory.mktemp("rollback"), cases)
+
+
+LAYOUTS = {
+    "tp 2": ["parallel.tensor_size=2"],
+    "pp 2": ["parallel.pipeline_size=2"],
+    "pp 2 bf16": ["parallel.pipeline_size=2", "precision.compute=bf16"],
+    "ZeRO 2 fp16": ["parallel.zero_stage=2", "precision.compute=fp16", "precision.loss_scale_window=4"],
+    "ZeRO 3 offload bf16": ["parallel.zero_stage=3", "parallel.offload_optimizer=true", "precision.compute=bf16"],
+}
+
+
+@pytest.mark.slow
+def test_every_layout_rolls_back(tmp_path):
+    cases: dict[str, dict] = {}
+    for name, overrides in LAYOUTS.items():
+        cases |= pair(name, SPIKE, *overrides)
+    runs = Runs(tmp_path, cases)
+    for name in LAYOUTS:
+        assert runs.results[f"rollback {name}"] == {"code": 0, "error": ""}
+        assert len(read_metrics(runs.run(f"rollback {name}"), "rollback")) == len(BAD_STEPS)
+        assert_same_end(runs, f"rollback {name}", f"without {name}")
 
 
 def assert_same_end(runs: Runs, name: str, other: str) -> None:
@@ -107,23 +130,23 @@ def assert_same_end(runs: Runs, name: str, other: str) -> None:
     assert read_state(runs.checkpoint(name)).recent == read_state(runs.checkpoint(other)).recent
 
 
-@pytest.mark.parametrize("what", ["", " nan"])
+@pytest.mark.parametrize("what", ["spike", "nan"])
 def test_a_rolled_back_run_is_one_that_never_had_the_samples(runs, what):
-    assert runs.results[f"rollback{what}"] == {"code": 0, "error": ""}
-    assert_same_end(runs, f"rollback{what}", f"without{what}")
-    rollbacks = read_metrics(runs.run(f"rollback{what}"), "rollback")
+    assert runs.results[f"rollback {what}"] == {"code": 0, "error": ""}
+    assert_same_end(runs, f"rollback {what}", f"without {what}")
+    rollbacks = read_metrics(runs.run(f"rollback {what}"), "rollback")
     assert [(r["step"], r["from_step"]) for r in rollbacks] == [(SAVED, BAD_STEPS[0])] * 2
 
 
 def test_the_history_records_what_was_left_out(runs):
     left_out = ((BAD.start, BAD.stop),)
-    assert read_state(runs.checkpoint("rollback", SAVED)).data.orders[-1].left_out == ()
-    assert read_state(runs.checkpoint("rollback", 12)).data.orders[-1].left_out == left_out
-    assert read_state(runs.checkpoint("rollback")).data.orders[-1].left_out == left_out
+    assert read_state(runs.checkpoint("rollback spike", SAVED)).data.orders[-1].left_out == ()
+    assert read_state(runs.checkpoint("rollback spike", 12)).data.orders[-1].left_out == left_out
+    assert read_state(runs.checkpoint("rollback spike")).data.orders[-1].left_out == left_out
 
 
 def test_inspection_shows_the_samples_that_were_read(runs):
-    config = load_config(runs.path, [f"logging.folder={runs.run('rollback')}"])
+    config = load_config(runs.path, [f"logging.folder={runs.run('rollback spike')}"])
     _, stream, positions = open_at_step(config, BAD_STEPS[0])
     assert positions == range(80, 88)
     original = open_data(load_config(runs.path)).training
@@ -139,7 +162,7 @@ def test_a_stopped_run_goes_on_without_the_samples(runs):
 
 
 def test_a_spike_leaves_an_incident_with_the_samples_that_are_left_out(runs):
-    folders = sorted((runs.run("rollback") / "incidents").iterdir())
+    folders = sorted((runs.run("rollback spike") / "incidents").iterdir())
     assert [path.name for path in folders] == ["step_00000011", "step_00000011_2"]
     first, second = (json.loads((path / "incident.json").read_text()) for path in folders)
     assert first["kind"] == "spike" and first["action"] == "roll back"

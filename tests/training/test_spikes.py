@@ -70,6 +70,13 @@ def test_a_value_that_is_not_finite_is_not_compared_with():
     assert made.recent == before and len(before.losses) == WINDOW
 
 
+def test_a_value_that_is_not_finite_is_no_spike_and_hides_none():
+    made = detector([3.0, 3.1] * 8)
+    assert made.find(result(3.0, float("inf"))) is None and made.find(result(float("nan"))) is None
+    spike = made.find(result(1000.0, float("inf")))
+    assert spike is not None and spike.name == "loss"
+
+
 def test_losses_that_do_not_vary_have_a_least_spread():
     made = detector([4.0] * WINDOW)
     assert made.find(result(4.02)) is None, "0.5 % above"

@@ -109,11 +109,18 @@ def poison_loss(engine: Engine, value: float, _: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def poison_token(engine: Engine, value: float, token: int) -> Iterator[None]:
     """Multiply the loss of each micro-batch that holds the token."""
+    module = engine.deepspeed.module
+    if engine.topology.pipeline_size > 1:
+        loss_fn = module.loss_fn
+        module.loss_fn = lambda outputs, targets: loss_fn(outputs, targets) * (value if (targets == token).any() else 1)
+        yield
+        module.loss_fn = loss_fn
+        return
 
     def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         return output._replace(loss=output.loss * value) if (inputs[0] == token).any() else output
 
-    handle = engine.deepspeed.module.register_forward_hook(spoil)
+    handle = module.register_forward_hook(spoil)
     yield
     handle.remove()
 
