@@ -96,12 +96,25 @@ def poison_gradient(engine: Engine, value: float, _: str | None) -> Iterator[Non
 
 @contextlib.contextmanager
 def poison_loss(engine: Engine, value: float, _: str | None) -> Iterator[None]:
-    """Make the loss bad, and leave the gradients as they are."""
+    """Make the measured loss bad, and leave the gradients as they are."""
+    module = engine.deepspeed.module
+    if engine.topology.pipeline_size > 1:
+        loss_fn = module.loss_fn
+
+        def spoil_last(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+            loss = loss_fn(outputs, targets)
+            module.losses[-1] = module.losses[-1] + value
+            return loss
+
+        module.loss_fn = spoil_last
+        yield
+        module.loss_fn = loss_fn
+        return
 
     def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         return output._replace(loss=output.loss + value)
 
-    handle = engine.deepspeed.module.register_forward_hook(spoil)
+    handle = module.register_forward_hook(spoil)
     yield
     handle.remove()
 
