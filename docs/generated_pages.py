@@ -81,6 +81,7 @@ Keys you will touch first:
 | `schedule` | `kind`, `warmup_steps` |
 | `training` | `steps`, `global_batch_size`, `micro_batch_size`, `activation_checkpoint_interval`, `compile` |
 | `checkpoint` | `every`, `keep`, `resume`, `load_from`, `load` |
+| `reliability` | `on_spike`, `max_skipped` |
 | `logging` | `folder`, `every` |
 """
 MESSAGES = """# Every message

@@ -35,6 +35,20 @@ STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
+class RecentSteps(BaseModel):
+    """The last steps before a checkpoint whose numbers were finite, by which the next ones tell a spike.
+
+    Attributes:
+        losses: mean cross-entropy of each step, in nats a token, oldest first.
+        gradient_norms: global L2 norm of the gradients of each step, oldest first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    losses: tuple[float, ...] = ()
+    gradient_norms: tuple[float, ...] = ()
+
+
 class CheckpointState(BaseModel):
     """The record of a checkpoint, which ``state.json`` holds.
 
@@ -44,8 +58,9 @@ class CheckpointState(BaseModel):
         step: optimizer steps taken.
         samples: training samples that all ranks together have consumed; this is the run's position in the data.
         data: sources and order of these samples.
-        optimizer_steps: steps that changed the weights; steps that fp16 skipped after an overflow are not counted.
+        optimizer_steps: steps that changed the weights; steps that were skipped are not counted.
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
+        recent: what the run compares its next steps with; empty in checkpoints before this field.
         layout: layout of the run that wrote the files, as text for people.
         files: size in bytes of each file of the folder but ``state.json``, by name.
     """
@@ -59,6 +74,7 @@ class CheckpointState(BaseModel):
     data: DataHistory
     optimizer_steps: int
     loss_scale: dict[str, float] | None
+    recent: RecentSteps = RecentSteps()
     layout: str
     files: dict[str, int]
 

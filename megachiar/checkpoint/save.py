@@ -10,7 +10,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, CheckpointState, checkpoint_name, complete_checkpoints
+from megachiar.checkpoint.format import (
+    CONFIG_FILE,
+    STATE_FILE,
+    CheckpointState,
+    RecentSteps,
+    checkpoint_name,
+    complete_checkpoints,
+)
 from megachiar.checkpoint.sharded_tensors import ShardWriter
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import sync_folder, write_atomically
@@ -20,13 +27,14 @@ from megachiar.engine.gathered_state import gather_state
 from megachiar.errors import UserError, disk_errors
 
 
-def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | None) -> Path:
+def save_checkpoint(engine: Engine, step: int, data: DataHistory, recent: RecentSteps, keep: int | None) -> Path:
     """Write the checkpoint of ``step`` and remove old ones; every rank calls this function.
 
     Args:
         engine: holds weights, optimizer state and loss scale.
         step: optimizer steps taken.
         data: what the run has read so far.
+        recent: what the run compares its next steps with.
         keep: number of newest checkpoints that remain; None keeps all.
 
     Returns:
@@ -56,6 +64,7 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
                 data=data,
                 optimizer_steps=step - engine.skipped_steps,
                 loss_scale=loss_scale_state(engine.deepspeed),
+                recent=recent,
                 layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
                 files=_sync_files(incomplete),
             )

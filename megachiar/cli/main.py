@@ -30,6 +30,7 @@ GROUPS = {
         "config": "list, show and copy the shipped configs",
         "plan": "list the layouts in which a config fits a cluster",
         "pretrain": "train as a config says",
+        "replay": "repeat a step on the CPU and name the first module that is bad",
     },
     "Trained models": {
         "evaluate": "measure perplexity and bits per byte on a dataset",

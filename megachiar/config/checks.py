@@ -12,6 +12,7 @@ from typing import Any
 
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
+from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.run_length import LENGTHS, steps_of_tokens
 from megachiar.config.sections import (
     CheckpointConfig,
@@ -281,6 +282,23 @@ def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
         )
 
 
+def rollback(data: DataConfig, checkpoint: CheckpointConfig, reliability: ReliabilityConfig) -> Iterator[Problem]:
+    if reliability.on_spike != "rollback":
+        return
+    if checkpoint.every is None:
+        yield Problem(
+            "reliability.on_spike",
+            "is rollback, but checkpoint.every is null: there would be nothing to go back to",
+            "set checkpoint.every",
+        )
+    if data.order == "megatron":
+        yield Problem(
+            "reliability.on_spike",
+            "is rollback, but data.order is megatron, in which no sample can be left out",
+            "use data.order: keyed, or on_spike: skip",
+        )
+
+
 def documents(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
     """Check that the id that ends a document is used, and is in the vocabulary."""
     end = data.document_end
@@ -325,6 +343,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     schedule,
     evaluation,
     loading,
+    rollback,
     documents,
     compilation,
 )

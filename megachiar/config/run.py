@@ -44,7 +44,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves and what it starts from."""
     reliability: ReliabilityConfig = ReliabilityConfig()
-    """How the run notices that something is wrong."""
+    """How the run notices that something is wrong, and what it does."""
     logging: LoggingConfig
     """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}

@@ -40,12 +40,20 @@ PRIVATE_NAMES = {
 """Names by the module, or the ``module:Class``, that has them."""
 
 PRIVATE_ATTRIBUTES = {
-    "engine": ("enable_backward_allreduce", "skipped_steps"),
+    "engine": ("enable_backward_allreduce",),
     "pipeline": ("_topo", "global_rank", "parts", "tied_modules"),
-    "ZeRO 1 and 2 optimizer": ("optimizer",),
-    "ZeRO 3 optimizer": ("fp32_partitioned_groups_flat", "optimizer"),
+    "ZeRO 1 and 2 optimizer": ("optimizer", "_global_grad_norm"),
+    "ZeRO 3 optimizer": ("fp32_partitioned_groups_flat", "optimizer", "_global_grad_norm"),
     "fp16 optimizer": ("cur_scale", "loss_scaler"),
-    "fp16 loss scaler": ("dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+    "fp16 loss scaler": (
+        "dynamic",
+        "cur_scale",
+        "cur_iter",
+        "last_overflow_iter",
+        "cur_hysteresis",
+        "min_scale",
+        "raise_error_at_min_scale",
+    ),
     "ZeRO 1 and 2 parameter": ("_hp_mapping",),
     "ZeRO 1 and 2 mapping": ("param_group_index",),
     "ZeRO 3 parameter": ("ds_id", "ds_numel", "ds_tensor"),
@@ -146,13 +154,13 @@ def skip_gradient_reduction(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.enable_backward_allreduce = False
 
 
-def skipped_steps(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Return how many steps this process has skipped because gradients overflowed in fp16.
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Return the norm of the gradients that ZeRO is about to step with, or has stepped with; -1 or inf if not finite.
 
-    Why: no documented call returns this count. Since: 0.12 or before.
-    It can go when ``engine.step`` returns whether it changed the parameters.
+    Why: ``get_global_grad_norm`` knows the norm only after the weights have changed. Since: 0.12 or before.
+    It can go when the engine tells the norm before the optimizer's step.
     """
-    return engine.skipped_steps
+    return float(engine.optimizer._global_grad_norm or 0.0)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
@@ -162,6 +170,26 @@ def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
     Since: 0.12 or before. It can go when a pipeline passes the scale to its loss function.
     """
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
+
+
+def keep_running_at_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keep DeepSpeed from raising a bare ``Exception`` when gradients overflow at the least loss scale of fp16.
+
+    Why: the run ends with a message of ours instead, see ``is_at_least_loss_scale``. Since: 0.15.
+    It can go when DeepSpeed raises an error of its own type.
+    """
+    scaler = _dynamic_scaler(engine)
+    if scaler is not None:
+        scaler.raise_error_at_min_scale = False
+
+
+def is_at_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Return whether the loss scale of fp16 cannot be lowered after another overflow; False in other precisions.
+
+    Why: no documented call tells the least scale. Since: 0.12 or before. It can go with ``loss_scale_state``.
+    """
+    scaler = _dynamic_scaler(engine)
+    return scaler is not None and scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1
 
 
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import deepspeed
 import numpy as np
@@ -102,6 +103,7 @@ class Engine:
     Attributes:
         replica: this rank's part of the model with its optimizer.
         control: a gloo group of all ranks. Scalars are summed over it in float64, so that no GPU stream waits for them.
+        skipped_steps: number of steps of the run that were left out, which a resumed run goes on from.
     """
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
@@ -114,7 +116,8 @@ class Engine:
             deepspeed_patches.import_muon_uncompiled()
             replica_class = PipelineReplica if topology.pipeline_size > 1 else Replica
             self.replica: Replica | PipelineReplica = replica_class(config, topology, device)
-        self._skipped_before = 0
+        deepspeed_patches.keep_running_at_least_loss_scale(self.deepspeed)
+        self.skipped_steps = 0
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
     @property
@@ -136,37 +139,48 @@ class Engine:
         return self.replica.named_buffers()
 
     @property
-    def skipped_steps(self) -> int:
-        """Return the number of steps of the run that were skipped because gradients overflowed in fp16."""
-        return self._skipped_before + deepspeed_patches.skipped_steps(self.deepspeed)
-
-    @skipped_steps.setter
-    def skipped_steps(self, count: int) -> None:
-        """Set the number of skipped steps that a resumed run continues from."""
-        self._skipped_before = count - deepspeed_patches.skipped_steps(self.deepspeed)
+    def is_at_least_loss_scale(self) -> bool:
+        """Return whether the loss scale of fp16 cannot be lowered after another overflow; False in other precisions."""
+        return deepspeed_patches.is_at_least_loss_scale(self.deepspeed)
 
     def train_step(
-        self, micro_batches: Iterable[tuple[int, np.ndarray]], learning_rate: float, stop: bool = False
+        self,
+        micro_batches: Iterable[tuple[int, np.ndarray]],
+        learning_rate: float,
+        stop: bool = False,
+        accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """Train one step on all ranks.
+
+        A step whose loss or gradients are not finite on any rank, or that ``accept`` refuses, is left out on all ranks:
+        it changes neither weights nor moments nor the count of AdamW's steps.
 
         Args:
             micro_batches: ``accumulation_steps`` pairs of the global number of a micro-batch's first sample and its
                 tokens (micro-batch, T + 1) int64. Inner stages of a pipeline read none.
             learning_rate: learning rate of this step.
             stop: whether this rank was asked to stop; the result says whether any rank was.
+            accept: says of a step with finite numbers, before it changes anything, whether it is to be taken. It must
+                say the same on all ranks.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        skipped_before = self.skipped_steps
-        metrics = self.replica.step(self._on_device(micro_batches))
-        values = flatten_step(
-            metrics,
-            skipped=self.skipped_steps > skipped_before,
-            stop=stop,
-            is_last_stage=self.topology.is_last_stage,
+        self.replica.gate.begin(lambda skipped: self._agree(skipped, stop, accept))
+        self.replica.step(self._on_device(micro_batches))
+        result = self.replica.gate.finish()
+        self.skipped_steps += result.skipped
+        return result
+
+    def _agree(self, skipped: bool, stop: bool, accept: Callable[[StepResult], bool]) -> StepResult:
+        """Return the result of the step that all ranks agree on; every rank calls this method once a step.
+
+        This is the step's one reduction over all ranks. It comes before AdamW changes anything.
+        """
+        vector = flatten_step(
+            self.replica.measure(), skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage
         )
-        return unflatten_step(self.mean_over_world(values), self.config.model.num_layers)
+        result = unflatten_step(self.mean_over_world(vector), self.config.model.num_layers)
+        return result if result.skipped or accept(result) else replace(result, skipped=True)
 
     def _on_device(
         self, micro_batches: Iterable[tuple[int, np.ndarray]]

@@ -22,6 +22,7 @@ from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import StageEmbedding, StagePart, pipeline_parts
 from megachiar.engine.replica import MicroBatches
+from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_forward
 from megachiar.model.compiled import compile_parts
 from megachiar.planning.partition import stage_bounds
@@ -68,6 +69,7 @@ class PipelineReplica:
         if config.training.compile is not None:
             compile_parts(stage, config.training.compile)
         built = build_optimizer(stage, config.optimizer)
+        self.gate = StepGate(built.optimizer)
         self.optimizer_implementation = built.implementation
         self.deepspeed, *_ = deepspeed.initialize(
             model=stage, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
@@ -82,14 +84,17 @@ class PipelineReplica:
         """Yield this stage's buffers, which are drawn at the start and never trained, with their names in the model."""
         return _with_names_in_model(self.deepspeed.module.named_buffers())
 
-    def step(self, micro_batches: MicroBatches) -> RankMetrics:
+    def step(self, micro_batches: MicroBatches) -> None:
         """Send the micro-batches of one step through the pipeline, forward and backward, and step the optimizer."""
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
         batches = (((inputs, sample_ids), targets) for inputs, targets, sample_ids in micro_batches)
         self.deepspeed.train_batch(batches)
-        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def measure(self) -> RankMetrics:
+        """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""
+        norm = deepspeed_patches.gradient_norm(self.deepspeed)
         return RankMetrics(forward=self._forward_metrics().tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.optimizer import build_optimizer
+from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import RankMetrics, flatten_forward
 from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
@@ -38,6 +39,7 @@ class Replica:
         if config.training.compile is not None:
             compile_parts(model, config.training.compile)
         built = build_optimizer(model, config.optimizer)
+        self.gate = StepGate(built.optimizer)
         self.optimizer_implementation = built.implementation
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -46,6 +48,7 @@ class Replica:
             mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
             dist_init_required=False,
         )
+        self._forward: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
         if not config.parallel.zero_stage:
             deepspeed_patches.replace_gradient_clipping(self.deepspeed, self._clip)
@@ -60,18 +63,21 @@ class Replica:
         """Yield the buffers, which are drawn at the start and never trained, with their names in the model."""
         return self.deepspeed.module.named_buffers()
 
-    def step(self, micro_batches: MicroBatches) -> RankMetrics:
+    def step(self, micro_batches: MicroBatches) -> None:
         """Run forward and backward passes over the micro-batches of one step, and the optimizer's step."""
         self.deepspeed.train()
-        metrics = []
+        self._forward.clear()
         for inputs, targets, sample_ids in micro_batches:
             output = self.deepspeed(inputs, targets, sample_ids)
             self.deepspeed.backward(output.loss + output.regulariser)
-            metrics.append(flatten_forward(output.loss, output.regulariser, output.statistics))
+            self._forward.append(flatten_forward(output.loss, output.regulariser, output.statistics))
             self._norm = self._unclipped_norm()
             self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if self._norm is None else self._norm.item()
-        return RankMetrics(forward=torch.stack(metrics).mean(0).tolist(), gradient_norm=norm)
+
+    def measure(self) -> RankMetrics:
+        """Return what this rank has measured in the current step, once its gradients are reduced."""
+        norm = deepspeed_patches.gradient_norm(self.deepspeed) if self._norm is None else self._norm.item()
+        return RankMetrics(forward=torch.stack(self._forward).mean(0).tolist(), gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megachiar.checkpoint.compatibility import changed_keys, check_data, read_compatible
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, RecentSteps
 from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
 from megachiar.data.sampling.history import Change
@@ -34,11 +34,13 @@ class Progress:
         step: optimizer steps taken.
         samples: training samples that all ranks together have consumed.
         saved_step: step of the newest checkpoint in the run folder; None before the first.
+        recent: the steps that the next one is compared with.
     """
 
     step: int = 0
     samples: int = 0
     saved_step: int | None = None
+    recent: RecentSteps = field(default_factory=RecentSteps)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     return Continuation(
         start,
         state,
-        Progress(state.step, state.samples, saved_step=state.step if start.is_own else None),
+        Progress(state.step, state.samples, state.step if start.is_own else None, state.recent),
         data.continue_from(state.data, state.step),
         summary=f"{what} {path} ({state.layout}): step {state.step}, {state.samples:,} samples",
         warnings=warnings,

@@ -30,20 +30,24 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, tensorboard: bool, step: int):
         self.path = folder / "metrics.jsonl"
+        self._tensorboard_folder = folder / "tensorboard" if tensorboard else None
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         self._forget_after(step)
         with disk_errors(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
         self._tensorboard = None
-        if tensorboard:
+        if self._tensorboard_folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            with disk_errors(folder):
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with disk_errors(self._tensorboard_folder):
+                self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""
         with disk_errors(self.path):
-            self._file.write(json.dumps({"step": step, "kind": kind, **_without_nan(values)}) + "\n")
+            self._file.write(json.dumps({"step": step, "kind": kind, **without_nan(values)}) + "\n")
             self._file.flush()
         if self._tensorboard is None:
             return
@@ -54,6 +58,11 @@ class MetricsWriter:
             ):
                 if isinstance(number, (int, float)) and math.isfinite(number):
                     self._tensorboard.add_scalar(f"{kind}/{tag}", number, step)
+
+    def rewind(self, step: int) -> None:
+        """Remove the records of steps after ``step``, from which the run goes on once more."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         """Close the files."""
@@ -82,12 +91,12 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Return ``value`` with None in place of nan and inf, which JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

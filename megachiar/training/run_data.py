@@ -57,9 +57,18 @@ class RunData:
         """
         if self.history.order != "keyed":
             return self
-        continued = history.continue_from(self.history, step)
-        sources = dict(zip(continued.numbers_of(self.history.sources), self.training.sources, strict=True))
-        return replace(self, history=continued, training=_stream(continued, continued.orders[-1], sources))
+        return self.with_history(history.continue_from(self.history, step))
+
+    def leave_out(self, positions: range) -> RunData:
+        """Return the data of a run that never reads the samples that are now at ``positions``; its order is keyed."""
+        return self.with_history(self.history.leave_out(positions))
+
+    def with_history(self, history: DataHistory) -> RunData:
+        """Return the data of a run with ``history``, whose newest order has the sources of this data."""
+        if history.order != "keyed":
+            return replace(self, history=history)
+        sources = dict(zip(history.numbers_of(self.history.sources), self.training.sources, strict=True))
+        return replace(self, history=history, training=_stream(history, history.orders[-1], sources))
 
 
 def open_data(config: RunConfig) -> RunData:

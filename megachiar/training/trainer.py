@@ -6,32 +6,30 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megachiar.checkpoint.format import checkpoint_name
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import compare_ranks
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
+from megachiar.training.incidents import Incidents
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
+from megachiar.training.rollback import roll_back
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
-
-
-class Diverged(UserError):
-    """The loss became infinite or nan, on every rank alike."""
-
-    same_on_every_rank = True
 
 
 class Trainer:
@@ -63,6 +61,8 @@ class Trainer:
         self.display = display
         self.signals = signals
         self.peak = peak_flops(engine.device)
+        self.bad_steps = BadSteps(self.config, progress.recent)
+        self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
         self._samples_digest = 0  # of the samples that this rank has read in the last step
@@ -75,21 +75,32 @@ class Trainer:
             The exit code of the process: 0, or 75 if a signal stopped the run early.
 
         Raises:
-            Diverged: the loss became infinite or nan.
+            Diverged: the numbers of the run are bad and stay bad.
         """
-        with self._loader() as loader, self.display.running():
-            while self.progress.step < self.config.steps:
-                self._compare_if_due()
-                began = time.perf_counter()
-                result = self._step(loader)
-                self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
-                self.display.advance(self.progress.step, result.loss)
-                self._log(result, loader)
-                self._evaluate_if_due()
-                self._save_if_due(result.stop)
-                if result.stop and self.progress.step < self.config.steps:
-                    self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
-                    return EXIT_STOPPED
+        with self.display.running():
+            while True:
+                with self._loader() as loader:
+                    code = self._train(loader)
+                if code is not None:
+                    return code
+                self._roll_back()
+
+    def _train(self, loader: BatchLoader) -> int | None:
+        """Train until the last step, a signal, or a step to roll back from; return the exit code, None to roll back."""
+        while self.progress.step < self.config.steps:
+            self._compare_if_due()
+            began = time.perf_counter()
+            result, bad = self._step(loader)
+            self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
+            if bad is not None and bad.action == "roll back":
+                return None
+            self.display.advance(self.progress.step, result.loss)
+            self._log(result, loader)
+            self._evaluate_if_due()
+            self._save_if_due(result.stop)
+            if result.stop and self.progress.step < self.config.steps:
+                self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
+                return EXIT_STOPPED
         return 0
 
     def _loader(self) -> BatchLoader:
@@ -105,19 +116,41 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
 
-    def _step(self, loader: BatchLoader) -> StepResult:
+    def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
         stop = self.signals.received is not None
         step = self.progress.step + 1
-        result = self.engine.train_step(self._micro_batches(loader), learning_rate(self.config, step), stop)
+        at_least_scale = self.engine.is_at_least_loss_scale
+        rate = learning_rate(self.config, step)
+        result = self.engine.train_step(self._micro_batches(loader), rate, stop, self.bad_steps.accepts)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
-        if not math.isfinite(result.loss):
-            raise Diverged(
-                f"step {self.progress.step}",
-                f"the loss is {result.loss}",
-                "resume from the last checkpoint with a lower optimizer.learning_rate, a longer warm-up or bf16",
-            )
-        return result
+        bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
+        if bad is not None:
+            self._report(bad, result)
+        return result, bad
+
+    def _report(self, bad: BadStep, result: StepResult) -> None:
+        """Say that the last step was bad and record it; end the run if that is what follows."""
+        step = self.progress.step
+        self.display.line(f"[yellow]step {step}: {bad.reason}: {bad.action}[/]")
+        if self.engine.topology.is_main:
+            self.incidents.record(step, bad, result, self.data, self._newest_checkpoint())
+        if bad.error is not None:
+            raise bad.error
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint, and leave out the samples of the last step."""
+        bad_step, checkpoint = self.progress.step, self._newest_checkpoint()
+        assert checkpoint is not None, "without a checkpoint no step is rolled back"
+        state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
+        self.progress.step, self.progress.samples = state.step, state.samples
+        self.bad_steps.roll_back(state.recent)
+        self._seconds, self._steps = 0.0, 0
+        self._samples_digest, self._compared_step = 0, None
+        if self.writer is not None:
+            self.writer.rewind(state.step)
+            self.writer.write(state.step, "rollback", {"from_step": bad_step})
+        self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
 
     def _micro_batches(self, loader: BatchLoader) -> Iterator[tuple[int, np.ndarray]]:
         """Yield this replica's micro-batches of a step, each with the position of its first sample."""
@@ -160,7 +193,7 @@ class Trainer:
             "regulariser": result.regulariser,
             "learning_rate": learning_rate(config, self.progress.step),
             "gradient_norm": result.gradient_norm,
-            "skipped": result.skipped,
+            **self.bad_steps.take_counts(),
             "samples": self.progress.samples,
             "tokens": self.data.history.tokens_before(self.progress.samples),
             "tokens_per_second": rate,
@@ -197,13 +230,18 @@ class Trainer:
                 f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
             )
 
+    def _newest_checkpoint(self) -> Path | None:
+        saved = self.progress.saved_step
+        return None if saved is None else self.config.checkpoint_folder / checkpoint_name(saved)
+
     def _save_if_due(self, stop: bool) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
         self._compare()
-        path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
+        check_weights_are_finite(self.engine, step, self._newest_checkpoint())
+        path = save_checkpoint(self.engine, step, self.data.history, self.bad_steps.recent, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
 
@@ -226,5 +264,7 @@ def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:
     if values["model_flops_utilisation"]:
         parts.append(f"MFU {values['model_flops_utilisation']:.1%}")
     if values["skipped"]:
-        parts.append("overflow: step skipped")
+        parts.append(f"{values['skipped']} skipped")
+    if values["spikes"]:
+        parts.append(f"{values['spikes']} spikes")
     return "  ".join([*parts, f"{left} left"])

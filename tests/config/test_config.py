@@ -231,6 +231,12 @@ CROSS_CHECKS = [
     (["data.train=[]"], "data.train", "at least 1"),
     (["data.train=[{path: a, wieght: 2.0}]"], "data.train.0.wieght", "did you mean `weight`?"),
     (["checkpoint.load=all"], "checkpoint.load", "without checkpoint.load_from"),
+    (["reliability.on_spike=rollback", "checkpoint.every=null"], "reliability.on_spike", "checkpoint.every is null"),
+    (
+        ["reliability.on_spike=rollback", "checkpoint.every=1", "data.order=megatron"],
+        "reliability.on_spike",
+        "no sample can be left out",
+    ),
     (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer.type", "use optimizer"),
     (["deepspeed.tensorboard.enabled=true"], "deepspeed.tensorboard.enabled", "use logging.tensorboard"),
     (["deepspeed.wandb={}"], "deepspeed.wandb", "use logging.tensorboard, or read metrics.jsonl"),

@@ -213,7 +213,7 @@ class SampleStream:
 
     def describe(self, samples: int) -> list[SourceUse]:
         """Say what the samples of the run up to ``samples`` take from each source."""
-        blend, consumed = self.order.blend, self.order.consumed(samples)
+        consumed = self.order.consumed(samples)
         return [
             SourceUse(
                 prefix=source.prefix,
@@ -224,7 +224,12 @@ class SampleStream:
                 epochs=used.epoch + used.tokens / (order.samples_per_epoch * self.sequence_length),
             )
             for source, order, share, count, used in zip(
-                self.sources, self.order.orders, blend.shares, blend.counts(samples).tolist(), consumed, strict=True
+                self.sources,
+                self.order.orders,
+                self.order.blend.shares,
+                self.order.counts(samples).tolist(),
+                consumed,
+                strict=True,
             )
         ]
 

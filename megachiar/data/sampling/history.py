@@ -10,7 +10,8 @@ tokens of its epoch. With the same sequence length that is the very next sample.
 samples that begins no earlier, so that an epoch ends after as many tokens as it would have. (Another sequence length
 cuts the source elsewhere: in that one epoch some tokens may be read twice and as many not at all; each later epoch is
 whole.) A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
-change of the batch size alone changes only which step reads a sample.
+change of the batch size alone changes only which step reads a sample. Where a run has rolled back from bad samples, its
+order leaves them out, and the samples after them move up.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import bisect
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from megachiar.data.sampling.order import Consumed, OrderedSource, RunOrder
+from megachiar.data.sampling.order import Consumed, LeftOut, OrderedSource, RunOrder
 
 
 class _Record(BaseModel):
@@ -64,11 +66,19 @@ class ShareRecord(_Record):
 
 
 class OrderRecord(_Record):
-    """Describe the order of samples from ``first_sample`` of the run on."""
+    """Describe the order of samples from ``first_sample`` of the run on.
+
+    Attributes:
+        first_sample: the position of the run that the order begins at.
+        sequence_length: the tokens of a sample.
+        shares: the sources.
+        left_out: first place and end of each range of the order that a rollback has left out, see ``LeftOut``.
+    """
 
     first_sample: int = 0
     sequence_length: int
     shares: tuple[ShareRecord, ...]
+    left_out: tuple[tuple[int, int], ...] = ()
 
 
 class BatchRecord(_Record):
@@ -166,7 +176,19 @@ class DataHistory(_Record):
             OrderedSource(self.sources[s.source].tokens, s.weight, s.source, Consumed(s.epoch, s.tokens), name)
             for s, name in zip(order.shares, names, strict=True)
         ]
-        return RunOrder(sources, order.sequence_length, self.seed, order.first_sample)
+        return RunOrder(sources, order.sequence_length, self.seed, order.first_sample, order.left_out)
+
+    def leave_out(self, positions: range) -> DataHistory:
+        """Return the history of a run that never reads the samples that are now at ``positions``.
+
+        The samples after them move up. ``positions`` must belong to the newest order.
+        """
+        order = self.orders[-1]
+        assert positions.start >= order.first_sample, "a past order cannot change"
+        places = LeftOut(order.left_out).places(np.arange(positions.start, positions.stop))
+        ranges = _as_ranges(sorted({*places.tolist(), *(place for r in order.left_out for place in range(*r))}))
+        changed = order.model_copy(update={"left_out": ranges})
+        return self.model_copy(update={"orders": (*self.orders[:-1], changed)})
 
     def consumed(self, source: int, position: int) -> Consumed:
         """Return what the run's first ``position`` samples have read of a source."""
@@ -254,6 +276,17 @@ class DataHistory(_Record):
         sources = [(self.sources[share.source], share.weight) for share in order.shares]
         parts = [f"{s.path} ({s.tokens:,} tokens{_tail(s.checksum)}) weight {w:g}" for s, w in sources]
         return ", ".join(parts)
+
+
+def _as_ranges(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return ascending ``places`` as ranges, each with its first place and its end."""
+    ranges: list[tuple[int, int]] = []
+    for place in places:
+        if ranges and ranges[-1][1] == place:
+            ranges[-1] = (ranges[-1][0], place + 1)
+        else:
+            ranges.append((place, place + 1))
+    return tuple(ranges)
 
 
 def _tail(checksum: str | None) -> str:

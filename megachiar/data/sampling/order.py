@@ -220,6 +220,31 @@ class OrderedSource(NamedTuple):
     where: object = "dataset"
 
 
+class LeftOut:
+    """Map the positions of a run to places in an order, some of which the run leaves out.
+
+        place      0 1 2 3 4 5 6 7 8 9       left out: 3 to 5
+        position   0 1 2 . . . 3 4 5 6
+
+    Args:
+        ranges: first place and end of each range that is left out, ascending and apart.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]):
+        lengths = np.array([end - first for first, end in ranges], dtype=np.int64)
+        before = np.concatenate([[0], np.cumsum(lengths)])
+        self._starts = np.array([first for first, _ in ranges], dtype=np.int64) - before[:-1]  # positions
+        self._before = before
+
+    def places(self, positions: IntArray) -> IntArray:
+        """Return the place of each position, int64 (n,)."""
+        return positions + self._before[np.searchsorted(self._starts, positions, side="right")]
+
+    def place(self, position: int) -> int:
+        """Return the place of ``position``."""
+        return int(self.places(np.array([position]))[0])
+
+
 class RunOrder:
     """Say where the samples of a run are stored, from ``first`` on: a blend of ordered sources.
 
@@ -233,14 +258,23 @@ class RunOrder:
         sources: the sources, at least one.
         sequence_length: T.
         seed: the seed of the run.
-        first: the position of the run that the order begins at.
+        first: the position of the run that the order begins at; its first place has the same number.
+        left_out: first place and end of each range of the order that the run leaves out, ascending and apart.
 
     Raises:
         UserError: a source is shorter than one sample, or a weight cannot be kept.
     """
 
-    def __init__(self, sources: Sequence[OrderedSource], sequence_length: int, seed: int, first: int = 0):
+    def __init__(
+        self,
+        sources: Sequence[OrderedSource],
+        sequence_length: int,
+        seed: int,
+        first: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
+    ):
         self.sequence_length, self.first = sequence_length, first
+        self._left_out = LeftOut(left_out)
         self.blend = Blend([source.weight for source in sources], seed, first)
         self.orders = tuple(
             StreamOrder(source.tokens, sequence_length, (seed, source.number), source.where) for source in sources
@@ -249,7 +283,7 @@ class RunOrder:
 
     def locate(self, positions: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Return source, epoch and first token of the sample at each position, all int64 (n,)."""
-        draws = self.blend.draws(positions)
+        draws = self.blend.draws(self._left_out.places(np.asarray(positions, dtype=np.int64)))
         epochs, tokens = np.empty_like(draws.samples), np.empty_like(draws.samples)
         for number in np.unique(draws.sources):
             of_source, order = draws.sources == number, self.orders[number]
@@ -257,9 +291,13 @@ class RunOrder:
             epochs[of_source], tokens[of_source] = order.epochs(samples), order.starts(samples)
         return draws.sources, epochs, tokens
 
+    def counts(self, position: int) -> IntArray:
+        """Return the samples of each source before ``position`` in this order, those left out too, int64 (sources,)."""
+        return self.blend.counts(self._left_out.place(position))
+
     def consumed(self, position: int) -> list[Consumed]:
-        """Return what the whole run read of each source before ``position``, which is at least ``first``."""
-        counts = self.blend.counts(position).tolist()
+        """Return what the whole run read or left out of each source before ``position``, at least ``first``."""
+        counts = self.counts(position).tolist()
         return [
             order.consumed(begin + count) for order, begin, count in zip(self.orders, self._begin, counts, strict=True)
         ]

@@ -95,6 +95,38 @@ def test_each_sample_comes_once_an_epoch_and_a_restart_in_any_layout_goes_on_exa
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_samples_that_are_left_out_are_never_read_and_those_after_them_move_up(tmp_path, case):
+    rng = np.random.default_rng(200 + case)
+    sources, weights, length, seed = random_run(rng, tmp_path)
+    history = initial(sources, weights, length, 4, seed)
+    expected = stream_of(history, sources).batch(range(500))
+    for _ in range(int(rng.integers(1, 6))):
+        first = int(rng.integers(0, 200))
+        left_out = range(first, first + int(rng.integers(1, 30)))
+        history = history.leave_out(left_out)
+        expected = np.delete(expected, left_out, axis=0)
+        count = int(rng.integers(left_out.stop, 300))
+        assert np.array_equal(read_in_layout(stream_of(history, sources), 0, count, rng), expected[:count])
+    ranges = history.orders[-1].left_out
+    assert all(first < end for first, end in ranges)
+    assert all(end < first for (_, end), (first, _) in itertools.pairwise(ranges)), "ascending, and apart"
+
+
+def test_another_order_goes_on_after_the_samples_that_were_left_out(tmp_path):
+    """Source 0 is read alone for 3 steps of 4, of which the samples 5 to 6 are left out; then it is blended."""
+    rng = np.random.default_rng(0)
+    sources = [write_numbered(tmp_path / f"s{number}", number, 200, rng) for number in range(2)]
+    alone = initial(sources[:1], [1.0], 5, 4, seed=3)
+    series = stream_of(alone, sources).batch(range(30))
+    history = alone.leave_out(range(5, 7)).continue_from(initial(sources, [1.0, 1.0], 5, 4, seed=3), 3)
+    rows = stream_of(history, sources).batch(range(12, 28))
+    of_first = rows[rows[:, 0] < SOURCE]
+    assert len(of_first) > 4 and np.array_equal(of_first, series[14 : 14 + len(of_first)])
+    uses = stream_of(alone.leave_out(range(5, 7)), sources).describe(12)
+    assert [use.samples for use in uses] == [14], "what is left out is passed over"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_weights_sources_and_batch_change_and_every_source_goes_on_at_its_next_sample(tmp_path, case):
     """However the run was blended, what it has read of a source is the beginning of that source's own series."""
     rng = np.random.default_rng(100 + case)

@@ -1,0 +1,116 @@
+"""Leave a folder in the run folder for each step with bad numbers, from which the step can be understood and replayed.
+
+    RUN/incidents/step_00000815/incident.json    numbers, samples with their documents, versions, history of the data
+                                config.yaml      the resolved config
+    RUN/incidents/more.json                      how many incidents there were beyond the ``MOST_FOLDERS`` first
+
+``megachiar replay`` repeats such a step.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from megachiar import __version__
+from megachiar.config import RunConfig
+from megachiar.data.storage.files import write_atomically
+from megachiar.engine.step_metrics import StepResult
+from megachiar.errors import UserError, disk_errors
+from megachiar.training.bad_steps import BadStep
+from megachiar.training.metrics import without_nan
+from megachiar.training.run_data import RunData
+from megachiar.training.schedule import learning_rate
+
+MOST_FOLDERS = 20
+INCIDENT_FILE, CONFIG_FILE, MORE_FILE = "incident.json", "config.yaml", "more.json"
+
+
+def incidents_folder(run: Path) -> Path:
+    """Return the folder of a run's incidents."""
+    return run / "incidents"
+
+
+class Incidents:
+    """Write the incidents of a run; rank 0 alone does so.
+
+    Args:
+        config: of the run.
+        layout: of the run, as text for people.
+        log: prints a line of the log.
+    """
+
+    def __init__(self, config: RunConfig, layout: str, log: Callable[[str], None]):
+        self._config = config
+        self._layout = layout
+        self._log = log
+        self._folder = incidents_folder(config.logging.folder)
+
+    def record(self, step: int, bad: BadStep, result: StepResult, data: RunData, newest: Path | None) -> None:
+        """Write the incident of ``step``; a disk that refuses is a line of the log, and the run goes on.
+
+        Args:
+            step: number of the step.
+            bad: what was bad, and what follows.
+            result: of the step.
+            data: that the step has read.
+            newest: the newest checkpoint before the step; None before the first.
+        """
+        try:
+            with disk_errors(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if len(list(self._folder.glob("step_*"))) >= MOST_FOLDERS:
+                    self._count_more()
+                    return
+                path = self._new_folder(step)
+                incident = {**self._describe(step, bad, result, data), "checkpoint": newest and str(newest)}
+                text = json.dumps(without_nan(incident), indent=1)
+                write_atomically(path / CONFIG_FILE, self._config.to_yaml().encode())
+                write_atomically(path / INCIDENT_FILE, (text + "\n").encode())
+        except UserError as error:
+            self._log(f"[yellow]  the incident of step {step} was not recorded: {escape(str(error))}[/]")
+
+    def _describe(self, step: int, bad: BadStep, result: StepResult, data: RunData) -> dict[str, Any]:
+        positions = data.history.samples_of(step)
+        versions = {"megachiar": __version__, **{name: version(name) for name in ("torch", "deepspeed")}}
+        return {
+            "step": step,
+            "kind": bad.kind,
+            "reason": bad.reason,
+            "action": bad.action,
+            "learning_rate": learning_rate(self._config, step),
+            "result": asdict(result),
+            "samples": [
+                {
+                    "sample": position,
+                    "source": str(data.training.sources[location.source].prefix),
+                    "epoch": location.epoch,
+                    "first_token": location.token,
+                    "documents": data.training.documents(position),
+                }
+                for position, location in zip(positions, data.training.locate(positions), strict=True)
+            ],
+            "versions": {**versions, "python": platform.python_version()},
+            "layout": self._layout,
+            "data": data.history.model_dump(mode="json"),
+        }
+
+    def _new_folder(self, step: int) -> Path:
+        """Make the folder of an incident of ``step``; after a rollback a step may have several."""
+        name, number = f"step_{step:08d}", 1
+        while (path := self._folder / (name if number == 1 else f"{name}_{number}")).exists():
+            number += 1
+        path.mkdir()
+        return path
+
+    def _count_more(self) -> None:
+        path = self._folder / MORE_FILE
+        known = json.loads(path.read_text())["incidents"] if path.exists() else 0
+        write_atomically(path, (json.dumps({"incidents": known + 1}) + "\n").encode())
