@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from megachiar import launch
 from megachiar.console import global_rank, make_console, run
+from megachiar.launcher_watch import LauncherWatch
 from megachiar.options import CommandParser, add_config_options
 
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     signals = launch.StopSignals()
     signals.install()
+    LauncherWatch().start()
     launch.prepare_environment()
 
     from megachiar.config import load_config

@@ -18,8 +18,18 @@ PACKAGE = ROOT / "megachiar"
 TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
-    {"__init__", "errors"},
-    {"config", "console", "launch", "options", "benchmark", "interrupts", "process_memory", "progress"},
+    {"__init__", "errors", "process_identity"},
+    {
+        "config",
+        "console",
+        "launch",
+        "options",
+        "benchmark",
+        "interrupts",
+        "launcher_watch",
+        "process_memory",
+        "progress",
+    },
     {"topology", "data.permutation", "data.storage"},
     {"kernels", "parallel", "data.inputs"},
     {"data.tokenizers"},

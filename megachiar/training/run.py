@@ -31,6 +31,7 @@ from megachiar.training.run_data import (
     describe_source_usage,
     open_data,
 )
+from megachiar.training.run_lock import RunLock, hold_run_folder
 from megachiar.training.start import check_shared_folder, resolve_start
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
@@ -62,7 +63,9 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):
             raise_together(problem)
-            return train(config, topology.with_groups(), device, data, signals, console)
+            with hold_run_folder(config.logging.folder, topology, console.print) as lock:
+                check_shared_folder(config.logging.folder, topology)
+                return train(config, topology.with_groups(), device, data, signals, lock, console)
     finally:
         signals.ignore()
         if dist.is_initialized():
@@ -75,6 +78,7 @@ def train(
     device: torch.device,
     data: RunData,
     signals: StopSignals,
+    lock: RunLock | None,
     console: Console,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
@@ -85,6 +89,7 @@ def train(
         device: of this rank.
         data: of the config, as a new run would read it.
         signals: that stop the run after a checkpoint.
+        lock: of the run folder, on rank 0.
         console: of this rank, for the log.
 
     Returns:
@@ -112,10 +117,9 @@ def train(
             "logging.folder."
         )
         return 0
-    check_shared_folder(config.logging.folder, topology)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, signals).run()
+        return Trainer(engine, data, progress, writer, display, signals, lock).run()
     finally:
         if writer is not None:
             writer.close()

@@ -20,6 +20,7 @@ from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
+from megachiar.training.run_lock import RunLock
 from megachiar.training.schedule import learning_rate
 
 
@@ -39,6 +40,7 @@ class Trainer:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         signals: that stop the run after a checkpoint.
+        lock: of the run folder, on rank 0.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trainer:
         writer: MetricsWriter | None,
         display: Display,
         signals: StopSignals,
+        lock: RunLock | None,
     ):
         self.engine = engine
         self.data = data
@@ -57,6 +60,7 @@ class Trainer:
         self.writer = writer
         self.display = display
         self.signals = signals
+        self.lock = lock
         self.peak = peak_flops(engine.device)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
@@ -177,6 +181,8 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
+        if self.lock is not None:
+            self.lock.confirm()
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
