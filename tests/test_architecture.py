@@ -20,6 +20,7 @@ TOOLS = ROOT / "tools"
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"__init__", "errors", "process_identity"},
     {
+        "activity",
         "config",
         "console",
         "launch",

@@ -30,6 +30,7 @@ GROUPS = {
         "config": "list, show and copy the shipped configs",
         "plan": "list the layouts in which a config fits a cluster",
         "pretrain": "train as a config says",
+        "stacks": "show where all ranks of a run are at the moment",
     },
     "Trained models": {
         "evaluate": "measure perplexity and bits per byte on a dataset",

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from megachiar.activity import Activity, Stage
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
@@ -18,6 +19,7 @@ from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.topology import LaunchError, Topology, raise_together
+from megachiar.training.communication_time import measure_communication
 from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
@@ -31,8 +33,9 @@ from megachiar.training.run_data import (
     describe_source_usage,
     open_data,
 )
-from megachiar.training.run_lock import RunLock, hold_run_folder
+from megachiar.training.run_lock import hold_run_folder
 from megachiar.training.start import check_shared_folder, resolve_start
+from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
 
@@ -59,17 +62,21 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
         config = with_document_end(config, data)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
-    device = start_process_group(config, topology)
+    folder, activity = config.logging.folder, Activity()
     try:
-        with PeerWatch(topology, config.training.communication_timeout_s):
-            raise_together(problem)
-            with hold_run_folder(config.logging.folder, topology, console.print) as lock:
-                check_shared_folder(config.logging.folder, topology)
-                return train(config, topology.with_groups(), device, data, signals, lock, console)
+        with measure_communication(activity):
+            device = start_process_group(config, topology)
+            with PeerWatch(topology, config.training.communication_timeout_s, activity) as watch:
+                raise_together(problem)
+                with hold_run_folder(folder, topology, console.print) as lock:
+                    check_shared_folder(folder, topology)
+                    watch.open_run_folder(folder, before_exit=lock.release if lock is not None else None)
+                    supervision = Supervision(signals, lock, watch, activity)
+                    code = train(config, topology.with_groups(), device, data, supervision, console)
     finally:
         signals.ignore()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error, which could wait for ranks that are gone before it is printed
+    return code
 
 
 def train(
@@ -77,8 +84,7 @@ def train(
     topology: Topology,
     device: torch.device,
     data: RunData,
-    signals: StopSignals,
-    lock: RunLock | None,
+    supervision: Supervision,
     console: Console,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
@@ -88,16 +94,19 @@ def train(
         topology: of this rank, with process groups.
         device: of this rank.
         data: of the config, as a new run would read it.
-        signals: that stop the run after a checkpoint.
-        lock: of the run folder, on rank 0.
+        supervision: of this rank.
         console: of this rank, for the log.
 
     Returns:
         The exit code of the process.
     """
+    activity = supervision.activity
+    activity.begin("decides where the run starts", Stage.START, step=0)
     start = resolve_start(config, topology, console.print)
+    activity.begin("builds the model", Stage.START, step=0, item=1)
     engine = Engine(config, topology, device)
     log_run_header(config, engine, data, console)
+    activity.begin("loads the checkpoint" if start.path else "starts anew", Stage.START, step=0, item=2)
     progress, data = restore(engine, data, start, console.print)
     check_max_epochs(config, data)
     for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
@@ -117,9 +126,10 @@ def train(
             "logging.folder."
         )
         return 0
+    activity.begin("opens the run folder", Stage.START, step=0, item=3)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, signals, lock).run()
+        return Trainer(engine, data, progress, writer, display, supervision).run()
     finally:
         if writer is not None:
             writer.close()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from rich.markup import escape
+
+from megachiar.activity import Stage
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
-from megachiar.launch import EXIT_STOPPED, StopSignals
+from megachiar.launch import EXIT_STOPPED
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
@@ -20,8 +25,9 @@ from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
-from megachiar.training.run_lock import RunLock
 from megachiar.training.schedule import learning_rate
+from megachiar.training.step_times import StragglerLog, measures_of
+from megachiar.training.supervision import Supervision
 
 
 class Diverged(UserError):
@@ -39,8 +45,7 @@ class Trainer:
         progress: how far the run is; the trainer keeps it up to date.
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
-        signals: that stop the run after a checkpoint.
-        lock: of the run folder, on rank 0.
+        supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
     """
 
     def __init__(
@@ -50,8 +55,7 @@ class Trainer:
         progress: Progress,
         writer: MetricsWriter | None,
         display: Display,
-        signals: StopSignals,
-        lock: RunLock | None,
+        supervision: Supervision,
     ):
         self.engine = engine
         self.data = data
@@ -59,9 +63,10 @@ class Trainer:
         self.config: RunConfig = engine.config
         self.writer = writer
         self.display = display
-        self.signals = signals
-        self.lock = lock
+        self.supervision = supervision
+        self.activity = supervision.activity
         self.peak = peak_flops(engine.device)
+        self._straggler_log = StragglerLog()
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
 
@@ -76,9 +81,7 @@ class Trainer:
         """
         with self._loader() as loader, self.display.running():
             while self.progress.step < self.config.steps:
-                began = time.perf_counter()
-                result = self._step(loader)
-                self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
+                result = self._timed_step(loader)
                 self.display.advance(self.progress.step, result.loss)
                 self._log(result, loader)
                 self._evaluate_if_due()
@@ -101,12 +104,21 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
 
+    def _timed_step(self, loader: BatchLoader) -> StepResult:
+        self.activity.begin_step()
+        began = time.perf_counter()
+        result = self._step(loader)
+        seconds = time.perf_counter() - began
+        self.activity.end_step(seconds)
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        return result
+
     def _step(self, loader: BatchLoader) -> StepResult:
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
-        micro_batches = ((loader.position + offset, next(loader)) for _ in range(self.engine.accumulation_steps))
-        stop = self.signals.received is not None
+        stop = self.supervision.signals.received is not None
         step = self.progress.step + 1
-        result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
+        self.activity.begin("trains", Stage.TRAIN, step)
+        result = self.engine.train_step(self._micro_batches(loader, step), learning_rate(self.config, step), stop)
+        self.activity.begin("ends the step", Stage.LOG, step)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if not math.isfinite(result.loss):
@@ -117,14 +129,29 @@ class Trainer:
             )
         return result
 
+    def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size
+        for number in range(1, self.engine.accumulation_steps + 1):
+            first = loader.position + offset
+            # Inner pipeline stages read nothing: only without stages do numbers of micro-batches compare.
+            item = 2 * number if self.engine.topology.pipeline_size == 1 else 0
+            self.activity.begin(f"reads sample {first}", Stage.TRAIN, step, item)
+            batch = next(loader)
+            self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, step, item and item + 1)
+            yield first, batch
+
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
         if step % self.config.logging.every and step != self.config.steps:
             return
-        values = self._measures(result, loader)
+        straggler = self.supervision.watch.straggler()
+        values = self._measures(result, loader) | measures_of(straggler)
         if self.writer is not None:
             self.writer.write(step, "train", values)
         self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
+        if line := self._straggler_log.line(straggler):
+            self.display.line(f"[yellow]{escape(line)}[/]")
         self._seconds, self._steps = 0.0, 0
 
     def _measures(self, result: StepResult, loader: BatchLoader) -> dict[str, Any]:
@@ -181,8 +208,9 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
-        if self.lock is not None:
-            self.lock.confirm()
+        self.activity.begin(f"saves step {step}", Stage.SAVE, step)
+        if self.supervision.lock is not None:
+            self.supervision.lock.confirm()
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
         self.display.line(f"saved {path}")
