@@ -18,6 +18,7 @@ from megachiar import launch
 from megachiar.console import global_rank, make_console, run
 from megachiar.launcher_watch import LauncherWatch
 from megachiar.options import CommandParser, add_config_options
+from megachiar.stop_signals import StopSignals
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: config, data, checkpoint, layout or disk do not allow the run.
     """
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    signals = launch.StopSignals()
+    signals = StopSignals()
     signals.install()
     LauncherWatch().start()
     launch.prepare_environment()
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megachiar.topology import build_topology
 
     topology = build_topology(config)
+    signals.stop_after(config.training.stop_after)
     launch.configure_torch(config.training.threads)
 
     from megachiar.training.run import pretrain

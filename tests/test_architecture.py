@@ -30,6 +30,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
         "launcher_watch",
         "process_memory",
         "progress",
+        "stop_signals",
     },
     {"topology", "data.permutation", "data.storage"},
     {"kernels", "parallel", "data.inputs"},

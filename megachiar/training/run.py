@@ -15,15 +15,16 @@ from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.errors import UserError
 from megachiar.kernels.backends import describe_backends
-from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
+from megachiar.stop_signals import StopSignals
 from megachiar.topology import LaunchError, Topology, raise_together
 from megachiar.training.communication_time import measure_communication
 from megachiar.training.display import Display
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import MetricsWriter
+from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import Progress, restore
 from megachiar.training.run_data import (
@@ -34,7 +35,7 @@ from megachiar.training.run_data import (
     open_data,
 )
 from megachiar.training.run_lock import hold_run_folder
-from megachiar.training.start import check_shared_folder, resolve_start
+from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start
 from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
@@ -66,7 +67,8 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     try:
         with measure_communication(activity):
             device = start_process_group(config, topology)
-            with PeerWatch(topology, config.training.communication_timeout_s, activity) as watch:
+            with PeerWatch(topology, config.training.communication_timeout_s, activity, signals) as watch:
+                signals.remember()
                 raise_together(problem)
                 with hold_run_folder(folder, topology, console.print) as lock:
                     check_shared_folder(folder, topology)
@@ -112,7 +114,9 @@ def train(
     for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
-    if progress.step >= config.steps:
+    resumed = topology.is_main and start.kind == "resumed"
+    owed = broadcast_from_rank_0(owed_evaluations(config.logging.folder, progress.step) if resumed else [])
+    if progress.step >= config.steps and not owed:
         key, _ = asked_length(config.training)
         if start.kind == "all":
             raise LaunchError(
@@ -129,7 +133,7 @@ def train(
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, supervision).run()
+        return Trainer(engine, data, progress, writer, display, supervision).run(owed)
     finally:
         if writer is not None:
             writer.close()

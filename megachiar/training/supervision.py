@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megachiar.activity import Activity
-from megachiar.launch import StopSignals
+from megachiar.stop_signals import StopSignals
 from megachiar.training.run_lock import RunLock
 from megachiar.training.watch import PeerWatch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.errors import UserError
-from megachiar.launch import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.display import Display
-from megachiar.training.evaluation import evaluate
+from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.restore import Progress
@@ -28,6 +27,7 @@ from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
 from megachiar.training.supervision import Supervision
+from megachiar.training.validation import Validation
 
 
 class Diverged(UserError):
@@ -66,30 +66,51 @@ class Trainer:
         self.supervision = supervision
         self.activity = supervision.activity
         self.peak = peak_flops(engine.device)
+        self.validation = Validation(engine, data.validation, writer, display, supervision)
         self._straggler_log = StragglerLog()
+        self._kill_limit = KillLimit()
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
 
-    def run(self) -> int:
+    def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
 
+        Args:
+            owed: validation sets whose evaluation a stop has put off; they are evaluated first.
+
         Returns:
-            The exit code of the process: 0, or 75 if a signal stopped the run early.
+            The exit code of the process: 0, or 75 if a signal or ``training.stop_after`` stopped the run early.
 
         Raises:
             Diverged: the loss became infinite or nan.
         """
         with self._loader() as loader, self.display.running():
+            if self._stop_is_asked() or not self.validation.run(owed, self.progress.step):
+                return self._stopped()
             while self.progress.step < self.config.steps:
                 result = self._timed_step(loader)
                 self.display.advance(self.progress.step, result.loss)
                 self._log(result, loader)
-                self._evaluate_if_due()
-                self._save_if_due(result.stop)
-                if result.stop and self.progress.step < self.config.steps:
-                    self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
-                    return EXIT_STOPPED
+                evaluated = self.validation.run_if_due(self.progress.step, put_off=result.stop)
+                stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
+                self._save_if_due(stop)
+                if stop:
+                    return self._stopped()
         return 0
+
+    def _stop_is_asked(self) -> bool:
+        """Return whether any rank got a signal before the first step; every rank calls this method.
+
+        ``training.stop_after`` does not count yet: a run that is started again and again must make a step each time.
+        """
+        return self.engine.sum_over_world([float(self.supervision.signals.received is not None)])[0] > 0
+
+    def _stopped(self) -> int:
+        why = self.supervision.signals.reason() or "a signal to another rank"
+        saved = ", saved" if self.progress.step == self.progress.saved_step else ""
+        when = f"after step {self.progress.step}" if self.progress.step else "before the first step"
+        self.display.line(f"stopped by {why} {when}{saved}")
+        return EXIT_STOPPED
 
     def _loader(self) -> BatchLoader:
         training, topology = self.config.training, self.engine.topology
@@ -114,7 +135,7 @@ class Trainer:
         return result
 
     def _step(self, loader: BatchLoader) -> StepResult:
-        stop = self.supervision.signals.received is not None
+        stop = self.supervision.signals.reason() is not None
         step = self.progress.step + 1
         self.activity.begin("trains", Stage.TRAIN, step)
         result = self.engine.train_step(self._micro_batches(loader, step), learning_rate(self.config, step), stop)
@@ -180,29 +201,6 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
 
-    def _evaluate_if_due(self) -> None:
-        every, step = self.config.training.evaluate_every, self.progress.step
-        if step != self.config.steps and not (every and step % every == 0):
-            return
-        topology = self.engine.topology
-        for name, dataset in self.data.validation.items():
-            result = evaluate(
-                self.engine.evaluate,
-                dataset,
-                self.config.training.micro_batch_size,
-                windows=self.config.training.evaluation_windows,
-                rank=topology.data_rank,
-                ranks=topology.data_size,
-                reduce_sum=self.engine.sum_over_world,
-            )
-            if self.writer is not None:
-                self.writer.write(step, f"evaluation/{name}", result.as_dict())
-            word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
-            bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
-            self.display.line(
-                f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
-            )
-
     def _save_if_due(self, stop: bool) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
         last = step == self.config.steps
@@ -211,9 +209,13 @@ class Trainer:
         self.activity.begin(f"saves step {step}", Stage.SAVE, step)
         if self.supervision.lock is not None:
             self.supervision.lock.confirm()
+        began = time.perf_counter()
         path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
         self.progress.saved_step = step
-        self.display.line(f"saved {path}")
+        seconds = time.perf_counter() - began
+        self.display.line(f"saved {path} in {seconds:.1f} s")
+        if line := self._kill_limit.line(seconds):
+            self.display.line(f"[yellow]{escape(line)}[/]")
 
 
 def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:

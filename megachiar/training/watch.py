@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from megachiar.activity import Activity, Stage
-from megachiar.errors import UserError
+from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology
 from megachiar.training import stalls
 from megachiar.training.heartbeat import FailedCollective, Heartbeat
@@ -85,9 +86,10 @@ class PeerWatch:
         timeout_s: a rank counts as lost after so many seconds without a heartbeat, or without progress while others
             wait for it.
         activity: of this rank's main thread.
+        signals: that stop the run. A peer that is lost after one of them, before the first step, has stopped too.
     """
 
-    def __init__(self, topology: Topology, timeout_s: float, activity: Activity):
+    def __init__(self, topology: Topology, timeout_s: float, activity: Activity, signals: StopSignals):
         self._rank = topology.rank
         self._ranks = topology.world_size
         self._timeout = timeout_s
@@ -95,6 +97,7 @@ class PeerWatch:
         self._limit = timeout_s - min(timeout_s / 4, 10.0)
         self._interval = min(2.0, timeout_s / 10)
         self._activity = activity
+        self._signals = signals
         self._stacks = StackWriter(topology.rank)
         self._run: Path | None = None
         self._answered = ""
@@ -121,7 +124,11 @@ class PeerWatch:
             if not self._exchange.flush(self._timeout):
                 reason = self._exchange.error or f"no answer for {self._timeout:.0f} s"
                 self._stop([self._describe_store(reason)])
-            dist.barrier()  # every rank has sent one: reading the key of a rank never waits for it to exist
+            try:
+                dist.barrier()  # every rank has sent one: reading the key of a rank never waits for it to exist
+            except (RuntimeError, dist.DistError) as error:
+                self._failed = FailedCollective.of(error)
+                self._stop([self._closed_connection()])
             self._exchange.start_reading()
             self._exchange.flush(self._timeout)  # each rank knows rank 0's process, to name it if it is lost at once
         threading.Thread(target=self._watch, name="peer watch", daemon=True).start()
@@ -322,7 +329,8 @@ class PeerWatch:
             self._exchange.flush(3 * self._interval + 1)
             time.sleep(3 * self._interval)
         sys.stderr.flush()
-        os._exit(EXIT_PEER_LOST)
+        stopped = self._signals.received is not None and self._activity.step == 0
+        os._exit(EXIT_STOPPED if stopped else EXIT_PEER_LOST)
 
     def _print(self, verdict: str) -> None:
         where = f"; stacks: {self._run / 'stacks'}" if self._run is not None else ""

@@ -13,7 +13,7 @@ import pytest
 from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage
-from megachiar.launch import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED
 from megachiar.training.metrics import read_metrics
 
 pytestmark = pytest.mark.every_python
