@@ -4,8 +4,8 @@
     deepspeed megachiar/pretrain.py --config configs/400m.yaml
     torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml
 
-Exit codes: 0, the run is finished; 2, one message says what to correct; 75, a signal stopped the run after it saved a
-checkpoint, and the same command continues it.
+Exit codes: 0, the run is finished; 2, one message says what to correct; 75, a signal or training.stop_after stopped the
+run after it saved a checkpoint, and the same command continues it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exchange small messages with the other ranks through the run's rendezvous store, from a thread of its own.
 
 A call to the store has no end while the process that holds the store is stopped, and rank 0 may hold it. So one thread
-makes all calls, and whoever wants to know how it stands looks at what the thread has read last, and when.
+makes all calls, and whoever wants to know how it stands looks at what the thread has read last, and whether it still reads.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ class StoreExchange:
 
     Attributes:
         values: what was read last, by key.
-        succeeded: time of the last exchange that succeeded, on the monotonic clock.
         rounds: how many exchanges have succeeded.
         error: what ended the exchange, such as a closed connection; None as long as it goes on.
     """
 
     def __init__(self, keys: Sequence[str], own_key: str, message: Callable[[], str], interval_s: float):
         self.values: dict[str, str] = {}
-        self.succeeded = time.monotonic()
         self.rounds = 0
         self.error: str | None = None
         self._keys = list(keys)
@@ -79,7 +77,7 @@ class StoreExchange:
             while not self._ended:
                 self._wake.clear()
                 self._exchange(store)
-                self.rounds, self.succeeded = self.rounds + 1, time.monotonic()
+                self.rounds += 1
                 self._wake.wait(self._interval)
         except (RuntimeError, dist.DistError) as error:
             self.error = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

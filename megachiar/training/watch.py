@@ -95,7 +95,8 @@ class PeerWatch:
         self._timeout = timeout_s
         # A little earlier than the collectives give up: the stacks still show which of them waits.
         self._limit = timeout_s - min(timeout_s / 4, 10.0)
-        self._interval = min(2.0, timeout_s / 10)
+        # Rank 0 reads one message a rank: with thousands of ranks less often, to leave it time to train.
+        self._interval = min(max(2.0, self._ranks / 1000), timeout_s / 10)
         self._activity = activity
         self._signals = signals
         self._stacks = StackWriter(topology.rank)
@@ -105,6 +106,7 @@ class PeerWatch:
         self._finished = threading.Event()
         self._stopping = threading.Lock()
         self._clock = 0.0
+        self._rounds, self._exchanged = 0, 0.0
         self._sent = 0
         self._failed: FailedCollective | None = None
         self._failed_at: float | None = None
@@ -196,7 +198,9 @@ class PeerWatch:
             return [values[_VERDICT]]
         if self._exchange.error is not None:
             return [self._describe_store(self._exchange.error)]
-        if (silent := time.monotonic() - self._exchange.succeeded) > self._limit:
+        if self._exchange.rounds != self._rounds:
+            self._rounds, self._exchanged = self._exchange.rounds, self._clock
+        if (silent := self._clock - self._exchanged) > self._limit:
             return [self._describe_store(f"no answer for {silent:.0f} s")]
         if ended := self._ended():
             return ended if not self._finished.wait(_GRACE_S) else []
