@@ -54,10 +54,19 @@ def _plain_console() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def _ranks_have_met() -> bool:
+    """Return whether this process has joined the others in a process group; torch is not imported to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def report(error: UserError) -> None:
-    """Print ``error`` once: on rank 0 if every rank meets the same error, else on the rank that met it."""
+    """Print ``error`` once: on rank 0 if every rank meets the same error, else on the rank that met it.
+
+    Before the ranks have met nobody knows whether another machine reads the same config: one rank of each prints it.
+    """
     rank = global_rank()
-    if rank and error.same_on_every_rank:
+    if rank and error.same_on_every_rank and (_ranks_have_met() or os.environ.get("LOCAL_RANK") != "0"):
         return
     from rich.markup import escape
 

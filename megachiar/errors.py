@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Exit code after a signal or a limit of time made the run save and stop: EX_TEMPFAIL, "start me again"."""
 
 
 class UserError(ValueError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import signal
 import socket
 import sys
 import warnings
@@ -18,37 +17,10 @@ from pathlib import Path
 
 from megachiar.errors import UserError
 
-EXIT_STOPPED = 75
-"""Exit code after a signal made the run save and stop. It is EX_TEMPFAIL, which asks to be started again."""
-
 _MPI_RANKS = (  # rank, world size, local rank and local size in the MPI implementations
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-
-
-class StopSignals:
-    """Remember that SIGTERM or SIGUSR1 arrived, so that the training loop can save and stop at the end of a step.
-
-    Attributes:
-        received: the name of the signal; None as long as there was none.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def install(self) -> None:
-        """Catch the signals, before torch is imported: an uncaught SIGUSR1 in those seconds would end the rank."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def ignore(self) -> None:
-        """Ignore further signals while the process ends after a save."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-
-    def _remember(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number).name
 
 
 def prepare_environment() -> None:

@@ -4,8 +4,8 @@
     deepspeed megachiar/pretrain.py --config configs/400m.yaml
     torchrun --nproc_per_node 8 megachiar/pretrain.py --config configs/400m.yaml
 
-Exit codes: 0, the run is finished; 2, one message says what to correct; 75, a signal stopped the run after it saved a
-checkpoint, and the same command continues it.
+Exit codes: 0, the run is finished; 2, one message says what to correct; 75, a signal or training.stop_after stopped the
+run after it saved a checkpoint, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 from megachiar import launch
 from megachiar.console import global_rank, make_console, run
+from megachiar.launcher_watch import LauncherWatch
 from megachiar.options import CommandParser, add_config_options
+from megachiar.stop_signals import StopSignals
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: config, data, checkpoint, layout or disk do not allow the run.
     """
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    signals = launch.StopSignals()
+    signals = StopSignals()
     signals.install()
+    LauncherWatch().start()
     launch.prepare_environment()
 
     from megachiar.config import load_config
@@ -62,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megachiar.topology import build_topology
 
     topology = build_topology(config)
+    signals.stop_after(config.training.stop_after)
     launch.configure_torch(config.training.threads)
 
     from megachiar.training.run import pretrain

@@ -18,8 +18,19 @@ PACKAGE = ROOT / "megachiar"
 TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
-    {"__init__", "errors"},
-    {"config", "console", "launch", "benchmark", "interrupts", "process_memory", "progress"},
+    {"__init__", "errors", "process_identity"},
+    {
+        "activity",
+        "config",
+        "console",
+        "launch",
+        "benchmark",
+        "interrupts",
+        "launcher_watch",
+        "process_memory",
+        "progress",
+        "stop_signals",
+    },
     {"topology", "options", "data.permutation", "data.storage"},
     {"kernels", "parallel", "data.inputs"},
     {"data.tokenizers"},

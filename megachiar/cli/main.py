@@ -31,6 +31,7 @@ GROUPS = {
         "plan": "list the layouts in which a config fits a cluster",
         "pretrain": "train as a config says",
         "replay": "repeat a step on the CPU and name the first module that is bad",
+        "stacks": "show where all ranks of a run are at the moment",
     },
     "Trained models": {
         "evaluate": "measure perplexity and bits per byte on a dataset",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megachiar.config.duration import parse_duration
 from megachiar.config.model import ModelConfig
 from megachiar.config.paths import ConfigPath
 from megachiar.config.section import Section
@@ -162,7 +163,13 @@ class TrainingConfig(Section):
     """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null compiles nothing. inductor
     needs a C++ compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
     communication_timeout_s: PositiveFloat = 1800.0
-    """Seconds a collective waits for the other ranks before the run stops."""
+    """Seconds a rank waits for the others before the run stops and names the one that holds it up."""
+    stop_after: (
+        Annotated[PositiveFloat, BeforeValidator(parse_duration, json_schema_input_type=PositiveFloat | str)] | None
+    ) = None
+    """Time from the start of the process after which the run saves and stops as after a signal, such as 11h30m, 45m or
+    seconds; null: never. It is for clusters that end a job without a signal. A step and a save must fit into what is
+    left of the job's time."""
 
 
 class CheckpointConfig(Section):

@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from megachiar.errors import UserError
 
@@ -131,6 +133,16 @@ def allow_fp16_on_cpu() -> None:
     accelerator = get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+
+
+def limit_group_timeouts(timeout: datetime.timedelta) -> None:
+    """Give every process group that is made from now on this timeout, unless its maker names another one.
+
+    Why: DeepSpeed makes groups without naming a timeout, and torch would give them 10 or 30 minutes. Since: torch 2.1.
+    It can go when ``deepspeed.initialize`` takes a timeout for its groups.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 # The engine

@@ -50,11 +50,13 @@ def start_process_group(config: RunConfig, topology: Topology) -> torch.device:
     check_compiler(config, device)
     deepspeed_patches.check_deepspeed_version()
     deepspeed_patches.skip_compiled_collectives()
+    timeout = datetime.timedelta(seconds=config.training.communication_timeout_s)
+    deepspeed_patches.limit_group_timeouts(timeout)
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=datetime.timedelta(seconds=config.training.communication_timeout_s),
+        timeout=timeout,
     )
     return device
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import itertools
 import socket
+import zlib
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,6 +35,47 @@ class Coordinates(NamedTuple):
     pipeline: int
     data: int
     tensor: int
+
+
+class RankComparison:
+    """Compare the ranks of a run when it is due, and before every save.
+
+    Args:
+        engine: of this rank.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._samples = 0  # digest of the samples that this rank has read in the last step
+        self._compared_step: int | None = None
+
+    def begin_step(self) -> None:
+        """Forget the samples of the step before."""
+        self._samples = 0
+
+    def add_samples(self, batch: np.ndarray) -> None:
+        """Add a micro-batch that this rank has read."""
+        self._samples = zlib.crc32(batch.data, self._samples)
+
+    def begin_anew(self) -> None:
+        """Let the next step be compared like the first one, after the run has gone back."""
+        self._samples, self._compared_step = 0, None
+
+    def run_if_due(self, step: int) -> None:
+        """Compare the ranks before their first step and every ``reliability.check_every`` steps, as ``run`` does."""
+        every = self._engine.config.reliability.check_every
+        if self._compared_step is None or (every and step % every == 0):
+            self.run(step)
+
+    def run(self, step: int) -> None:
+        """Compare the ranks after ``step`` steps, once a step; every rank calls this method.
+
+        Raises:
+            LaunchError: ranks differ, see ``compare_ranks``.
+        """
+        if self._compared_step != step:
+            compare_ranks(self._engine, step, self._samples)
+            self._compared_step = step
 
 
 _Groups = dict[Hashable, list[int]]

@@ -52,6 +52,7 @@ def evaluate(
     rank: int = 0,
     ranks: int = 1,
     reduce_sum: Callable[[list[float]], list[float]] = lambda values: values,
+    before_batch: Callable[[int], None] = lambda window: None,
 ) -> Evaluation:
     """Score a validation set on several ranks, each of which calls this function.
 
@@ -66,10 +67,13 @@ def evaluate(
         rank: number of this rank among ``ranks``.
         ranks: number of ranks that share the windows.
         reduce_sum: returns the sum of each value over all ranks.
+        before_batch: is called on every rank before each batch, with the number of its first window on rank 0. What it
+            raises breaks the evaluation off.
     """
     total = min(windows or dataset.windows, dataset.windows)
     nats, targets = 0.0, 0
     for first in range(0, total, batch_size * ranks):
+        before_batch(first)
         begin = min(first + rank * batch_size, total)
         inputs, wanted = dataset.batch(begin, min(begin + batch_size, total))
         if len(inputs) == 0:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from megachiar.activity import Activity, Stage
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import write_atomically
@@ -14,18 +15,22 @@ from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.errors import UserError
 from megachiar.kernels.backends import describe_backends
-from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
+from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
+from megachiar.training.communication_time import measure_communication
 from megachiar.training.compare_setups import compare_setups
 from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.display import Display
 from megachiar.training.metrics import MetricsWriter
+from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
-from megachiar.training.start import check_shared_folder, resolve_start
+from megachiar.training.run_lock import hold_run_folder
+from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start
+from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
 
@@ -50,16 +55,23 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
         config, data = open_run(config)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
-    device = start_process_group(config, topology)
+    folder, activity = config.logging.folder, Activity()
     try:
-        with PeerWatch(topology, config.training.communication_timeout_s):
-            raise_together(problem)
-            compare_setups(config, data)
-            return train(config, topology.with_groups(), device, data, signals, console)
+        with measure_communication(activity):
+            device = start_process_group(config, topology)
+            with PeerWatch(topology, config.training.communication_timeout_s, activity, signals) as watch:
+                signals.remember()
+                raise_together(problem)
+                compare_setups(config, data)
+                with hold_run_folder(folder, topology, console.print) as lock:
+                    check_shared_folder(folder, topology)
+                    watch.open_run_folder(folder, before_exit=lock.release if lock is not None else None)
+                    supervision = Supervision(signals, lock, watch, activity)
+                    code = train(config, topology.with_groups(), device, data, supervision, console)
     finally:
         signals.ignore()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error, which could wait for ranks that are gone before it is printed
+    return code
 
 
 def train(
@@ -67,7 +79,7 @@ def train(
     topology: Topology,
     device: torch.device,
     data: RunData,
-    signals: StopSignals,
+    supervision: Supervision,
     console: Console,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
@@ -77,27 +89,33 @@ def train(
         topology: of this rank, with process groups.
         device: of this rank.
         data: of the config, as a new run would read it.
-        signals: that stop the run after a checkpoint.
+        supervision: of this rank.
         console: of this rank, for the log.
 
     Returns:
         The exit code of the process.
     """
+    activity = supervision.activity
+    activity.begin("decides where the run starts", Stage.START, step=0)
     run = continue_run(config, data, resolve_start(config, topology, console.print))
+    activity.begin("builds the model", Stage.START, step=0, item=1)
     engine = Engine(config, topology, device)
     log_run_header(config, engine, data, console)
+    activity.begin("loads the checkpoint" if run.start.path else "starts anew", Stage.START, step=0, item=2)
     restore(engine, run, console.print)
     progress, data = run.progress, run.data
     for line in describe_data(config, data):
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
-    if (finished := describe_finished(config, progress)) is not None:
+    resumed = topology.is_main and run.start.kind == "resumed"
+    owed = broadcast_from_rank_0(owed_evaluations(config.logging.folder, progress.step) if resumed else [])
+    if (finished := describe_finished(config, progress)) is not None and not owed:
         console.print(escape(finished))
         return 0
-    check_shared_folder(config.logging.folder, topology)
+    activity.begin("opens the run folder", Stage.START, step=0, item=3)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, signals).run()
+        return Trainer(engine, data, progress, writer, display, supervision).run(owed)
     finally:
         if writer is not None:
             writer.close()

@@ -65,7 +65,7 @@ def resolve_start(config: RunConfig, topology: Topology, log: Callable[[str], No
         LaunchError: there is nothing to start from, ``checkpoint.resume`` forbids to resume, or a rank does not see the
             checkpoint. Every rank raises it.
     """
-    decision = _broadcast_from_rank_0(_decide(config, log) if topology.is_main else None)
+    decision = broadcast_from_rank_0(_decide(config, log) if topology.is_main else None)
     if isinstance(decision, UserError):
         raise LaunchError(decision.where, decision.problem, decision.remedy)
     if decision.start.path is not None:
@@ -116,7 +116,7 @@ def check_shared_folder(folder: Path, topology: Topology) -> None:
     """
     if topology.world_size == 1:
         return
-    mark = folder.absolute() / _broadcast_from_rank_0(f".seen-by-all-{secrets.token_hex(8)}")
+    mark = folder.absolute() / broadcast_from_rank_0(f".seen-by-all-{secrets.token_hex(8)}")
     raise_together(_write_mark(mark) if topology.is_main else None)
     try:
         seen = topology.is_main or _within(VISIBLE_WITHIN_S, mark.exists)
@@ -159,7 +159,7 @@ def _decide(config: RunConfig, log: Callable[[str], None]) -> _Decision | UserEr
     return _Decision(start, fingerprint="" if start.path is None else _fingerprint(start.path))
 
 
-def _broadcast_from_rank_0(value: Any) -> Any:
+def broadcast_from_rank_0(value: Any) -> Any:
     """Return rank 0's ``value`` on every rank; every rank calls this function."""
     values = [value]
     dist.broadcast_object_list(values, src=0)

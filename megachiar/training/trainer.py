@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
+from megachiar.activity import Stage
 from megachiar.checkpoint.format import checkpoint_name
 from megachiar.checkpoint.save import save_checkpoint
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.launch import EXIT_STOPPED, StopSignals
+from megachiar.errors import EXIT_STOPPED
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
-from megachiar.training.compare_ranks import compare_ranks
+from megachiar.training.compare_ranks import RankComparison
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
-from megachiar.training.evaluation import evaluate
 from megachiar.training.incidents import Incidents
+from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.rollback import roll_back
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
+from megachiar.training.step_times import StragglerLog, measures_of
+from megachiar.training.supervision import Supervision
+from megachiar.training.validation import Validation
 
 
 class Trainer:
@@ -41,7 +45,7 @@ class Trainer:
         progress: how far the run is; the trainer keeps it up to date.
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
-        signals: that stop the run after a checkpoint.
+        supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Trainer:
         progress: Progress,
         writer: MetricsWriter | None,
         display: Display,
-        signals: StopSignals,
+        supervision: Supervision,
     ):
         self.engine = engine
         self.data = data
@@ -59,20 +63,26 @@ class Trainer:
         self.config: RunConfig = engine.config
         self.writer = writer
         self.display = display
-        self.signals = signals
+        self.supervision = supervision
+        self.activity = supervision.activity
         self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
+        self.comparison = RankComparison(engine)
+        self.validation = Validation(engine, data.validation, writer, display, supervision)
+        self._straggler_log = StragglerLog()
+        self._kill_limit = KillLimit()
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
-        self._samples_digest = 0  # of the samples that this rank has read in the last step
-        self._compared_step: int | None = None  # the step after which the ranks were last compared
 
-    def run(self) -> int:
+    def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
 
+        Args:
+            owed: validation sets whose evaluation a stop has put off; they are evaluated first.
+
         Returns:
-            The exit code of the process: 0, or 75 if a signal stopped the run early.
+            The exit code of the process: 0, or 75 if a signal or ``training.stop_after`` stopped the run early.
 
         Raises:
             Diverged: the numbers of the run are bad and stay bad.
@@ -80,28 +90,43 @@ class Trainer:
         with self.display.running():
             while True:
                 with self._loader() as loader:
-                    code = self._train(loader)
+                    code = self._train(loader, owed)
                 if code is not None:
                     return code
                 self._roll_back()
+                owed = ()
 
-    def _train(self, loader: BatchLoader) -> int | None:
-        """Train until the last step, a signal, or a step to roll back from; return the exit code, None to roll back."""
+    def _train(self, loader: BatchLoader, owed: Sequence[str]) -> int | None:
+        """Train until the last step, a stop, or a step to roll back from; return the exit code, None to roll back."""
+        if self._stop_is_asked() or not self.validation.run(owed, self.progress.step):
+            return self._stopped()
         while self.progress.step < self.config.steps:
-            self._compare_if_due()
-            began = time.perf_counter()
-            result, bad = self._step(loader)
-            self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
+            self.comparison.run_if_due(self.progress.step)
+            result, bad = self._timed_step(loader)
             if bad is not None and bad.action == "roll back":
                 return None
             self.display.advance(self.progress.step, result.loss)
             self._log(result, loader)
-            self._evaluate_if_due()
-            self._save_if_due(result.stop)
-            if result.stop and self.progress.step < self.config.steps:
-                self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
-                return EXIT_STOPPED
+            evaluated = self.validation.run_if_due(self.progress.step, put_off=result.stop)
+            stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
+            self._save_if_due(stop)
+            if stop:
+                return self._stopped()
         return 0
+
+    def _stop_is_asked(self) -> bool:
+        """Return whether any rank got a signal before the first step; every rank calls this method.
+
+        ``training.stop_after`` does not count yet: a run that is started again and again must make a step each time.
+        """
+        return self.engine.sum_over_world([float(self.supervision.signals.received is not None)])[0] > 0
+
+    def _stopped(self) -> int:
+        why = self.supervision.signals.reason() or "a signal to another rank"
+        saved = ", saved" if self.progress.step == self.progress.saved_step else ""
+        when = f"after step {self.progress.step}" if self.progress.step else "before the first step"
+        self.display.line(f"stopped by {why} {when}{saved}")
+        return EXIT_STOPPED
 
     def _loader(self) -> BatchLoader:
         training, topology = self.config.training, self.engine.topology
@@ -116,12 +141,23 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
 
+    def _timed_step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
+        self.activity.begin_step()
+        began = time.perf_counter()
+        result = self._step(loader)
+        seconds = time.perf_counter() - began
+        self.activity.end_step(seconds)
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        return result
+
     def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
-        stop = self.signals.received is not None
+        stop = self.supervision.signals.reason() is not None
         step = self.progress.step + 1
         at_least_scale = self.engine.is_at_least_loss_scale
         rate = learning_rate(self.config, step)
-        result = self.engine.train_step(self._micro_batches(loader), rate, stop, self.bad_steps.accepts)
+        self.activity.begin("trains", Stage.TRAIN, step)
+        result = self.engine.train_step(self._micro_batches(loader, step), rate, stop, self.bad_steps.accepts)
+        self.activity.begin("ends the step", Stage.LOG, step)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
@@ -146,39 +182,37 @@ class Trainer:
         self.progress.step, self.progress.samples = state.step, state.samples
         self.bad_steps.roll_back(state.recent)
         self._seconds, self._steps = 0.0, 0
-        self._samples_digest, self._compared_step = 0, None
+        self.comparison.begin_anew()
         if self.writer is not None:
             self.writer.rewind(state.step)
             self.writer.write(state.step, "rollback", {"from_step": bad_step})
         self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
 
-    def _micro_batches(self, loader: BatchLoader) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield this replica's micro-batches of a step, each with the position of its first sample."""
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
-        self._samples_digest = 0
-        for _ in range(self.engine.accumulation_steps):
-            position, batch = loader.position + offset, next(loader)
-            self._samples_digest = zlib.crc32(batch.data, self._samples_digest)
-            yield position, batch
-
-    def _compare_if_due(self) -> None:
-        every, step = self.config.reliability.check_every, self.progress.step
-        if self._compared_step is None or (every and step % every == 0):
-            self._compare()
-
-    def _compare(self) -> None:
-        if self._compared_step != self.progress.step:
-            compare_ranks(self.engine, self.progress.step, self._samples_digest)
-            self._compared_step = self.progress.step
+    def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size
+        self.comparison.begin_step()
+        for number in range(1, self.engine.accumulation_steps + 1):
+            first = loader.position + offset
+            # Inner pipeline stages read nothing: only without stages do numbers of micro-batches compare.
+            item = 2 * number if self.engine.topology.pipeline_size == 1 else 0
+            self.activity.begin(f"reads sample {first}", Stage.TRAIN, step, item)
+            batch = next(loader)
+            self.comparison.add_samples(batch)
+            self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, step, item and item + 1)
+            yield first, batch
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
         if step % self.config.logging.every and step != self.config.steps:
             return
-        values = self._measures(result, loader)
+        straggler = self.supervision.watch.straggler()
+        values = self._measures(result, loader) | measures_of(straggler)
         if self.writer is not None:
             self.writer.write(step, "train", values)
         self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
+        if line := self._straggler_log.line(straggler):
+            self.display.line(f"[yellow]{escape(line)}[/]")
         self._seconds, self._steps = 0.0, 0
 
     def _measures(self, result: StepResult, loader: BatchLoader) -> dict[str, Any]:
@@ -207,29 +241,6 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
 
-    def _evaluate_if_due(self) -> None:
-        every, step = self.config.training.evaluate_every, self.progress.step
-        if step != self.config.steps and not (every and step % every == 0):
-            return
-        topology = self.engine.topology
-        for name, dataset in self.data.validation.items():
-            result = evaluate(
-                self.engine.evaluate,
-                dataset,
-                self.config.training.micro_batch_size,
-                windows=self.config.training.evaluation_windows,
-                rank=topology.data_rank,
-                ranks=topology.data_size,
-                reduce_sum=self.engine.sum_over_world,
-            )
-            if self.writer is not None:
-                self.writer.write(step, f"evaluation/{name}", result.as_dict())
-            word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
-            bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
-            self.display.line(
-                f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
-            )
-
     def _newest_checkpoint(self) -> Path | None:
         saved = self.progress.saved_step
         return None if saved is None else self.config.checkpoint_folder / checkpoint_name(saved)
@@ -239,11 +250,18 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
-        self._compare()
+        self.activity.begin(f"saves step {step}", Stage.SAVE, step)
+        if self.supervision.lock is not None:
+            self.supervision.lock.confirm()
+        self.comparison.run(step)
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
+        began = time.perf_counter()
         path = save_checkpoint(self.engine, step, self.data.history, self.bad_steps.recent, self.config.checkpoint.keep)
         self.progress.saved_step = step
-        self.display.line(f"saved {path}")
+        seconds = time.perf_counter() - began
+        self.display.line(f"saved {path} in {seconds:.1f} s")
+        if line := self._kill_limit.line(seconds):
+            self.display.line(f"[yellow]{escape(line)}[/]")
 
 
 def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:

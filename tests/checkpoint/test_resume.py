@@ -13,7 +13,7 @@ import pytest
 from support import pretrain, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage
-from megachiar.launch import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED
 from megachiar.training.metrics import read_metrics
 
 pytestmark = pytest.mark.every_python
@@ -181,8 +181,15 @@ def test_what_does_not_go_on_is_refused_and_nothing_is_lost(tmp_path):
     def refuse(overrides: list[str]) -> str:
         return pretrain(config, *(o.format(other=other) for o in overrides), codes=(2,))[0]
 
-    with ThreadPoolExecutor(2) as pool:  # these runs only read, so that two may run at once
-        outputs = pool.map(refuse, [overrides for overrides, _ in REFUSED.values()])
+    def refuse_in_a_copy(name: str) -> str:
+        copy = shutil.copytree(tmp_path / "run", tmp_path / name)
+        output = refuse([*REFUSED[name][0], f"logging.folder={copy}"])
+        files = [str(tmp_path / "run" / p.relative_to(copy)) for p in copy.rglob("*")]
+        assert json.dumps(sorted(files)) == before
+        return output
+
+    with ThreadPoolExecutor(2) as pool:  # each in a copy, since one run at a time works in a folder
+        outputs = pool.map(refuse_in_a_copy, REFUSED)
         for (name, (_, message)), output in zip(REFUSED.items(), outputs, strict=True):
             assert message in " ".join(output.split()), (name, output)
             assert "Traceback" not in output and "remedy:" in output, name

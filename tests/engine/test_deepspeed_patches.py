@@ -74,11 +74,13 @@ def test_running_engines_have_every_private_attribute(tmp_path):
     configs = []
     for name, zero_stage, precision in [("zero1", 1, "fp16"), ("zero2", 2, "bf16"), ("zero3", 3, "fp32")]:
         sections = {"parallel": {"zero_stage": zero_stage}, "precision": {"compute": precision}}
+        sections["training"] = {"communication_timeout_s": 77.0}
         configs.append(write_config(tmp_path / f"{name}.yaml", small_config(tmp_path, **sections)))
     (output,) = run_ranks(1, "tests/workers/deepspeed_contract_worker.py", *configs)
     (report,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert report["lacking"] == []
     assert set(report["seen"]) == set(deepspeed_patches.PRIVATE_ATTRIBUTES)
+    assert report["timeouts"] == [77.0]  # DeepSpeed's own groups too
 
 
 def test_private_names_stand_in_one_file():

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from support import small_config, start_ranks, write_config, write_tokens
+from support import (
+    forked_python,
+    process_environment,
+    run_ranks,
+    small_config,
+    start_ranks,
+    write_config,
+    write_tokens,
+)
+
+from megachiar.training.metrics import read_metrics
+from megachiar.training.stacks import stack_path
 
 TIMEOUT_S, MARGIN_S = 8, 25  # the margin allows for two cores that are busy with other work
 
@@ -59,12 +74,140 @@ def test_a_killed_rank_is_named_by_all_others(run, victim):
         assert f"rank {victim} ({os.uname().nodename}, process {processes[victim].pid}) is gone" in outputs[rank]
 
 
-def test_a_rank_that_is_silent_is_given_up(run):
+HANGS = {
+    "asleep": "time.sleep(600)",
+    "endless loop": "while True: pass",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+def hanging(run: Path, how: str, rank: int) -> Path:
+    """Write a program that trains, but in which a rank hangs in the fourth step as it reads a sample."""
+    program = run.parent / "hanging.py"
+    program.write_text(
+        "import os, signal, time\n"
+        "from megachiar.data.sampling import loader\n"
+        "read, count = loader.BatchLoader.__next__, 0\n"
+        "def reading(self):\n"
+        "    global count\n"
+        "    count += 1\n"
+        f"    if count == 4 and os.environ['RANK'] == '{rank}':\n"
+        "        print('HANGS AT', time.monotonic(), flush=True)\n"
+        f"        {HANGS[how]}\n"
+        "    return read(self)\n"
+        "loader.BatchLoader.__next__ = reading\n"
+        "from megachiar.console import run\n"
+        "from megachiar.pretrain import main\n"
+        "run(main)\n"
+    )
+    return program
+
+
+def outputs_and_ends(processes: list, ranks: list[int]) -> tuple[dict[int, str], dict[int, float]]:
+    """Return what each of the ranks has printed, and when it had ended."""
+    outputs, ends = {}, {}
+
+    def wait(rank: int) -> None:
+        outputs[rank] = processes[rank].communicate(timeout=240)[0]
+        ends[rank] = time.monotonic()
+
+    threads = [threading.Thread(target=wait, args=[rank]) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outputs, ends
+
+
+@pytest.mark.parametrize(("how", "victim"), [("asleep", 1), ("endless loop", 0), ("stopped", 1), ("stopped", 0)])
+def test_a_rank_that_hangs_is_named_within_twice_the_timeout(run, how, victim):
+    processes = start_ranks(3, hanging(run, how, victim), "--config", run)
+    ending = [rank for rank in range(3) if rank != victim or how != "stopped"]
+    try:
+        outputs, ends = outputs_and_ends(processes, ending)
+    finally:
+        for process in processes:
+            process.kill()
+    hung = float(re.search(r"HANGS AT (\S+)", "".join([*outputs.values(), processes[victim].communicate()[0]]))[1])
+    name = f"rank {victim} ({os.uname().nodename}, process {processes[victim].pid})"
+    for rank in ending:
+        assert processes[rank].returncode == 1 and "Traceback" not in outputs[rank], outputs[rank]
+        assert ends[rank] - hung < 2 * TIMEOUT_S
+        assert name in outputs[rank] and "remedy:" in outputs[rank], outputs[rank]
+        if how == "stopped":
+            assert "is gone" in outputs[rank] and "is stopped (SIGSTOP or Ctrl-Z)" in outputs[rank]
+        else:
+            assert re.search(rf"{re.escape(name)} reads sample \d+, step 4, at \S+hanging.py", outputs[rank])
+            assert "wait in the gradient all-reduce, step 4" in outputs[rank]
+        stacks = stack_path(run.parent / "run", rank).read_text()
+        assert "trainer.py" in stacks and ('hanging.py", line 9 in reading' in stacks) == (rank == victim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "victim"), [("asleep", 0), ("endless loop", 1), ("stopped", 1), ("stopped", 0)])
+def test_under_torchrun_as_well(run, how, victim):
+    """torchrun holds the store. It kills the stopped rank once it has waited for its end, here for 3 s."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [*command, hanging(run, how, victim), "--config", run],
+        env=process_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 1
+    stopping = re.findall(r"error: rank (\d) stops: (.*)", output)
+    assert stopping and all(f"rank {victim} (" in why for _, why in stopping), output
+    assert time.monotonic() - float(re.search(r"HANGS AT (\S+)", output)[1]) < 2 * TIMEOUT_S + 10
+    assert stack_path(run.parent / "run", int(stopping[0][0])).stat().st_size
+
+
+def test_stacks_are_written_on_request_and_by_a_signal(run):
     processes = started(run)
-    processes[2].send_signal(signal.SIGSTOP)
-    outputs = ended(processes, [0, 1], TIMEOUT_S + MARGIN_S)
-    for output in outputs.values():
-        assert "rank 2 (" in output and "it sent no heartbeat for" in output
+    folder = run.parent / "run"
+    try:
+        done = forked_python("-m", "megachiar", "stacks", folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for rank, process in enumerate(processes):
+            assert re.search(rf"^rank {rank} \(process {process.pid}\) \w+ .*, step \d+$", done.stdout, re.M)
+        before = stack_path(folder, 1).read_text()
+        processes[1].send_signal(signal.SIGUSR2)
+        until = time.monotonic() + 30
+        while "trainer.py" not in stack_path(folder, 1).read_text()[len(before) :]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert all(process.poll() is None for process in processes)
+        processes[2].send_signal(signal.SIGSTOP)
+        done = forked_python("-m", "megachiar", "stacks", folder, "--wait", "2")
+        assert done.returncode == 1 and "rank 2 has not answered" in done.stdout
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    done = forked_python("-m", "megachiar", "stacks", folder)
+    assert done.returncode == 2 and "no run works in this folder" in done.stderr
+
+
+def test_a_slow_rank_is_named_in_the_log_and_in_the_metrics(run):
+    program = run.parent / "slow.py"
+    program.write_text(
+        "import os, time\n"
+        "from megachiar.data.sampling import loader\n"
+        "read = loader.BatchLoader.__next__\n"
+        "def reading(self):\n"
+        "    time.sleep(0.3 * (os.environ['RANK'] == '2'))\n"
+        "    return read(self)\n"
+        "loader.BatchLoader.__next__ = reading\n"
+        "from megachiar.console import run\n"
+        "from megachiar.pretrain import main\n"
+        "run(main)\n"
+    )
+    outputs = run_ranks(3, program, "--config", run, "--training.steps=25")
+    assert re.search(r"rank 2 \(.*\) is slow: 0\.\d+ s of its own a step, .* of the time is lost", outputs[0])
+    records = [record for record in read_metrics(run.parent / "run", "train") if record["slowest_rank"] is not None]
+    assert records and all(record["slowest_rank"] == 2 for record in records)
+    assert all(0.3 < record["slowest_rank_lost_share"] < 1 for record in records)
 
 
 def test_a_rank_that_ends_with_an_error_of_its_own_is_quoted(run):

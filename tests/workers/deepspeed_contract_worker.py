@@ -1,5 +1,7 @@
 """Set up real engines on one rank and print, as JSON, which attributes of ``PRIVATE_ATTRIBUTES`` they lack.
 
+The timeouts of all process groups are printed as well, in seconds.
+
     python deepspeed_contract_worker.py CONFIG ...        one config after another
 
 ``tests/engine/test_deepspeed_patches.py`` starts it.
@@ -20,6 +22,7 @@ launch.configure_torch(1)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.pipe import LayerSpec  # noqa: E402
+from torch.distributed.distributed_c10d import _world  # noqa: E402
 
 from megachiar.config import load_config  # noqa: E402
 from megachiar.engine import deepspeed_patches  # noqa: E402
@@ -46,7 +49,7 @@ def holders(engine: Engine) -> Iterator[tuple[str, object]]:
 
 
 def main() -> None:
-    lacking, seen = [], set()
+    lacking, seen, timeouts = [], set(), set()
     for path in sys.argv[1:]:
         config = load_config(Path(path), [])
         topology = build_topology(config)
@@ -60,7 +63,8 @@ def main() -> None:
         for kind, holder in found:
             seen.add(kind)
             lacking += [f"{kind}.{name}" for name in _names(kind) if not hasattr(holder, name)]
-    print(json.dumps({"lacking": sorted(set(lacking)), "seen": sorted(seen)}))
+        timeouts |= {group._get_backend(device).options._timeout.total_seconds() for group in _world.pg_map}
+    print(json.dumps({"lacking": sorted(set(lacking)), "seen": sorted(seen), "timeouts": sorted(timeouts)}))
     dist.destroy_process_group()
 
 

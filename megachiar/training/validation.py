@@ -1,0 +1,106 @@
+"""Evaluate validation sets while a run trains; a stop puts an evaluation off, and the run makes up for it later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from megachiar.activity import Stage
+from megachiar.data.sampling.dataset import ValidationSet
+from megachiar.engine.engine import Engine
+from megachiar.training.break_off import BreakOff, EvaluationBrokenOff
+from megachiar.training.display import Display
+from megachiar.training.evaluation import Evaluation, evaluate
+from megachiar.training.metrics import MetricsWriter
+from megachiar.training.owed_evaluation import KIND as OWED
+from megachiar.training.supervision import Supervision
+
+
+class Validation:
+    """Evaluates the model of a run, on all ranks together.
+
+    Args:
+        engine: that holds the model.
+        datasets: the validation sets by name.
+        writer: of the metrics; None on all ranks but rank 0.
+        display: of this rank.
+        supervision: of this rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        datasets: Mapping[str, ValidationSet],
+        writer: MetricsWriter | None,
+        display: Display,
+        supervision: Supervision,
+    ):
+        self._engine = engine
+        self._datasets = datasets
+        self._writer = writer
+        self._display = display
+        self._signals = supervision.signals
+        self._activity = supervision.activity
+
+    def run_if_due(self, step: int, *, put_off: bool) -> bool:
+        """Evaluate all sets if an evaluation is due after ``step``, as ``run`` does."""
+        every, steps = self._engine.config.training.evaluate_every, self._engine.config.steps
+        due = step == steps or (every is not None and step % every == 0)
+        return self.run(list(self._datasets) if due else [], step, put_off=put_off)
+
+    def run(self, names: Sequence[str], step: int, *, put_off: bool = False) -> bool:
+        """Evaluate validation sets and record the results; every rank calls this method.
+
+        Args:
+            names: of the sets; a set that the run no longer has is left out.
+            step: optimizer steps taken.
+            put_off: whether to evaluate none, since the run stops. A stop in the middle puts off the rest.
+
+        Returns:
+            Whether no evaluation was put off.
+        """
+        left = [name for name in names if name in self._datasets]
+        while left and not put_off:
+            try:
+                self._record(left[0], step, self._evaluate(left[0], step))
+                left.pop(0)
+            except EvaluationBrokenOff:
+                put_off = True
+        if left:
+            if self._writer is not None:
+                self._writer.write(step, OWED, {"names": left})
+            self._display.line(f"evaluation of {', '.join(left)} put off: it is made up for when the run goes on")
+        return not left
+
+    def _evaluate(self, name: str, step: int) -> Evaluation:
+        """Return the result for a set.
+
+        Raises:
+            EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
+        """
+        topology, training = self._engine.topology, self._engine.config.training
+        break_off = BreakOff(lambda: self._signals.reason() is not None, self._engine.sum_over_world)
+
+        def before_batch(window: int) -> None:
+            self._activity.begin(f"evaluates {name} from window {window} on", Stage.EVALUATE, step, window)
+            if break_off.asked():
+                raise EvaluationBrokenOff
+
+        return evaluate(
+            self._engine.evaluate,
+            self._datasets[name],
+            training.micro_batch_size,
+            windows=training.evaluation_windows,
+            rank=topology.data_rank,
+            ranks=topology.data_size,
+            reduce_sum=self._engine.sum_over_world,
+            before_batch=before_batch,
+        )
+
+    def _record(self, name: str, step: int, result: Evaluation) -> None:
+        if self._writer is not None:
+            self._writer.write(step, f"evaluation/{name}", result.as_dict())
+        word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
+        bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
+        self._display.line(
+            f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
+        )
