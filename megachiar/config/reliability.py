@@ -23,3 +23,7 @@ class ReliabilityConfig(Section):
     """Threshold of a spike, in standard deviations above the median of the window."""
     max_rollbacks: PositiveInt = 10
     """With on_spike rollback: bad steps after which the run goes back to the same checkpoint; the next one stops it."""
+    check_every: PositiveInt | None = 100
+    """Steps between comparisons of the ranks that must agree: weights of replicas, replicated weights and routes of
+    tensor-parallel ranks, tied weights of pipeline stages, and samples. The ranks are compared before the first step
+    and before every save as well; null compares only then."""

@@ -42,8 +42,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             with disk_errors(self._tensorboard_folder):
-                purge_step = step + 1 if step else None
-                self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+                self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megachiar.checkpoint.format import checkpoint_name
 from megachiar.checkpoint.save import save_checkpoint
@@ -16,6 +20,7 @@ from megachiar.engine.step_metrics import StepResult
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
+from megachiar.training.compare_ranks import compare_ranks
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
@@ -60,6 +65,8 @@ class Trainer:
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
+        self._samples_digest = 0  # of the samples that this rank has read in the last step
+        self._compared_step: int | None = None  # the step after which the ranks were last compared
 
     def run(self) -> int:
         """Train to the last step; every rank calls this method.
@@ -81,6 +88,7 @@ class Trainer:
     def _train(self, loader: BatchLoader) -> int | None:
         """Train until the last step, a signal, or a step to roll back from; return the exit code, None to roll back."""
         while self.progress.step < self.config.steps:
+            self._compare_if_due()
             began = time.perf_counter()
             result, bad = self._step(loader)
             self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
@@ -109,13 +117,11 @@ class Trainer:
         )
 
     def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
-        micro_batches = ((loader.position + offset, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
         step = self.progress.step + 1
         at_least_scale = self.engine.is_at_least_loss_scale
         rate = learning_rate(self.config, step)
-        result = self.engine.train_step(micro_batches, rate, stop, self.bad_steps.accepts)
+        result = self.engine.train_step(self._micro_batches(loader), rate, stop, self.bad_steps.accepts)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
@@ -140,10 +146,30 @@ class Trainer:
         self.progress.step, self.progress.samples = state.step, state.samples
         self.bad_steps.roll_back(state.recent)
         self._seconds, self._steps = 0.0, 0
+        self._compared_step = None
         if self.writer is not None:
             self.writer.rewind(state.step)
             self.writer.write(state.step, "rollback", {"from_step": bad_step})
         self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
+
+    def _micro_batches(self, loader: BatchLoader) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield this replica's micro-batches of a step, each with the position of its first sample."""
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
+        self._samples_digest = 0
+        for _ in range(self.engine.accumulation_steps):
+            position, batch = loader.position + offset, next(loader)
+            self._samples_digest = zlib.crc32(batch.data, self._samples_digest)
+            yield position, batch
+
+    def _compare_if_due(self) -> None:
+        every, step = self.config.reliability.check_every, self.progress.step
+        if self._compared_step is None or (every and step % every == 0):
+            self._compare()
+
+    def _compare(self) -> None:
+        if self._compared_step != self.progress.step:
+            compare_ranks(self.engine, self.progress.step, self._samples_digest)
+            self._compared_step = self.progress.step
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
@@ -213,6 +239,7 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
+        self._compare()
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         path = save_checkpoint(self.engine, step, self.data.history, self.bad_steps.recent, self.config.checkpoint.keep)
         self.progress.saved_step = step
