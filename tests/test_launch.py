@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch.distributed as dist
 from support import find_mpirun, python, small_config, write_config, write_tokens
 
 from megachiar import launch
+from megachiar.console import report
 from megachiar.errors import UserError
+from megachiar.topology import LaunchError
 
 
 def test_alone_is_a_world_of_one():
@@ -56,6 +59,21 @@ def test_the_launchers_extra_argument_is_dropped():
 def test_contradictory_ranks_are_refused(tmp_path):
     done = python("-m", "megachiar.pretrain", "--config", "configs/tiny.yaml", RANK="2", WORLD_SIZE="2")
     assert done.returncode == 2 and "RANK is 2 with WORLD_SIZE 2" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "met", "printed"),
+    [("0", "0", False, True), ("1", "1", False, False), ("8", "0", False, True), ("8", "0", True, False)],
+)
+def test_an_error_of_all_ranks_is_printed_by_one_of_each_machine_before_they_meet(
+    monkeypatch, capsys, rank, local_rank, met, printed
+):
+    """A machine with another config meets it alone, and nobody can know that before the ranks have met."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: met)
+    report(LaunchError("parallel", "3 ranks are no multiple of 2", "start 4"))
+    assert ("3 ranks are no multiple of 2" in capsys.readouterr().err) == printed
 
 
 @pytest.fixture
