@@ -53,6 +53,7 @@ class StopSignals:
         for number in self._caught:
             signal.signal(number, _leave_it_to_the_thread)
         signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_in_child)
         threading.Thread(target=self._listen, args=[ours], name="stop signals", daemon=True).start()
         with contextlib.suppress(OSError, ValueError):  # standard error may be no file
             faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -77,6 +78,13 @@ class StopSignals:
         """Ignore further signals while the process ends after a save."""
         for number in self._caught:
             signal.signal(number, signal.SIG_IGN)
+
+    def _leave_in_child(self) -> None:
+        """Let signals end a child, and keep them from being taken for signals to this process."""
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            signal.set_wakeup_fd(-1)
+            for number in self._caught:
+                signal.signal(number, signal.SIG_DFL)
 
     def _listen(self, pipe: int) -> None:
         while True:

@@ -6,10 +6,13 @@ import os
 import sys
 
 import pytest
+import torch.distributed as dist
 from support import find_mpirun, python, rendezvous_port, small_config, write_config, write_tokens
 
 from megachiar import launch
+from megachiar.console import report
 from megachiar.errors import UserError
+from megachiar.topology import LaunchError
 
 
 def test_alone_is_a_world_of_one():
@@ -78,6 +81,21 @@ def test_a_world_of_one_needs_no_address(monkeypatch):
     monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "1"})
     launch.prepare_environment()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "0")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "met", "printed"),
+    [("0", "0", False, True), ("1", "1", False, False), ("8", "0", False, True), ("8", "0", True, False)],
+)
+def test_an_error_of_all_ranks_is_printed_by_one_of_each_machine_before_they_meet(
+    monkeypatch, capsys, rank, local_rank, met, printed
+):
+    """A machine with another config meets it alone, and nobody can know that before the ranks have met."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: met)
+    report(LaunchError("parallel", "3 ranks are no multiple of 2", "start 4"))
+    assert ("3 ranks are no multiple of 2" in capsys.readouterr().err) == printed
 
 
 @pytest.fixture

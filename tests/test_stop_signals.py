@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from megachiar.stop_signals import SAME_SIGNAL_S, StopSignals
 pytestmark = pytest.mark.every_python
 SAME_S = 0.5
 PROGRAM = f"""
-import ctypes, signal, sys, time
+import ctypes, os, signal, sys, time
 ignored = sys.argv[2:]
 for name in ignored:
     signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -28,6 +29,13 @@ signals.install()
 if sys.argv[1] == "works":
     signals.remember()
 print("ready", flush=True)
+if sys.argv[1] == "forks":
+    signals.remember()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    print("child ended by", os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
 libc = ctypes.CDLL(None)
 while True:
     libc.poll(None, 0, 50)  # in C, where no handler of Python's runs
@@ -119,6 +127,14 @@ def test_what_was_ignored_stays_ignored(start, name):
     reads(process, "None")
     process.send_signal(signal.SIGTERM)
     reads(process, "a signal (SIGTERM)")
+
+
+def test_a_child_is_ended_by_a_signal_that_does_not_count_as_ours(start):
+    process = start("forks")
+    child = int(process.stdout.readline())
+    os.kill(child, signal.SIGTERM)
+    reads(process, f"child ended by {int(signal.SIGTERM)}")
+    reads(process, "None")
 
 
 def test_stacks_can_be_asked_for_before_there_is_a_run_folder(start):

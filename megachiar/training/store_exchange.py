@@ -1,7 +1,7 @@
 """Exchange small messages with the other ranks through the run's rendezvous store, from a thread of its own.
 
 A call to the store has no end while the process that holds the store is stopped, and rank 0 may hold it. So one thread
-makes all calls. Whoever wants to know how it stands looks at what the thread has read last, and whether it still reads.
+makes all calls. Whoever wants to know how it stands looks at what it has read last, and whether it still reads.
 """
 
 from __future__ import annotations
