@@ -55,6 +55,7 @@ READ_REMEDIES = {
     errno.ENOENT: "check the path, and leave the file alone while this runs",
     errno.ELOOP: "mend the link",
     errno.EISDIR: "give the path of a file",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint into an engine: everything to resume a run, or the weights alone to start a new one."""
+"""Load a verified checkpoint into an engine: everything to resume a run, or the weights alone to start a new one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megachiar.checkpoint.compatibility import check_same_model
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
-from megachiar.checkpoint.sharded_tensors import ShardReader
+from megachiar.checkpoint.reading import open_tensors
 from megachiar.config import load_config
 from megachiar.engine.deepspeed_patches import set_loss_scale_state
 from megachiar.engine.engine import Engine
@@ -25,7 +25,7 @@ def resume(engine: Engine, checkpoint: Path) -> CheckpointState:
     state = read_state(checkpoint)
     saved = load_config(checkpoint / CONFIG_FILE)
     check_same_model(checkpoint, saved.model, engine.config.model)
-    read = ShardReader(checkpoint).for_rank(engine.topology.tensor)
+    read = open_tensors(checkpoint).for_rank(engine.topology.tensor)
     set_weights(engine, read)
     set_moments(engine, read, state.optimizer_steps)
     engine.skipped_steps = state.step - state.optimizer_steps
@@ -40,6 +40,5 @@ def load_weights(engine: Engine, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is damaged or holds another model.
     """
-    read_state(checkpoint)
     check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, engine.config.model)
-    set_weights(engine, ShardReader(checkpoint).for_rank(engine.topology.tensor))
+    set_weights(engine, open_tensors(checkpoint).for_rank(engine.topology.tensor))

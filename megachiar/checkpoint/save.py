@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch.distributed as dist
 
+from megachiar.checkpoint.checksums import FileRecord, write_checksummed
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, CheckpointState, checkpoint_name, complete_checkpoints
 from megachiar.checkpoint.sharded_tensors import ShardWriter
 from megachiar.data.sampling.history import DataHistory
@@ -45,11 +48,13 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
     engine.barrier()
     with _write_errors(incomplete):
         incomplete.mkdir(exist_ok=True)
-        _write_tensors(engine, incomplete)
-    engine.barrier()
+        written = _write_tensors(engine, incomplete)
+    shares: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(shares, written, group=engine.control)
     if topology.is_main:
         with disk_errors(folder):
-            (incomplete / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            config_record = write_checksummed(incomplete / CONFIG_FILE, config.to_yaml().encode())
+            records = dict(sorted({CONFIG_FILE: config_record, **ChainMap(*shares)}.items()))
             state = CheckpointState(
                 step=step,
                 samples=data.samples_before(step),
@@ -57,16 +62,17 @@ def save_checkpoint(engine: Engine, step: int, data: DataHistory, keep: int | No
                 optimizer_steps=step - engine.skipped_steps,
                 loss_scale=loss_scale_state(engine.deepspeed),
                 layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
-                files=_sync_files(incomplete),
+                files={name: record.size for name, record in records.items()},
+                checksums={name: record.checksum for name, record in records.items()},
             )
-            write_atomically(incomplete / STATE_FILE, (state.model_dump_json(indent=2) + "\n").encode())
+            write_atomically(incomplete / STATE_FILE, state.to_json())
             _replace_folder(incomplete, final)
         _remove_oldest(folder, keep)
     engine.barrier()
     return final
 
 
-def _write_tensors(engine: Engine, folder: Path) -> None:
+def _write_tensors(engine: Engine, folder: Path) -> dict[str, FileRecord]:
     """Write this rank's share of weights, moments and buffers; every rank calls this function."""
     writer = ShardWriter(engine.topology)
     mine = False
@@ -75,18 +81,7 @@ def _write_tensors(engine: Engine, folder: Path) -> None:
             mine = writer.is_mine(tensor.shard)
         if mine:
             writer.add(tensor.name, tensor.moment, tensor.value, tensor.shard)
-    writer.write(folder)
-
-
-def _sync_files(folder: Path) -> dict[str, int]:
-    """Force every file of ``folder`` to the disk; return the files' sizes in bytes by name."""
-    sizes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
-    return sizes
+    return writer.write(folder)
 
 
 def _replace_folder(incomplete: Path, final: Path) -> None:
@@ -112,21 +107,14 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a ``UserError`` and remove ``folder``.
-
-    safetensors wraps the system's error in its own, so that both kinds are caught here.
-    """
+    """Turn what the disk refuses into a ``UserError`` and remove ``folder``."""
     try:
-        with disk_errors(folder):
-            yield
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except SafetensorError as error:
+        yield
+    except OSError as error:
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             folder,
-            f"the checkpoint could not be written ({free / 2**20:,.0f} MiB free): {str(error).splitlines()[0]}",
+            f"the checkpoint could not be written ({free / 2**20:,.0f} MiB free): {error.strerror or error}",
             "free some space, lower checkpoint.keep, or move logging.folder; the run resumes from its last checkpoint",
         ) from error

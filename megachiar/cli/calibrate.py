@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megachiar.analysis.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
-from megachiar.checkpoint.format import locate_checkpoint
+from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.config import ModelConfig
-from megachiar.console import make_console
+from megachiar.console import make_console, print_warning
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
-from megachiar.inference.loading import load_for_inference
+from megachiar.inference.loading import load_model
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
 
@@ -44,8 +44,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check(options)
-    checkpoint = locate_checkpoint(options.run)
-    config, model, state = load_for_inference(checkpoint, default_device())
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
+    config, model, state = load_model(checkpoint, default_device())
     check_layers(options.run, config.model)
     data = options.data or config.data.train[0].path
     if options.where == "embedding":

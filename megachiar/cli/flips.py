@@ -20,10 +20,11 @@ from rich.table import Table
 
 from megachiar.analysis.calibration import spread_windows
 from megachiar.analysis.flips import LayerFlips, routing_flips
-from megachiar.checkpoint.format import locate_checkpoint
+from megachiar.checkpoint.reading import locate_checkpoint
+from megachiar.console import print_warning
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import default_device, open_for_run
-from megachiar.inference.loading import load_for_inference
+from megachiar.inference.loading import load_model
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
-    checkpoint = locate_checkpoint(options.run)
-    config, model, state = load_for_inference(checkpoint, default_device(), torch.float32)
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
+    config, model, state = load_model(checkpoint, default_device(), torch.float32)
     if not config.model.routed_layers:
         raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     data = options.data or config.data.train[0].path

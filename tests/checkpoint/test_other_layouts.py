@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from support import pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.format import complete_checkpoints, read_weights
+from megachiar.checkpoint.checksums import FileRecord
+from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.checkpoint.reading import read_weights
 from megachiar.checkpoint.sharded_tensors import ShardReader, ShardWriter
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
@@ -82,13 +84,14 @@ def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
 def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
     """Compare with numpy a tensor of distinct numbers that is written in one layout's shards and read in another's."""
     whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
+    files: dict[str, FileRecord] = {}
     for rank in range(writers):
         writer = ShardWriter(_place(rank, writers))
         piece = whole if shard is None else torch.from_numpy(_cut(whole.numpy(), shard, rank, writers))
         if writer.is_mine(shard):
             writer.add("w", None, piece, shard if writers > 1 else None)
-        writer.write(tmp_path)
-    reader = ShardReader(tmp_path)
+        files |= writer.write(tmp_path)
+    reader = ShardReader(tmp_path, files)
     assert torch.equal(reader.whole("w"), whole)
     for rank in range(readers):
         part = reader.part("w", shard if readers > 1 else None, TensorParallelGroup(rank, readers))

@@ -1,0 +1,99 @@
+"""Find a checkpoint that is whole, and read its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megachiar.checkpoint.format import (
+    STATE_FILE,
+    checkpoint_step,
+    damaged_checkpoint,
+    find_damage,
+    named_checkpoints,
+    read_state,
+)
+from megachiar.checkpoint.sharded_tensors import ShardReader
+from megachiar.checkpoint.verify import Verify, verify_alone
+from megachiar.engine.optimizer import MOMENTS
+from megachiar.errors import UserError
+
+Log = Callable[[str], None]
+"""Prints a line of the log."""
+
+
+def _silent(line: str) -> None:
+    """Print nothing."""
+
+
+def newest_whole(folder: Path, verify: Verify = verify_alone, log: Log = _silent) -> Path | None:
+    """Return the newest whole checkpoint in ``folder``; None if nothing there is named as a checkpoint.
+
+    Args:
+        folder: of a run's checkpoints.
+        verify: compares contents with checksums.
+        log: is told of each checkpoint that is passed over, and why.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole. A run that went on would silently start over.
+        LaunchError: a checkpoint has another version of the format.
+    """
+    named = named_checkpoints(folder)[::-1]
+    problems = {path: find_damage(path) for path in named}
+    for path in named:
+        problems[path] = problem = problems[path] or verify(path)
+        if problem is None:
+            return path
+        log(f"passed over {path}, because {problem}")
+    if not named:
+        return None
+    raise UserError(
+        folder,
+        "none of its checkpoints is whole: " + "; ".join(f"{path.name}: {why}" for path, why in problems.items()),
+        "put back an undamaged copy of one; to start over, move the folder away or name another logging.folder",
+    )
+
+
+def locate_checkpoint(path: Path | str, verify: Verify = verify_alone, log: Log = _silent) -> Path:
+    """Return the checkpoint at ``path``, or the newest whole one of the run folder at ``path``.
+
+    Args:
+        path: run folder, its folder of checkpoints, or one checkpoint.
+        verify: compares contents with checksums.
+        log: is told of each checkpoint that is passed over, and why.
+
+    Raises:
+        UserError: there is no whole checkpoint at ``path``.
+    """
+    path = Path(path)
+    if (path / STATE_FILE).exists() or (path.exists() and checkpoint_step(path) is not None):
+        problem = find_damage(path) or verify(path)
+        if problem is not None:
+            raise damaged_checkpoint(path, problem)
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := newest_whole(folder, verify, log):
+            return found
+    problem = "holds no checkpoint" if path.is_dir() else "no such folder"
+    raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
+
+
+def open_tensors(checkpoint: Path) -> ShardReader:
+    """Return a reader of the tensors of a checkpoint that was verified.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    return ShardReader(checkpoint, read_state(checkpoint).tensor_files)
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return whole fp32 weights and buffers by name, on the CPU, of a checkpoint of any layout that was verified.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    reader = open_tensors(checkpoint)
+    return {name: reader.whole(name) for name in reader.names() if not name.endswith(MOMENTS)}
