@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
+from megachiar.data.sampling.verification import BackgroundCheck, DataBlock, blocks_of, find_altered
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read_kept_record
 from megachiar.engine.engine import Engine, start_process_group
@@ -113,12 +114,24 @@ def train(
         )
         return 0
     check_shared_folder(config.logging.folder, topology)
+    blocks = data_to_check(config, data, topology)
+    if config.data.verify == "start":
+        raise_together(find_altered(blocks))
+        blocks = []
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, signals).run()
+        with BackgroundCheck(blocks) as check:
+            return Trainer(engine, data, progress, writer, display, signals, check.raise_problem).run()
     finally:
         if writer is not None:
             writer.close()
+
+
+def data_to_check(config: RunConfig, data: RunData, topology: Topology) -> list[DataBlock]:
+    """Return the blocks of the datasets that this rank compares with their checksums, as ``data.verify`` says."""
+    if config.data.verify == "never" or not topology.is_first_stage or topology.tensor.rank:
+        return []
+    return blocks_of(data.sources)[topology.data_rank :: topology.data_size]
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:

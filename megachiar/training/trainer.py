@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from megachiar.checkpoint.save import save_checkpoint
@@ -39,6 +40,7 @@ class Trainer:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         signals: that stop the run after a checkpoint.
+        check_data: raises an error if data that was read is found to be damaged.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trainer:
         writer: MetricsWriter | None,
         display: Display,
         signals: StopSignals,
+        check_data: Callable[[], None],
     ):
         self.engine = engine
         self.data = data
@@ -57,6 +60,7 @@ class Trainer:
         self.writer = writer
         self.display = display
         self.signals = signals
+        self.check_data = check_data
         self.peak = peak_flops(engine.device)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
@@ -95,6 +99,7 @@ class Trainer:
             self.progress.samples,
             prefetch=self.config.data.prefetch,
             pin_memory=self.engine.device.type == "cuda",
+            check=self.check_data,
         )
 
     def _step(self, loader: BatchLoader) -> StepResult:
