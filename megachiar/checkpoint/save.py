@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megachiar.checkpoint.checksums import FileRecord, write_checksummed
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, CheckpointState, checkpoint_name, complete_checkpoints
+from megachiar.checkpoint.removal import remove_checkpoint
 from megachiar.checkpoint.sharded_tensors import ShardWriter
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import sync_folder, write_atomically
@@ -94,10 +95,7 @@ def _replace_folder(incomplete: Path, final: Path) -> None:
 def _remove_oldest(folder: Path, keep: int | None) -> None:
     if keep is not None:
         for path in complete_checkpoints(folder)[:-keep]:
-            # The folder is renamed first: a kill in the middle must not leave one that looks like a checkpoint.
-            doomed = path.with_name(path.name + ".incomplete")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_checkpoint(path)
 
 
 def _remove_leftovers(folder: Path) -> None:

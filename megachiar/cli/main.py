@@ -32,6 +32,7 @@ GROUPS = {
         "pretrain": "train as a config says",
     },
     "Trained models": {
+        "checkpoint": "list, verify, show, compare and remove checkpoints",
         "evaluate": "measure perplexity and bits per byte on a dataset",
         "generate": "sample text",
         "calibrate": "find thresholds for the router",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import pretrain, small_config, write_config, write_tokens
+from support import pretrain
 
 from megachiar.checkpoint.checksums import checksum
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
-from megachiar.checkpoint.verify import share_of_files, verify_alone
+from megachiar.checkpoint.verify import find_any_damage, share_of_files
 from megachiar.config import load_config
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
@@ -32,25 +32,12 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A run of two tensor-parallel ranks with a checkpoint after each of its steps."""
-    folder = tmp_path_factory.mktemp("made")
-    write_tokens(folder / "train")
-    write_tokens(folder / "valid", seed=1, documents=4)
-    config = small_config(folder, checkpoint={"every": 1, "keep": None})
-    config["training"] |= {"steps": STEPS}
-    config["parallel"] = {"tensor_size": 2}
-    pretrain(write_config(folder / "config.yaml", config), ranks=2)
-    assert sorted(p.name for p in checkpoint(folder).iterdir()) == sorted(FILES)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(made) -> Iterator[Path]:
-    """The same run. A test that alters a file of it uses ``damaged``, which puts the file back."""
-    yield made
+def run(trained_run) -> Iterator[Path]:
+    """A run of which a test alters a file in ``Damaged`` alone, which puts the file back."""
+    assert sorted(p.name for p in checkpoint(trained_run).iterdir()) == sorted(FILES)
+    yield trained_run
     for step in range(1, STEPS + 1):
-        assert find_damage(checkpoint(made, step)) is None and verify_alone(checkpoint(made, step)) is None
+        assert find_any_damage(checkpoint(trained_run, step)) is None
 
 
 def checkpoint(folder: Path, step: int = STEPS) -> Path:
