@@ -74,7 +74,7 @@ def write_checksummed(path: Path, content: bytes) -> FileRecord:
     return file.record
 
 
-def checksum(content: bytes) -> str:
+def checksum(content: bytes | memoryview) -> str:
     """Return the hexadecimal XXH3-128 of ``content``."""
     return xxhash.xxh3_128_hexdigest(content)
 

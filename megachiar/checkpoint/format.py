@@ -53,6 +53,9 @@ class CheckpointState(BaseModel):
         optimizer_steps: steps that changed the weights; steps that fp16 skipped after an overflow are not counted.
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
         layout: layout of the run that wrote the files, as text for people.
+        validation: loss in nats a token on validation sets that was measured after this step, by name.
+        went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
+            none.
         files: size in bytes of each file of the folder but ``state.json``, by name.
         checksums: hexadecimal XXH3-128 of each of these files, by name; None in version 3.
     """
@@ -67,6 +70,8 @@ class CheckpointState(BaseModel):
     optimizer_steps: int = Field(ge=0)
     loss_scale: dict[str, float] | None
     layout: str
+    validation: dict[str, float] = {}
+    went_back_to: int | None = None
     files: dict[str, int]
     checksums: dict[str, str] | None = None
 
@@ -78,8 +83,9 @@ class CheckpointState(BaseModel):
                 raise ValueError(f"files lists {name!r}, which is no file of the folder beside {STATE_FILE}")
         if CONFIG_FILE not in self.files or not self.tensor_files:
             raise ValueError(f"files lists no {CONFIG_FILE} or no weights")
-        if self.format_version == 3 and self.checksums is not None:
-            raise ValueError("format_version 3 has no checksums")
+        newer = self.model_fields_set & {"checksums", "validation", "went_back_to"}
+        if self.format_version == 3 and newer:
+            raise ValueError(f"format_version 3 has no {', '.join(sorted(newer))}")
         if self.format_version > 3 and set(self.checksums or {}) != set(self.files):
             raise ValueError("files and checksums do not name the same files")
         return self

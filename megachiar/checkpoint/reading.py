@@ -9,7 +9,9 @@ import torch
 
 from megachiar.checkpoint.format import (
     STATE_FILE,
+    checkpoint_name,
     checkpoint_step,
+    complete_checkpoints,
     damaged_checkpoint,
     find_damage,
     named_checkpoints,
@@ -54,6 +56,36 @@ def newest_whole(folder: Path, verify: Verify = verify_alone, log: Log = _silent
         "none of its checkpoints is whole: " + "; ".join(f"{path.name}: {why}" for path, why in problems.items()),
         "put back an undamaged copy of one; to start over, move the folder away or name another logging.folder",
     )
+
+
+def checkpoint_to_go_back_to(folder: Path, step: int, verify: Verify = verify_alone, log: Log = _silent) -> Path:
+    """Return where a run starts that ``checkpoint.resume`` tells to go back to ``step``.
+
+    That is the checkpoint of ``step``. Once the run has gone back and saved since, it is the newest whole checkpoint:
+    a run that is started again with the same setting goes on.
+
+    Raises:
+        UserError: the checkpoint of ``step`` is not there, or not whole.
+    """
+    complete = complete_checkpoints(folder)
+    if complete and read_state(complete[-1]).went_back_to == step:
+        newest = newest_whole(folder, verify, log)
+        if newest is not None:
+            return newest
+    path = folder / checkpoint_name(step)
+    problem = (find_damage(path) or verify(path)) if path.exists() else "it is not there"
+    if problem is None:
+        return path
+    raise UserError(
+        f"checkpoint.resume {step}",
+        f"{path} is not a whole checkpoint: {problem}",
+        "`megachiar checkpoint list` names the steps that were saved",
+    )
+
+
+def later_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Return what is named as a checkpoint of a later step in ``folder``, whether it is complete or not."""
+    return [path for path in named_checkpoints(folder) if (checkpoint_step(path) or 0) > step]
 
 
 def locate_checkpoint(path: Path | str, verify: Verify = verify_alone, log: Log = _silent) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megachiar.checkpoint.format import checkpoint_step, complete_checkpoints
+from megachiar.checkpoint.format import checkpoint_step, complete_checkpoints, read_state
 from megachiar.checkpoint.reading import newest_whole
 from megachiar.data.storage.files import sync_folder
 from megachiar.errors import UserError, disk_errors
@@ -29,16 +30,62 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint a name that no run reads, ``step_N.set_aside``, and return it. Nothing removes it.
+
+    Raises:
+        UserError: the folder cannot be renamed.
+    """
+    names = (f"{path.name}.set_aside{f'-{count}' if count else ''}" for count in itertools.count())
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    with disk_errors(path):
+        os.replace(path, target)
+        sync_folder(path.parent)
+    return target
+
+
+def surplus_checkpoints(
+    folder: Path, keep: int | None, keep_every: int | None = None, keep_best: str | None = None
+) -> list[Path]:
+    """Return the complete checkpoints in ``folder`` that no rule keeps, oldest first.
+
+    Args:
+        folder: of a run's checkpoints.
+        keep: the newest so many stay; None keeps all.
+        keep_every: those whose step is a multiple of this stay as well.
+        keep_best: name of a validation set; the one with the lowest loss on it stays as well.
+    """
+    if keep is None:
+        return []
+    complete = complete_checkpoints(folder)
+    stays = {*complete[-keep:], best_checkpoint(complete, keep_best)}
+    return [path for path in complete if path not in stays and not _is_multiple(path, keep_every)]
+
+
+def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> Path | None:
+    """Return the checkpoint with the lowest recorded loss on a validation set, the newest of equals.
+
+    None if no checkpoint has a loss on it, or no set is named.
+    """
+    losses = {path: read_state(path).validation.get(validation_set or "") for path in checkpoints}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(reversed(known), key=known.__getitem__, default=None)
+
+
 def to_prune(
-    folder: Path, *, keep: int | None = None, keep_every: int | None = None, steps: Collection[int] = ()
+    folder: Path,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    keep_best: str | None = None,
+    steps: Collection[int] = (),
 ) -> list[Path]:
     """Return the checkpoints in ``folder`` that a rule removes, oldest first; the newest whole one is never among them.
 
     Args:
         folder: of a run's checkpoints.
-        keep: the newest so many complete checkpoints stay; None counts none.
-        keep_every: complete checkpoints whose step is a multiple of this stay; None means none.
-        steps: remove exactly these steps, damaged or not, instead of following the other two.
+        keep, keep_every, keep_best: see ``surplus_checkpoints``; without ``keep`` only the other two count.
+        steps: remove exactly these steps, damaged or not, instead of following the rules.
 
     Raises:
         UserError: a step of ``steps`` is not there or is the newest whole one, or no checkpoint is whole.
@@ -46,13 +93,11 @@ def to_prune(
     newest = newest_whole(folder)
     if steps:
         return [_named(folder, step, newest) for step in sorted(set(steps))]
-    complete = complete_checkpoints(folder)
-    stays = {newest, *(complete[-keep:] if keep else ())}
-    return [p for p in complete if p not in stays and not is_multiple(checkpoint_step(p), keep_every)]
+    return [path for path in surplus_checkpoints(folder, keep or 1, keep_every, keep_best) if path != newest]
 
 
-def is_multiple(step: int | None, keep_every: int | None) -> bool:
-    """Return whether ``step`` is one that ``keep_every`` keeps."""
+def _is_multiple(path: Path, keep_every: int | None) -> bool:
+    step = checkpoint_step(path)
     return step is not None and keep_every is not None and step % keep_every == 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, open_regular
+from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum, open_regular
 from megachiar.data.storage.files import as_bytes
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
@@ -73,6 +73,16 @@ class ShardWriter:
         self._tensors[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         if shard is not None:
             self._shards[name] = [shard.dim, shard.blocks]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the collected tensors."""
+        return sum(tensor.nbytes for tensors in self._tensors.values() for tensor in tensors.values())
+
+    def checksums(self) -> dict[str, str]:
+        """Return the checksum of each collected tensor by name, to time what ``write`` spends on checksums."""
+        collected = (item for tensors in self._tensors.values() for item in tensors.items())
+        return {name: checksum(as_bytes(tensor.numpy().reshape(-1))) for name, tensor in collected}
 
     def write(self, folder: Path) -> dict[str, FileRecord]:
         """Write the collected tensors to this rank's files in ``folder``; a rank without tensors writes no file.

@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     prune.add_argument("run", type=Path, metavar="RUN", help="run folder")
     prune.add_argument("--keep", type=int, metavar="N", help="keep the newest N")
     prune.add_argument("--keep-every", type=int, metavar="N", help="keep those whose step is a multiple of N")
+    prune.add_argument("--keep-best", metavar="SET", help="keep the one with the lowest loss on this validation set")
     prune.add_argument("--steps", type=steps_of, metavar="A,B", help="remove exactly these steps")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     return parser.parse_args(argv)
@@ -171,14 +172,16 @@ def difference_table(title: str, different: list[TensorDifference]) -> Table:
 
 
 def prune_checkpoints(options: argparse.Namespace) -> None:
-    by_rule = options.keep is not None or options.keep_every is not None
-    if by_rule == (options.steps is not None):
-        raise UserError("megachiar checkpoint prune", "needs a rule", "give --keep and --keep-every, or --steps")
+    rules = {"keep": options.keep, "keep_every": options.keep_every, "keep_best": options.keep_best}
+    if all(rule is None for rule in rules.values()) != (options.steps is not None):
+        raise UserError(
+            "megachiar checkpoint prune", "needs a rule", "give --keep, --keep-every, --keep-best, or --steps"
+        )
     for name in ("keep", "keep_every"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}", "must be at least 1", "change it")
     folder = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run
-    doomed = to_prune(folder, keep=options.keep, keep_every=options.keep_every, steps=options.steps or ())
+    doomed = to_prune(folder, **rules, steps=options.steps or ())
     for path in doomed:
         if not options.dry_run:
             remove_checkpoint(path)

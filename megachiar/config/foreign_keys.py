@@ -387,6 +387,7 @@ CHECKPOINT = (
         f"{MEGATRON}, {NEOX}, {HF}, {TITAN}, {LITGPT}",
         "checkpoint.every",
     ),
+    ForeignKey("async_mode async_save", f"{TITAN}, {MEGATRON}", "checkpoint.asynchronous"),
     ForeignKey("keep_last_n_checkpoints save_total_limit keep_latest_k", f"{NEOX}, {HF}, {TITAN}", "checkpoint.keep"),
     ForeignKey(
         "load resume_from_checkpoint initial_load_path initial_checkpoint_dir pretrained_checkpoint",
@@ -401,7 +402,7 @@ CHECKPOINT = (
         "weights or all",
     ),
     ForeignKey(
-        "enable_checkpoint async_mode save_optimizer",
+        "enable_checkpoint save_optimizer",
         f"{TITAN}, {NEOX}",
         "",
         "remove it: a run always saves whole checkpoints, every `checkpoint.every` steps and at its end",

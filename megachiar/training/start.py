@@ -1,6 +1,7 @@
 """Where a run starts: rank 0 decides it once and broadcasts the decision to all ranks.
 
-the run folder has checkpoints             resumed: continue from the newest whole one (refused with resume: never)
+checkpoint.resume names a step             resumed: go back to its checkpoint, unless the run has saved since it did
+else, the run folder has checkpoints       resumed: continue from the newest whole one (refused with resume: never)
 else, checkpoint.load_from is given        weights (the weights alone), or with checkpoint.load: all everything
 else                                       fresh
 
@@ -22,7 +23,13 @@ import torch.distributed as dist
 from rich.markup import escape
 
 from megachiar.checkpoint.format import STATE_FILE, find_damage, read_state, unlisted_files
-from megachiar.checkpoint.reading import locate_checkpoint, newest_whole
+from megachiar.checkpoint.reading import (
+    checkpoint_to_go_back_to,
+    later_checkpoints,
+    locate_checkpoint,
+    newest_whole,
+)
+from megachiar.checkpoint.removal import set_aside
 from megachiar.checkpoint.verify import Verify, find_damaged_file, find_unreadable, share_of_files, verify_alone
 from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
@@ -90,7 +97,11 @@ def find_start(
         UserError: there are checkpoints and none is whole, ``checkpoint.load_from`` holds no whole checkpoint, or a
             checkpoint has another format.
     """
-    own = newest_whole(config.checkpoint_folder, verify, log)
+    folder, resume = config.checkpoint_folder, config.checkpoint.resume
+    if isinstance(resume, int):
+        own: Path | None = checkpoint_to_go_back_to(folder, resume, verify, log)
+    else:
+        own = newest_whole(folder, verify, log)
     if own is not None:
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
@@ -157,16 +168,29 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
 
     try:
         start = find_start(config, warn, verify)
+        return _check_start(config, start, warn)
     except UserError as error:
         return error
+
+
+def _check_start(config: RunConfig, start: Start, warn: Callable[[str], None]) -> Start:
+    """Refuse a start that ``checkpoint.resume`` forbids, and say what is set aside or ignored for it.
+
+    Raises:
+        UserError: ``checkpoint.resume`` is never, or the file system refuses to set a checkpoint aside.
+    """
     if start.path is None:
         return start
-    if start.kind == "resumed" and config.checkpoint.resume == "never":
-        return UserError(
+    resume = config.checkpoint.resume
+    if start.kind == "resumed" and resume == "never":
+        raise UserError(
             config.logging.folder,
             f"holds {start.path.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
+    if isinstance(resume, int):
+        for path in later_checkpoints(config.checkpoint_folder, start.step):
+            warn(f"going back to step {start.step}: {path} is set aside as {set_aside(path).name}")
     for name in unlisted_files(start.path, read_state(start.path)):
         warn(f"{start.path}: ignored {name}, which {STATE_FILE} does not list")
     return start
@@ -206,7 +230,8 @@ def _broadcast_from_rank_0(value: Any) -> Any:
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
+    with disk_errors(checkpoint, "read"):
+        return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
 
 
 def _why_unseen(checkpoint: Path, fingerprint: str) -> UserError | None:

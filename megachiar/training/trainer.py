@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megachiar.checkpoint.save import save_checkpoint
+from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
@@ -61,6 +61,7 @@ class Trainer:
         self.display = display
         self.signals = signals
         self.check_data = check_data
+        self.saver = CheckpointSaver(engine, display.line)
         self.peak = peak_flops(engine.device)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
@@ -74,15 +75,16 @@ class Trainer:
         Raises:
             Diverged: the loss became infinite or nan.
         """
-        with self._loader() as loader, self.display.running():
+        with self._loader() as loader, self.display.running(), self.saver:
             while self.progress.step < self.config.steps:
                 began = time.perf_counter()
                 result = self._step(loader)
                 self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
                 self.display.advance(self.progress.step, result.loss)
                 self._log(result, loader)
-                self._evaluate_if_due()
-                self._save_if_due(result.stop)
+                losses = self._evaluate_if_due()
+                self.saver.poll()
+                self._save_if_due(result.stop, losses)
                 if result.stop and self.progress.step < self.config.steps:
                     self.display.line(f"stopped by a signal after step {self.progress.step}, saved")
                     return EXIT_STOPPED
@@ -154,10 +156,12 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluate_if_due(self) -> dict[str, float]:
+        """Return the loss of each validation set in nats a token; nothing where no evaluation is due."""
         every, step = self.config.training.evaluate_every, self.progress.step
         if step != self.config.steps and not (every and step % every == 0):
-            return
+            return {}
+        losses = {}
         topology = self.engine.topology
         for name, dataset in self.data.validation.items():
             result = evaluate(
@@ -171,20 +175,23 @@ class Trainer:
             )
             if self.writer is not None:
                 self.writer.write(step, f"evaluation/{name}", result.as_dict())
+            losses[name] = result.loss
             word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
             bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
             self.display.line(
                 f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
             )
 
-    def _save_if_due(self, stop: bool) -> None:
+        return losses
+
+    def _save_if_due(self, stop: bool, losses: dict[str, float]) -> None:
         every, step = self.config.checkpoint.every, self.progress.step
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
-        path = save_checkpoint(self.engine, step, self.data.history, self.config.checkpoint.keep)
+        measured = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         self.progress.saved_step = step
-        self.display.line(f"saved {path}")
+        self.saver.save(step, self.data.history, measured, must_succeed=stop or last)
 
 
 def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from support import pretrain
 
+from megachiar.checkpoint import checksums
 from megachiar.checkpoint.checksums import checksum
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
@@ -175,6 +177,30 @@ def test_an_extra_file_is_neither_read_nor_a_damage(run):
         extra.unlink()
     found = read_weights(checkpoint(run))
     assert all(torch.equal(found[name], expected[name]) for name in found) and set(found) == set(expected)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_may_not_be_read_is_passed_over(run, name, monkeypatch):
+    real = open
+
+    def refusing(path: Path, *arguments: object, **options: object) -> object:
+        if Path(path) == checkpoint(run) / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(checksums, "open", refusing, raising=False)
+    assert_passed_over(run, name)
+
+
+def test_a_file_in_place_of_a_checkpoint_is_passed_over(run):
+    later = checkpoint(run, STEPS + 1)
+    later.write_text("no folder")
+    lines: list[str] = []
+    try:
+        assert locate_checkpoint(run / "run", log=lines.append) == checkpoint(run)
+    finally:
+        later.unlink()
+    assert len(lines) == 1 and str(later) in lines[0]
 
 
 def reseal(path: Path, **changes: object) -> None:
