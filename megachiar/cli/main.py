@@ -43,6 +43,7 @@ GROUPS = {
         "bench-train": "time training steps, beside the baseline and other programs",
         "bench-layers": "time layers and operators",
         "bench-data": "time the data tools, beside Megatron-LM's",
+        "bench-checkpoint": "time the saving of checkpoints",
         "bench-dropout": "time keyed dropout, beside torch's",
     },
 }
