@@ -19,8 +19,8 @@ TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"__init__", "errors"},
-    {"config", "console", "launch", "options", "benchmark", "interrupts", "process_memory", "progress"},
-    {"topology", "data.permutation", "data.storage"},
+    {"config", "console", "launch", "benchmark", "interrupts", "process_memory", "progress"},
+    {"topology", "options", "data.permutation", "data.storage"},
     {"kernels", "parallel", "data.inputs"},
     {"data.tokenizers"},
     {"data.sampling", "data.preprocessing"},
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "console": set(),
     "launch": set(),
     "benchmark": set(),
-    "options": {"__init__"},
+    "options": {"__init__", "config"},
     "topology": {"config"},
     "kernels": set(),
     "parallel": {"topology"},

@@ -18,25 +18,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from megachiar.checkpoint.format import CheckpointState, read_state, unlisted_files
-from megachiar.checkpoint.inspection import (
-    TensorDifference,
-    checkpoints_at,
-    compare,
-    damage_or_version,
-    describe_tensors,
-    summarise,
-)
-from megachiar.checkpoint.reading import locate_checkpoint
-from megachiar.checkpoint.removal import remove_checkpoint, to_prune
-from megachiar.checkpoint.verify import verify_alone
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option
+
+if TYPE_CHECKING:  # torch is imported by the actions that need it
+    from rich.table import Table
+
+    from megachiar.checkpoint.format import CheckpointState
+    from megachiar.checkpoint.inspection import TensorDifference
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_checkpoints(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from megachiar.checkpoint.inspection import checkpoints_at, summarise
+
     found = [summarise(path) for path in checkpoints_at(options.run)]
     if options.json:
         print_json([dataclasses.asdict(summary) for summary in found])
@@ -101,6 +97,9 @@ def list_checkpoints(options: argparse.Namespace) -> None:
 
 
 def verify_checkpoints(options: argparse.Namespace) -> None:
+    from megachiar.checkpoint.inspection import checkpoints_at, damage_or_version
+    from megachiar.checkpoint.verify import verify_alone
+
     paths = checkpoints_at(options.run)
     problems = {path: damage_or_version(path) or verify_alone(path) for path in paths}
     if options.json:
@@ -116,6 +115,8 @@ def verify_checkpoints(options: argparse.Namespace) -> None:
 
 
 def describe_whole(checkpoint: Path) -> str:
+    from megachiar.checkpoint.format import read_state, unlisted_files
+
     state = read_state(checkpoint)
     unlisted = unlisted_files(checkpoint, state)
     known = "" if state.checksums else " as far as sizes tell: format_version 3 has no checksums"
@@ -123,6 +124,12 @@ def describe_whole(checkpoint: Path) -> str:
 
 
 def show_checkpoint(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from megachiar.checkpoint.format import read_state
+    from megachiar.checkpoint.inspection import describe_tensors
+    from megachiar.checkpoint.reading import locate_checkpoint
+
     checkpoint = locate_checkpoint(options.run, log=print_warning)
     state = read_state(checkpoint)
     if options.json:
@@ -148,6 +155,9 @@ def print_state(checkpoint: Path, state: CheckpointState) -> None:
 
 
 def diff_checkpoints(options: argparse.Namespace) -> None:
+    from megachiar.checkpoint.inspection import compare
+    from megachiar.checkpoint.reading import locate_checkpoint
+
     one, other = (locate_checkpoint(path, log=print_warning) for path in (options.run, options.other))
     compared = list(compare(one, other))
     different = [difference for difference in compared if difference is not None]
@@ -161,6 +171,8 @@ def diff_checkpoints(options: argparse.Namespace) -> None:
 
 
 def difference_table(title: str, different: list[TensorDifference]) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     table.add_column("tensor")
     for name in ("largest difference", "norm of the difference / norm"):
@@ -172,6 +184,8 @@ def difference_table(title: str, different: list[TensorDifference]) -> Table:
 
 
 def prune_checkpoints(options: argparse.Namespace) -> None:
+    from megachiar.checkpoint.removal import remove_checkpoint, to_prune
+
     rules = {"keep": options.keep, "keep_every": options.keep_every, "keep_best": options.keep_best}
     if all(rule is None for rule in rules.values()) != (options.steps is not None):
         raise UserError(

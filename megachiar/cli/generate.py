@@ -12,11 +12,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.console import print_warning
 from megachiar.errors import UserError
-from megachiar.inference.loaded_run import TextSampler, default_device
-from megachiar.inference.loading import load_model
 from megachiar.options import CommandParser, add_run_argument
 
 
@@ -37,6 +34,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check_sampling(options)
+
+    from megachiar.checkpoint.reading import locate_checkpoint
+    from megachiar.inference.loaded_run import TextSampler, default_device
+    from megachiar.inference.loading import load_model
+
     checkpoint = locate_checkpoint(options.run, log=print_warning)
     config, model, _ = load_model(checkpoint, default_device())
     sampler = TextSampler(checkpoint, config, model)

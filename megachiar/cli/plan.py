@@ -12,19 +12,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from megachiar.config import RunConfig, load_config
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_config_options
-from megachiar.planning.layout_search import LayoutCandidate, Machine, find_layouts
-from megachiar.training.dry_run import gib
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megachiar.config import RunConfig
+    from megachiar.planning.layout_search import LayoutCandidate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+
+    from rich.console import Console
+
+    from megachiar.config import load_config
+    from megachiar.planning.layout_search import Machine, find_layouts
+
     config = load_config(options.config, options.overrides)
     machine = Machine(
         gpus=options.gpus,
@@ -82,6 +89,11 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
+    """Return a table of layouts, in their order, with memory and time of a step of each."""
+    from rich.table import Table
+
+    from megachiar.training.dry_run import gib
+
     table = Table(
         title=f"{config.logging.folder}: {config.precision.compute}, batch {config.training.global_batch_size}"
     )

@@ -26,7 +26,7 @@ def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
     fields = RunConfig.model_fields
     for name, value in mapping.items():
         if name not in fields:
-            problems += unknown_key((str(name),), value, list(fields), _own_keys())
+            problems += unknown_key((str(name),), value, list(fields), own_keys())
     for name, field in fields.items():
         value = mapping.get(name)
         section = section_class(field.annotation)
@@ -57,7 +57,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 @functools.cache
-def _own_keys() -> OwnKeys:
+def own_keys() -> OwnKeys:
     """Return the dotted keys of a config by their last name."""
     own: OwnKeys = {}
 
@@ -113,7 +113,7 @@ def _problems_of(section: type[BaseModel], path: tuple[str, ...], detail: ErrorD
     key, kind, context = ".".join(path), detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(_class_at(section, path[1:-1]).model_fields)
-        yield from unknown_key(path, detail["input"], known, _own_keys())
+        yield from unknown_key(path, detail["input"], known, own_keys())
         return
     if kind == "missing":
         yield Problem(key, "is missing and has no default", f"add `{path[-1]}:` below `{'.'.join(path[:-1])}:`")

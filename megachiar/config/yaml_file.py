@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from megachiar.config.errors import ConfigError, Problem
+from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
 
 Lines = dict[tuple[str, ...], int]
@@ -74,7 +76,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
-            path, "no such config file", "check the path; `megachiar config list` names shipped ones"
+            path, "no such config file", f"{_meant(path)}check the path; `megachiar config list` names shipped ones"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read as text: {error}", "pass a YAML file in UTF-8") from None
@@ -102,6 +104,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
             "see `megachiar config show tiny`",
         )
     return mapping, lines
+
+
+def _meant(path: Path) -> str:
+    """Return a question where ``path`` may be meant as the name of a shipped config, and nothing else."""
+    near = difflib.get_close_matches(path.stem, shipped_configs(), n=1, cutoff=0.75)
+    return f"`megachiar config init {near[0]}` writes the shipped config to {near[0]}.yaml; else " if near else ""
 
 
 def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:

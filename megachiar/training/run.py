@@ -18,21 +18,14 @@ from megachiar.kernels.backends import describe_backends
 from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
-from megachiar.topology import LaunchError, Topology, raise_together
+from megachiar.topology import Topology, raise_together
+from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.display import Display
-from megachiar.training.document_ends import describe_document_ends, with_document_end
-from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import MetricsWriter
 from megachiar.training.peaks import why_no_utilisation
-from megachiar.training.restore import Progress, restore
-from megachiar.training.run_data import (
-    RunData,
-    check_max_epochs,
-    describe_seen_validation,
-    describe_source_usage,
-    open_data,
-)
-from megachiar.training.start import check_shared_folder, resolve_start
+from megachiar.training.restore import restore
+from megachiar.training.run_data import RunData
+from megachiar.training.start import check_shared_folder, resolve_start, set_later_aside
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
 
@@ -54,9 +47,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     """
     problem = None
     try:
-        config = resolve_epochs(config)
-        data = open_data(config)
-        config = with_document_end(config, data)
+        config, data = open_run(config)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
     device = start_process_group(config, topology)
@@ -91,33 +82,24 @@ def train(
     Returns:
         The exit code of the process.
     """
-    start = resolve_start(config, topology, console.print)
+    run = continue_run(config, data, resolve_start(config, topology, console.print))
     engine = Engine(config, topology, device)
     log_run_header(config, engine, data, console)
-    progress, data = restore(engine, data, start, console.print)
-    check_max_epochs(config, data)
-    for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
+    restore(engine, run, console.print)
+    progress, data = run.progress, run.data
+    for line in describe_data(config, data):
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
-    if progress.step >= config.steps:
-        key, _ = asked_length(config.training)
-        if start.kind == "all":
-            raise LaunchError(
-                f"training.{key}",
-                f"ends the run at step {config.steps:,}, but {start.path} is at step {progress.step:,} already",
-                f"raise training.{key}, or take the weights alone with checkpoint.load: weights",
-            )
-        console.print(
-            f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
-            f"{config.steps:,}. To train it further raise training.{key}; to begin another run name another "
-            "logging.folder."
-        )
+    if (finished := describe_finished(config, progress)) is not None:
+        console.print(escape(finished))
         return 0
     check_shared_folder(config.logging.folder, topology)
     blocks = data_to_check(config, data, topology)
     if config.data.verify == "start":
         raise_together(find_altered(blocks))
         blocks = []
+    if topology.is_main:
+        set_later_aside(config, run.start, console.print)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
         with BackgroundCheck(blocks) as check:

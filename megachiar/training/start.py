@@ -56,6 +56,11 @@ class Start:
     step: int = 0
 
     @property
+    def is_own(self) -> bool:
+        """Whether the run starts from a checkpoint in its own folder."""
+        return self.kind == "resumed"
+
+    @property
     def continues_from(self) -> Path | None:
         """The checkpoint whose optimizer, step and position in the data are loaded too; None if there is none."""
         return self.path if self.kind in ("all", "resumed") else None
@@ -106,10 +111,40 @@ def find_start(
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
-    other = locate_checkpoint(config.checkpoint.load_from, verify, log)
+    try:
+        other = locate_checkpoint(config.checkpoint.load_from, verify, log)
+    except UserError as error:
+        raise LaunchError(f"checkpoint.load_from {error.where}", error.problem, error.remedy) from error
     if config.checkpoint.load == "weights":
         return Start("weights", other)
     return Start("all", other, read_state(other).step)
+
+
+def check_resume(config: RunConfig, start: Start) -> None:
+    """Check that ``checkpoint.resume`` allows the start.
+
+    Raises:
+        LaunchError: it forbids to resume, and the run folder has a checkpoint.
+    """
+    if start.path is not None and start.is_own and config.checkpoint.resume == "never":
+        raise LaunchError(
+            config.logging.folder,
+            f"holds {start.path.name} and checkpoint.resume is never",
+            "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
+        )
+
+
+def set_later_aside(config: RunConfig, start: Start, log: Callable[[str], None]) -> None:
+    """Set the later checkpoints of a run aside that goes back to the step that ``checkpoint.resume`` names.
+
+    Rank 0 alone calls this function, when nothing refuses the start any more.
+
+    Raises:
+        UserError: the file system refuses to rename one.
+    """
+    if isinstance(config.checkpoint.resume, int):
+        for path in later_checkpoints(config.checkpoint_folder, start.step):
+            log(f"[yellow]going back to step {start.step}: {escape(str(path))} is now {set_aside(path).name}[/]")
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:
@@ -168,31 +203,12 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
 
     try:
         start = find_start(config, warn, verify)
-        return _check_start(config, start, warn)
+        check_resume(config, start)
     except UserError as error:
         return error
-
-
-def _check_start(config: RunConfig, start: Start, warn: Callable[[str], None]) -> Start:
-    """Refuse a start that ``checkpoint.resume`` forbids, and say what is set aside or ignored for it.
-
-    Raises:
-        UserError: ``checkpoint.resume`` is never, or the file system refuses to set a checkpoint aside.
-    """
-    if start.path is None:
-        return start
-    resume = config.checkpoint.resume
-    if start.kind == "resumed" and resume == "never":
-        raise UserError(
-            config.logging.folder,
-            f"holds {start.path.name} and checkpoint.resume is never",
-            "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
-        )
-    if isinstance(resume, int):
-        for path in later_checkpoints(config.checkpoint_folder, start.step):
-            warn(f"going back to step {start.step}: {path} is set aside as {set_aside(path).name}")
-    for name in unlisted_files(start.path, read_state(start.path)):
-        warn(f"{start.path}: ignored {name}, which {STATE_FILE} does not list")
+    if start.path is not None:
+        for name in unlisted_files(start.path, read_state(start.path)):
+            warn(f"{start.path}: ignored {name}, which {STATE_FILE} does not list")
     return start
 
 

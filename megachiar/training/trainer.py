@@ -15,11 +15,11 @@ from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
-from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 
