@@ -54,7 +54,7 @@ def newest_whole(folder: Path, verify: Verify = verify_alone, log: Log = _silent
     raise UserError(
         folder,
         "none of its checkpoints is whole: " + "; ".join(f"{path.name}: {why}" for path, why in problems.items()),
-        "put back an undamaged copy of one; to start over, move the folder away or name another logging.folder",
+        "put back an undamaged copy of one, or name another run folder; to start over here, move these away",
     )
 
 

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megachiar import launch
-from megachiar.config import RunConfig, load_config
-from megachiar.config.shipped import shipped_config
 from megachiar.options import CommandParser
 
 if TYPE_CHECKING:  # torch and DeepSpeed are imported when the environment is prepared
     from megachiar.benchmark import Times
+    from megachiar.config import RunConfig
     from megachiar.engine.engine import Engine
 
 CONTENDERS = ("copy", "checksums", "save", "held up")
@@ -65,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def config_of(options: argparse.Namespace) -> RunConfig:
     """Return the config whose model is saved, by one process and to ``--folder``."""
+    from megachiar.config import load_config
+    from megachiar.config.shipped import shipped_config
+
     given = Path(options.config)
     path = given if given.exists() else shipped_config(options.config)
     alone = ["parallel.tensor_size=1", "parallel.pipeline_size=1", "parallel.data_size=null", "parallel.sequence=false"]

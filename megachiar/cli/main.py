@@ -93,7 +93,7 @@ def help_text() -> str:
     """Return the text of ``megachiar --help``."""
     lines = ["usage: megachiar COMMAND ...", "", "Pretrain CHIAR-Former language models, from a laptop to a cluster."]
     for group, commands in GROUPS.items():
-        lines += ["", f"{group}:", *(f"  {command:14} {summary}" for command, summary in commands.items())]
+        lines += ["", f"{group}:", *(f"  {command:17} {summary}" for command, summary in commands.items())]
     lines += ["", "megachiar COMMAND --help   the options of a command", "megachiar --version        the version"]
     return "\n".join(lines)
 
