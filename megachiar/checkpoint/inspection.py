@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megachiar.checkpoint.format import STATE_FILE, checkpoint_step, find_damage, named_checkpoints, read_state
-from megachiar.checkpoint.reading import open_tensors
+from megachiar.checkpoint.reading import folders_of_checkpoints, is_checkpoint, no_checkpoint, open_tensors
 from megachiar.errors import UserError
 
 
@@ -68,13 +68,12 @@ def checkpoints_at(path: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    if (path / STATE_FILE).exists() or (path.exists() and checkpoint_step(path) is not None):
+    if is_checkpoint(path):
         return [path]
-    for folder in (path / "checkpoints", path):
+    for folder in folders_of_checkpoints(path):
         if found := named_checkpoints(folder):
             return found
-    problem = "holds no checkpoint" if path.is_dir() else "no such folder"
-    raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
+    raise no_checkpoint(path)
 
 
 def summarise(checkpoint: Path) -> CheckpointSummary:

@@ -20,8 +20,9 @@ from megachiar.checkpoint.format import (
 from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.checkpoint.verify import Verify, verify_alone
 from megachiar.engine.optimizer import MOMENTS
-from megachiar.errors import UserError
+from megachiar.errors import UserError, disk_errors
 
+_TOLD = 3  # damaged checkpoints that a message describes
 Log = Callable[[str], None]
 """Prints a line of the log."""
 
@@ -51,9 +52,11 @@ def newest_whole(folder: Path, verify: Verify = verify_alone, log: Log = _silent
         log(f"passed over {path}, because {problem}")
     if not named:
         return None
+    told = [f"{path.name}: {why}" for path, why in problems.items()][:_TOLD]
+    more = f"; and {len(named) - _TOLD} more" if len(named) > _TOLD else ""
     raise UserError(
         folder,
-        "none of its checkpoints is whole: " + "; ".join(f"{path.name}: {why}" for path, why in problems.items()),
+        f"none of its checkpoints is whole: {'; '.join(told)}{more}",
         "put back an undamaged copy of one, or name another run folder; to start over here, move these away",
     )
 
@@ -100,16 +103,36 @@ def locate_checkpoint(path: Path | str, verify: Verify = verify_alone, log: Log 
         UserError: there is no whole checkpoint at ``path``.
     """
     path = Path(path)
-    if (path / STATE_FILE).exists() or (path.exists() and checkpoint_step(path) is not None):
+    if is_checkpoint(path):
         problem = find_damage(path) or verify(path)
         if problem is not None:
             raise damaged_checkpoint(path, problem)
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in folders_of_checkpoints(path):
         if found := newest_whole(folder, verify, log):
             return found
+    raise no_checkpoint(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether ``path`` is meant as one checkpoint, whole or not, and not as a run folder.
+
+    Raises:
+        UserError: the system refuses to look at it.
+    """
+    with disk_errors(path, "read"):
+        return (path / STATE_FILE).exists() or (path.exists() and checkpoint_step(path) is not None)
+
+
+def folders_of_checkpoints(path: Path) -> tuple[Path, Path]:
+    """Return where the checkpoints of the run folder ``path`` may be; it may be their folder itself."""
+    return path / "checkpoints", path
+
+
+def no_checkpoint(path: Path) -> UserError:
+    """Return the error for a path at which there is no checkpoint."""
     problem = "holds no checkpoint" if path.is_dir() else "no such folder"
-    raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
+    return UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
 
 
 def open_tensors(checkpoint: Path) -> ShardReader:

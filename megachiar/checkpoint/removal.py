@@ -67,7 +67,9 @@ def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> 
 
     None if no checkpoint has a loss on it, or no set is named.
     """
-    losses = {path: read_state(path).validation.get(validation_set or "") for path in checkpoints}
+    if validation_set is None:
+        return None
+    losses = {path: read_state(path).validation.get(validation_set) for path in checkpoints}
     known = {path: loss for path, loss in losses.items() if loss is not None}
     return min(reversed(known), key=known.__getitem__, default=None)
 

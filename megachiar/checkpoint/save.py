@@ -102,7 +102,7 @@ def _prepare(folder: Path, size: int) -> None:
     """Make the folder of checkpoints, remove what killed saves left there, and check that ``size`` bytes fit."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("step_*.incomplete"):
-        shutil.rmtree(path, ignore_errors=True)
+        _discard(path)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
@@ -110,6 +110,14 @@ def _prepare(folder: Path, size: int) -> None:
             f"the checkpoint needs {size / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free",
             "free some space there or write somewhere else",
         )
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or a file that stood in the way of one; what cannot be removed does no harm."""
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_share(snapshot: Snapshot, incomplete: Path) -> dict[str, FileRecord]:
@@ -122,10 +130,12 @@ def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: 
     config = write_checksummed(incomplete / CONFIG_FILE, snapshot.config.to_yaml().encode())
     state = snapshot.record({CONFIG_FILE: config, **shares})
     write_atomically(incomplete / STATE_FILE, state.to_json())
+    replaced = final.with_name(final.name + ".replaced.incomplete")
     if final.exists():  # the run fell back to an older checkpoint and reached this step again
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(incomplete, final)
     sync_folder(final.parent)
+    _discard(replaced)
     kept = snapshot.config.checkpoint
     for path in surplus_checkpoints(final.parent, kept.keep, kept.keep_every, kept.keep_best):
         remove_checkpoint(path)

@@ -105,7 +105,7 @@ class CheckpointSaver:
         save, self._save = self._save, None
         save.join()
         if save.error is None:
-            self._log(f"saved {save.path}")
+            self._log(f"saved {escape(str(save.path))}")
         elif must_succeed or self._config.on_failure == "stop" or not isinstance(save.error, SaveError):
             raise save.error
         else:

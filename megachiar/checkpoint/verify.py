@@ -27,7 +27,6 @@ def find_damaged_file(checkpoint: Path, state: CheckpointState, names: Sequence[
 
     Files of a checkpoint without checksums (version 3) count as whole.
     """
-
     recorded = state.checksums
     if recorded is None:
         return None

@@ -229,10 +229,15 @@ def test_a_defect_in_the_thread_is_raised_and_keeps_no_other_rank_waiting(tmp_pa
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_folder_in_the_way_of_a_step_is_replaced(tmp_path):
+@pytest.mark.parametrize("what", ["a damaged checkpoint", "a file"])
+def test_what_is_in_the_way_of_a_step_is_replaced(tmp_path, what):
     snapshot = snapshot_of(tmp_path, torch.ones(4))
     path = write_checkpoint(snapshot, alone, is_main=True)
     (path / "weights-p00-t00-d00.safetensors").write_bytes(b"damaged")
+    if what == "a file":
+        shutil.rmtree(path)
+        path.write_text("no folder")
     write_checkpoint(snapshot, alone, is_main=True)
     assert find_any_damage(path) is None
-    shutil.rmtree(path.parent)
+    write_checkpoint(snapshot, alone, is_main=True)
+    assert [p.name for p in path.parent.iterdir() if p.is_dir()] == [path.name]
