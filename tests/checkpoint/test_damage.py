@@ -292,7 +292,8 @@ def copy_with(run: Path, folder: Path, name: str, content: bytes, version: int) 
     if version == 4:
         reseal(record, files=old["files"], checksums=old["checksums"])
     else:
-        del old["seal"], old["checksums"]
+        for key in ("seal", "checksums", "validation", "went_back_to"):
+            del old[key]
         record.write_text(json.dumps(old | {"format_version": 3}))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from support import WORKERS, pretrain, run_ranks, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint import save
@@ -25,6 +26,7 @@ from megachiar.checkpoint.verify import find_any_damage
 from megachiar.config import load_config
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.launch import EXIT_STOPPED
+from megachiar.planning.rank_plan import plan_ranks
 from megachiar.topology import Topology
 from megachiar.training.metrics import read_metrics
 
@@ -190,6 +192,16 @@ def snapshot_of(folder: Path, tensor: torch.Tensor) -> Snapshot:
     data = DataHistory.initial([(SourceRecord(path="train", tokens=9, checksum=None), 1.0)], 32, 4, 1, "keyed")
     fields = {"step": 7, "samples": 28, "data": data, "optimizer_steps": 7, "loss_scale": None, "layout": "one rank"}
     return Snapshot(7, config, fields, shards)
+
+
+def test_the_planner_knows_the_memory_of_a_snapshot(trained_run):
+    (path, *_) = complete_checkpoints(trained_run / "run" / "checkpoints")
+    held = 0
+    for kind in ("weights", "optimizer"):  # the first tensor-parallel rank writes what both have as well
+        with safe_open(path / f"{kind}-p00-t00-d00.safetensors", "pt") as file:
+            held += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    (plan,) = plan_ranks(load_config(trained_run / "config.yaml"), data_size=1)
+    assert plan.snapshot == held
 
 
 def alone(value: Any) -> list[Any]:
