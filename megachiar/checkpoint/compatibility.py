@@ -96,20 +96,14 @@ def check_data(
     return changes
 
 
+def changed_keys(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return each key whose value differs between two configs, with both values; a key that one lacks is None there."""
+    old, new = before.flat(), now.flat()
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
 def weights_alone(checkpoint: Path, is_own: bool) -> str:
     """Return how a run takes nothing but the weights of a checkpoint; ``is_own`` as ``read_compatible``."""
     if is_own:
         return f"start a new run in another logging.folder, with checkpoint.load_from: {checkpoint}"
     return "set checkpoint.load to weights, which loads nothing else"
-
-
-def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
-    """Return a line for the log where ``data.document_mask`` changes between ``checkpoint`` and ``config``."""
-
-    def mask(end: int | None) -> str:
-        return "off" if end is None else f"at id {end}"
-
-    before, now = load_config(checkpoint / CONFIG_FILE).document_end, config.document_end
-    if before == now:
-        return []
-    return [f"data.document_mask was {mask(before)} up to here and is {mask(now)} from here on"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
-from megachiar.checkpoint.compatibility import check_data, describe_mask_change, read_compatible
-from megachiar.checkpoint.format import CheckpointState
-from megachiar.config import RunConfig
+from megachiar.checkpoint.compatibility import changed_keys, check_data, read_compatible
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
+from megachiar.data.sampling.history import Change
 from megachiar.topology import LaunchError
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
@@ -20,6 +22,7 @@ from megachiar.training.run_data import (
     open_data,
 )
 from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
+from megachiar.training.schedule import learning_rate
 from megachiar.training.start import Start
 
 
@@ -118,8 +121,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         return Continuation(start, state, Progress(), data, summary, warnings)
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
-    warnings = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
-    warnings += describe_mask_change(path, config)
+    warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
     what = "resumed from" if start.is_own else "weights, optimizer and position in the data from"
     return Continuation(
         start,
@@ -129,6 +131,29 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         summary=f"{what} {path} ({state.layout}): step {state.step}, {state.samples:,} samples",
         warnings=warnings,
     )
+
+
+def describe_changes(before: RunConfig, now: RunConfig, of_data: list[Change], step: int) -> list[str]:
+    """Return a line for the log for everything that a run does otherwise than it did up to a checkpoint.
+
+    Args:
+        before: config of the checkpoint.
+        now: config of the run that continues.
+        of_data: what ``check_data`` found; these keys are told in its words.
+        step: optimizer steps taken.
+    """
+    told = {change.key for change in of_data}
+    changes = [(change.key, change.before, change.now) for change in of_data]
+    changes += [
+        (key, json.dumps(old), json.dumps(new)) for key, old, new in changed_keys(before, now) if key not in told
+    ]
+    lines = [f"{key} was {old} up to here and is {new} from here on" for key, old, new in changes]
+    rates = learning_rate(before, step + 1), learning_rate(now, step + 1)
+    if rates[0] != rates[1]:
+        lines.append(
+            f"learning rate of step {step + 1:,}: {rates[1]:.3e}, by the config of the checkpoint {rates[0]:.3e}"
+        )
+    return lines
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:

@@ -19,6 +19,7 @@ from megachiar.launch import StopSignals
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.topology import Topology, raise_together
+from megachiar.training.compare_setups import compare_setups
 from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.display import Display
 from megachiar.training.metrics import MetricsWriter
@@ -54,6 +55,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     try:
         with PeerWatch(topology, config.training.communication_timeout_s):
             raise_together(problem)
+            compare_setups(config, data)
             return train(config, topology.with_groups(), device, data, signals, console)
     finally:
         signals.ignore()

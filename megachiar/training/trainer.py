@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
@@ -15,6 +18,7 @@ from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.launch import EXIT_STOPPED, StopSignals
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.compare_ranks import compare_ranks
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.evaluation import evaluate
@@ -65,6 +69,8 @@ class Trainer:
         self.peak = peak_flops(engine.device)
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
+        self._samples_digest = 0  # of the samples that this rank has read in the last step
+        self._compared_step: int | None = None  # the step after which the ranks were last compared
 
     def run(self) -> int:
         """Train to the last step; every rank calls this method.
@@ -77,6 +83,7 @@ class Trainer:
         """
         with self._loader() as loader, self.display.running(), self.saver:
             while self.progress.step < self.config.steps:
+                self._compare_if_due()
                 began = time.perf_counter()
                 result = self._step(loader)
                 self._seconds, self._steps = self._seconds + time.perf_counter() - began, self._steps + 1
@@ -105,11 +112,9 @@ class Trainer:
         )
 
     def _step(self, loader: BatchLoader) -> StepResult:
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
-        micro_batches = ((loader.position + offset, next(loader)) for _ in range(self.engine.accumulation_steps))
         stop = self.signals.received is not None
         step = self.progress.step + 1
-        result = self.engine.train_step(micro_batches, learning_rate(self.config, step), stop)
+        result = self.engine.train_step(self._micro_batches(loader), learning_rate(self.config, step), stop)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if not math.isfinite(result.loss):
@@ -119,6 +124,25 @@ class Trainer:
                 "resume from the last checkpoint with a lower optimizer.learning_rate, a longer warm-up or bf16",
             )
         return result
+
+    def _micro_batches(self, loader: BatchLoader) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield this replica's micro-batches of a step, each with the position of its first sample."""
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
+        self._samples_digest = 0
+        for _ in range(self.engine.accumulation_steps):
+            position, batch = loader.position + offset, next(loader)
+            self._samples_digest = zlib.crc32(batch.data, self._samples_digest)
+            yield position, batch
+
+    def _compare_if_due(self) -> None:
+        every, step = self.config.reliability.check_every, self.progress.step
+        if self._compared_step is None or (every and step % every == 0):
+            self._compare()
+
+    def _compare(self) -> None:
+        if self._compared_step != self.progress.step:
+            compare_ranks(self.engine, self.progress.step, self._samples_digest)
+            self._compared_step = self.progress.step
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
@@ -189,6 +213,7 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
+        self._compare()
         measured = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         self.progress.saved_step = step
         self.saver.save(step, self.data.history, measured, must_succeed=stop or last)
