@@ -48,6 +48,11 @@ def silence() -> Iterator[None]:
         yield
 
 
+def print_warning(line: str) -> None:
+    """Print a line on standard error, in yellow on a terminal."""
+    make_console().print(line, style="yellow", markup=False)
+
+
 def _plain_console() -> Console:
     from rich.console import Console
 

@@ -121,19 +121,28 @@ def raise_together(error: UserError | None) -> None:
     """Raise the error of any rank on every rank. All ranks call it, with None where there was no error.
 
     Raises:
-        LaunchError: the error of the first rank that has one. Unless all ranks have the same error, the message names
-            that rank and its host.
+        LaunchError: see ``shared_error``.
+    """
+    shared = shared_error(error)
+    if shared is not None:
+        raise shared from error
+
+
+def shared_error(error: UserError | None) -> LaunchError | None:
+    """Return the error of the first rank that has one, on every rank. All ranks call it, with None for no error.
+
+    Unless all ranks have the same error, the message names that rank and its host.
     """
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (socket.gethostname(), error))
     failures = [(rank, host, raised) for rank, (host, raised) in enumerate(reports) if raised is not None]
     if not failures:
-        return
+        return None
     rank, host, first = failures[0]
     is_same_everywhere = len(failures) == len(reports) and len({str(raised) for _, _, raised in failures}) == 1
     others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     where = first.where if is_same_everywhere else f"rank {rank} on {host}{others}: {first.where}"
-    raise LaunchError(where, first.problem, first.remedy) from error
+    return LaunchError(where, first.problem, first.remedy)
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -123,12 +123,11 @@ def test_greedy_sampling_takes_the_likeliest_token(folder):
 def test_a_run_can_be_sampled_from_far_from_its_data(folder, tmp_path):
     """The run folder alone is enough: it is copied, and data and tokenizer are out of reach."""
     shutil.copytree(folder / "run", tmp_path / "moved")
-    config = tmp_path / "moved" / "checkpoints"
-    for path in config.glob("*/config.yaml"):
-        before = path.stat().st_size
-        path.write_text(path.read_text().replace(str(folder), "/" + "x" * (len(str(folder)) - 1)))
-        assert path.stat().st_size == before
-    assert tool("generate", tmp_path / "moved", "--prompt", "the", "--max-new-tokens", 3).startswith("the")
+    away = folder.rename(folder.with_name(folder.name + "-away"))
+    try:
+        assert tool("generate", tmp_path / "moved", "--prompt", "the", "--max-new-tokens", 3).startswith("the")
+    finally:
+        away.rename(folder)
 
 
 def test_a_prompt_may_come_from_standard_input_or_be_empty(folder):
@@ -164,7 +163,7 @@ def test_metrics_hold_what_the_readme_promises(folder):
 
 REFUSED = [
     ("evaluate", ["{folder}/nothing"], "no such folder"),
-    ("evaluate", ["{folder}"], "holds no complete checkpoint"),
+    ("evaluate", ["{folder}"], "holds no checkpoint"),
     ("evaluate", ["{folder}/run", "--data", "{folder}/nothing"], "nothing.idx"),
     ("evaluate", ["{folder}/run", "--sequence-length", "33"], "not between 1 and"),
     ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature -1.0"),

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import ROOT, pretrain
 
-from megachiar.checkpoint.sharded_tensors import ShardReader
+from megachiar.checkpoint.reading import open_tensors
 from megachiar.config import load_config
 from megachiar.inference.loading import load_for_inference
 from megachiar.training.run_data import open_data
@@ -36,7 +36,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def test_every_tensor_of_the_checkpoint_is_read_bit_for_bit(run):
-    reader = ShardReader(run / "run" / "checkpoints" / "step_00000004")
+    reader = open_tensors(run / "run" / "checkpoints" / "step_00000004")
     assert {name: digest(reader.whole(name).numpy()) for name in reader.names()} == RECORDED["tensors"]
 
 

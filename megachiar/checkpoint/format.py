@@ -1,7 +1,7 @@
 """What a checkpoint is on disk: its names, its record, and how a reader tells a complete one from a damaged one.
 
     RUN/checkpoints/step_00000250/      one folder a checkpoint
-        state.json                          a CheckpointState, with the size of every other file; written last
+        state.json                          a CheckpointState, with size and checksum of every other file; written last
         config.yaml                         the resolved config of the run that wrote the checkpoint
         weights-p00-t00-d00.safetensors     fp32 weights by name, one file a rank that writes
         optimizer-p00-t00-d00.safetensors   AdamW's moments, sharded over ranks like the weights (sharded_tensors.py)
@@ -11,28 +11,34 @@ A run of any layout (pipeline, tensor and data ranks, ZeRO stage, micro-batch si
 A checkpoint is complete or absent. Every file is written to ``step_00000250.incomplete``; the folder is renamed when
 all ranks are done and the files are on disk. A killed run leaves an ``.incomplete`` folder behind. No run reads it, and
 the next run removes it.
+
+The last line of ``state.json`` is its seal, the checksum of all bytes before it. Only files that the record lists are
+read. ``find_damage`` compares the record with its seal and the sizes of the files; the checksums of the files are
+compared in ``verify.py``. Version 3 of the format has neither checksums nor seal.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import re
-from pathlib import Path
-from typing import Final, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from megachiar import __version__
-from megachiar.checkpoint.sharded_tensors import ShardReader
+from megachiar.checkpoint.checksums import checksum, read_small
 from megachiar.data.sampling.history import DataHistory
-from megachiar.engine.optimizer import MOMENTS
-from megachiar.errors import UserError
+from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
-_NAME = re.compile(r"step_(\d{8,})")
+WEIGHTS_SUFFIX = ".safetensors"
+_NAME = re.compile(r"step_(\d{8,18})")
+_SEALED = re.compile(rb'(?P<body>.*),\n  "seal": "(?P<seal>[0-9a-f]{32})"\n}\n', re.DOTALL)
 
 
 class RecentSteps(BaseModel):
@@ -49,6 +55,9 @@ class RecentSteps(BaseModel):
     gradient_norms: tuple[float, ...] = ()
 
 
+NO_STEPS = RecentSteps()
+
+
 class CheckpointState(BaseModel):
     """The record of a checkpoint, which ``state.json`` holds.
 
@@ -62,26 +71,77 @@ class CheckpointState(BaseModel):
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
         recent: what the run compares its next steps with; empty in checkpoints before this field.
         layout: layout of the run that wrote the files, as text for people.
+        validation: loss in nats a token on validation sets that was measured after this step, by name.
+        went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
+            none.
         files: size in bytes of each file of the folder but ``state.json``, by name.
+        checksums: hexadecimal XXH3-128 of each of these files, by name; None in version 3.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[3, 4] = FORMAT_VERSION
     created_by: str = f"megachiar {__version__}"
-    step: int
-    samples: int
+    step: int = Field(ge=0)
+    samples: int = Field(ge=0)
     data: DataHistory
-    optimizer_steps: int
+    optimizer_steps: int = Field(ge=0)
     loss_scale: dict[str, float] | None
-    recent: RecentSteps = RecentSteps()
+    recent: RecentSteps = NO_STEPS
     layout: str
+    validation: dict[str, float] = {}
+    went_back_to: int | None = None
     files: dict[str, int]
+    checksums: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _check_files(self) -> CheckpointState:
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or name == STATE_FILE:
+                raise ValueError(f"files lists {name!r}, which is no file of the folder beside {STATE_FILE}")
+        if CONFIG_FILE not in self.files or not self.tensor_files:
+            raise ValueError(f"files lists no {CONFIG_FILE} or no weights")
+        newer = self.model_fields_set & {"checksums", "validation", "went_back_to", "recent"}
+        if self.format_version == 3 and newer:
+            raise ValueError(f"format_version 3 has no {', '.join(sorted(newer))}")
+        if self.format_version > 3 and set(self.checksums or {}) != set(self.files):
+            raise ValueError("files and checksums do not name the same files")
+        return self
+
+    @property
+    def tensor_files(self) -> list[str]:
+        """Names of the files that hold tensors."""
+        return sorted(name for name in self.files if name.endswith(WEIGHTS_SUFFIX))
+
+    def to_json(self) -> bytes:
+        """Return the content of ``state.json``, with its seal."""
+        body = self.model_dump_json(indent=2).removesuffix("\n}").encode()
+        return body + f',\n  "seal": "{checksum(body)}"\n}}\n'.encode()
 
 
 def checkpoint_name(step: int) -> str:
     """Return the name of the folder that holds the checkpoint of ``step``."""
     return f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Return the step that the name of a checkpoint's folder tells; None if it is no such name."""
+    name = _NAME.fullmatch(path.name)
+    return int(name[1]) if name else None
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """Return what is named as a checkpoint in ``folder``, oldest step first, whether it is complete or not.
+
+    Raises:
+        UserError: the folder cannot be read. A folder that does not exist holds nothing.
+    """
+    names: list[str] = []
+    with disk_errors(folder, "read"), contextlib.suppress(FileNotFoundError):
+        names = os.listdir(folder)
+    steps = {folder / name: step for name in names if (step := checkpoint_step(Path(name))) is not None}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -90,85 +150,114 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     Raises:
         LaunchError: a checkpoint has another version of the format, see ``find_damage``.
     """
-    steps = {path: int(name[1]) for path in folder.glob("step_*") if (name := _NAME.fullmatch(path.name))}
-    named = [path for path in sorted(steps, key=steps.__getitem__) if path.is_dir()]
-    return [path for path in named if find_damage(path) is None]
+    return [path for path in named_checkpoints(folder) if find_damage(path) is None]
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with the files of ``checkpoint``; None if it is complete.
+    """Return what is wrong with the record of ``checkpoint`` or the sizes of its files; None if nothing is.
 
     Raises:
         LaunchError: the checkpoint has another version of the format. A run that ignored it would start over.
     """
     try:
-        text = (checkpoint / STATE_FILE).read_bytes()
-        _refuse_other_format(checkpoint, text)
-        state = CheckpointState.model_validate_json(text)
-    except FileNotFoundError:
-        return f"{STATE_FILE} is missing"
-    except (OSError, ValidationError) as error:
-        return f"{STATE_FILE} cannot be read: {str(error).splitlines()[0]}"
-    for name, size in state.files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, but {size} were written"
+        state = _read_record(checkpoint)
+        for name, size in state.files.items():
+            _check_size(checkpoint, name, size)
+    except Damaged as damage:
+        return str(damage)
     return None
 
 
-def _refuse_other_format(checkpoint: Path, text: bytes) -> None:
-    try:
-        state = json.loads(text)
-    except ValueError:
-        return  # the file is damaged: find_damage reports it
-    version = state.get("format_version") if isinstance(state, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise LaunchError(
-            checkpoint / STATE_FILE,
-            f"has format_version {version}, written by {state.get('created_by')}; this is megachiar {__version__}, "
-            f"which reads format_version {FORMAT_VERSION}",
-            "use the version that wrote the checkpoint; or leave it: name another logging.folder, or another "
-            "checkpoint.load_from where that names it",
-        )
-
-
 def read_state(checkpoint: Path) -> CheckpointState:
-    """Return the record of a checkpoint.
+    """Return the record of a checkpoint, of which ``find_damage`` reports nothing.
 
     Raises:
         UserError: the checkpoint is damaged or has another version of the format.
     """
     problem = find_damage(checkpoint)
     if problem is not None:
-        raise UserError(checkpoint, f"is not a complete checkpoint: {problem}", "use another checkpoint of the run")
-    return CheckpointState.model_validate_json((checkpoint / STATE_FILE).read_bytes())
+        raise damaged_checkpoint(checkpoint, problem)
+    return _read_record(checkpoint)
 
 
-def locate_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint at ``path``, or the newest complete one of the run folder at ``path``.
-
-    Raises:
-        UserError: there is no complete checkpoint at ``path``.
-    """
-    path = Path(path)
-    if (path / STATE_FILE).exists():
-        read_state(path)
-        return path
-    for folder in (path / "checkpoints", path):
-        if complete := complete_checkpoints(folder):
-            return complete[-1]
-    problem = "holds no complete checkpoint" if path.is_dir() else "no such folder"
-    raise UserError(path, problem, "give a run folder (logging.folder of its config) or one of its checkpoints")
+def damaged_checkpoint(checkpoint: Path, problem: str) -> UserError:
+    """Return the error for a checkpoint that was named, and is damaged."""
+    return UserError(checkpoint, f"is not a whole checkpoint: {problem}", "use another checkpoint of the run")
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return whole fp32 weights and buffers by name, on the CPU, of a checkpoint of any layout.
+def unlisted_files(checkpoint: Path, state: CheckpointState) -> list[str]:
+    """Return the names of files in the folder of a checkpoint that its record does not list, and nobody reads."""
+    files = (str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name != STATE_FILE and name not in state.files)
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be used; the message begins with the name of the file that is damaged."""
+
+
+def _read_record(checkpoint: Path) -> CheckpointState:
+    """Read and check ``state.json``.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        Damaged: the file is missing, unreadable or altered, or belongs to another folder.
+        LaunchError: it has another version of the format.
     """
-    read_state(checkpoint)
-    reader = ShardReader(checkpoint)
-    return {name: reader.whole(name) for name in reader.names() if not name.endswith(MOMENTS)}
+    try:
+        text = read_small(checkpoint / STATE_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{STATE_FILE} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{STATE_FILE} cannot be read: {error.strerror or error}") from None
+    sealed = _SEALED.fullmatch(text)
+    if sealed and checksum(sealed["body"]) != sealed["seal"].decode():
+        raise Damaged(f"{STATE_FILE} was altered: its seal does not fit its content")
+    try:
+        record = from_json(text)
+        _refuse_other_format(checkpoint, record)
+        if sealed:
+            del record["seal"]
+        state = CheckpointState.model_validate(record)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise Damaged(f"{STATE_FILE} cannot be read: {_first_problem(error)}") from None
+    if bool(sealed) != (state.format_version > 3):
+        raise Damaged(f"{STATE_FILE} was altered: its seal does not fit format_version {state.format_version}")
+    if checkpoint_step(checkpoint) not in (None, state.step):
+        raise Damaged(f"{STATE_FILE} is the record of step {state.step}, not of this folder")
+    return state
+
+
+def _refuse_other_format(checkpoint: Path, record: Any) -> None:
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if type(version) is int and version not in (3, FORMAT_VERSION):
+        raise LaunchError(
+            checkpoint / STATE_FILE,
+            f"has format_version {version}, written by {record.get('created_by')}; this is megachiar {__version__}, "
+            f"which reads format_version 3 and {FORMAT_VERSION}",
+            "use the version that wrote the checkpoint; or leave it: name another logging.folder, or another "
+            "checkpoint.load_from where that names it",
+        )
+
+
+def _check_size(checkpoint: Path, name: str, size: int) -> None:
+    path = checkpoint / name
+    try:
+        if not path.exists():
+            raise Damaged(f"{name} is missing")
+        if not path.is_file():
+            raise Damaged(f"{name} is no regular file")
+        found = path.stat().st_size
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    except ValueError:  # a null byte in the name
+        raise Damaged(f"{STATE_FILE} lists {name!r}, which is no name of a file") from None
+    if found != size:
+        raise Damaged(f"{name} has {found} bytes, but {size} were written")
+
+
+def _first_problem(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+    return str(error).splitlines()[0]

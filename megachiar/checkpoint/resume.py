@@ -1,11 +1,11 @@
-"""Load a checkpoint into an engine: everything to resume a run, or the weights alone to start a new one."""
+"""Load a verified checkpoint into an engine: everything to resume a run, or the weights alone to start a new one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megachiar.checkpoint.format import CheckpointState
-from megachiar.checkpoint.sharded_tensors import ShardReader
+from megachiar.checkpoint.reading import open_tensors
 from megachiar.engine.deepspeed_patches import set_loss_scale_state
 from megachiar.engine.engine import Engine
 from megachiar.engine.gathered_state import set_moments, set_weights
@@ -19,7 +19,7 @@ def resume(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
         checkpoint: to load.
         state: its record.
     """
-    read = ShardReader(checkpoint).for_rank(engine.topology.tensor)
+    read = open_tensors(checkpoint).for_rank(engine.topology.tensor)
     set_weights(engine, read)
     set_moments(engine, read, state.optimizer_steps)
     engine.skipped_steps = state.step - state.optimizer_steps
@@ -32,4 +32,4 @@ def load_weights(engine: Engine, checkpoint: Path) -> None:
 
     ``read_compatible`` has found the checkpoint to hold the engine's model.
     """
-    set_weights(engine, ShardReader(checkpoint).for_rank(engine.topology.tensor))
+    set_weights(engine, open_tensors(checkpoint).for_rank(engine.topology.tensor))

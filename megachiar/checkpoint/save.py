@@ -1,141 +1,141 @@
-"""Write a checkpoint that is complete or absent, and remove the oldest ones."""
+"""Write a checkpoint that is complete or absent, and remove the ones that no rule keeps.
+
+    every rank      write its files to step_N.incomplete, with checksums, and force them to the disk
+    rank 0          write config.yaml and the sealed state.json, rename the folder to step_N, remove old checkpoints
+
+After each line all ranks agree whether it went well everywhere. They talk over a function that is passed in, so that
+this may run in a thread beside training (``saver.py``).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections import ChainMap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-
-from megachiar.checkpoint.format import (
-    CONFIG_FILE,
-    STATE_FILE,
-    CheckpointState,
-    RecentSteps,
-    checkpoint_name,
-    complete_checkpoints,
-)
-from megachiar.checkpoint.sharded_tensors import ShardWriter
-from megachiar.data.sampling.history import DataHistory
+from megachiar.checkpoint.checksums import FileRecord, write_checksummed
+from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name
+from megachiar.checkpoint.removal import remove_checkpoint, surplus_checkpoints
+from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.data.storage.files import sync_folder, write_atomically
-from megachiar.engine.deepspeed_patches import loss_scale_state
-from megachiar.engine.engine import Engine
-from megachiar.engine.gathered_state import gather_state
 from megachiar.errors import UserError, disk_errors
+from megachiar.topology import LaunchError
+
+Gather = Callable[[Any], list[Any]]
+"""Returns the values of all ranks, rank 0's first; every rank calls it."""
 
 
-def save_checkpoint(engine: Engine, step: int, data: DataHistory, recent: RecentSteps, keep: int | None) -> Path:
-    """Write the checkpoint of ``step`` and remove old ones; every rank calls this function.
+class SaveError(LaunchError):
+    """A checkpoint could not be written, on every rank alike."""
 
-    Args:
-        engine: holds weights, optimizer state and loss scale.
-        step: optimizer steps taken.
-        data: what the run has read so far.
-        recent: what the run compares its next steps with.
-        keep: number of newest checkpoints that remain; None keeps all.
+
+def write_checkpoint(snapshot: Snapshot, gather: Gather, is_main: bool) -> Path:
+    """Write the checkpoint of ``snapshot``; every rank calls this function.
 
     Returns:
         The folder of the new checkpoint.
 
     Raises:
-        UserError: the disk is full or read-only. No folder that looks like a complete checkpoint is left.
+        SaveError: the disk of any rank is full or refuses to be written. Every rank raises it, and no folder that looks
+            like a complete checkpoint is left.
     """
-    config, topology = engine.config, engine.topology
-    folder = config.checkpoint_folder
-    final, incomplete = folder / checkpoint_name(step), folder / f"{checkpoint_name(step)}.incomplete"
-    if topology.is_main:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-    engine.barrier()
-    with _write_errors(incomplete):
-        incomplete.mkdir(exist_ok=True)
-        _write_tensors(engine, incomplete)
-    engine.barrier()
-    if topology.is_main:
-        with disk_errors(folder):
-            (incomplete / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-            state = CheckpointState(
-                step=step,
-                samples=data.samples_before(step),
-                data=data,
-                optimizer_steps=step - engine.skipped_steps,
-                loss_scale=loss_scale_state(engine.deepspeed),
-                recent=recent,
-                layout=topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
-                files=_sync_files(incomplete),
-            )
-            write_atomically(incomplete / STATE_FILE, (state.model_dump_json(indent=2) + "\n").encode())
-            _replace_folder(incomplete, final)
-        _remove_oldest(folder, keep)
-    engine.barrier()
+    final = snapshot.folder / checkpoint_name(snapshot.step)
+    incomplete = final.with_name(final.name + ".incomplete")
+    writer = _AgreedWriter(snapshot.folder, incomplete, gather, is_main)
+    sizes = gather(snapshot.shards.size)
+    writer.step(lambda: _prepare(snapshot.folder, sum(sizes)) if is_main else None)
+    shares = writer.step(lambda: _write_share(snapshot, incomplete))
+    writer.step(lambda: _publish(snapshot, ChainMap(*shares), incomplete, final) if is_main else None)
     return final
 
 
-def _write_tensors(engine: Engine, folder: Path) -> None:
-    """Write this rank's share of weights, moments and buffers; every rank calls this function."""
-    writer = ShardWriter(engine.topology)
-    mine = False
-    for tensor in gather_state(engine):
-        if tensor.moment is None:
-            mine = writer.is_mine(tensor.shard)
-        if mine:
-            writer.add(tensor.name, tensor.moment, tensor.value, tensor.shard)
-    writer.write(folder)
+class _AgreedWriter:
+    """Take the steps of a save, each on all ranks, and fail on all ranks if one of them fails."""
+
+    def __init__(self, folder: Path, incomplete: Path, gather: Gather, is_main: bool):
+        self._folder, self._incomplete, self._gather, self._is_main = folder, incomplete, gather, is_main
+
+    def step(self, action: Callable[[], Any]) -> list[Any]:
+        """Return what ``action`` returns on each rank.
+
+        Raises:
+            SaveError: it failed on some rank because of the disk.
+        """
+        value: Any = None
+        error: UserError | None = None
+        defect: Exception | None = None
+        try:
+            with disk_errors(self._incomplete):
+                value = action()
+        except UserError as refused:
+            error = refused
+        except Exception as found:  # a defect of ours: this rank raises it, and the others must not wait
+            error, defect = UserError(self._incomplete, f"saving failed: {found!r}", "report it"), found
+        reports = self._gather((socket.gethostname(), value, error))
+        failures = [(rank, host, failed) for rank, (host, _, failed) in enumerate(reports) if failed is not None]
+        if not failures:
+            return [value for _, value, _ in reports]
+        if self._is_main:
+            shutil.rmtree(self._incomplete, ignore_errors=True)
+        if defect is not None:
+            raise defect
+        rank, host, first = failures[0]
+        who = f"rank {rank} on {host}: " if len(reports) > 1 else ""
+        raise SaveError(
+            f"{who}{first.where}",
+            f"the checkpoint could not be written ({self._free_mib()} MiB free): {first.problem}",
+            f"{first.remedy}; or lower checkpoint.keep. The run resumes from its last checkpoint",
+        )
+
+    def _free_mib(self) -> str:
+        try:
+            return f"{shutil.disk_usage(self._folder).free / 2**20:,.0f}"
+        except OSError:
+            return "?"
 
 
-def _sync_files(folder: Path) -> dict[str, int]:
-    """Force every file of ``folder`` to the disk; return the files' sizes in bytes by name."""
-    sizes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
-    return sizes
-
-
-def _replace_folder(incomplete: Path, final: Path) -> None:
-    if final.exists():  # the run fell back to an older checkpoint and reached this step again
-        shutil.rmtree(final)
-    os.replace(incomplete, final)
-    sync_folder(final.parent)
-
-
-def _remove_oldest(folder: Path, keep: int | None) -> None:
-    if keep is not None:
-        for path in complete_checkpoints(folder)[:-keep]:
-            # The folder is renamed first: a kill in the middle must not leave one that looks like a checkpoint.
-            doomed = path.with_name(path.name + ".incomplete")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
+def _prepare(folder: Path, size: int) -> None:
+    """Make the folder of checkpoints, remove what killed saves left there, and check that ``size`` bytes fit."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("step_*.incomplete"):
+        _discard(path)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            folder,
+            f"the checkpoint needs {size / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free",
+            "free some space there or write somewhere else",
+        )
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or a file that stood in the way of one; what cannot be removed does no harm."""
+    if path.is_file():
+        path.unlink()
+    else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a ``UserError`` and remove ``folder``.
+def _write_share(snapshot: Snapshot, incomplete: Path) -> dict[str, FileRecord]:
+    incomplete.mkdir(parents=True, exist_ok=True)
+    return snapshot.shards.write(incomplete)
 
-    safetensors wraps the system's error in its own, so that both kinds are caught here.
-    """
-    try:
-        with disk_errors(folder):
-            yield
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except SafetensorError as error:
-        free = shutil.disk_usage(folder.parent).free
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            folder,
-            f"the checkpoint could not be written ({free / 2**20:,.0f} MiB free): {str(error).splitlines()[0]}",
-            "free some space, lower checkpoint.keep, or move logging.folder; the run resumes from its last checkpoint",
-        ) from error
+
+def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: Path, final: Path) -> None:
+    """Write config and record, give the folder its name, and remove the checkpoints that no rule keeps."""
+    config = write_checksummed(incomplete / CONFIG_FILE, snapshot.config.to_yaml().encode())
+    state = snapshot.record({CONFIG_FILE: config, **shares})
+    write_atomically(incomplete / STATE_FILE, state.to_json())
+    replaced = final.with_name(final.name + ".replaced.incomplete")
+    if final.exists():  # the run fell back to an older checkpoint and reached this step again
+        os.replace(final, replaced)
+    os.replace(incomplete, final)
+    sync_folder(final.parent)
+    _discard(replaced)
+    kept = snapshot.config.checkpoint
+    for path in surplus_checkpoints(final.parent, kept.keep, kept.keep_every, kept.keep_best):
+        remove_checkpoint(path)

@@ -7,20 +7,26 @@ p, t and d are the pipeline, tensor and data rank that wrote the file. The repli
 among themselves. The header of a file records how each sharded parameter was cut (``shards``), and which tensor rank of
 how many wrote it (``rank``, ``size``). A reader takes what its own shard needs from all files, so that a run of any
 layout reads the checkpoint of any other.
+
+The files are written here and not by safetensors, which would need a second copy of them to give their checksums, and
+gives them other permissions than the files beside them. safetensors reads them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum, open_regular
+from megachiar.data.storage.files import as_bytes
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
@@ -68,37 +74,89 @@ class ShardWriter:
         if shard is not None:
             self._shards[name] = [shard.dim, shard.blocks]
 
-    def write(self, folder: Path) -> None:
-        """Write the collected tensors to this rank's files in ``folder``; a rank without tensors writes no file."""
+    @property
+    def size(self) -> int:
+        """Bytes of the collected tensors."""
+        return sum(tensor.nbytes for tensors in self._tensors.values() for tensor in tensors.values())
+
+    def checksums(self) -> dict[str, str]:
+        """Return the checksum of each collected tensor by name, to time what ``write`` spends on checksums."""
+        collected = (item for tensors in self._tensors.values() for item in tensors.items())
+        return {name: checksum(as_bytes(tensor.numpy().reshape(-1))) for name, tensor in collected}
+
+    def write(self, folder: Path) -> dict[str, FileRecord]:
+        """Write the collected tensors to this rank's files in ``folder``; a rank without tensors writes no file.
+
+        Returns:
+            Size and checksum of each file, by name. The files are on the disk.
+
+        Raises:
+            OSError: the disk is full or read-only.
+        """
         t = self._topology
         ranks = f"p{t.pipeline_rank:02d}-t{t.tensor.rank:02d}-d{t.data_rank:02d}"
+        records = {}
         for kind, tensors in self._tensors.items():
             if tensors:
                 shards = {name: cut for name, cut in self._shards.items() if name in tensors}
                 header = {"rank": str(t.tensor.rank), "size": str(t.tensor.size), "shards": json.dumps(shards)}
-                save_file(tensors, folder / f"{kind}-{ranks}.safetensors", {"format": "pt", **header})
+                name = f"{kind}-{ranks}.safetensors"
+                records[name] = write_safetensors(folder / name, tensors, {"format": "pt", **header})
+        return records
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> FileRecord:
+    """Write fp32 tensors of the CPU to a safetensors file: length of the header, header in JSON, tensors.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with ChecksummedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in sorted(tensors.items()):
+            file.write(as_bytes(tensor.numpy().reshape(-1)))
+    return file.record
 
 
 class ShardReader:
     """Read the tensors of a checkpoint by name. Only the bytes that a call asks for are read.
 
+    Args:
+        folder: of the checkpoint.
+        files: names of the files to read, see ``CheckpointState.tensor_files``; no other file is opened.
+
     Raises:
-        UserError: a file's header cannot be read.
+        UserError: a file's header cannot be read, or does not describe shards.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Iterable[str]):
         self.folder = folder
         self._stored: dict[str, list[StoredShard]] = defaultdict(list)
-        for file in sorted(folder.glob("*-p*-t*-d*.safetensors")):
-            try:
+        for file in (folder / name for name in files):
+            with _reading(file):
+                open_regular(file).close()
                 with safe_open(file, "pt") as opened:
-                    header = opened.metadata()
-                    shards = {name: Shard(*cut) for name, cut in json.loads(header["shards"]).items()}
-                    for name in opened.keys():  # noqa: SIM118 (no mapping)
-                        stored = StoredShard(file, shards.get(name), int(header["rank"]), int(header["size"]))
-                        self._stored[name].append(stored)
-            except (SafetensorError, OSError, KeyError, TypeError) as error:
-                raise _unreadable(file, error) from error
+                    self._add(file, opened)
+
+    def _add(self, file: Path, opened: Any) -> None:
+        """Remember the tensors of one open file."""
+        header = opened.metadata()
+        rank, size = int(header["rank"]), int(header["size"])
+        shards = {name: Shard(*map(int, cut)) for name, cut in json.loads(header["shards"]).items()}
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            shard, shape = shards.get(name), opened.get_slice(name).get_shape()
+            if not 0 <= rank < size:
+                raise ValueError(f"tensor rank {rank} of {size}")
+            if shard is not None and not (0 <= shard.dim < len(shape) and 1 <= shard.blocks <= shape[shard.dim]):
+                raise ValueError(f"{name} of shape {shape} cannot be cut by {shard}")
+            self._stored[name].append(StoredShard(file, shard, rank, size))
 
     def names(self) -> list[str]:
         """Return the names of all weights, buffers and moments of the checkpoint."""
@@ -139,6 +197,7 @@ def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorP
     result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
     before = (slice(None),) * shard.dim
     for start, length, offset in shard.pieces(shape, group.rank, group.size):
+        missing = length
         for source in stored:
             for source_start, source_length, source_offset in _stored_ranges(source, shape, shard):
                 low, high = max(start, source_start), min(start + length, source_start + source_length)
@@ -146,6 +205,9 @@ def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorP
                     there, here = source_offset - source_start, offset - start
                     values = _read(source, name, (*before, slice(low + there, high + there)))
                     result[(*before, slice(low + here, high + here))] = values
+                    missing -= high - low
+        if missing:
+            raise _unreadable(stored[0].file, ValueError(f"the files hold {name} in part, or twice"))
     return result
 
 
@@ -157,24 +219,28 @@ def _stored_ranges(stored: StoredShard, shape: tuple[int, ...], shard: Shard) ->
 
 
 def _whole_shape(stored: StoredShard, name: str) -> tuple[int, ...]:
-    try:
-        with safe_open(stored.file, "pt") as opened:
-            shape = opened.get_slice(name).get_shape()
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(stored.file, error) from error
+    with _reading(stored.file), safe_open(stored.file, "pt") as opened:
+        shape = opened.get_slice(name).get_shape()
     return tuple(shape) if stored.shard is None else stored.shard.whole_shape(shape, stored.size)
 
 
 def _read(stored: StoredShard, name: str, index: tuple[slice, ...]) -> torch.Tensor:
     """Return tensor ``name`` of one file; only the slices of ``index`` are read unless it is empty."""
+    with _reading(stored.file), safe_open(stored.file, "pt") as opened:
+        return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged ``file`` makes of reading it into a ``UserError`` that names it."""
     try:
-        with safe_open(stored.file, "pt") as opened:
-            return opened.get_slice(name)[index] if index else opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(stored.file, error) from error
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
+        raise _unreadable(file, error) from error
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(
-        file, f"cannot be read: {str(error).splitlines()[0]}", "remove its folder to fall back to an older checkpoint"
-    )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(file, f"cannot be read: {reason}", "remove its folder to fall back to an older checkpoint")

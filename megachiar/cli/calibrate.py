@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megachiar.console import make_console
+from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_run_argument
 
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(options)
 
     from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
-    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.data.sampling.dataset import TokenSource
     from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
-    from megachiar.inference.loading import load_for_inference
+    from megachiar.inference.loading import load_model
 
-    checkpoint = locate_checkpoint(options.run)
-    config, model, state = load_for_inference(checkpoint, default_device())
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
+    config, model, state = load_model(checkpoint, default_device())
     check_layers(options.run, config.model)
     data = options.data or config.data.train[0].path
     if options.where == "embedding":

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megachiar.console import make_console
+from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
 from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
 
@@ -39,15 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.progress import Progress
 
-    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import default_device, model_score, open_for_run, with_progress
-    from megachiar.inference.loading import load_for_inference
+    from megachiar.inference.loading import load_model
     from megachiar.model.dtypes import DTYPES
     from megachiar.training.evaluation import evaluate
 
-    checkpoint = locate_checkpoint(options.run)
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
     device = default_device()
-    config, model, state = load_for_inference(checkpoint, device, DTYPES.get(options.dtype))
+    config, model, state = load_model(checkpoint, device, DTYPES.get(options.dtype))
     datasets = {str(p): p for p in options.data} if options.data else dict(config.data.validation)
     if not datasets:
         raise UserError(checkpoint, "its config names no validation set", "give --data PREFIX")

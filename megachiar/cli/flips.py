@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megachiar.console import print_warning
 from megachiar.errors import UserError
 from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
 
@@ -44,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megachiar.analysis.calibration import spread_windows
     from megachiar.analysis.flips import routing_flips
-    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import default_device, open_for_run
-    from megachiar.inference.loading import load_for_inference
+    from megachiar.inference.loading import load_model
     from megachiar.model.dtypes import DTYPES
 
-    checkpoint = locate_checkpoint(options.run)
-    config, model, state = load_for_inference(checkpoint, default_device(), DTYPES["fp32"])
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
+    config, model, state = load_model(checkpoint, default_device(), DTYPES["fp32"])
     if not config.model.routed_layers:
         raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     data = options.data or config.data.train[0].path

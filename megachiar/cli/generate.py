@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from megachiar.console import print_warning
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_run_argument
 
@@ -34,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check_sampling(options)
 
-    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import TextSampler, default_device
-    from megachiar.inference.loading import load_for_inference
+    from megachiar.inference.loading import load_model
 
-    checkpoint = locate_checkpoint(options.run)
-    config, model, _ = load_for_inference(checkpoint, default_device())
+    checkpoint = locate_checkpoint(options.run, log=print_warning)
+    config, model, _ = load_model(checkpoint, default_device())
     sampler = TextSampler(checkpoint, config, model)
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     for number in range(options.num_samples):

@@ -34,6 +34,7 @@ GROUPS = {
         "stacks": "show where all ranks of a run are at the moment",
     },
     "Trained models": {
+        "checkpoint": "list, verify, show, compare and remove checkpoints",
         "evaluate": "measure perplexity and bits per byte on a dataset",
         "generate": "sample text",
         "calibrate": "find thresholds for the router",
@@ -44,6 +45,7 @@ GROUPS = {
         "bench-train": "time training steps, beside the baseline and other programs",
         "bench-layers": "time layers and operators",
         "bench-data": "time the data tools, beside Megatron-LM's",
+        "bench-checkpoint": "time the saving of checkpoints",
         "bench-dropout": "time keyed dropout, beside torch's",
     },
 }
@@ -93,7 +95,7 @@ def help_text() -> str:
     """Return the text of ``megachiar --help``."""
     lines = ["usage: megachiar COMMAND ...", "", "Pretrain CHIAR-Former language models, from a laptop to a cluster."]
     for group, commands in GROUPS.items():
-        lines += ["", f"{group}:", *(f"  {command:14} {summary}" for command, summary in commands.items())]
+        lines += ["", f"{group}:", *(f"  {command:17} {summary}" for command, summary in commands.items())]
     lines += ["", "megachiar COMMAND --help   the options of a command", "megachiar --version        the version"]
     return "\n".join(lines)
 

@@ -272,6 +272,16 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def best_checkpoint(checkpoint: CheckpointConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    best = checkpoint.keep_best
+    if best is not None and best not in data.validation:
+        yield Problem("checkpoint.keep_best", f"{best!r} is no set of data.validation", "name one of its sets, or null")
+    elif best is not None and training.evaluate_every is None:
+        yield Problem(
+            "checkpoint.keep_best", f"is {best} without training.evaluate_every", "set training.evaluate_every"
+        )
+
+
 def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
     """Check that a run that is to load everything is told from where."""
     if checkpoint.load == "all" and checkpoint.load_from is None:

@@ -57,6 +57,10 @@ class DataConfig(Section):
     source whose manifest names another one, or none while this id does not occur in it, is refused."""
     prefetch: PositiveInt = 4
     """Micro-batches that each rank reads ahead."""
+    verify: Literal["background", "start", "never"] = "background"
+    """When datasets are compared with the checksums in their manifests. background: by a thread of low priority while
+    the run reads, each block once, shared out among the data ranks. start: all of them before the first step. A block
+    that differs ends the run."""
 
 
 def sample_length(model: ModelConfig, data: DataConfig) -> int:
@@ -177,9 +181,21 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null: only at the end and on a signal."""
     keep: PositiveInt | None = 3
     """Newest checkpoints that are kept; null keeps all."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest complete checkpoint of the run folder if there is one. never: refuse a run folder
-    that has one."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are never removed."""
+    keep_best: str | None = None
+    """Name of a set in data.validation: the checkpoint with the lowest loss on it is never removed. Only checkpoints of
+    steps after which the set was evaluated count."""
+    asynchronous: bool = True
+    """Copy to the host's memory and write in a thread, while training goes on. Each rank needs memory for its share of
+    weights and moments, together 12 bytes a parameter. The last checkpoint of a run is always waited for."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What to do if a checkpoint cannot be written. stop: end the run. continue: warn, go on, and try again at the next
+    one. The last checkpoint of a run must be written in any case."""
+    resume: Literal["auto", "never"] | PositiveInt = "auto"
+    """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
+    has one. A number: go back to the checkpoint of this step; later ones are set aside. A run that has saved since
+    goes on from its newest, so that it can be started again with the same number."""
     load_from: ConfigPath | None = None
     """Checkpoint to start from, or a run folder, whose newest one counts. A run that has saved goes on from its own."""
     load: Literal["weights", "all"] = "weights"

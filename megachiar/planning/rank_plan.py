@@ -27,6 +27,8 @@ class RankPlan:
         parameters: number of parameters of the rank.
         flops: FLOPs of its forward and backward passes in a step; recomputed forward passes are counted too.
         memory: bytes on the rank.
+        snapshot: bytes of the host's memory that a checkpoint takes while it is written: the rank's share of fp32
+            weights and two moments.
         communication: bytes that the rank sends in a step.
     """
 
@@ -34,6 +36,7 @@ class RankPlan:
     parameters: int
     flops: float
     memory: RankMemory
+    snapshot: float
     communication: RankCommunication
 
 
@@ -68,6 +71,7 @@ def _plan_stage(config: RunConfig, data_size: int, stage: Stage, layer_parameter
         parameters=parameters,
         flops=_rank_flops(config, data_size, stage),
         memory=rank_memory(config, data_size, stage, parameters, device),
+        snapshot=3 * 4 * parameters / data_size,
         communication=rank_communication(config, data_size, stage, parameters),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,7 +40,7 @@ COMMUNICATING = (
 
 @contextlib.contextmanager
 def measure_communication(activity: Activity) -> Iterator[None]:
-    """Add the seconds of each call that communicates to ``activity``, as long as this context lasts."""
+    """Add the seconds of each call with which the main thread communicates to ``activity``, within this context."""
     originals = {name: getattr(dist, name) for name in COMMUNICATING}
     for name, original in originals.items():
         setattr(dist, name, _timed(original, activity))
@@ -53,6 +54,8 @@ def measure_communication(activity: Activity) -> Iterator[None]:
 def _timed(function: Callable[..., Any], activity: Activity) -> Callable[..., Any]:
     @functools.wraps(function)
     def timed(*arguments: Any, **named: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():  # a save waits beside training
+            return function(*arguments, **named)
         began = time.perf_counter()
         result = function(*arguments, **named)
         activity.end_wait(time.perf_counter() - began)  # a call that failed is no progress

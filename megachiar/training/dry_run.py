@@ -103,6 +103,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
             "  activations, recomputed",
             [gib(m.activations_recomputed) + " (not this run)" * (not m.recomputes) for m in memory],
         ),
+        ("host memory of a checkpoint that is written", [gib(plan.snapshot) for plan in plans]),
         ("sent a step in the tensor-parallel group", [gib(t.tensor) for t in traffic]),
         ("  to other stages", [gib(t.pipeline) for t in traffic]),
         ("  to other replicas", [gib(t.data) for t in traffic]),

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megachiar.checkpoint.format import complete_checkpoints, locate_checkpoint, read_state
+from megachiar.checkpoint.format import complete_checkpoints, read_state
+from megachiar.checkpoint.reading import locate_checkpoint
+from megachiar.checkpoint.verify import verify_alone
 from megachiar.config import RunConfig, load_config
 from megachiar.config.sections import ParallelConfig
 from megachiar.data.sampling.history import DataHistory
@@ -134,9 +136,10 @@ def _config_of(run: Path, incident: Path | None) -> RunConfig:
 
 def _start_before(config: RunConfig, complete: list[Path], step: int) -> Start:
     """Return what the steps are repeated from: the newest checkpoint before ``step``, or what the run started from."""
-    before = [path for path in complete if read_state(path).step < step]
-    if before:
-        return Start("resumed", before[-1], read_state(before[-1]).step)
+    before = [path for path in reversed(complete) if read_state(path).step < step]
+    whole = next((path for path in before if verify_alone(path) is None), None)
+    if whole is not None:
+        return Start("resumed", whole, read_state(whole).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
     other = locate_checkpoint(config.checkpoint.load_from)

@@ -15,6 +15,7 @@ from megachiar.checkpoint.format import CheckpointState, read_state
 from megachiar.checkpoint.resume import resume
 from megachiar.engine.engine import Engine
 from megachiar.training.run_data import RunData
+from megachiar.training.start import check_whole
 
 
 def roll_back(engine: Engine, data: RunData, bad_step: int, checkpoint: Path) -> tuple[CheckpointState, RunData]:
@@ -30,8 +31,9 @@ def roll_back(engine: Engine, data: RunData, bad_step: int, checkpoint: Path) ->
         The checkpoint's record, and the data that the run reads from there on.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        LaunchError: the checkpoint is damaged.
     """
+    check_whole(checkpoint, engine.topology)
     state = read_state(checkpoint)
     resume(engine, checkpoint, state)
     return state, data.leave_out(data.history.samples_of(bad_step))

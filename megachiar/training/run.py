@@ -10,6 +10,7 @@ from rich.markup import escape
 from megachiar.activity import Activity, Stage
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
+from megachiar.data.sampling.verification import BackgroundCheck, DataBlock, blocks_of, find_altered
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read_kept_record
 from megachiar.engine.engine import Engine, start_process_group
@@ -29,7 +30,7 @@ from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
 from megachiar.training.run_lock import hold_run_folder
-from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start
+from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start, set_later_aside
 from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
@@ -113,12 +114,26 @@ def train(
         console.print(escape(finished))
         return 0
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
+    blocks = data_to_check(config, data, topology)
+    if config.data.verify == "start":
+        raise_together(find_altered(blocks))
+        blocks = []
+    if topology.is_main:
+        set_later_aside(config, run.start, console.print)
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
-        return Trainer(engine, data, progress, writer, display, supervision).run(owed)
+        with BackgroundCheck(blocks) as check:
+            return Trainer(engine, data, progress, writer, display, supervision, check.raise_problem).run(owed)
     finally:
         if writer is not None:
             writer.close()
+
+
+def data_to_check(config: RunConfig, data: RunData, topology: Topology) -> list[DataBlock]:
+    """Return the blocks of the datasets that this rank compares with their checksums, as ``data.verify`` says."""
+    if config.data.verify == "never" or not topology.is_first_stage or topology.tensor.rank:
+        return []
+    return blocks_of(data.sources)[topology.data_rank :: topology.data_size]
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:

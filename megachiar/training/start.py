@@ -1,8 +1,12 @@
 """Where a run starts: rank 0 decides it once and broadcasts the decision to all ranks.
 
-the run folder has a complete checkpoint   resumed: continue from the newest one (refused with checkpoint.resume: never)
+checkpoint.resume names a step             resumed: go back to its checkpoint, unless the run has saved since it did
+else, the run folder has checkpoints       resumed: continue from the newest whole one (refused with resume: never)
 else, checkpoint.load_from is given        weights (the weights alone), or with checkpoint.load: all everything
 else                                       fresh
+
+Before it decides, rank 0 has every file of the checkpoint compared with its checksum. All ranks share the files out
+among themselves. A checkpoint that is not whole is passed over; if none is whole, the run does not start.
 """
 
 from __future__ import annotations
@@ -16,11 +20,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
+from rich.markup import escape
 
-from megachiar.checkpoint.format import STATE_FILE, complete_checkpoints, find_damage, locate_checkpoint, read_state
+from megachiar.checkpoint.format import STATE_FILE, damaged_checkpoint, find_damage, read_state, unlisted_files
+from megachiar.checkpoint.reading import (
+    checkpoint_to_go_back_to,
+    later_checkpoints,
+    locate_checkpoint,
+    newest_whole,
+)
+from megachiar.checkpoint.removal import set_aside
+from megachiar.checkpoint.verify import Verify, find_damaged_file, find_unreadable, share_of_files, verify_alone
 from megachiar.config import RunConfig
 from megachiar.errors import UserError, disk_errors
-from megachiar.topology import LaunchError, Topology, raise_together
+from megachiar.topology import LaunchError, Topology, raise_together, shared_error
 
 VISIBLE_WITHIN_S = 10.0
 """Seconds that another host may take to see what rank 0 wrote to a shared file system."""
@@ -62,30 +75,44 @@ def resolve_start(config: RunConfig, topology: Topology, log: Callable[[str], No
         log: prints a line of the log.
 
     Raises:
-        LaunchError: there is nothing to start from, ``checkpoint.resume`` forbids to resume, or a rank does not see the
-            checkpoint. Every rank raises it.
+        LaunchError: there is nothing to start from, ``checkpoint.resume`` forbids to resume, no checkpoint is whole, or
+            a rank does not see the checkpoint. Every rank raises it.
     """
-    decision = broadcast_from_rank_0(_decide(config, log) if topology.is_main else None)
-    if isinstance(decision, UserError):
-        raise LaunchError(decision.where, decision.problem, decision.remedy)
-    if decision.start.path is not None:
-        raise_together(_why_unseen(decision.start.path, decision.fingerprint))
-    return decision.start
+    if topology.is_main:
+        message = broadcast_from_rank_0(_decide(config, topology, log))
+    else:
+        while isinstance(message := broadcast_from_rank_0(None), _Candidate):
+            _verify_together(message, topology)
+    if isinstance(message, UserError):
+        raise LaunchError(message.where, message.problem, message.remedy)
+    return message
 
 
-def find_start(config: RunConfig, log: Callable[[str], None] = lambda line: None) -> Start:
+def find_start(
+    config: RunConfig, log: Callable[[str], None] = lambda line: None, verify: Verify = verify_alone
+) -> Start:
     """Return where the run of ``config`` would start, from what this process sees of the file system.
 
+    Args:
+        config: of the run.
+        log: is told of checkpoints that are passed over.
+        verify: compares the files of a checkpoint with their checksums.
+
     Raises:
-        UserError: ``checkpoint.load_from`` holds no complete checkpoint, or a checkpoint has another format.
+        UserError: there are checkpoints and none is whole, ``checkpoint.load_from`` holds no whole checkpoint, or a
+            checkpoint has another format.
     """
-    own = _newest(config.checkpoint_folder, log)
+    folder, resume = config.checkpoint_folder, config.checkpoint.resume
+    if isinstance(resume, int):
+        own: Path | None = checkpoint_to_go_back_to(folder, resume, verify, log)
+    else:
+        own = newest_whole(folder, verify, log)
     if own is not None:
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
     try:
-        other = locate_checkpoint(config.checkpoint.load_from)
+        other = locate_checkpoint(config.checkpoint.load_from, verify, log)
     except UserError as error:
         raise LaunchError(f"checkpoint.load_from {error.where}", error.problem, error.remedy) from error
     if config.checkpoint.load == "weights":
@@ -105,6 +132,19 @@ def check_resume(config: RunConfig, start: Start) -> None:
             f"holds {start.path.name} and checkpoint.resume is never",
             "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
         )
+
+
+def set_later_aside(config: RunConfig, start: Start, log: Callable[[str], None]) -> None:
+    """Set the later checkpoints of a run aside that goes back to the step that ``checkpoint.resume`` names.
+
+    Rank 0 alone calls this function, when nothing refuses the start any more.
+
+    Raises:
+        UserError: the file system refuses to rename one.
+    """
+    if isinstance(config.checkpoint.resume, int):
+        for path in later_checkpoints(config.checkpoint_folder, start.step):
+            log(f"[yellow]going back to step {start.step}: {escape(str(path))} is now {set_aside(path).name}[/]")
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:
@@ -137,26 +177,78 @@ def _write_mark(path: Path) -> UserError | None:
     return None
 
 
-class _Decision(NamedTuple):
-    """Rank 0's decision.
+class _Candidate(NamedTuple):
+    """A checkpoint that rank 0 asks all ranks to verify.
 
     Attributes:
-        start: where the run starts.
-        fingerprint: hash of the checkpoint's record, which tells it from another one of the same name; empty for a
-            fresh start.
+        path: of the checkpoint.
+        fingerprint: hash of its record, which tells it from another one of the same name.
     """
 
-    start: Start
+    path: Path
     fingerprint: str
 
 
-def _decide(config: RunConfig, log: Callable[[str], None]) -> _Decision | UserError:
+def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -> Start | UserError:
+    """Return what rank 0 decides, or why it cannot; the other ranks wait for its messages."""
+
+    def verify(path: Path) -> str | None:
+        found = _verify_together(broadcast_from_rank_0(_Candidate(path, _fingerprint(path))), topology)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def warn(line: str) -> None:
+        log(f"[yellow]{escape(line)}[/]")
+
     try:
-        start = find_start(config, log)
+        start = find_start(config, warn, verify)
         check_resume(config, start)
     except UserError as error:
         return error
-    return _Decision(start, fingerprint="" if start.path is None else _fingerprint(start.path))
+    if start.path is not None:
+        for name in unlisted_files(start.path, read_state(start.path)):
+            warn(f"{start.path}: ignored {name}, which {STATE_FILE} does not list")
+    return start
+
+
+def _verify_together(candidate: _Candidate, topology: Topology) -> str | UserError | None:
+    """Verify a checkpoint, each rank its share of the files; every rank calls this function.
+
+    Returns:
+        What is wrong with the checkpoint, the same on every rank: None if it is whole, and an error if a rank does not
+        see the checkpoint that rank 0 sees.
+    """
+    unseen = shared_error(_why_unseen(candidate.path, candidate.fingerprint))
+    if unseen is not None:
+        return unseen
+    problem = _find_damage_in_share(candidate.path, topology)
+    problems: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found), None)
+
+
+def check_whole(checkpoint: Path, topology: Topology) -> None:
+    """Check that a checkpoint of this run is whole, on all ranks together; every rank calls this function.
+
+    Raises:
+        LaunchError: it is damaged, or a rank does not see it. Every rank raises it.
+    """
+    candidate = _Candidate(checkpoint, _fingerprint(checkpoint)) if topology.is_main else None
+    found = _verify_together(broadcast_from_rank_0(candidate), topology)
+    if found is not None:
+        error = found if isinstance(found, UserError) else damaged_checkpoint(checkpoint, found)
+        raise LaunchError(error.where, error.problem, error.remedy)
+
+
+def _find_damage_in_share(checkpoint: Path, topology: Topology) -> str | None:
+    try:
+        state = read_state(checkpoint)
+    except UserError as error:  # it was damaged a moment ago
+        return error.problem
+    names = share_of_files(state, topology.rank, topology.world_size)
+    problem = find_damaged_file(checkpoint, state, names)
+    return find_unreadable(checkpoint, state) if problem is None and topology.is_main else problem
 
 
 def broadcast_from_rank_0(value: Any) -> Any:
@@ -166,17 +258,9 @@ def broadcast_from_rank_0(value: Any) -> Any:
     return values[0]
 
 
-def _newest(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """Return the newest complete checkpoint in ``folder``, or None; ``log`` names each damaged one."""
-    for path in sorted(folder.glob("step_*")):
-        if not path.name.endswith(".incomplete") and (problem := find_damage(path)):
-            log(f"[yellow]ignoring the damaged checkpoint {path}: {problem}[/]")
-    complete = complete_checkpoints(folder)
-    return complete[-1] if complete else None
-
-
 def _fingerprint(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
+    with disk_errors(checkpoint, "read"):
+        return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
 
 
 def _why_unseen(checkpoint: Path, fingerprint: str) -> UserError | None:

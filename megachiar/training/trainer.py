@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from megachiar.activity import Stage
 from megachiar.checkpoint.format import checkpoint_name
-from megachiar.checkpoint.save import save_checkpoint
+from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
@@ -46,6 +46,7 @@ class Trainer:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
+        check_data: raises an error if data that was read is found to be damaged.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Trainer:
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
+        check_data: Callable[[], None],
     ):
         self.engine = engine
         self.data = data
@@ -65,6 +67,8 @@ class Trainer:
         self.display = display
         self.supervision = supervision
         self.activity = supervision.activity
+        self.check_data = check_data
+        self.saver = CheckpointSaver(engine, progress.saved_step, display.line, self._report_saved)
         self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
@@ -87,7 +91,7 @@ class Trainer:
         Raises:
             Diverged: the numbers of the run are bad and stay bad.
         """
-        with self.display.running():
+        with self.display.running(), self.saver:
             while True:
                 with self._loader() as loader:
                     code = self._train(loader, owed)
@@ -109,6 +113,7 @@ class Trainer:
             self._log(result, loader)
             evaluated = self.validation.run_if_due(self.progress.step, put_off=result.stop)
             stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
+            self.saver.poll()
             self._save_if_due(stop)
             if stop:
                 return self._stopped()
@@ -139,6 +144,7 @@ class Trainer:
             self.progress.samples,
             prefetch=self.config.data.prefetch,
             pin_memory=self.engine.device.type == "cuda",
+            check=self.check_data,
         )
 
     def _timed_step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
@@ -176,6 +182,7 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the last step."""
+        self.saver.wait()
         bad_step, checkpoint = self.progress.step, self._newest_checkpoint()
         assert checkpoint is not None, "without a checkpoint no step is rolled back"
         state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
@@ -242,7 +249,7 @@ class Trainer:
         }
 
     def _newest_checkpoint(self) -> Path | None:
-        saved = self.progress.saved_step
+        saved = self.saver.newest_step
         return None if saved is None else self.config.checkpoint_folder / checkpoint_name(saved)
 
     def _save_if_due(self, stop: bool) -> None:
@@ -255,10 +262,11 @@ class Trainer:
             self.supervision.lock.confirm()
         self.comparison.run(step)
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
-        began = time.perf_counter()
-        path = save_checkpoint(self.engine, step, self.data.history, self.bad_steps.recent, self.config.checkpoint.keep)
         self.progress.saved_step = step
-        seconds = time.perf_counter() - began
+        losses = self.validation.losses_after(step)
+        self.saver.save(step, self.data.history, losses, self.bad_steps.recent, must_succeed=stop or last)
+
+    def _report_saved(self, path: Path, seconds: float) -> None:
         self.display.line(f"saved {path} in {seconds:.1f} s")
         if line := self._kill_limit.line(seconds):
             self.display.line(f"[yellow]{escape(line)}[/]")

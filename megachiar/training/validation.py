@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megachiar.activity import Stage
@@ -40,6 +41,12 @@ class Validation:
         self._display = display
         self._signals = supervision.signals
         self._activity = supervision.activity
+        self._losses: dict[str, float] = {}
+        self._measured_step: int | None = None
+
+    def losses_after(self, step: int) -> dict[str, float]:
+        """Return the losses in nats a token that were measured after ``step`` and are finite, by name of the set."""
+        return self._losses if step == self._measured_step else {}
 
     def run_if_due(self, step: int, *, put_off: bool) -> bool:
         """Evaluate all sets if an evaluation is due after ``step``, as ``run`` does."""
@@ -97,6 +104,10 @@ class Validation:
         )
 
     def _record(self, name: str, step: int, result: Evaluation) -> None:
+        if step != self._measured_step:
+            self._losses, self._measured_step = {}, step
+        if math.isfinite(result.loss):
+            self._losses[name] = result.loss
         if self._writer is not None:
             self._writer.write(step, f"evaluation/{name}", result.as_dict())
         word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""

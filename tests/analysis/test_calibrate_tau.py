@@ -23,7 +23,8 @@ from megachiar.analysis.calibration import (
     spread_windows,
     token_counts,
 )
-from megachiar.checkpoint.format import complete_checkpoints, read_weights
+from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.checkpoint.reading import read_weights
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.kernels.spectral import white_noise_entropy

@@ -10,8 +10,11 @@ import torch
 from safetensors import safe_open
 from support import pretrain, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.format import complete_checkpoints, read_weights
+from megachiar.checkpoint.checksums import FileRecord
+from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.checkpoint.reading import read_weights
 from megachiar.checkpoint.sharded_tensors import ShardReader, ShardWriter
+from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
@@ -82,18 +85,34 @@ def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
 def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
     """Compare with numpy a tensor of distinct numbers that is written in one layout's shards and read in another's."""
     whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
+    files: dict[str, FileRecord] = {}
     for rank in range(writers):
         writer = ShardWriter(_place(rank, writers))
         piece = whole if shard is None else torch.from_numpy(_cut(whole.numpy(), shard, rank, writers))
         if writer.is_mine(shard):
             writer.add("w", None, piece, shard if writers > 1 else None)
-        writer.write(tmp_path)
-    reader = ShardReader(tmp_path)
+        files |= writer.write(tmp_path)
+    reader = ShardReader(tmp_path, files)
     assert torch.equal(reader.whole("w"), whole)
     for rank in range(readers):
         part = reader.part("w", shard if readers > 1 else None, TensorParallelGroup(rank, readers))
         expected = whole.numpy() if shard is None or readers == 1 else _cut(whole.numpy(), shard, rank, readers)
         np.testing.assert_array_equal(part.numpy(), expected)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1, 2), (0, 1, 1, 2)], ids=str)
+def test_shards_that_are_missing_or_twice_there_are_one_message(tmp_path, ranks):
+    """Memory that no file fills would else become weights."""
+    files = []
+    for number, rank in enumerate(ranks):
+        writer = ShardWriter(_place(rank, 3))
+        writer.is_mine(Shard(0))
+        writer.add("w", None, torch.ones(4, 2), Shard(0))
+        (written,) = writer.write(tmp_path)
+        files.append(f"{number}-{written}")
+        (tmp_path / written).rename(tmp_path / files[-1])
+    with pytest.raises(UserError, match="the files hold w in part, or twice"):
+        ShardReader(tmp_path, files).whole("w")
 
 
 def _cut(whole: np.ndarray, shard: Shard, rank: int, size: int) -> np.ndarray:

@@ -184,3 +184,16 @@ def test_many_tiny_files_beside_one(tmp_path):
     for engine in ("fast", "reference"):
         one, many = record["seconds"][f"{engine}, one file"], record["seconds"][f"{engine}, many files"]
         assert record["ratios"][engine] == pytest.approx(sum(b / a for a, b in zip(one, many, strict=True)) / 2)
+
+
+def test_saving_is_timed_and_its_folder_removed(tmp_path):
+    result, folder = tmp_path / "result.json", tmp_path / "saved"
+    small = ("model.num_layers=3", "model.hidden_size=32", "model.num_attention_heads=2", "training.threads=1")
+    others = ("--folder", folder, "--rounds", "2", "--json", result)
+    done = forked_python("tools/bench_checkpoint.py", "--config", "tiny", *others, "--set", *small)
+    assert done.returncode == 0, done.stderr
+    assert "checksums / save" in done.stdout and "held up / copy" in done.stdout
+    record = json.loads(result.read_text())
+    assert set(record["seconds"]) == {"copy", "checksums", "save", "held up"}
+    assert all(len(seconds) == 2 for seconds in record["seconds"].values())
+    assert not folder.exists()

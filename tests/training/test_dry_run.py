@@ -38,6 +38,9 @@ def folder(tmp_path_factory):
     (folder / "no_run").mkdir()
     shutil.copytree(folder / "run", folder / "damaged")
     next((folder / "damaged").rglob("weights*")).write_bytes(b"")
+    shutil.copytree(folder / "run", folder / "later_damaged")
+    (newest,) = (folder / "later_damaged" / "checkpoints").iterdir()
+    shutil.copytree(newest, newest.with_name("step_00000003"))  # its record is that of step 2
     return folder
 
 
@@ -92,6 +95,11 @@ REFUSED = {
         "model.hidden_size is 64 in the checkpoint",
         "another logging.folder",
     ),
+    "a run whose checkpoints are damaged": (
+        ["logging.folder={}/damaged"],
+        "none of its checkpoints is whole",
+        "an undamaged copy",
+    ),
     "a run that must not go on": (["checkpoint.resume=never"], "checkpoint.resume is never", "another logging.folder"),
     "other data in mid-run": ([BOTH, LONGER], "data.train: was", "set data.on_change to continue"),
     "a source that is too small": (
@@ -144,7 +152,7 @@ def test_it_says_where_the_run_starts_and_what_may_surprise(folder, capsys):
     both = said(NEW, BOTH, "data.document_mask=false")
     assert "documents end differently" in both and "other with id 5" in both.replace("/ ", "/")
     assert "document_end: 3" in said(NEW, "data.document_mask=true"), "as training resolves it"
-    assert "ignoring the damaged checkpoint" in said("logging.folder={}/damaged")
+    assert "passed over" in said("logging.folder={}/later_damaged")
     assert "data.train was" in said(BOTH, LONGER, "data.on_change=continue")
 
 

@@ -92,7 +92,7 @@ DEEPSPEED = "/site-packages/deepspeed/runtime/"
         ([(DEEPSPEED + "engine.py", "allreduce_gradients"), (TORCH, "all_reduce")], "gradient all-reduce"),
         ([(DEEPSPEED + "zero/stage3.py", "step"), (TORCH, "reduce_scatter_tensor")], "gradient reduce-scatter"),
         ([(DEEPSPEED + "pipe/p2p.py", "recv"), (TORCH, "recv")], "pipeline receive"),
-        ([("/megachiar/checkpoint/save.py", "save_checkpoint"), (TORCH, "barrier")], "checkpoint's barrier"),
+        ([("/megachiar/checkpoint/snapshot.py", "take_snapshot"), (TORCH, "all_gather")], "checkpoint's all-gather"),
         ([(TORCH, "all_gather_object"), (TORCH, "all_gather")], "all-gather"),
     ],
 )

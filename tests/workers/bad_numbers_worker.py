@@ -33,15 +33,19 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 
+from megachiar.activity import Activity  # noqa: E402
 from megachiar.config import load_config  # noqa: E402
 from megachiar.console import make_console  # noqa: E402
 from megachiar.engine.deepspeed_patches import stepped_tensors  # noqa: E402
 from megachiar.engine.engine import Engine, start_process_group  # noqa: E402
 from megachiar.errors import UserError  # noqa: E402
-from megachiar.topology import build_topology  # noqa: E402
+from megachiar.stop_signals import StopSignals  # noqa: E402
+from megachiar.topology import Topology, build_topology  # noqa: E402
 from megachiar.training import trainer  # noqa: E402
 from megachiar.training.run import train  # noqa: E402
 from megachiar.training.run_data import open_data  # noqa: E402
+from megachiar.training.supervision import Supervision  # noqa: E402
+from megachiar.training.watch import PeerWatch  # noqa: E402
 
 
 def main() -> None:
@@ -53,15 +57,22 @@ def main() -> None:
         topology = build_topology(config)
         device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
         groups.mpu = None  # DeepSpeed keeps that of the last run
-        groups_of_run, data, signals = topology.with_groups(), open_data(config), launch.StopSignals()
+        groups_of_run, data = topology.with_groups(), open_data(config)
         if case.get("leave_out"):
             data = data.leave_out(range(*case["leave_out"]))
         try:
-            result = {"code": train(config, groups_of_run, device, data, signals, make_console()), "error": ""}
+            code = train(config, groups_of_run, device, data, unwatched(groups_of_run), make_console())
+            result = {"code": code, "error": ""}
         except UserError as error:
             result = {"code": 2, "error": str(error)}
         print(json.dumps(result), flush=True)
     dist.destroy_process_group()
+
+
+def unwatched(topology: Topology) -> Supervision:
+    """Return what stands beside the training loop, without the threads that watch other ranks."""
+    signals, activity = StopSignals(), Activity()
+    return Supervision(signals, None, PeerWatch(topology, 60.0, activity, signals), activity)
 
 
 def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:

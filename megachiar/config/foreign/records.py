@@ -10,6 +10,7 @@ CHECKPOINT = (
         f"{MEGATRON}, {NEOX}, {HF}, {TITAN}, {LITGPT}",
         "checkpoint.every",
     ),
+    ForeignKey("async_mode async_save", f"{TITAN}, {MEGATRON}", "checkpoint.asynchronous"),
     ForeignKey("keep_last_n_checkpoints save_total_limit keep_latest_k", f"{NEOX}, {HF}, {TITAN}", "checkpoint.keep"),
     ForeignKey(
         "load resume_from_checkpoint initial_load_path initial_checkpoint_dir pretrained_checkpoint",
@@ -24,7 +25,7 @@ CHECKPOINT = (
         "weights or all",
     ),
     ForeignKey(
-        "enable_checkpoint async_mode save_optimizer no_save_optim no_save_rng no_load_rng save_only_model "
+        "enable_checkpoint save_optimizer no_save_optim no_save_rng no_load_rng save_only_model "
         "last_save_model_only exclude_from_loading",
         f"{TITAN}, {NEOX}, {MEGATRON}, {HF}",
         "",
@@ -33,8 +34,8 @@ CHECKPOINT = (
     ForeignKey(
         "ckpt_step load_step load_iteration iteration",
         f"{MEGATRON}, {TITAN}, {NEOX}",
-        "checkpoint.load_from",
-        "the folder of that step, such as RUN/checkpoints/step_00000100",
+        "checkpoint.resume",
+        "the step of this run to go back to; `checkpoint.load_from` takes the folder of a step of another run",
     ),
     ForeignKey(
         "ckpt_format dist_ckpt_format save_safetensors export_dtype initial_load_in_hf last_save_in_hf",

@@ -182,26 +182,31 @@ def block_checksums(path: Path, on_bytes: Callable[[int], None] | None = None, t
         on_bytes: called with the number of bytes of each read, for a progress display.
         threads: how many blocks are read and hashed in parallel.
     """
-
-    def digest_of(first: int) -> str:
-        digest, position = hashlib.sha256(), first
-        with disk_errors(path, "read"), open(path, "rb", buffering=0) as file:
-            read_ahead(file, first, CHECKSUM_BLOCK)
-            file.seek(first)
-            while position < first + CHECKSUM_BLOCK and (
-                data := file.read(min(READ_BLOCK, first + CHECKSUM_BLOCK - position))
-            ):
-                digest.update(data)
-                position += len(data)
-                if on_bytes is not None:
-                    on_bytes(len(data))
-        return digest.hexdigest()
-
     blocks = range(0, path.stat().st_size, CHECKSUM_BLOCK)
     if threads == 1:
-        return [digest_of(first) for first in blocks]
+        return [block_checksum(path, first, on_bytes) for first in blocks]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(digest_of, blocks))
+        return list(pool.map(lambda first: block_checksum(path, first, on_bytes), blocks))
+
+
+def block_checksum(path: Path, first: int, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Return the digest of the block of a file that begins at byte ``first``, see ``BlockChecksums``.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    digest, position = hashlib.sha256(), first
+    with disk_errors(path, "read"), open(path, "rb", buffering=0) as file:
+        read_ahead(file, first, CHECKSUM_BLOCK)
+        file.seek(first)
+        while position < first + CHECKSUM_BLOCK and (
+            data := file.read(min(READ_BLOCK, first + CHECKSUM_BLOCK - position))
+        ):
+            digest.update(data)
+            position += len(data)
+            if on_bytes is not None:
+                on_bytes(len(data))
+    return digest.hexdigest()
 
 
 def read_ahead(file: BinaryIO, first: int = 0, length: int = 0) -> None:

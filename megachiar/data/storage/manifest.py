@@ -235,8 +235,13 @@ def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> N
         return
     pairs = itertools.zip_longest(computed, recorded, fillvalue="nothing")
     number, (found, expected) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise altered_block(path, number, found, expected)
+
+
+def altered_block(path: Path, number: int, found: str, expected: str) -> UserError:
+    """Return the error for block ``number`` of a file, which has another checksum than its manifest records."""
     first = number * CHECKSUM_BLOCK
-    raise UserError(
+    return UserError(
         path,
         f"bytes {first:,} to {first + CHECKSUM_BLOCK - 1:,} (or the end) have checksum {found}, but its manifest "
         f"records {expected}",

@@ -228,7 +228,7 @@ def test_a_run_changes_its_data_on_the_way_and_every_step_can_be_named(tmp_path)
     )
     config.write_text(yaml.safe_dump(changed))
     (refused,) = run_ranks(1, program, "--config", config, codes=(2,))
-    assert "data.train" in refused and "data.on_change=continue" in refused and "Traceback" not in refused
+    assert "data.train" in refused and "data.on_change to continue" in refused and "Traceback" not in refused
     changed["data"]["on_change"] = "continue"
     config.write_text(yaml.safe_dump(changed))
     stopped = run_ranks(2, program, "--config", config, "--set", "training.steps=6")[0]

@@ -17,7 +17,7 @@ import torch
 from support import forked_python, pretrain, small_config, write_config
 from text_helpers import train, write_jsonl
 
-from megachiar.checkpoint.format import locate_checkpoint
+from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.data.storage.files import manifest_path
 from megachiar.data.storage.manifest import read_manifest, write_manifest
 from megachiar.data.tokenizers.recorded import keep_tokenizer, load_as_recorded, read_kept_record

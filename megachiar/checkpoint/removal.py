@@ -1,0 +1,112 @@
+"""Remove checkpoints so that a kill in the middle leaves none that is whole in part."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from megachiar.checkpoint.format import checkpoint_step, complete_checkpoints, read_state
+from megachiar.checkpoint.reading import newest_whole
+from megachiar.data.storage.files import sync_folder
+from megachiar.errors import UserError, disk_errors
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint.
+
+    It is renamed first: nobody reads an ``.incomplete`` folder, and the next save removes it.
+
+    Raises:
+        UserError: the folder cannot be renamed.
+    """
+    doomed = path.with_name(path.name + ".incomplete")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with disk_errors(path):
+        os.replace(path, doomed)
+        sync_folder(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint a name that no run reads, ``step_N.set_aside``, and return it. Nothing removes it.
+
+    Raises:
+        UserError: the folder cannot be renamed.
+    """
+    names = (f"{path.name}.set_aside{f'-{count}' if count else ''}" for count in itertools.count())
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    with disk_errors(path):
+        os.replace(path, target)
+        sync_folder(path.parent)
+    return target
+
+
+def surplus_checkpoints(
+    folder: Path, keep: int | None, keep_every: int | None = None, keep_best: str | None = None
+) -> list[Path]:
+    """Return the complete checkpoints in ``folder`` that no rule keeps, oldest first.
+
+    Args:
+        folder: of a run's checkpoints.
+        keep: the newest so many stay; None keeps all.
+        keep_every: those whose step is a multiple of this stay as well.
+        keep_best: name of a validation set; the one with the lowest loss on it stays as well.
+    """
+    if keep is None:
+        return []
+    complete = complete_checkpoints(folder)
+    stays = {*complete[-keep:], best_checkpoint(complete, keep_best)}
+    return [path for path in complete if path not in stays and not _is_multiple(path, keep_every)]
+
+
+def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> Path | None:
+    """Return the checkpoint with the lowest recorded loss on a validation set, the newest of equals.
+
+    None if no checkpoint has a loss on it, or no set is named.
+    """
+    if validation_set is None:
+        return None
+    losses = {path: read_state(path).validation.get(validation_set) for path in checkpoints}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(reversed(known), key=known.__getitem__, default=None)
+
+
+def to_prune(
+    folder: Path,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    keep_best: str | None = None,
+    steps: Collection[int] = (),
+) -> list[Path]:
+    """Return the checkpoints in ``folder`` that a rule removes, oldest first; the newest whole one is never among them.
+
+    Args:
+        folder: of a run's checkpoints.
+        keep, keep_every, keep_best: see ``surplus_checkpoints``; without ``keep`` only the other two count.
+        steps: remove exactly these steps, damaged or not, instead of following the rules.
+
+    Raises:
+        UserError: a step of ``steps`` is not there or is the newest whole one, or no checkpoint is whole.
+    """
+    newest = newest_whole(folder)
+    if steps:
+        return [_named(folder, step, newest) for step in sorted(set(steps))]
+    return [path for path in surplus_checkpoints(folder, keep or 1, keep_every, keep_best) if path != newest]
+
+
+def _is_multiple(path: Path, keep_every: int | None) -> bool:
+    step = checkpoint_step(path)
+    return step is not None and keep_every is not None and step % keep_every == 0
+
+
+def _named(folder: Path, step: int, newest: Path | None) -> Path:
+    found = [path for path in folder.iterdir() if checkpoint_step(path) == step] if folder.is_dir() else []
+    if not found:
+        raise UserError(folder, f"holds no checkpoint of step {step}", "`megachiar checkpoint list` names them")
+    if found[0] == newest:
+        raise UserError(found[0], "is the newest whole checkpoint, which is never removed", "leave this step out")
+    return found[0]
