@@ -166,6 +166,8 @@ class Trainer:
         self.activity.begin("ends the step", Stage.LOG, step)
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
+        if result.skipped:
+            self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
         bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
         if bad is not None:
             self._report(bad, result)
@@ -182,7 +184,6 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the last step."""
-        self.saver.wait()
         bad_step, checkpoint = self.progress.step, self._newest_checkpoint()
         assert checkpoint is not None, "without a checkpoint no step is rolled back"
         state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
