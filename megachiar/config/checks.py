@@ -334,6 +334,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    best_checkpoint,
     loading,
     documents,
     compilation,
