@@ -1,9 +1,9 @@
 """Time the saving of checkpoints: the copy to memory, the checksums, the whole save, and how long training waits.
 
-    megachiar bench-checkpoint --config 400m --folder /scratch/bench --rounds 5
+    megachiar bench-checkpoint --folder /scratch/bench --rounds 5
 
-One process saves a model with its optimizer state to FOLDER, which should be on the disk that runs write to. In each
-round it takes in turn
+One process saves the model of a config (without --config the shipped 400m) with its optimizer state to FOLDER, which
+should be on the disk that runs write to. In each round it takes in turn
 
     copy        copy weights and moments to the host's memory
     checksums   compute the checksums of what was copied
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megachiar import launch
-from megachiar.options import CommandParser
+from megachiar.errors import UserError, disk_errors
+from megachiar.options import CommandParser, add_config_options
 
 if TYPE_CHECKING:  # torch and DeepSpeed are imported when the environment is prepared
     from megachiar.benchmark import Times
@@ -36,8 +37,7 @@ CONTENDERS = ("copy", "checksums", "save", "held up")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench-checkpoint", __doc__)
-    parser.add_argument("--config", default="400m", metavar="YAML", help="config, or a shipped one (%(default)s)")
-    parser.add_argument("--set", metavar="KEY=VALUE", dest="overrides", nargs="+", default=[], help="override its keys")
+    add_config_options(parser, required=False)
     parser.add_argument("--folder", type=Path, required=True, help="new folder to save to; it is removed at the end")
     parser.add_argument("--rounds", type=int, default=5, help="times each is measured (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.prepare_environment()
     from megachiar.benchmark import machine, write_json
 
-    options.folder.mkdir(parents=True)
+    if options.folder.exists():
+        raise UserError(options.folder, "exists already, and this command removes its folder", "name a new one")
+    with disk_errors(options.folder):
+        options.folder.mkdir(parents=True)
     try:
         config = config_of(options)
         with started_engine(config) as engine:
@@ -67,8 +70,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     from megachiar.config import load_config
     from megachiar.config.shipped import shipped_config
 
-    given = Path(options.config)
-    path = given if given.exists() else shipped_config(options.config)
+    path = options.config or shipped_config("400m")
     alone = ["parallel.tensor_size=1", "parallel.pipeline_size=1", "parallel.data_size=null", "parallel.sequence=false"]
     run = [f"logging.folder={options.folder}", "training.steps=1", "training.epochs=null", "training.tokens=null"]
     return load_config(path, [*alone, *run, "checkpoint.keep=1", *options.overrides])

@@ -352,6 +352,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    best_checkpoint,
     loading,
     rollback,
     documents,

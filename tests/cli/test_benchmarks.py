@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support import forked_python, python
 
 from megachiar.benchmark import Spread, Times, measure_interleaved, timed
-from megachiar.cli import bench_train
+from megachiar.cli import bench_checkpoint, bench_train
 from megachiar.errors import UserError
 
 SMALL = ("--hidden-size", "32", "--heads", "2", "--threads", "1", "--rounds", "2")
@@ -190,10 +190,13 @@ def test_saving_is_timed_and_its_folder_removed(tmp_path):
     result, folder = tmp_path / "result.json", tmp_path / "saved"
     small = ("model.num_layers=3", "model.hidden_size=32", "model.num_attention_heads=2", "training.threads=1")
     others = ("--folder", folder, "--rounds", "2", "--json", result)
-    done = forked_python("tools/bench_checkpoint.py", "--config", "tiny", *others, "--set", *small)
+    done = forked_python("tools/bench_checkpoint.py", "--config", "configs/tiny.yaml", *others, "--set", *small)
     assert done.returncode == 0, done.stderr
     assert "checksums / save" in done.stdout and "held up / copy" in done.stdout
     record = json.loads(result.read_text())
     assert set(record["seconds"]) == {"copy", "checksums", "save", "held up"}
     assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     assert not folder.exists()
+    with pytest.raises(UserError, match="exists already"):
+        bench_checkpoint.main(["--folder", str(tmp_path)])
+    assert result.exists(), "a folder that was there is left alone"

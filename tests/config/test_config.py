@@ -230,6 +230,12 @@ CROSS_CHECKS = [
     (["data.validation={}"], "training.evaluate_every", "no data.validation"),
     (["data.train=[]"], "data.train", "at least 1"),
     (["data.train=[{path: a, wieght: 2.0}]"], "data.train.0.wieght", "did you mean `weight`?"),
+    (["checkpoint.keep_best=test"], "checkpoint.keep_best", "no set of data.validation"),
+    (
+        ["checkpoint.keep_best=valid", "training.evaluate_every=null"],
+        "checkpoint.keep_best",
+        "without training.evaluate_every",
+    ),
     (["checkpoint.load=all"], "checkpoint.load", "without checkpoint.load_from"),
     (["reliability.on_spike=rollback", "checkpoint.every=null"], "reliability.on_spike", "checkpoint.every is null"),
     (
