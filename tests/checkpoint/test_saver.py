@@ -25,7 +25,7 @@ from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.checkpoint.verify import find_any_damage
 from megachiar.config import load_config
 from megachiar.data.sampling.history import DataHistory, SourceRecord
-from megachiar.launch import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED
 from megachiar.planning.rank_plan import plan_ranks
 from megachiar.topology import Topology
 from megachiar.training.metrics import read_metrics
