@@ -65,8 +65,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
                 raise_together(problem)
                 compare_setups(config, data)
                 with hold_run_folder(folder, topology, console.print) as lock:
-                    check_shared_folder(folder, topology)
-                    watch.open_run_folder(folder, before_exit=lock.release if lock is not None else None)
+                    watch.use_run_folder(folder, before_exit=lock.release if lock is not None else None)
                     supervision = Supervision(signals, lock, watch, activity)
                     code = train(config, topology.with_groups(), device, data, supervision, console)
     finally:
@@ -114,6 +113,8 @@ def train(
         console.print(escape(finished))
         return 0
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
+    check_shared_folder(config.logging.folder, topology)
+    supervision.watch.open_stacks()
     blocks = data_to_check(config, data, topology)
     if config.data.verify == "start":
         raise_together(find_altered(blocks))
