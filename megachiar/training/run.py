@@ -71,8 +71,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
                 signals.remember()
                 raise_together(problem)
                 with hold_run_folder(folder, topology, console.print) as lock:
-                    check_shared_folder(folder, topology)
-                    watch.open_run_folder(folder, before_exit=lock.release if lock is not None else None)
+                    watch.use_run_folder(folder, before_exit=lock.release if lock is not None else None)
                     supervision = Supervision(signals, lock, watch, activity)
                     code = train(config, topology.with_groups(), device, data, supervision, console)
     finally:
@@ -131,6 +130,8 @@ def train(
         )
         return 0
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
+    check_shared_folder(config.logging.folder, topology)
+    supervision.watch.open_stacks()
     writer = open_run_folder(config, data, progress) if topology.is_main else None
     try:
         return Trainer(engine, data, progress, writer, display, supervision).run(owed)

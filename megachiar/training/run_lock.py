@@ -173,6 +173,7 @@ class RunLock:
         self.owner = Owner.current(ranks)
         self._log = log
         self._number = 0
+        self._made = False
         self._released = threading.Event()
 
     @property
@@ -182,6 +183,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         with disk_errors(self.folder):
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
         threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
@@ -196,7 +198,8 @@ class RunLock:
         with contextlib.suppress(OSError):
             if self.is_held():
                 self.path.unlink()
-            self.folder.rmdir()  # refused unless it is empty
+            if self._made:
+                self.folder.rmdir()  # refused unless it is empty
 
     def confirm(self) -> None:
         """Check that this process still owns the folder, before it replaces something there.

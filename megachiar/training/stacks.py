@@ -62,16 +62,23 @@ def read_request(run: Path) -> str:
 
 
 class StackWriter:
-    """Writes this rank's stacks: to standard error until it is given the run folder, then to the rank's own file."""
+    """Writes this rank's stacks to its file in the run folder, or to standard error where there is none.
+
+    Attributes:
+        run: the run folder; None as long as it is not known.
+    """
 
     def __init__(self, rank: int):
+        self.run: Path | None = None
         self._rank = rank
         self._file: TextIO = sys.stderr
         self._path: Path | None = None
 
-    def open(self, run: Path) -> None:
-        """Write to the run folder from now on, also on SIGUSR2; a folder that refuses leaves standard error."""
-        path = stack_path(run, self._rank)
+    def open(self) -> None:
+        """Open the file, which SIGUSR2 needs beforehand; a folder that refuses leaves standard error."""
+        if self.run is None or self._path is not None:
+            return
+        path = stack_path(self.run, self._rank)
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (signals write to it until the process ends)
@@ -80,6 +87,7 @@ class StackWriter:
 
     def write(self, doing: str, reason: str) -> None:
         """Write the stacks of all threads, below a line that says when, who, what this rank does and why it writes."""
+        self.open()
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         with contextlib.suppress(OSError, ValueError):
             self._file.write(f"\n== {now}, rank {self._rank} (process {os.getpid()}) {doing} [{reason}]\n")

@@ -100,7 +100,6 @@ class PeerWatch:
         self._activity = activity
         self._signals = signals
         self._stacks = StackWriter(topology.rank)
-        self._run: Path | None = None
         self._answered = ""
         self._before_exit: list[Callable[[], None]] = []
         self._finished = threading.Event()
@@ -153,8 +152,8 @@ class PeerWatch:
             self._exchange.end(self._interval)
         self._stacks.close()
 
-    def open_run_folder(self, run: Path, before_exit: Callable[[], None] | None) -> None:
-        """Write stacks to the run folder from now on.
+    def use_run_folder(self, run: Path, before_exit: Callable[[], None] | None) -> None:
+        """Write stacks to the run folder from now on, should there be a reason to.
 
         Args:
             run: the run folder.
@@ -163,8 +162,11 @@ class PeerWatch:
         if before_exit is not None:
             self._before_exit.append(before_exit)
         self._answered = read_request(run)
-        self._stacks.open(run)
-        self._run = run
+        self._stacks.run = run
+
+    def open_stacks(self) -> None:
+        """Open this rank's file of stacks, now that the run begins and the folder is there on all ranks."""
+        self._stacks.open()
 
     def straggler(self) -> Straggler | None:
         """Return the rank that held the others up most since the last call, on rank 0; None if it cannot be told."""
@@ -289,12 +291,12 @@ class PeerWatch:
     def _answer_request(self) -> None:
         """Write stacks if `megachiar stacks` asks for them: rank 0 sees the file, and passes it on to the others."""
         if self._rank == 0:
-            token = read_request(self._run) if self._run is not None else ""
+            token = read_request(run) if (run := self._stacks.run) is not None else ""
             if token and token != self._answered and self._ranks > 1:
                 self._exchange.put(_REQUEST, token)
         else:
             token = self._exchange.values.get(_REQUEST, "")
-        if token and token != self._answered and self._run is not None:
+        if token and token != self._answered and self._stacks.run is not None:
             self._answered = token
             self._stacks.write(self._own_words(), f"asked for, {token}")
 
@@ -337,7 +339,7 @@ class PeerWatch:
         os._exit(EXIT_STOPPED if stopped else EXIT_PEER_LOST)
 
     def _print(self, verdict: str) -> None:
-        where = f"; stacks: {self._run / 'stacks'}" if self._run is not None else ""
+        where = f"; stacks: {self._stacks.run / 'stacks'}" if self._stacks.run is not None else ""
         message = str(UserError(f"rank {self._rank} stops", verdict, f"{_REMEDY}{where}"))
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[bold red]error:[/] {escape(message)}")
