@@ -57,7 +57,8 @@ base. `--set` wins over all of them. The `config.yaml` of a run folder is the wh
 
 `training` has one of three keys: `steps`, `tokens` or `epochs`. Tokens and epochs become steps, rounded up to the whole
 step. The resolved config has both, and they must agree when it is read again. A later one replaces an earlier one:
-that of a config replaces that of its base, and `--set training.steps=3` replaces both.
+that of a config replaces that of its base, and `--set training.steps=3` replaces both. Two on
+one command line are an error.
 
 - `tokens` are `tokens / (global_batch_size * sequence_length)` steps. They are known when the config is read.
 - `epochs` are `epochs * samples / global_batch_size` steps. They are known where the datasets of `data.train` are.

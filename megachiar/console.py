@@ -6,6 +6,7 @@ Standard output is kept for results (``--json``, a sample). Everything else goes
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from megachiar.errors import EXIT_USER_ERROR, UserError
+from megachiar.errors import EXIT_USER_ERROR, UserError, disk_error
 
 if TYPE_CHECKING:
     from rich.console import Console  # imported where it is used, since a program that writes one line needs no console
@@ -74,7 +75,10 @@ def report(error: UserError) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call ``main`` and exit with its value (None is 0), with 2 after a ``UserError``, and with 130 after Ctrl-C."""
+    """Call ``main`` and exit with its value (None is 0), with 2 after a ``UserError``, and with 130 after Ctrl-C.
+
+    A path that the system refuses counts as a ``UserError``. A file that is missing does not: our own code asks first.
+    """
     try:
         code = main()
     except UserError as error:
@@ -86,4 +90,9 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # in `tool | head` the reader has read all that it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.filename is None or error.errno == errno.ENOENT:
+            raise
+        report(disk_error(error.filename, error, "read or write"))
+        code = EXIT_USER_ERROR
     sys.exit(code)

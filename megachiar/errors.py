@@ -44,18 +44,20 @@ WRITE_REMEDIES = {
     errno.EROFS: "write to a folder that is not mounted read-only",
     errno.EACCES: "change the permissions or write somewhere else",
     errno.EPERM: "change the permissions or write somewhere else",
-    errno.ENOENT: "leave the folder alone while this runs, and run it again",
+    errno.ENOENT: "name a folder that can hold new files, and leave it alone while this runs",
     errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
     errno.EEXIST: "a file stands where a folder is needed: move it or choose another path",
     errno.EISDIR: "a folder stands where a file is needed: move it or choose another path",
     errno.EFBIG: "raise the file size limit (ulimit -f) or write smaller files",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the link",
 }
 READ_REMEDIES = {
     errno.EACCES: "make it readable",
     errno.EPERM: "make it readable",
     errno.ENOENT: "check the path, and leave the file alone while this runs",
     errno.ELOOP: "mend the link",
+    errno.ENAMETOOLONG: "give a shorter name",
     errno.EISDIR: "give the path of a file",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }

@@ -13,6 +13,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megachiar.errors import UserError
 
@@ -26,7 +27,8 @@ def prepare_environment() -> None:
     """Set the distributed environment and the warning filters of this process; a second call changes nothing.
 
     Raises:
-        UserError: several MPI ranks were started without mpi4py, or RANK and WORLD_SIZE contradict each other.
+        UserError: several MPI ranks were started without mpi4py, or the variables are incomplete or contradict
+            each other.
     """
     _quiet()
     if "RANK" not in os.environ:
@@ -35,10 +37,36 @@ def prepare_environment() -> None:
     rank, world = _int("RANK"), _int("WORLD_SIZE")
     if not 0 <= rank < world:
         raise UserError("environment", f"RANK is {rank} with WORLD_SIZE {world}", "check how the ranks are started")
+    _set_rendezvous(world)
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world)
     os.environ["LOCAL_WORLD_SIZE"] = local
     # DeepSpeed reads this and would ask for mpi4py where its own launcher did not start the process.
     os.environ.setdefault("LOCAL_SIZE", local)
+
+
+def _set_rendezvous(world: int) -> None:
+    """Check the address at which the ranks meet; a world of one meets itself at any port."""
+    if world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            "environment",
+            f"RANK is set, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not",
+            "start through a launcher, unset RANK to train alone, or export both: the host and a free port of rank 0",
+        )
+    _int("MASTER_PORT")
+
+
+def refuse_shared_pipe(config: Path) -> None:
+    """Refuse a config that several ranks would read from one pipe, since each of them would get a part of it.
+
+    Raises:
+        UserError: ``config`` is standard input or a pipe, and the run has more than one rank.
+    """
+    if _int("WORLD_SIZE") > 1 and (str(config) == "-" or config.is_fifo()):
+        raise UserError(config, "is a pipe, and several ranks cannot read one", "write the config to a file")
 
 
 def configure_torch(threads: int | None) -> None:

@@ -1,20 +1,27 @@
 """All commands read their command line by one parser, which has the options that several of them share.
 
 ``--set a.b=c d.e=f`` overrides keys of a config, and ``--a.b=c`` is short for ``--set a.b=c``. A later one wins.
+What is wrong with a command line is one message with its remedy, as everything else that a user can mend.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megachiar.errors import UserError
 
+OPTION = re.compile(r"--[A-Za-z_][\w-]*")
 CONFIG_KEY = re.compile(r"--[A-Za-z_]\w*(\.[\w-]+)+(?P<equals>=.*)?", re.DOTALL)
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""The names of number formats as options take them, those of ``precision.compute``, fp32 first."""
 
 
 class OptionError(UserError):
@@ -23,23 +30,15 @@ class OptionError(UserError):
     same_on_every_rank = True
 
 
-class CommandParser(argparse.ArgumentParser):
-    """The parser of ``megachiar COMMAND``, the same for every way to start the command.
+class Parser(argparse.ArgumentParser):
+    """A parser of options.
 
-    It differs from argparse's in two ways. An option of several values keeps the values of all its uses, and
-    ``--a.b=c`` overrides a key of the config.
-
-    Args:
-        command: the name of the command.
-        description: what ``--help`` prints, the docstring of the command's module.
+    It differs from argparse's in three ways. An option of several values keeps the values of all its uses, ``--a.b=c``
+    overrides a key of the config, and what is wrong is an ``OptionError``.
     """
 
-    def __init__(self, command: str, description: str | None):
-        super().__init__(
-            prog=f"megachiar {command}",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
         for action in (None, "store"):
             self.register("action", action, _Store)
 
@@ -47,9 +46,87 @@ class CommandParser(argparse.ArgumentParser):
         """Read ``args``, or the command line of the process, as ``argparse`` does.
 
         Raises:
-            OptionError: ``--a.b`` has no value, or this command reads no config.
+            OptionError: an option is unknown, misses its value or has a wrong one, or a required one is not given.
         """
-        return super().parse_known_args(self._with_sets(sys.argv[1:] if args is None else args), namespace)
+        arguments = self._with_sets(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # else the options are those of the parser below
+            self._check_options(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what ``argparse`` has found to be wrong, with a remedy."""
+        required = re.fullmatch(r"the following arguments are required: (.+)", message, re.DOTALL)
+        if required is not None:
+            names = required[1].split(", ")
+            wanted = "; ".join(self._with_help(name) for name in names)
+            what = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+            raise OptionError(self.prog, what, f"give {wanted}{self.example(*names)}")
+        wrong = re.fullmatch(r"argument ([^:]+): (.+)", message, re.DOTALL)
+        if wrong is not None:
+            name = wrong[1].split("/")[-1]
+            remedy = f"{self._with_help(name)}{self.example(name)}. `{self.prog} --help` tells more"
+            raise OptionError(f"{self.prog} {name}", wrong[2], remedy)
+        raise OptionError(self.prog, message, f"`{self.prog} --help` lists what it takes{self.example()}")
+
+    def example(self, *names: str) -> str:
+        """Return an example from the description, one with an argument of ``names`` if there is one, as a clause."""
+        text = (self.description or "").replace("\\\n", " ")
+        lines = [line.partition("  #")[0] for line in text.splitlines() if line.strip().startswith(f"{self.prog} ")]
+        examples = [" ".join(line.split()) for line in lines]
+        best = next((example for example in examples if any(f" {name}" in example for name in names)), None)
+        return f"; for example `{best or examples[0]}`" if examples else ""
+
+    def _with_help(self, name: str) -> str:
+        """Return the name of an argument with what its help says."""
+        for action in self._actions:
+            if name in action.option_strings or name in (action.metavar, action.dest):
+                text = self._get_formatter()._expand_help(action) if action.help else ""
+                return f"{name}: {text}" if text else name
+        return name
+
+    def _check_options(self, arguments: Sequence[str]) -> None:
+        """Check that every option is one of this command, or the beginning of one.
+
+        Raises:
+            OptionError: an option is none. The message has the one that was probably meant.
+        """
+        for place, argument in enumerate(arguments):
+            if argument == "--":
+                return
+            name, equals, value = argument.partition("=")
+            if OPTION.fullmatch(name) is None or any(known.startswith(name) for known in self._option_string_actions):
+                continue
+            if not equals and place + 1 < len(arguments) and not arguments[place + 1].startswith("-"):
+                value = arguments[place + 1]
+            raise self._unknown(name, value)
+
+    def _unknown(self, name: str, value: str) -> OptionError:
+        """Return the answer to an option that this command does not have."""
+        known = [option for option in self._option_string_actions if OPTION.fullmatch(option)]
+        if name == "--set":
+            return self._no_config(f"--set {value}".rstrip())
+        if (ours := name.replace("_", "-").lower()) in known:
+            return OptionError(name, f"is no option of {self.prog}", f"write {ours}")
+
+        from megachiar.config.option_words import meant_key
+
+        whose, remedy = "", ""
+        if (meant := meant_key(name)) is not None:
+            whose = f", but one of {meant.stacks}" if meant.stacks else ""
+            options = {f"--{key.rpartition('.')[2].replace('_', '-')}" for key in meant.keys}.intersection(known)
+            if options:
+                remedy = f"use {' or '.join(sorted(options))}"
+            elif "--set" in known:
+                remedy = _in_a_config(meant.keys, meant.how, value)
+        if remedy:
+            return OptionError(name, f"is no option of {self.prog}{whose}", remedy)
+        near = difflib.get_close_matches(name[2:], [option[2:] for option in known], n=1, cutoff=0.7)
+        question = f"did you mean --{near[0]}? " if near else ""
+        return OptionError(name, f"is no option of {self.prog}", f"{question}`{self.prog} --help` lists all options")
+
+    def _no_config(self, argument: str) -> OptionError:
+        problem = f"sets a key of a config, and {self.prog} has no --set"
+        return OptionError(argument, problem, f"leave it out; `{self.prog} --help` lists all options")
 
     def _with_sets(self, arguments: Sequence[str]) -> list[str]:
         """Return ``arguments`` with each ``--a.b=c`` as ``--set=a.b=c``, so that it takes no word after it."""
@@ -63,10 +140,34 @@ class CommandParser(argparse.ArgumentParser):
         if key is None:
             return argument
         if "--set" not in self._option_string_actions:
-            raise OptionError(argument, f"sets a key of a config, and {self.prog} has no --set", "leave it out")
+            raise self._no_config(argument)
         if key["equals"] is None:
             raise OptionError(argument, "has no value", f"write {argument}=VALUE, or --set {argument[2:]}=VALUE")
         return f"--set={argument[2:]}"
+
+
+class CommandParser(Parser):
+    """The parser of ``megachiar COMMAND``, the same for every way to start the command.
+
+    Args:
+        command: the name of the command.
+        description: what ``--help`` prints, the docstring of the command's module. Errors take their examples from it.
+    """
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"megachiar {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+
+def _in_a_config(keys: Sequence[str], how: str, value: str) -> str:
+    """Return the remedy for a word that sets ``keys`` of a config, of which a user has given ``value``."""
+    if not keys:
+        return how
+    written = " or ".join(f"--{key}={value if value and not how else 'VALUE'}" for key in keys)
+    return f"it is a key of the config: write {written}{f' ({how})' if how else ''}"
 
 
 class _Store(argparse.Action):

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megachiar.config import load_config
 
+    launch.refuse_shared_pipe(options.config)
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         from megachiar.training.dry_run import print_plan

@@ -53,7 +53,11 @@ class StopSignals:
         for number in self._caught:
             signal.signal(number, _leave_it_to_the_thread)
         signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._leave_in_child)
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, self._caught),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self._caught),
+            after_in_child=self._leave_in_child,
+        )
         threading.Thread(target=self._listen, args=[ours], name="stop signals", daemon=True).start()
         with contextlib.suppress(OSError, ValueError):  # standard error may be no file
             faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -85,6 +89,7 @@ class StopSignals:
             signal.set_wakeup_fd(-1)
             for number in self._caught:
                 signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._caught)
 
     def _listen(self, pipe: int) -> None:
         while True:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from text_helpers import numbered_documents, run_tool, train, write_jsonl
 
+from megachiar.cli.main import main
+from megachiar.console import run
 from megachiar.data.inputs import compression
 from megachiar.data.inputs.find_inputs import find_sources
 from megachiar.data.preprocessing import encoder
+from megachiar.data.preprocessing.merge import merge_datasets
 from megachiar.data.preprocessing.preprocess import preprocess
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shards import make_shard, merge_shards
 from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError, disk_error
 
 REFUSALS = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EACCES", "ESTALE", "ENXIO")
@@ -109,7 +115,7 @@ def test_opening_what_is_written(tmp_path, model, monkeypatch, refusal, file):
     check(caught.value, "out", refusal)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])  # for its size, before it is read, and when all is done
+@pytest.mark.parametrize("call", [1, 2])  # for its size, and before it is read
 def test_looking_at_an_input(tmp_path, model, monkeypatch, refusal, call):
     wanted = settings(tmp_path, model)
     refuse(monkeypatch, os, "stat", refusal, "in.jsonl", call)
@@ -186,3 +192,45 @@ def test_a_name_that_is_really_too_long(tmp_path, model):
     done = run_tool("preprocess_data", "--input", tmp_path / "in.jsonl", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "File name too long" in done.stderr and "choose a shorter name" in done.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["merge", "IN", "--output", LONG], errno.ENAMETOOLONG),
+        (["merge", LONG, "--output", "out"], errno.ENAMETOOLONG),
+        (["evaluate", LONG], errno.ENAMETOOLONG),
+        (["generate", LONG, "--prompt", "a"], errno.ENAMETOOLONG),
+        (["corpus", "--output", LONG], errno.ENAMETOOLONG),
+        (["corpus", "--output", "/dev/null/x"], errno.ENOTDIR),
+        (["preprocess", "--input", "in.jsonl", "--tokenizer", "MODEL", "--output-prefix", "/proc/x"], errno.ENOENT),
+        (["merge", "IN", "--output", "/proc/x"], errno.ENOENT),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_message(tmp_path, model, monkeypatch, capsys, arguments, code):
+    monkeypatch.chdir(tmp_path)
+    with IndexedDatasetBuilder("in", np.uint16) as builder:
+        builder.add_document([1, 2])
+    write_jsonl(tmp_path / "in.jsonl", ["a"])
+    names = {"MODEL": str(model), "IN": "in"}
+    options = ["--allow-missing-manifest"] if arguments[0] == "merge" else []
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: main([*(names.get(word, word) for word in arguments), *options]))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and os.strerror(code) in message and message.count("remedy:") == 1, message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("prefix", [".", "..", "a/.."])
+def test_a_folder_as_the_name_of_a_dataset_is_refused(tmp_path, model, monkeypatch, prefix):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    changes = {"output_prefix": Path(prefix)}
+    for make in (preprocess, lambda wanted: make_shard(wanted, 0, 1), lambda wanted: merge_shards(wanted, 1)):
+        with pytest.raises(UserError, match="names a folder, not a dataset"):
+            make(dataclasses.replace(settings(tmp_path, model), **changes))
+    with pytest.raises(UserError, match="names a folder, not a dataset"):
+        merge_datasets([tmp_path / "in"], prefix)

@@ -102,7 +102,7 @@ def test_every_message_that_the_page_of_failures_names_is_one_of_the_code():
 
 def test_the_list_of_messages_has_each_error_with_its_remedy():
     text = generated_pages.messages()
-    remedy = "check the path; `megachiar config list` names shipped ones"
+    remedy = "{…}check the path; `megachiar config list` names shipped ones"
     assert f"| `{{path}}` | `no such config file` | `` {remedy} `` |" in text
     raised = sum(
         getattr(node.func, "id", "") == "UserError" and len(node.args) > 1

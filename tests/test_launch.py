@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 import torch.distributed as dist
-from support import find_mpirun, python, small_config, write_config, write_tokens
+from support import find_mpirun, python, rendezvous_port, small_config, write_config, write_tokens
 
 from megachiar import launch
 from megachiar.console import report
@@ -76,6 +77,27 @@ def test_an_error_of_all_ranks_is_printed_by_one_of_each_machine_before_they_mee
     assert ("3 ranks are no multiple of 2" in capsys.readouterr().err) == printed
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but MASTER_ADDR and MASTER_PORT are not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "RANK is set, but MASTER_PORT is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', not a"),
+        ({"RANK": "0"}, "WORLD_SIZE is None, not a number"),
+    ],
+)
+def test_an_incomplete_environment_is_one_message(variables, message, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(variables))
+    with pytest.raises(UserError, match=message):
+        launch.prepare_environment()
+
+
+def test_a_world_of_one_needs_no_address(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "1"})
+    launch.prepare_environment()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "0")
+
+
 @pytest.fixture
 def config(tmp_path):
     write_tokens(tmp_path / "train")
@@ -85,20 +107,23 @@ def config(tmp_path):
     )
 
 
+DEEPSPEED = ("-m", "deepspeed.launcher.runner")
+TWO_RANKS = ("--num_gpus", "2", "--master_port", "FREE")  # its own port, 29500, may be in use
 COMMAND = ("megachiar", "pretrain")  # the launcher puts --local_rank=N between the two
 LAUNCHERS = {
     "python -m": ["-m", "megachiar.pretrain"],
     "python file": ["megachiar/pretrain.py"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "megachiar/pretrain.py"],
-    "deepspeed": ["-m", "deepspeed.launcher.runner", "megachiar/pretrain.py"],
-    "deepspeed, 2 ranks": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "megachiar/pretrain.py"],
-    "deepspeed, 2 ranks, no file": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", *COMMAND],
+    "deepspeed": [*DEEPSPEED, "megachiar/pretrain.py"],
+    "deepspeed, 2 ranks": [*DEEPSPEED, *TWO_RANKS, "megachiar/pretrain.py"],
+    "deepspeed, 2 ranks, no file": [*DEEPSPEED, *TWO_RANKS, "--module", *COMMAND],
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_launcher_trains(config, name):
-    done = python(*LAUNCHERS[name], "--config", config)
+    port = str(rendezvous_port())
+    done = python(*(part.replace("FREE", port) for part in LAUNCHERS[name]), "--config", config)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     ranks = 2 if "2" in name or name == "torchrun" else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
 from megachiar.config import ModelConfig, RunConfig, load_config
 from megachiar.data.sampling.history import Change, DataHistory
 from megachiar.topology import LaunchError
@@ -16,8 +16,25 @@ _FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share
 _FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
 
 
-def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
-    """Check that the weights of model ``saved`` mean the same in model ``wanted``.
+def read_compatible(checkpoint: Path, wanted: ModelConfig, is_own: bool) -> CheckpointState:
+    """Return the record of a checkpoint whose weights the model ``wanted`` can load.
+
+    Args:
+        checkpoint: that is to be loaded.
+        wanted: the model of the run that loads it.
+        is_own: whether the checkpoint lies in the folder of that run; else ``checkpoint.load_from`` names it.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+        LaunchError: it holds another model.
+    """
+    state = read_state(checkpoint)
+    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, wanted, is_own)
+    return state
+
+
+def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig, is_own: bool) -> None:
+    """Check that the weights of model ``saved`` mean the same in model ``wanted``; ``is_own`` as ``read_compatible``.
 
     Raises:
         LaunchError: keys differ. The message names each of them with both values.
@@ -31,7 +48,8 @@ def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig) 
             + "; ".join(
                 f"model.{k} is {before.get(k)!r} in the checkpoint and {now[k]!r} in the config" for k in different
             ),
-            "use the config that the checkpoint was written with (its config.yaml), or another logging.folder",
+            "set these keys as the checkpoint has them (its config.yaml), or "
+            + ("name another logging.folder" if is_own else "leave checkpoint.load_from out to start fresh"),
         )
 
 
@@ -47,7 +65,9 @@ def _binding_keys(model: ModelConfig) -> dict[str, Any]:
     return flat
 
 
-def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, wanted: DataHistory) -> list[Change]:
+def check_data(
+    checkpoint: Path, state: CheckpointState, config: RunConfig, wanted: DataHistory, is_own: bool
+) -> list[Change]:
     """Return how the data of ``config`` differs from what the run read up to ``checkpoint``.
 
     Args:
@@ -55,6 +75,7 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
         state: the checkpoint's record.
         config: of the run that continues.
         wanted: what ``config`` would read if the run were new.
+        is_own: as ``read_compatible``.
 
     Raises:
         LaunchError: a value changed that ``data.on_change`` does not allow to change, or that no run can change.
@@ -62,31 +83,27 @@ def check_data(checkpoint: Path, state: CheckpointState, config: RunConfig, want
     changes = state.data.changes(wanted, state.step)
     for change in changes:
         if not change.defined:
-            remedy = (
-                "continue with the saved value, or start a new run from its weights alone with checkpoint.load_from"
-            )
+            remedy = "set it back"
         elif config.data.on_change == "refuse":
-            remedy = (
-                "set it back, or set data.on_change=continue: every source then continues from where it is; or start a "
-                "new run from its weights alone with checkpoint.load_from"
-            )
+            remedy = "set it back, or set data.on_change to continue: every source then continues from where it is"
         else:
             continue
         raise LaunchError(
             f"{checkpoint}: {change.key}",
             f"was {change.before} when it was saved and is {change.now} now: the order of samples would change",
-            remedy,
+            f"{remedy}, or {weights_alone(checkpoint, is_own)}",
         )
     return changes
 
 
-def describe_mask_change(checkpoint: Path, config: RunConfig) -> list[str]:
-    """Return a line for the log where ``data.document_mask`` changes between ``checkpoint`` and ``config``."""
+def changed_keys(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return each key whose value differs between two configs, with both values; a key that one lacks is None there."""
+    old, new = before.flat(), now.flat()
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
-    def mask(end: int | None) -> str:
-        return "off" if end is None else f"at id {end}"
 
-    before, now = load_config(checkpoint / CONFIG_FILE).document_end, config.document_end
-    if before == now:
-        return []
-    return [f"data.document_mask was {mask(before)} up to here and is {mask(now)} from here on"]
+def weights_alone(checkpoint: Path, is_own: bool) -> str:
+    """Return how a run takes nothing but the weights of a checkpoint; ``is_own`` as ``read_compatible``."""
+    if is_own:
+        return f"start a new run in another logging.folder, with checkpoint.load_from: {checkpoint}"
+    return "set checkpoint.load to weights, which loads nothing else"

@@ -113,7 +113,8 @@ def _refuse_other_format(checkpoint: Path, text: bytes) -> None:
             checkpoint / STATE_FILE,
             f"has format_version {version}, written by {state.get('created_by')}; this is megachiar {__version__}, "
             f"which reads format_version {FORMAT_VERSION}",
-            "use the version that wrote the checkpoint, or another logging.folder",
+            "use the version that wrote the checkpoint; or leave it: name another logging.folder, or another "
+            "checkpoint.load_from where that names it",
         )
 
 

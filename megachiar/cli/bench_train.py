@@ -40,10 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from megachiar import launch
-from megachiar.config import RunConfig, load_config
 from megachiar.console import silence
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
@@ -51,6 +48,7 @@ from megachiar.options import CommandParser
 if TYPE_CHECKING:  # a contender that is a process of its own imports them, this one does not
     import torch
 
+    from megachiar.config import RunConfig
     from megachiar.engine.engine import Engine
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
@@ -142,11 +140,13 @@ class Contender:
 
     @classmethod
     def ours(cls, argv: Sequence[str], kind: str, precision: str) -> Contender:
+        """Start this program as a contender that trains a model of ``kind`` in ``precision``."""
         command = [sys.executable, "-m", "megachiar", "bench-train"]
         return cls(kind, [*command, *argv, "--serve", kind, precision], {})
 
     @classmethod
     def peer(cls, options: argparse.Namespace, name: str, command: str) -> Contender:
+        """Start another program as a contender; variables ``BENCH_...`` tell it the sizes of the model."""
         sizes = ("hidden_size", "layers", "heads", "sequence_length", "batch", "vocab_size", "threads")
         try:
             return cls(name, shlex.split(command), {f"BENCH_{s.upper()}": str(getattr(options, s)) for s in sizes})
@@ -230,6 +230,8 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     Raises:
         ConfigError: the sizes make no model.
     """
+    from megachiar.config import load_config
+
     fields = {
         "model": {
             "kind": BASELINE if kind == BASELINE else CHIAR,
@@ -255,7 +257,7 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "bench.yaml")
-        path.write_text(yaml.safe_dump(fields))
+        path.write_text(json.dumps(fields))  # JSON is YAML
         return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
 
 
@@ -356,6 +358,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def named(text: str) -> tuple[str, str]:
+    """Split ``NAME=COMMAND`` of the command line."""
     name, equals, command = text.partition("=")
     if not (name and equals and command):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megachiar.analysis.bigram import bigram_baseline
 from megachiar.options import CommandParser, add_json_option
 
 
@@ -39,6 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+
+    from megachiar.analysis.bigram import bigram_baseline
+
     result = bigram_baseline(options.train, options.valid, options.test, options.vocab_size)
     if options.json:
         print(json.dumps(asdict(result)))

@@ -13,20 +13,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-
-from megachiar.analysis.calibration import PERCENTILES, Calibration, calibrate_on_embedding, calibrate_on_layers
-from megachiar.checkpoint.format import locate_checkpoint
-from megachiar.config import ModelConfig
 from megachiar.console import make_console
-from megachiar.data.sampling.dataset import TokenSource
 from megachiar.errors import UserError
-from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
-from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_json_option, add_run_argument
+
+if TYPE_CHECKING:
+    from megachiar.analysis.calibration import Calibration
+    from megachiar.config import ModelConfig
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,6 +39,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check(options)
+
+    from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
+    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.data.sampling.dataset import TokenSource
+    from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
+    from megachiar.inference.loading import load_for_inference
+
     checkpoint = locate_checkpoint(options.run)
     config, model, state = load_for_inference(checkpoint, default_device())
     check_layers(options.run, config.model)
@@ -60,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"run": str(options.run), "step": state.step, "data": str(data), **found.as_dict()}))
     else:
         print_table(found, f"spectral entropy H, {options.run} at step {state.step:,}, {data}")
-        snippet = yaml.safe_dump(found.router, sort_keys=False, default_flow_style=None)
-        print(f"\n# under model.router\n{snippet}", end="")
+        print_router(found)
     warn(found)
 
 
@@ -91,7 +92,21 @@ def check_layers(path: Path, model: ModelConfig) -> None:
         raise UserError(path, f"has {model.num_layers} layers; only layers 2 to L-1 route", "use a deeper model")
 
 
+def print_router(found: Calibration) -> None:
+    """Print the thresholds as a config has them."""
+    import yaml
+
+    snippet = yaml.safe_dump(found.router, sort_keys=False, default_flow_style=None)
+    print(f"\n# under model.router\n{snippet}", end="")
+
+
 def print_table(found: Calibration, title: str) -> None:
+    """Print the entropies at each place of the model and of white noise, and the thresholds they suggest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megachiar.analysis.calibration import PERCENTILES
+
     table = Table(title=title, title_justify="left")
     table.add_column("at")
     for name in ("tokens", "mean", "sd", *(f"{p}%" for p in PERCENTILES), "from noise", "thresholds"):

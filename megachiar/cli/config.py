@@ -15,17 +15,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.config import load_config
-from megachiar.config.copies import copy_shipped_config
-from megachiar.config.schema import config_schema
-from megachiar.config.shipped import shipped_config, shipped_configs, title_of
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, Parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("config", __doc__)
-    plain = argparse.ArgumentParser  # since CommandParser is for whole commands
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=plain)
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=Parser, help="what is to be done"
+    )
     actions.add_parser("list", help="name the shipped configs")
     show = actions.add_parser("show", help="print a shipped config")
     init = actions.add_parser("init", help="copy a shipped config into the current folder")
@@ -39,6 +36,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+
+    from megachiar.config import load_config
+    from megachiar.config.copies import copy_shipped_config
+    from megachiar.config.schema import config_schema
+    from megachiar.config.shipped import shipped_config, shipped_configs, title_of
+
     if options.action == "list":
         for name, path in shipped_configs().items():
             print(f"{name:14} {title_of(path)}")

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.console import make_console
-from megachiar.data.preprocessing.corpus import WIKITEXT, get_corpus
-from megachiar.data.preprocessing.existing import SAME
+from megachiar.data.preprocessing.choices import WIKITEXT
 from megachiar.options import CommandParser
 
 
@@ -29,6 +28,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, console = parse_arguments(argv), make_console()
+
+    from megachiar.data.preprocessing.corpus import get_corpus
+    from megachiar.data.preprocessing.existing import SAME
 
     def say(line: str) -> None:
         console.print(line, markup=False)

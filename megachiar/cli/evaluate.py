@@ -13,18 +13,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.progress import Progress
-from rich.table import Table
-
-from megachiar.checkpoint.format import locate_checkpoint
 from megachiar.console import make_console
 from megachiar.errors import UserError
-from megachiar.inference.loaded_run import default_device, model_score, open_for_run, with_progress
-from megachiar.inference.loading import load_for_inference
-from megachiar.model.dtypes import DTYPES
-from megachiar.options import CommandParser, add_json_option, add_run_argument
-from megachiar.training.evaluation import Evaluation, evaluate
+from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
+
+if TYPE_CHECKING:
+    from megachiar.training.evaluation import Evaluation
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,13 +29,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows scored at once (default 8)")
     parser.add_argument("--sequence-length", type=int, help="tokens of a window (default: the run's)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the run computed in)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: what the run computed in)")
     add_json_option(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+
+    from rich.progress import Progress
+
+    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.inference.loaded_run import default_device, model_score, open_for_run, with_progress
+    from megachiar.inference.loading import load_for_inference
+    from megachiar.model.dtypes import DTYPES
+    from megachiar.training.evaluation import evaluate
+
     checkpoint = locate_checkpoint(options.run)
     device = default_device()
     config, model, state = load_for_inference(checkpoint, device, DTYPES.get(options.dtype))
@@ -72,6 +77,9 @@ def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
 
 
 def print_table(checkpoint: Path, results: dict[str, Evaluation]) -> None:
+    """Print a line for each dataset; what its manifest does not allow to compute is a dash."""
+    from rich.table import Table
+
     table = Table(title=str(checkpoint), title_justify="left")
     for name in ("dataset", "tokens", "loss", "token PPL", "word PPL", "bits/byte"):
         table.add_column(name, justify="left" if name == "dataset" else "right")

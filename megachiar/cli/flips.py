@@ -13,20 +13,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from megachiar.analysis.calibration import spread_windows
-from megachiar.analysis.flips import LayerFlips, routing_flips
-from megachiar.checkpoint.format import locate_checkpoint
 from megachiar.errors import UserError
-from megachiar.inference.loaded_run import default_device, open_for_run
-from megachiar.inference.loading import load_for_inference
-from megachiar.options import CommandParser, add_json_option, add_run_argument
+from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from megachiar.analysis.flips import LayerFlips
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,7 +27,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument(
-        "--precision", choices=sorted(DTYPES), default="bf16", help="to compare with fp32 (%(default)s)"
+        "--precision",
+        choices=sorted({*PRECISIONS} - {"fp32"}),
+        default="bf16",
+        help="to compare with fp32 (%(default)s)",
     )
     parser.add_argument("--sequences", type=int, default=64, help="windows that are read (%(default)s)")
     add_json_option(parser)
@@ -45,8 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
+
+    from megachiar.analysis.calibration import spread_windows
+    from megachiar.analysis.flips import routing_flips
+    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.inference.loaded_run import default_device, open_for_run
+    from megachiar.inference.loading import load_for_inference
+    from megachiar.model.dtypes import DTYPES
+
     checkpoint = locate_checkpoint(options.run)
-    config, model, state = load_for_inference(checkpoint, default_device(), torch.float32)
+    config, model, state = load_for_inference(checkpoint, default_device(), DTYPES["fp32"])
     if not config.model.routed_layers:
         raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     data = options.data or config.data.train[0].path
@@ -62,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_table(found: list[LayerFlips], title: str) -> None:
+    """Print for each routed layer which share of tokens takes another route when numbers are rounded."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for name in ("layer", "tokens", "flips: rounded", "whole model", "mean change of H", "median |H - tau|"):
         table.add_column(name, justify="right")

@@ -12,10 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megachiar.checkpoint.format import locate_checkpoint
 from megachiar.errors import UserError
-from megachiar.inference.loaded_run import TextSampler, default_device
-from megachiar.inference.loading import load_for_inference
 from megachiar.options import CommandParser, add_run_argument
 
 
@@ -36,6 +33,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check_sampling(options)
+
+    from megachiar.checkpoint.format import locate_checkpoint
+    from megachiar.inference.loaded_run import TextSampler, default_device
+    from megachiar.inference.loading import load_for_inference
+
     checkpoint = locate_checkpoint(options.run)
     config, model, _ = load_for_inference(checkpoint, default_device())
     sampler = TextSampler(checkpoint, config, model)

@@ -19,13 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megachiar.config import load_config
-from megachiar.data.sampling.inspection import find_tokenizer, show_document, show_sample, show_samples, summarise
-from megachiar.data.storage.files import bin_path, idx_path
-from megachiar.data.storage.reader import IndexedDataset
-from megachiar.options import CommandParser, add_config_options, add_json_option
+from megachiar.options import CommandParser, OptionError, add_config_options, add_json_option
 from megachiar.progress import ByteProgress
-from megachiar.training.run_data import open_at_step
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,17 +37,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     add_json_option(parser)
     arguments = parser.parse_args(argv)
-    if (arguments.config is None) != (arguments.step is None):
-        parser.error("--config and --step belong together")
-    if arguments.overrides and arguments.config is None:
-        parser.error("--set belongs to --config")
-    if (arguments.prefix is None) == (arguments.config is None):
-        parser.error("give either PREFIX or --config")
-    if arguments.sample is not None and (arguments.sequence_length is None or arguments.seed is None):
-        parser.error("--sample needs --sequence-length and --seed")
-    if arguments.sample is None and (arguments.sequence_length is not None or arguments.seed is not None):
-        parser.error("--sequence-length and --seed belong to --sample")
+    check_together(arguments, parser)
     return arguments
+
+
+def check_together(arguments: argparse.Namespace, parser: CommandParser) -> None:
+    """Check that the arguments make sense together.
+
+    Raises:
+        OptionError: one is given without another that it belongs to.
+    """
+    of_sample = arguments.sequence_length, arguments.seed
+    run, sample = parser.example("--step"), parser.example("--sample")
+    rules = (
+        (arguments.overrides and arguments.config is None, "--set", "belongs to --config", run),
+        (arguments.config is None and arguments.step is not None, "--step", "needs --config", run),
+        (arguments.config is not None and arguments.step is None, "--config", "needs --step", run),
+        (arguments.prefix is None and arguments.config is None, parser.prog, "PREFIX is missing", parser.example()),
+        (arguments.prefix is not None and arguments.config is not None, "PREFIX", "does not go with --config", run),
+        (arguments.sample is not None and None in of_sample, "--sample", "needs --sequence-length and --seed", sample),
+        (
+            arguments.sample is None and of_sample != (None, None),
+            "--sequence-length and --seed",
+            "belong to --sample",
+            sample,
+        ),
+    )
+    for broken, where, problem, example in rules:
+        if broken:
+            raise OptionError(where, problem, f"give what belongs together{example}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,13 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.step is not None:
         print_step(arguments)
         return
-    if arguments.verify:
-        IndexedDataset(arguments.prefix)  # reports a missing file before its size is read
-        total = bin_path(arguments.prefix).stat().st_size + idx_path(arguments.prefix).stat().st_size
-        with ByteProgress("verifying", total) as progress:
-            summary = summarise(arguments.prefix, verify=True, on_bytes=progress.advance)
-    else:
-        summary = summarise(arguments.prefix)
+    summary = summary_of(arguments.prefix, arguments.verify)
     shown = look_inside(arguments)
     if arguments.json:
         print(json.dumps({**summary, "shown": shown}, ensure_ascii=False))
@@ -76,9 +83,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_text(shown)
 
 
+def summary_of(prefix: Path, verify: bool) -> dict[str, Any]:
+    from megachiar.data.sampling.inspection import summarise
+    from megachiar.data.storage.files import bin_path, idx_path
+    from megachiar.data.storage.reader import IndexedDataset
+
+    if not verify:
+        return summarise(prefix)
+    IndexedDataset(prefix)  # reports a missing file before its size is read
+    total = bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size
+    with ByteProgress("verifying", total) as progress:
+        return summarise(prefix, verify=True, on_bytes=progress.advance)
+
+
 def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the document or sample that the command line asks for; None if it asks for none."""
     if arguments.document is None and arguments.sample is None:
         return None
+
+    from megachiar.data.sampling.inspection import find_tokenizer, show_document, show_sample
+
     tokenizer = find_tokenizer(arguments.prefix, arguments.tokenizer)
     if arguments.document is not None:
         return show_document(arguments.prefix, arguments.document, tokenizer)
@@ -86,6 +110,11 @@ def look_inside(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def print_step(arguments: argparse.Namespace) -> None:
+    """Print the samples that one step of a run reads or has read."""
+    from megachiar.config import load_config
+    from megachiar.data.sampling.inspection import show_samples
+    from megachiar.training.run_data import open_at_step
+
     tokenizer = [f"data.tokenizer={json.dumps(str(arguments.tokenizer))}"] if arguments.tokenizer is not None else []
     config = load_config(arguments.config, [*arguments.overrides, *tokenizer])
     data, stream, positions = open_at_step(config, arguments.step)
@@ -98,6 +127,7 @@ def print_step(arguments: argparse.Namespace) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print what a dataset holds, what its manifest says of it, and what could not be checked."""
     for path, size in summary["files"].items():
         print(f"{path}: {size:,} bytes")
     sizes = summary["document_tokens"]
@@ -124,6 +154,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_text(shown: Mapping[str, Any]) -> None:
+    """Print a document or sample as text, after what is known of it; as ids if there is no tokenizer."""
     for key, value in shown.items():
         if key not in ("ids", "text"):
             print(f"{key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:,}'}")

@@ -13,10 +13,6 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.data.preprocessing.existing import SAME, OutputDiffers
-from megachiar.data.preprocessing.merge import find_merged, merge_datasets
-from megachiar.data.storage.files import bin_path
-from megachiar.data.storage.reader import IndexedDataset
 from megachiar.options import CommandParser
 from megachiar.progress import ByteProgress
 
@@ -37,6 +33,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+
+    from megachiar.data.preprocessing.existing import SAME, OutputDiffers
+    from megachiar.data.preprocessing.merge import find_merged, merge_datasets
+    from megachiar.data.storage.files import bin_path
+    from megachiar.data.storage.reader import IndexedDataset
+
     if not arguments.overwrite:
         with contextlib.suppress(OutputDiffers):
             find_merged(arguments.inputs, arguments.output, arguments.shuffle_seed)

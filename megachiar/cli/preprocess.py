@@ -19,19 +19,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
-from megachiar.data.preprocessing.mpi import preprocess_with_mpi
-from megachiar.data.preprocessing.preprocess import preprocess
-from megachiar.data.preprocessing.report import Report
-from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.preprocessing.shards import make_shard, merge_shards
-from megachiar.data.preprocessing.split import Split
-from megachiar.data.tokenizers.fast import Engine
-from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
+from megachiar.data.tokenizers.choices import Engine, TokenizerKind
 from megachiar.options import CommandParser
 from megachiar.process_memory import keep_large_blocks_apart
+
+if TYPE_CHECKING:
+    from megachiar.data.preprocessing.report import Report
+    from megachiar.data.preprocessing.settings import PreprocessSettings
 
 
 def usable_cores() -> int:
@@ -83,6 +80,10 @@ def shard_of(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     keep_large_blocks_apart()
     arguments = parse_arguments(argv)
+
+    from megachiar.data.preprocessing.settings import PreprocessSettings
+    from megachiar.data.preprocessing.split import Split
+
     inputs = named_inputs(arguments)
     settings = PreprocessSettings(
         sources=inputs.sources,
@@ -111,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:
     """Do what the command line asks for: the whole dataset, a shard, the merge of shards, or an MPI rank's part."""
+    from megachiar.data.preprocessing.mpi import preprocess_with_mpi
+    from megachiar.data.preprocessing.preprocess import preprocess
+    from megachiar.data.preprocessing.shards import make_shard, merge_shards
+
     if arguments.mpi:
         return preprocess_with_mpi(settings)
     if arguments.shard is not None:

@@ -16,16 +16,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from megachiar.config import load_config
-from megachiar.config.copies import copy_shipped_config
 from megachiar.console import make_console
-from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.errors import UserError
 from megachiar.options import CommandParser
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 DATA = Path("data/shakespeare")
 PARTS = ("train", "valid", "test")
@@ -106,6 +105,8 @@ def steps(config: Path, vocab_size: int, run_folder: Path) -> list[Step]:
 
 def preprocess(part: str) -> Step:
     """Return the command that makes the dataset of a part of the corpus."""
+    from megachiar.data.storage.files import bin_path, idx_path, manifest_path
+
     prefix, text = DATA / part, DATA / f"{part}.jsonl"
     arguments = [*MEGACHIAR, "preprocess", "--input", str(text), "--tokenizer", str(TOKENIZER), "--append-eod"]
     return Step(
@@ -181,6 +182,8 @@ def summarise(
 
 def results_table(bigram: dict, model: dict) -> Table:
     """Return a table of both models. They score the same tokens, so the bigram's numbers follow from its perplexity."""
+    from rich.table import Table
+
     ratio = math.log(bigram["token_ppl"]) / math.log(model["token_ppl"])
     table = Table(title=f"Held-out text ({model['tokens']:,} tokens, {DATA / 'test'})", title_justify="left")
     for name in ("model", "token PPL", "bits/byte", "word PPL"):
@@ -199,11 +202,17 @@ def find_config() -> Path:
     for path in (Path("configs/tiny.yaml"), Path("tiny.yaml")):
         if path.exists():
             return path
+
+    from megachiar.config.copies import copy_shipped_config
+
     return copy_shipped_config("tiny", Path()).path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     CommandParser("quickstart", __doc__).parse_args(argv)
+
+    from megachiar.config import load_config
+
     path, console = find_config(), make_console()
     config = load_config(path)
     folder = Path(config.logging.folder)

@@ -16,14 +16,7 @@ from typing import get_args
 
 from megachiar.console import make_console
 from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
-from megachiar.data.preprocessing.existing import SAME
-from megachiar.data.preprocessing.tokenizer_training import (
-    SUFFIXES,
-    Algorithm,
-    TrainedKind,
-    TrainingSettings,
-    train_tokenizer,
-)
+from megachiar.data.preprocessing.choices import SUFFIXES, Algorithm, TrainedKind
 from megachiar.options import CommandParser
 
 
@@ -42,6 +35,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+
+    from megachiar.data.preprocessing.existing import SAME
+    from megachiar.data.preprocessing.tokenizer_training import TrainingSettings, train_tokenizer
+
     by_suffix: TrainedKind = "huggingface" if arguments.output.suffix == SUFFIXES["huggingface"] else "sentencepiece"
     inputs = named_inputs(arguments)
     settings = TrainingSettings(

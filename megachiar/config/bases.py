@@ -11,17 +11,34 @@ Mappings are merged key by key; any other value, a list too, replaces the one be
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megachiar.config.run_length import drop_other_lengths
 from megachiar.config.shipped import shipped_configs
-from megachiar.config.yaml_file import read_yaml
+from megachiar.config.yaml_file import read_yaml, shown_path
 from megachiar.errors import UserError
 
 BASE = "base"
 Places = dict[tuple[str, ...], str]
 """Key path -> ``file:line`` where its value stands."""
+
+
+class _File(NamedTuple):
+    """A config as one file has it.
+
+    Attributes:
+        path: the file.
+        mapping: what it says, without ``base``.
+        places: the place of each of its key paths.
+        base: the file that it is based on; None without one.
+    """
+
+    path: Path
+    mapping: dict[str, Any]
+    places: Places
+    base: Path | None
 
 
 def read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
@@ -34,14 +51,14 @@ def read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
         UserError: one of the files is missing, is no YAML mapping, or is its own base.
         ConfigError: a key stands twice in one mapping.
     """
-    chain = files_of(path)
-    mapping, places = _read(chain[-1])
-    for file in reversed(chain[:-1]):
-        over, its_places = _read(file)
-        if isinstance(over.get("training"), dict):
-            drop_other_lengths(mapping.get("training"), over["training"])
-        mapping = _merge(mapping, over)
-        places = {**{key: where for key, where in places.items() if not _is_replaced(key, over)}, **its_places}
+    *over, lowest = _read_chain(path)
+    mapping, places = lowest.mapping, lowest.places
+    for file in reversed(over):
+        if isinstance(file.mapping.get("training"), dict):
+            drop_other_lengths(mapping.get("training"), file.mapping["training"])
+        mapping = _merge(mapping, file.mapping)
+        kept = {key: where for key, where in places.items() if not _is_replaced(key, file.mapping)}
+        places = {**kept, **file.places}
     return mapping, places
 
 
@@ -51,41 +68,45 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         UserError: as ``read_with_bases``.
     """
-    chain = [path]
-    while (base := _base_of(chain[-1])) is not None:
-        file, place = base
-        names = " -> ".join(map(str, [*chain, file]))
-        if file.resolve() in [earlier.resolve() for earlier in chain]:
+    return [file.path for file in _read_chain(path)]
+
+
+def _read_chain(path: Path) -> list[_File]:
+    """Read the config at ``path`` and its bases, the nearest base first; each file is read once: it may be a pipe."""
+    chain = [_read(path)]
+    while (base := chain[-1].base) is not None:
+        if base.resolve() in [file.path.resolve() for file in chain]:
+            names = " -> ".join(str(each) for each in [*(file.path for file in chain), base])
+            place = chain[-1].places[(BASE,)]
             raise UserError(place, f"a config cannot be its own base: {names}", "remove one of these bases")
-        chain.append(file)
+        chain.append(_read(base))
+    for file in chain:
+        file.places.pop((BASE,), None)
     return chain
 
 
-def _base_of(path: Path) -> tuple[Path, str] | None:
-    """Return the file that the config at ``path`` is based on, and the place that names it."""
+def _read(path: Path) -> _File:
     mapping, lines = read_yaml(path)
-    if BASE not in mapping:
-        return None
-    name, place = mapping[BASE], f"{path}:{lines[(BASE,)]}"
+    places = {key: f"{shown_path(path)}:{line}" for key, line in lines.items()}
+    base = _find_base(path, mapping.pop(BASE), places[(BASE,)]) if BASE in mapping else None
+    return _File(path, mapping, places, base)
+
+
+def _find_base(path: Path, name: Any, place: str) -> Path:
+    """Return the file that the config at ``path`` is based on, which it calls ``name`` at ``place``."""
     if not isinstance(name, str) or not name:
         raise UserError(place, f"base is {name!r}, not the path of a config", "write `base: other.yaml`")
-    file = path.parent / name
+    file = path.parent / Path(os.path.expandvars(name)).expanduser()
     if file.is_file():
-        return file, place
+        return file
     shipped = shipped_configs()
     if (known := name.removesuffix(".yaml")) in shipped:
-        return shipped[known], place
+        return shipped[known]
     raise UserError(
         place,
         f"base {name} is neither a file ({file}) nor a shipped config ({', '.join(shipped)})",
         "name a file by its path from the folder of this one",
     )
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Places]:
-    mapping, lines = read_yaml(path)
-    mapping.pop(BASE, None)
-    return mapping, {key: f"{path}:{line}" for key, line in lines.items() if key != (BASE,)}
 
 
 def _merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

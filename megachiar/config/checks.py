@@ -42,6 +42,7 @@ def run(sections: dict[str, Any]) -> list[Problem]:
 
 
 def model_shape(model: ModelConfig) -> Iterator[Problem]:
+    """Check that heads divide the channels evenly, and that a chiar model has a first and a last layer."""
     d, heads = model.hidden_size, model.num_attention_heads
     if d % heads:
         yield Problem(
@@ -64,6 +65,7 @@ def model_shape(model: ModelConfig) -> Iterator[Problem]:
 
 
 def router(model: ModelConfig) -> Iterator[Problem]:
+    """Check that the router has the thresholds or shares that its kind reads, and no others."""
     if model.kind == "baseline":
         return
     r = model.router
@@ -123,6 +125,7 @@ def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
 
 
 def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    """Check that the model has positions for a whole sequence."""
     if data.sequence_length and data.sequence_length > model.max_sequence_length:
         yield Problem(
             "data.sequence_length",
@@ -132,6 +135,7 @@ def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
 
 
 def batch(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Check that micro-batches fill the global batch, on every data-parallel rank alike."""
     unit = training.micro_batch_size * (parallel.data_size or 1)
     if training.global_batch_size % unit:
         ranks = f" * parallel.data_size {parallel.data_size}" if parallel.data_size else ""
@@ -144,6 +148,7 @@ def batch(training: TrainingConfig, parallel: ParallelConfig) -> Iterator[Proble
 
 
 def run_length(model: ModelConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that the length of the run is given, and only once."""
     steps, tokens = training.steps, training.tokens
     if all(getattr(training, name) is None for name in LENGTHS):
         yield Problem("training", "does not say how long the run is", "set one of steps, tokens and epochs")
@@ -156,6 +161,7 @@ def run_length(model: ModelConfig, data: DataConfig, training: TrainingConfig) -
 
 
 def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Check that the kinds of parallelism go together and divide the model's sizes."""
     pp, tp = parallel.pipeline_size, parallel.tensor_size
     if pp > 1 and parallel.zero_stage >= 2:
         yield Problem(
@@ -184,6 +190,7 @@ def layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
 
 
 def stages(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that each pipeline stage gets a layer, or a group of layers that are recomputed together."""
     pp, interval = parallel.pipeline_size, training.activation_checkpoint_interval
     if pp > model.num_layers:
         yield Problem(
@@ -202,6 +209,7 @@ def stages(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfi
 def sequence_rows(
     model: ModelConfig, data: DataConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> Iterator[Problem]:
+    """Check that tensor-parallel ranks can share the rows of a micro-batch evenly."""
     length = sample_length(model, data)
     rows, tp = training.micro_batch_size * length, parallel.tensor_size
     if parallel.sequence and rows % tp:
@@ -213,6 +221,7 @@ def sequence_rows(
 
 
 def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Check that gradients, master weights and loss scale suit the type that is computed in."""
     compute, accumulation = precision.compute, precision.gradient_accumulation
     if accumulation not in ("fp32", compute):
         yield Problem(
@@ -231,6 +240,7 @@ def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[
 
 
 def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:
+    """Check that warm-up, decay and the lowest learning rate leave room for each other."""
     if schedule.minimum_learning_rate > optimizer.learning_rate:
         yield Problem(
             "schedule.minimum_learning_rate",
@@ -254,6 +264,7 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
 
 
 def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that there is something to evaluate on if evaluation is asked for."""
     if training.evaluate_every and not data.validation:
         yield Problem(
             "training.evaluate_every", f"is {training.evaluate_every} with no data.validation", "name a validation set"
@@ -261,6 +272,7 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
 
 
 def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """Check that a run that is to load everything is told from where."""
     if checkpoint.load == "all" and checkpoint.load_from is None:
         yield Problem(
             "checkpoint.load",
@@ -270,6 +282,7 @@ def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
 
 
 def documents(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    """Check that the id that ends a document is used, and is in the vocabulary."""
     end = data.document_end
     if end is None:
         return
@@ -282,6 +295,7 @@ def documents(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
 
 
 def compilation(parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that no communication happens within the layers that are to be compiled."""
     if training.compile is None:
         return
     for key, wrong in (("tensor_size", parallel.tensor_size > 1), ("zero_stage", parallel.zero_stage == 3)):

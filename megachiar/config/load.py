@@ -9,8 +9,8 @@ from typing import Any
 from megachiar.config import checks
 from megachiar.config.bases import Places, read_with_bases
 from megachiar.config.deepspeed import contradictions
-from megachiar.config.errors import ConfigError
-from megachiar.config.overrides import apply_override
+from megachiar.config.errors import ConfigError, Problem
+from megachiar.config.overrides import Overridden, apply_overrides
 from megachiar.config.run import RunConfig
 from megachiar.config.run_length import steps_of_tokens
 from megachiar.config.typed_sections import type_sections
@@ -22,7 +22,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the YAML file.
-        overrides: each ``"a.b=value"`` with the value in YAML; a later one wins.
+        overrides: each ``"a.b=value"`` with the value in YAML; of one key a later one wins.
 
     Raises:
         UserError: a file cannot be read as a YAML mapping, a base is missing, or an override is no ``key=value``.
@@ -30,10 +30,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     mapping, places = read_with_bases(path)
-    overridden = {}
-    for override in overrides:
-        key = apply_override(mapping, override)
-        overridden[tuple(key.split("."))] = override
+    overridden, problems = apply_overrides(mapping, overrides)
+    if problems:  # what else is wrong may follow from them
+        raise _error(str(path), problems, places, overridden)
     data = mapping.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         data["train"] = read_source_list(Path(data["train"]))
@@ -44,7 +43,7 @@ def parse_config(
     mapping: dict[str, Any],
     source: str,
     places: Places | None = None,
-    overridden: dict[tuple[str, ...], str] | None = None,
+    overridden: Overridden | None = None,
 ) -> RunConfig:
     """Turn a mapping into a checked ``RunConfig``.
 
@@ -64,7 +63,11 @@ def parse_config(
         problems += contradictions(config)
         if not problems:
             return config
-    raise ConfigError(source, [(_place(p.key, source, places or {}, overridden or {}), p) for p in problems])
+    raise _error(source, problems, places or {}, overridden or {})
+
+
+def _error(source: str, problems: Sequence[Problem], places: Places, overridden: Overridden) -> ConfigError:
+    return ConfigError(source, [(_place(problem.key, source, places, overridden), problem) for problem in problems])
 
 
 def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
@@ -74,12 +77,11 @@ def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
     return config.with_steps(steps_of_tokens(tokens, config.training.global_batch_size, config.sequence_length))
 
 
-def _place(key: str, source: str, places: Places, overridden: dict[tuple[str, ...], str]) -> str:
-    """Return ``file:line`` of the longest known part of ``key``, or the override that set it."""
+def _place(key: str, source: str, places: Places, overridden: Overridden) -> str:
+    """Return the override that set ``key`` or a section around it, else ``file:line`` of its longest known part."""
     parts = tuple(key.split("."))
-    for size in range(len(parts), 0, -1):
-        if parts[:size] in overridden:
-            return f"--set {overridden[parts[:size]]}"
-        if parts[:size] in places:
-            return places[parts[:size]]
-    return source
+    parents = [parts[:size] for size in range(len(parts), 0, -1)]
+    for part in parents:
+        if part in overridden:
+            return f"--set {overridden[part]}"
+    return next((places[part] for part in parents if part in places), source)

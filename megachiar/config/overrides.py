@@ -1,22 +1,60 @@
-"""``--set a.b=value``: one key of a config gets another value than its file says."""
+"""``--set a.b=value``: one key of a config gets another value than its file says.
+
+All overrides together are one layer over the file, as a file is one over its base: a length of the run in them replaces
+the file's, and two lengths in them contradict each other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from megachiar.config.bases import BASE
-from megachiar.config.run_length import drop_other_lengths
+from megachiar.config.errors import Problem
+from megachiar.config.run_length import LENGTHS, drop_other_lengths
 from megachiar.config.yaml_file import parse_value
 from megachiar.errors import UserError
 
+Overridden = dict[tuple[str, ...], str]
+"""Key path -> the override that set it."""
 
-def apply_override(mapping: dict[str, Any], override: str) -> str:
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[Overridden, list[Problem]]:
+    """Set the keys of ``overrides`` in ``mapping``, a later one over an earlier one.
+
+    Returns:
+        the override that set each key path, and what is wrong with all of them together.
+
+    Raises:
+        UserError: as ``apply_override``.
+    """
+    overridden: Overridden = {}
+    lengths: dict[str, Any] = {}
+    for override in overrides:
+        key, value = apply_override(mapping, override)
+        overridden[tuple(key.split("."))] = override
+        section, _, name = key.partition(".")
+        if key == "training":
+            lengths = {name: value[name] for name in LENGTHS if name in value} if isinstance(value, dict) else {}
+        elif section == "training" and name in LENGTHS:
+            lengths[name] = value
+    drop_other_lengths(mapping.get("training"), lengths)
+    given = {name: value for name, value in lengths.items() if value is not None}
+    if len(given) <= 1:
+        return overridden, []
+    (first, value), *others = given.items()
+    beside = " and ".join(f"training.{name} {value}" for name, value in others)
+    message = f"is {value} beside {beside}: each of them says how long the run is"
+    return overridden, [Problem(f"training.{first}", message, "keep one of them")]
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> tuple[str, Any]:
     """Set one dotted key in ``mapping``; items of a list are addressed by index (``data.train.0.path=...``).
 
     Returns:
-        the dotted key.
+        the dotted key and its value.
 
     Raises:
         UserError: the override is no ``key=value``, or its key does not lead through keys and indices.
@@ -38,11 +76,9 @@ def apply_override(mapping: dict[str, Any], override: str) -> str:
         node[_list_index(node, last, override, ".".join(parents))] = value
     elif isinstance(node, dict):
         node[last] = value
-        if parents == ["training"]:
-            drop_other_lengths(node, {last: value})
     else:
         raise UserError(f"--set {override}", f"{'.'.join(parents)} holds a value, not keys", "set that key itself")
-    return key
+    return key, value
 
 
 def _child(node: Any, name: str, override: str, key: str) -> Any:

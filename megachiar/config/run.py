@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.section import Section
 from megachiar.config.sections import (
     CheckpointConfig,
@@ -41,6 +43,8 @@ class RunConfig(Section):
     """How long the run is, how much a step reads, and how often the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves and what it starts from."""
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    """How the run notices that something is wrong."""
     logging: LoggingConfig
     """The run folder and what is written to it."""
     deepspeed: dict[str, Any] = {}
@@ -78,6 +82,18 @@ class RunConfig(Section):
         """The folder of the run's checkpoints."""
         return self.logging.folder / "checkpoints"
 
+    def flat(self) -> dict[str, Any]:
+        """Return the value of every key as JSON has it, by dotted key such as ``data.train``."""
+        return dict(_flatten(self.model_dump(mode="json"), ""))
+
     def to_yaml(self) -> str:
         """Return the resolved config with all defaults; ``load_config`` reads it back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 
 from megachiar.config.duration import parse_duration
 from megachiar.config.model import ModelConfig
+from megachiar.config.paths import ConfigPath
 from megachiar.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -21,7 +22,7 @@ def _without_null(mapping: Any) -> Any:
 
 
 class SourceConfig(Section):
-    path: Path
+    path: ConfigPath
     """Prefix of an indexed dataset: PREFIX.bin, PREFIX.idx and (if made here) PREFIX.json."""
     weight: PositiveFloat = 1.0
     """Share of training samples from this source, relative to the other weights."""
@@ -40,13 +41,13 @@ class DataConfig(Section):
     """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported,
     since up to 4 repeated text is nearly as good as new (arXiv:2305.16264)."""
     validation: Annotated[
-        dict[str, Path], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
+        dict[str, ConfigPath], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
     ] = {}
     """Validation sets by name: prefixes of indexed datasets, read whole and in order. Null leaves out a set that the
     base of the config has."""
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
-    tokenizer: Path | None = None
+    tokenizer: ConfigPath | None = None
     """Tokenizer file or folder. When not given, the one that the first manifest of a source names. Its kind and the
     token that ends a document are those of that manifest."""
     document_mask: bool = False
@@ -179,7 +180,7 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder if there is one. never: refuse a run folder
     that has one."""
-    load_from: Path | None = None
+    load_from: ConfigPath | None = None
     """Checkpoint to start from, or a run folder, whose newest one counts. A run that has saved goes on from its own."""
     load: Literal["weights", "all"] = "weights"
     """What load_from loads. weights: the weights alone; optimizer, schedule, steps and data begin anew. all: optimizer,
@@ -187,7 +188,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    folder: Path
+    folder: ConfigPath
     """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/."""
     every: PositiveInt = 10
     """Steps between lines of the log."""

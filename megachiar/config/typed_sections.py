@@ -26,7 +26,7 @@ def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
     fields = RunConfig.model_fields
     for name, value in mapping.items():
         if name not in fields:
-            problems += unknown_key((str(name),), value, list(fields), _own_keys())
+            problems += unknown_key((str(name),), value, list(fields), own_keys())
     for name, field in fields.items():
         value = mapping.get(name)
         section = section_class(field.annotation)
@@ -57,7 +57,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 @functools.cache
-def _own_keys() -> OwnKeys:
+def own_keys() -> OwnKeys:
     """Return the dotted keys of a config by their last name."""
     own: OwnKeys = {}
 
@@ -79,19 +79,19 @@ def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) ->
         # Strict JSON mode: no string for a number, but a list for a tuple and a string for a path.
         return section.model_validate_json(text, strict=True), []
     except ValidationError as error:
-        located = _one_per_key(error, json.loads(text))
-        return None, [problem for path, detail in located for problem in _problems_of(section, (name, *path), detail)]
+        located = _by_key(error, json.loads(text))
+        return None, [problem for path, arms in located for problem in _problems_of(section, (name, *path), arms)]
 
 
-def _one_per_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], ErrorDetails]]:
-    """Return one problem a key path: a union reports each of its arms, and the first is kept."""
-    kept: dict[tuple[str, ...], ErrorDetails] = {}
+def _by_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], list[ErrorDetails]]]:
+    """Return what is wrong with each key path; a union reports each of its arms."""
+    kept: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        kept.setdefault(tuple(_key_path(detail, value)), detail)
+        kept.setdefault(tuple(_key_path(detail, value)), []).append(detail)
     # An arm that looked inside the value and one that did not, or a list short of its bad items: the inner one says it.
     return [
-        (path, detail)
-        for path, detail in kept.items()
+        (path, arms)
+        for path, arms in kept.items()
         if not any(other[: len(path)] == path and other != path for other in kept)
     ]
 
@@ -109,23 +109,52 @@ def _key_path(detail: ErrorDetails, value: Any) -> Iterator[str]:
             yield str(part)
 
 
-def _problems_of(section: type[BaseModel], path: tuple[str, ...], detail: ErrorDetails) -> Iterator[Problem]:
-    key, kind, context = ".".join(path), detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
+def _problems_of(section: type[BaseModel], path: tuple[str, ...], arms: list[ErrorDetails]) -> Iterator[Problem]:
+    key, detail = ".".join(path), arms[0]
+    if detail["type"] == "extra_forbidden":
         known = list(_class_at(section, path[1:-1]).model_fields)
-        yield from unknown_key(path, detail["input"], known, _own_keys())
+        yield from unknown_key(path, detail["input"], known, own_keys())
         return
-    if kind == "missing":
-        yield Problem(key, "is missing and has no default", f"add `{path[-1]}:` below `{'.'.join(path[:-1])}:`")
+    if detail["type"] == "missing":
+        parent = ".".join(path[:-1])
+        if path[-1].isdigit():
+            yield Problem(parent, f"lacks value {int(path[-1]) + 1} of its list", "give every value of the list")
+        else:
+            yield Problem(key, "is missing and has no default", f"add `{path[-1]}:` below `{parent}:`")
         return
-    wanted = detail["msg"].removeprefix("Input should be ")
-    if kind == "literal_error":
-        wanted = f"one of {context['expected']}"
-    elif kind == "too_short":
-        wanted = f"a list of at least {context['min_length']}"
-    elif not wanted.startswith("a "):
-        wanted = f"a value {wanted}"
+    wanted = " or ".join(dict.fromkeys(_wanted(arm) for arm in arms))
     yield Problem(key, f"is {_shown(detail['input'])}, must be {wanted}", f"set it to {wanted}")
+
+
+_WANTED = {
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "string_type": "a string",
+    "path_type": "a path",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+"""What a value must be, by pydantic's name of the problem; others are told in pydantic's words."""
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    """Return what a value must be, as a noun."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        several = " or " in context["expected"]
+        return f"{'one of ' if several else ''}{context['expected']}"
+    if kind == "too_short":
+        return f"a list of at least {context['min_length']}"
+    wanted = _WANTED.get(kind, detail["msg"].removeprefix("Input should be "))
+    return wanted if wanted.startswith(("a ", "an ", "true ")) else f"a value {wanted}"
 
 
 def _class_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

@@ -50,7 +50,7 @@ PRIVATE_ATTRIBUTES = {
     "fp16 loss scaler": ("dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
     "ZeRO 1 and 2 parameter": ("_hp_mapping",),
     "ZeRO 1 and 2 mapping": ("param_group_index",),
-    "ZeRO 3 parameter": ("ds_id", "ds_tensor"),
+    "ZeRO 3 parameter": ("ds_id", "ds_numel", "ds_tensor"),
 }
 """Attributes by the kind of object that has them once DeepSpeed has set it up; only a running engine shows them."""
 
@@ -313,3 +313,18 @@ def shard_length(parameter: nn.Parameter) -> int:
     """
     zero_parameter: Any = parameter
     return zero_parameter.ds_tensor.numel()
+
+
+def own_shard(parameter: nn.Parameter, data_rank: int) -> torch.Tensor | None:
+    """Return the elements (n,) of a parameter that this rank alone holds; None where it holds the whole parameter.
+
+    Under ZeRO 3 small parameters stay whole on every rank. The padding of the last shard is left out.
+
+    Why: the shards of a replicated parameter are compared between tensor-parallel ranks. Since: 0.12 or before.
+    It can go when DeepSpeed has a public function for a rank's shard in the type of the model.
+    """
+    if not is_sharded(parameter) or parameter.numel():
+        return None
+    zero_parameter: Any = parameter
+    length = shard_length(parameter)
+    return zero_parameter.ds_tensor.detach().flatten()[: max(0, zero_parameter.ds_numel - data_rank * length)]

@@ -19,7 +19,7 @@ from megachiar.engine.replica import Replica
 from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
-from megachiar.kernels.cross_entropy import IGNORED_TARGET
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.topology import Topology
 
 

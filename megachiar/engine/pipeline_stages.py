@@ -75,6 +75,7 @@ class StagePart(nn.Module):
         initialise(self, config, seed, group)
 
     def forward(self, inputs: StageInputs) -> StageInputs:
+        """Run the layers of this part; in training, keep their reports and attach the regulariser."""
         x, sequence_ids = inputs
         has_documents = sequence_ids.dim() > 1
         layout = BatchLayout(

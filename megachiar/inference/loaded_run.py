@@ -15,6 +15,7 @@ from megachiar.data.sampling.document_end import why_unmasked
 from megachiar.data.storage.files import manifest_path
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model import ChiarFormer
 from megachiar.training.evaluation import Score
 from megachiar.training.run_tokenizer import record_of_run, run_tokenizer
@@ -116,7 +117,7 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
     @torch.inference_mode()
     def score(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        return output.token_losses.double().sum().item(), int((targets != -100).sum())
+        return output.token_losses.double().sum().item(), int((targets != IGNORED_TARGET).sum())
 
     return score
 

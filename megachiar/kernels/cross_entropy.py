@@ -11,8 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_cross_entropy
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 
-IGNORED_TARGET = -100
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """The most bytes that the fp32 logits of one chunk of rows may take, by the type of the device; other devices are
 treated as a CPU. Each chunk adds to the gradient of the whole weight, which costs a GPU much where chunks are small."""

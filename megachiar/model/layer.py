@@ -101,7 +101,11 @@ class FixedLayer(nn.Module):
 
 
 class RoutedLayer(nn.Module):
-    """A layer whose router chooses an operator for each row."""
+    """A layer whose router chooses an operator for each row.
+
+    Attributes:
+        last_routes: the routes (N,) of the last forward pass, so that ranks can compare them; None before the first.
+    """
 
     def __init__(self, config: ModelConfig, index: int, group: TensorParallelGroup):
         super().__init__()
@@ -114,6 +118,7 @@ class RoutedLayer(nn.Module):
         if "rbf" in self.names:
             self.rbf = RbfMixing(config, index, group)
         self.feed_forward = FeedForward(config, index, group)
+        self.last_routes: torch.Tensor | None = None
 
     def forward(
         self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
@@ -164,6 +169,7 @@ class RoutedLayer(nn.Module):
             operator = synchronize_routes(decision.operator, layout)
             if routes is not None:
                 routes[self.name] = operator
+        self.last_routes = operator
         plan = plan_dispatch(operator, len(self.names), layout)
         parts = permute(x, plan.permutation, plan.local_counts)
         results = [

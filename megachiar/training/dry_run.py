@@ -1,4 +1,7 @@
-"""``--dry-run``: print what a run would compute, hold and send, without building its weights."""
+"""``--dry-run``: print what a run would compute, hold and send, without building its weights.
+
+It refuses what the start of training would refuse, by the same functions, and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from megachiar.checkpoint.compatibility import read_compatible
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import idx_path
@@ -17,8 +22,9 @@ from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
+from megachiar.training.continuation import check_steps_left, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.epochs import resolve_epochs
-from megachiar.training.run_data import check_max_epochs, describe_source_usage, open_data
+from megachiar.training.start import check_resume, find_start
 
 
 def print_plan(config: RunConfig, world_size: int | None) -> None:
@@ -29,12 +35,11 @@ def print_plan(config: RunConfig, world_size: int | None) -> None:
         world_size: ranks to plan for; None takes the ranks that are started, or else those that the config asks for.
 
     Raises:
-        UserError: the layout does not fit the ranks, or a dataset cannot be read or is too small.
+        UserError: the layout does not fit the ranks, or data or checkpoint do not allow the run.
     """
-    if not _missing(source.path for source in config.data.train):
-        config = resolve_epochs(config)
     ranks = world_size or _planned_ranks(config)
     data_size = data_parallel_size(config, ranks)
+    config, notes = _check(config)
     sys.stdout.write(config.to_yaml())
     sys.stdout.flush()
     console = Console(width=110)
@@ -43,7 +48,8 @@ def print_plan(config: RunConfig, world_size: int | None) -> None:
         table.add_row(name, value)
     console.print(table)
     console.print(_ranks_table(plan_ranks(config, data_size)))
-    console.print(_data_note(config))
+    for note in notes:
+        console.print(note)
 
 
 def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]]:
@@ -122,17 +128,33 @@ def _planned_ranks(config: RunConfig) -> int:
     return started if started > 1 else replica * (parallel.data_size or 1)
 
 
-def _data_note(config: RunConfig) -> str:
-    """Return the passes over each dataset, or the names of datasets that are missing on this machine.
+def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Check what the start of training checks; a plan is often made on a machine that lacks the run's datasets.
 
-    A plan is often made on another machine than the run's.
+    Returns:
+        The config, resolved as far as the datasets allow, and what the log of the run would say, as lines of markup.
     """
+    notes: list[str] = []
     missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values()])
     if missing:
-        return f"these datasets are not on this machine, so that they were not checked: {', '.join(map(str, missing))}"
-    data = open_data(config)
-    check_max_epochs(config, data)
-    return "\n".join(describe_source_usage(config, data))
+        if not _missing(source.path for source in config.data.train):
+            config = resolve_epochs(config)
+        names = escape(", ".join(map(str, missing)))
+        notes.append(f"these datasets are not on this machine, so that they were not checked: {names}")
+    else:
+        config, data = open_run(config)
+    start = find_start(config, notes.append)
+    check_resume(config, start)
+    if missing:
+        if start.path is not None:
+            read_compatible(start.path, config.model, start.is_own)
+            if config.training.steps is not None:
+                check_steps_left(config, start)
+        return config, notes
+    run = continue_run(config, data, start)
+    finished = describe_finished(config, run.progress)
+    said = [f"start: {run.summary}", *run.warnings, *describe_data(config, run.data), *([finished] if finished else [])]
+    return config, [*notes, *map(escape, said)]
 
 
 def _missing(prefixes: Iterable[Path]) -> list[Path]:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megachiar.data.sampling.dataset import IGNORED_TARGET, ValidationSet
+from megachiar.data.sampling.dataset import ValidationSet
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 
 Score = Callable[[np.ndarray, np.ndarray], tuple[float, int]]
 """Takes inputs and targets, int64 (n, T); returns the summed cross-entropy in nats and the number of targets."""

@@ -38,7 +38,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             with disk_errors(folder):
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""

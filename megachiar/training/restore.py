@@ -3,65 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rich.markup import escape
 
-from megachiar.checkpoint.compatibility import check_data, describe_mask_change
-from megachiar.checkpoint.format import read_state
 from megachiar.checkpoint.resume import load_weights, resume
 from megachiar.engine.engine import Engine
-from megachiar.training.run_data import RunData
-from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
-from megachiar.training.start import Start
+from megachiar.training.continuation import Continuation
 
 
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps taken.
-        samples: training samples that all ranks together have consumed.
-        saved_step: step of the newest checkpoint in the run folder; None before the first.
-    """
-
-    step: int = 0
-    samples: int = 0
-    saved_step: int | None = None
-
-
-def restore(engine: Engine, data: RunData, start: Start, log: Callable[[str], None]) -> tuple[Progress, RunData]:
-    """Load the checkpoint of ``start`` into ``engine``, if there is one; every rank calls this function.
+def restore(engine: Engine, run: Continuation, log: Callable[[str], None]) -> None:
+    """Load the checkpoint that ``run`` starts from into ``engine``, if there is one; every rank calls this function.
 
     Args:
         engine: with initial weights.
-        data: of the config, as a new run would read it.
-        start: what ``resolve_start`` decided.
+        run: at its start.
         log: prints a line of the log.
-
-    Returns:
-        How far the run is, and the data that it reads from there on.
-
-    Raises:
-        UserError: the checkpoint is damaged, holds another model, or has read data that ``data.on_change`` does not
-            allow to change.
     """
-    if start.path is None:
-        return Progress(), data
-    if start.kind == "weights":
-        load_weights(engine, start.path)
-        log(f"weights from {start.path}; optimizer, schedule and data start anew")
-        for line in describe_other_tokenizer(start.path, data.tokenizer_record):
-            log(f"[yellow]  {escape(line)}[/]")
-        return Progress(), data
-    check_kept_tokenizer(start.path.parent.parent, data.tokenizer_record)
-    changes = check_data(start.path, read_state(start.path), engine.config, data.history)
-    state = resume(engine, start.path)
-    what = "resumed from" if start.kind == "resumed" else "weights, optimizer and position in the data from"
-    log(f"{what} {start.path} ({state.layout}): step {state.step}, {state.samples:,} samples")
-    lines = [f"{change.key} was {change.before} up to here and is {change.now} from here on" for change in changes]
-    for line in (*lines, *describe_mask_change(start.path, engine.config)):
+    if run.start.path is None or run.state is None:
+        return
+    if run.start.kind == "weights":
+        load_weights(engine, run.start.path)
+    else:
+        resume(engine, run.start.path, run.state)
+    log(escape(run.summary))
+    for line in run.warnings:
         log(f"[yellow]  {escape(line)}[/]")
-    saved = state.step if start.kind == "resumed" else None
-    return Progress(state.step, state.samples, saved), data.continue_from(state.data, state.step)

@@ -18,25 +18,18 @@ from megachiar.kernels.backends import describe_backends
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.stop_signals import StopSignals
-from megachiar.topology import LaunchError, Topology, raise_together
+from megachiar.topology import Topology, raise_together
 from megachiar.training.communication_time import measure_communication
+from megachiar.training.compare_setups import compare_setups
+from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.display import Display
-from megachiar.training.document_ends import describe_document_ends, with_document_end
-from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import MetricsWriter
 from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
-from megachiar.training.restore import Progress, restore
-from megachiar.training.run_data import (
-    RunData,
-    check_max_epochs,
-    describe_seen_validation,
-    describe_source_usage,
-    open_data,
-)
-from megachiar.training.run_lock import hold_run_folder
+from megachiar.training.restore import restore
+from megachiar.training.run_data import RunData
 from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start
-from megachiar.training.supervision import Supervision
+from megachiar.training.supervision import Supervision, hold_run_folder
 from megachiar.training.trainer import Trainer
 from megachiar.training.watch import PeerWatch
 
@@ -58,9 +51,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     """
     problem = None
     try:
-        config = resolve_epochs(config)
-        data = open_data(config)
-        config = with_document_end(config, data)
+        config, data = open_run(config)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
     folder, activity = config.logging.folder, Activity()
@@ -70,6 +61,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
             with PeerWatch(topology, config.training.communication_timeout_s, activity, signals) as watch:
                 signals.remember()
                 raise_together(problem)
+                compare_setups(config, data)
                 with hold_run_folder(folder, topology, console.print) as lock:
                     watch.use_run_folder(folder, before_exit=lock.release if lock is not None else None)
                     supervision = Supervision(signals, lock, watch, activity)
@@ -104,30 +96,20 @@ def train(
     activity = supervision.activity
     activity.begin("decides where the run starts", Stage.START, step=0)
     start = resolve_start(config, topology, console.print)
+    run = continue_run(config, data, start)
     activity.begin("builds the model", Stage.START, step=0, item=1)
     engine = Engine(config, topology, device)
     log_run_header(config, engine, data, console)
     activity.begin("loads the checkpoint" if start.path else "starts anew", Stage.START, step=0, item=2)
-    progress, data = restore(engine, data, start, console.print)
-    check_max_epochs(config, data)
-    for line in (*describe_source_usage(config, data), *describe_document_ends(data), *describe_seen_validation(data)):
+    restore(engine, run, console.print)
+    progress, data = run.progress, run.data
+    for line in describe_data(config, data):
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
     resumed = topology.is_main and start.kind == "resumed"
     owed = broadcast_from_rank_0(owed_evaluations(config.logging.folder, progress.step) if resumed else [])
-    if progress.step >= config.steps and not owed:
-        key, _ = asked_length(config.training)
-        if start.kind == "all":
-            raise LaunchError(
-                f"training.{key}",
-                f"ends the run at step {config.steps:,}, but {start.path} is at step {progress.step:,} already",
-                f"raise training.{key}, or take the weights alone with checkpoint.load: weights",
-            )
-        console.print(
-            f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps "
-            f"{config.steps:,}. To train it further raise training.{key}; to begin another run name another "
-            "logging.folder."
-        )
+    if (finished := describe_finished(config, progress)) is not None and not owed:
+        console.print(escape(finished))
         return 0
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
     check_shared_folder(config.logging.folder, topology)

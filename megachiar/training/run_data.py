@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
-from megachiar.config.run_length import samples_of_epochs
+from megachiar.config.run_length import asked_length, samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
@@ -98,17 +98,24 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
         The data of the run, the samples in the order that the step belongs to, and the positions that the step reads.
 
     Raises:
-        UserError: ``step`` is below 1.
+        UserError: ``step`` is below 1 or beyond the last step of the run.
         LaunchError: as ``open_data`` and ``check_data``; or a dataset that the step has read is gone.
     """
     if step < 1:
         raise UserError("--step", f"{step} is no step", "steps are counted from 1, as the log counts them")
     config = resolve_epochs(config)
     data = open_data(config)
-    checkpoint = find_start(config).continues_from
-    if checkpoint is not None:
+    start = find_start(config)
+    if (last := max(config.steps, start.step)) < step:
+        key, _ = asked_length(config.training)
+        raise UserError(
+            f"--step {step}",
+            f"the run ends with step {last:,}",
+            f"give a step from 1 to {last}, or let the run be longer with training.{key}",
+        )
+    if (checkpoint := start.continues_from) is not None:
         state = read_state(checkpoint)
-        check_data(checkpoint, state, config, data.history)
+        check_data(checkpoint, state, config, data.history, start.is_own)
         data = data.continue_from(state.data, state.step)
     history = data.history
     positions = history.samples_of(step)
@@ -209,8 +216,22 @@ def describe_seen_validation(data: RunData) -> list[str]:
     return lines
 
 
+def describe_repeated_sources(data: RunData) -> list[str]:
+    """Return a line for the log for each training source that holds the same tokens as one before it."""
+    lines, sources = [], data.training.sources
+    for number, source in enumerate(sources):
+        twin = next((earlier for earlier in sources[:number] if _hold_the_same(source, earlier)), None)
+        if twin is not None:
+            lines.append(
+                f"data.train: {source.prefix} holds the same tokens as {twin.prefix}, so that they count double: list "
+                "them once, with the sum of the weights, if that is not what you want"
+            )
+    return lines
+
+
 def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
-    if one.prefix.resolve() == other.prefix.resolve():
+    """Return whether two datasets are one file under two names, or copies by what their manifests record."""
+    if bin_path(one.prefix).samefile(bin_path(other.prefix)):
         return True
     if one.manifest is None or other.manifest is None:
         return False

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megachiar.checkpoint.compatibility import weights_alone
 from megachiar.checkpoint.format import CONFIG_FILE
 from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.dataset import TokenSource
@@ -61,23 +62,25 @@ def record_of_data(sources: Sequence[TokenSource], tokenizer: Tokenizer | None) 
     return describe_tokenizer(tokenizer, Path()) if tokenizer is not None else None
 
 
-def check_kept_tokenizer(run: Path, now: TokenizerRecord | None) -> None:
-    """Check that a run which continues reads data made with the tokenizer that its folder ``run`` keeps.
+def check_kept_tokenizer(checkpoint: Path, now: TokenizerRecord | None, is_own: bool) -> None:
+    """Check that a run which continues from ``checkpoint`` reads data of the tokenizer that the run folder keeps.
 
     Args:
-        run: the run folder.
+        checkpoint: of the run.
         now: record of the tokenizer that made the data; None where nothing records it.
+        is_own: as ``checkpoint.compatibility.read_compatible``.
 
     Raises:
         LaunchError: another tokenizer made the data, so that every id would change its meaning.
     """
+    run = checkpoint.parent.parent
     kept = read_kept_record(run)
     if kept is not None and now is not None and kept.fingerprint != now.fingerprint:
         raise LaunchError(
             run / KEPT_RECORD,
             f"the run was trained with tokenizer {kept.file} ({kept.fingerprint}), but its data is now made with "
             f"{now.file} ({now.fingerprint})",
-            "continue with data of the run's tokenizer, or start a new run in another logging.folder",
+            f"continue with data of the run's tokenizer, or {weights_alone(checkpoint, is_own)}",
         )
 
 

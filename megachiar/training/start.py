@@ -43,6 +43,11 @@ class Start:
     step: int = 0
 
     @property
+    def is_own(self) -> bool:
+        """Whether the run starts from a checkpoint in its own folder."""
+        return self.kind == "resumed"
+
+    @property
     def continues_from(self) -> Path | None:
         """The checkpoint whose optimizer, step and position in the data are loaded too; None if there is none."""
         return self.path if self.kind in ("all", "resumed") else None
@@ -79,10 +84,27 @@ def find_start(config: RunConfig, log: Callable[[str], None] = lambda line: None
         return Start("resumed", own, read_state(own).step)
     if config.checkpoint.load_from is None:
         return Start("fresh")
-    other = locate_checkpoint(config.checkpoint.load_from)
+    try:
+        other = locate_checkpoint(config.checkpoint.load_from)
+    except UserError as error:
+        raise LaunchError(f"checkpoint.load_from {error.where}", error.problem, error.remedy) from error
     if config.checkpoint.load == "weights":
         return Start("weights", other)
     return Start("all", other, read_state(other).step)
+
+
+def check_resume(config: RunConfig, start: Start) -> None:
+    """Check that ``checkpoint.resume`` allows the start.
+
+    Raises:
+        LaunchError: it forbids to resume, and the run folder has a checkpoint.
+    """
+    if start.path is not None and start.is_own and config.checkpoint.resume == "never":
+        raise LaunchError(
+            config.logging.folder,
+            f"holds {start.path.name} and checkpoint.resume is never",
+            "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
+        )
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:
@@ -131,17 +153,10 @@ class _Decision(NamedTuple):
 def _decide(config: RunConfig, log: Callable[[str], None]) -> _Decision | UserError:
     try:
         start = find_start(config, log)
+        check_resume(config, start)
     except UserError as error:
         return error
-    if start.path is None:
-        return _Decision(start, fingerprint="")
-    if start.kind == "resumed" and config.checkpoint.resume == "never":
-        return UserError(
-            config.logging.folder,
-            f"holds {start.path.name} and checkpoint.resume is never",
-            "choose another logging.folder, remove this one, or set checkpoint.resume to auto",
-        )
-    return _Decision(start, _fingerprint(start.path))
+    return _Decision(start, fingerprint="" if start.path is None else _fingerprint(start.path))
 
 
 def broadcast_from_rank_0(value: Any) -> Any:

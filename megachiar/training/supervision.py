@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megachiar.activity import Activity
+from megachiar.errors import UserError
 from megachiar.stop_signals import StopSignals
+from megachiar.topology import Topology, raise_together
 from megachiar.training.run_lock import RunLock
 from megachiar.training.watch import PeerWatch
 
@@ -25,3 +30,25 @@ class Supervision:
     lock: RunLock | None
     watch: PeerWatch
     activity: Activity
+
+
+@contextlib.contextmanager
+def hold_run_folder(folder: Path, topology: Topology, log: Callable[[str], None]) -> Iterator[RunLock | None]:
+    """Hold the lock of the run folder as long as this context lasts; every rank enters it, after the ranks have met.
+
+    Yields:
+        The lock on rank 0, None on the others.
+
+    Raises:
+        LaunchError: another run works in the folder, or rank 0 cannot write there. Every rank raises it.
+    """
+    problem = None
+    lock = RunLock(folder, topology.world_size, log) if topology.is_main else None
+    with contextlib.ExitStack() as stack:
+        try:
+            if lock is not None:
+                stack.enter_context(lock)
+        except UserError as error:
+            problem = error
+        raise_together(problem)
+        yield lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.training.compare_ranks import compare_ranks
+from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
-from megachiar.training.restore import Progress
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
@@ -71,6 +73,8 @@ class Trainer:
         self._kill_limit = KillLimit()
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
         self._seconds, self._steps = 0.0, 0
+        self._samples_digest = 0  # of the samples that this rank has read in the last step
+        self._compared_step: int | None = None  # the step after which the ranks were last compared
 
     def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
@@ -88,6 +92,7 @@ class Trainer:
             if self._stop_is_asked() or not self.validation.run(owed, self.progress.step):
                 return self._stopped()
             while self.progress.step < self.config.steps:
+                self._compare_if_due()
                 result = self._timed_step(loader)
                 self.display.advance(self.progress.step, result.loss)
                 self._log(result, loader)
@@ -151,16 +156,29 @@ class Trainer:
         return result
 
     def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size
+        """Yield this replica's micro-batches of a step, each with the position of its first sample."""
+        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size  # of this replica's samples
+        self._samples_digest = 0
         for number in range(1, self.engine.accumulation_steps + 1):
             first = loader.position + offset
             # Inner pipeline stages read nothing: only without stages do numbers of micro-batches compare.
             item = 2 * number if self.engine.topology.pipeline_size == 1 else 0
             self.activity.begin(f"reads sample {first}", Stage.TRAIN, step, item)
             batch = next(loader)
+            self._samples_digest = zlib.crc32(batch.data, self._samples_digest)
             self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, step, item and item + 1)
             yield first, batch
+
+    def _compare_if_due(self) -> None:
+        every, step = self.config.reliability.check_every, self.progress.step
+        if self._compared_step is None or (every and step % every == 0):
+            self._compare()
+
+    def _compare(self) -> None:
+        if self._compared_step != self.progress.step:
+            self.activity.begin("compares the ranks", Stage.LOG, self.progress.step, item=1)
+            compare_ranks(self.engine, self.progress.step, self._samples_digest)
+            self._compared_step = self.progress.step
 
     def _log(self, result: StepResult, loader: BatchLoader) -> None:
         step = self.progress.step
@@ -206,6 +224,7 @@ class Trainer:
         last = step == self.config.steps
         if not (stop or last or (every and step % every == 0)) or step == self.progress.saved_step:
             return
+        self._compare()
         self.activity.begin(f"saves step {step}", Stage.SAVE, step)
         if self.supervision.lock is not None:
             self.supervision.lock.confirm()

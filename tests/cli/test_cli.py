@@ -21,21 +21,38 @@ from megachiar.cli.main import COMMANDS, ELSEWHERE, checkout_commit, main, modul
 from megachiar.config import load_config
 from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
+from megachiar.model.dtypes import DTYPES
+from megachiar.options import PRECISIONS
 
 TOOLS = {path: re.search(r"megachiar\.cli\.(\w+) ", path.read_text())[1] for path in (ROOT / "tools").glob("*.py")}
 WITHOUT_TOOL = {"pretrain"}  # megachiar/pretrain.py is its file
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_import_nothing_but_the_standard_library(option):
-    program = (
-        "import sys; before = set(sys.modules)\n"
-        f"from megachiar.cli.main import main; main([{option!r}])\n"
-        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
-    )
-    done = python("-c", program)
+IMPORTED = """
+import contextlib, json, os, sys
+before = set(sys.modules)
+from megachiar.cli.main import main
+imported = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, "w")):
+        main(words)
+    tops = {name.partition(".")[0] for name in set(sys.modules) - before}
+    imported[" ".join(words)] = sorted(tops - set(sys.stdlib_module_names))
+print(json.dumps(imported))
+"""
+
+
+def test_help_and_version_import_nothing_but_the_standard_library():
+    """Of the whole program and of every command, so that they are printed at once."""
+    words = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    words += [["config", action, "--help"] for action in ("list", "show", "init", "schema")]
+    done = python("-c", IMPORTED, json.dumps(words))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "megachiar"
+    assert json.loads(done.stdout) == {" ".join(each): ["megachiar"] for each in words}
+
+
+def test_the_number_formats_of_options_are_those_of_the_model():
+    assert set(PRECISIONS) == set(DTYPES)
 
 
 def test_help_names_every_command_once(capsys):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from text_helpers import numbered_documents, run_tool, write_jsonl
+from text_helpers import numbered_documents, run_tool, write_jsonl, write_other_text
 
 SAME = "exists already and is what this command makes: nothing was done"
 OTHER = "exists already, and not as this command makes it:"
@@ -78,14 +78,20 @@ def test_another_option_is_refused_and_named(folder, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_input_that_was_changed_since_is_another_input(folder, command):
+def test_an_input_with_other_text_is_another_input_and_one_with_new_times_is_not(folder, command):
     arguments = arguments_of(command, folder)
     assert run_tool(command, *arguments).returncode == 0
-    changed = folder / ("b.json" if command == "merge_datasets" else "in.jsonl")
+    changed = folder / ("b.bin" if command == "merge_datasets" else "in.jsonl")
     later = max(state(folder).values()) + 10**9
     os.utime(changed, ns=(later, later))
     done = run_tool(command, *arguments)
-    assert done.returncode == 2 and OTHER in done.stderr and changed.name in done.stderr, done.stderr
+    assert done.returncode == 0 and SAME in done.stdout + done.stderr, done.stderr
+    if command == "merge_datasets":
+        changed.write_bytes(changed.read_bytes()[:-2] + b"\1\0")
+    else:
+        write_other_text(changed)
+    done = run_tool(command, *arguments)
+    assert done.returncode == 2 and OTHER in done.stderr and f"{changed} was changed since" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("command", ["train_tokenizer", "preprocess_data"])

@@ -185,5 +185,30 @@ class TestLength:
         assert (training.steps, training.tokens, training.epochs) == (2, 2048, None)
         training = load_config(path, ["training.steps=9"]).training
         assert (training.steps, training.tokens, training.epochs) == (9, None, None)
-        training = load_config(path, ["training.steps=9", "training.epochs=1.5"]).training
-        assert (training.steps, training.tokens, training.epochs) == (None, None, 1.5)
+
+    @pytest.mark.parametrize(
+        ("overrides", "key", "said"),
+        [
+            (["training.steps=5", "training.tokens=100"], "training.steps", "is 5 beside training.tokens 100"),
+            (["training.tokens=5120", "training.steps=5"], "training.tokens", "is 5120 beside training.steps 5"),
+            (["training.steps=9", "training.epochs=1.5"], "training.steps", "is 9 beside training.epochs 1.5"),
+            (["training={steps: 5}", "training.epochs=1"], "training.steps", "is 5 beside training.epochs 1"),
+            (
+                ["training.epochs=1", "training.steps=1", "training.tokens=1"],
+                "training.epochs",
+                "is 1 beside training.steps 1 and training.tokens 1",
+            ),
+        ],
+    )
+    def test_two_lengths_on_the_command_line_contradict_each_other(self, overrides, key, said):
+        with pytest.raises(ConfigError) as caught:
+            load_config(TINY, overrides)
+        ((place, problem),) = caught.value.located
+        assert place == f"--set {overrides[0]}"
+        assert problem.key == key and problem.message.startswith(said) and problem.remedy == "keep one of them"
+
+    def test_an_override_that_a_later_one_takes_back_is_no_length(self):
+        training = load_config(TINY, ["training.steps=5", "training.steps=null", "training.tokens=5120"]).training
+        assert (training.steps, training.tokens) == (5, 5120)
+        training = load_config(TINY, ["training.steps=5", "training.steps=7"]).training
+        assert (training.steps, training.tokens) == (7, None)

@@ -196,7 +196,7 @@ def _rank_server() -> socket.socket:
     return ours
 
 
-def _rendezvous_port() -> int:
+def rendezvous_port() -> int:
     """Return a free port for the ranks to meet at.
 
     It is below the ports that the kernel gives to connections: one of those could be taken before the ranks take it.
@@ -216,7 +216,7 @@ def start_ranks(
     Ranks are forked from one process that has imported what training imports, which saves seconds for each. With
     ``fresh`` each rank is a new interpreter, as a launcher starts it, with its own imports and its own hash seed.
     """
-    port, program = str(_rendezvous_port()), [str(argument) for argument in arguments]
+    port, program = str(rendezvous_port()), [str(argument) for argument in arguments]
     ranks = []
     for rank in range(world_size):
         env = process_environment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import NamedTuple
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_memory_worker import CHUNK_BYTES, DTYPES, SHAPES, measure
-from support import WORKERS, python
+from support import ROOT, WORKERS, python
 
 from megachiar.kernels import cross_entropy as module
-from megachiar.kernels.cross_entropy import IGNORED_TARGET, linear_cross_entropy
+from megachiar.kernels.cross_entropy import linear_cross_entropy
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 
 ROWS, D, VOCABULARY = 11, 6, 17
 
@@ -184,3 +186,13 @@ def test_memory_of_the_triton_kernels_is_what_the_plan_counts():
     for shape in SHAPES:
         for dtype in DTYPES:
             check_bytes(*found[f"{shape} {dtype}"], shape[0])
+
+
+def test_the_ignored_target_is_written_in_one_place():
+    """Readers of data, the engine and the loss must agree on it, so that nobody writes the number himself."""
+    written = set()
+    for path in (ROOT / "megachiar").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.UnaryOp) and ast.unparse(node) == str(IGNORED_TARGET):
+                written.add(path.name)
+    assert written == {"ignored_target.py"}

@@ -126,7 +126,7 @@ def test_a_source_that_a_run_goes_on_with_is_refused_as_well(folder):
     assert "none.json says that documents end with no token of their own" in output
     other = [*MASK, f"data.train=[{{path: {folder / 'other'}}}]", f"data.validation={{v: {folder / 'other'}}}"]
     output = " ".join(pretrain(path, *other, "data.on_change=continue", "training.steps=3")[0].split())
-    assert f"data.document_mask was at id {END} up to here and is at id {OTHER} from here on" in output
+    assert f"data.document_end was {END} up to here and is {OTHER} from here on" in output
     assert f"{folder / 'train'} (read earlier) with id {END}" in output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import indexed_oracle as oracle
@@ -10,7 +11,13 @@ from support import small_config, write_config, write_tokens
 
 from megachiar.config import load_config
 from megachiar.topology import LaunchError
-from megachiar.training.run_data import check_max_epochs, describe_seen_validation, describe_source_usage, open_data
+from megachiar.training.run_data import (
+    check_max_epochs,
+    describe_repeated_sources,
+    describe_seen_validation,
+    describe_source_usage,
+    open_data,
+)
 
 
 @pytest.fixture
@@ -60,3 +67,24 @@ def test_a_validation_set_that_is_trained_on_is_named(config, tmp_path):
         oracle.make_manifest(tmp_path / name, vocab_size=64)
     (line,) = lines(own=tmp_path / "valid", copy=tmp_path / "copy")
     assert "data.validation.copy" in line
+
+
+@pytest.mark.parametrize("how", ["copy", "link", "link of a file"])
+def test_a_source_under_two_names_is_named_once(config, tmp_path, how):
+    """The copy is recognised by the content that the manifests record, and links by the file that they lead to."""
+
+    def lines(*more: str) -> list[str]:
+        sources = ", ".join(f"{{path: {tmp_path / name}}}" for name in ("small", "large", *more))
+        return describe_repeated_sources(open_data(load_config(config, [f"data.train=[{sources}]"])))
+
+    names = ("small", "large")
+    if how == "copy":
+        for name in names:
+            oracle.make_manifest(tmp_path / name, vocab_size=64)
+    for suffix in (".bin", ".idx", ".json"):
+        if (tmp_path / f"small{suffix}").exists():
+            is_link = how == "link" or (how == "link of a file" and suffix == ".bin")
+            (os.symlink if is_link else shutil.copy)(tmp_path / f"small{suffix}", tmp_path / f"again{suffix}")
+    assert lines() == []
+    (line,) = lines("again")
+    assert f"{tmp_path / 'again'} holds the same tokens as {tmp_path / 'small'}" in line

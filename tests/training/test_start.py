@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from support import WORKERS, pretrain, run_ranks, small_config, write_config, write_tokens
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megachiar.checkpoint.format import checkpoint_name, read_state, read_weights
 from megachiar.config import load_config
 from megachiar.training.metrics import read_metrics
 from megachiar.training.run_data import open_at_step
+from megachiar.training.schedule import learning_rate
 from megachiar.training.start import Start, find_start
 
 STEPS, MIDDLE = 8, 4
@@ -251,3 +253,32 @@ def test_what_rank_0_refuses_ends_all_with_its_message_alone(apart, sets, messag
     outputs = start_apart(config, [folder, folder], *sets, codes=(2,))
     assert [output.count("error:") for output in outputs] == [1, 0], outputs
     assert message in " ".join(outputs[0].split()) and "Traceback" not in "".join(outputs)
+
+
+def test_a_resumed_run_says_every_key_that_changed_and_both_learning_rates(tmp_path):
+    config = make_run(tmp_path, schedule={"warmup_steps": 2})
+    pretrain(config, "training.steps=4")
+    same = pretrain(config, "training.steps=4")[0]
+    assert "up to here" not in same
+    changed = ["training.steps=8", "optimizer.weight_decay=0.2", "model.router.tau=0.6", "training.seed=1234"]
+    output = " ".join(pretrain(config, *changed)[0].split())
+    assert "training.steps was 4 up to here and is 8 from here on" in output
+    assert "optimizer.weight_decay was 0.01 up to here and is 0.2 from here on" in output
+    assert "model.router.tau was 0.79 up to here and is 0.6 from here on" in output
+    assert output.count("up to here") == 3
+    before, now = (learning_rate(load_config(config, [f"training.steps={steps}"]), 5) for steps in (4, 8))
+    assert before == 0.0 and now > 1e-4
+    assert f"learning rate of step 5: {now:.3e}, by the config of the checkpoint {before:.3e}" in output
+
+
+def test_tensorboard_has_no_point_twice_after_a_restart_before_the_first_save(tmp_path):
+    config = make_run(tmp_path)
+    overrides = ["logging.tensorboard=true", "training.steps=4", "checkpoint.every=null"]
+    pretrain(config, *overrides)
+    first = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before it saved
+    pretrain(config, *overrides)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert losses(tmp_path / "run") == first

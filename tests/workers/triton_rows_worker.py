@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.kernels import dct, gpu, triton_cross_entropy, triton_factored, triton_norm, triton_permute, triton_rope
-from megachiar.kernels.cross_entropy import IGNORED_TARGET, linear_cross_entropy
+from megachiar.kernels.cross_entropy import linear_cross_entropy
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.kernels.norm import add_and_norm
 from megachiar.kernels.permute import permute, unpermute
 from megachiar.kernels.rope import keys_and_values, rotary_table, rotate

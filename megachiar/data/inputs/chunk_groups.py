@@ -12,6 +12,7 @@ from typing import NamedTuple
 from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.readers import read_chunks
 from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source_reading import SourceRecorder
 
 GROUP_BYTES = 256 << 10  # a group with as much text is complete
 BYTES_OF_A_CHUNK = 256  # that a chunk takes beside its text
@@ -32,8 +33,15 @@ class ChunkGroup(NamedTuple):
     begins_source: bool
 
 
-def read_groups(sources: Iterable[tuple[int, Source]], options: ReadOptions) -> Iterator[ChunkGroup]:
+def read_groups(
+    sources: Iterable[tuple[int, Source]], options: ReadOptions, recorder: SourceRecorder
+) -> Iterator[ChunkGroup]:
     """Yield the chunks of numbered sources in groups, in order.
+
+    Args:
+        sources: the sources to read, each with its number.
+        options: how documents are found in them.
+        recorder: makes a record of each source.
 
     Raises:
         UserError: ``read_chunks`` raises it.
@@ -41,7 +49,7 @@ def read_groups(sources: Iterable[tuple[int, Source]], options: ReadOptions) -> 
     group, size = ChunkGroup([], 0, True), 0
     for number, source in sources:
         begins = True
-        for chunk in read_chunks([source], options):
+        for chunk in read_chunks([source], options, recorder):
             if group.chunks and begins and not group.begins_source:
                 yield group
                 group, size = ChunkGroup([], 0, True), 0

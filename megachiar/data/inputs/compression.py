@@ -17,7 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from megachiar.data.inputs import remote
-from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_other_compression
+from megachiar.data.inputs.recognition import (
+    COMPRESSION_NAMES,
+    HEAD_BYTES,
+    begins_compressed,
+    refuse_other_compression,
+)
 from megachiar.data.inputs.source import Compression, Source
 from megachiar.data.storage.files import read_ahead
 from megachiar.errors import UserError
@@ -25,7 +30,10 @@ from megachiar.errors import UserError
 READ_BYTES = 1 << 18  # read of a plain file at once
 COMPRESSED_READ_BYTES = 1 << 14  # read at once; small, because the text may be a thousand times larger
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
+SHOWN_BYTES = 16  # of what follows whole data and does not belong to it
 MOST_TEXT = 1 << 22  # bytes that xz and bzip2 give at once; the text may be ten thousand times larger
+
+OnContent = Callable[[bytes], None]
 
 
 class Codec(NamedTuple):
@@ -59,16 +67,27 @@ CODECS: dict[Compression, Callable[[], Codec]] = {
 }
 
 
-def text_blocks(source: Source) -> Iterator[tuple[bytes, int]]:
+def text_blocks(source: Source, on_content: OnContent | None = None) -> Iterator[tuple[bytes, int]]:
     """Yield the text of ``source`` in blocks, each with the number of bytes read from the disk for it.
+
+    Args:
+        source: the source to read.
+        on_content: called with each block as it is on the disk.
 
     Raises:
         UserError: the source has another compression than its name says, or is damaged or truncated.
     """
-    raw = raw_blocks(source)
+    raw = raw_blocks(source) if on_content is None else _watched(raw_blocks(source), on_content)
     if source.compression:
         return _decompressed(raw, source, CODECS[source.compression]())
     return ((block, len(block)) for block in raw)
+
+
+def _watched(blocks: Iterator[bytes], on_content: OnContent) -> Iterator[bytes]:
+    """Yield ``blocks``, after calling ``on_content`` with each."""
+    for block in blocks:
+        on_content(block)
+        yield block
 
 
 def raw_blocks(source: Source) -> Iterator[bytes]:
@@ -109,18 +128,20 @@ def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterato
     """Yield the text of all members, in blocks, each with the number of bytes read from the disk for it."""
     head, raw = gather(raw, HEAD_BYTES)
     refuse_other_compression(source, head)
-    member, position = None, 0  # bytes of the blocks before
+    member, position, began = None, 0, 0  # bytes of the blocks before, and of the members before
     for block in raw:
         rest = block
         while rest:
-            if member is None and position + len(block) > len(rest) and rest[0] == 0:
-                raise _padded(source, codec, position + len(block) - len(rest), rest, raw)
-            member = member or codec.new_member()
+            if member is None:
+                member, began = codec.new_member(), position + len(block) - len(rest)
+                if began > 0:
+                    _check_next_member(source, codec, began, rest, raw)
             try:
                 for text in _texts(member, rest, codec):
                     yield text, 0
             except codec.broken as error:
-                raise _damaged(source, codec, f"is damaged near byte {position}: {error}") from error
+                near = max(position, began)
+                raise _damaged(source, codec, f"is damaged near byte {near}: {error}") from error
             rest = member.unused_data if member.eof else b""
             member = None if member.eof else member
         position += len(block)
@@ -141,6 +162,28 @@ def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
         yield member.decompress(b"", MOST_TEXT)
 
 
+def _check_next_member(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[bytes]) -> None:
+    """Refuse what follows the whole members that end at byte ``end`` if it is no member: ``rest``, and then ``raw``.
+
+    Raises:
+        UserError: it is padding, or anything else.
+    """
+    if rest[0] == 0:
+        raise _padded(source, codec, end, rest, raw)
+    if not begins_compressed(source.compression, rest):
+        raise UserError(
+            source.name,
+            f"is whole up to byte {end}, but goes on with what is not {COMPRESSION_NAMES[source.compression]} data: "
+            f"{rest[:SHOWN_BYTES]!r}",
+            f"fetch it again, or cut off what does not belong to it: {_cut(source, end)}",
+        )
+
+
+def _cut(source: Source, end: int) -> str:
+    """Return the command that cuts a source at byte ``end``."""
+    return f"`truncate -s {end} {shlex.quote(source.name)}`"
+
+
 def _padded(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[bytes]) -> UserError:
     """Return the error for zeros after the whole members that end at byte ``end``; ``rest`` and ``raw`` follow."""
     if any(part.count(0) != len(part) for part in itertools.chain([rest], raw)):
@@ -148,8 +191,7 @@ def _padded(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[b
     return UserError(
         source.name,
         f"holds only zeros from byte {end} on, after whole compressed data: padding, or an end that never came",
-        f"if it is as large as its original, fetch it again; if padded, cut it: `truncate -s {end} "
-        f"{shlex.quote(source.name)}`",
+        f"if it is as large as its original, fetch it again; if padded, cut it: {_cut(source, end)}",
     )
 
 

@@ -2,8 +2,9 @@
 
 A folder gives every file in it, at any depth and through links, whose name tells a format that is read. A ``.json``
 file may be data or settings: it is read if its first record is an object on a line of its own and has a string under
-the key of the text. What our own commands wrote is left out. What looks like text data but cannot be read is refused,
-and all other files are reported as left out.
+the key of the text. What our own commands wrote is left out. What looks like text data but cannot be read is refused:
+such JSON under any other suffix, other formats of data, text without a suffix. All other files are reported as left
+out, text with an unknown suffix among them: it is a program or a note more often than a part of a corpus.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megachiar.data.inputs.folder_walk import LeftOut, walk
-from megachiar.data.inputs.own_files import find_own_files
+from megachiar.data.inputs.own_files import find_own_files, leave_out_runs
 from megachiar.data.inputs.recognition import HEAD_BYTES, describe, json_layout, looks_like_text, refuse_what_is_no_text
 from megachiar.data.inputs.source import COMPRESSIONS, SUFFIXES, Source, format_of, known_suffixes, make_source
 from megachiar.data.inputs.text_reader import first_bytes
@@ -97,6 +98,8 @@ def folder_files(folder: Path, format: str | None, text_key: str) -> FoundFiles:
         UserError: the folder holds what looks like text data but cannot be read, or no file that is read.
     """
     names, left_out = walk(str(folder))
+    names, runs = leave_out_runs(folder, names)
+    left_out += runs
     found = FoundFiles(str(folder), [], left_out)
     unreadable: list[_Unreadable] = []
     own = find_own_files(folder, names)
@@ -149,7 +152,8 @@ def _classify(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unr
     last = suffixes[-1] if suffixes else ""
     by_format = "pass --format, which reads every file of the folder alike, or give it a suffix that is known"
     if last in SIDECAR_SUFFIXES:
-        return LeftOut(name, f"suffix {last}")
+        in_records = _has_text(_head(path), text_key)
+        return _Unreadable(name, f"JSON, suffix {last}", by_format) if in_records else LeftOut(name, f"suffix {last}")
     if DATA_SUFFIXES & set(suffixes[-2:]):
         return _Unreadable(name, f"{''.join(suffixes[-2:])} is not read", "make jsonl, txt or parquet of it")
     if last in COMPRESSIONS:
@@ -164,8 +168,7 @@ def _classify(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unr
 
 def _data_in(path: Path, suffix: str, text_key: str) -> str | None:
     """Return what data a file with an unknown suffix seems to hold; None if it holds none, as an image or a program."""
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
+    head = _head(path)
     what, has_suffix = describe(head), bool(suffix) and not suffix[1:].isdecimal()
     if what is not None:
         return None if has_suffix and what in NOT_DATA else what
@@ -173,6 +176,12 @@ def _data_in(path: Path, suffix: str, text_key: str) -> str | None:
         return "JSON"
     is_note = has_suffix or NOT_DATA_NAMES.match(path.name.lower()) is not None
     return None if is_note or not head.strip() or not looks_like_text(head) else "text"
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def _classify_json(source: Source, name: str, text_key: str) -> Source | LeftOut | _Unreadable:

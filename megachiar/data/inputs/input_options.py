@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from megachiar.data.inputs.documents import OnError, ReadOptions, TxtDocuments
-from megachiar.data.inputs.find_inputs import Inputs, find_inputs
 from megachiar.data.inputs.source import FORMATS
 from megachiar.errors import UserError
+
+if TYPE_CHECKING:
+    from megachiar.data.inputs.find_inputs import Inputs
 
 DEFAULTS = ReadOptions()
 
@@ -45,6 +47,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 def named_inputs(arguments: argparse.Namespace) -> Inputs:
     """Find the inputs that the command line names, see ``find_inputs``."""
+    from megachiar.data.inputs.find_inputs import find_inputs  # here, since it imports numpy and --help needs none
+
     return find_inputs(arguments.input, arguments.format, arguments.text_key)
 
 

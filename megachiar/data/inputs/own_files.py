@@ -3,6 +3,7 @@
     PREFIX.bin PREFIX.idx PREFIX.json    a tokenized dataset (`megachiar preprocess`, `megachiar merge`)
     PREFIX.journal PREFIX.*.tmp          a dataset whose preprocessing was stopped or is under way
     NAME.made                            a note that says how a corpus, or the tokenizer NAME beside it, was made
+    config.yaml metrics.jsonl ...        a run folder (`megachiar pretrain`), or a checkpoint in it
 
 A file is recognised by what it holds or by what stands beside it, never by its suffix alone.
 """
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megachiar.data.inputs.folder_walk import LeftOut
 from megachiar.data.storage.index_format import MAGIC
 
 HEAD_BYTES = 64  # read of a file whose name may be one of ours
@@ -30,6 +32,12 @@ OWN_HEADS = {  # suffix -> (how such a file of ours begins, what it is), for eac
         (re.compile(rb'\{\s*"asked": \{\s*"source"'), CORPUS_NOTE),
     ],
 }
+RUN_FOLDER = "a run folder"
+RUN_CONFIG = re.compile(rb"model:\n(?:[ ].*\n)+(?s:.*)^training:\n(?s:.*)^logging:\n", re.MULTILINE)
+"""How the config begins that a run writes into its folder and its checkpoints: whole sections in their order."""
+RUN_CONFIG_BYTES = 1 << 16  # read of such a config
+RUN_PARTS = ("metrics.jsonl", "state.json", "checkpoints/", "tensorboard/", "tokenizer/", "tokenizer_record.json")
+"""What stands beside that config."""
 TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts)\.tmp$")
 
 
@@ -49,6 +57,41 @@ def find_own_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     known = set(names)
     by_content = dict(_recognised(folder, known))
     return by_content | {name: what for name in known if (what := _by_neighbour(name, known, by_content)) is not None}
+
+
+def leave_out_runs(folder: Path, names: list[str]) -> tuple[list[str], list[LeftOut]]:
+    """Take the run folders out of the files of ``folder``.
+
+    Where ``folder`` itself is a run folder, only the run's own files are taken out: text may lie beside them.
+
+    Args:
+        folder: where the files are.
+        names: all files of the folder, by their paths in it.
+
+    Returns:
+        The other files, and the run folders.
+
+    Raises:
+        OSError: a config cannot be read.
+    """
+    left_out = []
+    if "config.yaml" in names and _is_run_folder(folder):
+        own = tuple(name for name in names if name.startswith(("config.yaml", *RUN_PARTS)))
+        left_out += [LeftOut(name, f"part of {RUN_FOLDER}") for name in own]
+        names = [name for name in names if name not in set(own)]
+    configs = (name for name in names if name.endswith("/config.yaml"))
+    runs = tuple(parent for name in configs if _is_run_folder(folder / (parent := name.removesuffix("config.yaml"))))
+    outer = (run for run in runs if not any(run != other and run.startswith(other) for other in runs))
+    left_out += [LeftOut(run.removesuffix("/"), RUN_FOLDER) for run in outer]
+    return [name for name in names if not name.startswith(runs)], left_out
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Return whether the ``config.yaml`` of a folder is one that a run wrote, with something else of the run beside."""
+    if not any((folder / part).exists() for part in RUN_PARTS):
+        return False
+    with open(folder / "config.yaml", "rb") as file:
+        return RUN_CONFIG.match(file.read(RUN_CONFIG_BYTES)) is not None
 
 
 def _recognised(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:

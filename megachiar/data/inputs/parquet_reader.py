@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megachiar.data.inputs import remote
-from megachiar.data.inputs.compression import READ_BYTES, gather, raw_blocks
+from megachiar.data.inputs.compression import READ_BYTES, OnContent, gather, raw_blocks
 from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.recognition import HEAD_BYTES, describe, refuse_pointer
 from megachiar.data.inputs.source import Source
@@ -18,8 +18,13 @@ PARQUET_ROWS = 256  # decoded at once
 TEXT_COLUMNS = {"string", "large_string", "string_view", "binary", "large_binary"}  # types of parquet columns
 
 
-def parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
+def parquet_chunks(source: Source, options: ReadOptions, on_content: OnContent | None = None) -> Iterator[Chunk]:
     """Yield the chunks of a parquet file, whose documents are the rows of its text column.
+
+    Args:
+        source: the file to read.
+        options: how documents are found in it.
+        on_content: called with bytes from which all rows could be told.
 
     Raises:
         UserError: the file is no whole parquet file, has no such column, or holds a document that is too large.
@@ -33,7 +38,7 @@ def parquet_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
             parquet.ParquetFile(opened, buffer_size=READ_BYTES, page_checksum_verification=True) as file,
         ):
             _check_column(source, file.schema_arrow, options.text_key)
-            yield from _row_chunks(source, file, options)
+            yield from _row_chunks(source, file, options, on_content)
     except pyarrow.ArrowException as error:
         head, _ = gather(raw_blocks(source), HEAD_BYTES)
         refuse_pointer(source.name, head)
@@ -59,7 +64,7 @@ def _check_column(source: Source, schema: Any, text_key: str) -> None:
         raise UserError(source.name, f"column {text_key!r} holds {kind}, not text", "name the column with --text-key")
 
 
-def _row_chunks(source: Source, file: Any, options: ReadOptions) -> Iterator[Chunk]:
+def _row_chunks(source: Source, file: Any, options: ReadOptions, on_content: OnContent | None) -> Iterator[Chunk]:
     """Yield the rows of the text column in chunks."""
     rows: list[bytes | None] = []
     first, size = 1, 0
@@ -68,6 +73,9 @@ def _row_chunks(source: Source, file: Any, options: ReadOptions) -> Iterator[Chu
         for row in _as_bytes(batch.column(0)):
             if row is not None and len(row) > options.max_document_bytes:
                 raise too_large(source, f"document {first + len(rows)}", len(row), options, "split it, or ")
+            if on_content is not None:
+                on_content(b"null" if row is None else b"%d:" % len(row))
+                on_content(row or b"")
             rows.append(row)
             size += len(row or b"")
             if size >= options.chunk_bytes:

@@ -11,6 +11,7 @@ Reading has two halves, so that one process can do the cheap half and many proce
     compression.py      blocks of a file's text      documents.py        chunks, valid and invalid documents
     text_reader.py      text and JSON lines          parquet_reader.py   parquet
     remote.py           inputs at URLs               chunk_groups.py     chunks of many small files together
+    source_reading.py   a checksum made on the way
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
 What makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the run.
@@ -31,28 +32,45 @@ from megachiar.data.inputs.documents import (
 )
 from megachiar.data.inputs.parquet_reader import parquet_chunks
 from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.inputs.text_reader import text_chunks
 from megachiar.errors import UserError, disk_error
 
 
-def read_chunks(sources: Iterable[Source], options: ReadOptions) -> Iterator[Chunk]:
+def read_chunks(
+    sources: Iterable[Source], options: ReadOptions, recorder: SourceRecorder | None = None
+) -> Iterator[Chunk]:
     """Yield the chunks of all sources, in order.
+
+    Args:
+        sources: the sources to read.
+        options: how documents are found in them.
+        recorder: makes a record of each source.
 
     Raises:
         UserError: a source cannot be read to its end, or holds a document above ``options.max_document_bytes``.
     """
     for source in sources:
         with _reading(source):
-            yield from (parquet_chunks if source.format == "parquet" else text_chunks)(source, options)
+            on_content = None if recorder is None else recorder.begin(source).add
+            yield from (parquet_chunks if source.format == "parquet" else text_chunks)(source, options, on_content)
 
 
-def read_documents(sources: Iterable[Source], options: ReadOptions, log: InvalidDocumentLog) -> Iterator[Document]:
+def read_documents(
+    sources: Iterable[Source], options: ReadOptions, log: InvalidDocumentLog, recorder: SourceRecorder | None = None
+) -> Iterator[Document]:
     """Yield all valid documents of the sources, parsed in this process, and add the invalid ones to ``log``.
+
+    Args:
+        sources: the sources to read.
+        options: how documents are found in them.
+        log: where invalid documents are added.
+        recorder: makes a record of each source.
 
     Raises:
         UserError: ``read_chunks`` raises it, or ``log`` refuses an invalid document.
     """
-    for chunk in read_chunks(sources, options):
+    for chunk in read_chunks(sources, options, recorder):
         for item in parse_chunk(chunk, options.text_key):
             if isinstance(item, InvalidDocument):
                 log.add(item)

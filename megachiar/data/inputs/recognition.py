@@ -20,6 +20,8 @@ COMPRESSION_MAGIC: dict[Compression, bytes] = {
     "xz": b"\xfd7zXZ\x00",
     "bz2": b"BZh",
 }
+SKIPPABLE_FRAME = b"\x2a\x4d\x18"
+"""What follows the first byte of a Zstandard frame without text, as pzstd writes it."""
 COMPRESSION_NAMES: dict[Compression, str] = {"gz": "gzip", "zst": "Zstandard", "xz": "xz", "bz2": "bzip2"}
 MAGIC = {
     **{magic: f"{COMPRESSION_NAMES[kind]} data" for kind, magic in COMPRESSION_MAGIC.items() if kind != "bz2"},
@@ -120,8 +122,7 @@ def refuse_other_compression(source: Source, head: bytes) -> None:
     Raises:
         UserError: the message says what the file is instead.
     """
-    magic = COMPRESSION_MAGIC[source.compression]
-    if head.startswith(magic[: len(head)]) or (source.compression == "zst" and _begins_skippable_frame(head)):
+    if begins_compressed(source.compression, head):
         return
     refuse_pointer(source.name, head)
     what = describe(head) or ("plain text" if looks_like_text(head) else f"something that begins with {head[:8]!r}")
@@ -130,9 +131,11 @@ def refuse_other_compression(source: Source, head: bytes) -> None:
     )
 
 
-def _begins_skippable_frame(head: bytes) -> bool:
-    """Return whether Zstandard data begins with a frame without text, as pzstd writes it."""
-    return head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
+def begins_compressed(kind: Compression, head: bytes) -> bool:
+    """Return whether ``head``, as far as it goes, may begin data of this compression."""
+    if head.startswith(COMPRESSION_MAGIC[kind][: len(head)]):
+        return True
+    return kind == "zst" and head[0] & 0xF0 == 0x50 and SKIPPABLE_FRAME.startswith(head[1:4])
 
 
 def _other_name(source: Source, what: str) -> str:

@@ -71,10 +71,23 @@ class Source:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def identity(self) -> list[Any]:
-        """Return [name, bytes, time of change], by which a later run tells whether the input was changed.
+        """Return [name, bytes, times], by which a later run tells that the input was not touched.
 
-        A URL has its version in place of the time of change; values that are not known are None.
+        The times are those of the last change of the content and of the last change at all, in nanoseconds: a file that
+        was moved or copied here with its times has an older content. A URL has its version in their place. Values that
+        are not known are None.
         """
+        if self.path is None:
+            return self.identity_by_content_time()
+        status = self._status(self.path)
+        return [self.name, status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
+
+    def touched_at(self) -> int | None:
+        """Return when a file was last changed in any way, in nanoseconds; None for what is no file."""
+        return None if self.path is None else max(self.identity()[2])
+
+    def identity_by_content_time(self) -> list[Any]:
+        """Return [name, bytes, time of the last change of the content], which earlier versions recorded."""
         if self.url is not None:
             found = remote.details(self.url)
             return [self.name, found["size"], found["version"]]

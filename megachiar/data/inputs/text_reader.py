@@ -7,25 +7,30 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-from megachiar.data.inputs.compression import text_blocks
+from megachiar.data.inputs.compression import OnContent, text_blocks
 from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_what_is_no_text
 from megachiar.data.inputs.source import Source
 from megachiar.errors import UserError
 
 
-def text_chunks(source: Source, options: ReadOptions) -> Iterator[Chunk]:
+def text_chunks(source: Source, options: ReadOptions, on_content: OnContent | None = None) -> Iterator[Chunk]:
     """Yield the chunks of a source of text or JSON lines.
+
+    Args:
+        source: the source to read.
+        options: how documents are found in it.
+        on_content: called with the bytes of the source as they are read from the disk.
 
     Raises:
         UserError: the source holds something else, or a document above ``options.max_document_bytes``.
     """
     if source.format == "txt" and options.txt_documents == "file":
-        yield _whole_file(source, options)
+        yield _whole_file(source, options, on_content)
     elif source.format == "jsonl":
-        yield from _line_chunks(source, "jsonl", options)
+        yield from _line_chunks(source, "jsonl", options, on_content)
     elif options.txt_documents != "file":
-        yield from _line_chunks(source, options.txt_documents, options)
+        yield from _line_chunks(source, options.txt_documents, options, on_content)
 
 
 def first_bytes(source: Source, least: int) -> bytes:
@@ -42,9 +47,9 @@ def first_bytes(source: Source, least: int) -> bytes:
     return head
 
 
-def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
+def _open_text(source: Source, on_content: OnContent | None) -> tuple[int, Iterator[tuple[bytes, int]]]:
     """Return the length of the byte order mark and ``text_blocks`` without it; refuse what is not text at all."""
-    blocks = text_blocks(source)
+    blocks = text_blocks(source, on_content)
     head, consumed = b"", 0
     for block, size in blocks:
         head, consumed = head + block, consumed + size
@@ -55,10 +60,10 @@ def _open_text(source: Source) -> tuple[int, Iterator[tuple[bytes, int]]]:
     return mark, itertools.chain([(head[mark:], consumed)], blocks)
 
 
-def _whole_file(source: Source, options: ReadOptions) -> Chunk:
+def _whole_file(source: Source, options: ReadOptions, on_content: OnContent | None) -> Chunk:
     """Read a file that is one document."""
     parts, total, consumed = [], 0, 0
-    mark, blocks = _open_text(source)
+    mark, blocks = _open_text(source, on_content)
     for block, size in blocks:
         parts.append(block)
         total, consumed = total + len(block), consumed + size
@@ -75,11 +80,14 @@ def _whole_file(source: Source, options: ReadOptions) -> Chunk:
 
 
 def _line_chunks(
-    source: Source, layout: Literal["jsonl", "line", "blank-line"], options: ReadOptions
+    source: Source,
+    layout: Literal["jsonl", "line", "blank-line"],
+    options: ReadOptions,
+    on_content: OnContent | None,
 ) -> Iterator[Chunk]:
     """Cut a source of lines or paragraphs into chunks of whole ones."""
     last_cut = _last_paragraph_end if layout == "blank-line" else _last_line_end
-    offset, blocks = _open_text(source)
+    offset, blocks = _open_text(source, on_content)
     buffer, searched, consumed, line = bytearray(), 0, 0, 1
 
     def chunk(data: bytes) -> Chunk:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from megachiar.data.preprocessing.choices import WIKITEXT
 from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
 from megachiar.data.storage.files import sync_folder, temporary_path
 from megachiar.errors import UserError, disk_errors
@@ -36,7 +37,6 @@ SUFFIX = "_gut.txt"
 """The end of the names of texts in modern spelling; the Folio's end in ``_gut_f.txt``, and other files are copies."""
 HELD_OUT = {"as_you_like_it": "valid", "richard_ii": "valid", "twelfth_night": "test", "julius_caesar": "test"}
 """A comedy and a history or tragedy for each part, about 4 % of the text; training has many plays of these kinds."""
-WIKITEXT = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _LARGEST_TEXT = 16 << 20  # bytes; the largest there is has 0.5 MB
 _HELD_OUT_EVERY = 10  # every tenth help topic is held out, for validation and test in turn

@@ -14,8 +14,9 @@ from megachiar.data.inputs.chunk_groups import ChunkGroup
 from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentLog, parse_chunk
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.tokenizers.choices import Engine
 from megachiar.data.tokenizers.control_guard import ControlTokenError
-from megachiar.data.tokenizers.fast import Engine, FastTokenizer
+from megachiar.data.tokenizers.fast import FastTokenizer
 from megachiar.data.tokenizers.pieces import with_piece_cache
 from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer, load_tokenizer
 from megachiar.errors import UserError

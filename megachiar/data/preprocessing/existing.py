@@ -1,17 +1,19 @@
 """Tell whether an output that exists is what a command would make, so that the same command can be given twice.
 
-A dataset's manifest says what it was made of; a tokenizer or corpus has a note ``NAME.made`` beside it. As with
-``make``, an input that was changed after the output was made counts as another input.
+A dataset's manifest says what it was made of; a tokenizer or corpus has a note ``NAME.made`` beside it. An input that
+was touched after the output was made is read, and counts as another input if its text is another one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.source_records import Suspect, find_changed, find_other_content
 from megachiar.data.storage.files import block_checksums, dataset_files, manifest_path, write_atomically
 from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
 from megachiar.data.tokenizers.tokenizer import Tokenizer
@@ -24,26 +26,56 @@ class OutputDiffers(Exception):
     """An output that exists is not whole, or is not what the command would make; the text says why."""
 
 
-def find_existing(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[Path, Manifest]:
+def find_existing(
+    settings: PreprocessSettings, tokenizer: Tokenizer, stream: TextIO | None = None
+) -> dict[Path, Manifest]:
     """Return the manifest of each dataset that ``preprocess`` would make, where all of them exist already.
+
+    Args:
+        settings: what ``preprocess`` is to do.
+        tokenizer: what it encodes with.
+        stream: where progress is shown while inputs are compared; standard error if None.
 
     Raises:
         OutputDiffers: one is missing or damaged, or is not what ``preprocess`` would make.
+        UserError: an input cannot be read.
     """
     found = {prefix: read_whole(prefix) for prefix in settings.prefixes}
     for prefix, manifest in found.items():
         _compare_manifest(settings, tokenizer, manifest)
-        made_at = _last_change(manifest_path(prefix))
-        for source in settings.sources:
-            changed_at = source.identity()[2] if source.path is None else _last_change(source.path)
-            if not isinstance(changed_at, int):
-                raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
-            if changed_at > made_at:
-                raise OutputDiffers(f"{source.name} was changed since")
+        if manifest.source_checksums:
+            _compare_content(settings, manifest, manifest_path(prefix).stat().st_mtime_ns, stream)
+        else:
+            _compare_times(settings.sources, last_change(manifest_path(prefix)))
     return found
 
 
-def _last_change(path: Path) -> int:
+def _compare_content(settings: PreprocessSettings, manifest: Manifest, made_at: int, stream: TextIO | None) -> None:
+    """Check that the sources have the sizes that were recorded, and those touched after ``made_at`` the content."""
+    suspects = []
+    states = zip(settings.sources, manifest.source_bytes, manifest.source_checksums, strict=True)
+    for source, size, checksum in states:
+        if not source.can_be_read_again:
+            raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
+        touched_at = source.touched_at()
+        if source.size != size or touched_at is None or touched_at > made_at:
+            suspects.append(Suspect(source, size, checksum))
+    changed = find_other_content(suspects, settings.read.text_key, stream)
+    if changed is not None:
+        raise OutputDiffers(f"{changed.name} was changed since")
+
+
+def _compare_times(sources: Iterable[Source], made_at: int) -> None:
+    """Check that no source was touched after ``made_at``, for want of a checksum of its content."""
+    for source in sources:
+        touched_at = source.touched_at()
+        if touched_at is None:
+            raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
+        if touched_at > made_at:
+            raise OutputDiffers(f"{source.name} was changed since")
+
+
+def last_change(path: Path) -> int:
     """Return when a file last got its content or its name, in nanoseconds.
 
     The time of its content alone is older than that where a file was moved or copied here with its times.
@@ -101,18 +133,29 @@ def compare(made: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """
     for key in {**requested, **made}:
         if made.get(key) != requested.get(key):
-            if key == "inputs" and (changed := _changed_inputs(made.get(key), requested.get(key))):
-                raise OutputDiffers(f"{changed[0]} was changed since")
             before, now = _shorten(made.get(key)), _shorten(requested.get(key))
             raise OutputDiffers(f"it was made with {key} {before}, this command has {now}")
 
 
-def _changed_inputs(made: Any, requested: Any) -> list[str]:
-    """Return the names of inputs (name, bytes, time of change) that are named in both lists and differ."""
-    if not all(isinstance(entry, list) for inputs in (made, requested) for entry in inputs or ()):
-        return []
-    before = {entry[0]: entry for entry in made or ()}
-    return [entry[0] for entry in requested or () if before.get(entry[0], entry) != entry]
+def compare_records(
+    records: Sequence[Sequence[Any]], sources: Sequence[Source], text_key: str, stream: TextIO | None = None
+) -> None:
+    """Compare the inputs of an output, as they were recorded, with those that are named now.
+
+    Args:
+        records: the record of each input, see ``source_records``.
+        sources: the inputs that are named now.
+        text_key: the parquet column that is read.
+        stream: where progress is shown while inputs are compared; standard error if None.
+
+    Raises:
+        OutputDiffers: others are named, or one has another text.
+        UserError: an input cannot be read.
+    """
+    compare({"inputs": [record[0] for record in records]}, {"inputs": [source.name for source in sources]})
+    changed = find_changed(sources, records, text_key, stream)
+    if changed is not None:
+        raise OutputDiffers(f"{changed.name} was changed since")
 
 
 def _shorten(value: Any) -> str:
@@ -142,8 +185,19 @@ def write_note(note: Path, requested: Mapping[str, Any], files: Sequence[Path], 
     write_atomically(note, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_note(note: Path, requested: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+def read_note(
+    note: Path,
+    requested: Mapping[str, Any],
+    files: Iterable[Path],
+    compare_inputs: Callable[[Any], None] = lambda records: None,
+) -> dict[str, Any]:
     """Return what was reported of ``files`` when they were made.
+
+    Args:
+        note: the file that ``write_note`` wrote.
+        requested: what is requested now, without the inputs.
+        files: the files that would be made.
+        compare_inputs: called with the records of the inputs, to raise ``OutputDiffers`` if they are others now.
 
     Raises:
         OutputDiffers: a file is missing or was changed since, or something else was requested then.
@@ -160,5 +214,7 @@ def read_note(note: Path, requested: Mapping[str, Any], files: Iterable[Path]) -
             raise OutputDiffers(f"there is no {path}")
         if checksums.get(path.name) != block_checksums(path):
             raise OutputDiffers(f"{path} was changed since")
+    records = made.pop("inputs", [])
     compare(made, json.loads(json.dumps(requested)))
+    compare_inputs(records)
     return report

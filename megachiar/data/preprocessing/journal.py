@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.inputs.source import Source
+from megachiar.data.preprocessing.source_records import find_changed
 from megachiar.data.storage.writer import BuilderState, open_locked
 from megachiar.errors import UserError, disk_errors
 
@@ -53,7 +54,7 @@ class Journal:
         path: the journal's file.
         file: the same, open and locked.
         stage: ``encoding`` inputs, ``shuffling`` what was encoded, or ``placing`` complete files.
-        sources: [name, size, time of change] of each input that is done, in order.
+        sources: the record of each input that is done, in order, see ``source_records``.
         outputs: how far each output had come at the last checkpoint; empty before the first one.
         log: the documents that were left out until then.
     """
@@ -99,23 +100,32 @@ class Journal:
             journal._append(header)
         return journal
 
-    def check_sources(self, sources: list[Source]) -> None:
+    def check_sources(self, sources: list[Source], text_key: str, stream: TextIO | None = None) -> None:
         """Check that the inputs that are done are the first of ``sources``, and were not changed.
+
+        Args:
+            sources: the inputs as they are now.
+            text_key: the parquet column that was read.
+            stream: where progress is shown while inputs are compared; standard error if None.
 
         Raises:
             UserError: one is missing or was changed since.
         """
         for number, recorded in enumerate(self.sources):
-            found = sources[number].identity() if number < len(sources) else None
-            if found != recorded:
-                what = f"input {number + 1} is {found[0] if found else 'missing'}"
-                if found and found[0] == recorded[0]:
-                    what = f"input {recorded[0]} was changed since"
-                raise UserError(
-                    self.path,
-                    f"tells of an unfinished run that has read {recorded[0]} as input {number + 1}, but {what}",
-                    "name the inputs in the same order, or pass --restart to begin again",
-                )
+            found = sources[number].name if number < len(sources) else "missing"
+            if found != recorded[0]:
+                raise self._other_input(number, f"input {number + 1} is {found}")
+        changed = find_changed(sources[: len(self.sources)], self.sources, text_key, stream)
+        if changed is not None:
+            raise self._other_input(sources.index(changed), f"input {changed.name} was changed since")
+
+    def _other_input(self, number: int, problem: str) -> UserError:
+        """Return the error for an input that is not the one that was read."""
+        return UserError(
+            self.path,
+            f"tells of an unfinished run that has read {self.sources[number][0]} as input {number + 1}, but {problem}",
+            "name the inputs in the same order, or pass --restart to begin again",
+        )
 
     def due(self) -> bool:
         """Return whether it is time for a checkpoint: often, but at a small share of the time of the run."""
@@ -128,7 +138,7 @@ class Journal:
         """Record that ``sources`` are done too, and how far the outputs have come.
 
         Args:
-            sources: the identity of each input that was done since the last checkpoint.
+            sources: the record of each input that was done since the last checkpoint.
             outputs: how far each output has come; all of it is on the disk.
             log: the documents left out so far.
             stage: what the run does next.

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from megachiar import __version__
-from megachiar.data.preprocessing.existing import OutputDiffers, compare, read_whole
+from megachiar.data.preprocessing.existing import OutputDiffers, compare, last_change, read_whole
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import (
     BlockChecksums,
     bin_path,
     block_checksums,
+    check_prefix,
     dataset_files,
     idx_path,
     manifest_path,
@@ -70,6 +71,7 @@ def merge_datasets(
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
+    check_prefix(output)
     _refuse_own_inputs(inputs, output)
     if not overwrite:
         _refuse_existing(inputs, output, shuffle_seed)
@@ -125,10 +127,36 @@ def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: 
     for values in requested:
         compare({key: found[key] for key in values}, values)
     made_at = manifest_path(output).stat().st_mtime_ns
-    for path in itertools.chain.from_iterable(map(dataset_files, inputs)):
+    if made.parts:
+        compare({"number of inputs": len(made.parts)}, {"number of inputs": len(inputs)})
+        for prefix, part, recorded in zip(inputs, parts, made.parts, strict=True):
+            _compare_part(prefix, part, recorded, made_at)
+        return made
+    for path in itertools.chain.from_iterable(map(dataset_files, inputs)):  # an earlier version recorded no parts
         if path.stat().st_mtime_ns > made_at:
             raise OutputDiffers(f"{path} was changed since")
     return made
+
+
+def _compare_part(prefix: Path | str, part: Manifest, recorded: str, made_at: int) -> None:
+    """Check that an input holds what it held: by its manifest, and by its files where they were touched since.
+
+    Args:
+        prefix: the input.
+        part: its manifest.
+        recorded: the fingerprint that it had.
+        made_at: when the output was made.
+
+    Raises:
+        OutputDiffers: it holds something else.
+    """
+    if part.fingerprint != recorded:
+        raise OutputDiffers(f"{manifest_path(prefix)} was changed since")
+    if any(last_change(path) > made_at for path in (idx_path(prefix), bin_path(prefix))):
+        try:
+            check_manifest(prefix, part, verify=True)
+        except UserError as error:
+            raise OutputDiffers(f"{error.where} was changed since: {error.problem}") from None
 
 
 def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:
@@ -244,11 +272,17 @@ def _merged_manifest(
     shuffle_seed: int | None,
 ) -> Manifest:
     """Return the manifest of the merged dataset, whose files are complete."""
+    known = all(len(manifest.source_checksums) == len(manifest.sources) for manifest in manifests)
+    sizes = [size for manifest in manifests for size in manifest.source_bytes] if known else []
+    checksums = [checksum for manifest in manifests for checksum in manifest.source_checksums] if known else []
     return replace(
         manifests[0],
         tokenizer=_with_absolute_file(manifests[0].tokenizer, manifest_path(inputs[0]).parent),
         largest_token_id=builder.largest_token_id,
         checksums=builder.checksums,
+        source_bytes=sizes,
+        source_checksums=checksums,
+        parts=[manifest.fingerprint for manifest in manifests],
         created_by=f"megachiar {__version__} merge_datasets",
         **_merged_values(manifests, shuffle_seed),
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megachiar import __version__
 from megachiar.data.inputs.documents import InvalidDocumentLog
 from megachiar.data.preprocessing.encoder import EncodedPart
 from megachiar.data.preprocessing.journal import OutputState
 from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.preprocessing.source_records import ENTRIES
 from megachiar.data.storage.manifest import Manifest
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.recorded import describe_tokenizer
@@ -57,10 +60,23 @@ class Output:
 
 
 def make_manifest(
-    settings: PreprocessSettings, tokenizer: Tokenizer, output: Output, log: InvalidDocumentLog
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    output: Output,
+    log: InvalidDocumentLog,
+    records: Sequence[Sequence[Any]],
 ) -> Manifest:
-    """Return the manifest of an output whose files are complete."""
+    """Return the manifest of an output whose files are complete.
+
+    Args:
+        settings: what the run did.
+        tokenizer: what the tokens were made with.
+        output: the output.
+        log: the documents left out.
+        records: a record of each source, see ``source_records``.
+    """
     builder = output.builder
+    known = records if all(len(record) == ENTRIES for record in records) else []  # an earlier version began the run
     return Manifest(
         tokenizer=describe_tokenizer(tokenizer, output.prefix.parent),
         dtype=builder.dtype.name,
@@ -74,6 +90,8 @@ def make_manifest(
         checksums=builder.checksums,
         shuffle_seed=settings.shuffle_seed,
         sources=[source.name for source in settings.sources],
+        source_bytes=[size for _, size, *_ in known],
+        source_checksums=[record[-1] for record in known],
         options=settings.determining_options,
         created_by=f"megachiar {__version__} preprocess_data",
     )

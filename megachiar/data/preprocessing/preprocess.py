@@ -24,7 +24,7 @@ from megachiar.data.preprocessing.journal import Journal
 from megachiar.data.preprocessing.report import Report
 from megachiar.data.preprocessing.run import PreprocessRun
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.files import dataset_files
+from megachiar.data.storage.files import check_prefix, dataset_files
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
 
@@ -32,7 +32,7 @@ from megachiar.errors import UserError, disk_errors
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
     """Tokenize a corpus into datasets, and continue where an earlier run of the same call was stopped.
 
-    Where an earlier run of the same call was finished, and no input was changed since, nothing is done.
+    Where an earlier run of the same call was finished, and no input has another text since, nothing is done.
 
     Args:
         settings: what to do.
@@ -50,6 +50,7 @@ def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Re
 def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
     """Check settings and outputs, and carry out the run."""
     encode_without_threads()
+    check_prefix(settings.output_prefix)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream)
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
@@ -60,10 +61,10 @@ def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
             "name it with --eod-token",
         )
     if not journal_path(settings).exists():
-        if (existing := existing_report(settings, tokenizer)) is not None:
+        if (existing := existing_report(settings, tokenizer, stream)) is not None:
             return existing
         check_outputs(settings, tokenizer)  # before anything is written
-    with open_journal(settings, tokenizer) as journal:
+    with open_journal(settings, tokenizer, stream) as journal:
         if journal.stage != "placing":
             check_outputs(settings, tokenizer)
         return PreprocessRun(settings, tokenizer, journal, stream).run()
@@ -75,7 +76,7 @@ def journal_path(settings: PreprocessSettings) -> Path:
 
 
 @contextlib.contextmanager
-def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator[Journal]:
+def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer, stream: TextIO) -> Iterator[Journal]:
     """Open the run's journal; keep it if the block fails after something was done, and remove it otherwise."""
     options = {
         "tokenizer": tokenizer.fingerprint,
@@ -85,7 +86,7 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator
     }
     journal = Journal.open(journal_path(settings), options, restart=settings.restart)
     try:
-        journal.check_sources(settings.sources)
+        journal.check_sources(settings.sources, settings.read.text_key, stream)
         yield journal
     except BaseException:
         if journal.sources or journal.stage != "encoding":
@@ -97,12 +98,12 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator
     journal.remove()
 
 
-def existing_report(settings: PreprocessSettings, tokenizer: Tokenizer) -> Report | None:
+def existing_report(settings: PreprocessSettings, tokenizer: Tokenizer, stream: TextIO | None = None) -> Report | None:
     """Report on the datasets of this call if an earlier one made them; return None if there is something to do."""
     if settings.overwrite:
         return None
     try:
-        return Report.of_existing(find_existing(settings, tokenizer))
+        return Report.of_existing(find_existing(settings, tokenizer, stream))
     except OutputDiffers:
         return None
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megachiar.data.inputs.documents import InvalidDocumentLog
 from megachiar.data.inputs.folder_files import FoundFiles
@@ -25,6 +26,7 @@ class Report:
         engine: what encoded, and why; empty if an earlier run had encoded everything.
         rate: megabytes of text a second that this run itself encoded.
         found: what folders and globs among the inputs gave.
+        source_records: a record of each input, see ``source_records``; empty where the datasets existed.
         document_end: a sentence that says how documents end.
         unknown_id: the id of the token for what the vocabulary does not have; None where it has none.
         unknown_tokens: prefix -> how often that token occurs; None where an earlier version, which did not count it,
@@ -38,6 +40,7 @@ class Report:
     engine: str = ""
     rate: float = 0.0
     found: list[FoundFiles] = field(default_factory=list)
+    source_records: list[list[Any]] = field(default_factory=list)
     document_end: str = ""
     unknown_id: int | None = None
     unknown_tokens: dict[Path, int | None] = field(default_factory=dict)

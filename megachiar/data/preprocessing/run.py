@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
 from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
 from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
 from megachiar.data.preprocessing.journal import Journal, OutputState
 from megachiar.data.preprocessing.ordered_pool import ordered_map
@@ -51,6 +52,8 @@ class PreprocessRun:
         dtype: the type of the tokens.
         engine: what encodes, and why; None if nothing is left to encode.
         made: the manifest of each dataset that this run completed.
+        done_before: how many inputs earlier runs had done.
+        recorder: makes a record of each input that this run reads.
     """
 
     def __init__(self, settings: PreprocessSettings, tokenizer: ReferenceTokenizer, journal: Journal, stream: TextIO):
@@ -61,6 +64,8 @@ class PreprocessRun:
         self.dtype = dtype_for_vocabulary(tokenizer.vocab_size)
         self.engine: EngineChoice | None = None
         self.made: dict[Path, Manifest] = {}
+        self.done_before = len(journal.sources)
+        self.recorder = SourceRecorder()
 
     def run(self) -> Report:
         """Do all that is left to do.
@@ -82,6 +87,7 @@ class PreprocessRun:
                 engine=f"{self.engine.kind} ({self.engine.reason})" if self.engine else "",
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
+                source_records=self.journal.sources,
                 document_end=describe_document_end(self.tokenizer, self.settings.append_eod),
                 unknown_id=self.tokenizer.unknown_id,
                 unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),
@@ -89,7 +95,7 @@ class PreprocessRun:
 
     def _encode(self, progress: TextProgress) -> None:
         """Encode the inputs that are missing and complete the outputs."""
-        done, shuffling = len(self.journal.sources), self.settings.shuffle_seed is not None
+        done, shuffling = self.done_before, self.settings.shuffle_seed is not None
         if done:
             progress.advance(total_size(self.settings.sources[:done]) or 0)
             print(f"going on after {done:,} of {len(self.settings.sources):,} inputs, done before", file=self.stream)
@@ -100,8 +106,7 @@ class PreprocessRun:
             for output in outputs:
                 if output.builder.tokens:
                     output.builder.complete(None if shuffling else functools.partial(self._manifest, output, log))
-            rest = [source.identity() for source in self.settings.sources[len(self.journal.sources) :]]
-            self.journal.checkpoint(rest, states, log, "shuffling" if shuffling else "placing")
+            self.journal.checkpoint(self._unrecorded(), states, log, "shuffling" if shuffling else "placing")
 
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[list[Output]]:
@@ -135,15 +140,10 @@ class PreprocessRun:
         settings, log = self.settings, self.journal.log
         log.on_error = settings.on_error
         pending: collections.deque[ChunkGroup] = collections.deque()  # groups under way, without their text
-        identities: dict[int, list[Any]] = {}  # of the sources, before they were read
-
-        def sources() -> Iterator[tuple[int, Source]]:
-            for number, source in enumerate(settings.sources[done:], done):
-                identities[number] = source.identity()
-                yield number, source
+        sources = enumerate(settings.sources[done:], done)
 
         def groups() -> Iterator[ChunkGroup]:
-            for group in read_groups(sources(), settings.read):
+            for group in read_groups(sources, settings.read, self.recorder):
                 pending.append(group._replace(chunks=[]))
                 yield group
 
@@ -157,13 +157,18 @@ class PreprocessRun:
                 # A checkpoint is possible only where a source begins: the next run would read a part of one again.
                 if resumable and group.begins_source and finished and self.journal.due():
                     states = [output.state() for output in outputs]
-                    self.journal.checkpoint([identities.pop(n) for n in finished], states, log)
+                    self.journal.checkpoint(self._unrecorded(group.first_source), states, log)
                 for output, part in zip(outputs, result.parts, strict=True):
                     output.add(part)
                 log.merge(result.log)
                 text_bytes = sum(part.text_bytes for part in result.parts)
                 progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
         return log
+
+    def _unrecorded(self, end: int | None = None) -> list[list[Any]]:
+        """Return the records of the inputs up to number ``end`` that were read since the last checkpoint."""
+        first = len(self.journal.sources) - self.done_before
+        return self.recorder.records(first, None if end is None else end - self.done_before)
 
     def _encoded(self, groups: Iterator[ChunkGroup]) -> Generator[EncodedGroup, None, None]:
         """Choose the engine by the first group, and encode all groups in worker processes, in order."""
@@ -229,7 +234,8 @@ class PreprocessRun:
 
     def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
         """Return the content of the manifest of ``output``, and keep the manifest for the report."""
-        self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log)
+        records = [*self.journal.sources, *self._unrecorded()]
+        self.made[output.prefix] = made = make_manifest(self.settings, self.tokenizer, output, log, records)
         return made.to_json()
 
     def _manifest_of(self, prefix: Path) -> Manifest:

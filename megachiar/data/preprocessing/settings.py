@@ -9,8 +9,7 @@ from megachiar.data.inputs.documents import OnError, ReadOptions
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.split import Split
-from megachiar.data.tokenizers.fast import Engine
-from megachiar.data.tokenizers.vocabulary_files import TokenizerKind
+from megachiar.data.tokenizers.choices import Engine, TokenizerKind
 
 
 @dataclass(frozen=True)

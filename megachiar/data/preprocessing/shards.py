@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
+from megachiar.data.preprocessing.existing import OutputDiffers, compare_records
 from megachiar.data.preprocessing.merge import append_dataset
 from megachiar.data.preprocessing.output import Output, make_manifest
 from megachiar.data.preprocessing.preprocess import check_outputs, existing_report, preprocess
 from megachiar.data.preprocessing.report import Report, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
-from megachiar.data.storage.files import put_in_place, remove_dataset, write_atomically
+from megachiar.data.storage.files import check_prefix, put_in_place, remove_dataset, write_atomically
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.data.storage.reader import IndexedDataset
@@ -48,6 +49,7 @@ def shard_settings(settings: PreprocessSettings, number: int, shards: int) -> Pr
         raise UserError("--shard", f"shard {number} of {shards}", f"shards of {shards} are 0 to {shards - 1}")
     if not all(source.can_be_read_again for source in settings.sources):
         raise UserError("--input", "standard input cannot be shared by many processes", "name files")
+    check_prefix(settings.output_prefix)
     count = len(settings.sources)
     if shards > count:
         raise UserError(
@@ -79,9 +81,8 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
 
 def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
     """Make the shard with the settings ``own`` of the run ``settings``."""
-    record, identity = _record_path(own), _identity(own)
-    known = _read_record(record)
-    if known is not None and known["identity"] == identity and not settings.restart:
+    record, known = _record_path(own), None if settings.restart else _read_record(_record_path(own))
+    if known is not None and _is_made_by(known, own, stream):
         return None
     if _merged_before(settings) is not None:
         return None
@@ -92,6 +93,7 @@ def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: T
     report = preprocess(own, stream)
     log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
     unknown = [report.unknown_tokens[prefix] for prefix in own.prefixes]
+    identity = [*_options(own), report.source_records]
     whole = {"identity": identity, **log, "unknown_tokens": unknown}
     write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
     return report
@@ -126,10 +128,11 @@ def _merge(
         check_outputs(settings, tokenizer)
     records = _records(shards)
     log = _merged_log(records)
+    sources = [source for record in records for source in record["identity"][-1]]
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
 
     def manifest_of(output: Output) -> Callable[[IndexedDatasetBuilder], bytes]:
-        return lambda _: make_manifest(settings, tokenizer, output, log).to_json()
+        return lambda _: make_manifest(settings, tokenizer, output, log, sources).to_json()
 
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
@@ -191,7 +194,7 @@ def _records(shards: list[PreprocessSettings]) -> list[dict[str, Any]]:
     records = []
     for number, shard in enumerate(shards):
         record = _read_record(_record_path(shard))
-        if record is None or record["identity"] != _identity(shard):
+        if record is None or not _is_made_by(record, shard):
             state = "was not made" if record is None else "was made by another call, or its inputs were changed since"
             raise UserError(shard.output_prefix, f"shard {number} of {len(shards)} {state}", "make it before the merge")
         records.append(record)
@@ -222,11 +225,22 @@ def _sum_if_known(counts: Iterable[int | None]) -> int | None:
     return total
 
 
-def _identity(shard: PreprocessSettings) -> list[Any]:
-    """Return the values by which a call tells whether a shard is the one it would make."""
+def _options(shard: PreprocessSettings) -> list[Any]:
+    """Return the values that, beside the inputs, determine what a shard holds."""
     tokenizer = _load_tokenizer(shard)
-    sources = [source.identity() for source in shard.sources]
-    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.determining_options, sources]
+    return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.determining_options]
+
+
+def _is_made_by(record: dict[str, Any], shard: PreprocessSettings, stream: TextIO | None = None) -> bool:
+    """Return whether the shard of a record is the one that a call would make."""
+    *options, sources = record["identity"]
+    if options != _options(shard):
+        return False
+    try:
+        compare_records(sources, shard.sources, shard.read.text_key, stream)
+    except OutputDiffers:
+        return False
+    return True
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -24,14 +24,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocumentLog, OnError, ReadOptions
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
 from megachiar.data.inputs.source import Source
-from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
+from megachiar.data.inputs.source_reading import SourceRecorder
+from megachiar.data.preprocessing.choices import SUFFIXES, Algorithm, TrainedKind
+from megachiar.data.preprocessing.existing import OutputDiffers, compare_records, note_path, read_note, write_note
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -39,10 +41,6 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
 
-TrainedKind = Literal["sentencepiece", "huggingface"]
-Algorithm = Literal["bpe", "unigram"]
-
-SUFFIXES: dict[TrainedKind, str] = {"sentencepiece": ".model", "huggingface": ".json"}
 BYTES = 256
 # SentencePiece skips sentences above 4,192 bytes without a word, and its results change with its threads.
 LONGEST_SENTENCE = 1000  # characters, of up to 4 bytes each
@@ -81,7 +79,7 @@ class TrainingSettings:
 
     @property
     def determining_options(self) -> dict[str, Any]:
-        """Return what determines the file that is written: the options, and the inputs as they are now."""
+        """Return the options that, beside the inputs, determine the file that is written."""
         return {
             "vocab_size": self.vocab_size,
             "kind": self.kind,
@@ -90,7 +88,6 @@ class TrainingSettings:
             "txt_documents": self.read.txt_documents,
             "max_text_bytes": self.max_text_bytes,
             "on_error": self.on_error,
-            "inputs": [source.identity() for source in self.sources],
         }
 
 
@@ -129,13 +126,13 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         _check(settings)
         exists = settings.output.exists()
     if exists and not settings.overwrite:
-        return _existing(settings)
+        return _existing(settings, stream)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream or sys.stderr)
     log = InvalidDocumentLog(settings.on_error)
-    requested = settings.determining_options
+    recorder = SourceRecorder()
     with TextProgress("reading", None, stream) as progress:
-        sample = sample_texts(_counted(settings, log, progress), settings.max_text_bytes)
+        sample = sample_texts(_counted(settings, log, progress, recorder), settings.max_text_bytes)
     if not sample:
         raise UserError("--input", "held no usable document", "check the input and --text-key")
     print(f"training on {len(sample):,} of {progress.documents:,} documents", file=stream or sys.stderr)
@@ -154,18 +151,24 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     )
     counts = {key: value for key, value in report._asdict().items() if key in NOTED_COUNTS}
     noted = {**counts, "skipped": dict(log.counts)}
+    requested = {**settings.determining_options, "inputs": recorder.records()}
     write_note(note_path(settings.output), requested, [settings.output], noted)
     return report
 
 
-def _existing(settings: TrainingSettings) -> TrainingReport:
+def _existing(settings: TrainingSettings, stream: TextIO | None) -> TrainingReport:
     """Report on the tokenizer that exists, if it is the one that the settings describe.
 
     Raises:
         UserError: it is another one; the message says how it differs.
     """
     try:
-        report = read_note(note_path(settings.output), settings.determining_options, [settings.output])
+        report = read_note(
+            note_path(settings.output),
+            settings.determining_options,
+            [settings.output],
+            lambda records: compare_records(records, settings.sources, settings.read.text_key, stream),
+        )
     except OutputDiffers as difference:
         problem = f"exists already, and not as this command makes it: {difference}"
         raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
@@ -208,9 +211,11 @@ def _check(settings: TrainingSettings) -> None:
         )
 
 
-def _counted(settings: TrainingSettings, log: InvalidDocumentLog, progress: TextProgress) -> Iterator[str]:
+def _counted(
+    settings: TrainingSettings, log: InvalidDocumentLog, progress: TextProgress, recorder: SourceRecorder
+) -> Iterator[str]:
     """Yield the texts of the corpus, and count each in ``progress``."""
-    for document in read_documents(settings.sources, settings.read, log):
+    for document in read_documents(settings.sources, settings.read, log, recorder):
         progress.advance(0, len(document.utf8), 1)
         yield document.text
 

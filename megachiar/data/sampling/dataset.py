@@ -22,10 +22,10 @@ from megachiar.data.storage.manifest import (
 )
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
+from megachiar.kernels.ignored_target import IGNORED_TARGET
 
 LOCATED_TOGETHER = 1024  # positions of a run that are located at once
 READ_TOKENS = 2**20  # tokens that are read at once
-IGNORED_TARGET = -100  # PyTorch's cross-entropy leaves such targets out
 
 
 class TokenSource:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from megachiar.errors import disk_errors
+from megachiar.errors import UserError, disk_errors
 
 READ_BLOCK = 1 << 22  # bytes read at once
 CHECKSUM_BLOCK: Final = 67_108_864  # bytes that one checksum covers
@@ -39,6 +39,16 @@ def manifest_path(prefix: Path | str) -> Path:
 def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
     """Return all files of dataset ``prefix``, the index first: without it nothing is a dataset."""
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
+
+
+def check_prefix(prefix: Path | str) -> None:
+    """Refuse a path that has no name to put suffixes to.
+
+    Raises:
+        UserError: ``prefix`` is a folder by its form, such as ``.``, ``..`` or ``/``.
+    """
+    if Path(prefix).name in ("", ".."):
+        raise UserError(f"output {str(prefix)!r}", "names a folder, not a dataset", "add a name, such as data/train")
 
 
 def remove_dataset(prefix: Path | str) -> None:

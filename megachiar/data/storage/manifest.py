@@ -91,6 +91,9 @@ class Manifest:
         checksums: of both files, block by block.
         shuffle_seed: the seed that documents were shuffled by; None if they are in the order of the sources.
         sources: the names of the input files.
+        source_bytes, source_checksums: the bytes on the disk of each of them, and the checksum of its content; empty in
+            a manifest of a version that did not record them.
+        parts: ``fingerprint`` of each dataset that this one was merged from; empty if it was not merged.
         options: the other options that the tokens depend on: how documents were found, and the split.
         created_by: the tool and its version.
     """
@@ -110,6 +113,9 @@ class Manifest:
     checksums: Checksums
     shuffle_seed: int | None = None
     sources: list[str] = field(default_factory=list)
+    source_bytes: list[int] = field(default_factory=list)
+    source_checksums: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
     created_by: str
 
@@ -120,6 +126,11 @@ class Manifest:
     def content(self) -> str:
         """Return ``"sha256:..."`` of the tokens: two datasets with the same one hold the same ``.bin``."""
         return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin))).hexdigest()}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Return ``"sha256:..."`` of tokens and index: two datasets with the same one hold the same documents."""
+        return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin + self.checksums.idx))).hexdigest()}"
 
     def to_json(self) -> bytes:
         """Return the content of ``PREFIX.json``."""

@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megachiar.data.tokenizers.choices import Engine
 from megachiar.data.tokenizers.control_guard import ControlTokenError
 from megachiar.data.tokenizers.pieces import with_piece_cache
 from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, TokenIds, Tokenizer
 from megachiar.errors import UserError
 from megachiar.process_memory import give_back_free_memory, own_bytes
-
-Engine = Literal["auto", "fast", "reference"]
 
 HARD_TEXTS = (
     "It's we'll I'D they've 'tis 2024-01-31 1234567890 3.14e-10 $9.99 100%",
@@ -83,6 +82,7 @@ class FastTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[TokenIds]:
+        """Encode with gigatoken, and compare a text now and then with the reference."""
         if self._batches % CHECKED_EVERY == 1:
             self._bound_memory()
         encoded = [ids for group in _groups(texts) for ids in self._encode_group(group)]

@@ -66,6 +66,7 @@ class PieceTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        """Join the ids of each text's pieces; the reference encodes only those that are not in the cache."""
         cache, rows = self._cache, list(map(PIECE.findall, texts))
         missing = {piece for row in rows for piece in row if piece not in cache}
         if len(cache) + len(missing) > MOST_CACHED:

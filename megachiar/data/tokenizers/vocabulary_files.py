@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from megachiar.data.tokenizers.choices import TokenizerKind
 from megachiar.data.tokenizers.unsupported import find_unsupported_file, refuse_unsupported
 from megachiar.errors import UserError
 
-TokenizerKind = Literal["auto", "sentencepiece", "huggingface", "gpt2"]
-
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def vocabulary_files(path: Path, kind: str) -> list[Path]:
@@ -37,6 +39,17 @@ def tokenizer_fingerprint(path: Path, kind: str) -> str:
     return fingerprint([read_file(file) for file in vocabulary_files(path, kind)])
 
 
+def _how_to_get(path: Path) -> str:
+    """Return the remedy for a ``path`` where nothing is, which may be meant as a name on Hugging Face's hub."""
+    name, expected = str(path), "check the path: a tokenizer is a local file or folder, and none is fetched"
+    if _HUB_NAME.fullmatch(name) is None or path.suffix in (".model", ".json"):
+        return expected
+    fetch = f"hf download {name} --include {shlex.quote('*token*')} --local-dir {name}"
+    return (
+        f"{expected}; if this is a name on the Hugging Face hub, `{fetch}` (package huggingface_hub) makes the folder"
+    )
+
+
 def resolve_kind(path: Path, kind: str) -> str:
     """Return ``kind`` itself, or, where it is ``"auto"``, the kind that the names of the files at ``path`` tell.
 
@@ -44,7 +57,7 @@ def resolve_kind(path: Path, kind: str) -> str:
         UserError: ``path`` does not exist, ``kind`` is not one of ``TokenizerKind``, or the names tell no kind.
     """
     if not path.exists():
-        raise UserError(path, "there is no such tokenizer file or folder", "check the path of the tokenizer")
+        raise UserError(path, "there is no such tokenizer file or folder", _how_to_get(path))
     known = get_args(TokenizerKind)
     if kind not in known:
         raise UserError(path, f"unknown tokenizer kind {kind!r}", f"use one of {', '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
 PARTS = ("train", "valid", "test")
+RUN = Path(__file__).parents[2] / "fixtures" / "written_by_0.1.0" / "run"
 
 
 def read_names(inputs: Inputs, folder: Path) -> list[str]:
@@ -125,3 +127,52 @@ def test_files_of_others_with_our_suffixes_are_judged_as_before(tmp_path):
     inputs = find_inputs([tmp_path])
     assert read_names(inputs, tmp_path) == ["a.json"]
     assert reasons(inputs) == {"a.bin": "suffix .bin", "a.idx": "suffix .idx"}
+
+
+def test_a_run_folder_is_left_out_and_named_once(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    shutil.copytree(RUN, tmp_path / "runs" / "tiny")
+    (tmp_path / "runs" / "notes.txt").write_text("text beside the run")
+    inputs = find_inputs([tmp_path])
+    assert read_names(inputs, tmp_path) == ["a.jsonl", "runs/notes.txt"]
+    assert reasons(inputs) == {"runs/tiny": "a run folder"}
+    assert f"{tmp_path}: 1 left out, a run folder: runs/tiny" in list(inputs.found[0].lines())
+
+
+def test_a_checkpoint_that_was_copied_out_of_its_run_is_left_out(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (checkpoint,) = (RUN / "checkpoints").iterdir()
+    shutil.copytree(checkpoint, tmp_path / "best")
+    assert reasons(find_inputs([tmp_path])) == {"best": "a run folder"}
+
+
+def test_text_in_a_folder_in_which_a_run_works_is_read(tmp_path):
+    shutil.copytree(RUN, tmp_path / "work")
+    (tmp_path / "work" / "text.txt").write_text("text")
+    inputs = find_inputs([tmp_path / "work"])
+    assert read_names(inputs, tmp_path) == ["work/text.txt"]
+    assert set(reasons(inputs).values()) == {"part of a run folder"}
+    assert "metrics.jsonl" in reasons(inputs)
+
+
+@pytest.mark.parametrize("config", ["model: gpt\n", "model:\n  kind: other\n"])
+def test_metrics_beside_a_config_of_another_program_are_judged_as_any_file(tmp_path, config):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text(config)
+    write_jsonl(tmp_path / "x" / "metrics.jsonl", ["text"])
+    assert read_names(find_inputs([tmp_path]), tmp_path) == ["x/metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["x.log", "x.done", "x.data", "x.jsonl_", "x"])
+def test_records_with_text_are_refused_under_any_suffix_that_is_not_known(tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / name, ["y"])
+    with pytest.raises(UserError, match=r"what looks like text data.*JSON, suffix"):
+        find_inputs([tmp_path])
+
+
+def test_a_log_is_left_out(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "x.log").write_text("12:00 began\n")
+    write_jsonl(tmp_path / "y.log", ["y"], key="message")
+    assert reasons(find_inputs([tmp_path])) == dict.fromkeys(["x.log", "y.log"], "suffix .log")

@@ -15,6 +15,7 @@ import zstandard
 from pyarrow import parquet
 from text_helpers import COMPRESS, DOCUMENTS, numbered_documents, write_jsonl
 
+from megachiar.data.inputs import compression
 from megachiar.data.inputs.compression import MOST_TEXT, text_blocks
 from megachiar.data.inputs.documents import (
     EXAMPLES_PER_KIND,
@@ -210,11 +211,26 @@ def test_a_truncated_compressed_file_is_named(tmp_path, suffix, keep):
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "xz", "bz2"])
-def test_a_damaged_compressed_file_is_named(tmp_path, suffix):
+@pytest.mark.parametrize("at_block_end", [False, True])
+def test_what_follows_whole_compressed_data_is_named_with_its_place(tmp_path, monkeypatch, suffix, at_block_end):
+    path = tmp_path / f"a b.jsonl.{suffix}"
+    whole = 2 * COMPRESS[f".{suffix}"](b'{"text": "a"}\n')
+    path.write_bytes(whole + b"garbage after the end, which may be a lost file")
+    if at_block_end:
+        monkeypatch.setattr(compression, "COMPRESSED_READ_BYTES", len(whole))
+    with pytest.raises(UserError, match=f"is whole up to byte {len(whole)}, but goes on with .* b'garbage") as caught:
+        read(path)
+    assert "fetch it again" in caught.value.remedy
+    subprocess.run(re.search("`(.*)`", caught.value.remedy)[1], shell=True, check=True)
+    assert read(path) == ["a", "a"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "xz", "bz2"])
+def test_a_damaged_member_is_named_with_its_place(tmp_path, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"
     whole = COMPRESS[f".{suffix}"](b'{"text": "a"}\n')
-    path.write_bytes(whole + b"garbage after the end, which may be a lost file")
-    with pytest.raises(UserError, match="damaged near byte 0") as caught:
+    path.write_bytes(whole + whole[:6] + bytes(byte ^ 255 for byte in whole[6:]))
+    with pytest.raises(UserError, match=f"is damaged near byte {len(whole)}: ") as caught:
         read(path)
     assert "fetch it again" in caught.value.remedy
 

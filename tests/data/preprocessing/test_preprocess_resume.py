@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import find_mpirun
-from text_helpers import train
+from text_helpers import train, write_other_text
 
 from megachiar.data.inputs import chunk_groups, compression
 from megachiar.data.inputs.documents import ReadOptions
@@ -98,10 +98,10 @@ journal.SECONDS_BETWEEN_CHECKPOINTS = 0
 journal.LARGEST_SHARE = float("inf")
 read = chunk_groups.read_chunks
 
-def slowly(sources, options):
+def slowly(sources, *rest):
     print(sources[0].name, flush=True)
     time.sleep(0.02)
-    yield from read(sources, options)
+    yield from read(sources, *rest)
 
 chunk_groups.read_chunks = slowly
 if __name__ == "__main__":
@@ -175,10 +175,10 @@ def stop_at_file(monkeypatch, number: int) -> None:
     """Let the next run fail when it comes to the input of this number; what is read is handed over file by file."""
     read = chunk_groups.read_chunks
 
-    def failing(sources, options):
+    def failing(sources, *rest):
         if sources[0].path.name == f"in_{number:02d}.jsonl":
             raise Stop
-        return read(sources, options)
+        return read(sources, *rest)
 
     monkeypatch.setattr(chunk_groups, "read_chunks", failing)
     monkeypatch.setattr(chunk_groups, "GROUP_BYTES", 0)
@@ -207,7 +207,7 @@ def test_only_what_is_missing_is_read_again(tmp_path, model, corpus, undisturbed
     kept = contents(tmp_path / "again")
     assert "out.journal" in kept and not any(name.endswith((".bin", ".idx", ".json")) for name in kept)
     read, real = [], chunk_groups.read_chunks
-    monkeypatch.setattr(chunk_groups, "read_chunks", lambda s, o: read.append(s[0].path.name) or real(s, o))
+    monkeypatch.setattr(chunk_groups, "read_chunks", lambda s, *rest: read.append(s[0].path.name) or real(s, *rest))
     run(settings(tmp_path / "again", model, corpus))
     assert read[0] >= "in_06.jsonl" and read[-1] == "in_11.jsonl"
     assert contents(tmp_path / "again") == undisturbed
@@ -280,7 +280,7 @@ def test_an_unfinished_run_of_something_else_is_not_gone_on_with(
     kept = contents(folder)
     wanted = settings(folder, model, corpus)
     if what == "changed":
-        os.utime(corpus[2], (1, 1))
+        write_other_text(corpus[2])
         problem = r"in_02\.jsonl was changed since"
     elif what == "reordered":
         wanted = settings(folder, model, [corpus[1], corpus[0], *corpus[2:]])
@@ -401,7 +401,7 @@ def test_a_merge_names_the_shard_that_is_missing_or_of_other_inputs(tmp_path, mo
         with pytest.raises(UserError, match="shard 1 of 2 was not made"):
             merge_shards(wanted, 2)
         make_shard(wanted, 1, 2, quiet)
-    os.utime(corpus[-1], (1, 1))
+    write_other_text(corpus[-1])
     with pytest.raises(UserError, match="shard 1 of 2 was made by another call, or its inputs were changed since"):
         merge_shards(wanted, 2)
 

@@ -234,3 +234,9 @@ def test_a_step_is_shown_as_a_run_reads_it(tmp_path, run_here):
     assert text.startswith("position: 0\nsource: ") and "documents: " in text
     assert run_here("--config", path)[0] == 2 and run_here(first, "--step", 1)[0] == 2
     assert "0 is no step" in run_here("--config", path, "--step", 0)[2]
+    last = load_config(path).steps
+    assert run_here("--config", path, "--step", last)[0] is None
+    code, shown, message = run_here("--config", path, "--step", last + 1)
+    assert code == 2 and not shown
+    assert f"--step {last + 1}: the run ends with step {last}" in message and "training.steps" in message
+    assert run_here("--config", path, "--step", last + 1, f"--training.steps={last + 1}")[0] is None

@@ -276,8 +276,18 @@ def test_a_byte_level_vocabulary_without_all_bytes_is_refused(models, tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.model", "missing.json", "folder/missing"])
 def test_a_missing_file_is_named(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name}: there is no such tokenizer"):
+    with pytest.raises(UserError, match=f"{name}: there is no such tokenizer file or folder\n.*local file or folder"):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.2-1B", "nowhere.model", "a/b/c", "/nowhere"])
+def test_a_name_that_is_no_path_is_told_how_to_become_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no such tokenizer file or folder") as caught:
+        load_tokenizer(name)
+    is_name = name in ("gpt2", "meta-llama/Llama-3.2-1B")
+    fetch = f"hf download {name} --include '*token*' --local-dir {name}"
+    assert "a local file or folder" in caught.value.remedy and (fetch in caught.value.remedy) == is_name
 
 
 @pytest.mark.parametrize("name", ["broken.model", "broken.json"])

@@ -1,0 +1,1 @@
+"""What other stacks call our keys, by the sections of ours that they belong to."""

@@ -1,0 +1,32 @@
+"""An option of a command line that names a key of a config, in our words or in another stack's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megachiar.config.foreign_keys import foreign_key, normalized
+from megachiar.config.typed_sections import own_keys
+
+
+class MeantKey(NamedTuple):
+    """What an option that no command has means in a config.
+
+    Attributes:
+        keys: the dotted keys of a config that it can mean; empty where there is nothing to set.
+        stacks: whose word it is; empty for ours.
+        how: how the value translates, or why there is nothing to set; empty where the value stays as it is.
+    """
+
+    keys: Sequence[str]
+    stacks: str = ""
+    how: str = ""
+
+
+def meant_key(option: str) -> MeantKey | None:
+    """Return what ``option``, such as ``--train-iters``, means in a config; None if no stack calls anything so."""
+    row = foreign_key([option])
+    if row is not None:
+        return MeantKey(row.ours.split(), row.stacks, row.how)
+    own = own_keys().get(normalized(option))
+    return MeantKey(own) if own else None

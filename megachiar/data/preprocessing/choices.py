@@ -1,0 +1,13 @@
+"""What the commands that prepare data can be asked for; ``--help`` imports this and little else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+TrainedKind = Literal["sentencepiece", "huggingface"]
+Algorithm = Literal["bpe", "unigram"]
+SUFFIXES: dict[TrainedKind, str] = {"sentencepiece": ".model", "huggingface": ".json"}
+"""Kind of a tokenizer that can be trained -> suffix of its file."""
+
+WIKITEXT = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
+"""Name of a corpus -> its name on the Hugging Face hub."""

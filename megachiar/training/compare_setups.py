@@ -1,0 +1,108 @@
+"""Compare, before a run starts, what all its ranks must have in common: config, data and versions.
+
+A rank that reads another config, another copy of a dataset or another version of a library would train with the others
+and spoil the result without a word. Each rank sends one digest. Only where digests differ do ranks send the entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megachiar import __version__
+from megachiar.config import RunConfig
+from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.storage.files import bin_path, idx_path
+from megachiar.errors import disk_errors
+from megachiar.topology import LaunchError
+from megachiar.training.odd_ranks import describe_ranks, odd_groups
+from megachiar.training.run_data import RunData
+
+_LIBRARIES = ("torch", "deepspeed", "numpy", "triton")
+_SAMPLED_BLOCKS = 64
+_BLOCK_BYTES = 4096
+_MISSING = "not set"
+
+
+def compare_setups(config: RunConfig, data: RunData) -> None:
+    """Check that every rank has the same config, data and versions; every rank calls this function.
+
+    Args:
+        config: of this rank, resolved.
+        data: that this rank has opened.
+
+    Raises:
+        LaunchError: ranks differ. The message names the first entry that differs, its values and the ranks.
+    """
+    setup = describe_setup(config, data)
+    digest = hashlib.sha256(json.dumps(setup).encode()).hexdigest()
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    setups: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(setups, (socket.gethostname(), setup))
+    raise _first_difference([host for host, _ in setups], [entries for _, entries in setups])
+
+
+def describe_setup(config: RunConfig, data: RunData) -> dict[str, str]:
+    """Return what must be equal on every rank, by a name that a message can show."""
+    entries = {key: json.dumps(value) for key, value in config.flat().items()}
+    for source in data.sources:
+        entries[f"data of {source.prefix}"] = fingerprint(source)
+    entries["version of megachiar"] = __version__
+    entries["version of Python"] = ".".join(platform.python_version_tuple()[:2])
+    for library in _LIBRARIES:
+        entries[f"version of {library}"] = _version(library)
+    return entries
+
+
+def fingerprint(source: TokenSource) -> str:
+    """Return sizes and a digest of a dataset's files, as this rank reads them.
+
+    The digest covers the manifest's checksum, and of each file its first and last block and blocks at even distances
+    between: at most 65 reads of 4 KiB a file.
+    """
+    manifest = source.manifest.content if source.manifest else None
+    parts = [_digest_file(path(source.prefix)) for path in (bin_path, idx_path)]
+    return f"{source.dataset.tokens.size:,} tokens, content {manifest or 'without a checksum'}, files {' '.join(parts)}"
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with disk_errors(path, "read"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        last = max(0, size - _BLOCK_BYTES)
+        for block in range(_SAMPLED_BLOCKS + 1):
+            file.seek(last * block // _SAMPLED_BLOCKS)
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_difference(hosts: list[str], setups: list[dict[str, str]]) -> LaunchError:
+    """Return the error that names the first entry that differs between ranks."""
+    names = list(dict.fromkeys(name for setup in setups for name in setup))
+    name = next(n for n in names if len({setup.get(n, _MISSING) for setup in setups}) > 1)
+    odd, usual = odd_groups([setup.get(name, _MISSING) for setup in setups])
+    values = "; ".join(f"{value} on {describe_ranks(ranks, hosts)}" for value, ranks in odd)
+    return LaunchError(
+        name,
+        f"is {values}, but {usual[0]} on {describe_ranks(usual[1], hosts)}: ranks of one run must have the same",
+        "start all ranks with one config, one set of datasets and one environment",
+    )

@@ -1,0 +1,173 @@
+"""Everything that the start of a run checks before it has an engine; a dry run ends here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from megachiar.checkpoint.compatibility import changed_keys, check_data, read_compatible
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.config import RunConfig, load_config
+from megachiar.config.run_length import asked_length
+from megachiar.data.sampling.history import Change
+from megachiar.topology import LaunchError
+from megachiar.training.document_ends import describe_document_ends, with_document_end
+from megachiar.training.epochs import resolve_epochs
+from megachiar.training.run_data import (
+    RunData,
+    check_max_epochs,
+    describe_repeated_sources,
+    describe_seen_validation,
+    describe_source_usage,
+    open_data,
+)
+from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
+from megachiar.training.schedule import learning_rate
+from megachiar.training.start import Start
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: training samples that all ranks together have consumed.
+        saved_step: step of the newest checkpoint in the run folder; None before the first.
+    """
+
+    step: int = 0
+    samples: int = 0
+    saved_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A run at its start.
+
+    Attributes:
+        start: where it starts.
+        state: the record of the checkpoint that it starts from; None for a fresh start.
+        progress: how far it is.
+        data: what it reads from there on.
+        summary: what is loaded, as a line for the log.
+        warnings: what is not as it was when the checkpoint was written, as lines for the log.
+    """
+
+    start: Start
+    state: CheckpointState | None
+    progress: Progress
+    data: RunData
+    summary: str
+    warnings: list[str]
+
+
+def open_run(config: RunConfig) -> tuple[RunConfig, RunData]:
+    """Open the data of a new run.
+
+    Returns:
+        The config with the steps that its epochs make and with ``data.document_end`` where a mask needs it, and the
+        data.
+
+    Raises:
+        LaunchError: a dataset is missing, damaged or too short, or does not fit the config or the other datasets.
+    """
+    config = resolve_epochs(config)
+    data = open_data(config)
+    return with_document_end(config, data), data
+
+
+def continue_run(config: RunConfig, data: RunData, start: Start) -> Continuation:
+    """Return the run of ``config`` as it is at its start, before anything is loaded.
+
+    Args:
+        config: as ``open_run`` returns it.
+        data: of the config, as a new run would read it.
+        start: what ``resolve_start`` decided.
+
+    Raises:
+        UserError: the checkpoint is damaged, holds another model, or has read data that ``data.on_change`` does not
+            allow to change; the run would end before its start, or reads a source too often.
+    """
+    continuation = _continue_from(config, data, start)
+    check_max_epochs(config, continuation.data)
+    check_steps_left(config, start)
+    return continuation
+
+
+def check_steps_left(config: RunConfig, start: Start) -> None:
+    """Check that a run which goes on from another one has a step to take.
+
+    Raises:
+        LaunchError: its last step is not after the other run's.
+    """
+    if start.kind == "all" and start.step >= config.steps:
+        key, _ = asked_length(config.training)
+        raise LaunchError(
+            f"training.{key}",
+            f"ends the run at step {config.steps:,}, but {start.path} is at step {start.step:,} already",
+            f"raise training.{key}, or take the weights alone with checkpoint.load: weights",
+        )
+
+
+def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuation:
+    path = start.path
+    if path is None:
+        return Continuation(start, None, Progress(), data, "fresh", [])
+    state = read_compatible(path, config.model, start.is_own)
+    if start.kind == "weights":
+        summary = f"weights from {path}; optimizer, schedule and data start anew"
+        warnings = describe_other_tokenizer(path, data.tokenizer_record)
+        return Continuation(start, state, Progress(), data, summary, warnings)
+    check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
+    changes = check_data(path, state, config, data.history, start.is_own)
+    warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
+    what = "resumed from" if start.is_own else "weights, optimizer and position in the data from"
+    return Continuation(
+        start,
+        state,
+        Progress(state.step, state.samples, saved_step=state.step if start.is_own else None),
+        data.continue_from(state.data, state.step),
+        summary=f"{what} {path} ({state.layout}): step {state.step}, {state.samples:,} samples",
+        warnings=warnings,
+    )
+
+
+def describe_changes(before: RunConfig, now: RunConfig, of_data: list[Change], step: int) -> list[str]:
+    """Return a line for the log for everything that a run does otherwise than it did up to a checkpoint.
+
+    Args:
+        before: config of the checkpoint.
+        now: config of the run that continues.
+        of_data: what ``check_data`` found; these keys are told in its words.
+        step: optimizer steps taken.
+    """
+    told = {change.key for change in of_data}
+    changes = [(change.key, change.before, change.now) for change in of_data]
+    changes += [
+        (key, json.dumps(old), json.dumps(new)) for key, old, new in changed_keys(before, now) if key not in told
+    ]
+    lines = [f"{key} was {old} up to here and is {new} from here on" for key, old, new in changes]
+    rates = learning_rate(before, step + 1), learning_rate(now, step + 1)
+    if rates[0] != rates[1]:
+        lines.append(
+            f"learning rate of step {step + 1:,}: {rates[1]:.3e}, by the config of the checkpoint {rates[0]:.3e}"
+        )
+    return lines
+
+
+def describe_data(config: RunConfig, data: RunData) -> list[str]:
+    """Return what the log says of the data: how often each source is read, and what may surprise."""
+    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_validation(data)]
+    return [*describe_source_usage(config, data), *surprises]
+
+
+def describe_finished(config: RunConfig, progress: Progress) -> str | None:
+    """Return what the log says of a run that has taken its last step already; None where steps are left."""
+    if progress.step < config.steps:
+        return None
+    key, _ = asked_length(config.training)
+    return (
+        f"{config.logging.folder} is finished: it is at step {progress.step:,} of training.steps {config.steps:,}. To "
+        f"train it further raise training.{key}; to begin another run name another logging.folder."
+    )
