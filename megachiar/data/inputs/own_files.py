@@ -2,6 +2,7 @@
 
     PREFIX.bin PREFIX.idx PREFIX.json    a tokenized dataset (`megachiar preprocess`, `megachiar merge`)
     PREFIX.journal PREFIX.*.tmp          a dataset whose preprocessing was stopped or is under way
+    PREFIX.inputs                        a note that says what the inputs of a dataset were when they were read
     NAME.made                            a note that says how a corpus, or the tokenizer NAME beside it, was made
     config.yaml metrics.jsonl ...        a run folder (`megachiar pretrain`), or a checkpoint in it
 
@@ -27,6 +28,7 @@ OWN_HEADS = {  # suffix -> (how such a file of ours begins, what it is), for eac
     ".idx": [(re.compile(re.escape(MAGIC)), DATASET)],
     ".json": [(re.compile(rb'\{\s*"format_version": \d'), DATASET)],
     ".journal": [(re.compile(rb'\{"journal": \d'), UNFINISHED)],
+    ".inputs": [(re.compile(rb'\{"inputs": \d'), DATASET)],
     ".made": [
         (re.compile(rb'\{\s*"asked": \{\s*"vocab_size"'), TOKENIZER_NOTE),
         (re.compile(rb'\{\s*"asked": \{\s*"source"'), CORPUS_NOTE),

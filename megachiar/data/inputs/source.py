@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megachiar.data.inputs import remote
-from megachiar.errors import UserError, disk_error
+from megachiar.data.storage.files import file_identity
+from megachiar.errors import UserError, disk_error, disk_errors
 
 Format = Literal["jsonl", "txt", "parquet"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]
@@ -79,12 +80,8 @@ class Source:
         """
         if self.path is None:
             return self.identity_by_content_time()
-        status = self._status(self.path)
-        return [self.name, status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
-
-    def touched_at(self) -> int | None:
-        """Return when a file was last changed in any way, in nanoseconds; None for what is no file."""
-        return None if self.path is None else max(self.identity()[2])
+        with disk_errors(self.name, "read"):
+            return file_identity(self.path)
 
     def identity_by_content_time(self) -> list[Any]:
         """Return [name, bytes, time of the last change of the content], which earlier versions recorded."""

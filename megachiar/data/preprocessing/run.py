@@ -20,6 +20,7 @@ from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_
 from megachiar.data.inputs.source import Source
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
+from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.journal import Journal, OutputState
 from megachiar.data.preprocessing.ordered_pool import ordered_map
 from megachiar.data.preprocessing.output import Output, make_manifest
@@ -225,12 +226,13 @@ class PreprocessRun:
             self.journal.checkpoint([], states, log, "placing")
 
     def _place(self) -> None:
-        """Give all complete files their final names."""
+        """Give all complete files their final names, and note what the inputs were."""
         for prefix in self.settings.prefixes:
             with disk_errors(prefix):
                 put_in_place(prefix)
                 if self.settings.shuffle_seed is not None:
                     remove_dataset(unshuffled(prefix))
+        write_input_note(self.settings.output_prefix, self.journal.sources)
 
     def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
         """Return the content of the manifest of ``output``, and keep the manifest for the report."""

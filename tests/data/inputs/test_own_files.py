@@ -56,13 +56,13 @@ def test_a_folder_is_read_again_after_the_steps_of_the_quick_start(corpus, suffi
         "preprocess_data", "--input", corpus, "--tokenizer", tokenizer, "--output-prefix", output, "--workers", 1
     )
     assert done.returncode == 0, done.stderr
-    dataset = "test.bin, test.idx, test.json, ... valid.json"
+    dataset = "test.bin, test.idx, test.inputs, ... valid.json"
     assert done.stderr.splitlines()[:5] == [
         f"{corpus}: 3 files read (3 jsonl): test.jsonl, train.jsonl, valid.jsonl",
         f"{corpus}: 1 left out, a note that says how a tokenizer was made: {tokenizer.name}.made",
         f"{corpus}: 1 left out, a note that says how the corpus was made: corpus.made",
         f"{corpus}: 1 left out, a tokenizer, as the note beside it says: {tokenizer.name}",
-        f"{corpus}: 9 left out, part of a tokenized dataset: {dataset}",
+        f"{corpus}: 12 left out, part of a tokenized dataset: {dataset}",
     ]
     assert IndexedDataset(output).documents == 90
 
