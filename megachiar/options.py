@@ -143,8 +143,10 @@ class Parser(argparse.ArgumentParser):
         if (ours := name.replace("_", "-").lower()) in known:
             return OptionError(name, f"is no option of {self.prog}", f"write {ours}")
 
-        from megachiar.config.option_words import meant_key
+        from megachiar.config.option_words import OPTIONS, meant_key, normalized
 
+        if (remedy := OPTIONS.get(self.prog.rpartition(" ")[2], {}).get(normalized(name))) is not None:
+            return OptionError(name, f"is no option of {self.prog}", remedy)
         whose, remedy = "", ""
         if (meant := meant_key(name)) is not None:
             whose = f", but one of {meant.stacks}" if meant.stacks else ""

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
 from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
-from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
 from megachiar.data.preprocessing.input_note import write_input_note
@@ -199,10 +199,7 @@ class PreprocessRun:
         if empty:
             self.journal.sources.clear()  # the same call cannot do better, so that nothing is worth keeping
         if documents == 0:
-            skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
-            raise UserError(
-                "--input", f"held no usable document (skipped: {skipped or 'none'})", "check the input and --text-key"
-            )
+            raise no_document(self.settings.sources, log.counts)
         for output in empty:
             raise UserError(
                 output.prefix,
