@@ -23,8 +23,12 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def global_rank() -> int:
-    """Return the rank of this process as its launcher set it, 0 when there is no launcher."""
-    return int(os.environ.get("RANK", "0") or 0)
+    """Return the rank of this process as its launcher set it, 0 when there is no launcher.
+
+    A ``RANK`` that is no number counts as 0: messages are shown. Where ranks meet, ``launch`` refuses it.
+    """
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def make_console(file: TextIO | None = None) -> Console:

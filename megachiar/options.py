@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megachiar.errors import UserError
 
@@ -24,6 +25,39 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 """The names of number formats as options take them, those of ``precision.compute``, fp32 first."""
 
 
+Number = TypeVar("Number", int, float)
+
+
+def number(
+    kind: type[Number],
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Callable[[str], Number]:
+    """Return a function by which a parser reads a finite number within limits.
+
+    Args:
+        kind: whether it is a whole number.
+        least, most: the limits where they are allowed themselves.
+        above, below: the limits where they are not.
+    """
+    limits = (("at least", least), ("above", above), ("at most", most), ("below", below))
+    wanted = " and ".join(f"{word} {limit}" for word, limit in limits if math.isfinite(limit))
+
+    def parsed(text: str) -> Number:
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):  # any whole number is finite, and may be huge
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        if not (least <= value <= most and above < value < below):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse says so where the text is no number
+    return parsed
+
+
 class OptionError(UserError):
     """An option of a command makes no sense; every rank of a run has the same command line."""
 
@@ -33,14 +67,15 @@ class OptionError(UserError):
 class Parser(argparse.ArgumentParser):
     """A parser of options.
 
-    It differs from argparse's in three ways. An option of several values keeps the values of all its uses, ``--a.b=c``
-    overrides a key of the config, and what is wrong is an ``OptionError``.
+    It differs from argparse's in four ways. An option of several values keeps the values of all its uses, ``--a.b=c``
+    overrides a key of the config, a float is finite, and what is wrong is an ``OptionError``.
     """
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         for action in (None, "store"):
             self.register("action", action, _Store)
+        self.register("type", float, number(float))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Read ``args``, or the command line of the process, as ``argparse`` does.
@@ -108,8 +143,10 @@ class Parser(argparse.ArgumentParser):
         if (ours := name.replace("_", "-").lower()) in known:
             return OptionError(name, f"is no option of {self.prog}", f"write {ours}")
 
-        from megachiar.config.option_words import meant_key
+        from megachiar.config.option_words import OPTIONS, meant_key, normalized
 
+        if (remedy := OPTIONS.get(self.prog.rpartition(" ")[2], {}).get(normalized(name))) is not None:
+            return OptionError(name, f"is no option of {self.prog}", remedy)
         whose, remedy = "", ""
         if (meant := meant_key(name)) is not None:
             whose = f", but one of {meant.stacks}" if meant.stacks else ""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from megachiar import launch
 from megachiar.console import global_rank, make_console, run
 from megachiar.launcher_watch import LauncherWatch
-from megachiar.options import CommandParser, add_config_options
+from megachiar.options import CommandParser, add_config_options, number
 from megachiar.stop_signals import StopSignals
 
 
@@ -30,7 +30,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="print the resolved config, parameters, memory per rank and FLOPs per step, and exit",
     )
-    parser.add_argument("--world-size", type=int, help="--dry-run: ranks to plan for (default: the started ones)")
+    parser.add_argument(
+        "--world-size", type=number(int, least=1), help="--dry-run: ranks to plan for (default: the started ones)"
+    )
     return parser.parse_args(launch.drop_launcher_arguments(argv))
 
 

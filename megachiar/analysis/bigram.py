@@ -183,8 +183,10 @@ def bigram_baseline(train: Path, valid: Path, test: Path, vocab_size: int | None
     Raises:
         UserError: a dataset is damaged or too short, the tokenizers differ, or an id is outside the vocabulary.
     """
-    sets = [ValidationSet(prefix, 1, vocab_size=vocab_size) for prefix in (train, valid, test)]
+    sets = [ValidationSet(prefix, 1) for prefix in (train, valid, test)]
     sources = [each.source for each in sets]
+    if vocab_size is not None:
+        _check_vocabulary(sources, vocab_size)
     check_same_tokenizer([(source.prefix, source.manifest) for source in sources])
     size = vocab_size or _vocabulary(sources)
     for source in sources:
@@ -206,6 +208,14 @@ def _vocabulary(sources: list[TokenSource]) -> int:
     return max(known, default=0) or 1 + max(int(source.dataset.tokens.max()) for source in sources)
 
 
+def _check_vocabulary(sources: list[TokenSource], vocab_size: int) -> None:
+    """Check that no tokenizer has more ids than the option ``--vocab-size`` gives."""
+    needed = max((source.manifest.tokenizer.vocab_size for source in sources if source.manifest), default=0)
+    if needed > vocab_size:
+        problem = f"the datasets' tokenizer has {needed:,} ids"
+        raise UserError(f"--vocab-size {vocab_size}", problem, f"give at least {needed}, or leave it out")
+
+
 def _check_ids(source: TokenSource, vocab_size: int) -> None:
     tokens = source.dataset.tokens
     least, largest = int(tokens.min()), int(tokens.max())
@@ -214,5 +224,5 @@ def _check_ids(source: TokenSource, vocab_size: int) -> None:
         raise UserError(
             bin_path(source.prefix),
             f"holds id {wrong}, but the vocabulary is 0 to {vocab_size - 1:,}",
-            "give its tokenizer's --vocab-size, or check the file with `megachiar inspect`",
+            f"give --vocab-size {largest + 1} or more, or check the file with `megachiar inspect`",
         )

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,15 +35,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench-data", __doc__)
-    parser.add_argument("what", choices=("preprocess", "files", "open", "read"))
-    parser.add_argument("--files", type=int, default=20_000, help="for files: how many tiny ones")
-    parser.add_argument("--megabytes", type=int, default=40, help="of text; for read: thousands of documents")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", default=["fast", "reference"], choices=("fast", "reference"))
+    parser.add_argument("what", choices=("preprocess", "files", "open", "read"), help="what to time, see above")
+    parser.add_argument("--files", type=number(int, least=1), default=20_000, help="for files: how many tiny ones")
+    parser.add_argument(
+        "--megabytes", type=number(int, least=1), default=40, help="of text; for read: thousands of documents"
+    )
+    parser.add_argument("--workers", type=number(int, least=1), default=2, help="tokenizing processes (%(default)s)")
+    parser.add_argument("--rounds", type=number(int, least=1), default=3, help="times each is measured (%(default)s)")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=["fast", "reference"],
+        choices=("fast", "reference"),
+        help="of ours, that are timed (all)",
+    )
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of Megatron-LM")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--peer-tools", nargs="+", default=["peer", "peer fast"], choices=("peer", "peer fast"))
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="PYTHON", help="that runs it (default: this one)"
+    )
+    parser.add_argument(
+        "--peer-tools",
+        nargs="+",
+        default=["peer", "peer fast"],
+        choices=("peer", "peer fast"),
+        help="of it, that are timed (all)",
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     return parser.parse_args(argv)

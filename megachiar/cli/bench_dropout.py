@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("bench-dropout", __doc__)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
-    parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
+    parser.add_argument("--threads", type=number(int, least=1), help="CPU threads (default: torch's own)")
+    parser.add_argument("--rounds", type=number(int, least=1), default=15, help="times each is measured (%(default)s)")
     options = parser.parse_args(argv)
 
     from megachiar.analysis.dropout_times import time_dropout

@@ -22,11 +22,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, OptionError, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+
+    from megachiar.config.checks import nearest_hidden_sizes, uneven_heads
+
+    size, heads = options.hidden_size, options.heads
+    if (problem := uneven_heads(size, heads)) is not None:
+        where = f"--hidden-size {size} with --heads {heads}"
+        raise OptionError(where, problem, f"give --hidden-size {nearest_hidden_sizes(size, heads)}")
 
     from megachiar.analysis.layer_times import time_layers
 
@@ -36,13 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench-layers", __doc__)
-    parser.add_argument("--hidden-size", type=int, default=512, help="d (%(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="(%(default)s)")
-    parser.add_argument("--sequence-length", type=int, nargs="+", default=[256, 1024, 4096], help="T (256 1024 4096)")
-    parser.add_argument("--tokens", type=int, default=4096, help="in all, at least one sequence (%(default)s)")
-    parser.add_argument("--attention-share", type=float, nargs="+", default=[0.5, 0.25], help="(0.5 0.25)")
+    parser.add_argument("--hidden-size", type=number(int, least=2), default=512, help="d (%(default)s)")
+    parser.add_argument("--heads", type=number(int, least=1), default=8, help="(%(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=number(int, least=1), nargs="+", default=[256, 1024, 4096], help="T (256 1024 4096)"
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, least=1), default=4096, help="in all, at least one sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--attention-share", type=number(float, least=0, most=1), nargs="+", default=[0.5, 0.25], help="(0.5 0.25)"
+    )
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="times each is measured (%(default)s)")
+    parser.add_argument(
+        "--threads", type=number(int, least=1), default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=number(int, least=1), default=9, help="times each is measured (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser.parse_args(argv)

@@ -33,7 +33,6 @@ import resource
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,7 +42,7 @@ from typing import TYPE_CHECKING
 from megachiar import launch
 from megachiar.console import silence
 from megachiar.errors import UserError
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, number
 
 if TYPE_CHECKING:  # a contender that is a process of its own imports them, this one does not
     import torch
@@ -52,6 +51,15 @@ if TYPE_CHECKING:  # a contender that is a process of its own imports them, this
     from megachiar.engine.engine import Engine
 
 CHIAR, BASELINE, BOUND = "chiar", "baseline", "products"
+PLACES: dict[tuple[str, ...], str] = {
+    ("model", "num_layers"): "--layers",
+    ("model", "hidden_size"): "--hidden-size",
+    ("model", "num_attention_heads"): "--heads",
+    ("model", "vocab_size"): "--vocab-size",
+    ("model", "max_sequence_length"): "--sequence-length",
+    ("model", "dropout"): "--dropout",
+}
+"""Key of a config -> the option that sets it, for messages."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,7 +238,7 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
     Raises:
         ConfigError: the sizes make no model.
     """
-    from megachiar.config import load_config
+    from megachiar.config.load import parse_with_overrides
 
     fields = {
         "model": {
@@ -255,10 +263,8 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
         },
         "logging": {"folder": "none"},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "bench.yaml")
-        path.write_text(json.dumps(fields))  # JSON is YAML
-        return load_config(path, {name: keys for name, *keys in options.variant}.get(kind, []))
+    overrides = {name: keys for name, *keys in options.variant}.get(kind, [])
+    return parse_with_overrides(fields, overrides, "megachiar bench-train", PLACES)
 
 
 def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
@@ -328,24 +334,28 @@ def peak_bytes() -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench-train", __doc__)
-    parser.add_argument("--hidden-size", type=int, default=256, help="d (%(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--heads", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="T (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="(%(default)s)")
-    parser.add_argument("--dropout", type=float, default=0.0, help="(%(default)s)")
-    parser.add_argument("--attention-share", type=float, default=0.5, help="of routed layers (%(default)s)")
+    parser.add_argument("--hidden-size", type=number(int, least=2), default=256, help="d (%(default)s)")
+    parser.add_argument("--layers", type=number(int, least=2), default=4, help="(%(default)s)")
+    parser.add_argument("--heads", type=number(int, least=1), default=4, help="(%(default)s)")
+    parser.add_argument("--sequence-length", type=number(int, least=1), default=256, help="T (%(default)s)")
+    parser.add_argument("--batch", type=number(int, least=1), default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--vocab-size", type=number(int, least=1), default=8192, help="(%(default)s)")
+    parser.add_argument("--dropout", type=number(float, least=0, below=1), default=0.0, help="(%(default)s)")
+    parser.add_argument(
+        "--attention-share", type=number(float, least=0, most=1), default=0.5, help="of routed layers (%(default)s)"
+    )
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="(fp32)")
     parser.add_argument("--peer", type=named, action="append", default=[], metavar="NAME=COMMAND", help="see above")
     parser.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="see above"
     )
     parser.add_argument("--bound", action="store_true", help="time the products of a step alone as well")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="times each is measured (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps a round (%(default)s)")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before (%(default)s)")
+    parser.add_argument(
+        "--threads", type=number(int, least=1), default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=number(int, least=1), default=15, help="times each is measured (%(default)s)")
+    parser.add_argument("--steps", type=number(int, least=1), default=2, help="steps a round (%(default)s)")
+    parser.add_argument("--warm-up", type=number(int, least=0), default=3, help="steps before (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

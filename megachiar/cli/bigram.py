@@ -14,15 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megachiar.options import CommandParser, add_json_option
-
-
-def positive(text: str) -> int:
-    """Return the integer that ``text`` is; argparse reports one below 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+from megachiar.options import CommandParser, add_json_option, number
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +23,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train", type=Path, required=True, metavar="PREFIX", help="dataset the pairs are counted in")
     add("--valid", type=Path, required=True, metavar="PREFIX", help="dataset the discounts are fitted on")
     add("--test", type=Path, required=True, metavar="PREFIX", help="dataset that is scored")
-    add("--vocab-size", type=positive, metavar="V", help="default: of the datasets' tokenizer, else the largest id + 1")
+    add(
+        "--vocab-size",
+        type=number(int, least=1),
+        metavar="V",
+        help="default: of the datasets' tokenizer, else the largest id + 1",
+    )
     add_json_option(parser)
     return parser.parse_args(argv)
 

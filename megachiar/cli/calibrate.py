@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
-from megachiar.options import CommandParser, add_json_option, add_run_argument
+from megachiar.options import CommandParser, add_json_option, add_run_argument, number
 
 if TYPE_CHECKING:
     from megachiar.analysis.calibration import Calibration
@@ -29,9 +29,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, metavar="PREFIX", help="dataset (default: the run's first source)")
     parser.add_argument("--where", choices=("embedding", "layers"), default="embedding", help="what to measure")
-    parser.add_argument("--attention-share", type=float, help="layers: share of tokens for attention (default 0.5)")
-    parser.add_argument("--sequences", type=int, default=64, help="layers: windows that are measured (default 64)")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="embedding: tokens that are read (default 10 M)")
+    parser.add_argument(
+        "--attention-share",
+        type=number(float, least=0, most=1),
+        help="layers: share of tokens for attention (default 0.5)",
+    )
+    parser.add_argument(
+        "--sequences", type=number(int, least=1), default=64, help="layers: windows that are measured (default 64)"
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, least=1), default=10_000_000, help="embedding: tokens that are read (default 10 M)"
+    )
     add_json_option(parser)
     return parser.parse_args(argv)
 
@@ -75,11 +83,6 @@ def check(options: argparse.Namespace) -> None:
     share = options.attention_share
     if share is not None and options.where == "embedding":
         raise UserError("--attention-share", "has no effect with --where embedding", "add --where layers or remove it")
-    if share is not None and not 0 <= share <= 1:
-        raise UserError(f"--attention-share {share}", "must be between 0 and 1", "change it")
-    for flag, value in (("--sequences", options.sequences), ("--tokens", options.tokens)):
-        if value < 1:
-            raise UserError(f"{flag} {value}", "must be at least 1", "change it")
 
 
 def check_layers(path: Path, model: ModelConfig) -> None:

@@ -20,7 +20,12 @@ from megachiar.options import CommandParser
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("corpus", __doc__)
-    parser.add_argument("--source", choices=("shakespeare", *WIKITEXT), default="shakespeare")
+    parser.add_argument(
+        "--source",
+        choices=("shakespeare", *WIKITEXT),
+        default="shakespeare",
+        help="which corpus (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the files are written")
     parser.add_argument("--overwrite", action="store_true", help="replace files that hold another text")
     return parser.parse_args(argv)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
-from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
+from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument, number
 
 if TYPE_CHECKING:
     from megachiar.training.evaluation import Evaluation
@@ -27,8 +27,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("evaluate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows scored at once (default 8)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a window (default: the run's)")
+    parser.add_argument("--batch-size", type=number(int, least=1), default=8, help="windows scored at once (default 8)")
+    parser.add_argument("--sequence-length", type=number(int, least=1), help="tokens of a window (default: the run's)")
     parser.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: what the run computed in)")
     add_json_option(parser)
     return parser.parse_args(argv)
@@ -69,10 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
     """Return the tokens of a window: ``wanted``, or else those that the run trained on."""
-    if wanted is not None and not 1 <= wanted <= longest:
-        raise UserError(
-            f"--sequence-length {wanted}", f"not between 1 and model.max_sequence_length {longest}", "change it"
-        )
+    if wanted is not None and wanted > longest:
+        problem = f"is above the model's max_sequence_length {longest:,}"
+        raise UserError(f"--sequence-length {wanted}", problem, f"give at most {longest}, or leave it out")
     return wanted or trained
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megachiar.console import print_warning
 from megachiar.errors import UserError
-from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument
+from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument, number
 
 if TYPE_CHECKING:
     from megachiar.analysis.flips import LayerFlips
@@ -33,15 +33,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="bf16",
         help="to compare with fp32 (%(default)s)",
     )
-    parser.add_argument("--sequences", type=int, default=64, help="windows that are read (%(default)s)")
+    parser.add_argument(
+        "--sequences", type=number(int, least=1), default=64, help="windows that are read (%(default)s)"
+    )
     add_json_option(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
-    if options.sequences < 1:
-        raise UserError(f"--sequences {options.sequences}", "must be at least 1", "change it")
 
     from megachiar.analysis.calibration import spread_windows
     from megachiar.analysis.flips import routing_flips

@@ -13,27 +13,43 @@ import sys
 from collections.abc import Sequence
 
 from megachiar.console import print_warning
-from megachiar.errors import UserError
-from megachiar.options import CommandParser, add_run_argument
+from megachiar.options import CommandParser, add_run_argument, number
+
+LARGEST_SEED = 2**62
+"""The random numbers of torch take seeds below 2^64; later samples have larger ones than the first."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("generate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that make up this probability")
-    parser.add_argument("--num-samples", type=int, default=1, help="samples of the same prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has seed + 1 (default 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=number(int, least=1), default=200, help="at most so many tokens (default 200)"
+    )
+    parser.add_argument(
+        "--temperature", type=number(float, least=0), default=0.8, help="0 takes the likeliest token (default 0.8)"
+    )
+    parser.add_argument("--top-k", type=number(int, least=1), help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p",
+        type=number(float, above=0, most=1),
+        help="sample among the likeliest tokens that make up this probability",
+    )
+    parser.add_argument(
+        "--num-samples", type=number(int, least=1), default=1, help="samples of the same prompt (default 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, least=0, most=LARGEST_SEED),
+        default=0,
+        help="of the first sample; the next has seed + 1 (default 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
-    check_sampling(options)
 
     from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import TextSampler, default_device
@@ -43,34 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, _ = load_model(checkpoint, default_device())
     sampler = TextSampler(checkpoint, config, model)
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
-    for number in range(options.num_samples):
+    for sample in range(options.num_samples):
         text, new = sampler(
             prompt,
             options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
-            seed=options.seed + number,
+            seed=options.seed + sample,
         )
         if options.json:
-            print(json.dumps({"prompt": prompt, "seed": options.seed + number, "text": text, "new_tokens": len(new)}))
+            print(json.dumps({"prompt": prompt, "seed": options.seed + sample, "text": text, "new_tokens": len(new)}))
         else:
-            print(text + ("\n" if number + 1 < options.num_samples else ""))
-
-
-def check_sampling(options: argparse.Namespace) -> None:
-    """Refuse sampling options that make no sense.
-
-    Raises:
-        UserError: names the flag, its value and its limits.
-    """
-    rules = (
-        ("--temperature", options.temperature, options.temperature >= 0, "0 or above"),
-        ("--top-k", options.top_k, options.top_k is None or options.top_k >= 1, "at least 1"),
-        ("--top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1, "above 0 and at most 1"),
-        ("--max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1, "at least 1"),
-        ("--num-samples", options.num_samples, options.num_samples >= 1, "at least 1"),
-    )
-    for flag, value, holds, limit in rules:
-        if not holds:
-            raise UserError(f"{flag} {value}", f"must be {limit}", "change it")
+            print(text + ("\n" if sample + 1 < options.num_samples else ""))

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megachiar.options import CommandParser, OptionError, add_config_options, add_json_option
+from megachiar.options import CommandParser, OptionError, add_config_options, add_json_option, number
 from megachiar.progress import ByteProgress
 
 
@@ -29,11 +29,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_config_options(parser, required=False)
     parser.add_argument("--verify", action="store_true", help="read the files whole and compare them with the manifest")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--document", type=int, metavar="N", help="show document N")
-    shown.add_argument("--sample", type=int, metavar="N", help="show sample N of a run on this dataset alone")
+    shown.add_argument("--document", type=number(int, least=0), metavar="N", help="show document N")
+    shown.add_argument(
+        "--sample", type=number(int, least=0), metavar="N", help="show sample N of a run on this dataset alone"
+    )
     shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 1) of a run reads; with --config")
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="of --sample, tokens")
-    parser.add_argument("--seed", type=int, metavar="S", help="of --sample: training.seed of the run")
+    parser.add_argument("--sequence-length", type=number(int, least=1), metavar="T", help="of --sample, tokens")
+    parser.add_argument("--seed", type=number(int, least=0), metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     add_json_option(parser)
     arguments = parser.parse_args(argv)

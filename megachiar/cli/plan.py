@@ -17,11 +17,11 @@ times in 54 days (arXiv:2407.21783), which is 50,000 hours a GPU.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megachiar.errors import UserError
-from megachiar.options import CommandParser, OptionError, add_config_options
+from megachiar.options import CommandParser, OptionError, add_config_options, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,54 +102,54 @@ def print_goodput(options: argparse.Namespace, step_seconds: float) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("plan", __doc__)
     add_config_options(parser)
-    parser.add_argument("--gpus", type=_positive(int), required=True, help="GPUs in all")
-    parser.add_argument("--memory-gib", type=_positive(float), required=True, help="memory of one GPU")
-    parser.add_argument("--gpus-per-node", type=_positive(int), default=8, help="GPUs that share a node (%(default)s)")
-    parser.add_argument("--reserve", type=float, default=0.1, help="share of memory left to libraries (%(default)s)")
-    parser.add_argument("--tflops", type=_positive(float), default=400, help="TFLOP/s a GPU reaches (%(default)s)")
+    parser.add_argument("--gpus", type=number(int, least=1), required=True, help="GPUs in all")
+    parser.add_argument("--memory-gib", type=number(float, above=0), required=True, help="memory of one GPU")
     parser.add_argument(
-        "--node-gb-s", type=_positive(float), default=350, help="GB/s a GPU sends in a node (%(default)s)"
+        "--gpus-per-node", type=number(int, least=1), default=8, help="GPUs that share a node (%(default)s)"
     )
-    parser.add_argument("--network-gb-s", type=_positive(float), default=40, help="GB/s it sends beyond (%(default)s)")
-    parser.add_argument("--top", type=_positive(int), default=12, help="layouts that are listed (%(default)s)")
+    parser.add_argument(
+        "--reserve",
+        type=number(float, least=0, below=1),
+        default=0.1,
+        help="share of memory left to libraries (%(default)s)",
+    )
+    parser.add_argument(
+        "--tflops", type=number(float, above=0), default=400, help="TFLOP/s a GPU reaches (%(default)s)"
+    )
+    parser.add_argument(
+        "--node-gb-s", type=number(float, above=0), default=350, help="GB/s a GPU sends in a node (%(default)s)"
+    )
+    parser.add_argument(
+        "--network-gb-s", type=number(float, above=0), default=40, help="GB/s it sends beyond (%(default)s)"
+    )
+    parser.add_argument("--top", type=number(int, least=1), default=12, help="layouts that are listed (%(default)s)")
     add_failure_options(parser)
     options = parser.parse_args(argv)
     given = {name: getattr(options, name) is not None for name in FAILURE_OPTIONS}
     if any(given.values()) and not all(given.values()):
         missing = " and ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if not is_given)
         raise OptionError(missing, "is missing: failures, saves and starts are planned together", "give all three")
-    if not 0 <= options.straggler_loss < 1:
-        parser.error(f"argument --straggler-loss: {options.straggler_loss} is no share in [0, 1)")
-    if not 0 <= options.reserve < 1:
-        parser.error(f"argument --reserve: {options.reserve} is no share in [0, 1)")
     return options
 
 
 def add_failure_options(parser: CommandParser) -> None:
     """Add the options of how GPUs fail and what a save costs; the three of ``FAILURE_OPTIONS`` belong together."""
-    positive = _positive(float)
+    positive = number(float, above=0)
     parser.add_argument("--mtbf-hours", type=positive, help="mean hours between failures of one GPU")
     parser.add_argument("--save-seconds", type=positive, help="seconds that a save holds the steps up")
     parser.add_argument("--start-seconds", type=positive, help="seconds from a failure to the first step")
     parser.add_argument(
-        "--write-seconds", type=float, default=0.0, help="seconds until a checkpoint is whole, behind the steps"
+        "--write-seconds",
+        type=number(float, least=0),
+        default=0.0,
+        help="seconds until a checkpoint is whole, behind the steps",
     )
     parser.add_argument(
-        "--straggler-loss", type=float, default=0.0, help="share of a step that ranks wait for slow ones (%(default)s)"
+        "--straggler-loss",
+        type=number(float, least=0, below=1),
+        default=0.0,
+        help="share of a step that ranks wait for slow ones (%(default)s)",
     )
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Return a function by which argparse reads a number above 0."""
-
-    def parsed(text: str) -> float:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    parsed.__name__ = kind.__name__
-    return parsed
 
 
 def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:

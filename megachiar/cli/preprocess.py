@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, get_args
 
 from megachiar.data.inputs.input_options import add_input_options, named_inputs, read_options
 from megachiar.data.tokenizers.choices import Engine, TokenizerKind
-from megachiar.options import CommandParser
+from megachiar.options import CommandParser, number
 from megachiar.process_memory import keep_large_blocks_apart
 
 if TYPE_CHECKING:
@@ -41,7 +41,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_input_options(parser)
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
-    add("--tokenizer-kind", choices=get_args(TokenizerKind), default="auto")
+    add(
+        "--tokenizer-kind",
+        choices=get_args(TokenizerKind),
+        default="auto",
+        help="library of the tokenizer (default: by its files)",
+    )
     add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
@@ -59,13 +64,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fast: gigatoken, after it was proved equal on a sample; reference: the tokenizer's own library; auto: "
         "fast where it is installed and equal (default: %(default)s)",
     )
-    add("--workers", type=int, default=usable_cores(), help="tokenizing processes (default: one per usable core)")
+    add(
+        "--workers",
+        type=number(int, least=1),
+        default=usable_cores(),
+        help="tokenizing processes (default: one per usable core)",
+    )
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="forget what an unfinished run left instead of going on")
     shared = parser.add_mutually_exclusive_group()
     shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
     shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
-    shared.add_argument("--merge-shards", type=int, metavar="N", help="join N shards that were made, and remove them")
+    shared.add_argument(
+        "--merge-shards", type=number(int, least=1), metavar="N", help="join N shards that were made, and remove them"
+    )
     return parser.parse_args(argv)
 
 

@@ -45,17 +45,12 @@ def run(sections: dict[str, Any]) -> list[Problem]:
 def model_shape(model: ModelConfig) -> Iterator[Problem]:
     """Check that heads divide the channels evenly, and that a chiar model has a first and a last layer."""
     d, heads = model.hidden_size, model.num_attention_heads
-    if d % heads:
+    if (problem := uneven_heads(d, heads)) is not None:
+        other_heads = f", or num_attention_heads to one of {_divisors(d)}" if d % 2 == 0 else ""
         yield Problem(
             "model.num_attention_heads",
-            f"{heads} does not divide model.hidden_size {d}",
-            f"choose one of {_divisors(d)}" if d % 2 == 0 else "make hidden_size even: every head needs an even number",
-        )
-    elif (d // heads) % 2:
-        yield Problem(
-            "model.num_attention_heads",
-            f"{heads} heads of {d // heads} channels: rotary embedding needs an even number of channels a head",
-            "change hidden_size or num_attention_heads",
+            f"{heads} with model.hidden_size {d}: {problem}",
+            f"set hidden_size to {nearest_hidden_sizes(d, heads)}{other_heads}",
         )
     if model.kind == "chiar" and model.num_layers < 2:
         yield Problem(
@@ -63,6 +58,20 @@ def model_shape(model: ModelConfig) -> Iterator[Problem]:
             f"is {model.num_layers}; a chiar model has a DCT layer first and an attention layer last, so at least 2",
             "use more layers or kind: baseline",
         )
+
+
+def uneven_heads(hidden_size: int, heads: int) -> str | None:
+    """Say why a model of this size cannot have as many heads; None if it can."""
+    if hidden_size % heads:
+        return f"{heads} does not divide {hidden_size}"
+    channels = hidden_size // heads
+    return f"a head has {channels} channels, and rotary embedding needs an even number" if channels % 2 else None
+
+
+def nearest_hidden_sizes(hidden_size: int, heads: int) -> str:
+    """Return the nearest sizes below and above that as many heads can share, as text."""
+    below = hidden_size // (2 * heads) * 2 * heads
+    return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
 
 
 def router(model: ModelConfig) -> Iterator[Problem]:

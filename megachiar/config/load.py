@@ -30,13 +30,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     mapping, places = read_with_bases(path)
+    return parse_with_overrides(mapping, overrides, str(path), places)
+
+
+def parse_with_overrides(
+    mapping: dict[str, Any], overrides: Sequence[str], source: str, places: Places | None = None
+) -> RunConfig:
+    """Apply overrides to a mapping without ``base`` and check everything; see ``load_config`` and ``parse_config``."""
     overridden, problems = apply_overrides(mapping, overrides)
     if problems:  # what else is wrong may follow from them
-        raise _error(str(path), problems, places, overridden)
+        raise _error(source, problems, places or {}, overridden)
     data = mapping.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         data["train"] = read_source_list(Path(data["train"]))
-    return parse_config(mapping, str(path), places, overridden)
+    return parse_config(mapping, source, places, overridden)
 
 
 def parse_config(
@@ -78,8 +85,15 @@ def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
 
 
 def _place(key: str, source: str, places: Places, overridden: Overridden) -> str:
-    """Return the override that set ``key`` or a section around it, else ``file:line`` of its longest known part."""
+    """Return the override that set ``key`` or a section around it, else ``file:line`` of its longest known part.
+
+    A key that no file has comes from an override of something below it.
+    """
     parts = tuple(key.split("."))
+    if parts not in places:
+        below = (override for path, override in overridden.items() if path[: len(parts)] == parts)
+        if (override := next(below, None)) is not None:
+            return f"--set {override}"
     parents = [parts[:size] for size in range(len(parts), 0, -1)]
     for part in parents:
         if part in overridden:

@@ -8,6 +8,32 @@ from typing import NamedTuple
 from megachiar.config.foreign_keys import foreign_key, normalized
 from megachiar.config.typed_sections import own_keys
 
+OPTIONS = {
+    "preprocess": {
+        "json_keys": "use --text-key",
+        "jsonl_keys": "use --text-key",
+        "json_key": "use --text-key",
+        "partitions": "use --shard K/N and --merge-shards N",
+        "num_workers": "use --workers",
+        "split_sentences": "remove it: a document is never cut into sentences",
+        "keep_newlines": "remove it: a text is kept as it is",
+        "ftfy": "remove it: a text is kept as it is",
+    },
+    "tokenizer": {
+        "json_keys": "use --text-key",
+        "model_prefix": "use --output",
+        "model_type": "use --algorithm",
+        "num_threads": "remove it: the number of threads would change the tokenizer",
+    },
+    "merge": {
+        "input": "leave it out: `megachiar merge data/part0 data/part1 --output data/whole`",
+        "output_prefix": "use --output",
+    },
+    "evaluate": {"batch": "use --batch-size", "eval_batch_size": "use --batch-size"},
+    "generate": {"max_length": "use --max-new-tokens", "max_tokens": "use --max-new-tokens", "n": "use --num-samples"},
+}
+"""Command -> what other tools call its options, with what to do."""
+
 
 class MeantKey(NamedTuple):
     """What an option that no command has means in a config.

@@ -68,6 +68,10 @@ def generate(
     return new
 
 
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""The smallest number that fp32 divides by as by any other; below it sampling takes the likeliest token."""
+
+
 def last_document(text: Sequence[int], end: int | None) -> list[int]:
     """Return the ids of ``text`` that its last token attends to: all, or those of its document if ``end`` ends one."""
     start = len(text) - 1
@@ -94,12 +98,12 @@ def sample(
         generator: of the random draw.
         known_ids: ids that may be drawn, bool (V,); None allows all.
     """
-    if temperature:
-        logits = logits / temperature
     if known_ids is not None:
         logits = logits.masked_fill(~known_ids, -torch.inf)
-    if temperature == 0:
+    if temperature < SMALLEST_TEMPERATURE:
         return int(logits.argmax())
+    # The largest becomes 0 first: a small temperature makes no infinity of it, of which softmax makes NaN.
+    logits = (logits - logits.max()) / temperature
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)

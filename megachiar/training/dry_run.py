@@ -1,6 +1,8 @@
 """``--dry-run``: print what a run would compute, hold and send, without building its weights.
 
-It refuses what the start of training would refuse, by the same functions, and writes nothing.
+It refuses data, checkpoint and layout that the start of training would refuse, by the same functions, and writes
+nothing. It does not look for what the machine must have: kernels, apex, a compiler, a run folder that can be written.
+A plan is often made on another machine than the one that trains.
 """
 
 from __future__ import annotations

@@ -59,6 +59,38 @@ def test_no_word_stands_twice_or_hides_a_key_of_ours_without_saying_so():
             assert leaves[word] in [*row.ours.split(), *targets(row.how)] or word == "load", word
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "eod_mask_loss",
+        "reset_position_ids",
+        "num_workers",
+        "ignore_data_skip",
+        "overwrite_output_dir",
+        "lr_warmup_init",
+        "rope_scaling",
+        "pipeline_parallel_schedule",
+        "partition_activations",
+        "load_best_model_at_end",
+        "init_method",
+        "pad_token_id",
+        "fp16_opt_level",
+        "attention_config",
+        "auto_find_batch_size",
+        "eval_on_start",
+    ],
+)
+def test_a_word_for_what_no_key_of_ours_does_is_not_answered_with_a_key(word):
+    row = foreign_key((word,))
+    assert row.ours == "" and row.how.startswith("remove it: ")
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.ours], ids=lambda row: row.words.split()[0])
+def test_a_key_that_is_offered_does_what_the_word_asks_for(row):
+    """Where the explanation says that nothing does it, there is no key to offer."""
+    assert not re.search(r"\b(always|never|nothing|there (is|are) no)\b", row.how), row.how
+
+
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.words.split()[0])
 def test_a_word_is_answered_flat_nested_and_with_dashes(row):
     for word in row.words.split():

@@ -1,4 +1,4 @@
-"""A dry run refuses what the start of training would refuse, with its message, and writes nothing."""
+"""A dry run refuses data, checkpoint and layout that training would refuse, with its message, and writes nothing."""
 
 from __future__ import annotations
 

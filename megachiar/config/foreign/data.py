@@ -41,16 +41,29 @@ DATA = (
         "a file or folder; the datasets' manifests name it where this key is not given",
     ),
     ForeignKey(
-        "reset_attention_mask reset_position_ids eod_mask_loss",
+        "reset_attention_mask",
         f"{MEGATRON}, {NEOX}",
         "data.document_mask",
     ),
     ForeignKey(
-        "num_workers dataloader_num_workers dataloader_prefetch_factor",
-        f"{MEGATRON}, {NEOX}, {HF}",
-        "data.prefetch",
-        "micro-batches that each rank reads ahead; there are no worker processes",
+        "reset_position_ids",
+        f"{MEGATRON}, {NEOX}",
+        "",
+        "remove it: rotary positions are relative, so that there is nothing to reset where a document begins",
     ),
+    ForeignKey(
+        "eod_mask_loss",
+        f"{MEGATRON}, {NEOX}",
+        "",
+        "remove it: there is no such key, the loss counts every token, those that end a document too",
+    ),
+    ForeignKey(
+        "num_workers dataloader_num_workers",
+        f"{MEGATRON}, {NEOX}, {HF}",
+        "",
+        "remove it: there are no worker processes, each rank reads `data.prefetch` micro-batches ahead",
+    ),
+    ForeignKey("dataloader_prefetch_factor", HF, "data.prefetch", "micro-batches that each rank reads ahead"),
     ForeignKey(
         "data_impl mmap_warmup dataloader_type data_cache_path dataset_impl num_dataset_builder_threads "
         "no_create_attention_mask_in_dataloader no_mmap_bin_files dataloader_pin_memory "
@@ -75,7 +88,7 @@ DATA = (
     ForeignKey(
         "ignore_data_skip",
         HF,
-        "data.on_change",
-        "a run goes on where it stopped in its data",
+        "",
+        "remove it: a run always goes on where it stopped in its data",
     ),
 )

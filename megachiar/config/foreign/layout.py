@@ -38,7 +38,7 @@ PARALLEL = (
         "optimizer_cpu_offload cpu_offload_params",
         f"{DEEPSPEED}, {TITAN}, {MEGATRON}",
         "parallel.offload_optimizer",
-        "true or false",
+        "true or false; the weights that a step computes with and its activations stay on the GPU",
     ),
     ForeignKey(
         "zero_optimization", f"{DEEPSPEED}, {NEOX}", "deepspeed.zero_optimization", "a raw key stands below `deepspeed`"
@@ -67,8 +67,8 @@ PARALLEL = (
         "pipeline_parallel_schedule pipeline_parallel_split_points pipeline_parallel_layers_per_stage "
         "pipe_partition_method",
         f"{MEGATRON}, {TITAN}, {NEOX}",
-        "parallel.pipeline_size",
-        "the schedule is always 1F1B, and layers are shared out by their cost",
+        "",
+        "remove it: the schedule is always 1F1B, and layers are shared out by their cost over `parallel.pipeline_size`",
     ),
     ForeignKey(
         "pipeline_parallel_microbatch_size",
@@ -105,10 +105,16 @@ PRECISION = (
     ForeignKey("bf16 bf16.enabled", f"{MEGATRON}, {NEOX}, {DEEPSPEED}, {HF}", "precision.compute", "bf16; else fp32"),
     ForeignKey("fp16 fp16.enabled", f"{MEGATRON}, {NEOX}, {DEEPSPEED}, {HF}", "precision.compute", "fp16; else fp32"),
     ForeignKey(
-        "mixed_precision_param params_dtype torch_dtype dtype half_precision_backend fp16_opt_level amp",
+        "mixed_precision_param params_dtype torch_dtype dtype",
         f"{TITAN}, {MEGATRON}, {HF}",
         "precision.compute",
         "bf16, fp16 or fp32",
+    ),
+    ForeignKey(
+        "half_precision_backend fp16_opt_level amp",
+        HF,
+        "",
+        "remove it: nothing is cast on the way; all computes in `precision.compute`, with fp32 master weights",
     ),
     ForeignKey(
         "fp16.loss_scale",
@@ -129,10 +135,16 @@ PRECISION = (
         "a raw key below it",
     ),
     ForeignKey(
-        "grad_accum_dtype accumulate_allreduce_grads_in_fp32 grad_reduce_in_fp32 fp32_allreduce mixed_precision_reduce",
-        f"{DEEPSPEED}, {MEGATRON}, {NEOX}, {TITAN}",
+        "grad_accum_dtype accumulate_allreduce_grads_in_fp32",
+        f"{DEEPSPEED}, {MEGATRON}",
         "precision.gradient_accumulation",
         "fp32 where it is not given",
+    ),
+    ForeignKey(
+        "grad_reduce_in_fp32 fp32_allreduce mixed_precision_reduce",
+        f"{MEGATRON}, {NEOX}, {TITAN}",
+        "deepspeed.communication_data_type",
+        "the type in which replicas exchange gradients, as a raw key below `deepspeed`: fp32, bf16 or fp16",
     ),
     ForeignKey(
         "dynamic_loss_scale",

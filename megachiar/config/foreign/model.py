@@ -80,16 +80,16 @@ MODEL = (
         "remove it: there are no experts; `model.router.operators` are what tokens are routed to",
     ),
     ForeignKey(
-        "use_flash_attn attention_backend attn_implementation transformer_impl use_mcore_models attention_config",
-        f"{MEGATRON}, {NEOX}, {HF}",
+        "use_flash_attn attention_backend attn_implementation transformer_impl use_mcore_models",
+        f"{MEGATRON}, {HF}",
         "precision.kernels",
         "auto takes the fastest kernels that the machine has",
     ),
     ForeignKey(
         "init_method output_layer_init_method",
         NEOX,
-        "model.initializer_std",
-        "the standard deviation of a normal distribution, which all weights are drawn from",
+        "",
+        "remove it: weights are drawn from a normal distribution, whose deviation is `model.initializer_std`",
     ),
     ForeignKey(
         "kv_channels head_dim head_size",
@@ -113,11 +113,11 @@ MODEL = (
     ForeignKey(
         "rope_scaling rope_condense_ratio rotary_seq_len_interpolation_factor",
         f"{HF}, {LITGPT}, {MEGATRON}",
-        "model.attention.rope_base",
-        "positions are never rescaled",
+        "",
+        "remove it: positions are never rescaled, and `model.attention.rope_base` is their one setting",
     ),
     ForeignKey(
-        "sliding_window sparsity_config window_size",
+        "sliding_window sparsity_config window_size attention_config",
         f"{HF}, {NEOX}, {MEGATRON}",
         "",
         "remove it: attention sees all earlier tokens; `model.router.operators` says which tokens attend",
@@ -145,9 +145,15 @@ MODEL = (
         "remove it: it means nothing to this model",
     ),
     ForeignKey(
-        "bos_token_id eos_token_id pad_token_id",
+        "eos_token_id",
         HF,
         "data.document_end",
-        "with `data.document_mask`, where no manifest says which token ends a document; there is no padding",
+        "with `data.document_mask`, where no manifest says which token ends a document",
+    ),
+    ForeignKey(
+        "bos_token_id pad_token_id",
+        HF,
+        "",
+        "remove it: a sample has no padding and no token of its own at its beginning",
     ),
 )

@@ -46,8 +46,8 @@ CHECKPOINT = (
     ForeignKey(
         "overwrite_output_dir",
         HF,
-        "checkpoint.resume",
-        "auto goes on from what the folder holds, never refuses it; nothing is overwritten",
+        "",
+        "remove it: nothing is overwritten; name another `logging.folder` to begin anew",
     ),
     ForeignKey(
         "use_checkpoint_args exit_on_missing_checkpoint",

@@ -91,10 +91,16 @@ SCHEDULE = (
         "this share of the steps, as a whole number",
     ),
     ForeignKey(
-        "lr_warmup_init lr_scheduler_kwargs",
-        f"{MEGATRON}, {HF}",
-        "schedule.warmup_steps",
-        "the warm-up begins with `optimizer.learning_rate` / warmup_steps, and `schedule` has the other keys",
+        "lr_warmup_init",
+        MEGATRON,
+        "",
+        "remove it: the first step has `optimizer.learning_rate` / `schedule.warmup_steps`",
+    ),
+    ForeignKey(
+        "lr_scheduler_kwargs",
+        HF,
+        "",
+        "remove it: the section `schedule` has keys of its own for what it holds",
     ),
     ForeignKey(
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler override_lr_scheduler "
@@ -160,13 +166,19 @@ TRAINING = (
         "remove it: `training.evaluate_every`, `checkpoint.every` and `logging.every` are counted in steps",
     ),
     ForeignKey(
-        "recompute_granularity recompute_method recompute_num_layers recompute_activations "
-        "distribute_saved_activations contiguous_checkpointing checkpoint_in_cpu checkpoint_activations "
-        "checkpoint_num_layers partition_activations synchronize_each_layer gradient_checkpointing "
-        "activation_checkpointing activation_checkpoint selective_ac_option",
+        "recompute_granularity recompute_method recompute_num_layers recompute_activations checkpoint_activations "
+        "checkpoint_num_layers gradient_checkpointing activation_checkpointing activation_checkpoint "
+        "selective_ac_option",
         f"{MEGATRON}, {NEOX}, {DEEPSPEED}, {HF}, {TITAN}",
         "training.activation_checkpoint_interval",
         "1 keeps the input of each layer and computes the rest once more, null keeps all activations",
+    ),
+    ForeignKey(
+        "distribute_saved_activations contiguous_checkpointing checkpoint_in_cpu partition_activations "
+        "synchronize_each_layer",
+        f"{MEGATRON}, {NEOX}, {DEEPSPEED}",
+        "",
+        "remove it: what `training.activation_checkpoint_interval` keeps is never sharded or moved",
     ),
     ForeignKey(
         "torch_compile torch_compile_backend torch_compile_mode torchdynamo compile.enable",
@@ -188,14 +200,14 @@ TRAINING = (
     ForeignKey(
         "initial_validation final_validation eval_delay eval_on_start",
         f"{LITGPT}, {HF}",
-        "training.evaluate_every",
-        "a run is evaluated every so many steps and at its end",
+        "",
+        "remove it: a run is evaluated every `training.evaluate_every` steps and at its end",
     ),
     ForeignKey(
         "load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only",
         HF,
-        "checkpoint.keep",
-        "the newest checkpoints are kept, not the best; metrics.jsonl has the losses of all evaluations",
+        "",
+        "remove it: `checkpoint.keep` keeps the newest, not the best; metrics.jsonl has the losses of all evaluations",
     ),
     ForeignKey(
         "gc_freq manual_gc manual_gc_interval empty_unused_memory_level torch_empty_cache_steps",
@@ -212,7 +224,7 @@ TRAINING = (
     ForeignKey(
         "auto_find_batch_size",
         HF,
-        "training.micro_batch_size",
-        "`megachiar plan` finds the largest that fits",
+        "",
+        "remove it: `megachiar plan` finds the largest `training.micro_batch_size` that fits",
     ),
 )

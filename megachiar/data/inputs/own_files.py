@@ -2,8 +2,9 @@
 
     PREFIX.bin PREFIX.idx PREFIX.json    a tokenized dataset (`megachiar preprocess`, `megachiar merge`)
     PREFIX.journal PREFIX.*.tmp          a dataset whose preprocessing was stopped or is under way
+    PREFIX.inputs                        a note that says what the inputs of a dataset were when they were read
     NAME.made                            a note that says how a corpus, or the tokenizer NAME beside it, was made
-    config.yaml metrics.jsonl ...        a run folder (`megachiar pretrain`), or a checkpoint in it
+    config.yaml metrics.jsonl ...        the files of a run folder (`megachiar pretrain`), or of a checkpoint in it
 
 A file is recognised by what it holds or by what stands beside it, never by its suffix alone.
 """
@@ -27,17 +28,29 @@ OWN_HEADS = {  # suffix -> (how such a file of ours begins, what it is), for eac
     ".idx": [(re.compile(re.escape(MAGIC)), DATASET)],
     ".json": [(re.compile(rb'\{\s*"format_version": \d'), DATASET)],
     ".journal": [(re.compile(rb'\{"journal": \d'), UNFINISHED)],
+    ".inputs": [(re.compile(rb'\{"inputs": \d'), DATASET)],
     ".made": [
         (re.compile(rb'\{\s*"asked": \{\s*"vocab_size"'), TOKENIZER_NOTE),
         (re.compile(rb'\{\s*"asked": \{\s*"source"'), CORPUS_NOTE),
     ],
 }
-RUN_FOLDER = "a run folder"
+PART_OF_RUN = "part of a run folder"
 RUN_CONFIG = re.compile(rb"model:\n(?:[ ].*\n)+(?s:.*)^training:\n(?s:.*)^logging:\n", re.MULTILINE)
 """How the config begins that a run writes into its folder and its checkpoints: whole sections in their order."""
 RUN_CONFIG_BYTES = 1 << 16  # read of such a config
-RUN_PARTS = ("metrics.jsonl", "state.json", "checkpoints/", "tensorboard/", "tokenizer/", "tokenizer_record.json")
-"""What stands beside that config."""
+RUN_EVIDENCE = {
+    "metrics.jsonl": re.compile(rb'\{"step": \d+, "kind": "'),
+    "state.json": re.compile(rb'\{\s*"format_version": \d+,\s*"created_by": "megachiar '),
+}
+"""File beside that config -> how it begins in a run folder, or in a checkpoint. One of them must be there."""
+_OF_CHECKPOINT = r"config\.yaml|state\.json|(weights|optimizer)-[\w-]+\.safetensors"
+RUN_FILES = re.compile(
+    rf"{_OF_CHECKPOINT}|metrics\.jsonl|tokenizer_record\.json"
+    rf"|checkpoints/step_\d{{8,}}(\.incomplete)?/({_OF_CHECKPOINT})"
+    r"|tokenizer/([^/]+/)?([^/]+\.(model|json)|merges\.txt)"
+    r"|tensorboard/events\.out\.tfevents\.[^/]+"
+)
+"""The files of a run folder, or of a checkpoint that was copied out of it, by their whole paths in it."""
 TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts)\.tmp$")
 
 
@@ -60,38 +73,36 @@ def find_own_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def leave_out_runs(folder: Path, names: list[str]) -> tuple[list[str], list[LeftOut]]:
-    """Take the run folders out of the files of ``folder``.
-
-    Where ``folder`` itself is a run folder, only the run's own files are taken out: text may lie beside them.
+    """Take the files that a run wrote out of the files of ``folder``; text that lies beside them stays.
 
     Args:
         folder: where the files are.
         names: all files of the folder, by their paths in it.
 
     Returns:
-        The other files, and the run folders.
+        The other files, and the files of runs.
 
     Raises:
-        OSError: a config cannot be read.
+        OSError: a config, or what stands beside it, cannot be read.
     """
-    left_out = []
-    if "config.yaml" in names and _is_run_folder(folder):
-        own = tuple(name for name in names if name.startswith(("config.yaml", *RUN_PARTS)))
-        left_out += [LeftOut(name, f"part of {RUN_FOLDER}") for name in own]
-        names = [name for name in names if name not in set(own)]
-    configs = (name for name in names if name.endswith("/config.yaml"))
-    runs = tuple(parent for name in configs if _is_run_folder(folder / (parent := name.removesuffix("config.yaml"))))
-    outer = (run for run in runs if not any(run != other and run.startswith(other) for other in runs))
-    left_out += [LeftOut(run.removesuffix("/"), RUN_FOLDER) for run in outer]
-    return [name for name in names if not name.startswith(runs)], left_out
+    configs = (name.removesuffix("config.yaml") for name in names if name.rpartition("/")[2] == "config.yaml")
+    runs = [run for run in configs if _is_run_folder(folder / run)]
+    own = {name for run in runs for name in names if name.startswith(run) and RUN_FILES.fullmatch(name[len(run) :])}
+    return [name for name in names if name not in own], [LeftOut(name, PART_OF_RUN) for name in names if name in own]
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Return whether the ``config.yaml`` of a folder is one that a run wrote, with something else of the run beside."""
-    if not any((folder / part).exists() for part in RUN_PARTS):
-        return False
-    with open(folder / "config.yaml", "rb") as file:
-        return RUN_CONFIG.match(file.read(RUN_CONFIG_BYTES)) is not None
+    """Return whether the ``config.yaml`` of a folder is one of a run, with metrics or a checkpoint beside it."""
+    states = list(folder.glob("checkpoints/step_*/state.json"))
+    found = [(path, RUN_EVIDENCE[path.name]) for path in (*(folder / name for name in RUN_EVIDENCE), *states)]
+    evidence = any(path.is_file() and _begins(path, how, HEAD_BYTES) for path, how in found)
+    return evidence and _begins(folder / "config.yaml", RUN_CONFIG, RUN_CONFIG_BYTES)
+
+
+def _begins(path: Path, how: re.Pattern[bytes], size: int) -> bool:
+    """Return whether the first ``size`` bytes of a file match ``how``."""
+    with open(path, "rb") as file:
+        return how.match(file.read(size)) is not None
 
 
 def _recognised(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megachiar.data.inputs import remote
-from megachiar.errors import UserError, disk_error
+from megachiar.data.storage.files import file_identity
+from megachiar.errors import UserError, disk_error, disk_errors
 
 Format = Literal["jsonl", "txt", "parquet"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]
 
 STANDARD_INPUT = "-"
+MOST_NAMED = 3  # inputs that a message names
 SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -79,12 +82,8 @@ class Source:
         """
         if self.path is None:
             return self.identity_by_content_time()
-        status = self._status(self.path)
-        return [self.name, status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
-
-    def touched_at(self) -> int | None:
-        """Return when a file was last changed in any way, in nanoseconds; None for what is no file."""
-        return None if self.path is None else max(self.identity()[2])
+        with disk_errors(self.name, "read"):
+            return file_identity(self.path)
 
     def identity_by_content_time(self) -> list[Any]:
         """Return [name, bytes, time of the last change of the content], which earlier versions recorded."""
@@ -122,6 +121,21 @@ def make_source(path: Path, format: str | None) -> Source:
             path, f"cannot tell the format by the suffix {path.suffix!r}", f"pass --format, or use {known_suffixes()}"
         )
     return Source(path, *known)
+
+
+def no_document(sources: Sequence[Source], skipped: Mapping[str, int]) -> UserError:
+    """Return the error for inputs of which no document can be used.
+
+    Args:
+        sources: all inputs.
+        skipped: reason -> number of documents that were left out.
+    """
+    named = ", ".join(source.name for source in sources[:MOST_NAMED])
+    more = f" and {len(sources) - MOST_NAMED:,} more" if len(sources) > MOST_NAMED else ""
+    reasons = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+    problem = f"held no usable document (skipped: {reasons or 'none'})"
+    remedy = "check --text-key, and that the files hold text" if skipped else "name files that are not empty"
+    return UserError(f"--input {named}{more}", problem, remedy)
 
 
 def format_of(name: str) -> tuple[Format, Compression] | None:

@@ -1,7 +1,8 @@
 """Tell whether an output that exists is what a command would make, so that the same command can be given twice.
 
-A dataset's manifest says what it was made of; a tokenizer or corpus has a note ``NAME.made`` beside it. An input that
-was touched after the output was made is read, and counts as another input if its text is another one.
+A dataset's manifest says what it was made of, and ``PREFIX.inputs`` when its inputs were last changed before they were
+read; a tokenizer or corpus has a note ``NAME.made`` beside it. An input that has other times than it had then is read,
+and counts as another input if its text is another one. No time of an output matters: copying it changes them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megachiar.data.inputs.source import Source
+from megachiar.data.preprocessing.input_note import InputNote
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.source_records import Suspect, find_changed, find_other_content
-from megachiar.data.storage.files import block_checksums, dataset_files, manifest_path, write_atomically
+from megachiar.data.storage.files import block_checksums, dataset_files, write_atomically
 from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 
+NO_CHECKSUMS = "it was made by an earlier version, which recorded nothing that tells whether the inputs changed since"
 SAME = "exists already and is what this command makes: nothing was done"
 
 
@@ -41,47 +44,26 @@ def find_existing(
         UserError: an input cannot be read.
     """
     found = {prefix: read_whole(prefix) for prefix in settings.prefixes}
-    for prefix, manifest in found.items():
+    for manifest in found.values():
         _compare_manifest(settings, tokenizer, manifest)
-        if manifest.source_checksums:
-            _compare_content(settings, manifest, manifest_path(prefix).stat().st_mtime_ns, stream)
-        else:
-            _compare_times(settings.sources, last_change(manifest_path(prefix)))
+        _compare_content(settings, manifest, stream)
     return found
 
 
-def _compare_content(settings: PreprocessSettings, manifest: Manifest, made_at: int, stream: TextIO | None) -> None:
-    """Check that the sources have the sizes that were recorded, and those touched after ``made_at`` the content."""
-    suspects = []
+def _compare_content(settings: PreprocessSettings, manifest: Manifest, stream: TextIO | None) -> None:
+    """Check that the sources have the sizes that were recorded, and those whose times are others the content."""
+    if settings.sources and not manifest.source_checksums:
+        raise OutputDiffers(NO_CHECKSUMS)
+    note, suspects = InputNote(settings.output_prefix), []
     states = zip(settings.sources, manifest.source_bytes, manifest.source_checksums, strict=True)
     for source, size, checksum in states:
         if not source.can_be_read_again:
             raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
-        touched_at = source.touched_at()
-        if source.size != size or touched_at is None or touched_at > made_at:
+        if not note.proves(source.identity(), checksum):
             suspects.append(Suspect(source, size, checksum))
     changed = find_other_content(suspects, settings.read.text_key, stream)
     if changed is not None:
         raise OutputDiffers(f"{changed.name} was changed since")
-
-
-def _compare_times(sources: Iterable[Source], made_at: int) -> None:
-    """Check that no source was touched after ``made_at``, for want of a checksum of its content."""
-    for source in sources:
-        touched_at = source.touched_at()
-        if touched_at is None:
-            raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
-        if touched_at > made_at:
-            raise OutputDiffers(f"{source.name} was changed since")
-
-
-def last_change(path: Path) -> int:
-    """Return when a file last got its content or its name, in nanoseconds.
-
-    The time of its content alone is older than that where a file was moved or copied here with its times.
-    """
-    status = path.stat()
-    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def read_whole(prefix: Path | str) -> Manifest:

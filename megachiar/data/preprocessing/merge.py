@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from megachiar import __version__
-from megachiar.data.preprocessing.existing import OutputDiffers, compare, last_change, read_whole
+from megachiar.data.preprocessing.existing import NO_CHECKSUMS, OutputDiffers, compare, read_whole
+from megachiar.data.preprocessing.input_note import InputNote, write_input_note
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import (
     BlockChecksums,
@@ -20,6 +20,7 @@ from megachiar.data.storage.files import (
     block_checksums,
     check_prefix,
     dataset_files,
+    file_identity,
     idx_path,
     manifest_path,
     remove_dataset,
@@ -75,6 +76,7 @@ def merge_datasets(
     _refuse_own_inputs(inputs, output)
     if not overwrite:
         _refuse_existing(inputs, output, shuffle_seed)
+    identities = [_identities(prefix) for prefix in inputs]  # before they are opened, to notice every later change
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     for dataset in datasets:
         dataset.check_index()
@@ -95,6 +97,9 @@ def merge_datasets(
             shuffle_documents(IndexedDataset(unshuffled(output)), builder, shuffle_seed, on_bytes)
             builder.finish(None if len(known) < len(manifests) else make_manifest)
         remove_dataset(unshuffled(output))
+    if len(known) == len(manifests):
+        parts = zip(identities, known, strict=True)
+        write_input_note(output, ([*identity, part.fingerprint] for found, part in parts for identity in found))
     return read_manifest(output)
 
 
@@ -126,37 +131,39 @@ def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: 
     found = {"tokenizer": made.tokenizer.fingerprint, **{key: getattr(made, key) for key in requested[0]}}
     for values in requested:
         compare({key: found[key] for key in values}, values)
-    made_at = manifest_path(output).stat().st_mtime_ns
-    if made.parts:
-        compare({"number of inputs": len(made.parts)}, {"number of inputs": len(inputs)})
-        for prefix, part, recorded in zip(inputs, parts, made.parts, strict=True):
-            _compare_part(prefix, part, recorded, made_at)
-        return made
-    for path in itertools.chain.from_iterable(map(dataset_files, inputs)):  # an earlier version recorded no parts
-        if path.stat().st_mtime_ns > made_at:
-            raise OutputDiffers(f"{path} was changed since")
+    if not made.parts:
+        raise OutputDiffers(NO_CHECKSUMS)
+    compare({"number of inputs": len(made.parts)}, {"number of inputs": len(inputs)})
+    note = InputNote(output)
+    for prefix, part, recorded in zip(inputs, parts, made.parts, strict=True):
+        _compare_part(prefix, part, recorded, note)
     return made
 
 
-def _compare_part(prefix: Path | str, part: Manifest, recorded: str, made_at: int) -> None:
+def _compare_part(prefix: Path | str, part: Manifest, recorded: str, note: InputNote) -> None:
     """Check that an input holds what it held: by its manifest, and by its files where they were touched since.
 
     Args:
         prefix: the input.
         part: its manifest.
         recorded: the fingerprint that it had.
-        made_at: when the output was made.
+        note: what the files of the inputs were when they were read.
 
     Raises:
         OutputDiffers: it holds something else.
     """
     if part.fingerprint != recorded:
         raise OutputDiffers(f"{manifest_path(prefix)} was changed since")
-    if any(last_change(path) > made_at for path in (idx_path(prefix), bin_path(prefix))):
+    if not all(note.proves(identity, recorded) for identity in _identities(prefix)):
         try:
             check_manifest(prefix, part, verify=True)
         except UserError as error:
             raise OutputDiffers(f"{error.where} was changed since: {error.problem}") from None
+
+
+def _identities(prefix: Path | str) -> list[list[Any]]:
+    """Return the identities of the index and of the tokens of a dataset, of those that exist."""
+    return [file_identity(path) for path in (idx_path(prefix), bin_path(prefix)) if path.exists()]
 
 
 def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from megachiar import __version__
 from megachiar.data.inputs.documents import InvalidDocumentLog
 from megachiar.data.preprocessing.encoder import EncodedPart
+from megachiar.data.preprocessing.input_note import ENTRIES
 from megachiar.data.preprocessing.journal import OutputState
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.preprocessing.source_records import ENTRIES
 from megachiar.data.storage.manifest import Manifest
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.recorded import describe_tokenizer

@@ -17,9 +17,10 @@ from typing import Any, TextIO
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
 from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
-from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
+from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.journal import Journal, OutputState
 from megachiar.data.preprocessing.ordered_pool import ordered_map
 from megachiar.data.preprocessing.output import Output, make_manifest
@@ -198,10 +199,7 @@ class PreprocessRun:
         if empty:
             self.journal.sources.clear()  # the same call cannot do better, so that nothing is worth keeping
         if documents == 0:
-            skipped = ", ".join(f"{count} {kind}" for kind, count in log.counts.items())
-            raise UserError(
-                "--input", f"held no usable document (skipped: {skipped or 'none'})", "check the input and --text-key"
-            )
+            raise no_document(self.settings.sources, log.counts)
         for output in empty:
             raise UserError(
                 output.prefix,
@@ -225,12 +223,13 @@ class PreprocessRun:
             self.journal.checkpoint([], states, log, "placing")
 
     def _place(self) -> None:
-        """Give all complete files their final names."""
+        """Give all complete files their final names, and note what the inputs were."""
         for prefix in self.settings.prefixes:
             with disk_errors(prefix):
                 put_in_place(prefix)
                 if self.settings.shuffle_seed is not None:
                     remove_dataset(unshuffled(prefix))
+        write_input_note(self.settings.output_prefix, self.journal.sources)
 
     def _manifest(self, output: Output, log: InvalidDocumentLog, builder: IndexedDatasetBuilder) -> bytes:
         """Return the content of the manifest of ``output``, and keep the manifest for the report."""

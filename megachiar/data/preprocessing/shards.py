@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.preprocessing.existing import OutputDiffers, compare_records
+from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.merge import append_dataset
 from megachiar.data.preprocessing.output import Output, make_manifest
 from megachiar.data.preprocessing.preprocess import check_outputs, existing_report, preprocess
@@ -152,6 +153,7 @@ def _merge(
             _finishing(settings).touch()  # from here on, outputs that exist are this call's own
             for prefix in settings.prefixes:
                 put_in_place(prefix)
+            write_input_note(settings.output_prefix, sources)
     shutil.rmtree(shard_folder(settings))
     counted = [_unknown_tokens(record, len(settings.prefixes)) for record in records]
     unknown = [_sum_if_known(counts) for counts in zip(*counted, strict=True)]

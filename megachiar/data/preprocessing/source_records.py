@@ -19,10 +19,9 @@ from megachiar.data.inputs.documents import ReadOptions
 from megachiar.data.inputs.parquet_reader import parquet_chunks
 from megachiar.data.inputs.source import Source
 from megachiar.data.inputs.source_reading import SourceReading
+from megachiar.data.preprocessing.input_note import ENTRIES
 from megachiar.errors import disk_errors
 from megachiar.progress import ByteProgress
-
-ENTRIES = 4  # of a record
 
 
 class Suspect(NamedTuple):

@@ -30,7 +30,7 @@ from megachiar.data.inputs.documents import InvalidDocumentLog, OnError, ReadOpt
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.readers import read_documents
-from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.choices import SUFFIXES, Algorithm, TrainedKind
 from megachiar.data.preprocessing.existing import OutputDiffers, compare_records, note_path, read_note, write_note
@@ -134,7 +134,7 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     with TextProgress("reading", None, stream) as progress:
         sample = sample_texts(_counted(settings, log, progress, recorder), settings.max_text_bytes)
     if not sample:
-        raise UserError("--input", "held no usable document", "check the input and --text-key")
+        raise no_document(settings.sources, log.counts)
     print(f"training on {len(sample):,} of {progress.documents:,} documents", file=stream or sys.stderr)
     train = _train_sentencepiece if settings.kind == "sentencepiece" else _train_huggingface
     # Ctrl-C ends the process at once: the trainers run for minutes without looking, and nothing is written yet.

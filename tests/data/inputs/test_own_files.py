@@ -56,13 +56,13 @@ def test_a_folder_is_read_again_after_the_steps_of_the_quick_start(corpus, suffi
         "preprocess_data", "--input", corpus, "--tokenizer", tokenizer, "--output-prefix", output, "--workers", 1
     )
     assert done.returncode == 0, done.stderr
-    dataset = "test.bin, test.idx, test.json, ... valid.json"
+    dataset = "test.bin, test.idx, test.inputs, ... valid.json"
     assert done.stderr.splitlines()[:5] == [
         f"{corpus}: 3 files read (3 jsonl): test.jsonl, train.jsonl, valid.jsonl",
         f"{corpus}: 1 left out, a note that says how a tokenizer was made: {tokenizer.name}.made",
         f"{corpus}: 1 left out, a note that says how the corpus was made: corpus.made",
         f"{corpus}: 1 left out, a tokenizer, as the note beside it says: {tokenizer.name}",
-        f"{corpus}: 9 left out, part of a tokenized dataset: {dataset}",
+        f"{corpus}: 12 left out, part of a tokenized dataset: {dataset}",
     ]
     assert IndexedDataset(output).documents == 90
 
@@ -129,21 +129,23 @@ def test_files_of_others_with_our_suffixes_are_judged_as_before(tmp_path):
     assert reasons(inputs) == {"a.bin": "suffix .bin", "a.idx": "suffix .idx"}
 
 
-def test_a_run_folder_is_left_out_and_named_once(tmp_path):
+def test_the_files_of_a_run_folder_are_left_out_and_named(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     shutil.copytree(RUN, tmp_path / "runs" / "tiny")
     (tmp_path / "runs" / "notes.txt").write_text("text beside the run")
     inputs = find_inputs([tmp_path])
     assert read_names(inputs, tmp_path) == ["a.jsonl", "runs/notes.txt"]
-    assert reasons(inputs) == {"runs/tiny": "a run folder"}
-    assert f"{tmp_path}: 1 left out, a run folder: runs/tiny" in list(inputs.found[0].lines())
+    own = {str(path.relative_to(tmp_path)) for path in (tmp_path / "runs" / "tiny").rglob("*") if path.is_file()}
+    assert reasons(inputs) == dict.fromkeys(own, "part of a run folder")
+    assert any(f"{len(own)} left out, part of a run folder: runs/tiny/" in line for line in inputs.found[0].lines())
 
 
 def test_a_checkpoint_that_was_copied_out_of_its_run_is_left_out(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     (checkpoint,) = (RUN / "checkpoints").iterdir()
     shutil.copytree(checkpoint, tmp_path / "best")
-    assert reasons(find_inputs([tmp_path])) == {"best": "a run folder"}
+    own = {f"best/{path.name}" for path in checkpoint.iterdir()}
+    assert reasons(find_inputs([tmp_path])) == dict.fromkeys(own, "part of a run folder")
 
 
 def test_text_in_a_folder_in_which_a_run_works_is_read(tmp_path):
@@ -153,6 +155,32 @@ def test_text_in_a_folder_in_which_a_run_works_is_read(tmp_path):
     assert read_names(inputs, tmp_path) == ["work/text.txt"]
     assert set(reasons(inputs).values()) == {"part of a run folder"}
     assert "metrics.jsonl" in reasons(inputs)
+
+
+@pytest.mark.parametrize("inside", ["", "runs/tiny/"])
+def test_text_in_a_run_folder_is_read_wherever_it_lies(tmp_path, inside):
+    run = tmp_path / inside
+    shutil.copytree(RUN, run, dirs_exist_ok=True)
+    texts = ["state.jsonl", "config.yaml.txt", "checkpoints/a.jsonl", "tokenizer/notes.txt", "text/b.jsonl"]
+    for name in texts:
+        (run / name).parent.mkdir(exist_ok=True)
+        write_jsonl(run / name, ["x"])
+    assert sorted(read_names(find_inputs([tmp_path]), tmp_path)) == sorted(inside + name for name in texts)
+
+
+@pytest.mark.parametrize("beside", ["tokenizer/", "checkpoints/", "tensorboard/", "metrics.jsonl", "state.json"])
+def test_a_config_alone_makes_no_run_folder(tmp_path, beside):
+    """Neither do empty folders and files of other programs under the names of ours."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(RUN / "config.yaml", copy)
+    if beside.endswith("/"):
+        (copy / beside).mkdir()
+    else:
+        write_jsonl(copy / beside, ["x"])
+    write_jsonl(copy / "text.jsonl", ["x"])
+    wanted = ["copy/text.jsonl"] + ([] if beside.endswith("/") else [f"copy/{beside}"])
+    assert sorted(read_names(find_inputs([tmp_path]), tmp_path)) == sorted(wanted)
 
 
 @pytest.mark.parametrize("config", ["model: gpt\n", "model:\n  kind: other\n"])

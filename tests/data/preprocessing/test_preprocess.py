@@ -77,7 +77,7 @@ def test_the_bytes_are_megatrons_with_any_number_of_workers(tmp_path, model, wor
     flat = [index for document in ids for index in document]
     assert (tmp_path / "out.bin").read_bytes() == struct.pack(f"<{len(flat)}H", *flat)
     assert (tmp_path / "out.idx").read_bytes() == expected_index([len(document) for document in ids], 8, 2)
-    assert written(tmp_path) == ["out.bin", "out.idx", "out.json"]
+    assert written(tmp_path) == ["out.bin", "out.idx", "out.inputs", "out.json"]
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):

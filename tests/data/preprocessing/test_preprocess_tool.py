@@ -151,7 +151,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_pa
     done = run_tool("preprocess_data", *arguments, "--workers", workers)
     assert done.returncode == 0, done.stderr
     assert_holds(tmp_path / "out", model, TEXTS)
-    assert written(tmp_path) == ["out.bin", "out.idx", "out.json"]
+    assert written(tmp_path) == ["out.bin", "out.idx", "out.inputs", "out.json"]
 
 
 @needs_proc

@@ -131,17 +131,75 @@ def test_each_input_is_read_once_and_only_a_touched_one_again(tokenizer, corpus,
     assert quietly(settings_of(tokenizer, corpus)).existed and read == ["b.jsonl.gz", "c.parquet"]
 
 
-def test_a_manifest_without_checksums_keeps_to_the_times(tokenizer, corpus):
-    settings = settings_of(tokenizer, corpus)
-    quietly(settings)
+def copy_over(files: list[Path]) -> None:
+    """Give the files of an output the newest of times, as ``cp -r`` gives the copies that it makes."""
+    for path in files:
+        shutil.copy(path, f"{path}.copy")
+        os.replace(f"{path}.copy", path)
+        os.utime(path, ns=(LATER, LATER))
+
+
+def outputs(corpus: list[Path]) -> list[Path]:
+    return sorted(corpus[0].parent.glob("out.*"))
+
+
+@pytest.mark.parametrize("has_note", [True, False])
+@pytest.mark.parametrize("time", [LATER, EARLIER])
+def test_a_copied_or_touched_dataset_is_not_the_one_of_a_text_that_was_changed_before(
+    tokenizer, corpus, has_note, time
+):
+    quietly(settings_of(tokenizer, corpus))
+    write_other_text(corpus[0])
+    os.utime(corpus[0], ns=(time, time))
+    copy_over(outputs(corpus))
+    if not has_note:
+        (corpus[0].parent / "out.inputs").unlink()
+    with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
+        quietly(settings_of(tokenizer, corpus))
+
+
+@pytest.mark.parametrize("note", ["", "{", '{"inputs": 1}', '{"inputs": 2, "records": []}', "[]"])
+def test_a_dataset_whose_note_is_not_readable_is_compared_with_its_inputs(tokenizer, corpus, note):
+    quietly(settings_of(tokenizer, corpus))
+    (corpus[0].parent / "out.inputs").write_text(note)
+    assert quietly(settings_of(tokenizer, corpus)).existed
+    write_other_text(corpus[0])
+    with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
+        quietly(settings_of(tokenizer, corpus))
+
+
+def test_an_input_that_was_changed_while_the_dataset_was_written_is_another_one(tokenizer, corpus, monkeypatch):
+    real = runs.PreprocessRun._place
+
+    def place(self: runs.PreprocessRun) -> None:
+        write_other_text(corpus[0])
+        os.utime(corpus[0], ns=(EARLIER, EARLIER))
+        real(self)
+
+    monkeypatch.setattr(runs.PreprocessRun, "_place", place)
+    assert not quietly(settings_of(tokenizer, corpus)).existed
+    with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
+        quietly(settings_of(tokenizer, corpus))
+
+
+def test_the_note_of_another_text_proves_nothing(tokenizer, corpus):
+    folder = corpus[0].parent
+    quietly(settings_of(tokenizer, corpus))
+    write_other_text(corpus[0])
+    quietly(settings_of(tokenizer, corpus, output_prefix=folder / "other"))
+    shutil.copy(folder / "other.inputs", folder / "out.inputs")
+    with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
+        quietly(settings_of(tokenizer, corpus))
+
+
+def test_a_manifest_without_checksums_proves_nothing(tokenizer, corpus):
+    quietly(settings_of(tokenizer, corpus))
     path = corpus[0].parent / "out.json"
     values = json.loads(path.read_bytes())
     del values["source_bytes"], values["source_checksums"], values["parts"]
     path.write_text(json.dumps(values))
-    assert quietly(settings).existed
-    touch(corpus[:1], LATER)
-    with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
-        quietly(settings)
+    with pytest.raises(UserError, match="earlier version, which recorded nothing that tells"):
+        quietly(settings_of(tokenizer, corpus))
 
 
 class Stop(Exception):
@@ -220,5 +278,18 @@ def test_a_merged_dataset_is_kept_after_new_times_and_not_after_new_tokens(token
     tokens = folder / "two.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2] + b"\1\0")
     os.utime(tokens, ns=(EARLIER, EARLIER))
+    with pytest.raises(Exception, match=rf"two\.bin {CHANGED}"):
+        find_merged(inputs, folder / "both", None)
+
+
+def test_a_copied_merged_dataset_is_not_the_one_of_tokens_that_were_changed_before(tokenizer, corpus):
+    folder = corpus[0].parent
+    inputs = [folder / "one", folder / "two"]
+    for prefix, sources in zip(inputs, (corpus[:2], corpus[2:]), strict=True):
+        quietly(settings_of(tokenizer, sources, output_prefix=prefix))
+    merge_datasets(inputs, folder / "both")
+    tokens = folder / "two.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2] + b"\1\0")
+    copy_over(sorted(folder.glob("both.*")))
     with pytest.raises(Exception, match=rf"two\.bin {CHANGED}"):
         find_merged(inputs, folder / "both", None)
