@@ -83,13 +83,13 @@ class _Together(NamedTuple):
     Attributes:
         sequences: B.
         length: S, the number of queries that each sequence is padded to.
-        place: (n,) int64, index of each row among the B * S padded ones.
+        padded_rows: (n,) int64, index of each row among the B * S padded ones.
         last_seen, first_seen: (B, S), as in ``QuerySpans``.
     """
 
     sequences: int
     length: int
-    place: torch.Tensor
+    padded_rows: torch.Tensor
     last_seen: torch.Tensor
     first_seen: torch.Tensor | None
 
@@ -105,16 +105,16 @@ class _Together(NamedTuple):
         if not 1 < len(counts) <= MOST_PADDED * len(spans.last_seen) / length or length > LEAF:
             return None
         shift = [b * length - start for b, start in enumerate(spans.query_starts[:-1])]
-        place = torch.arange(len(spans.last_seen))
-        place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
+        padded_rows = torch.arange(len(spans.last_seen))
+        padded_rows += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(padded_rows))
 
         def padded(seen: torch.Tensor, of_padding: int) -> torch.Tensor:
-            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
+            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, padded_rows, seen).view(-1, length)
 
         return cls(
             sequences=len(counts),
             length=length,
-            place=place,
+            padded_rows=padded_rows,
             last_seen=padded(spans.last_seen, k.shape[2] - 1),  # padding sees all: its sums are finite
             first_seen=padded(spans.first_seen, 0) if spans.first_seen is not None else None,
         )
@@ -125,13 +125,13 @@ class _Together(NamedTuple):
             whole = x.to(dtype)
         else:
             whole = x.new_zeros(self.sequences * self.length, *x.shape[1:], dtype=dtype)
-            whole.index_copy_(0, self.place, x.to(dtype))
+            whole.index_copy_(0, self.padded_rows, x.to(dtype))
         return whole.unflatten(0, (self.sequences, self.length)).transpose(1, 2)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Invert ``padded``: take (n, h, c) out of (B, h, S, c), or (n, h) out of (B, h, S)."""
         whole = x.transpose(1, 2).flatten(0, 1)
-        return whole if len(whole) == len(self.place) else whole.index_select(0, self.place)
+        return whole if len(whole) == len(self.padded_rows) else whole.index_select(0, self.padded_rows)
 
     def mask(self, keys: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the mask (B, 1, S, T) that is added to the products."""

@@ -208,9 +208,9 @@ def _by_torch(
     at_target = at_target.masked_fill_(elsewhere, 0)
     factor = counted[:, None].to(wide)
     if part_of is not None:
-        own = scale
+        scale_of_shard = scale
         scale, at_target = (t[:, None] for t in part_of.merge(scale[:, 0], at_target[:, 0]))
-        factor = factor * (own - scale).exp()
+        factor = factor * (scale_of_shard - scale).exp()
     if part_of is not None or counted.device.type != "cpu" or not counted.all():
         slope *= factor
     slope.scatter_add_(-1, target, (elsewhere.to(wide) - 1) * counted[:, None])

@@ -41,7 +41,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
     if not by_fft(d, x.device):
         return spectrum
     tables = _fft_tables(d, x.device, spectrum.dtype)
-    return spectrum.index_select(-1, tables.place) * tables.sign
+    return spectrum.index_select(-1, tables.packed_index) * tables.sign
 
 
 def idct(spectrum: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
     """Invert ``packed``: take the numbers (d,) of the frequencies out of (P,)."""
     if not by_fft(d, numbers.device):
         return numbers
-    return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).place)
+    return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).packed_index)
 
 
 def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torch.Tensor:
@@ -167,9 +167,9 @@ class _FftTables(NamedTuple):
     Attributes:
         order, inverse_order: (d,) Makhoul's permutation and its inverse.
         twiddle, inverse_twiddle: (d // 2 + 1,) complex factors, scaled so that the transform is orthonormal.
-        frequency: (P,) the frequency whose number is at each place of a packed spectrum.
-        place, sign: (d,) the place of each frequency's number, and the factor that makes it ``X_k``.
-        filled: (P,) the sign that the inverse transform wants at each place; 0 at the empty one.
+        frequency: (P,) the frequency whose number is at each index of a packed spectrum.
+        packed_index, sign: (d,) the index of each frequency's number, and the factor that makes it ``X_k``.
+        filled: (P,) the sign that the inverse transform wants at each index; 0 at the empty one.
     """
 
     order: torch.Tensor
@@ -177,7 +177,7 @@ class _FftTables(NamedTuple):
     twiddle: torch.Tensor
     inverse_twiddle: torch.Tensor
     frequency: torch.Tensor
-    place: torch.Tensor
+    packed_index: torch.Tensor
     sign: torch.Tensor
     filled: torch.Tensor
 
@@ -195,11 +195,11 @@ def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     # X_k = Re half_k up to d // 2, and the rest is X_{d-k} = -Im half_k.
     frequency = torch.stack([k, (d - k) % d], 1).flatten()
     n = torch.arange(d)
-    place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
+    packed_index = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
     sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
     filled = torch.ones(len(frequency), dtype=dtype)
     filled[1] = 0
     if d % 2 == 0 and d > 1:
         filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; ``sign`` has changed the signs of the others already
-    tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, filled)
+    tables = (order, torch.argsort(order), twiddle, inverse, frequency, packed_index, sign, filled)
     return _FftTables(*(t.to(device) for t in tables))

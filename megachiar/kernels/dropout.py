@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of keys: of the sample, the position, the place in the model and the column.
+"""Dropout whose mask is a function of keys: of the sample, the position, the site in the model and the column.
 
 A mask then does not depend on how rows and columns are distributed over micro-batches and ranks. A resumed run needs no
 state of a generator, and a recomputed activation gets the mask that it had.
@@ -34,12 +34,12 @@ FACTOR = 0x7FEB352D
 
 
 class KeyedDropout(NamedTuple):
-    """Dropout of rows at one place of the model.
+    """Dropout of rows at one site of the model.
 
     Attributes:
         probability: probability of an element to become 0; the others are scaled by 1 / (1 - probability).
         keys: (n,) int64, the rows' keys from ``row_keys``.
-        site: number of the place in the model.
+        site: number of the sub-layer in the model where it acts.
     """
 
     probability: float
@@ -92,15 +92,15 @@ class _Dropout(torch.autograd.Function):
     """The backward pass computes the mask again, instead of keeping it."""
 
     @staticmethod
-    def forward(ctx, x, keys, *place):
+    def forward(ctx, x, keys, *arguments):
         ctx.save_for_backward(keys)
-        ctx.place = place
-        return _dropped(x, keys, *place)
+        ctx.arguments = arguments
+        return _dropped(x, keys, *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return _dropped(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
+        return _dropped(gradient, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
 @library.custom_op("megachiar::dropped", mutates_args=())

@@ -45,9 +45,11 @@ def dropout_attention(
     assert dropout is not None
     blocks = _blocks(positions, q.shape[1], k.shape[2], *_at_once(positions, q.device))
     scale = 1 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
-    place = dropout.probability, dropout.site, options.first_head
+    mask_arguments = dropout.probability, dropout.site, options.first_head
     keys = dropout.keys.view(positions.shape)
-    return _DropoutAttention.apply(q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, place)
+    return _DropoutAttention.apply(
+        q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, mask_arguments
+    )
 
 
 class _Block(NamedTuple):
@@ -95,12 +97,12 @@ class _DropoutAttention(torch.autograd.Function):
     """The backward pass computes probabilities and their masks again, instead of keeping them."""
 
     @staticmethod
-    def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
+    def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, mask_arguments):
         ctx.blocks = blocks
         ctx.scale = scale
-        ctx.place = place
+        ctx.mask_arguments = mask_arguments
         product, wide = _types(q)
-        probability, site, first_head = place
+        probability, site, first_head = mask_arguments
         drop = _dropper(q, k, keys, probability, site, first_head)
         query, key, value = (t.to(product) for t in (q, k, v))
         output = torch.empty_like(q)
@@ -121,7 +123,7 @@ class _DropoutAttention(torch.autograd.Function):
         q, k, v, positions, document_starts, keys, output, scales = ctx.saved_tensors
         inputs = q, k, v
         product, wide = _types(gradient)
-        probability, site, first_head = ctx.place
+        probability, site, first_head = ctx.mask_arguments
         drop = _dropper(q, k, keys, probability, site, first_head)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
         q, k, v, gradient = (t.to(product) for t in (*inputs, gradient))

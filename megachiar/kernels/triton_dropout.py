@@ -30,7 +30,7 @@ def drop(
         x: (n, m).
         keys: (n,) int64, the rows' keys before they are mixed with ``site``.
         columns: (m,) int32, the columns' keys.
-        site: number of the place in the model.
+        site: number of the sub-layer in the model where it acts.
         least: the int32 number from which an element stays.
         scale: factor of the elements that stay.
         factor: the first factor of the hash.

@@ -3,7 +3,7 @@
     C = P3 . blockdiag(B_g) . P2 . (R (x) I_b) . P1       d = a b,  2 d (a + 2 b) FLOPs a row instead of 2 d^2
 
 ``P1`` is Makhoul's order (J. Makhoul, 1980): even channels ascending, then odd ones descending; ``b n1 + n2`` is the
-place of (n1, n2). ``R`` (a, a) is the real DFT over n1, with its rows in pairs for each pair of frequencies k1 and
+index of (n1, n2). ``R`` (a, a) is the real DFT over n1, with its rows in pairs for each pair of frequencies k1 and
 a - k1. The orthogonal blocks ``B_g`` (2b, 2b) do the rest of one pair. A program has whole rows on the chip and goes
 through the pairs, ``PAIRS`` at a time; nothing of the spectrum is written. On an H200, 32,768 bf16 rows of 1024 take
 0.23 ms; the products with the whole matrix took 1.0 ms.

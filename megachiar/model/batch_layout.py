@@ -96,6 +96,6 @@ def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
     return (opens * torch.arange(tokens.shape[1], device=tokens.device)).cummax(1).values
 
 
-def dropout_of(probability: float, keys: torch.Tensor, layer: int, place: int) -> KeyedDropout:
-    """Return the dropout at place ``place`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
-    return KeyedDropout(probability, keys, (layer + 1) * 8 + place)
+def dropout_of(probability: float, keys: torch.Tensor, layer: int, site: int) -> KeyedDropout:
+    """Return the dropout at site ``site`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
+    return KeyedDropout(probability, keys, (layer + 1) * 8 + site)
