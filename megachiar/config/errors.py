@@ -28,7 +28,7 @@ class ConfigError(UserError):
 
     Args:
         source: the name of the config.
-        located: each problem with its place, which is a file and line or an override.
+        located: each problem with its location, which is a file and line or an override.
     """
 
     same_on_every_rank = True
@@ -37,7 +37,7 @@ class ConfigError(UserError):
         self.source, self.located = source, located
         self.problems = [problem for _, problem in located]
         count = f"{len(located)} problem{'s' if len(located) != 1 else ''}"
-        lines = [f"{place}: {p.key}: {p.message}\n    remedy: {p.remedy}" for place, p in located]
+        lines = [f"{location}: {p.key}: {p.message}\n    remedy: {p.remedy}" for location, p in located]
         super().__init__(source, f"{count}\n" + "\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.config import checks
-from megachiar.config.bases import Places, read_with_bases
+from megachiar.config.bases import Locations, read_with_bases
 from megachiar.config.deepspeed import contradictions
 from megachiar.config.errors import ConfigError, Problem
 from megachiar.config.overrides import Overridden, apply_overrides
@@ -29,20 +29,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: names all problems of the content together.
     """
     path = Path(path)
-    mapping, places = read_with_bases(path)
+    mapping, locations = read_with_bases(path)
     overridden, problems = apply_overrides(mapping, overrides)
     if problems:  # what else is wrong may follow from them
-        raise _error(str(path), problems, places, overridden)
+        raise _error(str(path), problems, locations, overridden)
     data = mapping.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         data["train"] = read_source_list(Path(data["train"]))
-    return parse_config(mapping, str(path), places, overridden)
+    return parse_config(mapping, str(path), locations, overridden)
 
 
 def parse_config(
     mapping: dict[str, Any],
     source: str,
-    places: Places | None = None,
+    locations: Locations | None = None,
     overridden: Overridden | None = None,
 ) -> RunConfig:
     """Turn a mapping into a checked ``RunConfig``.
@@ -50,7 +50,7 @@ def parse_config(
     Args:
         mapping: the content of a config without ``base``.
         source: the name of the config in messages.
-        places: file and line of each key path.
+        locations: file and line of each key path.
         overridden: the override that set each key path.
 
     Raises:
@@ -63,11 +63,13 @@ def parse_config(
         problems += contradictions(config)
         if not problems:
             return config
-    raise _error(source, problems, places or {}, overridden or {})
+    raise _error(source, problems, locations or {}, overridden or {})
 
 
-def _error(source: str, problems: Sequence[Problem], places: Places, overridden: Overridden) -> ConfigError:
-    return ConfigError(source, [(_place(problem.key, source, places, overridden), problem) for problem in problems])
+def _error(source: str, problems: Sequence[Problem], locations: Locations, overridden: Overridden) -> ConfigError:
+    return ConfigError(
+        source, [(_location(problem.key, source, locations, overridden), problem) for problem in problems]
+    )
 
 
 def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
@@ -77,11 +79,11 @@ def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
     return config.with_steps(steps_of_tokens(tokens, config.training.global_batch_size, config.sequence_length))
 
 
-def _place(key: str, source: str, places: Places, overridden: Overridden) -> str:
+def _location(key: str, source: str, locations: Locations, overridden: Overridden) -> str:
     """Return the override that set ``key`` or a section around it, else ``file:line`` of its longest known part."""
     parts = tuple(key.split("."))
     parents = [parts[:size] for size in range(len(parts), 0, -1)]
     for part in parents:
         if part in overridden:
             return f"--set {overridden[part]}"
-    return next((places[part] for part in parents if part in places), source)
+    return next((locations[part] for part in parents if part in locations), source)

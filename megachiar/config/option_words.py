@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megachiar.config.foreign_keys import foreign_key, normalized
-from megachiar.config.typed_sections import own_keys
+from megachiar.config.typed_sections import config_keys
 
 
 class MeantKey(NamedTuple):
@@ -28,5 +28,5 @@ def meant_key(option: str) -> MeantKey | None:
     row = foreign_key([option])
     if row is not None:
         return MeantKey(row.ours.split(), row.stacks, row.how)
-    own = own_keys().get(normalized(option))
-    return MeantKey(own) if own else None
+    keys = config_keys().get(normalized(option))
+    return MeantKey(keys) if keys else None
