@@ -206,21 +206,21 @@ def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: s
 def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | InvalidDocument:
     """Parse an entry of ``rows``."""
     many = len(chunk.rows) > 1 or chunk.first > 1
-    place = f"{chunk.source}: document {number}" if many else chunk.source
+    location = f"{chunk.source}: document {number}" if many else chunk.source
     if data is None:
-        return InvalidDocument("not_a_string", place, "the text is null")
-    return _decode(place, chunk, chunk.offset, data)
+        return InvalidDocument("not_a_string", location, "the text is null")
+    return _decode(location, chunk, chunk.offset, data)
 
 
-def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
+def _decode(location: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
     """Decode the bytes of a document."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        return _invalid_utf8(place, chunk, offset, data, error)
+        return _invalid_utf8(location, chunk, offset, data, error)
     if not text.strip():
-        return InvalidDocument("empty", _at_byte(place, chunk, offset), "is empty")
-    return Document(text, data, place)
+        return InvalidDocument("empty", _at_byte(location, chunk, offset), "is empty")
+    return Document(text, data, location)
 
 
 def _usable(where: str, text: str) -> Document | InvalidDocument:
@@ -236,10 +236,10 @@ def _usable(where: str, text: str) -> Document | InvalidDocument:
         )
 
 
-def _invalid_utf8(place: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
+def _invalid_utf8(location: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
     byte = data[error.start]
     return InvalidDocument(
-        "invalid_utf8", _at_byte(place, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
+        "invalid_utf8", _at_byte(location, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
     )
 
 
@@ -248,9 +248,9 @@ def _at_line(chunk: Chunk, line: int) -> str:
     return f"{chunk.source}:{line}"
 
 
-def _at_byte(place: str, chunk: Chunk, byte: int) -> str:
+def _at_byte(location: str, chunk: Chunk, byte: int) -> str:
     """Return text such as ``a.jsonl:12 (byte 345)``."""
-    return f"{place} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
+    return f"{location} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
 
 
 def _json_type(value: Any) -> str:

@@ -102,10 +102,10 @@ def folder_files(folder: Path, format: str | None, text_key: str) -> FoundFiles:
     left_out += runs
     found = FoundFiles(str(folder), [], left_out)
     unreadable: list[_Unreadable] = []
-    own = find_own_files(folder, names)
+    known_files = find_own_files(folder, names)
     for name in names:
-        if name in own:
-            left_out.append(LeftOut(name, own[name]))
+        if name in known_files:
+            left_out.append(LeftOut(name, known_files[name]))
             continue
         file = make_source(folder / name, format) if format else _classify(folder, name, text_key)
         if isinstance(file, Source):

@@ -78,7 +78,7 @@ class PreprocessRun:
                 self._encode(progress)
             if self.journal.stage == "shuffling":
                 self._shuffle()
-            self._place()
+            self._move_outputs()
             unknown = [state.unknown_tokens for state in self.journal.outputs]
             return Report(
                 manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _exists(prefix)},
@@ -224,7 +224,7 @@ class PreprocessRun:
                 output.builder.complete(functools.partial(self._manifest, output, log))
             self.journal.checkpoint([], states, log, "placing")
 
-    def _place(self) -> None:
+    def _move_outputs(self) -> None:
         """Give all complete files their final names."""
         for prefix in self.settings.prefixes:
             with disk_errors(prefix):

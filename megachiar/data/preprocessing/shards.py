@@ -79,21 +79,21 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
         return _make_shard(settings, shard_settings(settings, number, shards), stream)
 
 
-def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
-    """Make the shard with the settings ``own`` of the run ``settings``."""
-    record, known = _record_path(own), None if settings.restart else _read_record(_record_path(own))
-    if known is not None and _is_made_by(known, own, stream):
+def _make_shard(settings: PreprocessSettings, shard: PreprocessSettings, stream: TextIO | None) -> Report | None:
+    """Make the shard with the settings ``shard`` of the run ``settings``."""
+    record, known = _record_path(shard), None if settings.restart else _read_record(_record_path(shard))
+    if known is not None and _is_made_by(known, shard, stream):
         return None
     if _merged_before(settings) is not None:
         return None
     check_outputs(settings, _load_tokenizer(settings))
     record.unlink(missing_ok=True)
-    for prefix in own.prefixes:
+    for prefix in shard.prefixes:
         remove_dataset(prefix)
-    report = preprocess(own, stream)
+    report = preprocess(shard, stream)
     log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
-    unknown = [report.unknown_tokens[prefix] for prefix in own.prefixes]
-    identity = [*_options(own), report.source_records]
+    unknown = [report.unknown_tokens[prefix] for prefix in shard.prefixes]
+    identity = [*_options(shard), report.source_records]
     whole = {"identity": identity, **log, "unknown_tokens": unknown}
     write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
     return report

@@ -172,9 +172,9 @@ class DataHistory(_Record):
         """Return what the run's first ``position`` samples have read of a source."""
         end = position
         for order in reversed(self.orders):
-            for place, share in enumerate(order.shares):
+            for index, share in enumerate(order.shares):
                 if share.source == source and end >= order.first_sample:
-                    return self.run_order(order).consumed(end)[place]
+                    return self.run_order(order).consumed(end)[index]
             end = min(end, order.first_sample)
         return Consumed()
 
@@ -233,11 +233,11 @@ class DataHistory(_Record):
         """
         free, numbers = dict(enumerate(self.sources)), [-1] * len(sources)
         for by_path in (True, False):
-            for place, source in enumerate(sources):
+            for index, source in enumerate(sources):
                 found = (n for n, s in free.items() if s.same_data(source) and (s.path == source.path or not by_path))
-                number = next(found, None) if numbers[place] < 0 else None
+                number = next(found, None) if numbers[index] < 0 else None
                 if number is not None:
-                    numbers[place] = number
+                    numbers[index] = number
                     del free[number]
         new = iter(range(len(self.sources), len(self.sources) + len(sources)))
         return [number if number >= 0 else next(new) for number in numbers]
