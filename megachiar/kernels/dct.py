@@ -3,12 +3,12 @@
     X_k = a_k sum_n x_n cos(pi (n + 1/2) k / d)      a_0 = sqrt(1/d), a_k = sqrt(2/d)
 
 As a matrix it is ``X = C x`` with ``C`` orthogonal: the inverse is ``C^T``, and the gradient of one transform is the
-other. There are two ways to compute it: the product with ``C`` (2 d^2 FLOPs, what a GPU does best), and a real FFT of
-the same length after one permutation (Makhoul 1980; about 2.5 d log2 d FLOPs, what a CPU does best from ``FFT_FROM``
-channels).
+other. There are two ways to compute it. A GPU is fastest with the product with ``C`` (2 d^2 FLOPs). A CPU is fastest,
+from ``FFT_FROM`` channels on, with a real FFT of the same length after one permutation (Makhoul 1980; about 2.5 d log2
+d FLOPs).
 
-Most uses of a spectrum do not need it in order. ``packed_dct`` leaves its numbers where the transform has them. The
-product has them in order. The FFT has them as real and imaginary parts of the half spectrum:
+Most uses of a spectrum do not need it in order. ``packed_dct`` returns its numbers in the order of the transform. The
+product gives them by frequency. The FFT gives them as real and imaginary parts of the half spectrum:
 
     X_0 . X_1 X_{d-1} X_2 X_{d-2} ...        "." is 0, and an even d has X_{d/2} twice; signs differ
 
@@ -27,8 +27,8 @@ import torch
 from megachiar.kernels.tables import cached_table
 
 FFT_FROM = 128
-"""Channels from which the FFT is faster than the matrix product on a CPU (2048 rows, transform and inverse: 1.5 against
-1.8 ms at 128 channels, 1.2 against 0.9 ms at 96)."""
+"""With at least so many channels the FFT is faster than the matrix product on a CPU (2048 rows, transform and inverse:
+1.5 against 1.8 ms at 128 channels, 1.2 against 0.9 ms at 96)."""
 
 WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 """Whether this torch can return products of 16-bit numbers in fp32 (``out_dtype`` of ``torch.mm``, on a GPU)."""
@@ -162,7 +162,7 @@ def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 
 class _FftTables(NamedTuple):
-    """What the FFT needs for one length.
+    """The tables that the FFT needs for one length.
 
     Attributes:
         order, inverse_order: (d,) Makhoul's permutation and its inverse.

@@ -57,7 +57,7 @@ class KeyedDropout(NamedTuple):
 
 
 def least_kept(probability: float) -> int:
-    """Return the int32 number from which an element stays."""
+    """Return the smallest int32 number of an element that stays."""
     return int(probability * 2**32) - 2**31
 
 
@@ -116,7 +116,7 @@ def _(x: torch.Tensor, *_) -> torch.Tensor:
 
 
 class Dropper:
-    """What drops elements of rows block by block, and scales the others. What the blocks share is computed once.
+    """This drops elements of rows block by block, and scales the others. It computes once what all blocks need.
 
     Attributes:
         keys: the rows' keys in the shape of ``dropout.keys``; they are mixed with the site already, unless the kernel
@@ -135,7 +135,7 @@ class Dropper:
         self.spare = torch.empty(2, 0, dtype=torch.int32, device=device)
 
     def __call__(self, x: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write what stays of a block to ``out``, and return it.
+        """Write a block after dropout to ``out``, and return it.
 
         Args:
             x: (n, m), whose columns are the first m ones.

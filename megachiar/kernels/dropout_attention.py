@@ -2,8 +2,8 @@
 
 Each query of a head is a row of dropout, and the positions of the keys are its columns: see ``dropout``.
 
-Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head; of one
-block: b sequences, s queries of each, which see t keys.
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head. One block
+has b sequences and s queries of each, which see t keys.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
 def _dropper(
     q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_head: int
 ) -> Dropper:
-    """Return what drops probabilities; its keys are (B, h, S)."""
+    """Return the dropper of probabilities; its keys are (B, h, S)."""
     of_heads = head_keys(keys, first_head, q.shape[1]).transpose(1, 2)
     return Dropper(KeyedDropout(probability, of_heads, site), k.shape[2])
 

@@ -29,7 +29,7 @@ def permute(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) ->
 
 
 def unpermute(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
-    """Invert ``permute``: the rows (N, d) of which ``parts`` are the permuted parts."""
+    """Invert ``permute``: put the rows of ``parts`` back into their first order, (N, d)."""
     return _Unpermute.apply(permutation, *parts)
 
 

@@ -1,9 +1,9 @@
 """Routed causal attention in Triton: both passes skip blocks of keys that no query of a block can see.
 
-Queries and keys are read where they lie, row by row, and results are written alike: nothing is packed. The kernels read
+Queries and keys are read row by row without copies, and results are written alike: nothing is packed. The kernels read
 on the device how many rows a sequence has, so that the host waits for nothing. Neither pass keeps a (n, T) tensor: the
-backward pass computes probabilities again, and so it does dropout masks (see ``dropout``), whose keys are those of the
-row, the head and the position of the key.
+backward pass computes probabilities and dropout masks again. The keys of a mask are those of the row, the head and the
+position of the key (see ``dropout``).
 
     keys      [0 ......... b)[b ............. c)[c ....... end)      of a block of queries
     masked     with documents        no             yes
@@ -31,7 +31,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Tiles(NamedTuple):
-    """The block sizes of a kernel, and what it is compiled with."""
+    """The block sizes of a kernel, and the options that it is compiled with."""
 
     queries: int
     keys: int
@@ -62,7 +62,7 @@ def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
 
 
 class RowLayout(NamedTuple):
-    """Where the rows of queries and keys lie, and which keys each query sees.
+    """The rows of queries and keys of each sequence, and the keys that each query sees.
 
     Attributes:
         query_starts: (B + 1,) int32, the first row of queries of each sequence, and n.
@@ -101,7 +101,7 @@ class Mask(NamedTuple):
     Attributes:
         keys: (n, h) int64, the dropout keys of the queries' rows and heads, mixed with the site.
         columns: (longest_keys,) int32, the dropout keys of the positions of a sequence's keys.
-        least: the int32 number from which a probability stays.
+        least: the smallest int32 number of a probability that stays.
         scale: the factor of those that stay.
     """
 
@@ -135,7 +135,7 @@ def attend(
     Args:
         q: (n, h, c), at least one row.
         k, v: (m, h, c).
-        row_layout: where the rows lie, and which keys each query sees.
+        row_layout: the rows of each sequence, and the keys that each query sees.
         scale: factor of the products, above 0; 1 / sqrt(c) if None.
         mask: the mask of dropout; None for no dropout.
 
@@ -269,7 +269,7 @@ def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
 
 
 def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, row_layout: RowLayout) -> dict:
-    """Return what a kernel is compiled with."""
+    """Return the options that a kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
@@ -635,7 +635,7 @@ def _keys_range(
         of_output = _read(gradient, g_row, row, count, channel, True).to(COMPUTE)
         log_sum = tl.load(sums + row * H, mask=valid, other=0.0)
         product = tl.load(inner + row * H, mask=valid, other=0.0)
-        # Products are keys by queries: what is multiplied next stays in the registers where it was computed.
+        # Products are keys by queries: the factor of the next product stays in the registers where it was computed.
         score = tl.dot(of_key, tl.trans(queries), input_precision=PRECISION)
         weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[None, :])
         if MASKED:

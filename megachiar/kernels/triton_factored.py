@@ -30,11 +30,11 @@ INNER = 16
 NARROWEST = 256
 """The least number of channels that the kernel takes."""
 WIDEST = 8192
-"""Bytes of a row up to which a program can hold it without spilled registers."""
+"""The most bytes of a row that a program can hold without spilled registers."""
 
 
 class Tiles(NamedTuple):
-    """The rows and pairs of frequencies that a program works on at once, and what it is compiled with."""
+    """The rows and pairs of frequencies that a program works on at once, and the options that it is compiled with."""
 
     rows: int
     pairs: int
@@ -129,7 +129,7 @@ def entropy(x: torch.Tensor, dc_weight: float = 1.0) -> torch.Tensor:
 
 
 def _constants(d: int, size: Tiles, dtype: torch.dtype) -> dict:
-    """Return what the kernel is compiled with."""
+    """Return the options that the kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "D": d,
         "A": d // INNER,

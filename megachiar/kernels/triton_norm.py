@@ -19,11 +19,11 @@ weight and bias over its rows."""
 
 
 class Normed(NamedTuple):
-    """The result of a LayerNorm, and what its backward pass needs.
+    """The result of a LayerNorm, and the tensors that its backward pass needs.
 
     Attributes:
         rows: (n, d), the result.
-        sums: (n, d), what was normalised.
+        sums: (n, d), the rows that were normalised.
         mean, scale: (n,) fp32, the mean of each row and the reciprocal of its standard deviation.
     """
 
@@ -67,7 +67,7 @@ def normed(
 def norm_backward(
     gradient: torch.Tensor, sums: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of what was normalised (n, d), of the weight (d,) and of the bias (d,)."""
+    """Return the gradients of the rows that were normalised (n, d), of the weight (d,) and of the bias (d,)."""
     gradient = gradient.contiguous()
     n, d = gradient.shape
     result = torch.empty_like(sums)
@@ -79,7 +79,7 @@ def norm_backward(
 
 
 def _constants(d: int) -> dict:
-    """Return what the kernels are compiled with."""
+    """Return the options that the kernels are compiled with."""
     columns = triton.next_power_of_2(d)
     return launch_options(min(16, max(1, columns // 512))) | {"D": d, "COLUMNS": columns}
 
