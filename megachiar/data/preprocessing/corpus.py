@@ -45,7 +45,7 @@ _COPIED = 0.05  # a topic that shares a larger share of its shingles is part of 
 
 
 class CorpusReport(NamedTuple):
-    """Say what is in a corpus folder.
+    """Describe the content of a corpus folder.
 
     Attributes:
         counts: part -> (documents, UTF-8 bytes of text).

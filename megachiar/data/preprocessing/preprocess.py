@@ -32,7 +32,7 @@ from megachiar.errors import UserError, disk_errors
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
     """Tokenize a corpus into datasets, and continue where an earlier run of the same call was stopped.
 
-    Where an earlier run of the same call was finished, and no input has another text since, nothing is done.
+    Nothing is done where an earlier run of the same call was finished and no input has another text since.
 
     Args:
         settings: what to do.
@@ -71,7 +71,7 @@ def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
 
 
 def journal_path(settings: PreprocessSettings) -> Path:
-    """Return the file in which a run records what it has done."""
+    """Return the file of a run's journal."""
     return Path(f"{settings.output_prefix}.journal")
 
 

@@ -1,4 +1,4 @@
-"""Preprocess with many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
+"""Preprocess with many processes that share only a file system: MPI ranks, or the jobs of a Slurm array.
 
     inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
 
@@ -70,7 +70,7 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     """Make shard ``number`` of ``shards``.
 
     Returns:
-        What was done; None if the shard, or the whole dataset, exists already.
+        The report; None if the shard, or the whole dataset, exists already.
 
     Raises:
         UserError: ``preprocess`` or ``shard_settings`` raises it.
@@ -202,7 +202,7 @@ def _records(shards: list[PreprocessSettings]) -> list[dict[str, Any]]:
 
 
 def _merged_log(records: list[dict[str, Any]]) -> InvalidDocumentLog:
-    """Return what all shards left out, in the order of the inputs."""
+    """Return the documents that all shards left out, in the order of the inputs."""
     log = InvalidDocumentLog("skip")
     for record in records:
         examples = [InvalidDocument(*example) for example in record["examples"]]
@@ -244,14 +244,14 @@ def _is_made_by(record: dict[str, Any], shard: PreprocessSettings, stream: TextI
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of a shard; None if the shard is not whole."""
+    """Return the record of a shard; None if the shard is not complete."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads(path.read_bytes())
     return None
 
 
 def _record_path(shard: PreprocessSettings) -> Path:
-    """Return the file that says that a shard is whole, and what it left out."""
+    """Return the file that marks a shard as complete and lists the documents that it left out."""
     return Path(f"{shard.output_prefix}.done")
 
 

@@ -6,10 +6,10 @@
     samples   0                                          first_sample
 
 Where a run changes its sources, weights or sequence length, a new order begins. Each source continues where it was, in
-tokens of its epoch. With the same sequence length that is the very next sample. With another one it is the next of its
-samples that begins no earlier, so that an epoch ends after as many tokens as it would have. (Another sequence length
-cuts the source elsewhere: in that one epoch some tokens may be read twice and as many not at all; each later epoch is
-whole.) A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
+tokens of its epoch. With the same sequence length that is the very next sample. With another one it is the first of its
+new samples that begins no earlier. So an epoch ends after as many tokens as without the change. Another sequence length
+cuts the source elsewhere. In that one epoch some tokens may be read twice and as many not at all; each later epoch is
+whole. A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
 change of the batch size alone changes only which step reads a sample.
 """
 
@@ -54,7 +54,7 @@ class ShareRecord(_Record):
     Attributes:
         source: its number in the history.
         weight: its weight beside the other sources of the order.
-        epoch, tokens: what had been read of it when the order began, see ``Consumed``.
+        epoch, tokens: how far it had been read when the order began, see ``Consumed``.
     """
 
     source: int
@@ -72,7 +72,7 @@ class OrderRecord(_Record):
 
 
 class BatchRecord(_Record):
-    """Give the samples of each step after the first ``first_step`` steps, which read ``first_sample`` samples."""
+    """Give the samples of each step after step ``first_step``; the steps up to it read ``first_sample`` samples."""
 
     first_step: int = 0
     first_sample: int = 0
@@ -179,7 +179,7 @@ class DataHistory(_Record):
         return Consumed()
 
     def changes(self, requested: DataHistory, step: int) -> list[Change]:
-        """List what differs between ``requested``, an initial history, and this run at ``step``."""
+        """List the differences between ``requested``, an initial history, and this run at ``step``."""
         old, new = self._until(step), requested.orders[0]
         before, changes = old.orders[-1], []
 
