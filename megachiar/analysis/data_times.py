@@ -37,7 +37,7 @@ CHARACTERS_OF_A_FILE = 400  # of the many
 
 
 def time_data_tools(options: argparse.Namespace) -> None:
-    """Measure what the command line asks for, print it, and write it to ``--json``."""
+    """Run the measurements of the command line, print them, and write them to ``--json``."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         record = {"preprocess": preprocess, "files": many_files, "open": open_large, "read": read}[options.what](
             options, Path(folder)
@@ -116,7 +116,7 @@ def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, fol
 
 
 def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
-    """Return the commands by which the peer tokenizes the corpus; none without ``--peer``."""
+    """Return the peer's commands that tokenize the corpus; none without ``--peer``."""
     if options.peer is None:
         return {}
     tool = options.peer / "tools" / "preprocess_data.py"
