@@ -30,7 +30,7 @@ class _File(NamedTuple):
 
     Attributes:
         path: the file.
-        mapping: what it says, without ``base``.
+        mapping: its content, without ``base``.
         locations: the location of each of its key paths.
         base: the file that it is based on; None without one.
     """

@@ -1,4 +1,4 @@
-"""The error that reports everything that is wrong with a config at once."""
+"""The error that reports all problems of a config at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Problem:
 
     Attributes:
         key: the dotted path, such as ``model.num_layers``.
-        message: what is wrong, with the value and the limit.
-        remedy: what the reader can change.
+        message: the problem, with the value and the limit.
+        remedy: the change that the reader can make.
     """
 
     key: str

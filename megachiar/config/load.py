@@ -1,4 +1,4 @@
-"""One YAML file is one run: read it with its bases, type it, check it, and report everything that is wrong at once."""
+"""One YAML file is one run: read it with its bases, type it, check it, and report all problems at once."""
 
 from __future__ import annotations
 

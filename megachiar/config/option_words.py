@@ -10,7 +10,7 @@ from megachiar.config.typed_sections import config_keys
 
 
 class MeantKey(NamedTuple):
-    """What an option that no command has means in a config.
+    """The keys of a config that an unknown option may stand for.
 
     Attributes:
         keys: the dotted keys of a config that it can mean; empty where there is nothing to set.

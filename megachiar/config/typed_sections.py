@@ -84,7 +84,7 @@ def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) ->
 
 
 def _by_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], list[ErrorDetails]]]:
-    """Return what is wrong with each key path; a union reports each of its arms."""
+    """Return the problems of each key path; a union reports each of its arms."""
     kept: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         kept.setdefault(tuple(_key_path(detail, value)), []).append(detail)
@@ -142,11 +142,11 @@ _WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
 }
-"""What a value must be, by pydantic's name of the problem; others are told in pydantic's words."""
+"""The expected value, by pydantic's name of the problem; other problems keep pydantic's words."""
 
 
 def _wanted(detail: ErrorDetails) -> str:
-    """Return what a value must be, as a noun."""
+    """Return the expected value, as a noun."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
         several = " or " in context["expected"]

@@ -14,11 +14,11 @@ ConfigKeys = dict[str, list[str]]
 
 
 def unknown_key(path: tuple[str, ...], value: Any, known: Sequence[str], config_keys: ConfigKeys) -> Iterator[Problem]:
-    """Yield what is to be said about the unknown key at ``path``, or about the keys below it that have an answer.
+    """Yield the problem of the unknown key at ``path``, or those of the keys below it that have an answer.
 
     Args:
         path: the names from the top of the config to the key.
-        value: what the config gives it.
+        value: its value in the config.
         known: the keys that its section has.
         config_keys: every key of a config by its last name.
     """

@@ -20,7 +20,7 @@ from megachiar.errors import UserError
 Lines = dict[tuple[str, ...], int]
 """Key path -> line, counted from 1."""
 STANDARD_INPUT = Path("-")
-"""The path by which a command line names standard input."""
+"""The path that stands for standard input on a command line."""
 PIPE_TIMEOUT_S = 30.0
 """Seconds to wait for the next bytes of a pipe."""
 
