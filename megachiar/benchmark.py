@@ -97,7 +97,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], int]:
-    """Return a large square matrix product, by which a machine's arithmetic is measured, and its FLOPs."""
+    """Return a large square matrix product, to measure a machine's arithmetic, and its FLOPs."""
     size = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 1024
     # A CPU without instructions for 16 bits may need seconds even for the smaller one.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -105,14 +105,14 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 
 
 def copy(device: torch.device) -> tuple[Callable[[], object], int]:
-    """Return a large copy, by which a machine's memory is measured, and the bytes that it reads and writes."""
+    """Return a large copy, to measure a machine's memory, and the bytes that it reads and writes."""
     numbers = torch.ones(2**29 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(numbers)
     return lambda: target.copy_(numbers), 2 * numbers.nbytes
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the measurements were made on."""
+    """Describe the machine of the measurements."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 

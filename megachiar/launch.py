@@ -45,7 +45,7 @@ def prepare_environment() -> None:
 
 
 def _set_rendezvous(world: int) -> None:
-    """Check the address at which the ranks meet; a world of one meets itself at any port."""
+    """Check the address of the rendezvous; a single rank may use any port."""
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")

@@ -1,4 +1,4 @@
-"""A long-running process measures its memory and returns what is free to the system."""
+"""A long-running process measures its memory and returns free memory to the system."""
 
 from __future__ import annotations
 

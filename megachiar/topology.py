@@ -75,7 +75,7 @@ class Topology:
         return self.pipeline_size * self.tensor.size
 
     def describe(self) -> str:
-        """Return the layout in words, for logs and records."""
+        """Describe the layout in words, for logs and records."""
         rows = " with sequence parallelism" if self.tensor.shards_rows else ""
         return f"pp {self.pipeline_size} x tp {self.tensor.size}{rows} x dp {self.data_size}"
 

@@ -159,9 +159,9 @@ class Baseline:
 
     Attributes:
         token_ppl: perplexity per token of the test set, without its first token.
-        valid_token_ppl: the same of the validation set, on which the discounts were fitted.
+        valid_token_ppl: the same of the validation set, which the discounts were fitted on.
         tokens: number of tokens scored in the test set.
-        vocab_size: number of ids over which probabilities sum to 1.
+        vocab_size: number of ids whose probabilities sum to 1.
         discounts: for pairs seen once, twice, and more often.
     """
 

@@ -22,8 +22,8 @@ from megachiar.model import ChiarFormer
 PERCENTILES = (5, 33, 50, 67, 95)
 NOISE_SAMPLES = 50_000
 LIKE_NOISE = 0.1
-"""Kolmogorov-Smirnov distance below which a distribution counts as that of noise: no threshold on H would tell the two
-apart in more than 55% of cases."""
+"""A distribution with a smaller Kolmogorov-Smirnov distance to noise counts as noise: no threshold on H would tell the
+two apart in more than 55% of cases."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Sample:
         return (below + float(self.values[min(index, len(self.values) - 1)])) / 2
 
     def share_up_to(self, bounds: np.ndarray) -> np.ndarray:
-        """Return for each of ``bounds`` the share of all numbers that are not above it, float64."""
+        """Return for each of ``bounds`` the share of all numbers that do not exceed it, float64."""
         return np.concatenate([[0], self._up_to])[np.searchsorted(self.values, bounds, side="right")] / self.size
 
     def describe(self) -> Distribution:

@@ -37,7 +37,7 @@ CHARACTERS_OF_A_FILE = 400  # of the many
 
 
 def time_data_tools(options: argparse.Namespace) -> None:
-    """Measure what the command line asks for, print it, and write it to ``--json``."""
+    """Run the measurements of the command line, print them, and write them to ``--json``."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         record = {"preprocess": preprocess, "files": many_files, "open": open_large, "read": read}[options.what](
             options, Path(folder)
@@ -116,7 +116,7 @@ def our_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, fol
 
 
 def peer_commands(options: argparse.Namespace, corpus: Path, tokenizer: Path, folder: Path) -> dict[str, list[str]]:
-    """Return the commands by which the peer tokenizes the corpus; none without ``--peer``."""
+    """Return the peer's commands that tokenize the corpus; none without ``--peer``."""
     if options.peer is None:
         return {}
     tool = options.peer / "tools" / "preprocess_data.py"
@@ -354,8 +354,8 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
             for name, rate in rates.items():
                 ours[name].append(rate)
     record: dict = {"samples_per_second": dict(ours)}
-    for name, own in ours.items():
-        print(f"  ours, {name}: {Spread.of(own).format(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
+    for name, our_rates in ours.items():
+        print(f"  ours, {name}: {Spread.of(our_rates).format(digits=0)} samples/s of {SEQUENCE_LENGTH} tokens")
     if options.peer is not None:
         environment = {**os.environ, "PYTHONPATH": f"{options.peer}:{os.environ.get('PYTHONPATH', '')}"}
         arguments = [str(prefix), str(SEQUENCE_LENGTH), str(count), str(options.rounds)]
@@ -365,8 +365,8 @@ def read(options: argparse.Namespace, folder: Path) -> dict:
         if not theirs:
             raise UserError("--peer", f"its GPTDataset did not run: {done.stderr[-2000:]}", "use --peer-python")
         print(f"  peer's GPTDataset: {Spread.of(theirs).format(digits=0)} samples/s")
-        for name, own in ours.items():
-            ratio = Spread.of([a / b for a, b in zip(own, theirs, strict=True)])
+        for name, our_rates in ours.items():
+            ratio = Spread.of([a / b for a, b in zip(our_rates, theirs, strict=True)])
             print(f"  ours, {name}, is {ratio.format('x')} as fast")
         record["samples_per_second"]["peer"] = theirs
     return record

@@ -1,7 +1,7 @@
 """Count the tokens that a model routes differently in 16 bits and in fp32.
 
-The entropy H is computed in fp32 whatever the model's dtype. What differs is the hidden states that it is computed
-from: a token whose H is near the threshold may end on its other side.
+The entropy H is computed in fp32 whatever the model's dtype. The hidden states it is computed from differ: a token
+whose H is near the threshold may end on its other side.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Limits(NamedTuple):
 
 
 def time_layers(options: argparse.Namespace) -> None:
-    """Measure what the command line asks for, print it, and write it to ``--json``."""
+    """Run the measurements of the command line, print them, and write them to ``--json``."""
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -210,7 +210,7 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
 
 
 def busy_seconds(work: Pass, calls: int = 3) -> float:
-    """Return the seconds of one pass for which the GPU is busy, the sum over its kernels."""
+    """Return the seconds that the GPU is busy in one pass, the sum over its kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -1,4 +1,4 @@
-"""Time the data tools in turn with Megatron-LM's, start-up included, and report the memory that they take.
+"""Time the data tools and Megatron-LM's in turn, start-up included, and report their memory.
 
     megachiar bench-data preprocess --megabytes 40 --peer ~/Megatron-LM
     megachiar bench-data files --files 20000
@@ -6,10 +6,10 @@
     megachiar bench-data read --peer ~/Megatron-LM
 
 `preprocess` tokenizes a corpus made of the text files of this Python's own installation with a byte-level BPE trained
-on them. It runs our tool with each engine, the peer's `preprocess_data.py` and `preprocess_data_fast.py`, once to
-measure their memory, then in turn, round by round, and compares the files. `files` tokenizes the same text from one
-file and from a folder of many tiny ones, with each engine, and prints the ratio of the times. `open` measures the time
-and the memory until the first sample of a dataset of 10 million documents and 5 billion tokens. `read` counts samples a
+on them. It runs our tool with each engine, and the peer's `preprocess_data.py` and `preprocess_data_fast.py`: once to
+measure memory, then in turn, round by round. It also compares the files. `files` tokenizes the same text from one file
+and from a folder of many tiny ones, with each engine, and prints the ratio of the times. `open` measures the time and
+the memory until the first sample of a dataset of 10 million documents and 5 billion tokens. `read` counts samples a
 second in training order, beside the peer's GPTDataset.
 
 --peer is a checkout of Megatron-LM; --peer-python a Python that can run it (default: this one).

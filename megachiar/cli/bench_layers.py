@@ -7,11 +7,11 @@ alone, against a layer whose rows all attend (``scaled_dot_product_attention``).
 themselves. Each line is one forward and backward pass; the speed-up is the median over rounds, with quartiles.
 
 A line also has the MiB that autograd keeps of the forward pass, and how near the pass comes to the machine's limit. The
-limit is the time in which a large matrix product does as many FLOPs, or a large copy moves the bytes that the pass must
-read and write once, whichever is longer. On a GPU a line also has the time for which the GPU was busy, since the host
-takes most of the time of short passes.
+limit is the longer of two times. One is that of a large matrix product with as many FLOPs; the other is that of a large
+copy of the bytes that the pass must read and write once. On a GPU a line also has the time that the GPU was busy, since
+the host takes most of the time of short passes.
 
-FLOPs count a multiply-add as 2, a backward pass as twice the forward, and of causal attention the keys that a query
+FLOPs count a multiply-add as 2 and a backward pass as twice the forward. Causal attention counts the keys that a query
 sees. Bytes are counted for operators alone: those of inputs, results and their gradients.
 """
 

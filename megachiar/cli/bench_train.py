@@ -7,9 +7,8 @@
 
 A step is that of a run: forward, backward, AdamW. Each contender is a process of its own. They take turns, round by
 round, and wait for their turn without computing. Thresholds send ``--attention-share`` of each routed layer's tokens
-to attention in the first step; the share of the measured steps is printed. Also printed are the most memory that the
-process has had and, on a CPU, the most that tensors made in a step take at once. The former depends on holes in the
-heap.
+to attention in the first step; the share of the measured steps is printed. Two more numbers are printed: the peak
+memory of the process and, on a CPU, the peak of the tensors that a step makes. The former depends on holes in the heap.
 
 ``--bound`` adds a contender that only repeats the matrix products and attention calls of a CHIAR-Former step, on the
 tensors that they had in it. This is the time of a step if everything else cost nothing. It works on CPUs.
@@ -19,7 +18,7 @@ A variant is CHIAR-Former with keys of the config set, as by ``--set`` of ``mega
 A peer is a command that is started once. It reads the size of the model from the environment (BENCH_HIDDEN_SIZE,
 BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS) and builds the model.
 For each line of its standard input it trains as many steps as the line says, and prints their seconds as a line of its
-own. Lines of its output that are no number are ignored. The peer ends when its input ends.
+own. Other lines of its output are ignored. The peer ends when its input ends.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ class Contender:
         )
 
     def finish(self) -> dict:
-        """End the process and return what it reports at its end."""
+        """End the process and return its final report."""
         self.requests.close()
         last = self.replies.read().strip().splitlines()
         self.process.wait()

@@ -1,4 +1,4 @@
-"""Measure the perplexity of an interpolated bigram model on the same tokens as `megachiar evaluate`, to compare with.
+"""Measure the perplexity of an interpolated bigram model on the same tokens as `megachiar evaluate`.
 
     megachiar bigram --train data/shakespeare/train --valid data/shakespeare/valid \\
         --test data/shakespeare/test

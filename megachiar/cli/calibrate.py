@@ -123,7 +123,7 @@ def print_table(found: Calibration, title: str) -> None:
 
 
 def warn(found: Calibration) -> None:
-    """Print on standard error where routing by H would be as good as routing at random."""
+    """Warn on standard error of each threshold that routes no better than chance."""
     names = [place.name for place in found.places if place.like_noise]
     if names:
         make_console().print(

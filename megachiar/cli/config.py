@@ -1,4 +1,4 @@
-"""List, show and copy the shipped configs, and write the schema by which editors complete and check a config.
+"""List, show and copy the shipped configs, and print the schema that lets editors complete and check a config.
 
     megachiar config list
     megachiar config show tiny                # --whole: with its base and all defaults

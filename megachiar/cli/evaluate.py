@@ -76,7 +76,7 @@ def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
 
 
 def print_table(checkpoint: Path, results: dict[str, Evaluation]) -> None:
-    """Print a line for each dataset; what its manifest does not allow to compute is a dash."""
+    """Print a line for each dataset, with a dash for a measure that its manifest does not allow."""
     from rich.table import Table
 
     table = Table(title=str(checkpoint), title_justify="left")

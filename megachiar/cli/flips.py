@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_table(found: list[LayerFlips], title: str) -> None:
-    """Print for each routed layer which share of tokens takes another route when numbers are rounded."""
+    """Print for each routed layer the share of tokens that takes another route when numbers are rounded."""
     from rich.console import Console
     from rich.table import Table
 

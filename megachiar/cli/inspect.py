@@ -8,7 +8,7 @@
 
 The last command prints the documents and the text that a step of a run reads, whatever its layout.
 
-The exit code is 0 where everything that was checked is in order, and 2 where the message says what is not.
+The exit code is 0 if every check passes. It is 2 if one fails, and the message names it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def print_step(arguments: argparse.Namespace) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print what a dataset holds, what its manifest says of it, and what could not be checked."""
+    """Print the content of a dataset, its manifest, and the checks that could not be made."""
     for path, size in summary["files"].items():
         print(f"{path}: {size:,} bytes")
     sizes = summary["document_tokens"]
@@ -156,7 +156,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_text(shown: Mapping[str, Any]) -> None:
-    """Print a document or sample as text, after what is known of it; as ids if there is no tokenizer."""
+    """Print the facts about a document or sample and its text, or its ids if there is no tokenizer."""
     for key, value in shown.items():
         if key not in ("ids", "text"):
             print(f"{key.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:,}'}")

@@ -28,7 +28,7 @@ GROUPS = {
     "Training": {
         "quickstart": "go from nothing to a trained model in minutes, on a CPU",
         "config": "list, show and copy the shipped configs",
-        "plan": "list the layouts in which a config fits a cluster",
+        "plan": "list the layouts that fit a config into a cluster",
         "pretrain": "train as a config says",
         "replay": "repeat a step on the CPU and name the first module that is bad",
         "stacks": "show where all ranks of a run are at the moment",

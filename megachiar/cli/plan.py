@@ -1,17 +1,17 @@
-"""List the layouts in which a config fits a cluster, best first.
+"""List the layouts that fit a config into a cluster, best first.
 
     megachiar plan --gpus 64 --memory-gib 80 --config configs/7b.yaml
     megachiar plan --gpus 64 --memory-gib 80 --config configs/7b.yaml \
         --mtbf-hours 50000 --save-seconds 20 --start-seconds 300     # and how often to save where GPUs fail
 
 Each layout is planned as ``--dry-run`` plans it. Memory follows from formulas, which tests compare with tensors that
-are really allocated; FLOPs and traffic are counted. The time of a step is an estimate, by which layouts are ranked. It
-follows from the speeds given: arithmetic, the pipeline's bubble, the traffic of the tensor-parallel group (which
-nothing hides), and that of the replicas (at the end of a step).
+are really allocated; FLOPs and traffic are counted. The time of a step is an estimate, which ranks the layouts. It
+follows from the given speeds, for arithmetic, the pipeline's bubble, and the traffic of tensor-parallel groups and of
+replicas. No traffic is taken as hidden behind arithmetic.
 
-With ``--mtbf-hours`` it says how often to save (Young's and Daly's formula), and how much of the time failures take on
-these GPUs, on 64, 1,024 and 16,384. Measure saves and starts in a run of yours. The 16,384 GPUs of Llama 3 failed 419
-times in 54 days (arXiv:2407.21783), which is 50,000 hours a GPU.
+With ``--mtbf-hours`` it prints how often to save (Young's and Daly's formula), and how much time failures take. It does
+so for these GPUs and for 64, 1,024 and 16,384. Measure saves and starts in one of your runs. The 16,384 GPUs of Llama 3
+failed 419 times in 54 days (arXiv:2407.21783), which is 50,000 hours a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megachiar.planning.layout_search import LayoutCandidate
 
 SIZES = (64, 1024, 16384)
-"""Numbers of GPUs for which failures are planned beside the one that is given."""
+"""Numbers of GPUs that failures are planned for, besides the given one."""
 FAILURE_OPTIONS = ("mtbf_hours", "save_seconds", "start_seconds")
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_goodput(options: argparse.Namespace, step_seconds: float) -> None:
-    """Print how often to save, and what failures take, for the GPUs given and for the sizes of ``SIZES``."""
+    """Print how often to save, and the cost of failures, for the given GPUs and for the sizes of ``SIZES``."""
     from rich.console import Console
     from rich.table import Table
 
@@ -111,18 +111,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reserve",
         type=number(float, least=0, below=1),
         default=0.1,
-        help="share of memory left to libraries (%(default)s)",
+        help="share of memory kept free for libraries (%(default)s)",
     )
     parser.add_argument(
         "--tflops", type=number(float, above=0), default=400, help="TFLOP/s a GPU reaches (%(default)s)"
     )
     parser.add_argument(
-        "--node-gb-s", type=number(float, above=0), default=350, help="GB/s a GPU sends in a node (%(default)s)"
+        "--node-gb-s", type=number(float, above=0), default=350, help="GB/s a GPU sends within its node (%(default)s)"
     )
     parser.add_argument(
-        "--network-gb-s", type=number(float, above=0), default=40, help="GB/s it sends beyond (%(default)s)"
+        "--network-gb-s", type=number(float, above=0), default=40, help="GB/s a GPU sends to other nodes (%(default)s)"
     )
-    parser.add_argument("--top", type=number(int, least=1), default=12, help="layouts that are listed (%(default)s)")
+    parser.add_argument("--top", type=number(int, least=1), default=12, help="number of layouts to list (%(default)s)")
     add_failure_options(parser)
     options = parser.parse_args(argv)
     given = {name: getattr(options, name) is not None for name in FAILURE_OPTIONS}
@@ -133,22 +133,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_failure_options(parser: CommandParser) -> None:
-    """Add the options of how GPUs fail and what a save costs; the three of ``FAILURE_OPTIONS`` belong together."""
+    """Add the options for failures and saves; the three of ``FAILURE_OPTIONS`` belong together."""
     positive = number(float, above=0)
     parser.add_argument("--mtbf-hours", type=positive, help="mean hours between failures of one GPU")
-    parser.add_argument("--save-seconds", type=positive, help="seconds that a save holds the steps up")
+    parser.add_argument("--save-seconds", type=positive, help="seconds that a save stops training")
     parser.add_argument("--start-seconds", type=positive, help="seconds from a failure to the first step")
     parser.add_argument(
         "--write-seconds",
         type=number(float, least=0),
         default=0.0,
-        help="seconds until a checkpoint is whole, behind the steps",
+        help="seconds until a checkpoint is complete, while training goes on",
     )
     parser.add_argument(
         "--straggler-loss",
         type=number(float, least=0, below=1),
         default=0.0,
-        help="share of a step that ranks wait for slow ones (%(default)s)",
+        help="share of a step that ranks wait for slow ranks (%(default)s)",
     )
 
 

@@ -5,8 +5,8 @@
 
 Input may be jsonl, txt (both also .gz, .zst, .xz, .bz2) and parquet: files, quoted globs, folders, or - for standard
 input. The output does not depend on --workers, nor on interruptions. After a failure, run the same command again: it
-goes on with the first file that is missing. After a success it does nothing. Exit code 2 means that there is a problem
-that you can mend, and that no dataset was written.
+goes on with the first file that is missing. After a success it does nothing. Exit code 2 means a problem that you can
+mend; no dataset was written then.
 
 On many machines, run `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
 `--merge-shards N`. The files are those that one process writes.

@@ -1,8 +1,8 @@
 """Run the commands from nothing to a trained model, one after the other, as a newcomer would (`make quickstart`).
 
-A step is skipped where its result exists and is newer than its inputs, so that an interrupted quickstart goes on where
-it stopped. It works in the current folder, with the shipped config `tiny`. The exit code is that of the first command
-that failed, 1 if the model is no better than an interpolated bigram model, and else 0.
+A step is skipped if its result exists and is newer than its inputs, so that an interrupted quickstart goes on where it
+stopped. It works in the current folder, with the shipped config `tiny`. The exit code is that of the first command that
+failed, 1 if the model is no better than an interpolated bigram model, and else 0.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Whether everything that the command makes is there and newer than what it reads."""
+        """Whether all files that the command makes exist and are newer than those that it reads."""
         if not self.made or not all(path.exists() for path in self.made):
             return False
         newest = max((path.stat().st_mtime_ns for path in self.source if path.exists()), default=0)

@@ -3,8 +3,8 @@
     megachiar tokenizer --input 'corpus/*.txt' --vocab-size 8000 --output tokenizer.model
 
 It writes a SentencePiece model (*.model), or a Hugging Face byte-level BPE (*.json). The same input and options give
-the same file, and a command that was done before does nothing. Exit code 2 means that there is a problem that you can
-mend, and that nothing was written.
+the same file, and a command that was done before does nothing. Exit code 2 means a problem that you can mend; nothing
+was written then.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megachiar.config.yaml_file import read_yaml, shown_path
 from megachiar.errors import UserError
 
 BASE = "base"
-Places = dict[tuple[str, ...], str]
+Locations = dict[tuple[str, ...], str]
 """Key path -> ``file:line`` where its value stands."""
 
 
@@ -30,36 +30,36 @@ class _File(NamedTuple):
 
     Attributes:
         path: the file.
-        mapping: what it says, without ``base``.
-        places: the place of each of its key paths.
+        mapping: its content, without ``base``.
+        locations: the location of each of its key paths.
         base: the file that it is based on; None without one.
     """
 
     path: Path
     mapping: dict[str, Any]
-    places: Places
+    locations: Locations
     base: Path | None
 
 
-def read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
+def read_with_bases(path: Path) -> tuple[dict[str, Any], Locations]:
     """Read the config at ``path`` and merge it over its bases.
 
     Returns:
-        the mapping without ``base``, and the place of each of its key paths.
+        the mapping without ``base``, and the location of each of its key paths.
 
     Raises:
         UserError: one of the files is missing, is no YAML mapping, or is its own base.
         ConfigError: a key stands twice in one mapping.
     """
     *over, lowest = _read_chain(path)
-    mapping, places = lowest.mapping, lowest.places
+    mapping, locations = lowest.mapping, lowest.locations
     for file in reversed(over):
         if isinstance(file.mapping.get("training"), dict):
             drop_other_lengths(mapping.get("training"), file.mapping["training"])
         mapping = _merge(mapping, file.mapping)
-        kept = {key: where for key, where in places.items() if not _is_replaced(key, file.mapping)}
-        places = {**kept, **file.places}
-    return mapping, places
+        kept = {key: where for key, where in locations.items() if not _is_replaced(key, file.mapping)}
+        locations = {**kept, **file.locations}
+    return mapping, locations
 
 
 def files_of(path: Path) -> list[Path]:
@@ -77,25 +77,25 @@ def _read_chain(path: Path) -> list[_File]:
     while (base := chain[-1].base) is not None:
         if base.resolve() in [file.path.resolve() for file in chain]:
             names = " -> ".join(str(each) for each in [*(file.path for file in chain), base])
-            place = chain[-1].places[(BASE,)]
-            raise UserError(place, f"a config cannot be its own base: {names}", "remove one of these bases")
+            location = chain[-1].locations[(BASE,)]
+            raise UserError(location, f"a config cannot be its own base: {names}", "remove one of these bases")
         chain.append(_read(base))
     for file in chain:
-        file.places.pop((BASE,), None)
+        file.locations.pop((BASE,), None)
     return chain
 
 
 def _read(path: Path) -> _File:
     mapping, lines = read_yaml(path)
-    places = {key: f"{shown_path(path)}:{line}" for key, line in lines.items()}
-    base = _find_base(path, mapping.pop(BASE), places[(BASE,)]) if BASE in mapping else None
-    return _File(path, mapping, places, base)
+    locations = {key: f"{shown_path(path)}:{line}" for key, line in lines.items()}
+    base = _find_base(path, mapping.pop(BASE), locations[(BASE,)]) if BASE in mapping else None
+    return _File(path, mapping, locations, base)
 
 
-def _find_base(path: Path, name: Any, place: str) -> Path:
-    """Return the file that the config at ``path`` is based on, which it calls ``name`` at ``place``."""
+def _find_base(path: Path, name: Any, location: str) -> Path:
+    """Return the file that the config at ``path`` is based on, which it calls ``name`` at ``location``."""
     if not isinstance(name, str) or not name:
-        raise UserError(place, f"base is {name!r}, not the path of a config", "write `base: other.yaml`")
+        raise UserError(location, f"base is {name!r}, not the path of a config", "write `base: other.yaml`")
     file = path.parent / Path(os.path.expandvars(name)).expanduser()
     if file.is_file():
         return file
@@ -103,7 +103,7 @@ def _find_base(path: Path, name: Any, place: str) -> Path:
     if (known := name.removesuffix(".yaml")) in shipped:
         return shipped[known]
     raise UserError(
-        place,
+        location,
         f"base {name} is neither a file ({file}) nor a shipped config ({', '.join(shipped)})",
         "name a file by its path from the folder of this one",
     )

@@ -1,4 +1,4 @@
-"""Checks over several keys and sections, for what the type of a single key cannot say.
+"""Checks over several keys and sections, which the type of a single key cannot express.
 
 Each check names the sections that it needs as its arguments, and runs when all of them could be typed.
 """
@@ -231,7 +231,7 @@ def sequence_rows(
 
 
 def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[Problem]:
-    """Check that gradients, master weights and loss scale suit the type that is computed in."""
+    """Check that gradients, master weights and loss scale suit the compute type."""
     compute, accumulation = precision.compute, precision.gradient_accumulation
     if accumulation not in ("fp32", compute):
         yield Problem(
@@ -292,7 +292,7 @@ def best_checkpoint(checkpoint: CheckpointConfig, data: DataConfig, training: Tr
 
 
 def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
-    """Check that a run that is to load everything is told from where."""
+    """Check that ``checkpoint.load: all`` comes with ``checkpoint.load_from``."""
     if checkpoint.load == "all" and checkpoint.load_from is None:
         yield Problem(
             "checkpoint.load",

@@ -40,7 +40,7 @@ REPLACED = {
     "amp": "precision.compute",
     "activation_checkpointing": "training.activation_checkpoint_interval",
 }
-# Raw keys by which DeepSpeed measures or logs by itself. They would make a second set of curves or figures beside ours.
+# Raw keys that let DeepSpeed measure or log by itself. It would make a second set of curves or figures beside ours.
 _CURVES = "logging.tensorboard, or read metrics.jsonl in the run folder"
 MONITORS = {
     "tensorboard": _CURVES,

@@ -1,4 +1,4 @@
-"""The error that reports everything that is wrong with a config at once."""
+"""The error that reports all problems of a config at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Problem:
 
     Attributes:
         key: the dotted path, such as ``model.num_layers``.
-        message: what is wrong, with the value and the limit.
-        remedy: what the reader can change.
+        message: the problem, with the value and the limit.
+        remedy: the change that the reader can make.
     """
 
     key: str
@@ -28,7 +28,7 @@ class ConfigError(UserError):
 
     Args:
         source: the name of the config.
-        located: each problem with its place, which is a file and line or an override.
+        located: each problem with its location, which is a file and line or an override.
     """
 
     same_on_every_rank = True
@@ -37,7 +37,7 @@ class ConfigError(UserError):
         self.source, self.located = source, located
         self.problems = [problem for _, problem in located]
         count = f"{len(located)} problem{'s' if len(located) != 1 else ''}"
-        lines = [f"{place}: {p.key}: {p.message}\n    remedy: {p.remedy}" for place, p in located]
+        lines = [f"{location}: {p.key}: {p.message}\n    remedy: {p.remedy}" for location, p in located]
         super().__init__(source, f"{count}\n" + "\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""One YAML file is one run: read it with its bases, type it, check it, and report everything that is wrong at once."""
+"""One YAML file is one run: read it with its bases, type it, check it, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.config import checks
-from megachiar.config.bases import Places, read_with_bases
+from megachiar.config.bases import Locations, read_with_bases
 from megachiar.config.deepspeed import contradictions
 from megachiar.config.errors import ConfigError, Problem
 from megachiar.config.overrides import Overridden, apply_overrides
@@ -29,27 +29,27 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: names all problems of the content together.
     """
     path = Path(path)
-    mapping, places = read_with_bases(path)
-    return parse_with_overrides(mapping, overrides, str(path), places)
+    mapping, locations = read_with_bases(path)
+    return parse_with_overrides(mapping, overrides, str(path), locations)
 
 
 def parse_with_overrides(
-    mapping: dict[str, Any], overrides: Sequence[str], source: str, places: Places | None = None
+    mapping: dict[str, Any], overrides: Sequence[str], source: str, locations: Locations | None = None
 ) -> RunConfig:
     """Apply overrides to a mapping without ``base`` and check everything; see ``load_config`` and ``parse_config``."""
     overridden, problems = apply_overrides(mapping, overrides)
     if problems:  # what else is wrong may follow from them
-        raise _error(source, problems, places or {}, overridden)
+        raise _error(source, problems, locations or {}, overridden)
     data = mapping.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         data["train"] = read_source_list(Path(data["train"]))
-    return parse_config(mapping, source, places, overridden)
+    return parse_config(mapping, source, locations, overridden)
 
 
 def parse_config(
     mapping: dict[str, Any],
     source: str,
-    places: Places | None = None,
+    locations: Locations | None = None,
     overridden: Overridden | None = None,
 ) -> RunConfig:
     """Turn a mapping into a checked ``RunConfig``.
@@ -57,7 +57,7 @@ def parse_config(
     Args:
         mapping: the content of a config without ``base``.
         source: the name of the config in messages.
-        places: file and line of each key path.
+        locations: file and line of each key path.
         overridden: the override that set each key path.
 
     Raises:
@@ -70,11 +70,13 @@ def parse_config(
         problems += contradictions(config)
         if not problems:
             return config
-    raise _error(source, problems, places or {}, overridden or {})
+    raise _error(source, problems, locations or {}, overridden or {})
 
 
-def _error(source: str, problems: Sequence[Problem], places: Places, overridden: Overridden) -> ConfigError:
-    return ConfigError(source, [(_place(problem.key, source, places, overridden), problem) for problem in problems])
+def _error(source: str, problems: Sequence[Problem], locations: Locations, overridden: Overridden) -> ConfigError:
+    return ConfigError(
+        source, [(_location(problem.key, source, locations, overridden), problem) for problem in problems]
+    )
 
 
 def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
@@ -84,13 +86,13 @@ def _with_steps_of_tokens(config: RunConfig) -> RunConfig:
     return config.with_steps(steps_of_tokens(tokens, config.training.global_batch_size, config.sequence_length))
 
 
-def _place(key: str, source: str, places: Places, overridden: Overridden) -> str:
+def _location(key: str, source: str, locations: Locations, overridden: Overridden) -> str:
     """Return the override that set ``key`` or a section around it, else ``file:line`` of its longest known part.
 
     A key that no file has comes from an override of something below it.
     """
     parts = tuple(key.split("."))
-    if parts not in places:
+    if parts not in locations:
         below = (override for path, override in overridden.items() if path[: len(parts)] == parts)
         if (override := next(below, None)) is not None:
             return f"--set {override}"
@@ -98,4 +100,4 @@ def _place(key: str, source: str, places: Places, overridden: Overridden) -> str
     for part in parents:
         if part in overridden:
             return f"--set {overridden[part]}"
-    return next((places[part] for part in parents if part in places), source)
+    return next((locations[part] for part in parents if part in locations), source)

@@ -56,8 +56,8 @@ class RouterConfig(Section):
 class AttentionConfig(Section):
     keys: Literal["all", "routed"] = "all"
     """Which tokens of a routed layer give keys and values. all: every token, as published. routed: those that take
-    attention, so that a token sent to DCT mixing costs attention nothing and takes no room in its cache; what it holds
-    reaches others through layers that attend to all."""
+    attention. A token sent to DCT mixing then costs attention nothing and takes no room in its cache. Its information
+    reaches other tokens through layers that attend to all."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding, in tokens: pair i of n turns by base^(-i/n) radians a token."""
 
@@ -73,9 +73,9 @@ class MetaRouterConfig(Section):
     """The gate g of layer 1: x <- g * layer1(x) + (1 - g) * x with g = sigmoid(v . mean(x) + b)."""
 
     pool: Literal["batch", "causal", "none"] = "causal"
-    """What the mean runs over. batch: all tokens of the micro-batch, later ones included, as published: training leaks
-    the future into the gate, and logits depend on what else is in the batch. causal: the prefix of the same sequence.
-    none: no gate, layer 1 is always used."""
+    """The tokens that the mean runs over. batch: all tokens of the micro-batch, later ones included, as published:
+    training leaks the future into the gate, and logits depend on the other sequences of the batch. causal: the prefix
+    of the same sequence. none: no gate, layer 1 is always used."""
     init: Literal["intended", "published"] = "intended"
     """intended: v = 0, b = 2 (g = 0.88). published: v ~ normal(0, initializer_std), b = 0 (g = 0.5)."""
 

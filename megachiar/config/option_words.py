@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megachiar.config.foreign_keys import foreign_key, normalized
-from megachiar.config.typed_sections import own_keys
+from megachiar.config.typed_sections import config_keys
 
 OPTIONS = {
     "preprocess": {
@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 class MeantKey(NamedTuple):
-    """What an option that no command has means in a config.
+    """The keys of a config that an unknown option may stand for.
 
     Attributes:
         keys: the dotted keys of a config that it can mean; empty where there is nothing to set.
@@ -54,5 +54,5 @@ def meant_key(option: str) -> MeantKey | None:
     row = foreign_key([option])
     if row is not None:
         return MeantKey(row.ours.split(), row.stacks, row.how)
-    own = own_keys().get(normalized(option))
-    return MeantKey(own) if own else None
+    keys = config_keys().get(normalized(option))
+    return MeantKey(keys) if keys else None

@@ -1,6 +1,6 @@
 """``--set a.b=value``: one key of a config gets another value than its file says.
 
-All overrides together are one layer over the file, as a file is one over its base: a length of the run in them replaces
+All overrides together are one layer over the file, as a file is one over its base. A length of the run in them replaces
 the file's, and two lengths in them contradict each other.
 """
 
@@ -25,7 +25,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
     """Set the keys of ``overrides`` in ``mapping``, a later one over an earlier one.
 
     Returns:
-        the override that set each key path, and what is wrong with all of them together.
+        the override that set each key path, and the problems of all of them together.
 
     Raises:
         UserError: as ``apply_override``.

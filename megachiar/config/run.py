@@ -30,7 +30,7 @@ class RunConfig(Section):
     model: ModelConfig
     """What is trained."""
     data: DataConfig
-    """What the model is trained and validated on."""
+    """The data that the model is trained and validated on."""
     parallel: ParallelConfig = ParallelConfig()
     """How the work is split over ranks. It changes speed and memory alone."""
     precision: PrecisionConfig = PrecisionConfig()
@@ -42,14 +42,14 @@ class RunConfig(Section):
     training: TrainingConfig
     """How long the run is, how much a step reads, and how often the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run saves and what it starts from."""
+    """When the run saves, and the checkpoint that it starts from."""
     reliability: ReliabilityConfig = ReliabilityConfig()
     """How the run notices that something is wrong, and what it does."""
     logging: LoggingConfig
-    """The run folder and what is written to it."""
+    """The run folder and the files written to it."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused. DeepSpeed has no list of
-    them and ignores a section whose name it does not know, so check the spelling."""
+    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused. DeepSpeed ignores a
+    section whose name it does not know, so check the spelling."""
 
     @property
     def sample_order(self) -> str:

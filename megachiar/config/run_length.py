@@ -4,8 +4,8 @@
     training.tokens     ceil(tokens / (global_batch_size * sequence_length)), resolved when the config is read
     training.epochs     ceil(epochs * samples / global_batch_size), resolved when the data is there to be measured
 
-``samples`` are those that one pass over every source of ``data.train`` holds, all sources together. A run that needs
-a part of a step takes the whole one. The resolved config keeps what was asked for beside its steps.
+``samples`` is the number of samples in one pass over every source of ``data.train``, all sources together. Steps are
+rounded up. The resolved config keeps the given length beside its steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from megachiar.config.sections import TrainingConfig
 
 LENGTHS = ("epochs", "tokens", "steps")
-"""The keys of ``training`` of which a config gives one, those that make steps first."""
+"""The keys of ``training`` that give the length of a run. A config has one of them; those that become steps come
+first."""
 
 
 def steps_of_tokens(tokens: int, global_batch_size: int, sequence_length: int) -> int:
@@ -26,7 +27,7 @@ def steps_of_tokens(tokens: int, global_batch_size: int, sequence_length: int) -
 
 
 def samples_of_epochs(epochs: float, samples_per_epoch: int) -> int:
-    """Return the samples of so many passes over all data; ``epochs`` counts as the decimal number it is written as."""
+    """Return the number of samples of ``epochs`` passes over all data; ``epochs`` counts as its decimal notation."""
     return math.ceil(Fraction(repr(epochs)) * samples_per_epoch)
 
 

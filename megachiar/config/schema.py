@@ -1,4 +1,4 @@
-"""The JSON schema by which an editor completes and checks a config."""
+"""The JSON schema that lets an editor complete and check a config."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ class DataConfig(Section):
     """keyed: a pure function of seed and position, without an index. megatron: megatron-core's own order, index for
     index, which depends on the number of samples of the whole run."""
     on_change: Literal["refuse", "continue"] = "refuse"
-    """What to do where sources, weights, sequence length or batch differ from those that the run was saved with.
-    refuse: end with a message. continue: read each source from where it was left, which the keyed order alone can."""
+    """How to continue a run whose sources, weights, sequence length or batch differ from the saved ones. refuse: end
+    with a message. continue: read each source from where it stopped, which only the keyed order can."""
     max_epochs: PositiveFloat | None = None
-    """Passes over a source beyond which the run is refused before it starts. When not given, more than 4 are reported,
-    since up to 4 repeated text is nearly as good as new (arXiv:2305.16264)."""
+    """The most passes over a source; a run with more is refused before it starts. When not given, more than 4 are
+    reported, since up to 4 repeated text is nearly as good as new (arXiv:2305.16264)."""
     validation: Annotated[
         dict[str, ConfigPath], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
     ] = {}
@@ -48,8 +48,8 @@ class DataConfig(Section):
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: ConfigPath | None = None
-    """Tokenizer file or folder. When not given, the one that the first manifest of a source names. Its kind and the
-    token that ends a document are those of that manifest."""
+    """Tokenizer file or folder; when not given, the one that the first manifest of a source names. That manifest also
+    gives its kind and the token that ends a document."""
     document_mask: bool = False
     """Let no token attend to another document, though a sample holds the ends and beginnings of several."""
     document_end: NonNegativeInt | None = None
@@ -88,7 +88,7 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights, activations and gradients in a step. bf16 and fp16 keep fp32 master weights."""
     gradient_accumulation: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type in which gradients are summed over micro-batches."""
+    """Type of the sum of gradients over micro-batches."""
     loss_scale: PositiveFloat | Literal["dynamic"] = "dynamic"
     """fp16 only: a fixed factor on the loss, or one that follows overflows."""
     initial_loss_scale: PositiveFloat = 65536.0
@@ -106,9 +106,9 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay. Biases, norms and DCT filters have no decay."""
 
     learning_rate: PositiveFloat
-    """Peak learning rate, which is about what a step changes a weight by."""
+    """Peak learning rate; a step changes a weight by about as much."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
-    """Factors by which the running means of the gradient and of its square shrink in a step."""
+    """Decay factors, per step, of the running means of the gradient and of its square."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the mean squared gradient that a step is divided by, in units of the gradient."""
     weight_decay: NonNegativeFloat = 0.01
@@ -142,12 +142,13 @@ class TrainingConfig(Section):
     """Optimizer steps of the run. Step N is the N-th of the run, counted from 1, in the log, in metrics, in the name of
     a checkpoint and as an argument of every tool."""
     tokens: PositiveInt | None = None
-    """Tokens of the run in place of its steps, which are tokens / (global_batch_size * sequence length), rounded up. A
-    run that changes batch or length on its way counts as if it had had the present ones from the beginning."""
+    """Tokens of the run instead of its steps, which are tokens / (global_batch_size * sequence length), rounded up. If
+    batch or length change during a run, the present ones count from its beginning."""
     epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Epochs of the run in place of its steps. One epoch is as many samples as one pass over every source of data.train
-    holds together; steps are epochs * samples / global_batch_size, rounded up. Single sources are passed over more or
-    less often, by their weights, and the log says how often. Steps are known where the datasets are."""
+    """Epochs of the run instead of its steps. One epoch has as many samples as one pass over every source of
+    data.train, all sources together. Steps are epochs * samples / global_batch_size, rounded up. Single sources are
+    passed over more or less often, by their weights, and the log says how often. Steps are known where the datasets
+    are."""
     global_batch_size: PositiveInt
     """Sequences a step, over all ranks and micro-batches."""
     micro_batch_size: PositiveInt
@@ -161,8 +162,8 @@ class TrainingConfig(Section):
     threads: PositiveInt | None = None
     """CPU threads of each rank; when not given, OMP_NUM_THREADS, else the cores shared out among ranks."""
     activation_checkpoint_interval: PositiveInt | None = None
-    """Keep only the input of each so many layers in the forward pass and compute the rest once more in the backward
-    pass; null keeps all activations."""
+    """Number of layers that are recomputed together in the backward pass; of each such group only the input is kept.
+    null keeps all activations."""
     compile: Literal["inductor", "aot_eager"] | None = None
     """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null compiles nothing. inductor
     needs a C++ compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
@@ -197,10 +198,11 @@ class CheckpointConfig(Section):
     has one. A number: go back to the checkpoint of this step; later ones are set aside. A run that has saved since
     goes on from its newest, so that it can be started again with the same number."""
     load_from: ConfigPath | None = None
-    """Checkpoint to start from, or a run folder, whose newest one counts. A run that has saved goes on from its own."""
+    """Checkpoint to start from, or a run folder, for its newest checkpoint. A run with checkpoints of its own continues
+    from those."""
     load: Literal["weights", "all"] = "weights"
-    """What load_from loads. weights: the weights alone; optimizer, schedule, steps and data begin anew. all: optimizer,
-    loss scale, steps taken and the position in the data as well, as if this run continued that one."""
+    """The parts that load_from loads. weights: the weights alone; optimizer, schedule, steps and data begin anew. all:
+    optimizer, loss scale, steps taken and the position in the data as well, as if this run continued that one."""
 
 
 class LoggingConfig(Section):

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from megachiar.config.errors import Problem
 from megachiar.config.run import RunConfig
-from megachiar.config.unknown_keys import OwnKeys, unknown_key
+from megachiar.config.unknown_keys import ConfigKeys, unknown_key
 
 
 def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -26,7 +26,7 @@ def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
     fields = RunConfig.model_fields
     for name, value in mapping.items():
         if name not in fields:
-            problems += unknown_key((str(name),), value, list(fields), own_keys())
+            problems += unknown_key((str(name),), value, list(fields), config_keys())
     for name, field in fields.items():
         value = mapping.get(name)
         section = section_class(field.annotation)
@@ -57,20 +57,20 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 @functools.cache
-def own_keys() -> OwnKeys:
+def config_keys() -> ConfigKeys:
     """Return the dotted keys of a config by their last name."""
-    own: OwnKeys = {}
+    keys: ConfigKeys = {}
 
     def walk(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
             inner = section_class(field.annotation)
             if inner is None:
-                own.setdefault(name, []).append(f"{prefix}{name}")
+                keys.setdefault(name, []).append(f"{prefix}{name}")
             elif get_origin(field.annotation) is None:  # the keys of a list's items belong in the list alone
                 walk(inner, f"{prefix}{name}.")
 
     walk(RunConfig, "")
-    return own
+    return keys
 
 
 def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) -> tuple[BaseModel | None, list[Problem]]:
@@ -84,7 +84,7 @@ def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) ->
 
 
 def _by_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], list[ErrorDetails]]]:
-    """Return what is wrong with each key path; a union reports each of its arms."""
+    """Return the problems of each key path; a union reports each of its arms."""
     kept: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         kept.setdefault(tuple(_key_path(detail, value)), []).append(detail)
@@ -113,7 +113,7 @@ def _problems_of(section: type[BaseModel], path: tuple[str, ...], arms: list[Err
     key, detail = ".".join(path), arms[0]
     if detail["type"] == "extra_forbidden":
         known = list(_class_at(section, path[1:-1]).model_fields)
-        yield from unknown_key(path, detail["input"], known, own_keys())
+        yield from unknown_key(path, detail["input"], known, config_keys())
         return
     if detail["type"] == "missing":
         parent = ".".join(path[:-1])
@@ -142,11 +142,11 @@ _WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
 }
-"""What a value must be, by pydantic's name of the problem; others are told in pydantic's words."""
+"""The expected value, by pydantic's name of the problem; other problems keep pydantic's words."""
 
 
 def _wanted(detail: ErrorDetails) -> str:
-    """Return what a value must be, as a noun."""
+    """Return the expected value, as a noun."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
         several = " or " in context["expected"]

@@ -20,7 +20,7 @@ from megachiar.errors import UserError
 Lines = dict[tuple[str, ...], int]
 """Key path -> line, counted from 1."""
 STANDARD_INPUT = Path("-")
-"""The path by which a command line names standard input."""
+"""The path that stands for standard input on a command line."""
 PIPE_TIMEOUT_S = 30.0
 """Seconds to wait for the next bytes of a pipe."""
 
@@ -172,9 +172,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         mapping = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
+        location = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
         detail = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise UserError(place, f"not valid YAML: {detail}", "mend the syntax at this place") from None
+        raise UserError(location, f"not valid YAML: {detail}", "mend the syntax at this place") from None
     if not isinstance(mapping, dict):
         raise UserError(
             shown,

@@ -75,10 +75,10 @@ class TextSampler:
 
     Attributes:
         tokenizer: of the run.
-        end: id that ends a text, and that stands in for an empty prompt; None if nothing names such a token.
+        end: id that ends a text, and that replaces an empty prompt; None if nothing names such a token.
 
     Raises:
-        UserError: the run's tokenizer is missing, or another one is in its place.
+        UserError: the run's tokenizer is missing or was replaced by another one.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, model: ChiarFormer):

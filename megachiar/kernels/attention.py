@@ -11,8 +11,8 @@
     DROPOUT       dropout_attention     dropout of probabilities without Triton
     MASKED_SDPA   masked_sdpa           what is left: the reference of the others
 
-Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence (the newest S of the T positions where nothing
-is routed), n = routed rows, h = heads, c = channels of a head.
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, n = routed rows, h = heads, c = channels of a
+head. Where nothing is routed, the queries are the newest S of the T positions.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megachiar.kernels.masked_sdpa import masked_sdpa
 from megachiar.kernels.routed_rows import Packing, RoutedRows
 
 ROUTED_KEYS_BY_TRITON = 2048
-"""Tokens of a sequence up to which routed rows that attend to each other go to the Triton kernel, which reads them as
-they lie. Those of longer sequences are packed for torch's kernel, whose backward pass is 1.5 times as fast at length
-(427 against 285 TFLOP/s on an H200). The limit was set by these rates; the two ways were not timed side by side."""
+"""The most tokens of a sequence whose routed rows attend to each other by the Triton kernel, which needs no packing.
+Rows of longer sequences are packed for torch's kernel, whose backward pass is 1.5 times as fast at length (427 against
+285 TFLOP/s on an H200). The limit was set by these rates; the two ways were not timed side by side."""
 
 PLAIN = AttentionOptions()
 
@@ -49,10 +49,10 @@ class Backend(Enum):
 def choose_backend(
     q: torch.Tensor, options: AttentionOptions, rows: RoutedRows | None = None, keys_are_routed: bool = False
 ) -> Backend:
-    """Choose the backend of an attention product: the one place where this is decided.
+    """Choose the backend of an attention product; nothing else decides this.
 
     Args:
-        q: queries (..., c), of which device, type and c count.
+        q: queries (..., c); the choice depends on their device, type and c.
         options: of the product.
         rows: the routed rows whose queries these are; None for all rows.
         keys_are_routed: whether the keys belong to the routed rows alone.
@@ -212,7 +212,7 @@ def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 def _routed_by_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RoutedRows, options: AttentionOptions
 ) -> torch.Tensor:
-    """Compute ``routed_attention`` by the Triton kernels, which read keys and values where they lie."""
+    """Compute ``routed_attention`` by the Triton kernels, which read keys and values without copying them."""
     keys, queries = k.shape[2], rows.length
     indices = rows.indices.int()
     last_seen, first_seen = indices, options.document_starts
@@ -238,7 +238,7 @@ def _by_triton(
     row_layout: triton_attention.RowLayout,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Compute (n, h, c) from queries (n, h, c) and keys and values (m, h, c) that lie as rows."""
+    """Compute (n, h, c) from queries (n, h, c) and keys and values (m, h, c) that are stored as rows."""
     mask = None
     if options.dropout is not None and options.drops:
         mask = triton_attention.Mask.of(options.dropout, options.first_head, q.shape[1], row_layout.longest_keys)

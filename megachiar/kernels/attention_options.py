@@ -1,4 +1,4 @@
-"""What attention is given besides queries, keys and values: one value for all backends."""
+"""The options of attention besides queries, keys and values: one value for all backends."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class AttentionOptions(NamedTuple):
         dropout: dropout of attention probabilities, with one key a query row; None for no dropout.
         first_head: number of the first head of the queries, where ranks share the heads; it enters the dropout keys.
         scale: factor of the products of queries and keys; 1 / sqrt(c) if None.
-        document_starts: int64, position at which the document of each query begins: it sees no key before. None where
-            each sequence is one document.
+        document_starts: int64, first position of each query's document; the query sees no earlier key. None where each
+            sequence is one document.
     """
 
     dropout: KeyedDropout | None = None

@@ -1,7 +1,8 @@
 """Attention of rows to the keys up to their own on a CPU: in pieces that PyTorch's flash kernel computes in place.
 
 The queries of a sequence ascend, so that the second half of them sees every key before the middle query. That rectangle
-needs no mask. What is left are two smaller problems of the same kind, down to leaves, whose products are masked:
+needs no mask. Two smaller problems of the same kind remain. They are cut alike, down to leaves, whose products are
+masked:
 
     queries                               a leaf's mask: a query sees no key behind itself
       |  leaf                             and none before its document; documents are cut
@@ -11,7 +12,7 @@ needs no mask. What is left are two smaller problems of the same kind, down to l
       v                      keys ->
 
 Each piece is one call of the kernel for all heads. A query's results over its pieces are weighted by their softmax
-sums, and in the backward pass each piece works with the sums over all pieces. Rows are read where they lie: nothing is
+sums, and in the backward pass each piece works with the sums over all pieces. Rows are read without copies: nothing is
 packed or padded, and no mask is kept.
 
 Shapes: n = rows (queries), B = sequences, T = keys of a sequence, h = heads, c = channels of a head; of one piece: s
@@ -33,12 +34,12 @@ LEAF = 288
 """Most queries of a masked piece. It is a bit more than a power of two: where about half of the tokens of such a length
 are routed, they are one leaf, or two."""
 SMALL = 256
-"""Queries below which the backward pass of a rectangle is faster in fp32 than in 16 bits, as it is for all leaves."""
+"""With fewer queries the backward pass of a rectangle is faster in fp32 than in 16 bits, as it is for all leaves."""
 MOST_PADDED = 1.25
 """The most that padding may multiply the number of queries by, where sequences of few queries share one call."""
 CAUSAL_FROM = 768
-"""Queries from which on the kernel's own causal mask is fastest, where every token of a stretch is a query: the kernel
-takes larger blocks then."""
+"""With at least so many queries the kernel's own causal mask is fastest, where every token of a stretch is a query: the
+kernel takes larger blocks then."""
 ROUNDED_TO = 32
 """Queries and keys of 16-bit products are rounded up to a multiple of this: oneDNN compiles a kernel for each size."""
 
@@ -50,7 +51,8 @@ class QuerySpans(NamedTuple):
         query_starts: B + 1 ints: rows ``query_starts[b]`` to ``query_starts[b + 1]`` are of sequence b.
         last_seen: (n,) int64, the last key that each row sees; ascending in a sequence.
         first_seen: (n,) int64, the first one; None if that is 0.
-        key_starts: the same as ``query_starts`` for keys that lie as rows; None if they are a (B, h, T, c) tensor.
+        key_starts: the same as ``query_starts`` for keys that are stored as rows; None if they are a (B, h, T, c)
+            tensor.
     """
 
     query_starts: list[int]
@@ -83,13 +85,13 @@ class _Together(NamedTuple):
     Attributes:
         sequences: B.
         length: S, the number of queries that each sequence is padded to.
-        place: (n,) int64, index of each row among the B * S padded ones.
+        padded_rows: (n,) int64, index of each row among the B * S padded ones.
         last_seen, first_seen: (B, S), as in ``QuerySpans``.
     """
 
     sequences: int
     length: int
-    place: torch.Tensor
+    padded_rows: torch.Tensor
     last_seen: torch.Tensor
     first_seen: torch.Tensor | None
 
@@ -105,16 +107,16 @@ class _Together(NamedTuple):
         if not 1 < len(counts) <= MOST_PADDED * len(spans.last_seen) / length or length > LEAF:
             return None
         shift = [b * length - start for b, start in enumerate(spans.query_starts[:-1])]
-        place = torch.arange(len(spans.last_seen))
-        place += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(place))
+        padded_rows = torch.arange(len(spans.last_seen))
+        padded_rows += torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=len(padded_rows))
 
         def padded(seen: torch.Tensor, of_padding: int) -> torch.Tensor:
-            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, place, seen).view(-1, length)
+            return seen.new_full((len(counts) * length,), of_padding).index_copy_(0, padded_rows, seen).view(-1, length)
 
         return cls(
             sequences=len(counts),
             length=length,
-            place=place,
+            padded_rows=padded_rows,
             last_seen=padded(spans.last_seen, k.shape[2] - 1),  # padding sees all: its sums are finite
             first_seen=padded(spans.first_seen, 0) if spans.first_seen is not None else None,
         )
@@ -125,13 +127,13 @@ class _Together(NamedTuple):
             whole = x.to(dtype)
         else:
             whole = x.new_zeros(self.sequences * self.length, *x.shape[1:], dtype=dtype)
-            whole.index_copy_(0, self.place, x.to(dtype))
+            whole.index_copy_(0, self.padded_rows, x.to(dtype))
         return whole.unflatten(0, (self.sequences, self.length)).transpose(1, 2)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Invert ``padded``: take (n, h, c) out of (B, h, S, c), or (n, h) out of (B, h, S)."""
         whole = x.transpose(1, 2).flatten(0, 1)
-        return whole if len(whole) == len(self.place) else whole.index_select(0, self.place)
+        return whole if len(whole) == len(self.padded_rows) else whole.index_select(0, self.padded_rows)
 
     def mask(self, keys: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the mask (B, 1, S, T) that is added to the products."""
@@ -416,16 +418,16 @@ def _by_head(x: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Put zeros after the rows of a piece, as products in ``dtype`` want it. The gradient of such rows is zero too."""
+    """Pad the rows of a piece with zeros for products in ``dtype``. The gradient of such rows is zero too."""
     missing = -len(x) % _rounding(dtype)
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x
 
 
 def _rounding(dtype: torch.dtype) -> int:
-    """Return what the queries and keys of products in ``dtype`` are rounded up to a multiple of."""
+    """Return the number whose multiples the counts of queries and keys are rounded up to, for products in ``dtype``."""
     return ROUNDED_TO if dtype.itemsize == 2 else 1
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which results of pieces are summed: fp32, or fp64 for fp64."""
+    """Return the type for sums of the pieces' results: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -21,11 +21,11 @@ CACHED_BYTES, CACHED_ROWS = 32 * 2**20, 512
 
 PAGE, SPARE = 4096, 64
 """On a CPU, rows of logits whose bytes are a multiple of PAGE get SPARE more columns. Rows that all start at one offset
-in a page would compete for one part of the cache, and the head's products would take 4 to 14 % longer (V 8192 to 32768
-on Zen 3)."""
+in a page would compete for one part of the cache. The head's products would take 4 to 14 % longer (V 8192 to 32768 on
+Zen 3)."""
 
 SMALLEST_SHARE = 1e-30
-"""A share of a softmax in fp32 well above those that lose digits: the logarithm of such a share is exact enough."""
+"""A probability of a softmax in fp32 whose logarithm is exact enough; much smaller ones lose digits."""
 
 
 class Vocabulary(Protocol):
@@ -120,9 +120,9 @@ def _columns(device: str, vocabulary: int, width: int) -> int:
 def buffer_bytes(
     rows: int, channels: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", by_triton: bool = False
 ) -> int:
-    """Return the bytes that the loss takes at most for itself, beside what it is given and the gradient of ``hidden``.
+    """Return the peak bytes that the loss allocates, without its inputs and the gradient of ``hidden``.
 
-    The most of three moments, at each of which the weight's gradient (V, d) is there in fp32:
+    It is the largest of three sums, one for each moment. All include the weight's gradient (V, d) in fp32, and these:
 
         softmax of a chunk      logits (n, V) and softmax (n, V) in fp32; logits of 16 bits also as a copy in fp32
         gradient of a chunk     slope (n, V); of 16 bits also an addend (V, d) of the weight's gradient
@@ -168,7 +168,7 @@ def _losses_and_slope(
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute logits (n, V), which SPARE columns of -inf may follow."""
+    """Compute logits (n, V); SPARE columns of -inf may follow them."""
     vocabulary = len(weight)
     columns = _columns(hidden.device.type, vocabulary, hidden.element_size())
     if columns == vocabulary:
@@ -185,7 +185,7 @@ def _by_torch(
     """Compute the losses of a chunk and their derivatives.
 
     Args:
-        logits: (n, V), which columns of -inf may follow.
+        logits: (n, V); columns of -inf may follow.
         target: (n,) int64, by the rows of the weight; negative where another part of the vocabulary has it, or none.
         counted: (n,) bool, whether a row counts.
         part_of: the part of the vocabulary; None for all of it.
@@ -208,9 +208,9 @@ def _by_torch(
     at_target = at_target.masked_fill_(elsewhere, 0)
     factor = counted[:, None].to(wide)
     if part_of is not None:
-        own = scale
+        scale_of_shard = scale
         scale, at_target = (t[:, None] for t in part_of.merge(scale[:, 0], at_target[:, 0]))
-        factor = factor * (own - scale).exp()
+        factor = factor * (scale_of_shard - scale).exp()
     if part_of is not None or counted.device.type != "cpu" or not counted.all():
         slope *= factor
     slope.scatter_add_(-1, target, (elsewhere.to(wide) - 1) * counted[:, None])

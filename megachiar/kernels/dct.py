@@ -3,12 +3,12 @@
     X_k = a_k sum_n x_n cos(pi (n + 1/2) k / d)      a_0 = sqrt(1/d), a_k = sqrt(2/d)
 
 As a matrix it is ``X = C x`` with ``C`` orthogonal: the inverse is ``C^T``, and the gradient of one transform is the
-other. There are two ways to compute it: the product with ``C`` (2 d^2 FLOPs, what a GPU does best), and a real FFT of
-the same length after one permutation (Makhoul 1980; about 2.5 d log2 d FLOPs, what a CPU does best from ``FFT_FROM``
-channels).
+other. There are two ways to compute it. A GPU is fastest with the product with ``C`` (2 d^2 FLOPs). A CPU is fastest,
+from ``FFT_FROM`` channels on, with a real FFT of the same length after one permutation (Makhoul 1980; about 2.5 d log2
+d FLOPs).
 
-Most uses of a spectrum do not need it in order. ``packed_dct`` leaves its numbers where the transform has them. The
-product has them in order. The FFT has them as real and imaginary parts of the half spectrum:
+Most uses of a spectrum do not need it in order. ``packed_dct`` returns its numbers in the order of the transform. The
+product gives them by frequency. The FFT gives them as real and imaginary parts of the half spectrum:
 
     X_0 . X_1 X_{d-1} X_2 X_{d-2} ...        "." is 0, and an even d has X_{d/2} twice; signs differ
 
@@ -27,8 +27,8 @@ import torch
 from megachiar.kernels.tables import cached_table
 
 FFT_FROM = 128
-"""Channels from which the FFT is faster than the matrix product on a CPU (2048 rows, transform and inverse: 1.5 against
-1.8 ms at 128 channels, 1.2 against 0.9 ms at 96)."""
+"""With at least so many channels the FFT is faster than the matrix product on a CPU (2048 rows, transform and inverse:
+1.5 against 1.8 ms at 128 channels, 1.2 against 0.9 ms at 96)."""
 
 WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 """Whether this torch can return products of 16-bit numbers in fp32 (``out_dtype`` of ``torch.mm``, on a GPU)."""
@@ -41,7 +41,7 @@ def dct(x: torch.Tensor) -> torch.Tensor:
     if not by_fft(d, x.device):
         return spectrum
     tables = _fft_tables(d, x.device, spectrum.dtype)
-    return spectrum.index_select(-1, tables.place) * tables.sign
+    return spectrum.index_select(-1, tables.packed_index) * tables.sign
 
 
 def idct(spectrum: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def unpacked(numbers: torch.Tensor, d: int) -> torch.Tensor:
     """Invert ``packed``: take the numbers (d,) of the frequencies out of (P,)."""
     if not by_fft(d, numbers.device):
         return numbers
-    return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).place)
+    return numbers.index_select(0, _fft_tables(d, numbers.device, torch.float32).packed_index)
 
 
 def packed_power(spectrum: torch.Tensor, d: int, dc_weight: float = 1.0) -> torch.Tensor:
@@ -162,14 +162,14 @@ def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 
 class _FftTables(NamedTuple):
-    """What the FFT needs for one length.
+    """The tables that the FFT needs for one length.
 
     Attributes:
         order, inverse_order: (d,) Makhoul's permutation and its inverse.
         twiddle, inverse_twiddle: (d // 2 + 1,) complex factors, scaled so that the transform is orthonormal.
-        frequency: (P,) the frequency whose number is at each place of a packed spectrum.
-        place, sign: (d,) the place of each frequency's number, and the factor that makes it ``X_k``.
-        filled: (P,) the sign that the inverse transform wants at each place; 0 at the empty one.
+        frequency: (P,) the frequency whose number is at each index of a packed spectrum.
+        packed_index, sign: (d,) the index of each frequency's number, and the factor that makes it ``X_k``.
+        filled: (P,) the sign that the inverse transform wants at each index; 0 at the empty one.
     """
 
     order: torch.Tensor
@@ -177,7 +177,7 @@ class _FftTables(NamedTuple):
     twiddle: torch.Tensor
     inverse_twiddle: torch.Tensor
     frequency: torch.Tensor
-    place: torch.Tensor
+    packed_index: torch.Tensor
     sign: torch.Tensor
     filled: torch.Tensor
 
@@ -195,11 +195,11 @@ def _fft_tables(d: int, device: torch.device, dtype: torch.dtype) -> _FftTables:
     # X_k = Re half_k up to d // 2, and the rest is X_{d-k} = -Im half_k.
     frequency = torch.stack([k, (d - k) % d], 1).flatten()
     n = torch.arange(d)
-    place = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
+    packed_index = torch.where(n <= d // 2, 2 * n, 2 * (d - n) + 1)
     sign = torch.where(n <= d // 2, 1.0, -1.0).to(dtype)
     filled = torch.ones(len(frequency), dtype=dtype)
     filled[1] = 0
     if d % 2 == 0 and d > 1:
         filled[-1] = -1  # Im half_{d/2} = -X_{d/2}; ``sign`` has changed the signs of the others already
-    tables = (order, torch.argsort(order), twiddle, inverse, frequency, place, sign, filled)
+    tables = (order, torch.argsort(order), twiddle, inverse, frequency, packed_index, sign, filled)
     return _FftTables(*(t.to(device) for t in tables))

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of keys: of the sample, the position, the place in the model and the column.
+"""Dropout whose mask is a function of keys: of the sample, the position, the site in the model and the column.
 
 A mask then does not depend on how rows and columns are distributed over micro-batches and ranks. A resumed run needs no
 state of a generator, and a recomputed activation gets the mask that it had.
@@ -34,12 +34,12 @@ FACTOR = 0x7FEB352D
 
 
 class KeyedDropout(NamedTuple):
-    """Dropout of rows at one place of the model.
+    """Dropout of rows at one site of the model.
 
     Attributes:
         probability: probability of an element to become 0; the others are scaled by 1 / (1 - probability).
         keys: (n,) int64, the rows' keys from ``row_keys``.
-        site: number of the place in the model.
+        site: number of the sub-layer in the model where it acts.
     """
 
     probability: float
@@ -57,7 +57,7 @@ class KeyedDropout(NamedTuple):
 
 
 def least_kept(probability: float) -> int:
-    """Return the int32 number from which an element stays."""
+    """Return the smallest int32 number of an element that stays."""
     return int(probability * 2**32) - 2**31
 
 
@@ -92,15 +92,15 @@ class _Dropout(torch.autograd.Function):
     """The backward pass computes the mask again, instead of keeping it."""
 
     @staticmethod
-    def forward(ctx, x, keys, *place):
+    def forward(ctx, x, keys, *arguments):
         ctx.save_for_backward(keys)
-        ctx.place = place
-        return _dropped(x, keys, *place)
+        ctx.arguments = arguments
+        return _dropped(x, keys, *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return _dropped(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
+        return _dropped(gradient, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
 @library.custom_op("megachiar::dropped", mutates_args=())
@@ -116,7 +116,7 @@ def _(x: torch.Tensor, *_) -> torch.Tensor:
 
 
 class Dropper:
-    """What drops elements of rows block by block, and scales the others. What the blocks share is computed once.
+    """This drops elements of rows block by block, and scales the others. It computes once what all blocks need.
 
     Attributes:
         keys: the rows' keys in the shape of ``dropout.keys``; they are mixed with the site already, unless the kernel
@@ -135,7 +135,7 @@ class Dropper:
         self.spare = torch.empty(2, 0, dtype=torch.int32, device=device)
 
     def __call__(self, x: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write what stays of a block to ``out``, and return it.
+        """Write a block after dropout to ``out``, and return it.
 
         Args:
             x: (n, m), whose columns are the first m ones.

@@ -2,8 +2,8 @@
 
 Each query of a head is a row of dropout, and the positions of the keys are its columns: see ``dropout``.
 
-Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head; of one
-block: b sequences, s queries of each, which see t keys.
+Shapes: B = sequences, T = keys of a sequence, S = queries of a sequence, h = heads, c = channels of a head. One block
+has b sequences and s queries of each, which see t keys.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def dropout_attention(
     assert dropout is not None
     blocks = _blocks(positions, q.shape[1], k.shape[2], *_at_once(positions, q.device))
     scale = 1 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
-    place = dropout.probability, dropout.site, options.first_head
+    mask_arguments = dropout.probability, dropout.site, options.first_head
     keys = dropout.keys.view(positions.shape)
-    return _DropoutAttention.apply(q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, place)
+    return _DropoutAttention.apply(
+        q, k, v, positions.to(q.device), options.document_starts, keys, blocks, scale, mask_arguments
+    )
 
 
 class _Block(NamedTuple):
@@ -95,12 +97,12 @@ class _DropoutAttention(torch.autograd.Function):
     """The backward pass computes probabilities and their masks again, instead of keeping them."""
 
     @staticmethod
-    def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, place):
+    def forward(ctx, q, k, v, positions, document_starts, keys, blocks, scale, mask_arguments):
         ctx.blocks = blocks
         ctx.scale = scale
-        ctx.place = place
+        ctx.mask_arguments = mask_arguments
         product, wide = _types(q)
-        probability, site, first_head = place
+        probability, site, first_head = mask_arguments
         drop = _dropper(q, k, keys, probability, site, first_head)
         query, key, value = (t.to(product) for t in (q, k, v))
         output = torch.empty_like(q)
@@ -121,7 +123,7 @@ class _DropoutAttention(torch.autograd.Function):
         q, k, v, positions, document_starts, keys, output, scales = ctx.saved_tensors
         inputs = q, k, v
         product, wide = _types(gradient)
-        probability, site, first_head = ctx.place
+        probability, site, first_head = ctx.mask_arguments
         drop = _dropper(q, k, keys, probability, site, first_head)
         inner = (gradient.to(wide) * output).sum(-1, keepdim=True)  # (B, h, S, 1)
         q, k, v, gradient = (t.to(product) for t in (*inputs, gradient))
@@ -151,7 +153,7 @@ def _types(q: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
 def _dropper(
     q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, probability: float, site: int, first_head: int
 ) -> Dropper:
-    """Return what drops probabilities; its keys are (B, h, S)."""
+    """Return the dropper of probabilities; its keys are (B, h, S)."""
     of_heads = head_keys(keys, first_head, q.shape[1]).transpose(1, 2)
     return Dropper(KeyedDropout(probability, of_heads, site), k.shape[2])
 

@@ -1,4 +1,4 @@
-"""The one place where Triton is imported. It is optional: without it GPUs run plain torch operations."""
+"""Only this module imports Triton. It is optional: without it GPUs run plain torch operations."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def product_precision(dtype: torch.dtype) -> str:
 
 
 def launch_options(warps: int, stages: int = 2) -> dict[str, int]:
-    """Return what a kernel is compiled with; nothing in the interpreter."""
+    """Return the options that a kernel is compiled with; none in the interpreter."""
     return {} if INTERPRETED else {"num_warps": warps, "num_stages": stages}

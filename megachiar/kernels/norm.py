@@ -21,7 +21,7 @@ def add_and_norm(
         x: (n, d).
         branch_output: (n, d), or None.
         weight, bias: (d,).
-        epsilon: what is added to the variance.
+        epsilon: number that is added to the variance.
 
     Returns:
         (n, d) in the type of ``x``. Mean and variance are fp32 (fp64 for fp64 rows).

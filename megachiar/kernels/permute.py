@@ -29,7 +29,7 @@ def permute(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) ->
 
 
 def unpermute(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
-    """Invert ``permute``: the rows (N, d) of which ``parts`` are the permuted parts."""
+    """Invert ``permute``: put the rows of ``parts`` back into their first order, (N, d)."""
     return _Unpermute.apply(permutation, *parts)
 
 
@@ -67,9 +67,9 @@ def _permuted(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) 
 def _unpermuted(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
     """Compute ``unpermute`` without gradient."""
     rows = torch.empty(len(permutation), *parts[0].shape[1:], dtype=parts[0].dtype, device=permutation.device)
-    for part, place in zip(parts, permutation.split([len(part) for part in parts]), strict=True):
+    for part, indices in zip(parts, permutation.split([len(part) for part in parts]), strict=True):
         if gpu.has_kernels(part.device) and triton_permute.supports(part):
-            triton_permute.scatter(part, place, rows)
+            triton_permute.scatter(part, indices, rows)
         else:
-            rows.index_copy_(0, place, part)
+            rows.index_copy_(0, indices, part)
     return rows

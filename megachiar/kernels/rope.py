@@ -16,9 +16,9 @@ from megachiar.kernels.tables import cached_table
 def rotary_table(
     length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what ``rotate`` needs for positions 0 to ``length - 1``: cos and [-sin | sin], both (length, head_size).
+    """Return the tables of ``rotate`` for positions 0 to ``length - 1``.
 
-    Angles are computed in float64.
+    They are cos and [-sin | sin], both (length, head_size). Angles are computed in float64.
     """
     frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
@@ -35,7 +35,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class _Rotate(torch.autograd.Function):
-    """The backward pass rotates the gradient back by the same angles: half the time of what autograd would derive."""
+    """The backward pass rotates the gradient back by the same angles, in half the time of autograd's own pass."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):

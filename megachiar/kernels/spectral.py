@@ -19,13 +19,13 @@ from megachiar.kernels.norm import add_and_norm
 def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
     """Compute the normalised entropy of each token's power spectrum (paper, spectral entropy H), with a gradient.
 
-    It is ``H = -sum p log(p + epsilon) / log d`` with ``p = X^2 / sum X^2``, where ``X`` is the DCT of the token and
-    the power of ``X_0`` is taken ``dc_weight`` times.
+    It is ``H = -sum p log(p + epsilon) / log d`` with ``p = X^2 / sum X^2``. ``X`` is the DCT of the token, and the
+    power of ``X_0`` counts ``dc_weight`` times.
 
     Args:
         x: rows (N, d).
         dc_weight: weight of the zero-frequency power.
-        epsilon: what is added inside the logarithm.
+        epsilon: number that is added inside the logarithm.
 
     Returns:
         H (N,) in [0, 1] (with epsilon 0), fp32, or fp64 for fp64 rows. An all-zero token has H = 0. The gradient is

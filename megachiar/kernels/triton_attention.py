@@ -1,9 +1,9 @@
 """Routed causal attention in Triton: both passes skip blocks of keys that no query of a block can see.
 
-Queries and keys are read where they lie, row by row, and results are written alike: nothing is packed. The kernels read
+Queries and keys are read row by row without copies, and results are written alike: nothing is packed. The kernels read
 on the device how many rows a sequence has, so that the host waits for nothing. Neither pass keeps a (n, T) tensor: the
-backward pass computes probabilities again, and so it does dropout masks (see ``dropout``), whose keys are those of the
-row, the head and the position of the key.
+backward pass computes probabilities and dropout masks again. The keys of a mask are those of the row, the head and the
+position of the key (see ``dropout``).
 
     keys      [0 ......... b)[b ............. c)[c ....... end)      of a block of queries
     masked     with documents        no             yes
@@ -31,7 +31,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Tiles(NamedTuple):
-    """The block sizes of a kernel, and what it is compiled with."""
+    """The block sizes of a kernel, and the options that it is compiled with."""
 
     queries: int
     keys: int
@@ -62,7 +62,7 @@ def tiles(kernel: str, c: int, dtype: torch.dtype) -> Tiles:
 
 
 class RowLayout(NamedTuple):
-    """Where the rows of queries and keys lie, and which keys each query sees.
+    """The rows of queries and keys of each sequence, and the keys that each query sees.
 
     Attributes:
         query_starts: (B + 1,) int32, the first row of queries of each sequence, and n.
@@ -101,7 +101,7 @@ class Mask(NamedTuple):
     Attributes:
         keys: (n, h) int64, the dropout keys of the queries' rows and heads, mixed with the site.
         columns: (longest_keys,) int32, the dropout keys of the positions of a sequence's keys.
-        least: the int32 number from which a probability stays.
+        least: the smallest int32 number of a probability that stays.
         scale: the factor of those that stay.
     """
 
@@ -135,7 +135,7 @@ def attend(
     Args:
         q: (n, h, c), at least one row.
         k, v: (m, h, c).
-        row_layout: where the rows lie, and which keys each query sees.
+        row_layout: the rows of each sequence, and the keys that each query sees.
         scale: factor of the products, above 0; 1 / sqrt(c) if None.
         mask: the mask of dropout; None for no dropout.
 
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
             v,
             output,
             sums,
-            *_places(row_layout),
+            *_layout_arguments(row_layout),
             *_of_mask(mask, row_layout),
             scale * LOG2_E,
             *_strides(q),
@@ -194,7 +194,7 @@ class _Attention(torch.autograd.Function):
             output,
             sums,
             inner,
-            *_places(row_layout),
+            *_layout_arguments(row_layout),
             *mask,
             of_q,
             ctx.scale,
@@ -210,7 +210,7 @@ class _Attention(torch.autograd.Function):
             gradient,
             sums,
             inner,
-            *_places(row_layout),
+            *_layout_arguments(row_layout),
             _bounds(row_layout, blocks, size.keys),
             *mask,
             of_k,
@@ -232,7 +232,7 @@ def _strides(x: torch.Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def _places(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
+def _layout_arguments(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
     """Return a kernel's arguments for ``row_layout``; an unused tensor stands for ``first_seen`` where that is None."""
     return (
         row_layout.query_starts,
@@ -269,7 +269,7 @@ def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
 
 
 def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, row_layout: RowLayout) -> dict:
-    """Return what a kernel is compiled with."""
+    """Return the options that a kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "H": h,
         "C": c,
@@ -294,10 +294,10 @@ def _stays(first, second, columns, least, FACTOR: tl.constexpr):
 @jit
 def _read(x, stride, row, rows, channel, GUARDED: tl.constexpr):
     """Load rows of ``x``; with ``GUARDED`` the rows from ``rows`` on are 0."""
-    place = x + row[:, None] * stride + channel[None, :]
+    pointers = x + row[:, None] * stride + channel[None, :]
     if GUARDED:
-        return tl.load(place, mask=(row < rows)[:, None], other=0.0)
-    return tl.load(place)
+        return tl.load(pointers, mask=(row < rows)[:, None], other=0.0)
+    return tl.load(pointers)
 
 
 @jit
@@ -451,10 +451,10 @@ def _forward_kernel(
             unmasked, end, queries, position, opening, k, v, k_row, v_row, keys, channel, one, two, columns, least,
             kept_scale, scale, top, total, mixed, True, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
         )  # fmt: skip
-        place = (row_first + row) * H + head
+        offset = (row_first + row) * H + head
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + place[:, None] * C + channel[None, :], result, mask=valid[:, None])
-        tl.store(sums + place, top + tl.log2(total), mask=valid)
+        tl.store(out + offset[:, None] * C + channel[None, :], result, mask=valid[:, None])
+        tl.store(sums + offset, top + tl.log2(total), mask=valid)
 
 
 @jit
@@ -557,19 +557,19 @@ def _backward_queries_kernel(
         opening = position
         if DOCUMENTS:
             opening = (tl.load(first_seen + row_first + row, mask=valid, other=0) - key_first).to(tl.int32)
-        place = (row_first + row) * H + head
-        whole = place[:, None] * C + channel[None, :]
+        offset = (row_first + row) * H + head
+        whole = offset[:, None] * C + channel[None, :]
         queries = _read(q + row_first * q_row + head * q_head, q_row, row, count, channel, True).to(COMPUTE)
         of_output = _read(gradient + row_first * g_row + head * g_head, g_row, row, count, channel, True)
         outputs = tl.load(output + whole, mask=valid[:, None], other=0.0)
         product = tl.sum(of_output.to(tl.float32) * outputs.to(tl.float32), 1)
-        tl.store(inner + place, product, mask=valid)
+        tl.store(inner + offset, product, mask=valid)
         of_output = of_output.to(COMPUTE)
-        log_sum = tl.load(sums + place, mask=valid, other=0.0)
+        log_sum = tl.load(sums + offset, mask=valid, other=0.0)
         one, two = row, row
         if DROPOUT:
-            one = tl.load(high_keys + place, mask=valid, other=0)
-            two = tl.load(low_keys + place, mask=valid, other=1)
+            one = tl.load(high_keys + offset, mask=valid, other=0)
+            two = tl.load(low_keys + offset, mask=valid, other=1)
         first, plain, unmasked, end = _edges(position, opening, count, start, keys, QUERIES, KEYS, DOCUMENTS)
         k += key_first * k_row + head * k_head
         v += key_first * v_row + head * v_head
@@ -635,7 +635,7 @@ def _keys_range(
         of_output = _read(gradient, g_row, row, count, channel, True).to(COMPUTE)
         log_sum = tl.load(sums + row * H, mask=valid, other=0.0)
         product = tl.load(inner + row * H, mask=valid, other=0.0)
-        # Products are keys by queries: what is multiplied next stays in the registers where it was computed.
+        # Products are keys by queries: the factor of the next product stays in the registers where it was computed.
         score = tl.dot(of_key, tl.trans(queries), input_precision=PRECISION)
         weight = tl.exp2(score * (scale * 1.4426950408889634) - log_sum[None, :])
         if MASKED:
@@ -750,9 +750,9 @@ def _backward_keys_kernel(
                 low_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
                 value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
             )  # fmt: skip
-        place = ((key_first + key) * H + head)[:, None] * C + channel[None, :]
-        tl.store(of_k + place, (key_gradient * scale).to(of_k.dtype.element_ty), mask=inside[:, None])
-        tl.store(of_v + place, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
+        offset = ((key_first + key) * H + head)[:, None] * C + channel[None, :]
+        tl.store(of_k + offset, (key_gradient * scale).to(of_k.dtype.element_ty), mask=inside[:, None])
+        tl.store(of_v + offset, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
 
 
 _forward = jit(_forward_kernel)

@@ -65,11 +65,11 @@ def _read_kernel(logits, target, scale, at_target, v, stride, BLOCK: tl.constexp
 def _slope_kernel(logits, target, scale, counted, v, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = row * stride + column
-    value = tl.load(logits + place, mask=column < v, other=0.0).to(tl.float32)
+    offset = row * stride + column
+    value = tl.load(logits + offset, mask=column < v, other=0.0).to(tl.float32)
     slope = tl.exp(value - tl.load(scale + row)) - tl.where(column == tl.load(target + row), 1.0, 0.0)
     slope = tl.where(tl.load(counted + row) != 0, slope, 0.0)
-    tl.store(logits + place, slope.to(logits.dtype.element_ty), mask=column < v)
+    tl.store(logits + offset, slope.to(logits.dtype.element_ty), mask=column < v)
 
 
 _read = jit(_read_kernel)

@@ -30,8 +30,8 @@ def drop(
         x: (n, m).
         keys: (n,) int64, the rows' keys before they are mixed with ``site``.
         columns: (m,) int32, the columns' keys.
-        site: number of the place in the model.
-        least: the int32 number from which an element stays.
+        site: number of the sub-layer in the model where it acts.
+        least: the smallest int32 number of an element that stays.
         scale: factor of the elements that stay.
         factor: the first factor of the hash.
         out: (n, m), contiguous; it may be ``x``.

@@ -3,7 +3,7 @@
     C = P3 . blockdiag(B_g) . P2 . (R (x) I_b) . P1       d = a b,  2 d (a + 2 b) FLOPs a row instead of 2 d^2
 
 ``P1`` is Makhoul's order (J. Makhoul, 1980): even channels ascending, then odd ones descending; ``b n1 + n2`` is the
-place of (n1, n2). ``R`` (a, a) is the real DFT over n1, with its rows in pairs for each pair of frequencies k1 and
+index of (n1, n2). ``R`` (a, a) is the real DFT over n1, with its rows in pairs for each pair of frequencies k1 and
 a - k1. The orthogonal blocks ``B_g`` (2b, 2b) do the rest of one pair. A program has whole rows on the chip and goes
 through the pairs, ``PAIRS`` at a time; nothing of the spectrum is written. On an H200, 32,768 bf16 rows of 1024 take
 0.23 ms; the products with the whole matrix took 1.0 ms.
@@ -30,11 +30,11 @@ INNER = 16
 NARROWEST = 256
 """The least number of channels that the kernel takes."""
 WIDEST = 8192
-"""Bytes of a row up to which a program can hold it without spilled registers."""
+"""The most bytes of a row that a program can hold without spilled registers."""
 
 
 class Tiles(NamedTuple):
-    """The rows and pairs of frequencies that a program works on at once, and what it is compiled with."""
+    """The rows and pairs of frequencies that a program works on at once, and the options that it is compiled with."""
 
     rows: int
     pairs: int
@@ -129,7 +129,7 @@ def entropy(x: torch.Tensor, dc_weight: float = 1.0) -> torch.Tensor:
 
 
 def _constants(d: int, size: Tiles, dtype: torch.dtype) -> dict:
-    """Return what the kernel is compiled with."""
+    """Return the options that the kernel is compiled with."""
     return launch_options(size.warps, size.stages) | {
         "D": d,
         "A": d // INNER,

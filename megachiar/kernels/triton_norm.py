@@ -19,11 +19,11 @@ weight and bias over its rows."""
 
 
 class Normed(NamedTuple):
-    """The result of a LayerNorm, and what its backward pass needs.
+    """The result of a LayerNorm, and the tensors that its backward pass needs.
 
     Attributes:
         rows: (n, d), the result.
-        sums: (n, d), what was normalised.
+        sums: (n, d), the rows that were normalised.
         mean, scale: (n,) fp32, the mean of each row and the reciprocal of its standard deviation.
     """
 
@@ -67,7 +67,7 @@ def normed(
 def norm_backward(
     gradient: torch.Tensor, sums: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of what was normalised (n, d), of the weight (d,) and of the bias (d,)."""
+    """Return the gradients of the rows that were normalised (n, d), of the weight (d,) and of the bias (d,)."""
     gradient = gradient.contiguous()
     n, d = gradient.shape
     result = torch.empty_like(sums)
@@ -79,7 +79,7 @@ def norm_backward(
 
 
 def _constants(d: int) -> dict:
-    """Return what the kernels are compiled with."""
+    """Return the options that the kernels are compiled with."""
     columns = triton.next_power_of_2(d)
     return launch_options(min(16, max(1, columns // 512))) | {"D": d, "COLUMNS": columns}
 
@@ -101,19 +101,19 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = column < D
-    place = row * D + column
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row * D + column
+    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
-        value += tl.load(branch_output + place, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(branch_output + offset, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(sums_out.dtype.element_ty)
-        tl.store(sums_out + place, rounded, mask=inside)
+        tl.store(sums_out + offset, rounded, mask=inside)
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / D
     centred = tl.where(inside, value - mean, 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPSILON)
     of_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     of_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, (centred * scale * of_weight + of_bias).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offset, (centred * scale * of_weight + of_bias).to(out.dtype.element_ty), mask=inside)
     tl.store(means + row, mean)
     tl.store(scales + row, scale)
 
@@ -137,9 +137,9 @@ def _norm_backward_kernel(
     of_weight = tl.zeros((COLUMNS,), tl.float32)
     of_bias = tl.zeros((COLUMNS,), tl.float32)
     for row in range(tl.program_id(0), n, tl.num_programs(0)):
-        place = tl.cast(row, tl.int64) * D + column
-        slope = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(sums + place, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.cast(row, tl.int64) * D + column
+        slope = tl.load(gradient + offset, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(sums + offset, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scales + row)
         normal = tl.where(inside, (value - tl.load(means + row)) * scale, 0.0)
         of_weight += slope * normal
@@ -147,7 +147,7 @@ def _norm_backward_kernel(
         slope *= factor
         along, level = tl.sum(slope * normal, 0) / D, tl.sum(slope, 0) / D
         result = (slope - level - normal * along) * scale
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + offset, result.to(out.dtype.element_ty), mask=inside)
     at = tl.program_id(0) * D + column
     tl.store(of_weights + at, of_weight, mask=inside)
     tl.store(of_biases + at, of_bias, mask=inside)

@@ -95,9 +95,9 @@ def _kernel(
     sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
     if BACK:
         sine = -sine
-    place = row * row_stride + head * head_stride + channel
-    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + place + C // 2, mask=inside, other=0.0).to(tl.float32)
+    offset = row * row_stride + head * head_stride + channel
+    first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + offset + C // 2, mask=inside, other=0.0).to(tl.float32)
     to = row * out_row_stride + head * out_head_stride + channel
     tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
     tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
 """The self-attention sub-layer: queries of the routed rows, keys and values of all rows or of the routed ones alone.
 
-Shapes: N = B * S rows, n = rows of them that are routed to attention, d = channels, h = heads (this rank's heads where
-a tensor-parallel group shares them), c = channels of a head.
+Shapes: N = B * S rows, n = rows of them that are routed to attention, d = channels, h = heads, c = channels of a head.
+Where a tensor-parallel group shares the heads, h counts this rank's heads.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
             routed: those of them that are routed to attention: (n, d), or fewer with sequence parallelism.
             operator_tokens: which rows they are; None if all rows take attention.
             layout: the layout of the micro-batch.
-            cache: keys and values of earlier positions, to which those of this pass are appended; None in training.
+            cache: keys and values of earlier positions; this pass appends its own. None in training.
 
         Returns:
             The sub-layer's result for the routed rows, residual and norm included, in the shape of ``routed``.

@@ -19,7 +19,7 @@ class DropoutKeys(NamedTuple):
     """Keys of the rows' dropout masks: one int64 number a row.
 
     Attributes:
-        all_rows: (N,), the keys of all rows: for what each rank computes between column- and row-parallel products.
+        all_rows: (N,), the keys of all rows, for dropout between column- and row-parallel products.
         local_rows: (N / p,), the keys of this rank's rows with sequence parallelism; else ``all_rows``.
     """
 
@@ -38,7 +38,7 @@ class BatchLayout(NamedTuple):
         cache_length: number of earlier positions that a decoding cache holds.
         group: the ranks that share the layers, and with sequence parallelism the rows.
         dropout_keys: the keys of the rows' dropout masks; None where there is no dropout.
-        document_starts: (B, T) int64, position at which each token's document begins; None where each sequence is one
+        document_starts: (B, T) int64, first position of each token's document; None where each sequence is one
             document.
     """
 
@@ -88,7 +88,7 @@ class BatchLayout(NamedTuple):
 
 
 def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
-    """Return the position (B, T) at which the document of each token (B, T) begins.
+    """Return the first position (B, T) of the document of each token (B, T).
 
     The token ``end`` ends a document and belongs to it.
     """
@@ -96,6 +96,6 @@ def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
     return (opens * torch.arange(tokens.shape[1], device=tokens.device)).cummax(1).values
 
 
-def dropout_of(probability: float, keys: torch.Tensor, layer: int, place: int) -> KeyedDropout:
-    """Return the dropout at place ``place`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
-    return KeyedDropout(probability, keys, (layer + 1) * 8 + place)
+def dropout_of(probability: float, keys: torch.Tensor, layer: int, site: int) -> KeyedDropout:
+    """Return the dropout at site ``site`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
+    return KeyedDropout(probability, keys, (layer + 1) * 8 + site)

@@ -35,7 +35,7 @@ class DispatchPlan:
     keep their order.
 
     Attributes:
-        permutation: (m,) int64, the index of the row that stands at each place of the operator order.
+        permutation: (m,) int64, the row at each index of the operator order.
         operators: the tokens of each operator, in operator order.
         local_counts: how many of this rank's rows each operator has, in operator order.
     """

@@ -1,6 +1,6 @@
 """Initial weights: each parameter comes from a generator of its own, keyed by the run's seed and the parameter's name.
 
-The weights then do not depend on the order or the layout in which a model is built.
+The weights then do not depend on the order or the layout that a model is built in.
 """
 
 from __future__ import annotations

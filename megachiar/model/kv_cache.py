@@ -9,7 +9,7 @@ import torch
 
 
 class LayerCache:
-    """What one operator of one layer has cached.
+    """The cache of one operator of one layer.
 
     Attributes:
         keys, values: (B, h, T, c); None before the first pass.

@@ -1,4 +1,4 @@
-"""A layer: an operator sub-layer to which tokens are routed, and the feed-forward sub-layer that all operators share.
+"""A layer: an operator sub-layer that tokens are routed to, and the feed-forward sub-layer that all operators share.
 
 A routed layer permutes its rows into operator order, lets each operator compute its own rows alone and permutes back:
 

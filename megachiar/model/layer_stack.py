@@ -1,4 +1,4 @@
-"""The layers of the model as one list, of which each rank runs the part that it holds.
+"""The layers of the model as one list; each rank runs the part that it holds.
 
     embedding | layers.0 | layers.1 | ... | layers.L-1 | norm | embedding (the tied head)
 
@@ -24,7 +24,9 @@ from megachiar.topology import TensorParallelGroup
 
 
 class RoutingStatistics(NamedTuple):
-    """What the routers did in a forward pass. Each field is (layers,) fp32, of this rank's rows, without gradient.
+    """The statistics of the routers in a forward pass.
+
+    Each field is (layers,) fp32, of this rank's rows, without gradient.
 
     Attributes:
         attention_share, rbf_share: the share of tokens that took the operator.

@@ -24,9 +24,9 @@ class MetaRouter(nn.Module):
     """The gate ``g = sigmoid(v . mean(x) + b)``.
 
     ``pool: batch`` is the published form. Its mean runs over all tokens of the micro-batch, so that every logit depends
-    on later tokens and on what else is in the batch. Perplexities under it are not those of a language model that
-    reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence, or of its own
-    document where attention keeps to documents.
+    on later tokens and on the other sequences of the batch. Perplexities under it are not those of a language model
+    that reads from left to right. ``pool: causal`` takes the mean over the prefix of the token's own sequence, or of
+    its own document where attention keeps to documents.
     """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):

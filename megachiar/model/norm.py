@@ -1,4 +1,4 @@
-"""LayerNorm of a rank's rows, and its place in a sub-layer.
+"""LayerNorm of a rank's rows, before or after the residual addition.
 
 Shapes: n = rows, d = channels.
 """
@@ -30,7 +30,7 @@ class _ReplicatedNorm(nn.Module):
 
 
 class RowNorm(_ReplicatedNorm):
-    """LayerNorm of this rank's rows, to which the output of a branch may be added before."""
+    """LayerNorm of this rank's rows, after the output of a branch is added, if there is one."""
 
     def forward(self, x: torch.Tensor, branch_output: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise ``x + branch_output`` (n, d), or ``x`` alone if there is no branch."""
@@ -38,7 +38,7 @@ class RowNorm(_ReplicatedNorm):
 
 
 class MixNorm(_ReplicatedNorm):
-    """LayerNorm of this rank's rows, to which their DCT mixing is added before."""
+    """LayerNorm of this rank's rows, after their DCT mixing is added."""
 
     def forward(
         self, x: torch.Tensor, filters: torch.Tensor, gain: float, spectrum: torch.Tensor | None

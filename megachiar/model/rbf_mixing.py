@@ -1,7 +1,7 @@
 """The RBF mixing sub-layer, the paper's ablation: similarity in a space of random Fourier features.
 
 The features are ``phi(x) = [cos(x W), sin(x W)]`` with W drawn once. A token takes the softmax-weighted mean of ``phi``
-over itself and the tokens before it (the published code looks at later ones too), and a linear map takes it back to d
+over itself and the tokens before it; the published code looks at later ones too. A linear map takes it back to d
 channels.
 
 Shapes: m = this rank's rows, n = rows that are routed to RBF mixing, d = channels, R = features.
@@ -62,7 +62,7 @@ class RbfMixing(nn.Module):
             routed: those of them (n, d) that are routed to RBF mixing.
             operator_tokens: which rows they are.
             layout: the layout of the micro-batch.
-            cache: features of earlier positions, to which those of this pass are appended; None in training.
+            cache: features of earlier positions; this pass appends its own. None in training.
 
         Returns:
             The sub-layer's result (n, d) for the routed rows, residual and norm included.

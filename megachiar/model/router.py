@@ -1,7 +1,7 @@
 """The router of a layer: it decides which operator each row takes.
 
 Shapes: m = this rank's rows, d = channels, P = numbers of a packed spectrum, O = operators of the layer in the config's
-order, which is that of rising entropy.
+order, by rising entropy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megachiar.topology import TensorParallelGroup
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What a router decides about this rank's rows.
+    """The decision of a router about this rank's rows.
 
     Attributes:
         operator: (m,) int64, index of the operator that each row takes.

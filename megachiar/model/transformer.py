@@ -30,7 +30,7 @@ class ModelOutput(NamedTuple):
         regulariser: scalar to add to the loss for training; 0 where there is none.
         token_losses: (B, T) fp32 without gradient, 0 where the target is -100; None without targets.
         logits: (B, T, V); None with targets.
-        statistics: what the routers did.
+        statistics: of the routers.
     """
 
     loss: torch.Tensor | None
@@ -84,8 +84,8 @@ class ChiarFormer(nn.Module):
             tokens: (B, T) int64, the same on all ranks of the group.
             targets: (B, T) int64, -100 where there is none; None for logits.
             sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
-            cache: what earlier passes kept of earlier positions, to which this pass adds its own. All positions of a
-                sequence are of one document then.
+            cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
+                document then.
         """
         sequences, length = tokens.shape
         layout = BatchLayout(

@@ -1,4 +1,4 @@
-"""Collectives over a tensor-parallel group, with what each does to gradients in the backward pass.
+"""Collectives over a tensor-parallel group, each with its backward pass.
 
     function              forward          backward
     copy_to_tp_group      -                all-reduce       into a computation that each rank does for its shard
@@ -124,7 +124,7 @@ def start_all_gather(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
 
 
 def start_reduce_scatter(x: torch.Tensor, group: TensorParallelGroup) -> Pending:
-    """Start to sum the ranks' ``x`` (N, ...), of which this rank gets its block (N / p, ...)."""
+    """Start to sum the ranks' ``x`` (N, ...); this rank gets its block (N / p, ...) of the sum."""
     x = x.contiguous()
     block = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
     return Pending(dist.reduce_scatter_tensor(block, x, group=group.handle, async_op=True), block)

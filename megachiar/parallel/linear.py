@@ -35,7 +35,7 @@ from megachiar.topology import TensorParallelGroup
 
 
 class ColumnParallelLinear(nn.Linear):
-    """An ``nn.Linear(i, o)`` of which this rank computes o / p outputs for all rows.
+    """A part of an ``nn.Linear(i, o)``: this rank computes o / p outputs for all rows.
 
     Args:
         inputs, outputs: i and o of the whole layer.
@@ -64,7 +64,7 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """An ``nn.Linear(i, o)`` of which this rank has i / p inputs; the ranks' addends are summed."""
+    """A part of an ``nn.Linear(i, o)``: this rank has i / p inputs, and the ranks' addends are summed."""
 
     weight: nn.Parameter
 

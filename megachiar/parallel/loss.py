@@ -28,7 +28,7 @@ class VocabularyShard:
         return self.group.rank * self.size
 
     def merge(self, scale: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge what the ranks found in their shards into what holds for the whole vocabulary.
+        """Merge the ranks' values for their shards into those for the whole vocabulary.
 
         Args:
             scale: (n,) log-sum-exp of this rank's logits.

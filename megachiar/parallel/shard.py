@@ -27,7 +27,7 @@ class Shard:
     blocks: int = 1
 
     def part(self, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """Return what ``rank`` of ``size`` ranks holds of the whole parameter."""
+        """Return the part of the whole parameter that ``rank`` of ``size`` ranks holds."""
         return torch.cat(
             [whole.narrow(self.dim, start, count) for start, count, _ in self.pieces(whole.shape, rank, size)], self.dim
         )
@@ -39,7 +39,7 @@ class Shard:
         return [(i * block + rank * length, length, i * length) for i in range(self.blocks)]
 
     def whole_shape(self, part: torch.Size | tuple[int, ...], size: int) -> tuple[int, ...]:
-        """Return the shape of the parameter of which each of ``size`` ranks has a part of shape ``part``."""
+        """Return the shape of the whole parameter, whose part on each of ``size`` ranks has shape ``part``."""
         return tuple(n * size if dim == self.dim else n for dim, n in enumerate(part))
 
 

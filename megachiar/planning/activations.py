@@ -1,8 +1,8 @@
 """The activations that training keeps of a forward pass for the backward pass.
 
-They are counted in values of the compute dtype, for one token. Three things are left out: what does not grow with
-tokens (the head's gradient, V * d values in fp32, is computed in the forward pass), single numbers per row or head, and
-the padding of attention's rows. Dropout keeps no masks, because they are computed again.
+They are counted in values of the compute dtype, for one token. Three things are left out: tensors that do not grow with
+tokens, single numbers per row or head, and the padding of attention's rows. The first are the head's gradient, V * d
+values in fp32, which the forward pass computes. Dropout keeps no masks, because they are computed again.
 """
 
 from __future__ import annotations
@@ -78,6 +78,6 @@ def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActiv
 def head_activations(config: ModelConfig) -> TokenActivations:
     """Return the activations after the last layer: the input of the last norm, and the gradient at its output.
 
-    The embedding, before the first layer, keeps none.
+    The embedding, before the first layer, keeps no activations.
     """
     return TokenActivations(2 * config.hidden_size, 0)

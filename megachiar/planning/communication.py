@@ -1,4 +1,4 @@
-"""What ranks send one another, from the config alone.
+"""The communication between ranks, from the config alone.
 
 First comes the payload of the collectives in a tensor-parallel group, in values of the compute dtype for one token. The
 payload of an all-gather or a reduce-scatter is the whole tensor. That of an all-reduce is twice the tensor, because it
@@ -19,8 +19,8 @@ are d values, and f is the share of tokens that take attention.
     DCT mixing                         0                    0
     feed-forward                       2 d                  2 d
 
-Where keys and values come from all tokens, a routed layer gathers the rows of all tokens. Its queries and results cost
-only as much as is routed.
+Where keys and values come from all tokens, a routed layer gathers the rows of all tokens. The cost of its queries and
+results follows the share of routed tokens.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RankCommunication:
 
 
 def rank_communication(config: RunConfig, data_size: int, stage: Stage, parameters: int) -> RankCommunication:
-    """Return what one rank of ``stage`` sends in a step.
+    """Return the bytes that one rank of ``stage`` sends in a step.
 
     Args:
         config: config of the run.

@@ -13,8 +13,8 @@ takes, whatever algorithm computes it.
                     H has a gradient
     RBF features    one                                              one: their frequencies are not trained
 
-These are model FLOPs, by which runs are compared. What a kernel computes again in the backward pass (the scores) is
-never counted. The forward pass of recomputed layers is counted on request.
+These are model FLOPs, the usual measure to compare runs. The scores, which a kernel computes again in the backward
+pass, are not counted again. The forward pass of recomputed layers is counted on request.
 
 A causal query sees (T + 1) / 2 keys on average, where T is the number of tokens that give keys, and that many are
 counted. With ``count_masked`` all T are counted, as papers often do and as a counter sees them in a kernel that does
@@ -152,7 +152,7 @@ def layer_flops_per_token(
 
 
 def _operator_shares(config: ModelConfig, index: int, attention_share: float, rbf_share: float) -> dict[str, float]:
-    """Return the share of tokens for which layer ``index`` computes each operator.
+    """Return, for each operator, the share of tokens that layer ``index`` computes it for.
 
     The arguments are the shares of a routed layer. A soft router computes every operator for every token.
     """
@@ -173,7 +173,7 @@ def transform_flops(d: int) -> float:
 
 
 def _seen_keys(keys: float, count_masked: bool) -> float:
-    """Return how many of a sequence's keys are counted for a query: all, or those that it sees on average."""
+    """Return the number of keys that count for a query: all of the sequence, or those that it sees on average."""
     return keys if count_masked else (keys + 1) / 2
 
 

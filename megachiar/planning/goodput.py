@@ -22,14 +22,14 @@ WEEK = 7 * 24 * HOUR
 
 @dataclass(frozen=True)
 class Failures:
-    """What failures and saves cost a run.
+    """The costs of failures and saves.
 
     Attributes:
-        gpu_mtbf: mean time between failures of one GPU, with all that fails with it: host, links, software.
-        save: time that a save holds the steps up.
-        write: time from there until the checkpoint is whole on the disk; the steps go on meanwhile.
+        gpu_mtbf: mean time between failures of one GPU, including its share of host, links and software.
+        save: time that a save stops training.
+        write: time from there until the checkpoint is complete on the disk, while training goes on.
         start: time from a failure to the first step: noticing it, the scheduler, start-up, and loading.
-        straggler_loss: share of the time of steps in which ranks wait for slow ones.
+        straggler_loss: share of the time of steps that ranks spend waiting for slow ones.
     """
 
     gpu_mtbf: float
@@ -52,7 +52,7 @@ def daly_interval(save: float, mtbf: float) -> float:
     """Return Daly's time of steps between two saves, which comes near the best one where saves are not short.
 
     Args:
-        save: time that a save holds the steps up.
+        save: time that a save stops training.
         mtbf: mean time between failures of the whole cluster.
     """
     if save >= 2 * mtbf:
@@ -67,14 +67,14 @@ def best_interval(failures: Failures, gpus: int) -> float:
 
 
 def goodput(failures: Failures, gpus: int, interval: float) -> float:
-    """Return the share of the time that becomes progress which is not lost again.
+    """Return the goodput: the share of the time that becomes lasting progress.
 
     The time of an interval with its save is ``M exp(R / M) (exp((interval + save) / M) - 1)``: Daly's complete model,
-    with M the mean time between failures and R what a failure costs beside the repeated steps. Steps that were taken
+    with M the mean time between failures and R the cost of a failure beside the repeated steps. Steps that were taken
     while a checkpoint was written are repeated too, so that R is the start and the write.
 
     Args:
-        failures: what they cost.
+        failures: their costs.
         gpus: of the cluster.
         interval: time of steps between two saves, the waits for slow ranks included.
     """
@@ -88,7 +88,7 @@ def goodput(failures: Failures, gpus: int, interval: float) -> float:
 
 @dataclass(frozen=True)
 class GoodputPlan:
-    """What to expect of a cluster.
+    """The expected goodput of a cluster, and the interval that gives it.
 
     Attributes:
         gpus: of the cluster.

@@ -1,4 +1,4 @@
-"""Find the layouts in which a config fits a cluster, and estimate which of them is fastest."""
+"""Find the layouts that fit a config into a cluster, and estimate which of them is fastest."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class LayoutCandidate:
-    """A layout in which the run fits the cluster.
+    """A layout that fits the run into the cluster.
 
     Attributes:
         config: config of the run under this layout.
-        overrides: what differs from the config that was given, in the form that ``--set`` takes.
-        memory: bytes on the rank that needs most.
+        overrides: its differences from the given config, in the form that ``--set`` takes.
+        memory: bytes on the rank that needs the most.
         seconds: estimated time of a step.
-        reason: how the time of a step divides.
+        reason: the parts of a step's time, in words.
     """
 
     config: RunConfig
@@ -53,7 +53,7 @@ class LayoutCandidate:
 
 
 def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandidate], Counter[str]]:
-    """Return the layouts that use all GPUs, fastest first, and how many were left out for which reason.
+    """Return the layouts that use all GPUs, fastest first, and for each reason the number of layouts left out.
 
     The model and the global batch are those of ``config`` in every layout.
     """
@@ -126,9 +126,9 @@ def _yaml_scalar(value: object) -> str:
 def _estimate_step_time(
     config: RunConfig, data_size: int, machine: Machine, stages: list[RankPlan]
 ) -> tuple[float, str]:
-    """Return the estimated seconds of a step, and in words how they divide.
+    """Return the estimated seconds of a step, and their parts in words.
 
-    The slowest stage counts. Nothing that is sent is assumed to overlap with arithmetic.
+    The slowest stage counts. No communication is assumed to overlap with arithmetic.
     """
     parallel, training = config.parallel, config.training
     micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)

@@ -1,8 +1,8 @@
 """Memory of one rank, from the config alone.
 
 The tensors of a run are counted, on a GPU unless another device is asked for. Libraries, CUDA contexts and the
-allocator's gaps come on top. For each parameter of a rank DeepSpeed holds these bytes, where p is the width of the
-compute dtype, g that of the accumulation dtype, and D the number of data-parallel ranks:
+allocator's gaps come on top. For each parameter of a rank DeepSpeed holds the bytes of the table. There p is the width
+of the compute dtype, g that of the accumulation dtype, and D the number of data-parallel ranks:
 
     ZeRO                        weights   gradients                   master weights and moments
     0 (fp32)                    4         4                           8
@@ -11,7 +11,7 @@ compute dtype, g that of the accumulation dtype, and D the number of data-parall
     2                           p         8/D, or g/D for 16 bits     12/D
     3                           p/D       8/D                         12/D
 
-ZeRO 2 and 3 also hold a bucket of a fixed size through which gradients are reduced.
+ZeRO 2 and 3 also hold a bucket of a fixed size, which gradients pass through when they are reduced.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class RankMemory:
         parameters: weights that the model computes with.
         gradients: gradients, at their peak.
         optimizer: master weights and AdamW's moments, as far as they are on the device.
-        buffers: DeepSpeed's buckets, and what the loss takes for itself.
+        buffers: DeepSpeed's buckets, and the working memory of the loss.
         activations_kept: activations of the micro-batches in flight, if all activations are kept.
-        activations_recomputed: the same, if only the inputs are kept of the groups of layers that the config recomputes
-            together; of single layers if it recomputes none.
+        activations_recomputed: the same, if of each group of layers that the config recomputes together only the input
+            is kept. If it recomputes none, each layer is a group.
         recomputes: whether the config recomputes activations.
     """
 
@@ -132,7 +132,7 @@ def _activation_bytes(config: RunConfig, stage: Stage, recompute: bool) -> float
 
 
 def _bucket_bytes(config: RunConfig) -> int:
-    """Return the bytes of the bucket through which gradients are reduced."""
+    """Return the bytes of the bucket for the reduction of gradients."""
     if config.parallel.zero_stage < 2:
         return 0
     values = to_deepspeed(config)["zero_optimization"]["reduce_bucket_size"]
@@ -140,7 +140,7 @@ def _bucket_bytes(config: RunConfig) -> int:
 
 
 def _loss_bytes(config: RunConfig, device: str) -> int:
-    """Return the bytes that the head's loss takes for itself."""
+    """Return the bytes of the working memory of the head's loss."""
     return buffer_bytes(
         rows=config.training.micro_batch_size * config.sequence_length,
         channels=config.model.hidden_size,

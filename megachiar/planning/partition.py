@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage gets: the cut under which the stage with the most FLOPs has the fewest."""
+"""Assign layers to pipeline stages, so that the largest number of FLOPs of any stage is as small as possible."""
 
 from __future__ import annotations
 

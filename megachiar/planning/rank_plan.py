@@ -1,4 +1,4 @@
-"""What a layout costs each rank, in FLOPs, memory and communication, from the config alone."""
+"""The costs of a layout for each rank in FLOPs, memory and communication, from the config alone."""
 
 from __future__ import annotations
 

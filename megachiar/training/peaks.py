@@ -5,8 +5,8 @@ architecture papers. Where a data sheet gives only the number with sparsity, the
 in fp32 at half the rate of fp16, which their papers list in a row of its own. A device of AMD's MI200 series is one of
 the two dies of a module.
 
-Only a name that is exactly in the table has a peak: a laptop's chip, a MIG slice or a cut-down export model shares
-most of its name with a card that is several times as fast.
+Only a name that is exactly in the table has a peak. A laptop's chip, a MIG slice or a cut-down export model shares most
+of its name with a card that is several times as fast.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read an input in decompressed blocks: gzip, Zstandard, xz and bzip2, with any number of members.
 
-The libraries' file objects take a truncated file, or whatever follows a member, for the end of the text. This module
+The libraries' file objects take a truncated file, or foreign bytes after a member, for the end of the text. This module
 reports both.
 """
 
@@ -37,13 +37,13 @@ OnContent = Callable[[bytes], None]
 
 
 class Codec(NamedTuple):
-    """Describe how one compression is undone.
+    """Describe how to decompress one format.
 
     Attributes:
         new_member: makes the decompressor of one member (gzip), frame (Zstandard) or stream (xz, bzip2).
         broken: the exception that the decompressor raises for damaged data.
         bounded: whether the decompressor takes a bound for the text it gives at once, and has ``needs_input``.
-        test: the shell command that tells whether a file is whole.
+        test: the shell command that checks whether a file is whole.
     """
 
     new_member: Callable[[], Any]

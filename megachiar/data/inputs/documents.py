@@ -1,4 +1,4 @@
-"""Define what is read of a corpus, chunks of whole documents, and parse the documents out of the chunks.
+"""Define the chunks of whole documents that a corpus is read in, and parse the documents out of them.
 
 An *invalid document* is one that cannot be used; whether it is skipped or ends the run is the user's choice
 (``InvalidDocumentLog``).
@@ -29,10 +29,10 @@ class ReadOptions:
 
     Attributes:
         text_key: the JSON key or parquet column that holds the text.
-        txt_documents: what a document is in a text file: the whole ``file``, each ``line``, or each paragraph between
-            lines that are blank (``blank-line``).
-        max_document_bytes: the largest document allowed; a larger one, of which memory would hold several copies, ends
-            the run.
+        txt_documents: the unit that is a document in a text file: the whole ``file``, each ``line``, or each paragraph
+            between blank lines (``blank-line``).
+        max_document_bytes: the largest document allowed. Memory holds several copies of a document, so a larger one
+            ends the run.
         chunk_bytes: the bytes of text at which a chunk is complete.
     """
 
@@ -81,7 +81,7 @@ class Document(NamedTuple):
 
 
 class InvalidDocument(NamedTuple):
-    """Say of a document that cannot be used what kind of problem it has, where it is, and what is wrong with it."""
+    """Describe a document that cannot be used: the kind of its problem, its location, and the problem in words."""
 
     kind: InvalidDocumentKind
     where: str
@@ -119,7 +119,7 @@ class InvalidDocumentLog:
         self.counts[invalid.kind] += 1
 
     def merge(self, later: InvalidDocumentLog) -> None:
-        """Add what was recorded about a later part of the input."""
+        """Add the log of a later part of the input."""
         for invalid in later.examples:
             if sum(known.kind == invalid.kind for known in self.examples) < EXAMPLES_PER_KIND:
                 self.examples.append(invalid)
@@ -206,25 +206,25 @@ def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: s
 def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | InvalidDocument:
     """Parse an entry of ``rows``."""
     many = len(chunk.rows) > 1 or chunk.first > 1
-    place = f"{chunk.source}: document {number}" if many else chunk.source
+    location = f"{chunk.source}: document {number}" if many else chunk.source
     if data is None:
-        return InvalidDocument("not_a_string", place, "the text is null")
-    return _decode(place, chunk, chunk.offset, data)
+        return InvalidDocument("not_a_string", location, "the text is null")
+    return _decode(location, chunk, chunk.offset, data)
 
 
-def _decode(place: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
+def _decode(location: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
     """Decode the bytes of a document."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        return _invalid_utf8(place, chunk, offset, data, error)
+        return _invalid_utf8(location, chunk, offset, data, error)
     if not text.strip():
-        return InvalidDocument("empty", _at_byte(place, chunk, offset), "is empty")
-    return Document(text, data, place)
+        return InvalidDocument("empty", _at_byte(location, chunk, offset), "is empty")
+    return Document(text, data, location)
 
 
 def _usable(where: str, text: str) -> Document | InvalidDocument:
-    """Check the text of a document that came through JSON, which may hold what UTF-8 cannot."""
+    """Check the text of a document from JSON, which may hold characters that UTF-8 cannot encode."""
     if not text.strip():
         return InvalidDocument("empty", where, "is empty")
     try:
@@ -236,10 +236,10 @@ def _usable(where: str, text: str) -> Document | InvalidDocument:
         )
 
 
-def _invalid_utf8(place: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
+def _invalid_utf8(location: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
     byte = data[error.start]
     return InvalidDocument(
-        "invalid_utf8", _at_byte(place, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
+        "invalid_utf8", _at_byte(location, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
     )
 
 
@@ -248,9 +248,9 @@ def _at_line(chunk: Chunk, line: int) -> str:
     return f"{chunk.source}:{line}"
 
 
-def _at_byte(place: str, chunk: Chunk, byte: int) -> str:
+def _at_byte(location: str, chunk: Chunk, byte: int) -> str:
     """Return text such as ``a.jsonl:12 (byte 345)``."""
-    return f"{place} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
+    return f"{location} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
 
 
 def _json_type(value: Any) -> str:

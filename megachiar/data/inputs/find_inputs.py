@@ -19,7 +19,7 @@ from megachiar.errors import UserError, disk_errors
 
 @dataclass
 class Inputs:
-    """Hold the corpus that a command line names: all sources in order, and what each folder or glob gave."""
+    """Hold the corpus that a command line names: all sources in order, and the files of each folder or glob."""
 
     sources: list[Source] = field(default_factory=list)
     found: list[FoundFiles] = field(default_factory=list)
@@ -39,11 +39,11 @@ def find_inputs(
         patterns: files, globs (``**`` too), folders or ``-`` for standard input.
         format: one of FORMATS, for all inputs and all files of a folder; None goes by the suffix of each file, and
             takes standard input for jsonl.
-        text_key: the key of the text, by which the ``.json`` files of a folder that are data are recognised.
+        text_key: the key of the text; a ``.json`` file of a folder is data only if it has this key.
 
     Raises:
-        UserError: nothing matches, a suffix is not known, a file is named twice, or a folder holds what looks like
-            text data but cannot be read.
+        UserError: nothing matches, a suffix is not known, a file is named twice, or a folder holds text data that
+            cannot be read.
     """
     inputs = Inputs()
     for pattern in map(str, patterns):

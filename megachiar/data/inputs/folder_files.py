@@ -1,8 +1,8 @@
 """Decide which files of a folder are read, which are left out, and which are refused.
 
-A folder gives every file in it, at any depth and through links, whose name tells a format that is read. A ``.json``
-file may be data or settings: it is read if its first record is an object on a line of its own and has a string under
-the key of the text. What our own commands wrote is left out. What looks like text data but cannot be read is refused:
+A folder gives every file in it, at any depth and through links, whose suffix is that of a known format. A ``.json``
+file may be data or settings. It is read if its first record is an object on one line that has a string under the key of
+the text. Files that our own commands wrote are left out. Files that look like text data but cannot be read are refused:
 such JSON under any other suffix, other formats of data, text without a suffix. All other files are reported as left
 out, text with an unknown suffix among them: it is a program or a note more often than a part of a corpus.
 """
@@ -37,7 +37,7 @@ SIDECAR_SUFFIXES = {
 }
 """Suffixes of files that stand beside a data file, such as a checksum."""
 NOT_DATA = ("a web page", "a PDF", "an SQLite database")
-"""What a file with an unknown suffix may be without being data."""
+"""Kinds of files with an unknown suffix that are no data."""
 NOT_DATA_NAMES = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|authors|contributors|contributing|changelog|changes|news|todo|version|"
     r"manifest|makefile|dockerfile|_success|_started|_committed.*|(sha|md)\d+sums?|checksums?)$"
@@ -49,7 +49,7 @@ MOST_NAMED = 5  # files that a message names
 
 @dataclass
 class FoundFiles:
-    """Hold what a folder or a glob gave.
+    """Hold the files that a folder or a glob gave.
 
     Attributes:
         pattern: the folder or glob as it was named.
@@ -79,7 +79,7 @@ class FoundFiles:
 
 
 class _Unreadable(NamedTuple):
-    """Name a file of a folder that looks like text data but cannot be read, and say why and what the remedy is."""
+    """Name a file of a folder that looks like text data but cannot be read, with the reason and the remedy."""
 
     name: str
     problem: str
@@ -87,25 +87,25 @@ class _Unreadable(NamedTuple):
 
 
 def folder_files(folder: Path, format: str | None, text_key: str) -> FoundFiles:
-    """Find the files of ``folder`` that are read, and what is left out.
+    """Find the files of ``folder`` that are read, and those that are left out.
 
     Args:
         folder: the folder.
         format: the format of all files, one of FORMATS; None goes by their suffixes.
-        text_key: the key of the text, by which ``.json`` files that are data are recognised.
+        text_key: the key of the text; a ``.json`` file is data only if it has this key.
 
     Raises:
-        UserError: the folder holds what looks like text data but cannot be read, or no file that is read.
+        UserError: the folder holds text data that cannot be read, or no file that is read.
     """
     names, left_out = walk(str(folder))
     names, runs = leave_out_runs(folder, names)
     left_out += runs
     found = FoundFiles(str(folder), [], left_out)
     unreadable: list[_Unreadable] = []
-    own = find_own_files(folder, names)
+    known_files = find_own_files(folder, names)
     for name in names:
-        if name in own:
-            left_out.append(LeftOut(name, own[name]))
+        if name in known_files:
+            left_out.append(LeftOut(name, known_files[name]))
             continue
         file = make_source(folder / name, format) if format else _classify(folder, name, text_key)
         if isinstance(file, Source):
@@ -167,7 +167,7 @@ def _classify(folder: Path, name: str, text_key: str) -> Source | LeftOut | _Unr
 
 
 def _data_in(path: Path, suffix: str, text_key: str) -> str | None:
-    """Return what data a file with an unknown suffix seems to hold; None if it holds none, as an image or a program."""
+    """Return the kind of data that a file with an unknown suffix seems to hold; None for an image or a program."""
     head = _head(path)
     what, has_suffix = describe(head), bool(suffix) and not suffix[1:].isdecimal()
     if what is not None:

@@ -29,19 +29,19 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         "--txt-documents",
         choices=get_args(TxtDocuments),
         default=DEFAULTS.txt_documents,
-        help="a document of a text file is the whole file, a line, or what blank lines separate (default: %(default)s)",
+        help="a document of a text file: the whole file, a line, or a paragraph between blank lines (%(default)s)",
     )
     add(
         "--max-document-mib",
         type=int,
         default=DEFAULTS.max_document_bytes >> 20,
-        help="refuse larger documents, which memory must hold (default: %(default)s)",
+        help="refuse larger documents, since memory must hold one (default: %(default)s)",
     )
     add(
         "--on-error",
         choices=get_args(OnError),
         default="refuse",
-        help="leave a broken or empty document out and count it, or stop the run at it (default: %(default)s)",
+        help="a broken or empty document is left out and counted, or ends the run (default: %(default)s)",
     )
 
 

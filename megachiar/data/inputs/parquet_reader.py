@@ -24,7 +24,8 @@ def parquet_chunks(source: Source, options: ReadOptions, on_content: OnContent |
     Args:
         source: the file to read.
         options: how documents are found in it.
-        on_content: called with bytes from which all rows could be told.
+        on_content: called with the length and the bytes of each row of the column, for a checksum; null rows are
+            included.
 
     Raises:
         UserError: the file is no whole parquet file, has no such column, or holds a document that is too large.

@@ -1,4 +1,4 @@
-"""Read documents from files, and report every way in which a corpus can be broken.
+"""Read documents from files, and report every defect of a corpus.
 
 Reading has two halves, so that one process can do the cheap half and many processes the expensive one:
 
@@ -14,7 +14,8 @@ Reading has two halves, so that one process can do the cheap half and many proce
     source_reading.py   a checksum made on the way
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
-What makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the run.
+A defect that makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the
+run.
 """
 
 from __future__ import annotations

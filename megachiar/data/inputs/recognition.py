@@ -1,4 +1,4 @@
-"""Recognise by its first bytes what a file is, where its name says something else, and name the remedy."""
+"""Recognise the real format of a file by its first bytes, where its name says another, and name the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPRESSION_MAGIC: dict[Compression, bytes] = {
     "bz2": b"BZh",
 }
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
-"""What follows the first byte of a Zstandard frame without text, as pzstd writes it."""
+"""Bytes after the first byte of a Zstandard frame without text, as pzstd writes it."""
 COMPRESSION_NAMES: dict[Compression, str] = {"gz": "gzip", "zst": "Zstandard", "xz": "xz", "bz2": "bzip2"}
 MAGIC = {
     **{magic: f"{COMPRESSION_NAMES[kind]} data" for kind, magic in COMPRESSION_MAGIC.items() if kind != "bz2"},
@@ -53,7 +53,7 @@ UNPACK: dict[Compression, str] = {"gz": "gzip -dc", "zst": "zstd -dc", "xz": "xz
 
 
 def describe(head: bytes) -> str | None:
-    """Return what data that begins with ``head`` is, such as ``"gzip data"``; None for plain text and unknown data."""
+    """Name the data that begins with ``head``, such as ``"gzip data"``; None for plain text and unknown data."""
     if found := ANY_MAGIC.match(head):
         return MAGIC[found[0]]
     if encoding := encoding_of(head):
@@ -120,7 +120,7 @@ def refuse_other_compression(source: Source, head: bytes) -> None:
         head: its first bytes, as they are on the disk.
 
     Raises:
-        UserError: the message says what the file is instead.
+        UserError: the message names the real format of the file.
     """
     if begins_compressed(source.compression, head):
         return
@@ -139,7 +139,7 @@ def begins_compressed(kind: Compression, head: bytes) -> bool:
 
 
 def _other_name(source: Source, what: str) -> str:
-    """Say how a file that is ``what``, under a name of another compression, can be read after all."""
+    """Return the remedy for a file that is ``what``, under the name of another compression."""
     suffixes = {f"{COMPRESSION_NAMES[kind]} data": suffix for suffix, kind in COMPRESSIONS.items()}
     known = {"plain text": "", **suffixes}.get(what)
     if known is None:
@@ -157,7 +157,7 @@ def refuse_what_is_no_text(source: Source, head: bytes) -> None:
         head: its first bytes, decompressed.
 
     Raises:
-        UserError: the message says what the file is, and which command converts it where there is one.
+        UserError: the message names the real format of the file, and a command that converts it where there is one.
     """
     if not head:
         return

@@ -17,7 +17,7 @@ READ_AHEAD_BYTES = 8 << 20  # that are fetched at once
 
 
 class Details(TypedDict):
-    """Hold the bytes of a remote file, and its ETag or time of change, which tells that it was replaced.
+    """Hold the bytes of a remote file, and its ETag or time of change, which differs after the file is replaced.
 
     Either is None where the store does not say it.
     """

@@ -34,12 +34,12 @@ FORMATS: dict[str, tuple[Format, Compression]] = {
     **{f"{kind}{ending}": (kind, what) for kind in _TEXT_FORMATS for ending, what in _ENDINGS.items()},
     "parquet": ("parquet", ""),
 }
-"""What ``--format`` takes -> format and compression."""
+"""Value of ``--format`` -> format and compression."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Describe one input: a file, standard input (``path`` and ``url`` are None), or what ``url`` names for ``fsspec``.
+    """Describe one input: a file, standard input (``path`` and ``url`` are None), or a remote file of ``fsspec``.
 
     Attributes:
         path: the file; None if the input is no local file.
@@ -55,7 +55,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Return what messages call the input."""
+        """Return the name of the input in messages."""
         return self.url or ("standard input" if self.path is None else str(self.path))
 
     @property
@@ -74,11 +74,11 @@ class Source:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def identity(self) -> list[Any]:
-        """Return [name, bytes, times], by which a later run tells that the input was not touched.
+        """Return [name, bytes, times]; where they are the same in a later run, the input was not touched.
 
-        The times are those of the last change of the content and of the last change at all, in nanoseconds: a file that
-        was moved or copied here with its times has an older content. A URL has its version in their place. Values that
-        are not known are None.
+        The times, in nanoseconds, are those of the last change of the content and of the last change of any kind. The
+        first is older where a file was moved or copied here with its times. A URL has its version instead of times.
+        Values that are not known are None.
         """
         if self.path is None:
             return self.identity_by_content_time()

@@ -9,7 +9,7 @@ from megachiar.data.inputs.source import Source
 
 
 class SourceReading:
-    """Hold what one source was when its reading began, and the checksum of what was read of it.
+    """Hold the identity of a source when its reading began, and the checksum of the bytes read so far.
 
     Args:
         source: a source that is about to be read.
@@ -20,7 +20,7 @@ class SourceReading:
         self._crc = self._bytes = 0
 
     def add(self, content: bytes) -> None:
-        """Take in the next bytes: those on the disk, or of parquet a row of the text column."""
+        """Take in the next bytes: bytes of the file, or of parquet a row of the text column."""
         self._crc = zlib.crc32(content, self._crc)
         self._bytes += len(content)
 

@@ -1,4 +1,4 @@
-"""What the commands that prepare data can be asked for; ``--help`` imports this and little else."""
+"""The choices of options of the commands that prepare data; ``--help`` imports this and little else."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _COPIED = 0.05  # a topic that shares a larger share of its shingles is part of 
 
 
 class CorpusReport(NamedTuple):
-    """Say what is in a corpus folder.
+    """Describe the content of a corpus folder.
 
     Attributes:
         counts: part -> (documents, UTF-8 bytes of text).
@@ -258,10 +258,10 @@ def _not_copied(texts: dict[str, str]) -> list[str]:
     names = []
     for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
         words = texts[name].lower().split()
-        own = {tuple(words[i : i + _SHINGLE]) for i in range(len(words) - _SHINGLE + 1)}
-        if len(own & seen) < _COPIED * len(own):
+        shingles = {tuple(words[i : i + _SHINGLE]) for i in range(len(words) - _SHINGLE + 1)}
+        if len(shingles & seen) < _COPIED * len(shingles):
             names.append(name)
-            seen |= own
+            seen |= shingles
     return names
 
 

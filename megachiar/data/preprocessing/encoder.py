@@ -33,7 +33,7 @@ class EncodedPart(NamedTuple):
         lengths: the number of tokens of each document, shape (documents,), int64.
         text_bytes: the UTF-8 bytes of their text.
         words: the whitespace-separated words of their text.
-        unknown_tokens: the tokens that stand for what the vocabulary does not have.
+        unknown_tokens: the number of unknown tokens, for text that the vocabulary lacks.
     """
 
     tokens: NDArray[Any]
@@ -62,7 +62,7 @@ class ChunkEncoder:
 
     Args:
         settings: what the run is to do.
-        tokenizer: what encodes.
+        tokenizer: the one that encodes.
     """
 
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer):

@@ -1,4 +1,4 @@
-"""Record what a run of preprocessing has done so far, so that a killed run continues with the first missing file.
+"""Record the progress of a run of preprocessing, so that a killed run continues with the first missing file.
 
 ``PREFIX.journal`` is a line of JSON for the options that determine the output, then one line for each checkpoint. A
 line is written after the data it describes is on the disk. A last line that a kill or a power cut shortened is ignored.
@@ -36,8 +36,8 @@ class OutputState:
         builder: the state of its builder.
         text_bytes: the UTF-8 bytes of the text so far.
         words: the words of the text so far.
-        unknown_tokens: the tokens so far that stand for what the vocabulary does not have; None in a journal of a
-            version that did not count them.
+        unknown_tokens: the number of unknown tokens so far, for text that the vocabulary lacks; None in the journal of
+            an earlier version, which did not count them.
     """
 
     builder: BuilderState
@@ -53,7 +53,7 @@ class Journal:
     Attributes:
         path: the journal's file.
         file: the same, open and locked.
-        stage: ``encoding`` inputs, ``shuffling`` what was encoded, or ``placing`` complete files.
+        stage: ``encoding`` inputs, ``shuffling`` encoded documents, or ``placing`` complete files.
         sources: the record of each input that is done, in order, see ``source_records``.
         outputs: how far each output had come at the last checkpoint; empty before the first one.
         log: the documents that were left out until then.
@@ -75,7 +75,7 @@ class Journal:
         Args:
             path: the journal's file.
             options: the options that determine the output.
-            restart: forget what an earlier run did.
+            restart: whether to drop the progress of an earlier run.
 
         Raises:
             UserError: it belongs to a run with other options, or another process has it open.
@@ -141,7 +141,7 @@ class Journal:
             sources: the record of each input that was done since the last checkpoint.
             outputs: how far each output has come; all of it is on the disk.
             log: the documents left out so far.
-            stage: what the run does next.
+            stage: the next one of the run.
 
         Raises:
             UserError: the disk is full.
@@ -170,7 +170,7 @@ class Journal:
         self._cost = self._last_checkpoint - began
 
     def remove(self) -> None:
-        """Remove the journal of a run that is done, or of which nothing is worth keeping."""
+        """Remove the journal of a run that is done, or whose progress is not worth keeping."""
         try:
             with disk_errors(self.path):
                 self.path.unlink(missing_ok=True)

@@ -67,8 +67,8 @@ def merge_datasets(
         The output's manifest; None if an input has none.
 
     Raises:
-        UserError: an input is damaged, the types, tokenizers or use of end-of-document ids differ, a manifest is
-            missing, the output is an input or exists as another one, or the disk is full.
+        UserError: an input is damaged, or its manifest is missing. The types, the tokenizers or the use of
+            end-of-document ids differ. The output is an input or exists as another one, or the disk is full.
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
@@ -121,7 +121,7 @@ def _refuse_own_inputs(inputs: Sequence[Path | str], output: Path | str) -> None
 
 
 def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> Manifest:
-    """Return the manifest of ``output`` where it is what ``merge_datasets`` makes of ``inputs`` as they are now.
+    """Return the manifest of ``output``, after checking that ``merge_datasets`` would make the same of ``inputs`` now.
 
     Raises:
         OutputDiffers: it is not, it is not whole, or an input has no manifest.
@@ -141,7 +141,7 @@ def find_merged(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: 
 
 
 def _compare_part(prefix: Path | str, part: Manifest, recorded: str, note: InputNote) -> None:
-    """Check that an input holds what it held: by its manifest, and by its files where they were touched since.
+    """Check that an input is unchanged, by its manifest, and by its files where they were touched since.
 
     Args:
         prefix: the input.

@@ -19,7 +19,7 @@ def preprocess_with_mpi(settings: PreprocessSettings, stream: TextIO | None = No
     Ranks beyond the number of inputs have nothing to do.
 
     Args:
-        settings: what to do.
+        settings: of the run.
         stream: where rank 0 shows progress; standard error if None.
 
     Returns:

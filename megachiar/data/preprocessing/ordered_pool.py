@@ -1,10 +1,10 @@
-"""Map a function over a stream with many processes: results come in order, memory is bounded, and nothing hangs.
+"""Map a function over a stream with many processes, in order and with bounded memory.
 
     items --> [one item at each worker] --> results, held back until their turn --> caller
 
-The standard pools do not suffice: ``Pool`` waits forever when a worker is killed, and the workers of both it and
-``ProcessPoolExecutor`` outlive a parent that is killed. Here each worker has a pipe of its own, so that either end sees
-at once when the other is gone.
+The standard pools do not suffice. ``Pool`` waits forever when a worker is killed. The workers of ``Pool`` and of
+``ProcessPoolExecutor`` outlive a parent that is killed. Here each worker has its own pipe, so that either end sees at
+once when the other is gone.
 
 The caches of a worker's libraries and the holes in its heap are bounded too. A worker makes the function and forks a
 copy of itself, which does the work. When the copy has grown by ``LARGEST_GROWTH``, it ends, and the next copy takes

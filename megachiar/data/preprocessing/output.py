@@ -1,4 +1,4 @@
-"""Hold a dataset while a run of preprocessing writes it, with what its manifest records of the text."""
+"""Hold a dataset while a run of preprocessing writes it, with the counts of its text for the manifest."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megachiar.data.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Output:
-    """Hold a dataset that is being written, and count what the manifest records of its text.
+    """Hold a dataset that is being written, and count its text for the manifest.
 
     Attributes:
         prefix: the path of the dataset; until its documents are shuffled they are written elsewhere.
-        builder: what writes it.
+        builder: the writer.
         text_bytes: the UTF-8 bytes of the text so far.
         words: the whitespace-separated words of the text so far.
-        unknown_tokens: the tokens so far that stand for what the vocabulary does not have; None where the version that
-            began this run did not count them.
+        unknown_tokens: the number of unknown tokens so far, for text that the vocabulary lacks; None where an earlier
+            version began this run and did not count them.
     """
 
     prefix: Path
@@ -69,8 +69,8 @@ def make_manifest(
     """Return the manifest of an output whose files are complete.
 
     Args:
-        settings: what the run did.
-        tokenizer: what the tokens were made with.
+        settings: of the run.
+        tokenizer: the tokenizer that made the tokens.
         output: the output.
         log: the documents left out.
         records: a record of each source, see ``source_records``.

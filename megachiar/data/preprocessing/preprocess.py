@@ -32,7 +32,7 @@ from megachiar.errors import UserError, disk_errors
 def preprocess(settings: PreprocessSettings, stream: TextIO | None = None) -> Report:
     """Tokenize a corpus into datasets, and continue where an earlier run of the same call was stopped.
 
-    Where an earlier run of the same call was finished, and no input has another text since, nothing is done.
+    Nothing is done where an earlier run of the same call was finished and no input has another text since.
 
     Args:
         settings: what to do.
@@ -71,7 +71,7 @@ def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
 
 
 def journal_path(settings: PreprocessSettings) -> Path:
-    """Return the file in which a run records what it has done."""
+    """Return the file of a run's journal."""
     return Path(f"{settings.output_prefix}.journal")
 
 
@@ -114,9 +114,10 @@ def check_outputs(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: the message names the file, and says why it is not what this call would make.
     """
-    own = [settings.tokenizer, *settings.tokenizer.glob("*")]  # tok.json would be the manifest of the prefix tok
+    # One of the tokenizer's files may be named like an output: tok.json would be the manifest of the prefix tok.
+    tokenizer_files = [settings.tokenizer, *settings.tokenizer.glob("*")]
     for path in itertools.chain.from_iterable(map(dataset_files, settings.prefixes)):
-        if path.resolve() in {file.resolve() for file in own} or same_file(path, settings.sources):
+        if path.resolve() in {file.resolve() for file in tokenizer_files} or same_file(path, settings.sources):
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:
             problem = describe_existing(settings, tokenizer)

@@ -1,4 +1,4 @@
-"""Report what a run of preprocessing did."""
+"""Report the result of a run of preprocessing."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megachiar.data.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Report:
-    """Hold what a run did.
+    """Hold the results of a run.
 
     Attributes:
         manifests: prefix -> manifest of each dataset written.
         log: the documents left out.
         seconds: the time from the first byte read to the last one on the disk.
-        engine: what encoded, and why; empty if an earlier run had encoded everything.
+        engine: the encoder, and the reason for its choice; empty if an earlier run had encoded everything.
         rate: megabytes of text a second that this run itself encoded.
-        found: what folders and globs among the inputs gave.
+        found: the files that folders and globs among the inputs gave.
         source_records: a record of each input, see ``source_records``; empty where the datasets existed.
         document_end: a sentence that says how documents end.
-        unknown_id: the id of the token for what the vocabulary does not have; None where it has none.
+        unknown_id: the id of the unknown token, for text that the vocabulary lacks; None where there is none.
         unknown_tokens: prefix -> how often that token occurs; None where an earlier version, which did not count it,
             began the run.
         existed: whether the datasets existed already, as this call makes them, so that nothing was done.

@@ -1,4 +1,4 @@
-"""Carry out one run of preprocessing, from wherever its journal says that an earlier run of the same call was stopped.
+"""Carry out one run of preprocessing; it continues an earlier run of the same call where that was stopped.
 
 encoding    the inputs that are missing go through the workers to the outputs   (checkpoints between inputs)
 shuffling   the documents of each output get their new order                    (only with a shuffle seed)
@@ -39,19 +39,19 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.process_memory import give_back_free_memory
 from megachiar.progress import MEGA, TextProgress
 
-GROUPS_BETWEEN_FREEING = 64  # after as many groups this process gives its free memory back to the system
+GROUPS_BETWEEN_FREEING = 64  # groups after which this process returns its free memory to the system
 
 
 class PreprocessRun:
-    """Carry out one run of preprocessing, from wherever the journal says that it is.
+    """Carry out one run of preprocessing, from the stage that the journal records.
 
     Attributes:
-        settings: what to do.
+        settings: of the run.
         tokenizer: the tokenizer as its own library encodes.
-        journal: what was done so far.
+        journal: the record of the finished work.
         stream: where progress is shown.
         dtype: the type of the tokens.
-        engine: what encodes, and why; None if nothing is left to encode.
+        engine: the encoder, and the reason for its choice; None if nothing is left to encode.
         made: the manifest of each dataset that this run completed.
         done_before: how many inputs earlier runs had done.
         recorder: makes a record of each input that this run reads.
@@ -79,7 +79,7 @@ class PreprocessRun:
                 self._encode(progress)
             if self.journal.stage == "shuffling":
                 self._shuffle()
-            self._place()
+            self._move_outputs()
             unknown = [state.unknown_tokens for state in self.journal.outputs]
             return Report(
                 manifests={prefix: self._manifest_of(prefix) for prefix in self.settings.prefixes if _exists(prefix)},
@@ -111,7 +111,7 @@ class PreprocessRun:
 
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[list[Output]]:
-        """Open the outputs of all parts; if the block fails, keep what the next run can continue."""
+        """Open the outputs of all parts; if the block fails, keep all files that the next run can continue."""
         outputs: list[Output] = []
         states: list[OutputState | None] = [*self.journal.outputs] or [None] * len(self.settings.prefixes)
         try:
@@ -222,7 +222,7 @@ class PreprocessRun:
                 output.builder.complete(functools.partial(self._manifest, output, log))
             self.journal.checkpoint([], states, log, "placing")
 
-    def _place(self) -> None:
+    def _move_outputs(self) -> None:
         """Give all complete files their final names, and note what the inputs were."""
         for prefix in self.settings.prefixes:
             with disk_errors(prefix):

@@ -1,4 +1,4 @@
-"""Define what a run of preprocessing is to do."""
+"""Define the settings of a run of preprocessing."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megachiar.data.tokenizers.choices import Engine, TokenizerKind
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Say what a run of preprocessing is to do.
+    """Hold the settings of a run of preprocessing.
 
     Attributes:
         sources: the inputs of the corpus, in order.
         tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``.
-        engine: what encodes, see ``choose_engine``.
+        engine: the encoder, see ``choose_engine``.
         output_prefix: the dataset's path without suffix; with ``split``, the parts are ``PREFIX_name``.
         read: how documents are found.
         append_eod: end each document with the tokenizer's end-of-document id.
         split: the parts, assigned by document hash; None for one dataset.
-        on_error: what an invalid document does, see ``InvalidDocumentLog``.
+        on_error: whether an invalid document ends the run, see ``InvalidDocumentLog``.
         workers: the number of tokenizing processes; 1 tokenizes in this process.
         fork: whether workers are copies of this process, see ``ordered_map``.
         shuffle_seed: the seed by which the documents of each part are shuffled; None keeps the order of the input.
         overwrite: replace datasets that exist, at the end of the run.
-        restart: forget what an unfinished run left, instead of continuing it.
+        restart: drop the files of an unfinished run, instead of continuing it.
         allow_empty: write no dataset where a part got no document, instead of refusing that.
         found: what folders and globs among the inputs gave, for the report.
     """

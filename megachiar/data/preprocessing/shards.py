@@ -1,4 +1,4 @@
-"""Preprocess with many processes that share nothing but a file system: MPI ranks, or the jobs of a Slurm array.
+"""Preprocess with many processes that share only a file system: MPI ranks, or the jobs of a Slurm array.
 
     inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
 
@@ -71,7 +71,7 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     """Make shard ``number`` of ``shards``.
 
     Returns:
-        What was done; None if the shard, or the whole dataset, exists already.
+        The report; None if the shard, or the whole dataset, exists already.
 
     Raises:
         UserError: ``preprocess`` or ``shard_settings`` raises it.
@@ -80,21 +80,21 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
         return _make_shard(settings, shard_settings(settings, number, shards), stream)
 
 
-def _make_shard(settings: PreprocessSettings, own: PreprocessSettings, stream: TextIO | None) -> Report | None:
-    """Make the shard with the settings ``own`` of the run ``settings``."""
-    record, known = _record_path(own), None if settings.restart else _read_record(_record_path(own))
-    if known is not None and _is_made_by(known, own, stream):
+def _make_shard(settings: PreprocessSettings, shard: PreprocessSettings, stream: TextIO | None) -> Report | None:
+    """Make the shard with the settings ``shard`` of the run ``settings``."""
+    record, known = _record_path(shard), None if settings.restart else _read_record(_record_path(shard))
+    if known is not None and _is_made_by(known, shard, stream):
         return None
     if _merged_before(settings) is not None:
         return None
     check_outputs(settings, _load_tokenizer(settings))
     record.unlink(missing_ok=True)
-    for prefix in own.prefixes:
+    for prefix in shard.prefixes:
         remove_dataset(prefix)
-    report = preprocess(own, stream)
+    report = preprocess(shard, stream)
     log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
-    unknown = [report.unknown_tokens[prefix] for prefix in own.prefixes]
-    identity = [*_options(own), report.source_records]
+    unknown = [report.unknown_tokens[prefix] for prefix in shard.prefixes]
+    identity = [*_options(shard), report.source_records]
     whole = {"identity": identity, **log, "unknown_tokens": unknown}
     write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
     return report
@@ -204,7 +204,7 @@ def _records(shards: list[PreprocessSettings]) -> list[dict[str, Any]]:
 
 
 def _merged_log(records: list[dict[str, Any]]) -> InvalidDocumentLog:
-    """Return what all shards left out, in the order of the inputs."""
+    """Return the documents that all shards left out, in the order of the inputs."""
     log = InvalidDocumentLog("skip")
     for record in records:
         examples = [InvalidDocument(*example) for example in record["examples"]]
@@ -246,14 +246,14 @@ def _is_made_by(record: dict[str, Any], shard: PreprocessSettings, stream: TextI
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of a shard; None if the shard is not whole."""
+    """Return the record of a shard; None if the shard is not complete."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads(path.read_bytes())
     return None
 
 
 def _record_path(shard: PreprocessSettings) -> Path:
-    """Return the file that says that a shard is whole, and what it left out."""
+    """Return the file that marks a shard as complete and lists the documents that it left out."""
     return Path(f"{shard.output_prefix}.done")
 
 

@@ -4,8 +4,9 @@ A *record* is the list [name, bytes, times, checksum], with ``Source.identity`` 
 and times are the recorded ones is taken as unchanged. One with other times is read: copying a file, or checking it out,
 changes its times and not its text. Records of earlier versions have no checksum; there the time of the content decides.
 
-The checksum is a CRC-32, the fastest that Python has. With the size it notices every accident, which is all it is for.
-It covers the bytes on the disk, and of parquet, which is read here and there, the rows of the text column.
+The checksum is a CRC-32, the fastest that Python has. With the size it notices every accidental change, and it need not
+resist an attack. It covers the bytes on the disk, and of parquet, which is read here and there, the rows of the text
+column.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Suspect(NamedTuple):
 def find_changed(
     sources: Sequence[Source], records: Sequence[Sequence[Any]], text_key: str, stream: TextIO | None = None
 ) -> Source | None:
-    """Return the first source that is not what was recorded of it; None if all are.
+    """Return the first source that differs from its record; None if none does.
 
     Args:
         sources: the sources as they are now.

@@ -18,8 +18,8 @@ HASH_BITS = 64
 class Split:
     """Assign documents to the parts of a corpus.
 
-    The hash of its text decides where a document goes. So it stays in its part however the corpus is ordered, cut into
-    files or extended, and equal documents are never in two parts.
+    The hash of a document's text decides its part. So a document stays in its part however the corpus is ordered, cut
+    into files or extended. Equal documents are never in two parts.
 
     Attributes:
         names: the names of the parts, in order.

@@ -2,9 +2,9 @@
 
 Both kinds encode any text, and decoding gives it back character for character:
 
-* SentencePiece: no normalization, no dummy prefix, no whitespace removed; ``\\n`` is a piece of its own, digits are
-  split, and a character that is not in the vocabulary becomes its UTF-8 bytes. One character is the exception, and the
-  library's: U+2581 (``▁``), its mark for a space, is decoded as a space.
+* SentencePiece: no normalization, no dummy prefix, no whitespace removed. ``\\n`` is a piece of its own, and digits are
+  split. A character that is not in the vocabulary becomes its UTF-8 bytes. One character is an exception of the
+  library: U+2581 (``▁``), its mark for a space, is decoded as a space.
 * Hugging Face: byte-level BPE with GPT-2's splitting and all 256 bytes in the vocabulary.
 
 The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it says what they were, so
@@ -51,7 +51,7 @@ PIECES_OF_LINE = re.compile(rf".{{1,{LONGEST_SENTENCE}}}(?=\s|$)|.{{1,{LONGEST_S
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Say which tokenizer to train, and on what.
+    """Describe the tokenizer to train, and its corpus.
 
     Attributes:
         sources: the inputs of the corpus.
@@ -61,7 +61,7 @@ class TrainingSettings:
         algorithm: SentencePiece has both algorithms, Hugging Face only BPE.
         read: how documents are found.
         max_text_bytes: the most text to train on; if the corpus has more, documents are drawn evenly from all of it.
-        on_error: what an invalid document does.
+        on_error: whether an invalid document ends the run, see ``InvalidDocumentLog``.
         overwrite: replace ``output`` if it exists.
         found: what folders and globs among the inputs gave, for the report.
     """
@@ -92,7 +92,7 @@ class TrainingSettings:
 
 
 class TrainingReport(NamedTuple):
-    """Hold the tokenizer as written, and what it was trained on.
+    """Hold the tokenizer as written, and the counts of its training text.
 
     Attributes:
         tokenizer: the tokenizer, loaded from the file that was written.
@@ -115,12 +115,12 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     """Train a tokenizer and write it, whole or not at all; do nothing if the same call has done it before.
 
     Args:
-        settings: what to train.
+        settings: of the tokenizer.
         stream: where progress is shown; standard error if None.
 
     Raises:
-        UserError: the output has the wrong suffix, or exists and was not made by the same call; the corpus cannot be
-            read or is too small for the vocabulary, the vocabulary is too small for the corpus, or the disk is full.
+        UserError: the output has the wrong suffix, or exists and was not made by the same call. The corpus cannot be
+            read, corpus and size of the vocabulary do not fit each other, or the disk is full.
     """
     with disk_errors(settings.output):
         _check(settings)

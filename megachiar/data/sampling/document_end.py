@@ -1,4 +1,4 @@
-"""Tell which token ends the documents of a dataset: as its manifest says, or as its documents show.
+"""Find the token that ends the documents of a dataset, by its manifest or by its documents.
 
 A dataset that Megatron made has no manifest. Its index says where documents end, but not whether a token of its own
 ends them. There the last tokens of some documents, spread over the dataset, are compared. Even if all are the same, the
@@ -44,7 +44,7 @@ def seen_end(dataset: IndexedDataset) -> int | None:
 
 
 def describe_end(source: TokenSource) -> str:
-    """Say what is known of the end of documents in ``source``, such as "a.json says that documents end with id 3"."""
+    """Describe how documents end in ``source``, in words such as "a.json says that documents end with id 3"."""
     path, end = manifest_path(source.prefix), document_end(source)
     if is_recorded(source.manifest):
         ending = f"id {end}" if end is not None else "no token of their own (append_eod is false)"
@@ -60,8 +60,8 @@ def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str |
     Args:
         source: a dataset that is trained on or scored.
         end: the token that is to end every document; None if nothing names one.
-        is_stated: the user's config names it, so that it may stand inside of documents that the dataset itself does
-            not end with a token: then it is enough that it occurs.
+        is_stated: whether the user's config names ``end``. If the manifest then names no token, it is enough that
+            ``end`` occurs, even inside documents.
     """
     if is_one_document(source):
         return None
@@ -78,7 +78,7 @@ def why_unmasked(source: TokenSource, end: int | None, is_stated: bool) -> str |
 
 
 def is_one_document(source: TokenSource) -> bool:
-    """Return whether ``source`` is one document, as its manifest says, which runs into no other one."""
+    """Return whether ``source`` is a single document by its manifest, so that there is no other to keep apart."""
     return source.manifest is not None and source.manifest.documents == 1
 
 

@@ -6,12 +6,12 @@
     samples   0                                          first_sample
 
 Where a run changes its sources, weights or sequence length, a new order begins. Each source continues where it was, in
-tokens of its epoch. With the same sequence length that is the very next sample. With another one it is the next of its
-samples that begins no earlier, so that an epoch ends after as many tokens as it would have. (Another sequence length
-cuts the source elsewhere: in that one epoch some tokens may be read twice and as many not at all; each later epoch is
-whole.) A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
-change of the batch size alone changes only which step reads a sample. Where a run has rolled back from bad samples, its
-order leaves them out, and the samples after them move up.
+tokens of its epoch. With the same sequence length that is the very next sample. With another one it is the first of its
+new samples that begins no earlier. So an epoch ends after as many tokens as without the change. Another sequence length
+cuts the source elsewhere. In that one epoch some tokens may be read twice and as many not at all; each later epoch is
+whole. A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
+change of the batch size alone changes only which step reads a sample. Where a run has rolled back from
+bad samples, its order leaves them out, and the samples after them move up.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ShareRecord(_Record):
     Attributes:
         source: its number in the history.
         weight: its weight beside the other sources of the order.
-        epoch, tokens: what had been read of it when the order began, see ``Consumed``.
+        epoch, tokens: how far it had been read when the order began, see ``Consumed``.
     """
 
     source: int
@@ -82,7 +82,7 @@ class OrderRecord(_Record):
 
 
 class BatchRecord(_Record):
-    """Give the samples of each step after the first ``first_step`` steps, which read ``first_sample`` samples."""
+    """Give the samples of each step after step ``first_step``; the steps up to it read ``first_sample`` samples."""
 
     first_step: int = 0
     first_sample: int = 0
@@ -194,14 +194,14 @@ class DataHistory(_Record):
         """Return what the run's first ``position`` samples have read of a source."""
         end = position
         for order in reversed(self.orders):
-            for place, share in enumerate(order.shares):
+            for index, share in enumerate(order.shares):
                 if share.source == source and end >= order.first_sample:
-                    return self.run_order(order).consumed(end)[place]
+                    return self.run_order(order).consumed(end)[index]
             end = min(end, order.first_sample)
         return Consumed()
 
     def changes(self, requested: DataHistory, step: int) -> list[Change]:
-        """List what differs between ``requested``, an initial history, and this run at ``step``."""
+        """List the differences between ``requested``, an initial history, and this run at ``step``."""
         old, new = self._until(step), requested.orders[0]
         before, changes = old.orders[-1], []
 
@@ -255,11 +255,11 @@ class DataHistory(_Record):
         """
         free, numbers = dict(enumerate(self.sources)), [-1] * len(sources)
         for by_path in (True, False):
-            for place, source in enumerate(sources):
+            for index, source in enumerate(sources):
                 found = (n for n, s in free.items() if s.same_data(source) and (s.path == source.path or not by_path))
-                number = next(found, None) if numbers[place] < 0 else None
+                number = next(found, None) if numbers[index] < 0 else None
                 if number is not None:
-                    numbers[place] = number
+                    numbers[index] = number
                     del free[number]
         new = iter(range(len(self.sources), len(self.sources) + len(sources)))
         return [number if number >= 0 else next(new) for number in numbers]

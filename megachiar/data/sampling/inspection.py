@@ -24,7 +24,7 @@ SCAN_BLOCK = 1 << 22  # tokens that are scanned at once
 def summarise(
     prefix: Path | str, *, verify: bool = False, on_bytes: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """Return what a dataset holds, as values that JSON can represent.
+    """Describe the content of a dataset, as values that JSON can represent.
 
     Args:
         prefix: the path of the dataset without ``.bin``.
@@ -33,7 +33,8 @@ def summarise(
 
     Returns:
         ``files`` (path and bytes), ``dtype``, counts, ``document_tokens`` (smallest, mean, median, largest document),
-        ``manifest`` (None without one), ``verified`` (what was proved) and ``not_checked`` (what was not, and why).
+        ``manifest`` (None without one), ``verified`` (the checks that were made) and ``not_checked`` (those that were
+        not, and why).
 
     Raises:
         UserError: the dataset is damaged or does not fit its manifest.
@@ -105,7 +106,7 @@ def _check_ids(prefix: Path | str, manifest: Manifest | None, found: Mapping[str
 
 
 def _not_checked(manifest: Manifest | None, verify: bool) -> list[str]:
-    """List what was not checked, and why."""
+    """List the checks that were not made, and why."""
     missing = []
     if not verify:
         missing.append("every row of the index, and the tokens themselves: pass --verify to read the files whole")

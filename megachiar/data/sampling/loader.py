@@ -38,12 +38,12 @@ def _check_nothing() -> None:
 class BatchLoader(Iterator[NDArray[np.int64]]):
     """Iterate without end over this rank's micro-batches, int64 (micro_batch_size, T + 1), which a thread reads ahead.
 
-    An error while reading is raised by the ``next`` call that would have returned the batch, and by those after it.
-    Use the loader in a ``with`` block or call ``close``; without either its thread ends with the process or the object.
+    If reading fails, the ``next`` call for that batch raises the error, and so does every later one. Use the loader in
+    a ``with`` block or call ``close``; without either its thread ends with the process or the object.
 
     Attributes:
-        position: the samples of the run that all ranks together have consumed so far, which is where a later loader
-            must begin. Batches that were read ahead but not returned do not count.
+        position: the samples of the run that all ranks together have consumed so far. A later loader begins there.
+            Batches that were read ahead but not returned do not count.
         global_batch_size: the samples of one optimizer step.
 
     Args:

@@ -28,7 +28,7 @@ from megachiar.data.storage.files import bin_path
 from megachiar.errors import UserError
 
 SURPLUS = 0.005  # share of samples that are built beyond need for each source of a blend, mid_level_dataset_surplus
-OWN_LAST_EPOCH = 0.80  # a last epoch of which less than this share is used is shuffled by itself
+OWN_LAST_EPOCH = 0.80  # a last epoch is shuffled by itself if a smaller share of it is used
 MOST_SOURCES = 32767  # Megatron counts them in 16 bits
 
 

@@ -25,7 +25,7 @@ from megachiar.errors import UserError
 
 IntArray = NDArray[np.int64]
 BLOCK_SIZES = (100, 1_000, 10_000, 100_000)  # positions of a blend's block; the smallest that fits is taken
-QUOTA_TOLERANCE = 1e-3  # relative error of a source's share up to which a block size fits
+QUOTA_TOLERANCE = 1e-3  # largest relative error of a source's share that a block size may cause
 
 
 class Consumed(NamedTuple):
@@ -75,7 +75,7 @@ class StreamOrder:
         self.tokens, self.sequence_length, self._key = tokens, sequence_length, key
 
     def first_after(self, consumed: Consumed) -> int:
-        """Return the first of the source's samples that begins after what was read of it, with any sequence length."""
+        """Return the first sample that begins after the tokens that are consumed, with any sequence length."""
         in_epoch = min(-(-consumed.tokens // self.sequence_length), self.samples_per_epoch)
         return consumed.epoch * self.samples_per_epoch + in_epoch
 
@@ -116,7 +116,7 @@ class StreamOrder:
 
 
 class Draws(NamedTuple):
-    """Say which sample of which source positions of a run read.
+    """Hold the source and the sample that each position of a run reads.
 
     Attributes:
         sources: the number of the source, int64 (n,).
@@ -208,8 +208,8 @@ class OrderedSource(NamedTuple):
     Attributes:
         tokens: the length of its stream.
         weight: its weight, relative to the other sources.
-        number: a number that no other source of the run has; with the seed it is the key of the source's order.
-        consumed: what was read of it before.
+        number: its number in the run, unique; with the seed it is the key of the source's order.
+        consumed: how far it was read before.
         where: its name in errors.
     """
 

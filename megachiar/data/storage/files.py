@@ -52,7 +52,7 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def check_prefix(prefix: Path | str) -> None:
-    """Refuse a path that has no name to put suffixes to.
+    """Refuse a path that ends without a file name, to which suffixes could be added.
 
     Raises:
         UserError: ``prefix`` is a folder by its form, such as ``.``, ``..`` or ``/``.
@@ -81,7 +81,7 @@ def starts_path(prefix: Path | str) -> Path:
 
 
 def put_in_place(prefix: Path | str) -> None:
-    """Give a dataset's complete temporary files their final names; called again after a kill, do what is left to do.
+    """Give a dataset's complete temporary files their final names; a call after a kill does the rest.
 
     Files that exist under these names are removed first, index and manifest before tokens, so that files of two
     datasets are never joined. The new index, without which nothing opens, comes last.
@@ -149,8 +149,8 @@ def write_temporary(path: Path, content: bytes) -> None:
 class BlockChecksums:
     """Compute the SHA-256 of each ``CHECKSUM_BLOCK`` bytes of a stream; the last block may be shorter.
 
-    Blocks tell where a file is damaged, can be verified in parallel, and let a writer that was stopped go on without
-    reading again what it wrote before.
+    Blocks show where a file is damaged and can be verified in parallel. A writer that was stopped can go on without
+    reading its earlier blocks again.
 
     Attributes:
         whole: hexadecimal digests of the blocks that are full.

@@ -14,8 +14,8 @@ sequences; megachiar writes one sequence per document and reads any.
                  34 + 4S     i64[S]   where each sequence begins in PREFIX.bin, in bytes
                  34 + 12S    i64[D]   the sequence each document begins with, and S at the end
 
-GPT-NeoX's merge tool writes an index with D = 1, which does not say where documents begin. As each of its documents is
-one sequence, each sequence of such a dataset is read as a document.
+GPT-NeoX's merge tool writes an index with D = 1, so that the index does not say where documents begin. As each of its
+documents is one sequence, each sequence of such a dataset is read as a document.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Record in ``PREFIX.json``, the manifest, what a dataset was made of and with what, and checksums to prove it.
+"""Record the sources, the tokenizer and the checksums of a dataset in its manifest, ``PREFIX.json``.
 
 The indexed format itself names neither a tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
 works; ``megachiar inspect`` lists what cannot be checked then.
 
-pydantic, which checks a manifest that is read, takes longer to import than many a corpus takes to tokenize. So it is
-imported where a manifest is read, not where one is written.
+pydantic checks a manifest that is read. Its import takes longer than tokenizing a small corpus, so it is imported where
+a manifest is read, not where one is written.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Checksums:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Hold what ``PREFIX.json`` records.
+    """Hold the content of ``PREFIX.json``.
 
     Attributes:
         format_version: the version of this record.
@@ -91,8 +91,8 @@ class Manifest:
         checksums: of both files, block by block.
         shuffle_seed: the seed that documents were shuffled by; None if they are in the order of the sources.
         sources: the names of the input files.
-        source_bytes, source_checksums: the bytes on the disk of each of them, and the checksum of its content; empty in
-            a manifest of a version that did not record them.
+        source_bytes, source_checksums: the bytes on the disk and the checksum of each input file; empty in the
+            manifests of earlier versions.
         parts: ``fingerprint`` of each dataset that this one was merged from; empty if it was not merged.
         options: the other options that the tokens depend on: how documents were found, and the split.
         created_by: the tool and its version.
@@ -197,7 +197,7 @@ def check_manifest(
 
     Args:
         prefix: path of the dataset.
-        manifest: what ``read_manifest`` returned.
+        manifest: its manifest, from ``read_manifest``.
         dataset: the dataset, if it is open already.
         verify: read both files whole and compare their checksums, not only type and counts.
         on_bytes: called with the number of bytes of each read while verifying.

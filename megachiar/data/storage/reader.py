@@ -19,11 +19,12 @@ ROWS_CHECKED_ON_OPEN = 1 << 20  # see IndexedDataset
 class IndexedDataset:
     """Read a dataset through a memory map, checked when it is opened so that it cannot fail in the middle of a run.
 
-    The checks on open are: both files exist, are not empty, swapped, cut short or grown; magic, version and type are
-    known; the counts fit the size of the index, the pointers fit the lengths, and the lengths fit the size of ``.bin``;
-    document starts are in order. Pointers and document starts are checked row for row up to ``ROWS_CHECKED_ON_OPEN``
-    sequences. Beyond that as many rows, spread evenly, are checked, so that opening takes milliseconds; ``check_index``
-    checks every row. Whether the tokens are those that were written, only the manifest's checksums can tell.
+    Opening checks that both files exist and are not empty, swapped, cut short or grown. It checks that magic, version
+    and type are known, and that document starts are in order. The counts must fit the size of the index, the pointers
+    the lengths, and the lengths the size of ``.bin``. Pointers and document starts are checked row for row up to
+    ``ROWS_CHECKED_ON_OPEN`` sequences. Of a longer index as many rows, spread evenly, are checked, so that opening
+    takes milliseconds; ``check_index`` checks every row. Only the manifest's checksums can show whether the tokens are
+    those that were written.
 
     Nothing is cached between objects: files rebuilt under the same name are read anew. The arrays are read-only, and
     keep the map alive by themselves.
@@ -189,7 +190,7 @@ def _map_file(path: Path, prefix: Path) -> mmap.mmap:
 
 
 def _remedy_for_missing(path: Path, prefix: Path) -> str:
-    """Say what a user who named a dataset that does not exist may have meant."""
+    """Suggest a remedy to a user who named a dataset that does not exist."""
     if prefix.suffix in (".bin", ".idx"):
         return f"a dataset is named without its suffix: try {prefix.with_suffix('')}"
     if temporary_path(path).exists():

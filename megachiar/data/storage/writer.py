@@ -37,7 +37,7 @@ _START_AFRESH = "remove it, or pass --restart to begin from the first file"
 
 
 class BuilderState(NamedTuple):
-    """Record how far a builder has come: with its temporary files, it is all that is needed to go on from there.
+    """Record how far a builder has come, so that it can be continued with its temporary files.
 
     Attributes:
         documents, sequences, tokens, largest_token_id: the builder's attributes of these names.
@@ -58,8 +58,8 @@ class IndexedDatasetBuilder:
             builder.add_document(ids)
 
     Everything is written under temporary names first. At the end both files are synced to the disk and get their final
-    names, see ``put_in_place``. An exception, a full disk or a kill leaves no dataset. A caller that is to survive a
-    kill saves the ``state`` now and then, and passes it to the next builder.
+    names, see ``put_in_place``. An exception, a full disk or a kill leaves no dataset. To survive a kill, a caller
+    saves the ``state`` now and then, and passes it to the next builder.
 
     Attributes:
         prefix: the path of the dataset without ``.bin``.
@@ -71,11 +71,12 @@ class IndexedDatasetBuilder:
     Args:
         prefix: the path of the dataset without ``.bin``; its folder is made if missing.
         dtype: the type of the tokens, one of ``DTYPE_CODES``.
-        state: where an earlier builder had come; its temporary files are continued, and what it wrote later is dropped.
+        state: how far an earlier builder had come; its temporary files are continued, and all that it wrote later is
+            dropped.
 
     Raises:
-        UserError: the disk is full or read-only; a token id does not fit ``dtype``; another process is writing the
-            same dataset; no token was added by the end; or the temporary files are not those that ``state`` describes.
+        UserError: the disk is full or read-only, a token id does not fit ``dtype``, or no token was added by the end.
+            Another process is writing the same dataset, or the temporary files do not fit ``state``.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype[Any] | type | str, state: BuilderState | None = None):
@@ -226,14 +227,14 @@ class IndexedDatasetBuilder:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Turn what the disk refuses inside the block into an error that names the temporary file ``name``."""
+        """Turn an error of the disk inside the block into one that names the temporary file ``name``."""
         try:
             yield
         except OSError as error:
             raise disk_error(self._temporary[name], error) from error
 
     def _sync(self, *names: str) -> None:
-        """Make what was written to the files ``names`` so far survive a power cut."""
+        """Sync the files ``names`` to the disk, so that their content survives a power cut."""
         files = {"bin": self._bin, "idx": self._idx, "starts": self._starts}
         for name in names:
             with self._writing(name):

@@ -1,8 +1,8 @@
 """Encode with gigatoken, which is tens of times faster than the reference libraries, behind the same interface.
 
-It is trusted only as far as it is proved. Its ids are compared with the reference's on strings that are known to be
-hard, on the first documents of the input and on one document now and then, and any difference ends its use. Text in
-which it sees a control token (it takes a literal ``<s>`` for one) is encoded by the reference.
+Its ids are compared with the reference's on strings that are known to be hard, on the first documents of the input and
+on one document now and then. Any difference ends its use. Text in which it sees a control token (it takes a literal
+``<s>`` for one) is encoded by the reference.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class EngineChoice(NamedTuple):
 
 
 def choose_engine(requested: Engine, reference: ReferenceTokenizer, texts: Iterable[str]) -> EngineChoice:
-    """Decide what encodes, and prove the fast engine on hard strings and on ``texts`` before it is chosen.
+    """Choose the engine; the fast one must first give the reference's ids on hard strings and on ``texts``.
 
     Args:
         requested: ``fast`` insists; ``auto`` takes the reference where the fast engine is missing or differs.

@@ -1,4 +1,4 @@
-"""Read GPT-2's vocabulary and merges, two files that do not say themselves which rules they belong to."""
+"""Read GPT-2's vocabulary and merges, two files that do not name the rules they belong to."""
 
 from __future__ import annotations
 

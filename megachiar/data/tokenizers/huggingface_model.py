@@ -125,7 +125,7 @@ class HuggingFaceTokenizer:
         return next((vocabulary[token] for token in HUGGINGFACE_EOD if token in special), None)
 
     def _make_plain(self) -> None:
-        """Undo what a tokenizer file may ask for that would add, drop or change tokens of a document."""
+        """Turn off the settings of a tokenizer file that would add, drop or change tokens of a document."""
         from tokenizers import AddedToken
 
         self._tokenizer.no_truncation()

@@ -4,7 +4,7 @@
     RUN/tokenizer/              a copy of its files
     RUN/tokenizer_record.json   the same record; ``file`` is relative to RUN
 
-``kind`` and ``eod_id`` are what ``--tokenizer-kind`` and ``--eod-token`` led to when the dataset was made: neither is
+``kind`` and ``eod_id`` follow from ``--tokenizer-kind`` and ``--eod-token`` when the dataset was made: neither is
 guessed from the files again.
 """
 
@@ -73,7 +73,7 @@ def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
 
 
 def manifest_of_tokenizer(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
-    """Return the dataset (prefix and manifest) whose manifest tells the tokenizer and the end-of-document token.
+    """Return the dataset (prefix and manifest) whose manifest defines the tokenizer and the end-of-document token.
 
     It is the first that ends its documents with a token, since no other manifest knows which token was trained. Where
     none does, it is the first that has a manifest; None if none has.
@@ -97,7 +97,7 @@ def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
 
 
 def keep_record(record: TokenizerRecord, run: Path) -> None:
-    """Write what is known of a tokenizer that is gone, for when its files are put into the run folder.
+    """Write the record of a tokenizer whose files are missing, so that they can be put into the run folder later.
 
     A copy of the same tokenizer that the run folder has already stays known by its name.
 

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         path: the file or folder it was loaded from.
         vocab_size: the largest id that can occur, plus one.
         eod_id: the id of the end-of-document token; None where the vocabulary has none.
-        unknown_id: the id of the token for what the vocabulary does not have; None where it has none.
+        unknown_id: the id of the unknown token, for text that the vocabulary lacks; None where there is none.
         fingerprint: ``"sha256:..."`` of the vocabulary file(s); equal fingerprints give equal ids.
         controls: id -> string of the tokens that never stand for text.
     """
@@ -73,7 +73,7 @@ class ReferenceTokenizer(Tokenizer, Protocol):
     """A tokenizer whose ids are the library's own, which a faster one is compared with."""
 
     def definition(self) -> str | bytes:
-        """Return what another library can build the same tokenizer from: a SentencePiece model or a tokenizer.json."""
+        """Return the SentencePiece model or tokenizer.json that another library can build the same tokenizer from."""
         ...
 
 

@@ -15,7 +15,7 @@ TIKTOKEN_LINES = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n[A-Za-z0-9+/]+={0,2}
 GPT2_FAMILIES = {"gpt2", "roberta", "bart", "longformer", "led", "opt", "codegen", "blenderbot", "deberta"}
 """Families of models whose vocab.json and merges.txt belong to GPT-2's rule for cutting text into words."""
 NEVER_IN_GPT2 = re.compile(r"[!-/:-@\[-`{-~]Ċ|</w>$")
-"""What no token of GPT-2 has: a line end after punctuation, which its rule cuts apart, or CLIP's end mark."""
+"""Text that no token of GPT-2 has: a line end after punctuation, which its rule cuts apart, or CLIP's end mark."""
 GUESSED = ("UTF-16LE text", "UTF-16BE text")  # guessed by zero bytes, which a binary model has too
 TAKE_JSON = (
     "take the tokenizer.json of the same model; if it has none, make it: AutoTokenizer.from_pretrained(FOLDER)"
@@ -24,7 +24,7 @@ TAKE_JSON = (
 
 
 def refuse_unsupported(path: Path, content: bytes) -> None:
-    """Say what a file is that no library reads as a tokenizer, if that can be recognised.
+    """Name the kind of a file that no library reads as a tokenizer, if it can be recognised.
 
     Raises:
         UserError: ``content`` is a vocabulary of tiktoken or tekken, a pointer of git-LFS, or no tokenizer at all.

@@ -40,7 +40,7 @@ def tokenizer_fingerprint(path: Path, kind: str) -> str:
 
 
 def _how_to_get(path: Path) -> str:
-    """Return the remedy for a ``path`` where nothing is, which may be meant as a name on Hugging Face's hub."""
+    """Return the remedy for a ``path`` that does not exist and may be meant as a name on Hugging Face's hub."""
     name, expected = str(path), "check the path: a tokenizer is a local file or folder, and none is fetched"
     if _HUB_NAME.fullmatch(name) is None or path.suffix in (".model", ".json"):
         return expected

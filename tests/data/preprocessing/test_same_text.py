@@ -209,7 +209,7 @@ class Stop(Exception):
 def stop_before_the_end(settings: PreprocessSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run end after all inputs were recorded in its journal."""
     with monkeypatch.context() as patch:
-        patch.setattr(runs.PreprocessRun, "_place", lambda self: (_ for _ in ()).throw(Stop))
+        patch.setattr(runs.PreprocessRun, "_move_outputs", lambda self: (_ for _ in ()).throw(Stop))
         with contextlib.suppress(Stop):
             quietly(settings)
 
