@@ -30,7 +30,7 @@ OPTIONS = {
         "output_prefix": "use --output",
     },
     "evaluate": {"batch": "use --batch-size", "eval_batch_size": "use --batch-size"},
-    "generate": {"max_length": "use --max-new-tokens", "max_tokens": "use --max-new-tokens", "n": "use --num-samples"},
+    "generate": {"max_length": "use --max-new-tokens", "n": "use --num-samples"},
 }
 """Command -> what other tools call its options, with what to do."""
 

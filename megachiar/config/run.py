@@ -48,8 +48,8 @@ class RunConfig(Section):
     logging: LoggingConfig
     """The run folder and the files written to it."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused. DeepSpeed ignores a
-    section whose name it does not know, so check the spelling."""
+    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused. DeepSpeed has no list
+    of them and ignores a section whose name it does not know, so check the spelling."""
 
     @property
     def sample_order(self) -> str:

@@ -1,15 +1,17 @@
 """All private names of DeepSpeed that this package uses: those that its documentation does not promise.
 
 Each entry says why we need the name and how to see that the entry can go. It also says since which release DeepSpeed
-has the name, which was read in the sources of releases 0.12.6 to 0.19.8. ``PRIVATE_NAMES`` and ``PRIVATE_ATTRIBUTES``
-list all names. The contract test fails when the installed DeepSpeed lacks one, or when another file of the package uses
-one.
+has the name, which was read in the sources of releases 0.12.6 to 0.19.8. ``PRIVATE_NAMES``, ``PRIVATE_PARAMETERS`` and
+``PRIVATE_ATTRIBUTES`` list all names. The contract test fails when the installed DeepSpeed lacks one, or when another
+file of the package uses one.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +43,11 @@ PRIVATE_NAMES = {
 }
 """Names by the module, or the ``module:Class``, that has them."""
 
+PRIVATE_PARAMETERS = {
+    "deepspeed.runtime.pipe.engine:PipelineEngine.eval_batch": ("bcast_loss", "num_micro_batches"),
+}
+"""Parameters by the function, as ``module:Class.function``, that takes them."""
+
 PRIVATE_ATTRIBUTES = {
     "engine": ("enable_backward_allreduce",),
     "pipeline": ("_topo", "global_rank", "parts", "tied_modules"),
@@ -64,16 +71,24 @@ PRIVATE_ATTRIBUTES = {
 
 
 def missing_names() -> Iterator[str]:
-    """Yield each entry of ``PRIVATE_NAMES`` that the installed DeepSpeed lacks, as ``module:Class.name``."""
+    """Yield each private name and parameter that the installed DeepSpeed lacks, as ``module:Class.name``."""
     for owner, names in PRIVATE_NAMES.items():
-        module, _, cls = owner.partition(":")
-        try:
-            holder: Any = importlib.import_module(module)
-            holder = getattr(holder, cls) if cls else holder
-        except (ImportError, AttributeError):
-            yield from (f"{owner}.{name}" for name in names)
-            continue
+        holder = _find(owner)
         yield from (f"{owner}.{name}" for name in names if not hasattr(holder, name))
+    for function, names in PRIVATE_PARAMETERS.items():
+        found = _find(function)
+        taken = inspect.signature(found).parameters if callable(found) else {}
+        yield from (f"{function}({name}=)" for name in names if name not in taken)
+
+
+def _find(path: str) -> Any:
+    """Return what ``module:Class.name`` names in the installed DeepSpeed; None if it is not there."""
+    module, _, inside = path.partition(":")
+    try:
+        holder: Any = importlib.import_module(module)
+        return functools.reduce(getattr, filter(None, inside.split(".")), holder)
+    except (ImportError, AttributeError):
+        return None
 
 
 def check_deepspeed_version() -> None:
@@ -287,6 +302,16 @@ def without_part_number(name: str) -> str:
     """Return a parameter's name in the model, which lacks the number of the part that a pipeline puts before it."""
     first, _, rest = name.partition(".")
     return rest if first.isdigit() or first == "tied_modules" else name
+
+
+def evaluate_micro_batch(engine: deepspeed.DeepSpeedEngine, micro_batch: Any) -> Any:
+    """Send one micro-batch forward through the pipeline, and return the list of its loss on the last stage.
+
+    Why: by its documented parameters ``eval_batch`` reads as many micro-batches as a training step, and broadcasts
+    their mean to all stages. Since: 0.13, and ``bcast_loss`` 0.12 or before.
+    It can go when both parameters stand in DeepSpeed's documentation.
+    """
+    return engine.eval_batch(iter([micro_batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
 
 
 # The optimizer's state

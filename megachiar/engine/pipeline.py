@@ -103,8 +103,7 @@ class PipelineReplica:
         ``inputs`` and ``targets`` are (B, T).
         """
         sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
-        batches = iter([((inputs, sample_ids), targets)])
-        outputs = self.deepspeed.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        outputs = deepspeed_patches.evaluate_micro_batch(self.deepspeed, ((inputs, sample_ids), targets))
         return outputs[0].item() if self.topology.is_last_stage else 0.0
 
     def _forward_metrics(self) -> torch.Tensor:

@@ -98,12 +98,11 @@ def sample(
         generator: of the random draw.
         known_ids: ids that may be drawn, bool (V,); None allows all.
     """
-    if known_ids is not None:
-        logits = logits.masked_fill(~known_ids, -torch.inf)
+    allowed = torch.ones_like(logits, dtype=torch.bool) if known_ids is None else known_ids
     if temperature < SMALLEST_TEMPERATURE:
-        return int(logits.argmax())
+        return int(logits.masked_fill(~allowed, -torch.inf).argmax())
     # The largest becomes 0 first: a small temperature makes no infinity of it, of which softmax makes NaN.
-    logits = (logits - logits.max()) / temperature
+    logits = ((logits - logits[allowed].max()) / temperature).masked_fill(~allowed, -torch.inf)
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import ROOT, python
 
+from megachiar import console
 from megachiar.cli.main import COMMANDS, module_of
 from megachiar.config import load_config
 from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
-from megachiar.options import OptionError
+from megachiar.options import OptionError, Parser
 
 NEEDS_NOTHING = {"quickstart", "bench-train", "bench-layers", "bench-dropout"}
 
@@ -109,3 +113,111 @@ def test_a_wrong_option_is_one_message_of_the_program():
     done = python("-m", "megachiar", "pretrain", "--train-iters", "5")
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 2
     assert "error: --train-iters: is no option of megachiar pretrain" in done.stderr and str(ROOT) not in done.stderr
+
+
+def numeric_options() -> Iterator[tuple[str, str]]:
+    """Yield each option of a command that takes a number, after the command."""
+    for command in COMMANDS:
+        for action in actions_of(command):
+            name = getattr(action.type, "__name__", "")
+            if action.option_strings and name in ("int", "float"):
+                yield command, action.option_strings[-1]
+
+
+def actions_of(command: str) -> list[argparse.Action]:
+    """Return the arguments of a command, from the parser that it makes."""
+
+    class Stop(Exception):
+        pass
+
+    seen: list[argparse.Action] = []
+
+    def stop(self, args=None, namespace=None):
+        seen.extend(self._actions)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "parse_known_args", stop)
+        with contextlib.suppress(Stop):
+            importlib.import_module(module_of(command)).main([])
+    return seen
+
+
+@pytest.mark.parametrize(("command", "option"), numeric_options())
+def test_no_number_of_any_command_may_be_nan_or_infinite(command, option):
+    for value in ("nan", "inf", "-inf", "1e999"):
+        error = refused(f"{command} {option}={value}")
+        assert error.where == f"megachiar {command} {option}"
+        assert error.problem in (f"{value} is no finite number", f"invalid int value: {value!r}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_any_command_has_help(command):
+    assert [a.dest for a in actions_of(command) if a.help is None and a.nargs != argparse.PARSER] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("pretrain --config x --dry-run --world-size 0", "0 is not at least 1"),
+        ("pretrain --config x --dry-run --world-size -2", "-2 is not at least 1"),
+        ("generate RUN --top-k 0", "0 is not at least 1"),
+        ("generate RUN --top-p 0", "0 is not above 0 and at most 1"),
+        ("generate RUN --top-p 1.5", "1.5 is not above 0 and at most 1"),
+        ("generate RUN --temperature -1", "-1 is not at least 0"),
+        ("generate RUN --seed 99999999999999999999", f"99999999999999999999 is not at least 0 and at most {2**62}"),
+        ("generate RUN --num-samples 0", "0 is not at least 1"),
+        ("calibrate RUN --where layers --attention-share 2", "2 is not at least 0 and at most 1"),
+        ("calibrate RUN --tokens 0", "0 is not at least 1"),
+        ("flips RUN --sequences 0", "0 is not at least 1"),
+        ("evaluate RUN --batch-size 0", "0 is not at least 1"),
+        ("evaluate RUN --sequence-length 0", "0 is not at least 1"),
+        ("plan --config x --gpus 8 --memory-gib 80 --reserve 1", "1 is not at least 0 and below 1"),
+        ("bench-layers --hidden-size 0", "0 is not at least 2"),
+        ("bench-layers --sequence-length 256 0", "0 is not at least 1"),
+        ("bench-train --layers 0", "0 is not at least 2"),
+        ("bench-dropout --threads 0", "0 is not at least 1"),
+        ("bench-data preprocess --workers 0", "0 is not at least 1"),
+        ("preprocess --workers 0", "0 is not at least 1"),
+    ],
+)
+def test_a_number_outside_its_limits_is_refused_with_them(line, problem):
+    error = refused(line)
+    assert error.problem == problem and not error.remedy.startswith("change")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "remedy"),
+    [
+        ("bench-layers --hidden-size 255 --heads 4", "4 does not divide 255", "give --hidden-size 248 or 256"),
+        ("bench-layers --hidden-size 6 --heads 2", "a head has 3 channels", "give --hidden-size 4 or 8"),
+        ("preprocess --json-keys text", "is no option", "use --text-key"),
+        ("preprocess --partitions=4", "is no option", "use --shard K/N and --merge-shards N"),
+        ("merge --input a b", "is no option", "megachiar merge data/part0 data/part1 --output data/whole"),
+        ("merge a b --output-prefix c", "is no option", "use --output"),
+        ("pretrain --config x --eod-mask-loss", "one of Megatron-LM", "remove it: there is no such key"),
+    ],
+)
+def test_a_wrong_size_or_word_gets_what_works(line, problem, remedy):
+    error = refused(line)
+    assert problem in error.problem and remedy in error.remedy
+
+
+def test_sizes_that_make_no_model_name_the_option_and_no_file():
+    for line, option in (("--layers 4 --heads 3", "--heads"), ("--variant v model.num_layers=1", "--set model")):
+        with pytest.raises(UserError) as caught:
+            importlib.import_module(module_of("bench-train")).main(shlex.split(line))
+        assert str(caught.value).startswith("megachiar bench-train: 1 problem\n" + option)
+        assert ".yaml" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", ["x", "", "-1", "1.5"])
+def test_a_rank_that_is_no_number_does_not_hide_what_is_wrong(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+
+    def fail() -> int:
+        raise UserError("here", "is wrong", "mend it")
+
+    with pytest.raises(SystemExit) as caught:
+        console.run(fail)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: here: is wrong")

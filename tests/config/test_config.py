@@ -153,8 +153,8 @@ def test_an_override_is_named_as_the_place(tmp_path):
 
 # (overrides, key of the problem, part of its message)
 CROSS_CHECKS = [
-    (["model.hidden_size=255"], "model.num_attention_heads", "make hidden_size even"),
-    (["model.num_attention_heads=3"], "model.num_attention_heads", "does not divide model.hidden_size 256"),
+    (["model.hidden_size=255"], "model.num_attention_heads", "set hidden_size to 248 or 256"),
+    (["model.num_attention_heads=3"], "model.num_attention_heads", "3 does not divide 256"),
     (["model.hidden_size=12", "model.num_attention_heads=4"], "model.num_attention_heads", "even number"),
     (["model.num_layers=1"], "model.num_layers", "at least 2"),
     (["model.router.tau=null"], "model.router.tau", "is missing"),

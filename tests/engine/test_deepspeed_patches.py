@@ -16,25 +16,54 @@ from megachiar.errors import UserError
 PACKAGE = ROOT / "megachiar"
 PATCHES = Path(deepspeed_patches.__file__)
 DOCUMENTED_MODULES = {"deepspeed", "deepspeed.pipe", "deepspeed.utils", "deepspeed.accelerator"}
-COMMON_WORDS = {"compile", "optimizer", "parts", "dynamic", "skipped_steps"}
-"""Private names of DeepSpeed that objects of ours have too, so that a search by name cannot tell them apart."""
+HOLDERS = {
+    "compile": {"compiler"},
+    "optimizer": {"optimizer"},
+    "parts": {"deepspeed", "module", "pipeline", "stage"},
+    "skipped_steps": {"deepspeed"},
+}
+"""Private name that objects of ours have too -> what our code calls the objects of DeepSpeed that have it."""
 
 
 def private_words() -> set[str]:
-    tables = (deepspeed_patches.PRIVATE_NAMES, deepspeed_patches.PRIVATE_ATTRIBUTES)
-    return {name for table in tables for names in table.values() for name in names} - COMMON_WORDS
+    tables = (
+        deepspeed_patches.PRIVATE_NAMES,
+        deepspeed_patches.PRIVATE_PARAMETERS,
+        deepspeed_patches.PRIVATE_ATTRIBUTES,
+    )
+    return {name for table in tables for names in table.values() for name in names}
 
 
 def used_words(source: str) -> set[str]:
-    """Return the attributes that the source reads or sets, by dot or by ``getattr``, ``hasattr`` and ``setattr``."""
-    tree = ast.parse(source)
-    words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    """Return the private words that the source uses.
+
+    It may read or set an attribute by dot or by ``getattr``, ``hasattr`` and ``setattr``, or pass a parameter by name.
+    Of a word in ``HOLDERS`` only the uses on such an object count.
+    """
+    tree, uses = ast.parse(source), set()
+    aliases = {
+        target.id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"getattr", "hasattr", "setattr"}:
-            words |= {
-                part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
-            }
-    return words
+        if isinstance(node, ast.Attribute):
+            uses |= {(holder, node.attr) for holder in called(node.value, aliases)}
+        elif isinstance(node, ast.Call):
+            uses |= {("", keyword.arg) for keyword in node.keywords}
+            if getattr(node.func, "id", "") in {"getattr", "hasattr", "setattr"}:
+                words = [part.value for part in node.args if isinstance(part, ast.Constant)]
+                uses |= {(holder, word) for holder in called(node.args[0], aliases) for word in words}
+    return {word for holder, word in uses if word in private_words() and holder in HOLDERS.get(word, {holder})}
+
+
+def called(node: ast.expr, aliases: dict[str, ast.expr]) -> set[str]:
+    """Return what the source calls an object: its last name, and for a variable that of what was assigned to it."""
+    last = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    assigned = aliases.get(last) if isinstance(node, ast.Name) else None
+    return {last} | ({assigned.attr} if isinstance(assigned, ast.Attribute) else set())
 
 
 def deepspeed_modules(source: str) -> set[str]:
@@ -84,11 +113,10 @@ def test_running_engines_have_every_private_attribute(tmp_path):
 
 
 def test_private_names_stand_in_one_file():
-    words = private_words()
     for path in PACKAGE.rglob("*.py"):
         if path != PATCHES:
             source = path.read_text()
-            assert not used_words(source) & words, path
+            assert not used_words(source), path
             assert deepspeed_modules(source) <= DOCUMENTED_MODULES, path
 
 
@@ -100,5 +128,45 @@ def test_no_entry_is_left_over():
 
 def test_the_search_finds_a_private_name(tmp_path):
     source = "def f(p):\n    return getattr(p, 'ds_id', None) or p._hp_mapping\n"
-    assert used_words(source) & private_words() == {"ds_id", "_hp_mapping"}
+    assert used_words(source) == {"ds_id", "_hp_mapping"}
     assert deepspeed_modules("from deepspeed.runtime import compiler") - DOCUMENTED_MODULES
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("self.deepspeed.skipped_steps", "skipped_steps"),
+        ("engine = self.deepspeed\nengine.skipped_steps", "skipped_steps"),
+        ("replica.deepspeed.optimizer.optimizer.state", "optimizer"),
+        ("zero = engine.optimizer\nzero.optimizer", "optimizer"),
+        ("getattr(engine.optimizer, 'optimizer')", "optimizer"),
+        ("replica.deepspeed.module.parts", "parts"),
+        ("scaler.dynamic", "dynamic"),
+        ("compiler.compile = None", "compile"),
+        ("engine.eval_batch(batches, bcast_loss=False)", "bcast_loss"),
+    ],
+)
+def test_the_search_finds_a_private_name_that_is_a_common_word(source, word):
+    assert used_words(source) == {word}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "step - engine.skipped_steps",
+        "config.optimizer.betas",
+        "made.parts",
+        "config.training.compile",
+        "module.compile()",
+    ],
+)
+def test_what_objects_of_ours_call_alike_is_not_private(source):
+    assert used_words(source) == set()
+
+
+def test_a_deepspeed_whose_function_lacks_a_parameter_is_refused_with_it(monkeypatch):
+    (function,) = deepspeed_patches.PRIVATE_PARAMETERS
+    for planted in (function, "deepspeed.runtime.pipe.engine:PipelineEngine.no_such_function"):
+        monkeypatch.setattr(deepspeed_patches, "PRIVATE_PARAMETERS", {planted: ("of_another_version",)})
+        with pytest.raises(UserError, match=r"PipelineEngine\.\w+\(of_another_version=\)"):
+            deepspeed_patches.check_deepspeed_version()

@@ -50,6 +50,12 @@ def test_an_unknown_id_is_never_drawn(settings):
     assert_shares(draws(LOGITS, 50, temperature=0, known_ids=known), [0, 0, 0, 1])
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest(temperature):
+    assert_shares(draws([-300.0, 90.0, 80.0, -torch.inf], 50, temperature=temperature), [0, 1, 0, 0])
+    assert_shares(draws([-4.0, -300.0, -5.0, -300.0], 50, temperature=temperature), [1, 0, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("top_k", "expected"), [(1, [1, 0, 0, 0]), (2, [4 / 7, 0, 0, 3 / 7]), (4, LOGITS), (99, LOGITS)]
 )
