@@ -44,5 +44,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="times each is measured (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
     return parser.parse_args(argv)
