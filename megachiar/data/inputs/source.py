@@ -83,7 +83,7 @@ class Source:
         return [self.name, status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
 
     def touched_at(self) -> int | None:
-        """Return when a file was last changed in any way, in nanoseconds; None for what is no file."""
+        """Return when a file was last changed in any way, in nanoseconds; None for an input that is no file."""
         return None if self.path is None else max(self.identity()[2])
 
     def identity_by_content_time(self) -> list[Any]:

@@ -29,7 +29,7 @@ QUOTA_TOLERANCE = 1e-3  # largest relative error of a source's share that a bloc
 
 
 class Consumed(NamedTuple):
-    """Count what was read of a source: whole epochs, and targets of the next one, in the order of its samples."""
+    """Count how far a source was read: whole epochs, and targets of the next one, in the order of its samples."""
 
     epoch: int = 0
     tokens: int = 0
@@ -258,7 +258,7 @@ class RunOrder:
         return draws.sources, epochs, tokens
 
     def consumed(self, position: int) -> list[Consumed]:
-        """Return what the whole run read of each source before ``position``, which is at least ``first``."""
+        """Return how far the whole run read each source before ``position``, which is at least ``first``."""
         counts = self.blend.counts(position).tolist()
         return [
             order.consumed(begin + count) for order, begin, count in zip(self.orders, self._begin, counts, strict=True)
