@@ -1,4 +1,4 @@
-"""``python -m megachiar COMMAND``: what the console command ``megachiar`` does."""
+"""``python -m megachiar COMMAND`` is the same as ``megachiar COMMAND``."""
 
 from megachiar.cli.main import start
 

@@ -47,7 +47,7 @@ def make_console(file: TextIO | None = None) -> Console:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Drop what a library prints in this block, such as memory tables and progress bars. Errors are still raised."""
+    """Drop the output of a library in this block, such as memory tables and progress bars. Errors are still raised."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

@@ -23,8 +23,8 @@ class UserError(ValueError):
 
     Args:
         where: file, key path, byte or rank of the problem, such as ``"configs/a.yaml: model.tau"``.
-        problem: what is wrong, with the value and the limit that it breaks.
-        remedy: what the reader can do.
+        problem: in words, with the value and the limit that it breaks.
+        remedy: the action that the reader can take.
     """
 
     same_on_every_rank = False
@@ -69,7 +69,7 @@ def disk_error(path: Path | str, error: OSError, verb: str = "write") -> UserErr
 
     Args:
         path: the file, where ``error`` itself names none.
-        error: what the system raised.
+        error: the one that the system raised.
         verb: the operation that it refused.
     """
     where = error.filename if isinstance(error.filename, str | os.PathLike) else path

@@ -59,5 +59,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--threads", type=number(int, least=1), default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)"
     )
     parser.add_argument("--rounds", type=number(int, least=1), default=9, help="times each is measured (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
     return parser.parse_args(argv)

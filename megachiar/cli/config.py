@@ -21,7 +21,7 @@ from megachiar.options import CommandParser, Parser
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("config", __doc__)
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="ACTION", parser_class=Parser, help="what is to be done"
+        dest="action", required=True, metavar="ACTION", parser_class=Parser, help="the action"
     )
     actions.add_parser("list", help="name the shipped configs")
     show = actions.add_parser("show", help="print a shipped config")

@@ -29,7 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
     parser.add_argument("--batch-size", type=number(int, least=1), default=8, help="windows scored at once (default 8)")
     parser.add_argument("--sequence-length", type=number(int, least=1), help="tokens of a window (default: the run's)")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: what the run computed in)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
     add_json_option(parser)
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Show what an indexed dataset holds, whether it is intact, and the text of a document or training sample.
+"""Show the content of an indexed dataset, check it, and print the text of a document or training sample.
 
     megachiar inspect data/train
     megachiar inspect data/train --verify

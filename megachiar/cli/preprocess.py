@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tokenizing processes (default: one per usable core)",
     )
     add("--overwrite", action="store_true", help="replace an existing dataset")
-    add("--restart", action="store_true", help="forget what an unfinished run left instead of going on")
+    add("--restart", action="store_true", help="drop the files of an unfinished run instead of continuing it")
     shared = parser.add_mutually_exclusive_group()
     shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
     shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def work(settings: PreprocessSettings, arguments: argparse.Namespace) -> Report | None:
-    """Do what the command line asks for: the whole dataset, a shard, the merge of shards, or an MPI rank's part."""
+    """Make the whole dataset, a shard, the merge of shards or an MPI rank's part, as the command line asks."""
     from megachiar.data.preprocessing.mpi import preprocess_with_mpi
     from megachiar.data.preprocessing.preprocess import preprocess
     from megachiar.data.preprocessing.shards import make_shard, merge_shards

@@ -38,7 +38,7 @@ class Step:
     """One command of the quickstart.
 
     Attributes:
-        title: what the command does.
+        title: the command in words.
         arguments: of ``python``.
         made: files that the command makes; empty for a command that is always run.
         source: files that the command reads; it is run again where one of them is newer than those it makes.

@@ -1,4 +1,4 @@
-"""The section ``model:`` says what is trained; the paper (arXiv 2606.08327) has the terms."""
+"""The section ``model:`` describes the model; the paper (arXiv 2606.08327) has the terms."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def expand_path(path: Path) -> Path:
     for match in _VARIABLE.finditer(text):
         name = match[1] or match[2]
         if name not in os.environ:
-            message = "a path of which every variable is set; {name} is not"
+            message = "a path whose variables are all set; {name} is not"
             raise PydanticCustomError("unset_variable", message, {"name": name})
     try:
         return Path(os.path.expandvars(text)).expanduser()

@@ -37,6 +37,6 @@ def shipped_config(name: str) -> Path:
 
 
 def title_of(path: Path) -> str:
-    """Return the first sentence of a config's comment, which says what the config is."""
+    """Return the first sentence of a config's comment, which describes the config."""
     comment = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
     return " ".join(comment).split(". ")[0].split(": ")[0].rstrip(".")

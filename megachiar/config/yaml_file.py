@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     def get_single_node(self) -> yaml.Node | None:
-        """Return the document as nodes, none of which is too much to read."""
+        """Return the document as nodes, after checking that none is too large or nested too deep."""
         try:
             node = super().get_single_node()
         except RecursionError:

@@ -1,4 +1,4 @@
-"""A description of which implementation computes which operation, and why, for the first lines of a log."""
+"""A description of the implementation of each operation, and of its reason, for the first lines of a log."""
 
 from __future__ import annotations
 

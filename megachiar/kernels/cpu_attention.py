@@ -358,7 +358,7 @@ def _results(
 
 
 def _slopes(piece: _Piece, sequence: _Sequence, kept, gradient, spans: QuerySpans, scale) -> tuple[torch.Tensor, ...]:
-    """Compute what a piece adds to the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
+    """Compute a piece's addends of the gradients of its queries (s, h, c), keys and values (1, h, t, c)."""
     q, k, v, results, sums = kept
     rows, dtype = sequence.rows(piece), _backward_type(piece, q.dtype)
     of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

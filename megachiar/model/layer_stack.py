@@ -101,7 +101,7 @@ def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> t
 
 
 def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:
-    """Collect what the layers report, layer by layer."""
+    """Collect the statistics of all layers."""
     return RoutingStatistics(
         *(torch.stack([getattr(o, name) for o in outputs]).detach().float() for name in RoutingStatistics._fields)
     )

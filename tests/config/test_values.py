@@ -19,7 +19,7 @@ WRONG = {
     "optimizer.betas=[0.9]": "lacks value 2 of its list",
     "training.steps=2.5": "is 2.5, must be an integer",
     "logging.tensorboard=1": "is 1, must be true or false",
-    "logging.folder=$NO_SUCH_NAME/x": "must be a path of which every variable is set; NO_SUCH_NAME is not",
+    "logging.folder=$NO_SUCH_NAME/x": "must be a path whose variables are all set; NO_SUCH_NAME is not",
     "logging.folder=~no-such-user/x": "must be a path in the home folder of a user of this machine",
 }
 

@@ -30,7 +30,7 @@ from megachiar.errors import UserError
 READ_BYTES = 1 << 18  # read of a plain file at once
 COMPRESSED_READ_BYTES = 1 << 14  # read at once; small, because the text may be a thousand times larger
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
-SHOWN_BYTES = 16  # of what follows whole data and does not belong to it
+SHOWN_BYTES = 16  # of foreign bytes that follow whole data
 MOST_TEXT = 1 << 22  # bytes that xz and bzip2 give at once; the text may be ten thousand times larger
 
 OnContent = Callable[[bytes], None]
@@ -109,7 +109,7 @@ def raw_blocks(source: Source) -> Iterator[bytes]:
 
 
 def _read_all(file: BinaryIO | io.RawIOBase, size: int) -> Iterator[bytes]:
-    """Yield what is left of ``file`` in blocks of at most ``size`` bytes."""
+    """Yield the rest of ``file`` in blocks of at most ``size`` bytes."""
     while block := file.read(size):
         yield block
 
@@ -163,7 +163,7 @@ def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
 
 
 def _check_next_member(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[bytes]) -> None:
-    """Refuse what follows the whole members that end at byte ``end`` if it is no member: ``rest``, and then ``raw``.
+    """Refuse foreign bytes (``rest``, then ``raw``) after whole members, which end at byte ``end``.
 
     Raises:
         UserError: it is padding, or anything else.
@@ -173,9 +173,9 @@ def _check_next_member(source: Source, codec: Codec, end: int, rest: bytes, raw:
     if not begins_compressed(source.compression, rest):
         raise UserError(
             source.name,
-            f"is whole up to byte {end}, but goes on with what is not {COMPRESSION_NAMES[source.compression]} data: "
+            f"is whole up to byte {end}, but goes on with other than {COMPRESSION_NAMES[source.compression]} data: "
             f"{rest[:SHOWN_BYTES]!r}",
-            f"fetch it again, or cut off what does not belong to it: {_cut(source, end)}",
+            f"fetch it again, or cut off the bytes that do not belong to it: {_cut(source, end)}",
         )
 
 

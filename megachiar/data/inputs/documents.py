@@ -33,7 +33,7 @@ class ReadOptions:
             between blank lines (``blank-line``).
         max_document_bytes: the largest document allowed. Memory holds several copies of a document, so a larger one
             ends the run.
-        chunk_bytes: the bytes of text at which a chunk is complete.
+        chunk_bytes: the size of a complete chunk, in bytes of text.
     """
 
     text_key: str = "text"
@@ -151,7 +151,7 @@ def _lines(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, offset in the source, and content without its line end of each line."""
     lines = chunk.data.split(b"\n")
     if not lines[-1]:
-        lines.pop()  # what follows the last line end is no line
+        lines.pop()  # the rest after the last line end is no line
     offset = chunk.offset
     for number, line in enumerate(lines, chunk.first):
         yield number, offset, line

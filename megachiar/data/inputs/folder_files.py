@@ -135,9 +135,9 @@ def _refusal(folder: Path, files: list[_Unreadable]) -> UserError:
     remedies = "; ".join(dict.fromkeys(file.remedy for file in files[:MOST_NAMED]))
     return UserError(
         folder,
-        f"holds {_files(len(files))} of what looks like text data, but cannot be read: {named}{more}",
-        f"{remedies}; or leave {'it' if len(files) == 1 else 'them'} out by a quoted glob that names what to read, "
-        f"such as '{folder}/**/*.jsonl'",
+        f"holds {_files(len(files))} of text data that cannot be read: {named}{more}",
+        f"{remedies}; or leave {'it' if len(files) == 1 else 'them'} out by a quoted glob that names the files to "
+        f"read, such as '{folder}/**/*.jsonl'",
     )
 
 

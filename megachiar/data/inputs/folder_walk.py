@@ -27,7 +27,7 @@ def walk(root: str, enters_hidden: bool = False) -> tuple[list[str], list[LeftOu
         enters_hidden: take files and folders whose names begin with a dot too.
 
     Returns:
-        The files as paths below ``root``, sorted folder after folder, and what is left out.
+        The files as paths below ``root``, sorted folder after folder, and the files and folders left out.
 
     Raises:
         UserError: a folder cannot be read.

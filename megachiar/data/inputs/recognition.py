@@ -12,7 +12,7 @@ from pathlib import PurePath
 from megachiar.data.inputs.source import COMPRESSIONS, FORMATS, Compression, Source
 from megachiar.errors import UserError
 
-HEAD_BYTES = 1 << 12  # enough to recognise what a file is
+HEAD_BYTES = 1 << 12  # enough to recognise the format of a file
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSION_MAGIC: dict[Compression, bytes] = {
     "gz": b"\x1f\x8b",

@@ -1,7 +1,7 @@
 """Read inputs from object stores, web servers and archives, through ``fsspec``.
 
 ``s3://bucket/*.jsonl.zst`` needs ``s3fs``, ``gs://`` needs ``gcsfs``, ``https://`` needs ``aiohttp``; fsspec itself
-says what is missing.
+names a missing package.
 """
 
 from __future__ import annotations

@@ -32,12 +32,12 @@ class SourceReading:
     def record(self) -> list[Any]:
         """Return [name, bytes, times, checksum] of a source that was read to its end."""
         name, size, times = self._identity
-        known = self._source.format == "parquet" and size is not None  # what was added is a part of the file
+        known = self._source.format == "parquet" and size is not None  # the added bytes are a part of the file
         return [name, size if known else self._bytes, times, self.checksum]
 
 
 class SourceRecorder:
-    """Make a record of each source that is read, in the order in which they are begun."""
+    """Make a record of each source that is read, in the order of reading."""
 
     def __init__(self) -> None:
         self._readings: list[SourceReading] = []
@@ -48,5 +48,5 @@ class SourceRecorder:
         return self._readings[-1]
 
     def records(self, first: int = 0, end: int | None = None) -> list[list[Any]]:
-        """Return the records of the sources from ``first`` up to ``end``, all of which were read to their ends."""
+        """Return the records of the sources from ``first`` up to ``end``; all must have been read to their ends."""
         return [reading.record() for reading in self._readings[first:end]]

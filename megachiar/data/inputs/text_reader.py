@@ -48,7 +48,7 @@ def first_bytes(source: Source, least: int) -> bytes:
 
 
 def _open_text(source: Source, on_content: OnContent | None) -> tuple[int, Iterator[tuple[bytes, int]]]:
-    """Return the length of the byte order mark and ``text_blocks`` without it; refuse what is not text at all."""
+    """Return the length of the byte order mark and ``text_blocks`` without it; refuse a source that is not text."""
     blocks = text_blocks(source, on_content)
     head, consumed = b"", 0
     for block, size in blocks:

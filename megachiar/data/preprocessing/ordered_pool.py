@@ -8,7 +8,7 @@ once when the other is gone.
 
 The caches of a worker's libraries and the holes in its heap are bounded too. A worker makes the function and forks a
 copy of itself, which does the work. When the copy has grown by ``LARGEST_GROWTH``, it ends, and the next copy takes
-over its pipe. All copies share what the worker had loaded.
+over its pipe. All copies share the modules and data that the worker had loaded.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Report:
 
 
 def describe_document_end(tokenizer: Tokenizer, append_eod: bool) -> str:
-    """Say how documents end: with which token and id, or without one."""
+    """Describe how documents end: the token and its id, or that there is none."""
     if tokenizer.eod_id is None:
         return "documents end with no token of their own: the tokenizer has none for it (--eod-token names one)"
     token = f"{tokenizer.controls[tokenizer.eod_id]!r} (id {tokenizer.eod_id})"

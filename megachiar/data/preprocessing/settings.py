@@ -27,7 +27,7 @@ class PreprocessSettings:
         on_error: whether an invalid document ends the run, see ``InvalidDocumentLog``.
         workers: the number of tokenizing processes; 1 tokenizes in this process.
         fork: whether workers are copies of this process, see ``ordered_map``.
-        shuffle_seed: the seed by which the documents of each part are shuffled; None keeps the order of the input.
+        shuffle_seed: the seed that shuffles the documents of each part; None keeps the order of the input.
         overwrite: replace datasets that exist, at the end of the run.
         restart: drop the files of an unfinished run, instead of continuing it.
         allow_empty: write no dataset where a part got no document, instead of refusing that.

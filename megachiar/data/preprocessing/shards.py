@@ -2,8 +2,8 @@
 
     inputs in order --share--> shard 0, shard 1, ... (each a run of ``preprocess``)  --merge--> the dataset
 
-Shards are stretches of the inputs, so that the merged files are byte for byte what one process writes. They are kept in
-``PREFIX.shards`` until the merge is done. A shard that is whole already is not made again.
+Shards are stretches of the inputs, so that the merged files are byte for byte those that one process writes. They are
+kept in ``PREFIX.shards`` until the merge is done. A shard that is whole already is not made again.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _sum_if_known(counts: Iterable[int | None]) -> int | None:
 
 
 def _options(shard: PreprocessSettings) -> list[Any]:
-    """Return the values that, beside the inputs, determine what a shard holds."""
+    """Return the values that, beside the inputs, determine the content of a shard."""
     tokenizer = _load_tokenizer(shard)
     return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.determining_options]
 

@@ -3,8 +3,8 @@
     documents in order --scatter--> buckets, one per stretch of the new order --gather--> documents in the new order
                         (one pass over the tokens)                       (each bucket fits in the page cache)
 
-Document i moves to index ``permute(i)``. The order depends only on the seed and the number of documents, so that shards
-that are made in parallel and then merged give what one process gives.
+Document i moves to index ``permute(i)``. The order depends only on the seed and the number of documents, so that merged
+shards give the same order as one process.
 """
 
 from __future__ import annotations

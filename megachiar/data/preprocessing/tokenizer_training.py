@@ -7,8 +7,8 @@ Both kinds encode any text, and decoding gives it back character for character:
   library: U+2581 (``▁``), its mark for a space, is decoded as a space.
 * Hugging Face: byte-level BPE with GPT-2's splitting and all 256 bytes in the vocabulary.
 
-The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it says what they were, so
-that the same command, given again, does nothing.
+The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it records them, so that the
+same command does nothing when it is given again.
 """
 
 from __future__ import annotations

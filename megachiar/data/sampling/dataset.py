@@ -113,7 +113,7 @@ def token_blocks(source: TokenSource, tokens: int) -> Iterator[NDArray[Any]]:
 
 
 class SourceUse(NamedTuple):
-    """Say what a run takes from one source.
+    """Describe the part of one source in a run.
 
     Attributes:
         prefix: the path of the dataset.
@@ -212,7 +212,7 @@ class SampleStream:
         return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
 
     def describe(self, samples: int) -> list[SourceUse]:
-        """Say what the samples of the run up to ``samples`` take from each source."""
+        """Describe the part of each source in the samples of the run up to ``samples``."""
         consumed = self.order.consumed(samples)
         return [
             SourceUse(

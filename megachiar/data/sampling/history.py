@@ -1,4 +1,4 @@
-"""Record what a run has read of each source, so that a checkpoint can be continued with the same or with other data.
+"""Record how far a run has read each source, so that a checkpoint can be continued with the same or with other data.
 
     sources   0: web/train    1: books/train    2: code/train                  numbered in order of first use
     orders    |-- T 2048, weights {0: 0.7, 1: 0.3} ------|-- T 8192, weights {1: 0.5, 2: 0.5} ----- ...
@@ -191,7 +191,7 @@ class DataHistory(_Record):
         return self.model_copy(update={"orders": (*self.orders[:-1], changed)})
 
     def consumed(self, source: int, position: int) -> Consumed:
-        """Return what the run's first ``position`` samples have read of a source."""
+        """Return how far the run's first ``position`` samples have read a source."""
         end = position
         for order in reversed(self.orders):
             for index, share in enumerate(order.shares):

@@ -1,4 +1,4 @@
-"""Inspect a dataset: what it holds, whether it fits its manifest, and the text of a document or sample."""
+"""Inspect a dataset: its content, whether it fits its manifest, and the text of a document or sample."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def show_sample(
 def show_samples(
     stream: SampleStream | MegatronStream, positions: range, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """Return what a run reads at ``positions``: position, source, epoch, documents, ids and text of each sample."""
+    """Return position, source, epoch, documents, ids and text of each sample that a run reads at ``positions``."""
     samples = []
     for position, location, ids in zip(positions, stream.locate(positions), stream.batch(positions), strict=True):
         samples.append(

@@ -53,7 +53,7 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
         dp_rank, dp_size: this rank among the data-parallel ranks, and their number.
         start_sample: the position to begin at, the ``position`` of an earlier loader.
         prefetch: the batches that are read ahead, at least 1.
-        pin_memory: keep batches in page-locked memory, from which they can be copied to a GPU while it computes:
+        pin_memory: keep batches in page-locked memory, so that they can be copied to a GPU while it computes:
             ``torch.from_numpy(batch).to(device, non_blocking=True)``. Needs CUDA.
         check: called before each batch is read; what it raises counts as an error while reading.
 
@@ -116,7 +116,7 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
         return waited
 
     def close(self) -> None:
-        """End the thread and drop what was read ahead; calling it again does nothing."""
+        """End the thread and drop the batches that were read ahead; calling it again does nothing."""
         self._stop.set()
         self._thread.join()
 

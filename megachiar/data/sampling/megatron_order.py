@@ -223,7 +223,7 @@ class MegatronStream:
         return [int(np.searchsorted(starts, sequence, side="right")) - 1 for sequence, _, _ in pieces]
 
     def describe(self, samples: int) -> list[SourceUse]:
-        """Say what the first ``samples`` samples of the run take from each source."""
+        """Describe the part of each source in the first ``samples`` samples of the run."""
         drawn = [samples] if self._blend is None else np.bincount(self._blend[0][:samples], minlength=len(self.sources))
         uses = []
         for source, share, count in zip(self.sources, self.shares, drawn, strict=True):

@@ -29,7 +29,7 @@ QUOTA_TOLERANCE = 1e-3  # largest relative error of a source's share that a bloc
 
 
 class Consumed(NamedTuple):
-    """Count what was read of a source: whole epochs, and targets of the next one, in the order of its samples."""
+    """Count how far a source was read: whole epochs, and targets of the next one, in the order of its samples."""
 
     epoch: int = 0
     tokens: int = 0

@@ -70,7 +70,7 @@ def remove_dataset(prefix: Path | str) -> None:
 def temporary_path(path: Path) -> Path:
     """Return where ``path`` is written before it is whole: in the same folder, so that the rename is atomic.
 
-    The name is fixed, so that the next run replaces what a killed run left behind.
+    The name is fixed, so that the next run replaces the files of a killed run.
     """
     return path.with_name(path.name + ".tmp")
 

@@ -99,7 +99,7 @@ class IndexedDatasetBuilder:
                 self._starts = self._open.enter_context(open_locked(self._temporary["starts"]))
                 self._begin()
             except UserError:
-                self._open.close()  # what an earlier builder left stays as it is
+                self._open.close()  # an earlier builder's files stay as they are
                 raise
             except BaseException:
                 self.abort()
@@ -206,7 +206,7 @@ class IndexedDatasetBuilder:
 
     def close(self) -> None:
         """Close the temporary files, which stay where they are, to be renamed or continued."""
-        with contextlib.suppress(OSError):  # closing writes what is still buffered, and a full disk refuses that too
+        with contextlib.suppress(OSError):  # closing writes buffered bytes, and a full disk refuses that too
             self._open.close()
 
     def abort(self) -> None:

@@ -1,8 +1,8 @@
 """Encode with gigatoken, which is tens of times faster than the reference libraries, behind the same interface.
 
 Its ids are compared with the reference's on strings that are known to be hard, on the first documents of the input and
-on one document now and then. Any difference ends its use. Text in which it sees a control token (it takes a literal
-``<s>`` for one) is encoded by the reference.
+on one document now and then. Any difference ends its use. If it finds a control token in a text (it takes a literal
+``<s>`` for one), the reference encodes that text.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FastTokenizer:
         try:
             self._open = functools.partial(_open, gigatoken, reference)
             self._encode = self._open().encode
-        except Exception as error:  # whatever a library raises of its own for what it does not know
+        except Exception as error:  # the library raises errors of its own for an unknown format
             raise UserError(
                 reference.path, f"gigatoken cannot serve this tokenizer: {error}", "use --engine reference"
             ) from error
@@ -111,7 +111,7 @@ class FastTokenizer:
             self._compare(text, ids)
 
     def _encode_group(self, texts: list[str]) -> list[TokenIds]:
-        """Encode a few texts; those in which gigatoken sees a control token or an unknown id go to the reference."""
+        """Encode a few texts; those that get a control token or an unknown id are encoded by the reference."""
         encoded = [self._encode(text) for text in texts]
         if not self._has_control(np.concatenate(encoded) if len(encoded) > 1 else encoded[0]):
             return encoded
@@ -147,7 +147,7 @@ class FastTokenizer:
         try:
             expected = self._reference.encode(text)
         except ControlTokenError as error:
-            problem = f"{self.name} encodes a text of which the reference {error.problem}"
+            problem = f"{self.name} encodes a text, but the reference {error.problem}"
             raise UserError(self.path, problem, "use --engine reference") from error
         if np.array_equal(ids, expected):
             return

@@ -72,7 +72,7 @@ def _refuse_other_json(path: Path, content: bytes) -> None:
     """Refuse a JSON file that is a vocabulary of tekken or the settings of a tokenizer."""
     try:
         described = json.loads(content)
-    except ValueError:  # the loader says what is broken
+    except ValueError:  # the loader reports the defect
         return
     if not isinstance(described, dict) or "model" in described:
         return

@@ -195,7 +195,7 @@ def test_metrics_beside_a_config_of_another_program_are_judged_as_any_file(tmp_p
 def test_records_with_text_are_refused_under_any_suffix_that_is_not_known(tmp_path, name):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     write_jsonl(tmp_path / name, ["y"])
-    with pytest.raises(UserError, match=r"what looks like text data.*JSON, suffix"):
+    with pytest.raises(UserError, match=r"text data that cannot be read.*JSON, suffix"):
         find_inputs([tmp_path])
 
 
