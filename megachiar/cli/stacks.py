@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.errors import UserError, disk_errors
-from megachiar.options import CommandParser
-from megachiar.training.run_lock import read_locks
-from megachiar.training.stacks import remove_request, request_stacks, stack_path
+from megachiar.options import CommandParser, number
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("stacks", __doc__)
     parser.add_argument("run", type=Path, help="run folder (logging.folder of the config)")
-    parser.add_argument("--wait", type=float, default=15.0, help="seconds to wait for answers (default 15)")
+    parser.add_argument(
+        "--wait", type=number(float, least=0), default=15.0, help="seconds to wait for answers (default 15)"
+    )
     parser.add_argument("--print", action="store_true", help="print the stacks as well")
     return parser.parse_args(argv)
 
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: no run works in the folder, or the folder cannot be written.
     """
     options = parse_arguments(argv)
+
+    from megachiar.training.stacks import remove_request, request_stacks, stack_path
+
     ranks = ranks_at_work(options.run)
     with disk_errors(options.run):
         token = request_stacks(options.run)
@@ -58,6 +61,8 @@ def ranks_at_work(run: Path) -> int:
     Raises:
         UserError: there is none.
     """
+    from megachiar.training.run_lock import read_locks
+
     with disk_errors(run, "read"):
         owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
     at_work = [owner for owner in owners if owner.process.runs() is not False]
@@ -68,6 +73,8 @@ def ranks_at_work(run: Path) -> int:
 
 def wait_for_answers(run: Path, token: str, ranks: int, seconds: float) -> dict[int, str]:
     """Return what each rank has written for the request, a line about it and its stacks, by rank."""
+    from megachiar.training.stacks import stack_path
+
     answers: dict[int, str] = {}
     until = time.monotonic() + seconds
     while len(answers) < ranks and time.monotonic() < until:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megachiar.data.inputs import remote
-from megachiar.data.storage.files import file_identity
+from megachiar.data.storage.identity import file_identity
 from megachiar.errors import UserError, disk_error, disk_errors
 
 Format = Literal["jsonl", "txt", "parquet"]

@@ -20,11 +20,11 @@ from megachiar.data.storage.files import (
     block_checksums,
     check_prefix,
     dataset_files,
-    file_identity,
     idx_path,
     manifest_path,
     remove_dataset,
 )
+from megachiar.data.storage.identity import file_identity
 from megachiar.data.storage.manifest import (
     Manifest,
     TokenizerRecord,

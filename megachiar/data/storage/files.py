@@ -41,16 +41,6 @@ def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
-def file_identity(path: Path) -> list[Any]:
-    """Return [name, bytes, times], by which a later run tells that a file was not touched.
-
-    The times are those of the last change of the content and of the last change at all, in nanoseconds. A program can
-    set the first one, but not the second.
-    """
-    status = os.stat(path)
-    return [str(path), status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
-
-
 def check_prefix(prefix: Path | str) -> None:
     """Refuse a path that ends without a file name, to which suffixes could be added.
 
