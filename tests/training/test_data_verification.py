@@ -18,6 +18,7 @@ from megachiar.data.storage.files import bin_path, manifest_path
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.errors import UserError
 from megachiar.topology import TensorParallelGroup, Topology
+from megachiar.training.metrics import read_metrics
 from megachiar.training.run import data_to_check
 from megachiar.training.run_data import open_data
 
@@ -123,6 +124,8 @@ def test_a_run_on_altered_data_ends_with_one_message_unless_it_is_told_not_to_lo
     output = start("start", code=2)
     assert message in output and "remedy:" in output and "Traceback" not in output
     assert not (folder / "start" / "metrics.jsonl").exists(), "no step was taken"
-    output = start("background", code=2)
+    output = start("background", "training.steps=1000", code=2)
     assert message in output and "remedy:" in output and "Traceback" not in output
+    taken = [record["step"] for record in read_metrics(folder / "background", "train")]
+    assert max(taken, default=0) < 500, "it ends long before its last step"
     assert message not in start("never", code=0)
