@@ -220,9 +220,9 @@ def _check_ids(source: TokenSource, vocab_size: int) -> None:
     tokens = source.dataset.tokens
     least, largest = int(tokens.min()), int(tokens.max())
     if least < 0 or largest >= vocab_size:
-        wrong = least if least < 0 else largest
+        wrong, remedy = (least, "") if least < 0 else (largest, f"give --vocab-size {largest + 1} or more, or ")
         raise UserError(
             bin_path(source.prefix),
             f"holds id {wrong}, but the vocabulary is 0 to {vocab_size - 1:,}",
-            f"give --vocab-size {largest + 1} or more, or check the file with `megachiar inspect`",
+            f"{remedy}check the file with `megachiar inspect`",
         )

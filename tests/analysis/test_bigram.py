@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import indexed_oracle as oracle
 import numpy as np
 import pytest
 from support import python
@@ -110,8 +111,18 @@ def test_without_a_size_the_largest_id_sets_the_vocabulary(tmp_path, streams):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, streams):
-    with pytest.raises(UserError, match=r"test\.bin: holds id 12, but the vocabulary is 0 to 11"):
+    with pytest.raises(UserError, match=r"test\.bin: holds id 12, but the vocabulary is 0 to 11") as caught:
         bigram_baseline(*write(tmp_path, streams), vocab_size=12)
+    assert "give --vocab-size 13 or more" in caught.value.remedy
+
+
+def test_a_vocabulary_below_that_of_the_tokenizer_names_the_option(tmp_path):
+    for number, name in enumerate(PARTS):
+        oracle.write(tmp_path / name, [[stream(number).tolist()]])
+        oracle.make_manifest(tmp_path / name, vocab_size=64)
+    with pytest.raises(UserError, match="--vocab-size 20: the datasets' tokenizer has 64 ids") as caught:
+        bigram_baseline(*(tmp_path / name for name in PARTS), vocab_size=20)
+    assert caught.value.remedy == "give at least 64, or leave it out"
 
 
 def test_the_tool_prints_what_the_package_finds(tmp_path, streams):

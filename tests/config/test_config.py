@@ -151,6 +151,18 @@ def test_an_override_is_named_as_the_place(tmp_path):
         load_config(TINY, ["training.steps=-1"])
 
 
+def test_an_override_below_a_key_that_no_file_has_is_named_as_the_place():
+    with pytest.raises(ConfigError, match=r"--set foo\.bar=1: foo: is not a known key"):
+        load_config(TINY, ["foo.bar=1"])
+
+
+def test_digits_after_a_zero_are_quoted_as_they_are_written():
+    for override in ("training.steps=010", "optimizer.learning_rate=00"):
+        value = override.partition("=")[2]
+        with pytest.raises(ConfigError, match=rf'--set {override}: \S+: is "{value}", must be'):
+            load_config(TINY, [override])
+
+
 # (overrides, key of the problem, part of its message)
 CROSS_CHECKS = [
     (["model.hidden_size=255"], "model.num_attention_heads", "set hidden_size to 248 or 256"),

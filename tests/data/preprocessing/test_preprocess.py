@@ -338,7 +338,7 @@ def test_the_tokenizer_is_never_an_output(tmp_path, model):
 
 
 def test_no_documents_at_all_are_refused(tmp_path, model):
-    with pytest.raises(UserError, match=r"held no usable document \(skipped: none\)"):
+    with pytest.raises(UserError, match=r"--input \S+/in\.jsonl: held no usable document \(skipped: none\)"):
         run_quietly(prepare(tmp_path, model, []))
     with pytest.raises(UserError, match=r"held no usable document \(skipped: 2 empty\)"):
         run_quietly(prepare(tmp_path, model, ["", " "], on_error="skip"))

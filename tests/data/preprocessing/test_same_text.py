@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pyarrow
@@ -169,14 +170,16 @@ def test_a_dataset_whose_note_is_not_readable_is_compared_with_its_inputs(tokeni
 
 
 def test_an_input_that_was_changed_while_the_dataset_was_written_is_another_one(tokenizer, corpus, monkeypatch):
-    real = runs.PreprocessRun._place
+    real = runs.PreprocessRun._check_filled
 
-    def place(self: runs.PreprocessRun) -> None:
+    def check_filled(self: runs.PreprocessRun, *arguments: object) -> None:
+        """Change an input when all inputs are read and no manifest is written."""
         write_other_text(corpus[0])
         os.utime(corpus[0], ns=(EARLIER, EARLIER))
-        real(self)
+        real(self, *arguments)
+        time.sleep(0.05)  # the clock of files is coarse
 
-    monkeypatch.setattr(runs.PreprocessRun, "_place", place)
+    monkeypatch.setattr(runs.PreprocessRun, "_check_filled", check_filled)
     assert not quietly(settings_of(tokenizer, corpus)).existed
     with pytest.raises(UserError, match=rf"a\.jsonl {CHANGED}"):
         quietly(settings_of(tokenizer, corpus))
