@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
-from megachiar.options import CommandParser, add_json_option
+from megachiar.options import CommandParser, Parser, add_json_option
 
 if TYPE_CHECKING:  # torch is imported by the actions that need it
     from rich.table import Table
@@ -33,8 +33,7 @@ if TYPE_CHECKING:  # torch is imported by the actions that need it
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("checkpoint", __doc__)
-    plain = argparse.ArgumentParser  # since CommandParser is for whole commands
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=plain)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     for name, what in (
         ("list", "list the checkpoints of a run"),
         ("verify", "compare every file of one checkpoint, or of all of a run, with its checksum"),

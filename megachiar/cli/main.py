@@ -23,7 +23,7 @@ GROUPS = {
         "tokenizer": "train a tokenizer on a corpus",
         "preprocess": "tokenize a corpus into a dataset (.bin, .idx and a manifest)",
         "merge": "join datasets of one tokenizer",
-        "inspect": "show and verify the content of a dataset, or of a step of a run",
+        "inspect": "show and verify a dataset, or the samples of a step",
     },
     "Training": {
         "quickstart": "go from nothing to a trained model in minutes, on a CPU",

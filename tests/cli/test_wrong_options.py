@@ -68,7 +68,7 @@ def test_a_missing_argument_of_any_command_is_asked_for_with_an_example(command)
         ("evaluate RUN --set a=1", "leave it out"),
         ("preprocess --vocab-file x", "use --tokenizer"),
         ("preprocess --append_eod", "write --append-eod"),
-        ("generate RUN --max-tokens 5", "use --max-new-tokens"),
+        ("generate RUN --max-tokens 5", "did you mean --max-new-tokens?"),
         ("config show --hole", "did you mean --whole?"),
         ("inspect PREFIX --set a=1", "megachiar inspect --config configs/tiny.yaml --step 100"),
         ("plan --gpus 8 --config x", "--memory-gib: memory of one GPU; for example `megachiar plan "),
