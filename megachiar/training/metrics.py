@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import resource
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +22,53 @@ from megachiar.errors import disk_errors
 class MetricsWriter:
     """Write each record to ``metrics.jsonl`` and TensorBoard; rank 0 alone does so.
 
+    A disk that refuses a record does not end the run: ``warn`` is called, and the next record is tried again. Event
+    files are given up after the first refusal, since TensorBoard's writer has lost its place in them.
+
     Args:
         folder: the run folder.
         tensorboard: whether to write event files.
         step: step that the run continues from. Records of later steps, which a run wrote and then stopped before it
             saved, are removed, so that the file holds one history.
+        warn: prints a line of the log.
 
     Raises:
-        UserError: the disk is full or read-only; ``write`` raises it as well.
+        UserError: the files cannot be opened.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, step: int):
+    def __init__(self, folder: Path, tensorboard: bool, step: int, warn: Callable[[str], None]):
         self.path = folder / "metrics.jsonl"
         self._tensorboard_folder = folder / "tensorboard" if tensorboard else None
+        self._warn = warn
+        self._lost = 0  # records since the last one that was written
         self._open(step)
 
     def _open(self, step: int) -> None:
         self._forget_after(step)
         with disk_errors(self.path):
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
-        self._tensorboard = None
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (stays open as long as the run)
+        self._curves: EventFiles | None = None
         if self._tensorboard_folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             with disk_errors(self._tensorboard_folder):
-                self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=step + 1)
+                self._curves = EventFiles(self._tensorboard_folder, step)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""
-        with disk_errors(self.path):
-            self._file.write(json.dumps({"step": step, "kind": kind, **without_nan(values)}) + "\n")
-            self._file.flush()
-        if self._tensorboard is None:
-            return
-        for name, value in values.items():
-            many = isinstance(value, list)
-            for tag, number in (
-                [(f"{name}/layer_{i + 1:02d}", v) for i, v in enumerate(value)] if many else [(name, value)]
-            ):
-                if isinstance(number, (int, float)) and math.isfinite(number):
-                    self._tensorboard.add_scalar(f"{kind}/{tag}", number, step)
+        try:
+            self._append(json.dumps({"step": step, "kind": kind, **without_nan(values)}).encode() + b"\n")
+        except OSError as error:
+            if not self._lost:
+                self._warn(f"{self.path} cannot be written: {error.strerror}. The run goes on without these records")
+            self._lost += 1
+        else:
+            if self._lost:
+                self._warn(f"{self.path} is written again; records that are missing: {self._lost}")
+            self._lost = 0
+        if self._curves is not None:
+            try:
+                self._curves.add(step, kind, values)
+            except OSError as error:
+                self._give_up_curves(error)
 
     def rewind(self, step: int) -> None:
         """Remove the records of steps after ``step``, from which the run goes on once more."""
@@ -67,14 +78,79 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._curves is not None:
+            try:
+                self._curves.close()
+            except OSError as error:
+                self._give_up_curves(error)
+
+    def _append(self, line: bytes) -> None:
+        """Append ``line`` whole or not at all.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        end = os.fstat(self._file.fileno()).st_size
+        left = memoryview(line)
+        try:
+            while left:  # the system may take a part, and says at the next call why not all
+                left = left[self._file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            raise
+
+    def _give_up_curves(self, error: OSError) -> None:
+        self._curves = None
+        reason = error.strerror or error
+        self._warn(f"{self._tensorboard_folder} cannot be written: {reason}. The run goes on without TensorBoard")
 
     def _forget_after(self, step: int) -> None:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+
+
+class EventFiles:
+    """The event files of TensorBoard. Its writer works in a thread of its own, whose errors come up at a later call.
+
+    Args:
+        folder: of the event files.
+        step: step that the run continues from; TensorBoard forgets the points of later steps.
+
+    Raises:
+        OSError: the disk refuses a file; every method raises it as well.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        before = set(threading.enumerate())
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._threads = set(threading.enumerate()) - before
+        self._hook = threading.excepthook
+        threading.excepthook = self._without_disk_errors
+
+    def add(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Add a point of ``step`` to each curve; a list (one value a layer) has one curve a layer."""
+        for name, value in values.items():
+            many = isinstance(value, list)
+            for tag, number in (
+                [(f"{name}/layer_{i + 1:02d}", v) for i, v in enumerate(value)] if many else [(name, value)]
+            ):
+                if isinstance(number, (int, float)) and math.isfinite(number):
+                    self._writer.add_scalar(f"{kind}/{tag}", number, step)
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        self._writer.close()
+        threading.excepthook = self._hook
+
+    def _without_disk_errors(self, arguments: threading.ExceptHookArgs) -> None:
+        """Print no traceback for what the disk refused the writer's thread; ``add`` raises it."""
+        if not (arguments.thread in self._threads and isinstance(arguments.exc_value, OSError)):
+            self._hook(arguments)
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -121,7 +123,7 @@ def train(
         blocks = []
     if topology.is_main:
         set_later_aside(config, run.start, console.print)
-    writer = open_run_folder(config, data, progress) if topology.is_main else None
+    writer = open_run_folder(config, data, progress, display.line) if topology.is_main else None
     try:
         with BackgroundCheck(blocks) as check:
             return Trainer(engine, data, progress, writer, display, supervision, check.raise_problem).run(owed)
@@ -137,7 +139,7 @@ def data_to_check(config: RunConfig, data: RunData, topology: Topology) -> list[
     return blocks_of(data.sources)[topology.data_rank :: topology.data_size]
 
 
-def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> MetricsWriter:
+def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: Callable[[str], None]) -> MetricsWriter:
     """Write the resolved config and the tokenizer to the run folder, and open its metrics; rank 0 alone does so."""
     folder = config.logging.folder
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
@@ -145,7 +147,9 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress) -> Met
         keep_tokenizer(data.tokenizer, folder)
     elif data.tokenizer_record is not None:
         keep_record(data.tokenizer_record, folder)
-    return MetricsWriter(folder, config.logging.tensorboard, progress.step)
+    return MetricsWriter(
+        folder, config.logging.tensorboard, progress.step, lambda line: log(f"[yellow]{escape(line)}[/]")
+    )
 
 
 def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:

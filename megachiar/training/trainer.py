@@ -188,6 +188,7 @@ class Trainer:
         assert checkpoint is not None, "without a checkpoint no step is rolled back"
         state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
         self.progress.step, self.progress.samples = state.step, state.samples
+        self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
         self._seconds, self._steps = 0.0, 0
         self.comparison.begin_anew()

@@ -1,0 +1,109 @@
+"""Logs that a disk refuses are a warning, and the run goes on.
+
+The system refuses for real: a process whose files may be no larger (RLIMIT_FSIZE) is told so in the middle of a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+from support import python, small_config, write_config, write_tokens
+
+from megachiar.training.display import Display
+from megachiar.training.metrics import MetricsWriter, read_metrics
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_refused_records_are_counted_and_the_next_ones_are_written(tmp_path):
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, tensorboard=False, step=0, warn=said.append)
+    writer.write(1, "train", {"loss": 1.0})
+    with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size + 5):
+        writer.write(2, "train", {"loss": 2.0})
+        writer.write(3, "train", {"loss": 3.0})
+        assert len(said) == 1 and f"{tmp_path / 'metrics.jsonl'} cannot be written: File too large" in said[0]
+    writer.write(4, "train", {"loss": 4.0})
+    writer.close()
+    assert said[1:] == [f"{tmp_path / 'metrics.jsonl'} is written again; records that are missing: 2"]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_refused_event_files_are_given_up_without_a_traceback(tmp_path, capfd):
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, tensorboard=True, step=0, warn=said.append)
+    writer.write(1, "train", {"loss": 1.0})
+    events = next((tmp_path / "tensorboard").iterdir())
+    writer._curves._writer.flush()
+    with files_of_at_most(events.stat().st_size + 10):
+        until = time.monotonic() + 20
+        while writer._curves is not None and time.monotonic() < until:
+            writer.write(2, "train", {f"curve {number}": 0.5 for number in range(200)})
+            if writer._curves is not None:
+                try:
+                    writer._curves._writer.flush()
+                except OSError as error:
+                    writer._give_up_curves(error)
+    writer.write(3, "train", {"loss": 3.0})
+    writer.close()
+    assert any(f"{tmp_path / 'tensorboard'} cannot be written" in line for line in said)
+    assert "Traceback" not in capfd.readouterr().err
+    assert read_metrics(tmp_path)[-1]["step"] == 3
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run():
+    full = open("/dev/full", "w")  # noqa: SIM115 (its end is refused too)
+    Display(Console(file=full), steps=1, done=0).line("step 1")
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_a_run_with_full_logs_trains_to_its_end(tmp_path):
+    """The checkpoint is the largest file of this run, and it must fit: the limit is for what grows beyond it."""
+    write_tokens(tmp_path / "train")
+    sections = {"training": {"steps": 60, "micro_batch_size": 8}, "data": {"validation": {}}}
+    config = small_config(tmp_path, **sections)
+    path = write_config(tmp_path / "config.yaml", config)
+    program = (
+        "import resource, sys\n"
+        "from megachiar.console import run\n"
+        "from megachiar.pretrain import main\n"
+        "from megachiar.training.trainer import Trainer\n"
+        "train = Trainer._train\n"
+        "def limited(self, *arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "    code = train(self, *arguments)\n"
+        "    return code\n"
+        "save = Trainer._save_if_due\n"
+        "def unlimited(self, *arguments):\n"
+        "    if self.progress.step == self.config.steps:\n"
+        "        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "    return save(self, *arguments)\n"
+        "Trainer._train, Trainer._save_if_due = limited, unlimited\n"
+        "run(main)\n"
+    )
+    script = tmp_path / "limited.py"
+    script.write_text(program)
+    done = python(script, "--config", path, "--set", "logging.tensorboard=true")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "metrics.jsonl cannot be written: File too large. The run goes on" in output
+    assert "step 60/60" in output and "saved" in output and "Traceback" not in output
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) > 2 and all(json.loads(line)["step"] for line in lines)
