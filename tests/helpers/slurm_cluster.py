@@ -72,7 +72,11 @@ def why_no_cluster() -> str | None:
         command = ["unshare", *OWN_USER, *NAMESPACES, "--fork", "--mount-proc", "bash", "-c", trial]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": PATH})
         said = done.stderr.strip() or f"exit code {done.returncode}"
-        return f"this user may not make the namespaces of emulated nodes ({said}): run as root" if done.returncode else None
+        return (
+            f"this user may not make the namespaces of emulated nodes ({said}): run as root"
+            if done.returncode
+            else None
+        )
     return f"user {os.getuid()} has no name in /etc/passwd, which Slurm asks for"
 
 
@@ -100,7 +104,9 @@ class SlurmCluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -124,15 +130,19 @@ class SlurmCluster:
             return psutil.Process(self._outer.pid).children(recursive=True)
         return []
 
-    def call(self, *command: str | Path, folder: Path | None = None, codes: tuple[int, ...] = (0,), **env: str) -> str:
-        """Run a command on the host "control", in ``folder``, and return what it printed.
+    def call(self, *command: str | Path, folder: Path | None = None, env: dict[str, str] | None = None) -> str:
+        """Run a command on the host "control" in ``folder``, and return what it printed.
 
-        Its exit code must be one of ``codes``. ``env`` adds variables to those of this process.
+        ``env`` is the environment of the command and of the jobs that it submits, this process's where it is None.
         """
         inside = self._process_one()
         user = ("--user", "--preserve-credentials") if OWN_USER else ()
         enter = ["nsenter", f"--target={inside.pid}", *user, *NAMESPACES, f"--wd={folder or self.folder}"]
-        variables = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), **env}
+        variables = {
+            **(os.environ if env is None else env),
+            "PATH": PATH,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+        }
         done = subprocess.run(
             [*enter, "--", *map(str, command)],
             env=variables,
@@ -141,7 +151,7 @@ class SlurmCluster:
             text=True,
             timeout=120,
         )
-        assert done.returncode in codes, f"{command}: exit code {done.returncode}\n{done.stdout}\n{self.logs()}"
+        assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}\n{self.logs()}"
         return done.stdout
 
     def job(self, number: int) -> dict[str, str]:
@@ -149,29 +159,22 @@ class SlurmCluster:
         line = self.call("scontrol", "--oneliner", "show", "job", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", line))
 
-    def wait_for(self, number: int, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Wait until a job is in one of ``states``, and return what Slurm knows of it."""
-
-        def arrived() -> dict[str, str] | None:
-            job = self.job(number)
-            return job if job["JobState"] in states else None
-
-        return self.wait_until(arrived, seconds, f"job {number} is {' or '.join(states)}")
-
     def wait_until(self, condition: Callable, seconds: float, what: str):  # type: ignore[no-untyped-def]
         """Call ``condition`` until it returns something true, and return that."""
         until = time.monotonic() + seconds
         while not (found := condition()):
             if time.monotonic() > until:
                 raise TimeoutError(f"not within {seconds:.0f} s: {what}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(0.2)
         return found
 
     def cut_power(self, node: str) -> None:
         """Kill every process of ``node`` at once, and leave it off until ``restore_power``."""
         (self.folder / f"{node}.off").touch()
         start = ["bash", str(INSIDE), "node", str(self.folder), node]
-        (first,) = [p for p in self.processes() if p.cmdline()[: len(start)] == start and p.parent().name() == "unshare"]
+        (first,) = [
+            p for p in self.processes() if p.cmdline()[: len(start)] == start and p.parent().name() == "unshare"
+        ]
         first.kill()
 
     def restore_power(self, node: str) -> None:
