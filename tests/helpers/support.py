@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from safetensors.torch import load_file
 
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 
@@ -114,6 +115,16 @@ def forked_python(*arguments: str | Path, timeout: float = 240, **env: str) -> s
             process.kill()
         errors.seek(0)
         return subprocess.CompletedProcess(program, process.returncode, output, errors.read().decode())
+
+
+def checkpoint_tensors(checkpoint: Path) -> dict[str, bytes]:
+    """Return the bytes of each tensor of a checkpoint, weights and optimizer state, by file and name.
+
+    The files themselves are not to be compared: safetensors writes the header in any order.
+    """
+    files = {path.name: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    assert files, f"{checkpoint} holds no tensors"
+    return {f"{file} {name}": value.numpy().tobytes() for file, held in files.items() for name, value in held.items()}
 
 
 class ForkedRank:
