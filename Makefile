@@ -1,6 +1,7 @@
 # make quickstart   everything, from an empty machine to a trained model and a sample
 # make test         the tests
 # make test-slow    the long ones
+# make test-slurm   those of the Slurm scripts under a real Slurm, started for them: apt install slurm-wlm munge iproute2
 # make docs         the site of docs/ in docs/_build, on Python 3.11 or newer
 # make test-pythons the tests on every promised Python that is here, each in an environment of its own
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-pythons docs
+.PHONY: quickstart test test-slow test-slurm test-pythons docs
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -22,6 +23,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
+
+test-slurm: $(VENV)/installed-dev
+	$(RUN) -m pytest -m slow -rs tests/test_real_slurm.py
 
 docs: $(VENV)/installed-docs
 	$(RUN) -m sphinx -W --keep-going -q docs docs/_build

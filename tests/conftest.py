@@ -1,8 +1,10 @@
-"""Run the longest test files first: where several workers share the files, these must not be left for the end."""
+"""Options of the tests; and the longest files run first, since where workers share them these must not come last."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent
 LONGEST = (
@@ -19,6 +21,11 @@ LONGEST = (
     "training/test_watch.py",
     "training/test_bad_input.py",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-kills", type=int, default=50, help="kills of the slow test_soak.py, over all its layouts")
+    parser.addoption("--soak-seed", type=int, default=None, help="seed of its moments and victims, to repeat them")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
