@@ -84,7 +84,7 @@ class Attempt:
             command = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc-per-node={RANKS}"]
             with self.log.open("wb") as log:
                 self.torchrun = subprocess.Popen(
-                    [*command, "megachiar/pretrain.py", "--config", config],
+                    [*command, "-m", "megachiar.pretrain", "--config", config],
                     cwd=ROOT,
                     env=process_environment(),
                     stdout=log,
