@@ -6,6 +6,7 @@ the seed of its moments and victims; ``--soak-seed`` repeats them, as far as a m
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import signal
@@ -152,6 +153,13 @@ class Soak:
         self.config, self.run = write_config(folder / "config.yaml", config), folder / "run"
         pretrain(self.config, f"logging.folder={folder / 'undisturbed'}", ranks=RANKS)
 
+    def cases(self, count: int) -> list[tuple[str, str]]:
+        """Return so many victims with moments, in random order, each about as often as the others."""
+        # Ranks that have not met yet wait for a killed one until the timeout: that is for a test of its own.
+        cases = [case for case in itertools.product(VICTIMS, MOMENTS) if case != ("one rank", "while it starts")]
+        rounds = [self.rng.sample(cases, len(cases)) for _ in range(0, count, len(cases))]
+        return list(itertools.chain(*rounds))[:count]
+
     def kill(self, victim: str, moment: str) -> None:
         """Start the run, or go on with it, and kill the victim at that moment; it may have to finish first."""
         while True:
@@ -260,11 +268,7 @@ def test_many_kills(tmp_path, seed, layout, request, capsys):
     number = list(LAYOUTS).index(layout)
     kills = len(range(number, request.config.getoption("--soak-kills"), len(LAYOUTS)))
     soak = Soak(tmp_path, layout, 40, seed)
-    cases = [
-        (victim, moment) for victim in VICTIMS for moment in MOMENTS if (victim, moment) != (VICTIMS[0], MOMENTS[0])
-    ]
-    cases = [soak.rng.choice(cases) for _ in range(kills)]
-    for victim, moment in cases:
+    for victim, moment in soak.cases(kills):
         soak.kill(victim, moment)
     soak.finish()
     with capsys.disabled():
