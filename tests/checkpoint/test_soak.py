@@ -6,6 +6,7 @@ the seed of its moments and victims; ``--soak-seed`` repeats them, as far as a m
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import signal
@@ -33,7 +34,7 @@ from support import (
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage
 from megachiar.training.metrics import read_metrics
 
-RANKS = 4
+RANKS, SAVED_EVERY = 4, 2
 ALONE_S = 120  # for ranks to notice that they have lost another one, or their launcher
 LAYOUTS: dict[str, dict] = {
     "ZeRO 1": {"zero_stage": 1},
@@ -145,12 +146,19 @@ class Soak:
     def __init__(self, folder: Path, layout: str, steps: int, seed: int):
         self.folder, self.steps, self.rng, self.report = folder, steps, random.Random(seed), Report(seed)
         write_tokens(folder / "train")
-        config = small_config(folder, parallel=LAYOUTS[layout], checkpoint={"every": 2, "keep": 3})
+        config = small_config(folder, parallel=LAYOUTS[layout], checkpoint={"every": SAVED_EVERY, "keep": 3})
         del config["data"]["validation"]
         config["model"]["dropout"] = 0.1
         config["training"] |= {"steps": steps, "micro_batch_size": 1, "communication_timeout_s": 60}
         self.config, self.run = write_config(folder / "config.yaml", config), folder / "run"
         pretrain(self.config, f"logging.folder={folder / 'undisturbed'}", ranks=RANKS)
+
+    def cases(self, count: int) -> list[tuple[str, str]]:
+        """Return so many victims with moments, in random order, each about as often as the others."""
+        # Ranks that have not met yet wait for a killed one until the timeout: that is for a test of its own.
+        cases = [case for case in itertools.product(VICTIMS, MOMENTS) if case != ("one rank", "while it starts")]
+        rounds = [self.rng.sample(cases, len(cases)) for _ in range(0, count, len(cases))]
+        return list(itertools.chain(*rounds))[:count]
 
     def kill(self, victim: str, moment: str) -> None:
         """Start the run, or go on with it, and kill the victim at that moment; it may have to finish first."""
@@ -186,7 +194,8 @@ class Soak:
         if moment == "while it starts":
             time.sleep(self.rng.uniform(0, 3))
             return not attempt.over()
-        step = self._step() + self.rng.randint(1, self.steps // 5)
+        # Not before the first save is whole: a run that starts anew has resumed nothing.
+        step = max(SAVED_EVERY + 1, self._step() + self.rng.randint(1, self.steps // 5))
         if step > self.steps - 4 or not self._wait_until(attempt, lambda: self._step() >= step):
             return False
         if moment == "while it saves" and not self._wait_until(attempt, lambda: bool(self._incomplete())):
@@ -215,6 +224,7 @@ class Soak:
             assert path.name.endswith(".incomplete") or find_damage(path) is None
         complete = complete_checkpoints(self.run / "checkpoints")
         saved = int(complete[-1].name.removeprefix("step_")) if complete else 0
+        assert saved or moment == "while it starts"
         self.report.kills[victim] += 1
         if moment != "while it starts":
             moment = MOMENTS[2] if self._incomplete() else MOMENTS[1]
@@ -245,7 +255,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.mark.every_python
 def test_killed_at_random_moments_it_still_ends_with_the_same_weights(tmp_path, seed):
     print(f"--soak-seed {seed}")
-    soak = Soak(tmp_path, "tp 2, dp 2", 15, seed)
+    soak = Soak(tmp_path, "tp 2, dp 2", 12, seed)
     soak.kill("one rank", "after a step")
     soak.kill("all ranks", "while it saves")
     soak.finish()
@@ -260,11 +270,7 @@ def test_many_kills(tmp_path, seed, layout, request, capsys):
     number = list(LAYOUTS).index(layout)
     kills = len(range(number, request.config.getoption("--soak-kills"), len(LAYOUTS)))
     soak = Soak(tmp_path, layout, 40, seed)
-    cases = [
-        (victim, moment) for victim in VICTIMS for moment in MOMENTS if (victim, moment) != (VICTIMS[0], MOMENTS[0])
-    ]
-    cases = [soak.rng.choice(cases) for _ in range(kills)]
-    for victim, moment in cases:
+    for victim, moment in soak.cases(kills):
         soak.kill(victim, moment)
     soak.finish()
     with capsys.disabled():
