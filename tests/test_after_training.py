@@ -165,10 +165,10 @@ REFUSED = [
     ("evaluate", ["{folder}/nothing"], "no such folder"),
     ("evaluate", ["{folder}"], "holds no checkpoint"),
     ("evaluate", ["{folder}/run", "--data", "{folder}/nothing"], "nothing.idx"),
-    ("evaluate", ["{folder}/run", "--sequence-length", "33"], "not between 1 and"),
-    ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature -1.0"),
-    ("generate", ["{folder}/run", "--top-p", "0"], "--top-p 0.0"),
-    ("generate", ["{folder}/run", "--top-k", "0"], "--top-k 0"),
+    ("evaluate", ["{folder}/run", "--sequence-length", "33"], "--sequence-length: 33"),
+    ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature: -1"),
+    ("generate", ["{folder}/run", "--top-p", "0"], "--top-p: 0 is not"),
+    ("generate", ["{folder}/run", "--top-k", "0"], "--top-k: 0 is not"),
 ]
 
 

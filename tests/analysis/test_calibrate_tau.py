@@ -183,9 +183,9 @@ def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_fold
     ("arguments", "message"),
     [
         (("--attention-share", "0.5"), "no effect with --where embedding"),
-        (("--where", "layers", "--attention-share", "1.5"), "between 0 and 1"),
-        (("--where", "layers", "--sequences", "0"), "--sequences 0"),
-        (("--tokens", "-1"), "--tokens -1"),
+        (("--where", "layers", "--attention-share", "1.5"), "1.5 is not at least 0 and at most 1"),
+        (("--where", "layers", "--sequences", "0"), "--sequences: 0 is not at least 1"),
+        (("--tokens", "-1"), "--tokens: -1 is not at least 1"),
         (("--json",), "no such folder"),
     ],
 )

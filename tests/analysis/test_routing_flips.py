@@ -90,7 +90,9 @@ def test_the_tool(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("--sequences", "0"), "--sequences 0"), ((), "no such folder")], ids=str
+    ("arguments", "message"),
+    [(("--sequences", "0"), "--sequences: 0 is not at least 1"), ((), "no such folder")],
+    ids=str,
 )
 def test_bad_arguments_end_in_one_message(tmp_path, arguments, message):
     done = forked_python(TOOL, tmp_path / "no_run", *arguments)

@@ -23,6 +23,8 @@ import numpy as np
 import yaml
 from safetensors.torch import load_file
 
+from megachiar.checkpoint.checksums import write_checksummed
+from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, read_state
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[2]
@@ -275,3 +277,13 @@ def find_mpirun() -> str | None:
         return None
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def replace_in_config(checkpoint: Path, old: str, new: str) -> None:
+    """Replace a text in the config.yaml of a checkpoint as if the run had written it so, checksum and seal included."""
+    state = read_state(checkpoint)
+    text = (checkpoint / CONFIG_FILE).read_text().replace(old, new)
+    size, digest = write_checksummed(checkpoint / CONFIG_FILE, text.encode())
+    files, checksums = {**state.files, CONFIG_FILE: size}, {**(state.checksums or {}), CONFIG_FILE: digest}
+    edited = state.model_copy(update={"files": files, "checksums": checksums})
+    (checkpoint / STATE_FILE).write_bytes(edited.to_json())

@@ -35,10 +35,10 @@ def main() -> None:
         groups.mpu = None
         gc.collect()
         before = tensor_bytes()
+        alive: list[int] = []
+        torch.optim.AdamW.step = watched(torch.optim.AdamW.step, alive)  # before the engine takes it
         engine = Engine(config, topology.with_groups(), device)
         data, micro = open_data(config), config.training.micro_batch_size
-        alive: list[int] = []
-        torch.optim.AdamW.step = watched(torch.optim.AdamW.step, alive)
         with BatchLoader(
             data.training, micro, engine.accumulation_steps, topology.data_rank, topology.data_size
         ) as loader:

@@ -74,7 +74,7 @@ def test_standard_input_to_a_split_dataset(tmp_path, model):
         (b"", [], "held no usable document"),
         (b"a", ["--split", "train"], "--split train: a weight is not a number"),
         (b"ab", ["--format", "jsonl.gz"], "standard input: is not gzip data, but plain text"),
-        (b"a", ["--workers", "0"], "--workers: 0 workers"),
+        (b"a", ["--workers", "0"], "--workers: 0 is not at least 1"),
         (b"a", ["--tokenizer", "nowhere.model"], "nowhere.model: there is no such tokenizer"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import indexed_oracle as oracle
 import pytest
 import torch
-from support import forked_python, pretrain, small_config, write_config
+from support import forked_python, pretrain, replace_in_config, small_config, write_config
 from text_helpers import train, write_jsonl
 
 from megachiar.checkpoint.reading import locate_checkpoint
@@ -84,9 +84,9 @@ def run(folder, tmp_path) -> Path:
 
 
 def forget(run: Path, folder: Path) -> None:
-    """Let the configs of a run name its data where there is nothing, in as many bytes."""
-    for path in run.glob("checkpoints/*/config.yaml"):
-        path.write_text(path.read_text().replace(str(folder), "/" + "x" * (len(str(folder)) - 1)))
+    """Let the configs of a run name its data where there is nothing."""
+    for checkpoint in run.glob("checkpoints/step_*"):
+        replace_in_config(checkpoint, str(folder), "/nowhere")
 
 
 def end_of(folder: Path) -> int:
@@ -161,8 +161,8 @@ def test_an_older_run_folder_is_read_by_the_manifest_or_as_it_was(folder, run):
     assert (forgotten.kind, forgotten.eod_id) == ("gpt2", None)
     # What a manifest says of another tokenizer by now does not touch the copy that is kept.
     shutil.copytree(older, run.parent / "moved")
-    for path in (run.parent / "moved").glob("checkpoints/*/config.yaml"):
-        path.write_text(path.read_text().replace(f"{folder}/train", f"{folder}/alien"))
+    for checkpoint in (run.parent / "moved").glob("checkpoints/step_*"):
+        replace_in_config(checkpoint, f"{folder}/train", f"{folder}/alien")
     assert run_tokenizer(locate_checkpoint(run.parent / "moved"), config).fingerprint == forgotten.fingerprint
 
 
