@@ -165,7 +165,7 @@ REFUSED = [
     ("evaluate", ["{folder}/nothing"], "no such folder"),
     ("evaluate", ["{folder}"], "holds no checkpoint"),
     ("evaluate", ["{folder}/run", "--data", "{folder}/nothing"], "nothing.idx"),
-    ("evaluate", ["{folder}/run", "--sequence-length", "33"], "--sequence-length: 33"),
+    ("evaluate", ["{folder}/run", "--sequence-length", "33"], "--sequence-length 33: is above"),
     ("generate", ["{folder}/run", "--temperature", "-1"], "--temperature: -1"),
     ("generate", ["{folder}/run", "--top-p", "0"], "--top-p: 0 is not"),
     ("generate", ["{folder}/run", "--top-k", "0"], "--top-k: 0 is not"),
