@@ -244,7 +244,7 @@ def test_a_rank_that_does_not_see_the_data_ends_all(apart):
     [
         (["checkpoint.resume=never"], "checkpoint.resume is never"),
         (["logging.folder=new", "checkpoint.load_from=nowhere"], "nowhere: no such folder"),
-        (["logging.folder=run/config.yaml/new"], "cannot read: Not a directory"),
+        (["logging.folder=run/config.yaml/new"], "cannot write: Not a directory"),
     ],
     ids=["resume never", "load from nowhere", "a file in the way"],
 )
