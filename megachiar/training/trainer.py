@@ -102,7 +102,7 @@ class Trainer:
 
     def _train(self, loader: BatchLoader, owed: Sequence[str]) -> int | None:
         """Train until the last step, a stop, or a step to roll back from; return the exit code, None to roll back."""
-        if self._stop_is_asked() or not self.validation.run(owed, self.progress.step):
+        if self._stop_is_asked() or not self.validation.run(owed, self.progress.step, is_owed=True):
             return self._stopped()
         while self.progress.step < self.config.steps:
             self.comparison.run_if_due(self.progress.step)

@@ -54,13 +54,15 @@ class Validation:
         due = step == steps or (every is not None and step % every == 0)
         return self.run(list(self._datasets) if due else [], step, put_off=put_off)
 
-    def run(self, names: Sequence[str], step: int, *, put_off: bool = False) -> bool:
+    def run(self, names: Sequence[str], step: int, *, put_off: bool = False, is_owed: bool = False) -> bool:
         """Evaluate validation sets and record the results; every rank calls this method.
 
         Args:
             names: of the sets; a set that the run no longer has is left out.
             step: optimizer steps taken.
             put_off: whether to evaluate none, since the run stops. A stop in the middle puts off the rest.
+            is_owed: whether these were put off before. The one that is broken off is then left out, since it may take
+                longer than a job has: the run would never make a step again.
 
         Returns:
             Whether no evaluation was put off.
@@ -72,11 +74,13 @@ class Validation:
                 left.pop(0)
             except EvaluationBrokenOff:
                 put_off = True
+                if is_owed:
+                    self._display.line(f"evaluation of {left.pop(0)} after step {step} broken off again: left out")
+        if put_off and (left or is_owed) and self._writer is not None:
+            self._writer.write(step, OWED, {"names": left})
         if left:
-            if self._writer is not None:
-                self._writer.write(step, OWED, {"names": left})
             self._display.line(f"evaluation of {', '.join(left)} put off: it is made up for when the run goes on")
-        return not left
+        return not put_off or not (left or is_owed)
 
     def _evaluate(self, name: str, step: int) -> Evaluation:
         """Return the result for a set.

@@ -6,6 +6,7 @@ import itertools
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import ForkedRank, pretrain, small_config, start_ranks, write_config, write_tokens
@@ -14,10 +15,11 @@ from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.config import load_config
 from megachiar.config.duration import parse_duration
 from megachiar.errors import EXIT_STOPPED, UserError
-from megachiar.training.break_off import BreakOff
+from megachiar.training.break_off import BreakOff, EvaluationBrokenOff
 from megachiar.training.kill_limit import KillLimit
-from megachiar.training.metrics import read_metrics
+from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
+from megachiar.training.validation import Validation
 
 MAIN = "from megachiar.console import run\nfrom megachiar.pretrain import main\nrun(main)\n"
 
@@ -90,6 +92,29 @@ def is_made_up_for(config: Path, run: Path) -> None:
     assert made_up[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-6)
     (output,) = pretrain(config)
     assert "is finished" in output
+
+
+def test_an_evaluation_that_is_broken_off_twice_is_left_out(tmp_path, monkeypatch):
+    """One that takes longer than a job has would otherwise keep the run from ever making a step again."""
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, tensorboard=False, step=0, warn=said.append)
+    watched = SimpleNamespace(signals=None, activity=None)
+    sets = dict.fromkeys(("long", "short"))
+    validation = Validation(None, sets, writer, SimpleNamespace(line=said.append), watched)
+
+    def broken_off(*_):
+        raise EvaluationBrokenOff
+
+    monkeypatch.setattr(validation, "_evaluate", broken_off)
+    assert not validation.run(list(sets), step=4)
+    assert owed_evaluations(tmp_path, 4) == ["long", "short"]
+    assert not validation.run(owed_evaluations(tmp_path, 4), step=4, is_owed=True)
+    assert "evaluation of long after step 4 broken off again: left out" in said
+    assert owed_evaluations(tmp_path, 4) == ["short"]
+    assert not validation.run(owed_evaluations(tmp_path, 4), step=4, is_owed=True)
+    assert owed_evaluations(tmp_path, 4) == []
+    assert validation.run([], step=4, is_owed=True)
+    assert validation.run([], step=4, put_off=True)
 
 
 def test_a_signal_while_ranks_meet_ends_at_once(config):
