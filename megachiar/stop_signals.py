@@ -44,6 +44,7 @@ class StopSignals:
         self._can_save = False
         self._demanded: float | None = None
         self._caught: list[signal.Signals] = []
+        self._mask: set[int | signal.Signals] = set()  # of the thread that forks
 
     def install(self) -> None:
         """Catch the signals, before torch is imported: an uncaught SIGUSR1 in those seconds would end the rank."""
@@ -53,7 +54,7 @@ class StopSignals:
         for number in self._caught:
             signal.signal(number, _leave_it_to_the_thread)
         signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._leave_in_child)
+        os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._leave_in_child)
         threading.Thread(target=self._listen, args=[ours], name="stop signals", daemon=True).start()
         with contextlib.suppress(OSError, ValueError):  # standard error may be no file
             faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -79,12 +80,20 @@ class StopSignals:
         for number in self._caught:
             signal.signal(number, signal.SIG_IGN)
 
+    def _hold(self) -> None:
+        """Hold signals to this thread back during a fork: a new child has the handlers and the pipe of its parent."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._caught)
+
+    def _let_go(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
     def _leave_in_child(self) -> None:
         """Let signals end a child, and keep them from being taken for signals to this process."""
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             signal.set_wakeup_fd(-1)
             for number in self._caught:
                 signal.signal(number, signal.SIG_DFL)
+        self._let_go()
 
     def _listen(self, pipe: int) -> None:
         while True:

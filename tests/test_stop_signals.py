@@ -36,6 +36,17 @@ if sys.argv[1] == "forks":
         time.sleep(60)
     print(child, flush=True)
     print("child ended by", os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+if sys.argv[1] == "kills its children":
+    signals.remember()
+    ends = set()
+    for _ in range(300):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        os.kill(child, signal.SIGTERM)
+        ends.add(os.waitpid(child, 0)[1])
+    time.sleep(0.2)
+    print(ends, flush=True)
 libc = ctypes.CDLL(None)
 while True:
     libc.poll(None, 0, 50)  # in C, where no handler of Python's runs
@@ -134,6 +145,13 @@ def test_a_child_is_ended_by_a_signal_that_does_not_count_as_ours(start):
     child = int(process.stdout.readline())
     os.kill(child, signal.SIGTERM)
     reads(process, f"child ended by {int(signal.SIGTERM)}")
+    reads(process, "None")
+
+
+def test_a_child_that_is_killed_at_once_is_ended_too(start):
+    """Up to its first own instruction a child has the handlers of its parent, and the pipe that they write to."""
+    process = start("kills its children")
+    reads(process, str({int(signal.SIGTERM)}))
     reads(process, "None")
 
 
