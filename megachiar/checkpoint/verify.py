@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megachiar.checkpoint.checksums import checksum_of_file
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, find_damage, read_state
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
 from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.config import load_config
 from megachiar.errors import UserError
@@ -60,15 +60,6 @@ def share_of_files(state: CheckpointState, rank: int, ranks: int) -> list[str]:
     """Return the names of the files that ``rank`` of ``ranks`` verifies; together they verify each file once."""
     by_size = sorted(state.files, key=lambda name: (-state.files[name], name))
     return by_size[rank::ranks]
-
-
-def find_any_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is whole. This process reads all of its files.
-
-    Raises:
-        LaunchError: the checkpoint has another version of the format.
-    """
-    return find_damage(checkpoint) or verify_alone(checkpoint)
 
 
 def verify_alone(checkpoint: Path) -> str | None:

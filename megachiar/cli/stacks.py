@@ -63,6 +63,8 @@ def ranks_at_work(run: Path) -> int:
     """
     from megachiar.training.run_lock import read_locks
 
+    if not run.is_dir():
+        raise UserError(run, "no such folder", "name the logging.folder of a run that trains now")
     with disk_errors(run, "read"):
         owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
     at_work = [owner for owner in owners if owner.process.runs() is not False]

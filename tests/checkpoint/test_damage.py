@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import pretrain
+from support import damage_of, pretrain
 
 from megachiar.checkpoint import checksums
 from megachiar.checkpoint.checksums import checksum
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
-from megachiar.checkpoint.verify import find_any_damage, share_of_files
+from megachiar.checkpoint.verify import share_of_files
 from megachiar.config import load_config
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
@@ -39,7 +39,7 @@ def run(trained_run) -> Iterator[Path]:
     assert sorted(p.name for p in checkpoint(trained_run).iterdir()) == sorted(FILES)
     yield trained_run
     for step in range(1, STEPS + 1):
-        assert find_any_damage(checkpoint(trained_run, step)) is None
+        assert damage_of(checkpoint(trained_run, step)) is None
 
 
 def checkpoint(folder: Path, step: int = STEPS) -> Path:

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support import WORKERS, pretrain, run_ranks, small_config, start_ranks, write_config, write_tokens
+from support import WORKERS, damage_of, pretrain, run_ranks, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint import save
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage, read_state
 from megachiar.checkpoint.save import SaveError, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import ShardWriter
 from megachiar.checkpoint.snapshot import Snapshot
-from megachiar.checkpoint.verify import find_any_damage
 from megachiar.config import load_config
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.errors import EXIT_STOPPED
@@ -80,7 +79,7 @@ def test_the_loop_goes_on_and_what_is_written_is_what_the_step_left(tmp_path, st
     assert saved(tmp_path / "background") == saved(tmp_path / "waited") == [2, 4, 6]
     for step in (2, 4, 6):
         ours, theirs = checkpoint(tmp_path / "background", step), checkpoint(tmp_path / "waited", step)
-        assert find_any_damage(ours) is None
+        assert damage_of(ours) is None
         assert tensors(ours) == tensors(theirs)
     assert losses(tmp_path / "background") == losses(tmp_path / "waited")
     assert output.index("step 3/6") < output.index(f"saved {checkpoint(tmp_path / 'background', 2)}")
@@ -125,7 +124,7 @@ def test_a_signal_waits_for_the_save_that_is_under_way(tmp_path):
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_STOPPED] * 2, outputs
     assert saved(tmp_path)[0] == 3 and len(saved(tmp_path)) == 2
-    assert all(find_any_damage(path) is None for path in complete_checkpoints(tmp_path / "run" / "checkpoints"))
+    assert all(damage_of(path) is None for path in complete_checkpoints(tmp_path / "run" / "checkpoints"))
 
 
 def wait_for(condition: Any, processes: list[Any]) -> None:
@@ -222,7 +221,7 @@ def test_a_snapshot_is_a_copy(tmp_path):
     snapshot = snapshot_of(tmp_path, weight)
     weight.zero_()
     path = write_checkpoint(snapshot, alone, is_main=True)
-    assert find_any_damage(path) is None
+    assert damage_of(path) is None
     assert path.joinpath("weights-p00-t00-d00.safetensors").read_bytes().endswith(torch.arange(6.0).numpy().tobytes())
 
 
@@ -250,6 +249,6 @@ def test_what_is_in_the_way_of_a_step_is_replaced(tmp_path, what):
         shutil.rmtree(path)
         path.write_text("no folder")
     write_checkpoint(snapshot, alone, is_main=True)
-    assert find_any_damage(path) is None
+    assert damage_of(path) is None
     write_checkpoint(snapshot, alone, is_main=True)
     assert [p.name for p in path.parent.iterdir() if p.is_dir()] == [path.name]

@@ -24,7 +24,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megachiar.checkpoint.checksums import write_checksummed
-from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, read_state
+from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, find_damage, read_state
+from megachiar.checkpoint.verify import verify_alone
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[2]
@@ -287,3 +288,8 @@ def replace_in_config(checkpoint: Path, old: str, new: str) -> None:
     files, checksums = {**state.files, CONFIG_FILE: size}, {**(state.checksums or {}), CONFIG_FILE: digest}
     edited = state.model_copy(update={"files": files, "checksums": checksums})
     (checkpoint / STATE_FILE).write_bytes(edited.to_json())
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, read whole; None if nothing is."""
+    return find_damage(checkpoint) or verify_alone(checkpoint)
