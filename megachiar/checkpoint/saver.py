@@ -4,9 +4,9 @@
     thread                                       |-- write, sync, agree, rename --|  ^ all ranks learn how it went
 
 The snapshot is a copy in the host's memory of what this rank writes, and the only time that training waits. One save at
-a time is under way: the next one waits for it, so that no more than one copy exists. The threads of the ranks talk over
-a gloo group of their own. After each step the ranks agree in their main threads whether all have finished, and then
-all learn of a failure at the same step.
+a time is under way: the next one waits for it, so that no more than one copy exists, and uses the same memory. The
+threads of the ranks talk over a gloo group of their own. After each step the ranks agree in their main threads whether
+all have finished, and then all learn of a failure at the same step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.markup import escape
 
 from megachiar.checkpoint.format import NO_STEPS, RecentSteps
 from megachiar.checkpoint.save import SaveError, write_checkpoint
+from megachiar.checkpoint.sharded_tensors import HostMemory
 from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
 from megachiar.data.sampling.history import DataHistory
 from megachiar.engine.engine import Engine
@@ -35,6 +36,7 @@ class CheckpointSaver:
     Attributes:
         failures: saves that failed and that ``checkpoint.on_failure: continue`` passed over.
         newest_step: step of the newest checkpoint that is complete; None before the first.
+        memory: keeps the memory of a snapshot for the next one; None if saves are not asynchronous.
 
     Args:
         engine: holds weights, optimizer state and loss scale.
@@ -52,6 +54,7 @@ class CheckpointSaver:
     ):
         self.failures = 0
         self.newest_step = newest_step
+        self.memory = HostMemory() if engine.config.checkpoint.asynchronous else None
         self._report = report
         self._engine, self._log = engine, log
         self._config = engine.config.checkpoint
@@ -83,7 +86,7 @@ class CheckpointSaver:
         """
         self.wait()
         began = time.perf_counter()
-        snapshot = take_snapshot(self._engine, step, data, validation, recent)
+        snapshot = take_snapshot(self._engine, step, data, validation, recent, self.memory)
         self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began)
         if must_succeed or not self._config.asynchronous:
             self._save.run()

@@ -49,11 +49,35 @@ class StoredShard:
     size: int
 
 
-class ShardWriter:
-    """Collect the tensors that this rank writes, and write them to its files."""
+class HostMemory:
+    """Memory of the host for the tensors of one checkpoint, kept for the next one.
 
-    def __init__(self, topology: Topology):
+    Memory that is new to the process costs a page fault for each 4 KiB at its first use, which takes longer than the
+    copy itself. Only one checkpoint at a time may use this memory.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return an fp32 tensor of ``shape`` on the CPU, with any values; it is kept, and ``name`` gets it again."""
+        kept = self._tensors.get(name)
+        if kept is None or kept.shape != shape:
+            kept = self._tensors[name] = torch.empty(shape)
+        return kept
+
+
+class ShardWriter:
+    """Collect the tensors that this rank writes, and write them to its files.
+
+    Args:
+        topology: place of this rank in the layout.
+        memory: holds the copies of the tensors; None for new memory.
+    """
+
+    def __init__(self, topology: Topology, memory: HostMemory | None = None):
         self._topology = topology
+        self._memory = memory or HostMemory()
         self._tensors: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
         self._shards: dict[str, list[int]] = {}
         self._count = 0
@@ -70,7 +94,7 @@ class ShardWriter:
     def add(self, name: str, moment: str | None, tensor: torch.Tensor, shard: Shard | None) -> None:
         """Copy a weight (``moment`` None) or one of its moments to the CPU as fp32, to be written later."""
         kind, name = ("weights", name) if moment is None else ("optimizer", f"{name}.{moment}")
-        self._tensors[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        self._tensors[kind][name] = self._memory.tensor(name, tensor.shape).copy_(tensor.detach())
         if shard is not None:
             self._shards[name] = [shard.dim, shard.blocks]
 

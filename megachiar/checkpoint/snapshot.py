@@ -9,7 +9,7 @@ from typing import Any
 
 from megachiar.checkpoint.checksums import FileRecord
 from megachiar.checkpoint.format import NO_STEPS, CheckpointState, RecentSteps
-from megachiar.checkpoint.sharded_tensors import ShardWriter
+from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.config import RunConfig
 from megachiar.data.sampling.history import DataHistory
 from megachiar.engine.deepspeed_patches import loss_scale_state
@@ -49,7 +49,12 @@ class Snapshot:
 
 
 def take_snapshot(
-    engine: Engine, step: int, data: DataHistory, validation: Mapping[str, float], recent: RecentSteps = NO_STEPS
+    engine: Engine,
+    step: int,
+    data: DataHistory,
+    validation: Mapping[str, float],
+    recent: RecentSteps = NO_STEPS,
+    memory: HostMemory | None = None,
 ) -> Snapshot:
     """Gather weights and optimizer state, and copy this rank's share; every rank calls this function.
 
@@ -59,8 +64,9 @@ def take_snapshot(
         data: what the run has read so far.
         validation: loss in nats a token on validation sets after this step, by name.
         recent: what the run compares its next steps with.
+        memory: takes the copies, and must not be in use by another snapshot; None for new memory.
     """
-    config, shards = engine.config, ShardWriter(engine.topology)
+    config, shards = engine.config, ShardWriter(engine.topology, memory)
     mine = False
     for tensor in gather_state(engine):
         if tensor.moment is None:

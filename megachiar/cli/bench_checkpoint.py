@@ -5,7 +5,7 @@
 One process saves the model of a config (without --config the shipped 400m) with its optimizer state to FOLDER, which
 should be on the disk that runs write to. In each round it takes in turn
 
-    copy        copy weights and moments to the host's memory
+    copy        copy weights and moments to the host's memory, where the last snapshot was
     checksums   compute the checksums of what was copied
     save        a save that is waited for: copy, write with checksums, force to the disk, rename
     held up     what a save in the background takes of the training loop
@@ -73,7 +73,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     path = options.config or shipped_config("400m")
     alone = ["parallel.tensor_size=1", "parallel.pipeline_size=1", "parallel.data_size=null", "parallel.sequence=false"]
     run = [f"logging.folder={options.folder}", "training.steps=1", "training.epochs=null", "training.tokens=null"]
-    return load_config(path, [*alone, *run, "checkpoint.keep=1", *options.overrides])
+    return load_config(path, [*alone, *run, "checkpoint.keep=1", "checkpoint.asynchronous=true", *options.overrides])
 
 
 @contextmanager
@@ -97,16 +97,20 @@ def measure(engine: Engine, rounds: int) -> tuple[Times, int]:
     """Return the seconds of each contender, and the bytes of weights and moments."""
     from megachiar.benchmark import measure_interleaved
     from megachiar.checkpoint.saver import CheckpointSaver
-    from megachiar.checkpoint.snapshot import take_snapshot
+    from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
     from megachiar.data.sampling.history import DataHistory, SourceRecord
 
     nothing_read = [(SourceRecord(path="none", tokens=1, checksum=None), 1.0)]
     data = DataHistory.initial(nothing_read, engine.config.sequence_length, 1, seed=0, order="keyed")
     saver = CheckpointSaver(engine, None, lambda line: None, lambda path, seconds: None)
-    size = take_snapshot(engine, 0, data, {}).shards.size
+
+    def snapshot() -> Snapshot:
+        return take_snapshot(engine, 0, data, {}, memory=saver.memory)
+
+    size = snapshot().shards.size
 
     def checksums() -> float:
-        shards = take_snapshot(engine, 0, data, {}).shards
+        shards = snapshot().shards
         return seconds_of(shards.checksums)
 
     def held_up() -> float:
@@ -115,7 +119,7 @@ def measure(engine: Engine, rounds: int) -> tuple[Times, int]:
         return seconds
 
     contenders = {
-        "copy": lambda: seconds_of(lambda: take_snapshot(engine, 0, data, {})),
+        "copy": lambda: seconds_of(snapshot),
         "checksums": checksums,
         "save": lambda: seconds_of(lambda: saver.save(1, data, {}, must_succeed=True)),
         "held up": held_up,

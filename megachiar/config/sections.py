@@ -188,8 +188,9 @@ class CheckpointConfig(Section):
     """Name of a set in data.validation: the checkpoint with the lowest loss on it is never removed. Only checkpoints of
     steps after which the set was evaluated count."""
     asynchronous: bool = True
-    """Copy to the host's memory and write in a thread, while training goes on. Each rank needs memory for its share of
-    weights and moments, together 12 bytes a parameter. The last checkpoint of a run is always waited for."""
+    """Copy to the host's memory and write in a thread, while training goes on. Each rank keeps memory for its share
+    of weights and moments, together 12 bytes a parameter, from its first save on. The last checkpoint of a run is
+    always waited for."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written. stop: end the run. continue: warn, go on, and try again at the next
     one. The last checkpoint of a run must be written in any case."""

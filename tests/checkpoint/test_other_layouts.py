@@ -13,7 +13,7 @@ from support import pretrain, small_config, write_config, write_tokens
 from megachiar.checkpoint.checksums import FileRecord
 from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.checkpoint.reading import read_weights
-from megachiar.checkpoint.sharded_tensors import ShardReader, ShardWriter
+from megachiar.checkpoint.sharded_tensors import HostMemory, ShardReader, ShardWriter
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
@@ -83,11 +83,15 @@ def test_ranks_share_the_writing_and_no_number_is_written_twice(tmp_path):
 @pytest.mark.parametrize("readers", [1, 2, 3, 6])
 @pytest.mark.parametrize("shard", [None, Shard(0), Shard(1), Shard(0, 2)], ids=str)
 def test_any_cut_is_read_from_any_other(tmp_path, writers, readers, shard):
-    """Compare with numpy a tensor of distinct numbers that is written in one layout's shards and read in another's."""
+    """Compare with numpy a tensor of distinct numbers that is written in one layout's shards and read in another's.
+
+    The ranks' writers use the same memory, as the saves of one rank do.
+    """
+    memory = HostMemory()
     whole = torch.arange(12 * 18, dtype=torch.float32).view(12, 18)
     files: dict[str, FileRecord] = {}
     for rank in range(writers):
-        writer = ShardWriter(_place(rank, writers))
+        writer = ShardWriter(_place(rank, writers), memory)
         piece = whole if shard is None else torch.from_numpy(_cut(whole.numpy(), shard, rank, writers))
         if writer.is_mine(shard):
             writer.add("w", None, piece, shard if writers > 1 else None)

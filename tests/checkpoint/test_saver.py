@@ -20,7 +20,7 @@ from support import WORKERS, damage_of, pretrain, run_ranks, small_config, start
 from megachiar.checkpoint import save
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage, read_state
 from megachiar.checkpoint.save import SaveError, write_checkpoint
-from megachiar.checkpoint.sharded_tensors import ShardWriter
+from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config import load_config
 from megachiar.data.sampling.history import DataHistory, SourceRecord
@@ -223,6 +223,17 @@ def test_a_snapshot_is_a_copy(tmp_path):
     path = write_checkpoint(snapshot, alone, is_main=True)
     assert damage_of(path) is None
     assert path.joinpath("weights-p00-t00-d00.safetensors").read_bytes().endswith(torch.arange(6.0).numpy().tobytes())
+
+
+def test_the_next_snapshot_uses_the_memory_of_the_last():
+    """Memory that is new to the process would cost more time than the copy."""
+    memory, topology = HostMemory(), Topology(rank=0, world_size=1, local_rank=0, data_rank=0, data_size=1)
+    places = []
+    for shape in ((4, 2), (4, 2), (8,)):
+        ShardWriter(topology, memory).add("w", None, torch.ones(shape), None)
+        places.append(memory.tensor("w", torch.Size(shape)).data_ptr())
+        assert memory.tensor("w", torch.Size(shape)).tolist() == torch.ones(shape).tolist()
+    assert places[0] == places[1] != places[2]
 
 
 def test_a_defect_in_the_thread_is_raised_and_keeps_no_other_rank_waiting(tmp_path, monkeypatch):
