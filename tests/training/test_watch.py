@@ -145,6 +145,25 @@ def test_a_rank_that_hangs_is_named_within_twice_the_timeout(run, how, victim):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tensor_size", "pipeline_size"])
+@pytest.mark.parametrize(("how", "victim"), [("asleep", 0), ("endless loop", 1), ("stopped", 1)])
+def test_a_hang_within_a_model_that_ranks_share_is_named_too(run, layout, how, victim):
+    processes = start_ranks(2, hanging(run, how, victim), "--config", run, f"--parallel.{layout}=2")
+    ending = [rank for rank in range(2) if rank != victim or how != "stopped"]
+    try:
+        outputs, ends = outputs_and_ends(processes, ending)
+    finally:
+        for process in processes:
+            process.kill()
+    hung = float(re.search(r"HANGS AT (\S+)", "".join([*outputs.values(), processes[victim].communicate()[0]]))[1])
+    for rank in ending:
+        assert processes[rank].returncode == 1 and "Traceback" not in outputs[rank], outputs[rank]
+        assert ends[rank] - hung < 2 * TIMEOUT_S
+        assert f"rank {victim} (" in outputs[rank] and "remedy:" in outputs[rank], outputs[rank]
+        assert stack_path(run.parent / "run", rank).stat().st_size
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "victim"), [("asleep", 0), ("endless loop", 1), ("stopped", 1), ("stopped", 0)])
 def test_under_torchrun_as_well(run, how, victim):
     """torchrun holds the store. It kills a stopped rank 30 s after another one has failed, whatever it is told."""
