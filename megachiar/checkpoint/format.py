@@ -42,17 +42,21 @@ _SEALED = re.compile(rb'(?P<body>.*),\n  "seal": "(?P<seal>[0-9a-f]{32})"\n}\n',
 
 
 class RecentSteps(BaseModel):
-    """The last steps before a checkpoint whose numbers were finite, by which the next ones tell a spike.
+    """The last steps before a checkpoint, by which a run judges the next ones.
+
+    Losses and gradient norms are those of steps whose numbers were finite; they tell a spike.
 
     Attributes:
         losses: mean cross-entropy of each step, in nats a token, oldest first.
         gradient_norms: global L2 norm of the gradients of each step, oldest first.
+        skipped_in_a_row: how many steps up to the checkpoint were left out, one after another.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: tuple[float, ...] = ()
     gradient_norms: tuple[float, ...] = ()
+    skipped_in_a_row: int = Field(default=0, ge=0)
 
 
 NO_STEPS = RecentSteps()

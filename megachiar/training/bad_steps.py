@@ -60,15 +60,15 @@ class BadSteps:
         self._config = config
         self._detector = SpikeDetector(config.reliability, recent)
         self._scales = config.precision.compute == "fp16" and config.precision.loss_scale == "dynamic"
-        self._in_a_row = 0
+        self._in_a_row = recent.skipped_in_a_row
         self._counts = {"skipped": 0, "spikes": 0}
         self._rollbacks = 0
         self._rolled_back_to: Path | None = None
 
     @property
     def recent(self) -> RecentSteps:
-        """Return the steps that the next one will be compared with, for a checkpoint."""
-        return self._detector.recent
+        """Return what the next steps will be judged by, for a checkpoint."""
+        return self._detector.recent.model_copy(update={"skipped_in_a_row": self._in_a_row})
 
     def accepts(self, result: StepResult) -> bool:
         """Return whether a step with finite numbers is to be taken; the engine asks before it changes anything."""
@@ -109,7 +109,7 @@ class BadSteps:
     def roll_back(self, recent: RecentSteps) -> None:
         """Go on from a checkpoint that has ``recent``."""
         self._detector = SpikeDetector(self._config.reliability, recent)
-        self._in_a_row = 0
+        self._in_a_row = recent.skipped_in_a_row
         self.take_counts()
 
     def _overflows(self, result: StepResult) -> bool:

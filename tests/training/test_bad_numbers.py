@@ -51,7 +51,7 @@ class Runs:
         config = small_config(folder, **sections)
         del config["data"]["validation"]
         for name, case in cases.items():
-            case["set"].append(f"logging.folder={self.run(name)}")
+            case["set"].append(f"logging.folder={self.run(case.get('run', name))}")
         path = write_config(folder / "config.yaml", config)
         outputs = run_ranks(2, WORKERS / "bad_numbers_worker.py", path, json.dumps(list(cases.values())), timeout=600)
         self.log = outputs[0]
@@ -112,6 +112,9 @@ def fast(tmp_path_factory):
     cases["undisturbed"] = {"set": [*LAYOUTS["ZeRO 0"]], "poison": None}
     cases |= loss_once([LOSS])
     least = ["precision.compute=fp16", "precision.initial_loss_scale=4"]
+    endless = poison("gradient", list(range(BAD, 20)), [1])
+    for name, steps in (("part", BAD + 1), ("rest", 20)):
+        cases[name] = {"set": ["reliability.max_skipped=4", f"training.steps={steps}"], "poison": endless, "run": "part"}
     cases["least scale"] = {"set": least, "poison": poison("gradient", list(range(1, STEPS + 1)), [0])}
     cases["weight"] = {"set": [*LAYOUTS["ZeRO 1"]], "poison": poison("weight", [BAD], [1])}
     return Runs(tmp_path_factory.mktemp("fast"), cases)
@@ -202,6 +205,15 @@ def test_an_overflow_that_lowers_the_loss_scale_of_fp16_is_no_incident(fast):
 
 def test_bad_gradients_without_end_stop_the_run(fast):
     assert_stopped(fast, "always ZeRO 0 fp32 1")
+
+
+def test_steps_that_were_left_out_before_a_stop_count_after_it(fast):
+    """The first run ends after 2 of them; the second one goes on from there, and stops at the fourth in a row."""
+    assert fast.results["part"]["code"] == 0
+    saved = {path.name: read_state(path).recent.skipped_in_a_row for path in fast.checkpoints("part")}
+    assert saved == {checkpoint_name(step): max(0, step + 1 - BAD) for step in range(1, BAD + 3)}
+    error = fast.results["rest"]["error"]
+    assert f"step {BAD + 3}: is the last of 4 steps in a row that were left out" in error
 
 
 def test_an_overflow_at_the_least_loss_scale_stops_the_run_with_one_message(fast):
