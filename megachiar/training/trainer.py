@@ -18,7 +18,7 @@ from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.errors import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
@@ -29,6 +29,7 @@ from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.rollback import roll_back
+from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
@@ -70,7 +71,7 @@ class Trainer:
         self.check_data = check_data
         self.saver = CheckpointSaver(engine, progress.saved_step, display.line, self._report_saved)
         self.peak = peak_flops(engine.device)
-        self.bad_steps = BadSteps(self.config, progress.recent)
+        self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
         self.validation = Validation(engine, data.validation, writer, display, supervision)
@@ -187,6 +188,8 @@ class Trainer:
         bad_step, checkpoint = self.progress.step, self._newest_checkpoint()
         assert checkpoint is not None, "without a checkpoint no step is rolled back"
         state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
+        if self.engine.topology.is_main:
+            self._record_rollback(checkpoint)
         self.progress.step, self.progress.samples = state.step, state.samples
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
@@ -196,6 +199,13 @@ class Trainer:
             self.writer.rewind(state.step)
             self.writer.write(state.step, "rollback", {"from_step": bad_step})
         self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
+
+    def _record_rollback(self, checkpoint: Path) -> None:
+        """Let a run that is started again before its next checkpoint leave out the same samples."""
+        try:
+            write_rollback(self.config.logging.folder, checkpoint, self.bad_steps.rollbacks, self.data.history)
+        except UserError as error:
+            self.display.line(f"[yellow]a restart before the next checkpoint rolls back again: {escape(str(error))}[/]")
 
     def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""

@@ -114,7 +114,11 @@ def fast(tmp_path_factory):
     least = ["precision.compute=fp16", "precision.initial_loss_scale=4"]
     endless = poison("gradient", list(range(BAD, 20)), [1])
     for name, steps in (("part", BAD + 1), ("rest", 20)):
-        cases[name] = {"set": ["reliability.max_skipped=4", f"training.steps={steps}"], "poison": endless, "run": "part"}
+        cases[name] = {
+            "set": ["reliability.max_skipped=4", f"training.steps={steps}"],
+            "poison": endless,
+            "run": "part",
+        }
     cases["least scale"] = {"set": least, "poison": poison("gradient", list(range(1, STEPS + 1)), [0])}
     cases["weight"] = {"set": [*LAYOUTS["ZeRO 1"]], "poison": poison("weight", [BAD], [1])}
     return Runs(tmp_path_factory.mktemp("fast"), cases)
