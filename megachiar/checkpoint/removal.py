@@ -20,14 +20,14 @@ def remove_checkpoint(path: Path) -> None:
     It is renamed first: nobody reads an ``.incomplete`` folder, and the next save removes it.
 
     Raises:
-        UserError: the folder cannot be renamed.
+        UserError: the folder cannot be renamed or removed.
     """
     doomed = path.with_name(path.name + ".incomplete")
     shutil.rmtree(doomed, ignore_errors=True)
     with disk_errors(path):
         os.replace(path, doomed)
         sync_folder(path.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
 
 
 def set_aside(path: Path) -> Path:

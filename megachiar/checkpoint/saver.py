@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.markup import escape
 
 from megachiar.checkpoint.format import NO_STEPS, RecentSteps
-from megachiar.checkpoint.save import SaveError, write_checkpoint
+from megachiar.checkpoint.save import SaveError, remove_surplus, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import HostMemory
 from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
 from megachiar.data.sampling.history import DataHistory
@@ -129,11 +129,13 @@ class CheckpointSaver:
         assert self._save is not None
         save, self._save = self._save, None
         save.join()
-        if save.path is not None:
+        if save.error is None:
+            assert save.path is not None
             self.newest_step = save.step
             self._report(save.path, save.seconds)
+            for warning in save.warnings:
+                self._log(f"[yellow]{escape(warning)}[/]")
             return
-        assert save.error is not None
         if must_succeed or self._config.on_failure == "stop" or not isinstance(save.error, SaveError):
             raise save.error
         else:
@@ -154,6 +156,7 @@ class _Save:
         step: optimizer steps taken.
         path: of the checkpoint; None before it is written.
         error: with which the save failed; None if it did not.
+        warnings: lines for the log about old checkpoints that could not be removed, on rank 0.
         seconds: what it took, from the beginning of its snapshot.
 
     Args:
@@ -169,6 +172,7 @@ class _Save:
         self._began = began
         self.path: Path | None = None
         self.error: Exception | None = None
+        self.warnings: list[str] = []
         self._snapshot: Snapshot | None = snapshot
         self._gather, self._is_main = gather, is_main
         self._thread = threading.Thread(target=self.run, name="megachiar-save", daemon=True)
@@ -183,10 +187,12 @@ class _Save:
         self._thread.start()
 
     def run(self) -> None:
-        """Write the checkpoint, and let go of the snapshot."""
+        """Write the checkpoint, remove old ones, and let go of the snapshot."""
         assert self._snapshot is not None
         try:
             self.path = write_checkpoint(self._snapshot, self._gather, self._is_main)
+            if self._is_main:
+                self.warnings = remove_surplus(self.path.parent, self._snapshot.config.checkpoint)
         except Exception as error:
             self.error = error
         self.seconds = time.perf_counter() - self._began
