@@ -142,11 +142,17 @@ def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: 
     _discard(replaced)
 
 
-def remove_surplus(folder: Path, rules: CheckpointConfig) -> list[str]:
-    """Remove the checkpoints in ``folder`` that no rule keeps, and return a line for the log for each failure."""
+def remove_surplus(folder: Path, rules: CheckpointConfig, spared: str | None = None) -> list[str]:
+    """Remove the checkpoints in ``folder`` that no rule keeps, and return a line for the log for each failure.
+
+    Args:
+        folder: of the run's checkpoints.
+        rules: what stays.
+        spared: name of a checkpoint that stays as well.
+    """
     warnings = []
     try:
-        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best):
+        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best, spared):
             try:
                 remove_checkpoint(path)
             except UserError as error:

@@ -29,7 +29,7 @@ from megachiar.errors import UserError
 from megachiar.topology import build_topology
 from megachiar.training.bad_steps import BadSteps
 from megachiar.training.continuation import Continuation, continue_run, open_run
-from megachiar.training.incidents import INCIDENT_FILE, incidents_folder
+from megachiar.training.incident_record import INCIDENT_FILE, checkpoint_of, incidents_folder
 from megachiar.training.module_trace import BadModule, ModuleTrace
 from megachiar.training.restore import restore
 from megachiar.training.rollback_record import read_rollback
@@ -89,6 +89,8 @@ def replay(run: Path, step: int, log: Callable[[str], None]) -> Replay:
     config, data = open_run(single_process(_config_of(run, incident)))
     complete = complete_checkpoints(run / "checkpoints")
     origin = continue_run(config, data, _start_before(config, complete, step))
+    if line := _describe_missing(run, incident, origin):
+        log(line)
     data = _data_of(data, run, incident, complete, origin)
     topology = build_topology(config)
     device = start_process_group(config, topology)
@@ -145,6 +147,18 @@ def _start_before(config: RunConfig, complete: list[Path], step: int) -> Start:
         return Start("fresh")
     other = locate_checkpoint(config.checkpoint.load_from)
     return Start(config.checkpoint.load, other, read_state(other).step if config.checkpoint.load == "all" else 0)
+
+
+def _describe_missing(run: Path, incident: Path | None, origin: Continuation) -> str | None:
+    """Return a line for the log where the checkpoint before the incident is gone; None where it is there."""
+    name = checkpoint_of(incident) if incident is not None else None
+    path = origin.start.path
+    if name is None or (path is not None and path.name == name):
+        return None
+    return (
+        f"{run / 'checkpoints' / name}, the checkpoint before the incident, is gone or damaged, so that more steps are "
+        "repeated. A run keeps that of its newest incident; checkpoint.keep and keep_every keep more"
+    )
 
 
 def _data_of(data: RunData, run: Path, incident: Path | None, complete: list[Path], origin: Continuation) -> RunData:

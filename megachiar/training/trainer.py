@@ -24,6 +24,7 @@ from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_fi
 from megachiar.training.compare_ranks import RankComparison
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
+from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
@@ -69,7 +70,13 @@ class Trainer:
         self.supervision = supervision
         self.activity = supervision.activity
         self.check_data = check_data
-        self.saver = CheckpointSaver(engine, progress.saved_step, display.line, self._report_saved)
+        self.saver = CheckpointSaver(
+            engine,
+            progress.saved_step,
+            display.line,
+            self._report_saved,
+            spared=lambda: checkpoint_to_spare(self.config.logging.folder),
+        )
         self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
@@ -273,6 +280,7 @@ class Trainer:
         if self.supervision.lock is not None:
             self.supervision.lock.confirm()
         self.comparison.run(step)
+        self.saver.wait()  # the checkpoint that a message names is complete; the save below would wait anyway
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)
