@@ -208,7 +208,8 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
     """Return what rank 0 decides, or why it cannot; the other ranks wait for its messages."""
 
     def verify(path: Path) -> str | None:
-        found = _verify_together(broadcast_from_rank_0(_Candidate(path, fingerprint_of(path))), topology)
+        candidate = broadcast_from_rank_0(_Candidate(path, fingerprint_of(path)))
+        found = _verify_together(candidate, topology, show_progress=True)
         if isinstance(found, UserError):
             raise found
         return found
@@ -227,8 +228,13 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
     return start
 
 
-def _verify_together(candidate: _Candidate, topology: Topology) -> str | UserError | None:
+def _verify_together(candidate: _Candidate, topology: Topology, show_progress: bool = False) -> str | UserError | None:
     """Verify a checkpoint, each rank its share of the files; every rank calls this function.
+
+    Args:
+        candidate: the checkpoint.
+        topology: of the run's ranks.
+        show_progress: show how far this rank is with its share.
 
     Returns:
         What is wrong with the checkpoint, the same on every rank: None if it is whole, and an error if a rank does not
@@ -237,7 +243,7 @@ def _verify_together(candidate: _Candidate, topology: Topology) -> str | UserErr
     unseen = shared_error(_why_unseen(candidate.path, candidate.fingerprint))
     if unseen is not None:
         return unseen
-    problem = _find_damage_in_share(candidate.path, topology)
+    problem = _find_damage_in_share(candidate.path, topology, show_progress)
     problems: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found), None)
@@ -256,13 +262,13 @@ def check_whole(checkpoint: Path, topology: Topology) -> None:
         raise LaunchError(error.where, error.problem, error.remedy)
 
 
-def _find_damage_in_share(checkpoint: Path, topology: Topology) -> str | None:
+def _find_damage_in_share(checkpoint: Path, topology: Topology, show_progress: bool) -> str | None:
     try:
         state = read_state(checkpoint)
     except UserError as error:  # it was damaged a moment ago
         return error.problem
     names = share_of_files(state, topology.rank, topology.world_size)
-    problem = find_damaged_file(checkpoint, state, names)
+    problem = find_damaged_file(checkpoint, state, names, show_progress)
     return find_unreadable(checkpoint, state) if problem is None and topology.is_main else problem
 
 

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 from support import ROOT, pretrain
 
+from megachiar.activity import Activity
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.data.sampling.verification import BackgroundCheck, blocks_of, find_altered
 from megachiar.data.storage import files
-from megachiar.data.storage.files import bin_path, manifest_path
+from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.errors import UserError
+from megachiar.progress import ByteProgress
 from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
-from megachiar.training.run import data_to_check
+from megachiar.training.run import data_to_check, verify_data
 from megachiar.training.run_data import open_data
 
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"  # its datasets have manifests
@@ -75,6 +77,20 @@ def test_whole_data_and_data_without_checksums_are_no_problem(folder):
     assert blocks_of([TokenSource("train")]) == []
     with BackgroundCheck([]) as check:
         check.raise_problem()
+
+
+def test_verifying_at_the_start_shows_progress_on_one_rank_and_moves_the_watch_on_all(folder, capsys, monkeypatch):
+    monkeypatch.setattr(ByteProgress.__init__, "__defaults__", (None, 0.0))  # a line for each block
+    blocks, activity = blocks_of([TokenSource("train")]), Activity()
+    assert verify_data(blocks, activity, show_progress=True) is None
+    lines = capsys.readouterr().err.splitlines()
+    size = sum(path("train").stat().st_size for path in (bin_path, idx_path)) / 1e6
+    assert len(lines) == len(blocks) == 2
+    assert lines[-1].startswith(f"verifying the data: {size:.1f} MB, ") and "100 %, 0:00:00 left" in lines[-1]
+    assert (activity.count, activity.doing) == (2, "verifies the data, block 2 of 2")
+    swap_tokens(folder / "train")
+    assert "have checksum" in verify_data(blocks, activity, show_progress=False).problem
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_that_is_gone_is_one_message(folder):
