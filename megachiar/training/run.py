@@ -128,7 +128,10 @@ def train(
     writer = open_run_folder(config, data, progress, display.line) if topology.is_main else None
     try:
         with BackgroundCheck(blocks) as check:
-            return Trainer(engine, data, progress, writer, display, supervision, check.raise_problem).run(owed)
+            trainer = Trainer(engine, data, progress, writer, display, supervision, lambda: check.problem)
+            code = trainer.run(owed)
+            raise_together(check.problem)
+            return code
     finally:
         if writer is not None:
             writer.close()

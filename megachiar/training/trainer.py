@@ -20,6 +20,7 @@ from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
 from megachiar.training.continuation import Progress
@@ -48,7 +49,7 @@ class Trainer:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
-        check_data: raises an error if data that was read is found to be damaged.
+        damaged_data: returns the error of a block of data that this rank has found damaged; None if it found none.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Trainer:
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
-        check_data: Callable[[], None],
+        damaged_data: Callable[[], UserError | None],
     ):
         self.engine = engine
         self.data = data
@@ -69,7 +70,7 @@ class Trainer:
         self.display = display
         self.supervision = supervision
         self.activity = supervision.activity
-        self.check_data = check_data
+        self.damaged_data = damaged_data
         self.saver = CheckpointSaver(
             engine,
             progress.saved_step,
@@ -98,6 +99,7 @@ class Trainer:
 
         Raises:
             Diverged: the numbers of the run are bad and stay bad.
+            LaunchError: a rank has found damaged data. Every rank raises it, and nothing more is saved.
         """
         with self.display.running(), self.saver:
             while True:
@@ -152,7 +154,6 @@ class Trainer:
             self.progress.samples,
             prefetch=self.config.data.prefetch,
             pin_memory=self.engine.device.type == "cuda",
-            check=self.check_data,
         )
 
     def _timed_step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
@@ -165,13 +166,15 @@ class Trainer:
         return result
 
     def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
-        stop = self.supervision.signals.reason() is not None
+        stop = self.supervision.signals.reason() is not None or self.damaged_data() is not None
         step = self.progress.step + 1
         at_least_scale = self.engine.is_at_least_loss_scale
         rate = learning_rate(self.config, step)
         self.activity.begin("trains", Stage.TRAIN, step)
         result = self.engine.train_step(self._micro_batches(loader, step), rate, stop, self.bad_steps.accepts)
         self.activity.begin("ends the step", Stage.LOG, step)
+        if result.stop:  # one rank has damaged data, or was told to stop: only then the ranks ask one another
+            raise_together(self.damaged_data())
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if result.skipped:

@@ -88,7 +88,7 @@ def find_altered(blocks: Sequence[DataBlock], on_bytes: Callable[[int], None] = 
 
 
 class BackgroundCheck:
-    """Check blocks in a thread of the lowest priority, in a ``with`` block, which raises what the thread found last.
+    """Check blocks in a thread of the lowest priority, in a ``with`` block that ends the thread.
 
     Attributes:
         problem: what the thread found; None as long as it found nothing.
@@ -105,15 +105,6 @@ class BackgroundCheck:
         self._thread = threading.Thread(target=self._check, name="megachiar-data-check", daemon=True)
         self.problem: UserError | None = None
 
-    def raise_problem(self) -> None:
-        """Raise what the thread found, if it found anything.
-
-        Raises:
-            UserError: a block is not the one that was written.
-        """
-        if self.problem is not None:
-            raise self.problem
-
     def wait(self) -> None:
         """Wait until all blocks are checked."""
         self._thread.join()
@@ -124,8 +115,6 @@ class BackgroundCheck:
 
     def __exit__(self, kind: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         self._stop.set()
-        if kind is None:
-            self.raise_problem()
 
     def _check(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # Linux gives each thread a priority of its own
