@@ -84,7 +84,8 @@ def report(error: UserError) -> None:
     rank = global_rank()
 
     def show() -> None:
-        prefix = f"[rank {rank}] " if rank else ""
+        maybe_others = ", perhaps others too" if error.same_on_every_rank else ""
+        prefix = f"[rank {rank}{maybe_others}] " if rank else ""
         _plain_console().print(f"[bold red]error:[/] {escape(prefix + str(error))}")
 
     if _ranks_have_met():
