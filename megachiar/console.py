@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from megachiar.errors import EXIT_USER_ERROR, UserError, disk_error
+from megachiar.printed_messages import print_once
+from megachiar.process_identity import ProcessIdentity
 
 if TYPE_CHECKING:
     from rich.console import Console  # imported where it is used, since a program that writes one line needs no console
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+# Variables by which torchrun or DeepSpeed, Open MPI, MPICH and srun say how many processes they start.
+_NUMBERS_OF_RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def global_rank() -> int:
@@ -70,17 +74,40 @@ def _ranks_have_met() -> bool:
 
 
 def report(error: UserError) -> None:
-    """Print ``error`` once: on rank 0 if every rank meets the same error, else on the rank that met it.
+    """Print ``error`` on the rank that met it, or once where several ranks meet the same.
 
-    Before the ranks have met nobody knows whether another machine reads the same config: one rank of each prints it.
+    Once the ranks have met, rank 0 prints what every rank meets. Before that no rank knows what the others meet: of the
+    ranks of one machine the first that has a message prints it, and the others see that it did.
     """
-    rank = global_rank()
-    if rank and error.same_on_every_rank and (_ranks_have_met() or os.environ.get("LOCAL_RANK") != "0"):
-        return
     from rich.markup import escape
 
-    prefix = f"[rank {rank}] " if rank else ""
-    _plain_console().print(f"[bold red]error:[/] {escape(prefix + str(error))}")
+    rank = global_rank()
+
+    def show() -> None:
+        maybe_others = ", perhaps others too" if error.same_on_every_rank else ""
+        prefix = f"[rank {rank}{maybe_others}] " if rank else ""
+        _plain_console().print(f"[bold red]error:[/] {escape(prefix + str(error))}")
+
+    if _ranks_have_met():
+        if rank == 0 or not error.same_on_every_rank:
+            show()
+    elif _has_peers():
+        print_once(str(error), _this_start(), ProcessIdentity.of(os.getpid()).seconds_since_boot, show)
+    else:
+        show()
+
+
+def _has_peers() -> bool:
+    """Return whether a launcher says that it started several ranks."""
+    return any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in _NUMBERS_OF_RANKS)
+
+
+def _this_start() -> str:
+    """Return a text that only the ranks of this start have: their rendezvous, Slurm's step, or else their parent."""
+    for names in (("MASTER_ADDR", "MASTER_PORT"), ("SLURM_JOB_ID", "SLURM_STEP_ID")):
+        if all(name in os.environ for name in names):
+            return " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"parent {os.getppid()}"
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import threading
 
+from megachiar.last_words import print_last_words
 from megachiar.process_identity import ProcessIdentity, command_of, parent_of
 
 EXIT_LAUNCHER_LOST = 1
@@ -81,5 +81,5 @@ class LauncherWatch:
         while (lost := self.lost()) is None:
             pause.wait(INTERVAL_S)
         rank = os.environ.get("RANK", "0")
-        print(f"error: rank {rank} stops: its launcher ({lost}) is gone", file=sys.stderr, flush=True)
+        print_last_words(f"error: rank {rank} stops: its launcher ({lost}) is gone")
         os._exit(EXIT_LAUNCHER_LOST)

@@ -38,6 +38,11 @@ class ProcessIdentity:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
+    @property
+    def seconds_since_boot(self) -> float | None:
+        """Return when the process started, in seconds since the boot of its machine; None if it is not known."""
+        return self.started / os.sysconf("SC_CLK_TCK") if self.started else None
+
     def runs(self) -> bool | None:
         """Return whether this process still runs; None if it belongs to a machine that cannot be looked at."""
         if self.machine != _this_machine():

@@ -24,6 +24,7 @@ import threading
 import time
 
 from megachiar.errors import EXIT_STOPPED
+from megachiar.last_words import print_last_words
 
 SAME_SIGNAL_S = 5.0
 _ALWAYS = (signal.SIGTERM, signal.SIGUSR1)
@@ -119,7 +120,7 @@ class StopSignals:
 
     def _end(self, why: str, number: signal.Signals) -> None:
         """End the process at once; nothing is lost before training, so that the run may be started again."""
-        print(why, file=sys.stderr, flush=True)
+        print_last_words(why)
         early = not self._can_save and number != signal.SIGINT
         os._exit(EXIT_STOPPED if early else 128 + number)
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megachiar"
 TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
-    {"__init__", "errors", "process_identity"},
+    {"__init__", "errors", "last_words", "printed_messages", "process_identity"},
     {
         "activity",
         "config",
@@ -48,7 +48,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 # Narrower than the floors: what a room may import of ours. Every room may raise errors.
 MAY_IMPORT = {
     "config": {"__init__"},
-    "console": set(),
+    "console": {"printed_messages", "process_identity"},
     "launch": set(),
     "benchmark": set(),
     "options": {"__init__", "config"},

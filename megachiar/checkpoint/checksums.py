@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
@@ -16,6 +17,8 @@ import xxhash
 
 BLOCK = 1 << 20
 """Bytes that are written or read and hashed in one go. A block stays in the processor's cache between the two."""
+REPORTED_BYTES = 1 << 26
+"""Bytes between two reports of progress."""
 RECORD_LIMIT = 1 << 28
 """Largest size in bytes of a file that is read whole: a record or a config."""
 
@@ -79,16 +82,27 @@ def checksum(content: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def checksum_of_file(path: Path) -> str:
+def checksum_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the hexadecimal XXH3-128 of a file, which is read in bounded memory.
+
+    Args:
+        path: of the file.
+        on_bytes: is called with the number of bytes read since its last call, now and then and at the end.
 
     Raises:
         OSError: the file cannot be read, or is no regular file.
     """
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    unreported = 0
     with open_regular(path) as file:
         while read := file.readinto(buffer):  # type: ignore[attr-defined]  # unbuffered files have it
             digest.update(buffer[:read])
+            unreported += read
+            if on_bytes is not None and unreported >= REPORTED_BYTES:
+                on_bytes(unreported)
+                unreported = 0
+    if on_bytes is not None:
+        on_bytes(unreported)
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ compared in ``verify.py``. Version 3 of the format has neither checksums nor sea
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from megachiar import __version__
-from megachiar.checkpoint.checksums import checksum, read_small
+from megachiar.checkpoint.checksums import read_small
+from megachiar.checkpoint.sealing import SEAL, seal_fits, sealed_json
 from megachiar.data.sampling.history import DataHistory
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
@@ -38,21 +40,24 @@ FORMAT_VERSION: Final = 4
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 WEIGHTS_SUFFIX = ".safetensors"
 _NAME = re.compile(r"step_(\d{8,18})")
-_SEALED = re.compile(rb'(?P<body>.*),\n  "seal": "(?P<seal>[0-9a-f]{32})"\n}\n', re.DOTALL)
 
 
 class RecentSteps(BaseModel):
-    """The last steps before a checkpoint whose numbers were finite, by which the next ones tell a spike.
+    """The last steps before a checkpoint, by which a run judges the next ones.
+
+    Losses and gradient norms are those of steps whose numbers were finite; they tell a spike.
 
     Attributes:
         losses: mean cross-entropy of each step, in nats a token, oldest first.
         gradient_norms: global L2 norm of the gradients of each step, oldest first.
+        skipped_in_a_row: how many steps up to the checkpoint were left out, one after another.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: tuple[float, ...] = ()
     gradient_norms: tuple[float, ...] = ()
+    skipped_in_a_row: int = Field(default=0, ge=0)
 
 
 NO_STEPS = RecentSteps()
@@ -116,8 +121,7 @@ class CheckpointState(BaseModel):
 
     def to_json(self) -> bytes:
         """Return the content of ``state.json``, with its seal."""
-        body = self.model_dump_json(indent=2).removesuffix("\n}").encode()
-        return body + f',\n  "seal": "{checksum(body)}"\n}}\n'.encode()
+        return sealed_json(self)
 
 
 def checkpoint_name(step: int) -> str:
@@ -180,6 +184,16 @@ def read_state(checkpoint: Path) -> CheckpointState:
     return _read_record(checkpoint)
 
 
+def fingerprint_of(checkpoint: Path) -> str:
+    """Return the hash of a checkpoint's record, which tells it from another one of the same step.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    with disk_errors(checkpoint, "read"):
+        return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
+
+
 def damaged_checkpoint(checkpoint: Path, problem: str) -> UserError:
     """Return the error for a checkpoint that was named, and is damaged."""
     return UserError(checkpoint, f"is not a whole checkpoint: {problem}", "use another checkpoint of the run")
@@ -208,20 +222,20 @@ def _read_record(checkpoint: Path) -> CheckpointState:
         raise Damaged(f"{STATE_FILE} is missing") from None
     except OSError as error:
         raise Damaged(f"{STATE_FILE} cannot be read: {error.strerror or error}") from None
-    sealed = _SEALED.fullmatch(text)
-    if sealed and checksum(sealed["body"]) != sealed["seal"].decode():
+    fits = seal_fits(text)
+    if fits is False:
         raise Damaged(f"{STATE_FILE} was altered: its seal does not fit its content")
     try:
         record = from_json(text)
         _refuse_other_format(checkpoint, record)
-        if sealed:
-            del record["seal"]
+        if fits:
+            del record[SEAL]
         state = CheckpointState.model_validate(record)
     except UserError:
         raise
     except ValueError as error:
         raise Damaged(f"{STATE_FILE} cannot be read: {_first_problem(error)}") from None
-    if bool(sealed) != (state.format_version > 3):
+    if bool(fits) != (state.format_version > 3):
         raise Damaged(f"{STATE_FILE} was altered: its seal does not fit format_version {state.format_version}")
     if checkpoint_step(checkpoint) not in (None, state.step):
         raise Damaged(f"{STATE_FILE} is the record of step {state.step}, not of this folder")

@@ -20,14 +20,14 @@ def remove_checkpoint(path: Path) -> None:
     It is renamed first: nobody reads an ``.incomplete`` folder, and the next save removes it.
 
     Raises:
-        UserError: the folder cannot be renamed.
+        UserError: the folder cannot be renamed or removed.
     """
     doomed = path.with_name(path.name + ".incomplete")
     shutil.rmtree(doomed, ignore_errors=True)
     with disk_errors(path):
         os.replace(path, doomed)
         sync_folder(path.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
 
 
 def set_aside(path: Path) -> Path:
@@ -45,7 +45,11 @@ def set_aside(path: Path) -> Path:
 
 
 def surplus_checkpoints(
-    folder: Path, keep: int | None, keep_every: int | None = None, keep_best: str | None = None
+    folder: Path,
+    keep: int | None,
+    keep_every: int | None = None,
+    keep_best: str | None = None,
+    spared: str | None = None,
 ) -> list[Path]:
     """Return the complete checkpoints in ``folder`` that no rule keeps, oldest first.
 
@@ -54,11 +58,12 @@ def surplus_checkpoints(
         keep: the newest so many stay; None keeps all.
         keep_every: those whose step is a multiple of this stay as well.
         keep_best: name of a validation set; the one with the lowest loss on it stays as well.
+        spared: name of a checkpoint that stays as well.
     """
     if keep is None:
         return []
     complete = complete_checkpoints(folder)
-    stays = {*complete[-keep:], best_checkpoint(complete, keep_best)}
+    stays = {*complete[-keep:], best_checkpoint(complete, keep_best), folder / spared if spared else None}
     return [path for path in complete if path not in stays and not _is_multiple(path, keep_every)]
 
 

@@ -1,14 +1,16 @@
 """Write a checkpoint that is complete or absent, and remove the ones that no rule keeps.
 
     every rank      write its files to step_N.incomplete, with checksums, and force them to the disk
-    rank 0          write config.yaml and the sealed state.json, rename the folder to step_N, remove old checkpoints
+    rank 0          write config.yaml and the sealed state.json, rename the folder to step_N
+    rank 0          remove old checkpoints; what cannot be removed is a warning, since the new one is good
 
-After each line all ranks agree whether it went well everywhere. They talk over a function that is passed in, so that
-this may run in a thread beside training (``saver.py``).
+After the first two lines all ranks agree whether it went well everywhere. They talk over a function that is passed in,
+so that this may run in a thread beside training (``saver.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -21,6 +23,7 @@ from megachiar.checkpoint.checksums import FileRecord, write_checksummed
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name
 from megachiar.checkpoint.removal import remove_checkpoint, surplus_checkpoints
 from megachiar.checkpoint.snapshot import Snapshot
+from megachiar.config.sections import CheckpointConfig
 from megachiar.data.storage.files import sync_folder, write_atomically
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
@@ -115,7 +118,8 @@ def _prepare(folder: Path, size: int) -> None:
 def _discard(path: Path) -> None:
     """Remove a folder, or a file that stood in the way of one; what cannot be removed does no harm."""
     if path.is_file():
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -126,7 +130,7 @@ def _write_share(snapshot: Snapshot, incomplete: Path) -> dict[str, FileRecord]:
 
 
 def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: Path, final: Path) -> None:
-    """Write config and record, give the folder its name, and remove the checkpoints that no rule keeps."""
+    """Write config and record, and give the folder its name."""
     config = write_checksummed(incomplete / CONFIG_FILE, snapshot.config.to_yaml().encode())
     state = snapshot.record({CONFIG_FILE: config, **shares})
     write_atomically(incomplete / STATE_FILE, state.to_json())
@@ -136,6 +140,23 @@ def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: 
     os.replace(incomplete, final)
     sync_folder(final.parent)
     _discard(replaced)
-    kept = snapshot.config.checkpoint
-    for path in surplus_checkpoints(final.parent, kept.keep, kept.keep_every, kept.keep_best):
-        remove_checkpoint(path)
+
+
+def remove_surplus(folder: Path, rules: CheckpointConfig, spared: str | None = None) -> list[str]:
+    """Remove the checkpoints in ``folder`` that no rule keeps, and return a line for the log for each failure.
+
+    Args:
+        folder: of the run's checkpoints.
+        rules: what stays.
+        spared: name of a checkpoint that stays as well.
+    """
+    warnings = []
+    try:
+        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best, spared):
+            try:
+                remove_checkpoint(path)
+            except UserError as error:
+                warnings.append(f"{path} was not removed, and takes space: {error}")
+    except UserError as error:
+        warnings.append(f"no old checkpoint of {folder} was removed: {error}")
+    return warnings

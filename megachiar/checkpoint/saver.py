@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.markup import escape
 
 from megachiar.checkpoint.format import NO_STEPS, RecentSteps
-from megachiar.checkpoint.save import SaveError, write_checkpoint
+from megachiar.checkpoint.save import SaveError, remove_surplus, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import HostMemory
 from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
 from megachiar.data.sampling.history import DataHistory
@@ -43,6 +43,8 @@ class CheckpointSaver:
         newest_step: step of the checkpoint that the run goes on from; None for a new run.
         log: prints a line of the log, in rich's markup.
         report: is called with each new checkpoint and the seconds that saving it took.
+        spared: returns the name of an old checkpoint that is not to be removed; None for none. Rank 0 calls it in the
+            thread of a save.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class CheckpointSaver:
         newest_step: int | None,
         log: Callable[[str], None],
         report: Callable[[Path, float], None],
+        spared: Callable[[], str | None] = lambda: None,
     ):
         self.failures = 0
         self.newest_step = newest_step
         self.memory = HostMemory() if engine.config.checkpoint.asynchronous else None
-        self._report = report
+        self._report, self._spared = report, spared
         self._engine, self._log = engine, log
         self._config = engine.config.checkpoint
         timeout = timedelta(seconds=engine.config.training.communication_timeout_s)
@@ -87,7 +90,7 @@ class CheckpointSaver:
         self.wait()
         began = time.perf_counter()
         snapshot = take_snapshot(self._engine, step, data, validation, recent, self.memory)
-        self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began)
+        self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began, self._spared)
         if must_succeed or not self._config.asynchronous:
             self._save.run()
             self._conclude(must_succeed)
@@ -129,11 +132,13 @@ class CheckpointSaver:
         assert self._save is not None
         save, self._save = self._save, None
         save.join()
-        if save.path is not None:
+        if save.error is None:
+            assert save.path is not None
             self.newest_step = save.step
             self._report(save.path, save.seconds)
+            for warning in save.warnings:
+                self._log(f"[yellow]{escape(warning)}[/]")
             return
-        assert save.error is not None
         if must_succeed or self._config.on_failure == "stop" or not isinstance(save.error, SaveError):
             raise save.error
         else:
@@ -154,6 +159,7 @@ class _Save:
         step: optimizer steps taken.
         path: of the checkpoint; None before it is written.
         error: with which the save failed; None if it did not.
+        warnings: lines for the log about old checkpoints that could not be removed, on rank 0.
         seconds: what it took, from the beginning of its snapshot.
 
     Args:
@@ -161,16 +167,25 @@ class _Save:
         gather: returns the values of all ranks.
         is_main: whether this is rank 0.
         began: time by ``time.perf_counter`` at which the snapshot began.
+        spared: see ``CheckpointSaver``.
     """
 
-    def __init__(self, snapshot: Snapshot, gather: Callable[[Any], list[Any]], is_main: bool, began: float):
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        gather: Callable[[Any], list[Any]],
+        is_main: bool,
+        began: float,
+        spared: Callable[[], str | None],
+    ):
         self.step = snapshot.step
         self.seconds = 0.0
         self._began = began
         self.path: Path | None = None
         self.error: Exception | None = None
+        self.warnings: list[str] = []
         self._snapshot: Snapshot | None = snapshot
-        self._gather, self._is_main = gather, is_main
+        self._gather, self._is_main, self._spared = gather, is_main, spared
         self._thread = threading.Thread(target=self.run, name="megachiar-save", daemon=True)
 
     @property
@@ -183,10 +198,12 @@ class _Save:
         self._thread.start()
 
     def run(self) -> None:
-        """Write the checkpoint, and let go of the snapshot."""
+        """Write the checkpoint, remove old ones, and let go of the snapshot."""
         assert self._snapshot is not None
         try:
             self.path = write_checkpoint(self._snapshot, self._gather, self._is_main)
+            if self._is_main:
+                self.warnings = remove_surplus(self.path.parent, self._snapshot.config.checkpoint, self._spared())
         except Exception as error:
             self.error = error
         self.seconds = time.perf_counter() - self._began

@@ -7,7 +7,8 @@ headers of the tensors can be read. Every file is read once. The ranks of a run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,28 +17,52 @@ from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
 from megachiar.checkpoint.sharded_tensors import ShardReader
 from megachiar.config import load_config
 from megachiar.errors import UserError
+from megachiar.progress import ByteProgress
 
 _THREADS = 4  # files that one process reads at once
 Verify = Callable[[Path], str | None]
 """Returns what is wrong with a checkpoint, of which ``find_damage`` reports nothing; None if it is whole."""
 
 
-def find_damaged_file(checkpoint: Path, state: CheckpointState, names: Sequence[str]) -> str | None:
+def find_damaged_file(
+    checkpoint: Path, state: CheckpointState, names: Sequence[str], show_progress: bool = False
+) -> str | None:
     """Return which of the files ``names`` does not have the content that was written; None if each has.
 
     Files of a checkpoint without checksums (version 3) count as whole.
+
+    Args:
+        checkpoint: its folder.
+        state: its record.
+        names: of the files to read.
+        show_progress: show share, rate and time left on standard error.
     """
     recorded = state.checksums
     if recorded is None:
         return None
+    if not show_progress:
+        return _first_damage(checkpoint, recorded, names, lambda size: None)
+    lock = threading.Lock()
+    with ByteProgress(f"verifying {checkpoint.name}", sum(state.files[name] for name in names)) as progress:
+
+        def advance(size: int) -> None:
+            with lock:  # several threads read
+                progress.advance(size)
+
+        return _first_damage(checkpoint, recorded, names, advance)
+
+
+def _first_damage(
+    checkpoint: Path, recorded: Mapping[str, str], names: Sequence[str], on_bytes: Callable[[int], None]
+) -> str | None:
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems = pool.map(lambda name: _why_altered(checkpoint / name, recorded[name]), names)
+        problems = pool.map(lambda name: _why_altered(checkpoint / name, recorded[name], on_bytes), names)
         return next((f"{name} {why}" for name, why in zip(names, problems, strict=True) if why), None)
 
 
-def _why_altered(path: Path, recorded: str) -> str | None:
+def _why_altered(path: Path, recorded: str, on_bytes: Callable[[int], None]) -> str | None:
     try:
-        found = checksum_of_file(path)
+        found = checksum_of_file(path, on_bytes)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     return None if found == recorded else f"was altered: it has checksum {found}, but {recorded} was written"
@@ -63,9 +88,10 @@ def share_of_files(state: CheckpointState, rank: int, ranks: int) -> list[str]:
 
 
 def verify_alone(checkpoint: Path) -> str | None:
-    """Verify the files of a checkpoint of which ``find_damage`` reports nothing; see ``Verify``."""
+    """Verify the files of a checkpoint of which ``find_damage`` reports nothing, and show progress; see ``Verify``."""
     state = read_state(checkpoint)
-    return find_damaged_file(checkpoint, state, share_of_files(state, 0, 1)) or find_unreadable(checkpoint, state)
+    names = share_of_files(state, 0, 1)
+    return find_damaged_file(checkpoint, state, names, show_progress=True) or find_unreadable(checkpoint, state)
 
 
 def _reason(error: Exception) -> str:

@@ -184,6 +184,7 @@ def difference_table(title: str, different: list[TensorDifference]) -> Table:
 
 def prune_checkpoints(options: argparse.Namespace) -> None:
     from megachiar.checkpoint.removal import remove_checkpoint, to_prune
+    from megachiar.training.incident_record import checkpoint_to_spare
 
     rules = {"keep": options.keep, "keep_every": options.keep_every, "keep_best": options.keep_best}
     if all(rule is None for rule in rules.values()) != (options.steps is not None):
@@ -195,6 +196,10 @@ def prune_checkpoints(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}", "must be at least 1", "change it")
     folder = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run
     doomed = to_prune(folder, **rules, steps=options.steps or ())
+    spared = None if options.steps else checkpoint_to_spare(options.run)
+    for path in [path for path in doomed if path.name == spared]:
+        print(f"kept {path}: `megachiar replay` of the newest incident starts from it; --steps removes it too")
+        doomed.remove(path)
     for path in doomed:
         if not options.dry_run:
             remove_checkpoint(path)

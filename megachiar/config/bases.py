@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from megachiar.config.run_length import drop_other_lengths
 from megachiar.config.shipped import shipped_configs
-from megachiar.config.yaml_file import read_yaml, shown_path
+from megachiar.config.yaml_file import nearest_config, read_yaml, shown_path
 from megachiar.errors import UserError
 
 BASE = "base"
@@ -102,10 +102,12 @@ def _find_base(path: Path, name: Any, location: str) -> Path:
     shipped = shipped_configs()
     if (known := name.removesuffix(".yaml")) in shipped:
         return shipped[known]
+    nearest = nearest_config(file)
+    meant = f"did you mean {Path(name).with_name(nearest.name)}? else " if nearest is not None else ""
     raise UserError(
         location,
         f"base {name} is neither a file ({file}) nor a shipped config ({', '.join(shipped)})",
-        "name a file by its path from the folder of this one",
+        f"{meant}name a file by its path from the folder of this one",
     )
 
 

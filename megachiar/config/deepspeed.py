@@ -40,6 +40,38 @@ REPLACED = {
     "amp": "precision.compute",
     "activation_checkpointing": "training.activation_checkpoint_interval",
 }
+# Raw keys that switch off a check of ours or change silently what the typed keys say, each with the one value that does
+# not. None stands for every value: nothing of the section can be used.
+_OWN_CHECK = "would hide gradients that are not finite from the check before each step"
+_MASTER_WEIGHTS = "would keep weights and moments in 16 bits, but the run says and saves fp32"
+_FEWER_BITS = "would send numbers of fewer bits than precision.compute says"
+_OWN_LAYOUT = "would lay out the ranks in another way than the section parallel says"
+_OWN_DATA = "would change what the model reads, which data and training.seed decide"
+HARMFUL: dict[str, tuple[Any, str, str]] = {
+    "zero_optimization.compute_grad_norm": (True, _OWN_CHECK, ""),
+    "bf16.check_grad_overflow": (True, _OWN_CHECK, ""),
+    "bf16.bf16_master_weights_and_grads": (False, _MASTER_WEIGHTS, ""),
+    "bf16.bf16_optimizer_states": (False, _MASTER_WEIGHTS, ""),
+    "fp16.fp16_master_weights_and_grads": (False, _MASTER_WEIGHTS, ""),
+    "zero_optimization.zero_quantized_weights": (False, _FEWER_BITS, ""),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, _FEWER_BITS, ""),
+    "zero_optimization.zero_quantized_gradients": (False, _FEWER_BITS, ""),
+    "bfloat16": (None, "would set the precision a second time", "precision.compute"),
+    "torch_autocast": (None, "would set the precision a second time", "precision.compute"),
+    "gradient_allreduce_op": ("mean", "would multiply the gradients by the number of replicas", ""),
+    "managed_gradient_accumulation": (True, "would leave the micro-batches of a step to the caller", ""),
+    "zero_optimization.zenflow": (None, "would apply gradients of earlier steps", ""),
+    "zero_optimization.cpu_offload": (False, "is DeepSpeed's old key for offloading", "parallel.offload_optimizer"),
+    "tensor_parallel": (None, _OWN_LAYOUT, "parallel.tensor_size"),
+    "expert_parallel": (None, _OWN_LAYOUT, ""),
+    "sequence_parallel_size": (1, _OWN_LAYOUT, "parallel.sequence"),
+    "data_parallel_size": (None, _OWN_LAYOUT, "parallel.data_size"),
+    "hybrid_engine": (None, "would replace the engine that trains", ""),
+    "data_efficiency": (None, _OWN_DATA, ""),
+    "compression_training": (None, "would prune or quantize the weights while they are trained", ""),
+    "weight_quantization": (None, "would quantize the weights", ""),
+    "compile": (None, "would compile the model a second time", "training.compile"),
+}
 # Raw keys that let DeepSpeed measure or log by itself. It would make a second set of curves or figures beside ours.
 _CURVES = "logging.tensorboard, or read metrics.jsonl in the run folder"
 MONITORS = {
@@ -58,6 +90,8 @@ DEFAULTS = {
     # Elements that one bucket of gradients holds. DeepSpeed's own 5e8 are 2 GB of fp32, which ZeRO 3 always holds.
     "zero_optimization": {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
 }
+_SECTIONS = {key.rpartition(".")[0] for key in OWNED if "." in key}
+_OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
 # With offload, torch's own fused AdamW runs on the host, since DeepSpeed's needs a compiler.
 OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
@@ -71,7 +105,8 @@ def to_deepspeed(config: RunConfig) -> dict[str, Any]:
         if not result[section]["enabled"]:
             del result[section]
     for path, value in (*_leaves(OFFLOAD if config.parallel.offload_optimizer else {}), *_leaves(config.deepspeed)):
-        _put(result, list(path), value)
+        if value != {}:  # which would empty a section that the typed keys have filled
+            _put(result, list(path), value)
     return result
 
 
@@ -84,6 +119,15 @@ def contradictions(config: RunConfig) -> Iterator[Problem]:
         elif top in MONITORS:
             problem = f"is DeepSpeed's own {top}, which would report a second time what this project reports"
             yield Problem(f"deepspeed.{key}", problem, f"remove it and use {MONITORS[top]}")
+        elif key in _SECTIONS and value != {}:
+            yield Problem(f"deepspeed.{key}", f"is {value!r}, not a mapping", "remove it, or write keys below it")
+        elif (harm := _harm(path, value)) is not None:
+            problem, typed = harm
+            remedy = f"remove it and use {typed}" if typed else "remove it"
+            yield Problem(f"deepspeed.{key}", f"is {value!r}, which {problem}", remedy)
+        elif key == _OFFLOAD_DEVICE and value != (device := "cpu" if config.parallel.offload_optimizer else "none"):
+            problem = f"is {value!r}, but parallel.offload_optimizer makes it {device!r}"
+            yield Problem(f"deepspeed.{key}", problem, "remove the raw key and set parallel.offload_optimizer")
         elif key in OWNED and OWNED[key][1](config) != value:
             typed, owned = OWNED[key]
             yield Problem(
@@ -91,6 +135,16 @@ def contradictions(config: RunConfig) -> Iterator[Problem]:
                 f"is {value!r}, but {typed} makes it {owned(config)!r}",
                 f"remove the raw key and set {typed}",
             )
+
+
+def _harm(path: tuple[str, ...], value: Any) -> tuple[str, str] | None:
+    """Return what a raw key would do to the run and the typed key for it; None if it does no harm."""
+    for size in range(1, len(path) + 1):
+        if (entry := HARMFUL.get(".".join(path[:size]))) is not None:
+            harmless, problem, typed = entry
+            is_harmless = harmless is not None and size == len(path) and value == harmless
+            return None if is_harmless else (problem, typed)
+    return None
 
 
 def _leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

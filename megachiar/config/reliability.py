@@ -16,7 +16,7 @@ class ReliabilityConfig(Section):
     and before every save as well; null compares only then."""
     max_skipped: PositiveInt = 20
     """Steps in a row that may be left out, because their loss or gradients are not finite or a spike, before the run
-    stops."""
+    stops. Checkpoints record the count, so that a run which is killed or requeued in between goes on counting."""
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
     """What to do with a step whose loss or gradient norm is a spike. ignore: warn. skip: leave the step out. rollback:
     load the newest checkpoint and go on without the samples of the step. stop: end the run. A step whose numbers are

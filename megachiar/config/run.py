@@ -48,7 +48,8 @@ class RunConfig(Section):
     logging: LoggingConfig
     """The run folder and the files written to it."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys, which are passed through; one that contradicts a typed key is refused. DeepSpeed has no list
+    """Raw DeepSpeed keys, which are passed through. One that contradicts a typed key, switches off a check or changes
+    silently what the typed keys say is refused. DeepSpeed has no list
     of them and ignores a section whose name it does not know, so check the spelling."""
 
     @property

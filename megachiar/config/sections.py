@@ -181,7 +181,7 @@ class CheckpointConfig(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""
     keep: PositiveInt | None = 3
-    """Newest checkpoints that are kept; null keeps all."""
+    """Newest checkpoints that are kept; null keeps all. The one before the run's newest incident stays as well."""
     keep_every: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this are never removed."""
     keep_best: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -213,9 +214,24 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _meant(path: Path) -> str:
-    """Return a question where ``path`` may be meant as the name of a shipped config, and nothing else."""
+    """Return a question where a file beside ``path`` or a shipped config may be meant, and else nothing."""
+    if (nearest := nearest_config(path)) is not None:
+        return f"did you mean {nearest}? else "
     near = difflib.get_close_matches(path.stem, shipped_configs(), n=1, cutoff=0.75)
     return f"`megachiar config init {near[0]}` writes the shipped config to {near[0]}.yaml; else " if near else ""
+
+
+def nearest_config(path: Path) -> Path | None:
+    """Return the YAML file in the folder of ``path`` whose name is nearest to that of ``path``; None without one.
+
+    The extension counts little: ``mine.yml`` and ``mine`` mean ``mine.yaml``.
+    """
+    names = []
+    with contextlib.suppress(OSError, ValueError):
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    stems = {Path(name).stem.lower(): name for name in names}
+    near = difflib.get_close_matches(path.stem.lower(), stems, n=1, cutoff=0.6)
+    return path.with_name(stems[near[0]]) if near else None
 
 
 def _locate(node: yaml.Node | None) -> tuple[Lines, list[tuple[tuple[str, ...], int]]]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 from torch import nn
 
 from megachiar.config import RunConfig
-from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
+from megachiar.engine.initialize import initialize
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import StageEmbedding, StagePart, pipeline_parts
 from megachiar.engine.replica import MicroBatches
@@ -71,9 +70,7 @@ class PipelineReplica:
         built = build_optimizer(stage, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.optimizer_implementation = built.implementation
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=stage, optimizer=built.optimizer, config=to_deepspeed(config), dist_init_required=False
-        )
+        self.deepspeed = initialize(config, stage, built.optimizer)
         self._parts = [module for module in stage.modules() if isinstance(module, StagePart)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from megachiar.config import RunConfig
-from megachiar.config.deepspeed import to_deepspeed
 from megachiar.engine import deepspeed_patches
+from megachiar.engine.initialize import initialize
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import RankMetrics, flatten_forward
@@ -41,13 +40,8 @@ class Replica:
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.optimizer_implementation = built.implementation
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=built.optimizer,
-            config=to_deepspeed(config),
-            mpu=ModelParallelUnit(topology) if topology.tensor.size > 1 else None,
-            dist_init_required=False,
-        )
+        mpu = ModelParallelUnit(topology) if topology.tensor.size > 1 else None
+        self.deepspeed = initialize(config, model, built.optimizer, mpu)
         self._forward: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
         if not config.parallel.zero_stage:

@@ -54,21 +54,26 @@ class BadSteps:
     Args:
         config: of the run.
         recent: the steps before the first one, as a checkpoint has them.
+        rolled_back_to: the checkpoint to which the run went back last; None if it never did.
+        rollbacks: how often it went back to it.
+
+    Attributes:
+        rollbacks: how often the run went back to the same checkpoint, up to now.
     """
 
-    def __init__(self, config: RunConfig, recent: RecentSteps):
+    def __init__(self, config: RunConfig, recent: RecentSteps, rolled_back_to: Path | None = None, rollbacks: int = 0):
         self._config = config
         self._detector = SpikeDetector(config.reliability, recent)
         self._scales = config.precision.compute == "fp16" and config.precision.loss_scale == "dynamic"
-        self._in_a_row = 0
+        self._in_a_row = recent.skipped_in_a_row
         self._counts = {"skipped": 0, "spikes": 0}
-        self._rollbacks = 0
-        self._rolled_back_to: Path | None = None
+        self.rollbacks = rollbacks
+        self._rolled_back_to = rolled_back_to
 
     @property
     def recent(self) -> RecentSteps:
-        """Return the steps that the next one will be compared with, for a checkpoint."""
-        return self._detector.recent
+        """Return what the next steps will be judged by, for a checkpoint."""
+        return self._detector.recent.model_copy(update={"skipped_in_a_row": self._in_a_row})
 
     def accepts(self, result: StepResult) -> bool:
         """Return whether a step with finite numbers is to be taken; the engine asks before it changes anything."""
@@ -109,7 +114,7 @@ class BadSteps:
     def roll_back(self, recent: RecentSteps) -> None:
         """Go on from a checkpoint that has ``recent``."""
         self._detector = SpikeDetector(self._config.reliability, recent)
-        self._in_a_row = 0
+        self._in_a_row = recent.skipped_in_a_row
         self.take_counts()
 
     def _overflows(self, result: StepResult) -> bool:
@@ -123,9 +128,9 @@ class BadSteps:
             return BadStep(bad.kind, bad.reason, "stop", Diverged(f"step {step}", bad.reason, remedy))
         if policy != "rollback" or newest is None:
             return bad
-        self._rollbacks = self._rollbacks + 1 if newest == self._rolled_back_to else 1
+        self.rollbacks = self.rollbacks + 1 if newest == self._rolled_back_to else 1
         self._rolled_back_to = newest
-        if self._rollbacks <= limit:
+        if self.rollbacks <= limit:
             return BadStep(bad.kind, bad.reason, "roll back")
         problem = f"{bad.reason}, and the run went back to one checkpoint {limit} times (reliability.max_rollbacks)"
         remedy = f"{_restart(newest)} with other data, a lower learning rate or a higher reliability.max_rollbacks"

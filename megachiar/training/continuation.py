@@ -35,12 +35,14 @@ class Progress:
         samples: training samples that all ranks together have consumed.
         saved_step: step of the newest checkpoint in the run folder; None before the first.
         recent: the steps that the next one is compared with.
+        rollbacks: how often the run went back to the checkpoint of ``saved_step``.
     """
 
     step: int = 0
     samples: int = 0
     saved_step: int | None = None
     recent: RecentSteps = field(default_factory=RecentSteps)
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,21 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
+    rollbacks = start.rollback.rollbacks if start.rollback is not None else 0
+    if rollbacks:
+        warnings.append(f"left out again: the samples of {rollbacks} bad steps after which the run went back to here")
     what = "resumed from" if start.is_own else "weights, optimizer and position in the data from"
     return Continuation(
         start,
         state,
-        Progress(state.step, state.samples, state.step if start.is_own else None, state.recent),
-        data.continue_from(state.data, state.step),
+        Progress(
+            step=state.step,
+            samples=state.samples,
+            saved_step=state.step if start.is_own else None,
+            recent=state.recent,
+            rollbacks=rollbacks,
+        ),
+        data.continue_from(state.data, state.step, start.history_after_rollback),
         summary=f"{what} {path} ({state.layout}): step {state.step}, {state.samples:,} samples",
         warnings=warnings,
     )

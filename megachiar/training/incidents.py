@@ -4,7 +4,8 @@
                                 config.yaml      the resolved config
     RUN/incidents/more.json                      how many incidents there were beyond the ``MOST_FOLDERS`` first
 
-``megachiar replay`` repeats such a step.
+``megachiar replay`` repeats such a step. The checkpoint before the newest incident is not removed as long as the
+incident's folder is there.
 """
 
 from __future__ import annotations
@@ -25,17 +26,13 @@ from megachiar.data.storage.files import write_atomically
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError, disk_errors
 from megachiar.training.bad_steps import BadStep
+from megachiar.training.incident_record import INCIDENT_FILE, incidents_folder
 from megachiar.training.metrics import without_nan
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 
 MOST_FOLDERS = 20
-INCIDENT_FILE, CONFIG_FILE, MORE_FILE = "incident.json", "config.yaml", "more.json"
-
-
-def incidents_folder(run: Path) -> Path:
-    """Return the folder of a run's incidents."""
-    return run / "incidents"
+CONFIG_FILE, MORE_FILE = "config.yaml", "more.json"
 
 
 class Incidents:

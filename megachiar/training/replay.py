@@ -29,9 +29,10 @@ from megachiar.errors import UserError
 from megachiar.topology import build_topology
 from megachiar.training.bad_steps import BadSteps
 from megachiar.training.continuation import Continuation, continue_run, open_run
-from megachiar.training.incidents import INCIDENT_FILE, incidents_folder
+from megachiar.training.incident_record import INCIDENT_FILE, checkpoint_of, incidents_folder
 from megachiar.training.module_trace import BadModule, ModuleTrace
 from megachiar.training.restore import restore
+from megachiar.training.rollback_record import read_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.start import Start
@@ -88,7 +89,9 @@ def replay(run: Path, step: int, log: Callable[[str], None]) -> Replay:
     config, data = open_run(single_process(_config_of(run, incident)))
     complete = complete_checkpoints(run / "checkpoints")
     origin = continue_run(config, data, _start_before(config, complete, step))
-    data = _data_of(data, incident, complete, origin)
+    if line := _describe_missing(run, incident, origin):
+        log(line)
+    data = _data_of(data, run, incident, complete, origin)
     topology = build_topology(config)
     device = start_process_group(config, topology)
     try:
@@ -146,15 +149,27 @@ def _start_before(config: RunConfig, complete: list[Path], step: int) -> Start:
     return Start(config.checkpoint.load, other, read_state(other).step if config.checkpoint.load == "all" else 0)
 
 
-def _data_of(data: RunData, incident: Path | None, complete: list[Path], origin: Continuation) -> RunData:
+def _describe_missing(run: Path, incident: Path | None, origin: Continuation) -> str | None:
+    """Return a line for the log where the checkpoint before the incident is gone; None where it is there."""
+    name = checkpoint_of(incident) if incident is not None else None
+    path = origin.start.path
+    if name is None or (path is not None and path.name == name):
+        return None
+    return (
+        f"{run / 'checkpoints' / name}, the checkpoint before the incident, is gone or damaged, so that more steps are "
+        "repeated. A run keeps that of its newest incident; checkpoint.keep and keep_every keep more"
+    )
+
+
+def _data_of(data: RunData, run: Path, incident: Path | None, complete: list[Path], origin: Continuation) -> RunData:
     """Return the data as the step has read it: for an incident, with the samples that a rollback left out later."""
     if incident is not None:
         record = json.loads((incident / INCIDENT_FILE).read_text(encoding="utf-8"))
         return data.with_history(DataHistory.model_validate_json(json.dumps(record["data"])))
     if not complete:
         return origin.data
-    newest = read_state(complete[-1])
-    return data.continue_from(newest.data, newest.step)
+    newest, rollback = read_state(complete[-1]), read_rollback(run, complete[-1])
+    return data.continue_from(newest.data, newest.step, rollback.data if rollback is not None else None)
 
 
 def _batches(engine: Engine, data: RunData, step: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megachiar.errors import UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
+from megachiar.progress import ByteProgress
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
 from megachiar.training.communication_time import measure_communication
@@ -119,14 +121,17 @@ def train(
     supervision.watch.open_stacks()
     blocks = data_to_check(config, data, topology)
     if config.data.verify == "start":
-        raise_together(find_altered(blocks))
+        raise_together(verify_data(blocks, activity, show_progress=topology.is_main))
         blocks = []
     if topology.is_main:
         set_later_aside(config, run.start, console.print)
     writer = open_run_folder(config, data, progress, display.line) if topology.is_main else None
     try:
         with BackgroundCheck(blocks) as check:
-            return Trainer(engine, data, progress, writer, display, supervision, check.raise_problem).run(owed)
+            trainer = Trainer(engine, data, progress, writer, display, supervision, lambda: check.problem)
+            code = trainer.run(owed)
+            raise_together(check.problem)
+            return code
     finally:
         if writer is not None:
             writer.close()
@@ -137,6 +142,28 @@ def data_to_check(config: RunConfig, data: RunData, topology: Topology) -> list[
     if config.data.verify == "never" or not topology.is_first_stage or topology.tensor.rank:
         return []
     return blocks_of(data.sources)[topology.data_rank :: topology.data_size]
+
+
+def verify_data(blocks: Sequence[DataBlock], activity: Activity, show_progress: bool) -> UserError | None:
+    """Return the error of the first of ``blocks`` that is not what was written; None if each is.
+
+    Args:
+        blocks: of this rank.
+        activity: of this rank, which makes progress with every block.
+        show_progress: show share, rate and time left of this rank on standard error.
+    """
+    done = 0
+    with open(os.devnull, "w") as nowhere:
+        stream = None if show_progress else nowhere
+        with ByteProgress("verifying the data", sum(block.size for block in blocks), stream) as progress:
+
+            def advance(size: int) -> None:
+                nonlocal done
+                done += 1
+                activity.begin(f"verifies the data, block {done} of {len(blocks)}", Stage.START, step=0, item=3)
+                progress.advance(size)
+
+            return find_altered(blocks, advance)
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: Callable[[str], None]) -> MetricsWriter:

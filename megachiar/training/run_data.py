@@ -49,15 +49,25 @@ class RunData:
         """The record of the tokenizer that made the data, even if its files are gone; None where nothing records it."""
         return record_of_data(self.sources, self.tokenizer)
 
-    def continue_from(self, history: DataHistory, step: int) -> RunData:
+    def continue_from(self, history: DataHistory, step: int, after_rollback: DataHistory | None = None) -> RunData:
         """Return the data of a run that has read ``history`` up to ``step`` and continues with this data.
+
+        Args:
+            history: that the checkpoint of ``step`` records.
+            step: optimizer steps taken.
+            after_rollback: ``history`` without samples that a rollback to this checkpoint has left out; None if there
+                was none.
 
         Raises:
             LaunchError: a source is shorter than one sample.
         """
         if self.history.order != "keyed":
             return self
-        return self.with_history(history.continue_from(self.history, step))
+        continued = history.continue_from(self.history, step)
+        if after_rollback is not None:
+            is_unchanged = after_rollback.differs_only_by_left_out(continued)
+            continued = after_rollback if is_unchanged else after_rollback.continue_from(self.history, step)
+        return self.with_history(continued)
 
     def leave_out(self, positions: range) -> RunData:
         """Return the data of a run that never reads the samples that are now at ``positions``; its order is keyed."""
@@ -125,7 +135,7 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
     if (checkpoint := start.continues_from) is not None:
         state = read_state(checkpoint)
         check_data(checkpoint, state, config, data.history, start.is_own)
-        data = data.continue_from(state.data, state.step)
+        data = data.continue_from(state.data, state.step, start.history_after_rollback)
     history = data.history
     positions = history.samples_of(step)
     order = history.order_at(positions.start)

@@ -11,7 +11,6 @@ among themselves. A checkpoint that is not whole is passed over; if none is whol
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -22,7 +21,14 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 from rich.markup import escape
 
-from megachiar.checkpoint.format import STATE_FILE, damaged_checkpoint, find_damage, read_state, unlisted_files
+from megachiar.checkpoint.format import (
+    STATE_FILE,
+    damaged_checkpoint,
+    find_damage,
+    fingerprint_of,
+    read_state,
+    unlisted_files,
+)
 from megachiar.checkpoint.reading import (
     checkpoint_to_go_back_to,
     later_checkpoints,
@@ -32,8 +38,10 @@ from megachiar.checkpoint.reading import (
 from megachiar.checkpoint.removal import set_aside
 from megachiar.checkpoint.verify import Verify, find_damaged_file, find_unreadable, share_of_files, verify_alone
 from megachiar.config import RunConfig
+from megachiar.data.sampling.history import DataHistory
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError, Topology, raise_together, shared_error
+from megachiar.training.rollback_record import RollbackRecord, read_rollback
 
 VISIBLE_WITHIN_S = 10.0
 """Seconds that another host may take to see what rank 0 wrote to a shared file system."""
@@ -49,16 +57,23 @@ class Start:
             ``resumed`` everything from the run's own folder.
         path: the checkpoint to load; None for a fresh start.
         step: optimizer steps taken before the start.
+        rollback: rollbacks of the run to this checkpoint before it ended; None if there were none.
     """
 
     kind: Literal["fresh", "weights", "all", "resumed"]
     path: Path | None = None
     step: int = 0
+    rollback: RollbackRecord | None = None
 
     @property
     def is_own(self) -> bool:
         """Whether the run starts from a checkpoint in its own folder."""
         return self.kind == "resumed"
+
+    @property
+    def history_after_rollback(self) -> DataHistory | None:
+        """The history of the data as rollbacks to this checkpoint have left it; None if there were none."""
+        return self.rollback.data if self.rollback is not None else None
 
     @property
     def continues_from(self) -> Path | None:
@@ -99,8 +114,8 @@ def find_start(
         verify: compares the files of a checkpoint with their checksums.
 
     Raises:
-        UserError: there are checkpoints and none is whole, ``checkpoint.load_from`` holds no whole checkpoint, or a
-            checkpoint has another format.
+        UserError: there are checkpoints and none is whole, ``checkpoint.load_from`` holds no whole checkpoint, a
+            checkpoint has another format, or the record of rollbacks is damaged.
     """
     folder, resume = config.checkpoint_folder, config.checkpoint.resume
     if isinstance(resume, int):
@@ -108,7 +123,7 @@ def find_start(
     else:
         own = newest_whole(folder, verify, log)
     if own is not None:
-        return Start("resumed", own, read_state(own).step)
+        return Start("resumed", own, read_state(own).step, read_rollback(config.logging.folder, own))
     if config.checkpoint.load_from is None:
         return Start("fresh")
     try:
@@ -193,7 +208,8 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
     """Return what rank 0 decides, or why it cannot; the other ranks wait for its messages."""
 
     def verify(path: Path) -> str | None:
-        found = _verify_together(broadcast_from_rank_0(_Candidate(path, _fingerprint(path))), topology)
+        candidate = broadcast_from_rank_0(_Candidate(path, fingerprint_of(path)))
+        found = _verify_together(candidate, topology, show_progress=True)
         if isinstance(found, UserError):
             raise found
         return found
@@ -212,8 +228,13 @@ def _decide(config: RunConfig, topology: Topology, log: Callable[[str], None]) -
     return start
 
 
-def _verify_together(candidate: _Candidate, topology: Topology) -> str | UserError | None:
+def _verify_together(candidate: _Candidate, topology: Topology, show_progress: bool = False) -> str | UserError | None:
     """Verify a checkpoint, each rank its share of the files; every rank calls this function.
+
+    Args:
+        candidate: the checkpoint.
+        topology: of the run's ranks.
+        show_progress: show how far this rank is with its share.
 
     Returns:
         What is wrong with the checkpoint, the same on every rank: None if it is whole, and an error if a rank does not
@@ -222,7 +243,7 @@ def _verify_together(candidate: _Candidate, topology: Topology) -> str | UserErr
     unseen = shared_error(_why_unseen(candidate.path, candidate.fingerprint))
     if unseen is not None:
         return unseen
-    problem = _find_damage_in_share(candidate.path, topology)
+    problem = _find_damage_in_share(candidate.path, topology, show_progress)
     problems: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found), None)
@@ -234,20 +255,20 @@ def check_whole(checkpoint: Path, topology: Topology) -> None:
     Raises:
         LaunchError: it is damaged, or a rank does not see it. Every rank raises it.
     """
-    candidate = _Candidate(checkpoint, _fingerprint(checkpoint)) if topology.is_main else None
+    candidate = _Candidate(checkpoint, fingerprint_of(checkpoint)) if topology.is_main else None
     found = _verify_together(broadcast_from_rank_0(candidate), topology)
     if found is not None:
         error = found if isinstance(found, UserError) else damaged_checkpoint(checkpoint, found)
         raise LaunchError(error.where, error.problem, error.remedy)
 
 
-def _find_damage_in_share(checkpoint: Path, topology: Topology) -> str | None:
+def _find_damage_in_share(checkpoint: Path, topology: Topology, show_progress: bool) -> str | None:
     try:
         state = read_state(checkpoint)
     except UserError as error:  # it was damaged a moment ago
         return error.problem
     names = share_of_files(state, topology.rank, topology.world_size)
-    problem = find_damaged_file(checkpoint, state, names)
+    problem = find_damaged_file(checkpoint, state, names, show_progress)
     return find_unreadable(checkpoint, state) if problem is None and topology.is_main else problem
 
 
@@ -256,11 +277,6 @@ def broadcast_from_rank_0(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def _fingerprint(checkpoint: Path) -> str:
-    with disk_errors(checkpoint, "read"):
-        return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
 
 
 def _why_unseen(checkpoint: Path, fingerprint: str) -> UserError | None:
@@ -278,7 +294,7 @@ def _why_unseen(checkpoint: Path, fingerprint: str) -> UserError | None:
 def _difference(checkpoint: Path, fingerprint: str) -> str | None:
     """Return how ``checkpoint`` differs from the complete one with ``fingerprint``; None if it does not."""
     problem = find_damage(checkpoint)
-    if problem is None and _fingerprint(checkpoint) != fingerprint:
+    if problem is None and fingerprint_of(checkpoint) != fingerprint:
         return "the path holds another checkpoint"
     return problem
 

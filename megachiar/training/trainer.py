@@ -18,17 +18,20 @@ from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
 from megachiar.engine.step_metrics import StepResult
-from megachiar.errors import EXIT_STOPPED
+from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.flops import training_flops_per_token
+from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
 from megachiar.training.continuation import Progress
 from megachiar.training.display import Display
+from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
 from megachiar.training.rollback import roll_back
+from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
@@ -46,7 +49,7 @@ class Trainer:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
-        check_data: raises an error if data that was read is found to be damaged.
+        damaged_data: returns the error of a block of data that this rank has found damaged; None if it found none.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Trainer:
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
-        check_data: Callable[[], None],
+        damaged_data: Callable[[], UserError | None],
     ):
         self.engine = engine
         self.data = data
@@ -67,10 +70,16 @@ class Trainer:
         self.display = display
         self.supervision = supervision
         self.activity = supervision.activity
-        self.check_data = check_data
-        self.saver = CheckpointSaver(engine, progress.saved_step, display.line, self._report_saved)
+        self.damaged_data = damaged_data
+        self.saver = CheckpointSaver(
+            engine,
+            progress.saved_step,
+            display.line,
+            self._report_saved,
+            spared=lambda: checkpoint_to_spare(self.config.logging.folder),
+        )
         self.peak = peak_flops(engine.device)
-        self.bad_steps = BadSteps(self.config, progress.recent)
+        self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
         self.validation = Validation(engine, data.validation, writer, display, supervision)
@@ -90,6 +99,7 @@ class Trainer:
 
         Raises:
             Diverged: the numbers of the run are bad and stay bad.
+            LaunchError: a rank has found damaged data. Every rank raises it, and nothing more is saved.
         """
         with self.display.running(), self.saver:
             while True:
@@ -144,7 +154,6 @@ class Trainer:
             self.progress.samples,
             prefetch=self.config.data.prefetch,
             pin_memory=self.engine.device.type == "cuda",
-            check=self.check_data,
         )
 
     def _timed_step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
@@ -157,13 +166,15 @@ class Trainer:
         return result
 
     def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
-        stop = self.supervision.signals.reason() is not None
+        stop = self.supervision.signals.reason() is not None or self.damaged_data() is not None
         step = self.progress.step + 1
         at_least_scale = self.engine.is_at_least_loss_scale
         rate = learning_rate(self.config, step)
         self.activity.begin("trains", Stage.TRAIN, step)
         result = self.engine.train_step(self._micro_batches(loader, step), rate, stop, self.bad_steps.accepts)
         self.activity.begin("ends the step", Stage.LOG, step)
+        if result.stop:  # one rank has damaged data, or was told to stop: only then the ranks ask one another
+            raise_together(self.damaged_data())
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         if result.skipped:
@@ -187,6 +198,8 @@ class Trainer:
         bad_step, checkpoint = self.progress.step, self._newest_checkpoint()
         assert checkpoint is not None, "without a checkpoint no step is rolled back"
         state, self.data = roll_back(self.engine, self.data, bad_step, checkpoint)
+        if self.engine.topology.is_main:
+            self._record_rollback(checkpoint)
         self.progress.step, self.progress.samples = state.step, state.samples
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
@@ -196,6 +209,13 @@ class Trainer:
             self.writer.rewind(state.step)
             self.writer.write(state.step, "rollback", {"from_step": bad_step})
         self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
+
+    def _record_rollback(self, checkpoint: Path) -> None:
+        """Let a run that is started again before its next checkpoint leave out the same samples."""
+        try:
+            write_rollback(self.config.logging.folder, checkpoint, self.bad_steps.rollbacks, self.data.history)
+        except UserError as error:
+            self.display.line(f"[yellow]a restart before the next checkpoint rolls back again: {escape(str(error))}[/]")
 
     def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""
@@ -263,6 +283,7 @@ class Trainer:
         if self.supervision.lock is not None:
             self.supervision.lock.confirm()
         self.comparison.run(step)
+        self.saver.wait()  # the checkpoint that a message names is complete; the save below would wait anyway
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)

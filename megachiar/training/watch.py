@@ -31,11 +31,10 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
 
 from megachiar.activity import Activity, Stage
 from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.last_words import print_last_words
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology
 from megachiar.training import stalls
@@ -341,5 +340,5 @@ class PeerWatch:
     def _print(self, verdict: str) -> None:
         where = f"; stacks: {self._stacks.run / 'stacks'}" if self._stacks.run is not None else ""
         message = str(UserError(f"rank {self._rank} stops", verdict, f"{_REMEDY}{where}"))
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[bold red]error:[/] {escape(message)}")
+        label = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
+        print_last_words(f"{label} {message}")

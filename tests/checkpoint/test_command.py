@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megachiar.checkpoint import checksums
 from megachiar.checkpoint.checksums import write_checksummed
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, read_state
 from megachiar.checkpoint.inspection import compare
 from megachiar.checkpoint.reading import open_tensors
 from megachiar.checkpoint.sharded_tensors import ShardReader, write_safetensors
+from megachiar.checkpoint.verify import find_damaged_file
 from megachiar.cli.checkpoint import main
 from megachiar.errors import UserError
+from megachiar.progress import MEGA, ByteProgress
 
 PLAIN = "embedding.weight"
 
@@ -46,6 +49,20 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
+
+
+def test_verifying_shows_progress_that_ends_at_the_size_of_the_files(run, capsys, monkeypatch):
+    monkeypatch.setattr(ByteProgress.__init__, "__defaults__", (None, 0.0))  # a line for each report
+    monkeypatch.setattr(checksums, "REPORTED_BYTES", 1)
+    main(["verify", str(run)])
+    lines = capsys.readouterr().err.splitlines()
+    size = sum(read_state(checkpoint(run, 3)).files.values()) / MEGA
+    last = [line for line in lines if line.startswith(f"verifying {checkpoint_name(3)}: ")][-1]
+    assert last.startswith(f"verifying {checkpoint_name(3)}: {size:.1f} MB, ") and " MB/s, 100 %, 0:00:00 left" in last
+    assert len(lines) > 3
+    state = read_state(checkpoint(run, 3))
+    assert find_damaged_file(checkpoint(run, 3), state, list(state.files)) is None
+    assert capsys.readouterr().err == "", "of several ranks one shows progress"
 
 
 def test_list_names_every_checkpoint_and_what_is_wrong_with_it(run, capsys):

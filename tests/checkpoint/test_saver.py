@@ -106,6 +106,19 @@ def test_a_run_that_is_to_continue_warns_counts_and_saves_the_next(tmp_path):
     assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path):
+    """The new checkpoint is good; the next save removes both old ones."""
+    config = make_run(tmp_path, keep=1, on_failure="stop")
+    output = train_with({"obstacle": [4, 2]}, config)[0]
+    said = " ".join(output.split())
+    assert said.count("was not removed, and takes space") == 1
+    assert (
+        f"{checkpoint(tmp_path, 2)} was not removed, and takes space: {checkpoint(tmp_path, 2)}: cannot write" in said
+    )
+    assert "is not saved" not in said and f"saved {checkpoint(tmp_path, 4)}" in said
+    assert saved(tmp_path) == [6]
+
+
 def test_the_last_checkpoint_must_be_written_even_if_the_run_is_to_continue(tmp_path):
     config = make_run(tmp_path, on_failure="continue")
     output = train_with({"full": [STEPS], "rank": 0}, config, codes=(2,))[0]

@@ -14,7 +14,7 @@ import pytest
 from support import ROOT, python
 
 from megachiar import console
-from megachiar.cli.main import COMMANDS, module_of
+from megachiar.cli.main import COMMANDS, main, module_of
 from megachiar.config import load_config
 from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
@@ -107,6 +107,32 @@ def test_the_name_of_a_shipped_config_is_told_how_to_become_a_file(tmp_path, mon
     with pytest.raises(UserError) as caught:
         load_config(Path("nowhere.yaml"))
     assert "config init" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["mine.yml", "mine", "Mine.yaml", "mein.yaml", "mine.yaml.yaml"])
+def test_the_nearest_config_beside_a_missing_one_is_named(tmp_path, name):
+    for other in ("mine.yaml", "text.txt", "minx", "entirely-else.yaml"):
+        (tmp_path / other).touch()
+    with pytest.raises(UserError, match="no such config file") as caught:
+        load_config(tmp_path / name)
+    assert caught.value.remedy.startswith(f"did you mean {tmp_path / 'mine.yaml'}? else check the path")
+
+
+@pytest.mark.parametrize("name", ["other.yaml", "nowhere/mine.yaml", "mine.yaml/mine.yaml", "a" * 300])
+def test_a_missing_config_with_none_near_it_names_none(tmp_path, name):
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / name)
+    assert "did you mean" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_commands_that_read_a_config_name_the_nearest(tmp_path, command):
+    (tmp_path / "mine.yaml").touch()
+    more = {"inspect": ["--step", "1"], "plan": ["--gpus", "8", "--memory-gib", "80"]}[command]
+    with pytest.raises(UserError) as caught:
+        main([command, "--config", str(tmp_path / "mine.yml"), *more])
+    assert "did you mean" in str(caught.value), caught.value
 
 
 def test_a_wrong_option_is_one_message_of_the_program():

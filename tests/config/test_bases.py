@@ -59,6 +59,7 @@ class TestBase:
         ("text", "message"),
         [
             ("base: lost.yaml\n", r"mine\.yaml:1: base lost\.yaml is neither a file \(.*lost\.yaml\) nor a shipped"),
+            ("base: ring/aa.yaml\n", r"remedy: did you mean ring/a\.yaml\? else name a file by its path"),
             ("model: {dropout: 0.1}\nbase: 3\n", r"mine\.yaml:2: base is 3, not the path of a config\n.*base: other"),
             ("base:\n", r"mine\.yaml:1: base is None"),
             ("base: mine.yaml\n", r"mine\.yaml:1: a config cannot be its own base: .*mine\.yaml -> .*mine\.yaml\n"),

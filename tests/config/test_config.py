@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megachiar.config import ConfigError, RunConfig, load_config
-from megachiar.config.deepspeed import MONITORS, OWNED, to_deepspeed
+from megachiar.config.deepspeed import HARMFUL, MONITORS, OWNED, to_deepspeed
 from megachiar.config.schema import config_schema
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError, data_parallel_size
@@ -262,6 +262,20 @@ CROSS_CHECKS = [
     (["deepspeed.comet.enabled=true"], "deepspeed.comet.enabled", "use logging.tensorboard"),
     (["deepspeed.flops_profiler.enabled=true"], "deepspeed.flops_profiler.enabled", "use model_flops_per_second"),
     (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization.stage", "parallel.zero_stage makes it 1"),
+    (["deepspeed.zero_optimization=3"], "deepspeed.zero_optimization", "is 3, not a mapping"),
+    (["deepspeed.bf16=null", "precision.compute=bf16"], "deepspeed.bf16", "is None, not a mapping"),
+    (
+        ["deepspeed.zero_optimization.compute_grad_norm=false", "optimizer.clip_gradient_norm=null"],
+        "deepspeed.zero_optimization.compute_grad_norm",
+        "would hide gradients that are not finite",
+    ),
+    (["deepspeed.torch_autocast.enabled=true"], "deepspeed.torch_autocast.enabled", "use precision.compute"),
+    (["deepspeed.gradient_allreduce_op=sum"], "deepspeed.gradient_allreduce_op", "multiply the gradients"),
+    (
+        ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+        "deepspeed.zero_optimization.offload_optimizer.device",
+        "parallel.offload_optimizer makes it 'none'",
+    ),
 ]
 
 
@@ -355,6 +369,39 @@ def test_raw_deepspeed_keys_pass_through_and_may_repeat_a_typed_value():
     )
     made = to_deepspeed(config)["zero_optimization"]
     assert (made["stage"], made["reduce_bucket_size"]) == (1, 1000)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_an_empty_raw_section_takes_nothing_back(compute):
+    typed = [f"precision.compute={compute}"]
+    raw = ["deepspeed.zero_optimization={}", f"deepspeed.{compute}={{}}", "deepspeed.data_types={}"]
+    plain, emptied = (to_deepspeed(load_config(TINY, [*typed, *more])) for more in ([], raw))
+    assert plain == emptied and emptied[compute]["enabled"] and emptied["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize("key", HARMFUL)
+def test_raw_keys_that_change_the_run_silently_are_refused(tmp_path, key):
+    """The one value that changes nothing, DeepSpeed's own default, may stand there."""
+    harmless, problem, typed = HARMFUL[key]
+    for value in ({True: "false", False: "true"}.get(harmless, "7"), "{a: 1}"):
+        ((found, message),) = problems(tmp_path, f"deepspeed.{key}={value}").items()
+        assert found.startswith(f"deepspeed.{key}") and problem in message and typed in message.rpartition("|")[2]
+    if harmless is not None:
+        load_config(TINY, [f"deepspeed.{key}={json.dumps(harmless)}"])
+
+
+def test_every_harmless_value_is_the_default_of_deepspeed():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    seen = 0
+    for key, (harmless, _, _) in HARMFUL.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            assert sections[section].model_fields[name].get_default() in (harmless, None), key
+            seen += 1
+    assert seen > 8
 
 
 def test_owned_table_names_real_keys():

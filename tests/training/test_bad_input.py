@@ -86,6 +86,12 @@ def test_triton_without_a_gpu(folder):
     assert "precision.kernels: is triton, but the device is a CPU" in refused(folder, "precision.kernels=triton")
 
 
+def test_raw_keys_that_deepspeed_refuses(folder):
+    message = refused(folder, "deepspeed.zero_optimization.reduce_bucket_size=-1", "deepspeed.zero_optimization.x=1")
+    assert "deepspeed: DeepSpeed refuses a raw key: reduce_bucket_size: Input should be greater than 0; x: " in message
+    assert "has been removed" in refused(folder, "deepspeed.elasticity.enabled=true")
+
+
 def test_weights_from_nowhere(folder):
     assert "no such folder" in refused(folder, f"checkpoint.load_from={folder}/nothing")
 

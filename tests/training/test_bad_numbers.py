@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from support import WORKERS, pretrain, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, read_state
+from megachiar.cli.main import main
+from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.metrics import read_metrics
 
 STEPS, BAD = 6, 3
@@ -51,7 +54,7 @@ class Runs:
         config = small_config(folder, **sections)
         del config["data"]["validation"]
         for name, case in cases.items():
-            case["set"].append(f"logging.folder={self.run(name)}")
+            case["set"].append(f"logging.folder={self.run(case.get('run', name))}")
         path = write_config(folder / "config.yaml", config)
         outputs = run_ranks(2, WORKERS / "bad_numbers_worker.py", path, json.dumps(list(cases.values())), timeout=600)
         self.log = outputs[0]
@@ -112,6 +115,15 @@ def fast(tmp_path_factory):
     cases["undisturbed"] = {"set": [*LAYOUTS["ZeRO 0"]], "poison": None}
     cases |= loss_once([LOSS])
     least = ["precision.compute=fp16", "precision.initial_loss_scale=4"]
+    endless = poison("gradient", list(range(BAD, 20)), [1])
+    for name, steps in (("part", BAD + 1), ("rest", 20)):
+        cases[name] = {
+            "set": ["reliability.max_skipped=4", f"training.steps={steps}"],
+            "poison": endless,
+            "run": "part",
+        }
+    pruned = [*LAYOUTS["ZeRO 0"], "checkpoint.keep=1"]
+    cases["pruned"] = {"set": pruned, "poison": poison("gradient", [BAD], [0])}
     cases["least scale"] = {"set": least, "poison": poison("gradient", list(range(1, STEPS + 1)), [0])}
     cases["weight"] = {"set": [*LAYOUTS["ZeRO 1"]], "poison": poison("weight", [BAD], [1])}
     return Runs(tmp_path_factory.mktemp("fast"), cases)
@@ -192,7 +204,7 @@ def test_the_losses_of_all_layouts_stay_the_same(fast):
 def test_the_log_tells_the_count(fast):
     lines = [line for line in fast.log.splitlines() if line.startswith(f"step {BAD}/{STEPS}")]
     told = [line for line in lines if "  1 skipped  " in line and "grad inf" in line]
-    assert len(told) == len(FAST) + 1 + 1, "every run with a bad gradient, 'always' and 'least scale' included"
+    assert len(told) == len(FAST) + 3, "every run with a bad gradient, 'always', 'pruned' and 'least scale' included"
 
 
 def test_an_overflow_that_lowers_the_loss_scale_of_fp16_is_no_incident(fast):
@@ -202,6 +214,29 @@ def test_an_overflow_that_lowers_the_loss_scale_of_fp16_is_no_incident(fast):
 
 def test_bad_gradients_without_end_stop_the_run(fast):
     assert_stopped(fast, "always ZeRO 0 fp32 1")
+
+
+def test_steps_that_were_left_out_before_a_stop_count_after_it(fast):
+    """The first run ends after 2 of them; the second one goes on from there, and stops at the fourth in a row."""
+    assert fast.results["part"]["code"] == 0
+    saved = {path.name: read_state(path).recent.skipped_in_a_row for path in fast.checkpoints("part")}
+    assert saved == {checkpoint_name(step): max(0, step + 1 - BAD) for step in range(1, BAD + 3)}
+    error = fast.results["rest"]["error"]
+    assert f"step {BAD + 3}: is the last of 4 steps in a row that were left out" in error
+
+
+def test_the_checkpoint_before_an_incident_stays_as_long_as_the_incident(fast):
+    """A replay of the incident starts from it; pruning by hand keeps it as well."""
+    run = fast.run("pruned")
+    names = [checkpoint_name(BAD - 1), checkpoint_name(STEPS)]
+    assert [path.name for path in fast.checkpoints("pruned")] == names
+    prune = ["checkpoint", "prune", str(run), "--keep", "1"]
+    main(prune)
+    assert [path.name for path in fast.checkpoints("pruned")] == names
+    shutil.rmtree(run / "incidents")
+    assert checkpoint_to_spare(run) is None
+    main(prune)
+    assert [path.name for path in fast.checkpoints("pruned")] == names[1:]
 
 
 def test_an_overflow_at_the_least_loss_scale_stops_the_run_with_one_message(fast):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 from support import ROOT, pretrain
 
+from megachiar.activity import Activity
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource
-from megachiar.data.sampling.loader import BatchLoader
 from megachiar.data.sampling.verification import BackgroundCheck, blocks_of, find_altered
 from megachiar.data.storage import files
-from megachiar.data.storage.files import bin_path, manifest_path
+from megachiar.data.storage.files import bin_path, idx_path, manifest_path
 from megachiar.data.storage.manifest import read_manifest
-from megachiar.errors import UserError
+from megachiar.progress import ByteProgress
 from megachiar.topology import TensorParallelGroup, Topology
 from megachiar.training.metrics import read_metrics
-from megachiar.training.run import data_to_check
+from megachiar.training.run import data_to_check, verify_data
 from megachiar.training.run_data import open_data
 
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"  # its datasets have manifests
@@ -44,24 +45,12 @@ def swap_tokens(prefix: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_thread_finds_the_block_and_the_loader_raises_it(folder):
+def test_a_thread_finds_the_block_and_names_its_bytes(folder):
     swap_tokens(folder / "train")
-    samples = open_data(load_config("run.yaml")).training
-    blocks = blocks_of([TokenSource("train")])
-    with (
-        pytest.raises(UserError, match=r"train\.bin: bytes 0 to 67,108,863") as caught,
-        BackgroundCheck(blocks) as check,
-    ):
+    with BackgroundCheck(blocks_of([TokenSource("train")])) as check:
         check.wait()
-        with BatchLoader(samples, 1, 1, 0, 1, check=check.raise_problem) as loader:
-            next(loader)
-    assert "copy it again" in caught.value.remedy
-
-
-def test_what_the_thread_finds_last_is_raised_at_the_end(folder):
-    swap_tokens(folder / "train")
-    with pytest.raises(UserError, match="have checksum"), BackgroundCheck(blocks_of([TokenSource("train")])) as check:
-        check.wait()
+    assert "train.bin: bytes 0 to 67,108,863 (or the end) have checksum" in str(check.problem)
+    assert "copy it again" in check.problem.remedy
 
 
 def test_whole_data_and_data_without_checksums_are_no_problem(folder):
@@ -70,11 +59,27 @@ def test_whole_data_and_data_without_checksums_are_no_problem(folder):
     assert find_altered(blocks) is None
     with BackgroundCheck(blocks) as check:
         check.wait()
+    assert check.problem is None
     manifest_path("train").unlink()
     swap_tokens(folder / "train")
     assert blocks_of([TokenSource("train")]) == []
     with BackgroundCheck([]) as check:
-        check.raise_problem()
+        check.wait()
+    assert check.problem is None
+
+
+def test_verifying_at_the_start_shows_progress_on_one_rank_and_moves_the_watch_on_all(folder, capsys, monkeypatch):
+    monkeypatch.setattr(ByteProgress.__init__, "__defaults__", (None, 0.0))  # a line for each block
+    blocks, activity = blocks_of([TokenSource("train")]), Activity()
+    assert verify_data(blocks, activity, show_progress=True) is None
+    lines = capsys.readouterr().err.splitlines()
+    size = sum(path("train").stat().st_size for path in (bin_path, idx_path)) / 1e6
+    assert len(lines) == len(blocks) == 2
+    assert lines[-1].startswith(f"verifying the data: {size:.1f} MB, ") and "100 %, 0:00:00 left" in lines[-1]
+    assert (activity.count, activity.doing) == (2, "verifies the data, block 2 of 2")
+    swap_tokens(folder / "train")
+    assert "have checksum" in verify_data(blocks, activity, show_progress=False).problem
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_that_is_gone_is_one_message(folder):
@@ -129,3 +134,19 @@ def test_a_run_on_altered_data_ends_with_one_message_unless_it_is_told_not_to_lo
     taken = [record["step"] for record in read_metrics(folder / "background", "train")]
     assert max(taken, default=0) < 500, "it ends long before its last step"
     assert message not in start("never", code=0)
+
+
+def test_a_block_that_one_of_two_ranks_finds_damaged_ends_both_with_one_message(folder):
+    """Rank 1 has the block: .idx and .bin alternate over the ranks."""
+    swap_tokens(folder / "train")
+    sets = [f"data.train.0.path={folder}/train", f"data.tokenizer={folder}/tokenizer.model", "parallel.tensor_size=1"]
+    more = [f"logging.folder={folder}/two", "training.steps=1000", "checkpoint.every=null"]
+    outputs = pretrain(folder / "run.yaml", *sets, *more, ranks=2, codes=(2,))
+    said = " ".join(" ".join(outputs).split())
+    assert said.count("error:") == 1 and said.count("have checksum") == 1, outputs
+    assert (
+        f"rank 1 on {os.uname().nodename}: {folder}/train.bin: bytes 0 to 67,108,863 (or the end) have checksum" in said
+    )
+    assert "remedy:" in said and "Traceback" not in said
+    assert max((record["step"] for record in read_metrics(folder / "two", "train")), default=0) < 500
+    assert not (folder / "two" / "checkpoints").exists(), "nothing is saved after damaged data was read"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,16 @@ def test_replay_repeats_the_steps_before_and_prints_what_it_found(run):
     assert f"step {BAD}: loss nan, gradient norm inf, left out" in done.stderr
     assert f"{WEIGHT.removesuffix('.weight')}: its output is not finite" in done.stderr
     assert "layers.3" in done.stderr
+
+
+def test_a_missing_checkpoint_before_an_incident_is_named(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / checkpoint_name(SAVED))
+    done = forked_python("-m", "megachiar", "replay", copy, "--step", str(BAD))
+    assert done.returncode == 0, done.stderr
+    gone = f"{copy / 'checkpoints' / checkpoint_name(SAVED)}, the checkpoint before the incident, is gone or damaged"
+    assert gone in done.stderr and f"steps 3 to {BAD}" in done.stderr
 
 
 def test_a_good_step_is_repeated_as_two_ranks_took_it(run):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ from support import WORKERS, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, read_state
 from megachiar.config import load_config
+from megachiar.errors import UserError
 from megachiar.training.metrics import read_metrics
+from megachiar.training.rollback_record import read_rollback, rollback_path, write_rollback
 from megachiar.training.run_data import open_at_step, open_data
 
 STEPS, SAVED, BATCH = 16, 8, 8
@@ -159,6 +164,76 @@ def test_a_stopped_run_goes_on_without_the_samples(runs):
     case = {"set": ["parallel.zero_stage=3", f"logging.folder={runs.run('stopped')}"], "poison": NAN}
     run_ranks(2, WORKERS / "bad_numbers_worker.py", runs.path, json.dumps([case]))
     assert_same_end(runs, "stopped", "without nan")
+
+
+@pytest.fixture(scope="module")
+def killed(runs):
+    """Kill a run two steps after its first rollback; then end it, and end a copy of it that may go back only once."""
+    folder, copy = runs.run("killed"), runs.run("killed copy")
+    sets = [BACK, "precision.compute=bf16", f"logging.folder={folder}"]
+    worker = WORKERS / "bad_numbers_worker.py"
+    kill = {"set": sets, "poison": SPIKE, "kill": {"step": SAVED + 2, "rollbacks": 1}}
+    run_ranks(2, worker, runs.path, json.dumps([kill]), codes=(-signal.SIGKILL,))
+    shutil.copytree(folder, copy)
+    limit = {"set": [*sets, "reliability.max_rollbacks=1", f"logging.folder={copy}"], "poison": SPIKE}
+    output = run_ranks(2, worker, runs.path, json.dumps([limit, {"set": sets, "poison": SPIKE}]))[0]
+    return output, [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def test_a_run_that_is_killed_after_a_rollback_does_not_repeat_it(runs, killed):
+    output, (_, ended) = killed
+    assert ended == {"code": 0, "error": ""}
+    assert "left out again: the samples of 1 bad steps" in output
+    assert len(read_metrics(runs.run("killed"), "rollback")) == len(BAD_STEPS)
+    assert_same_end(runs, "killed", "without spike")
+
+
+def test_a_rollback_before_the_kill_counts_after_it(runs, killed):
+    _, (limited, _) = killed
+    assert limited["code"] == 2 and "went back to one checkpoint 1 times" in limited["error"], limited
+    assert len(read_metrics(runs.run("killed copy"), "rollback")) == 1
+
+
+def test_inspection_knows_a_rollback_before_the_next_checkpoint(runs, killed):
+    """The copy stopped at its second bad step: its record has the samples of the first one."""
+    config = load_config(runs.path, [f"logging.folder={runs.run('killed copy')}"])
+    data, stream, positions = open_at_step(config, BAD_STEPS[0])
+    assert data.history.orders[-1].left_out == ((BAD.start, BAD.start + BATCH),)
+    original = open_data(load_config(runs.path)).training
+    assert (stream.batch(positions) == original.batch(range(88, 96))).all()
+
+
+def test_the_record_of_a_rollback_belongs_to_one_checkpoint_and_is_sealed(runs, tmp_path):
+    saved, history = runs.checkpoint("rollback spike", SAVED), open_data(load_config(runs.path)).history
+    assert read_rollback(tmp_path, saved) is None
+    write_rollback(tmp_path, saved, 3, history.leave_out(range(8, 16)))
+    record = read_rollback(tmp_path, saved)
+    assert (record.rollbacks, record.data.orders[-1].left_out) == (3, ((8, 16),))
+    assert read_rollback(tmp_path, runs.checkpoint("rollback spike")) is None
+    path = rollback_path(tmp_path)
+    text = path.read_text()
+    for damaged in (text.replace("8,", "9,"), text[:-9], "", "[]", text.replace('"seal"', '"leal"')):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"rollback\.json: is damaged"):
+            read_rollback(tmp_path, saved)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_rollback(tmp_path, saved)
+
+
+def test_a_rollback_is_kept_when_the_config_changes_at_the_restart(runs):
+    config = load_config(runs.path)
+    data = open_data(config)
+    saved = data.history
+    rolled_back = saved.leave_out(range(72, 80))
+    same = data.continue_from(saved, SAVED, rolled_back)
+    assert same.history == rolled_back
+    other = open_data(load_config(runs.path, ["training.global_batch_size=4"]))
+    changed = other.continue_from(saved, SAVED, rolled_back).history
+    assert changed.orders == rolled_back.orders and len(changed.batches) == 2
+    again = other.continue_from(saved, SAVED, changed.leave_out(range(80, 84))).history  # of the run with 4 samples
+    assert again == changed.leave_out(range(80, 84))
 
 
 def test_a_spike_leaves_an_incident_with_the_samples_that_are_left_out(runs):

@@ -4,7 +4,8 @@
 
 JSON: [{"set": overrides of the config, "poison": a case or null, "leave_out": [first, end] or null}, ...]. A case names
 what is made bad, and where; with ``token`` it is made bad wherever a micro-batch holds this token. ``leave_out`` are
-positions of samples that the run never reads::
+positions of samples that the run never reads. With ``kill`` the ranks kill themselves before a step, once the run has
+gone back so often: {"step": 10, "rollbacks": 1}::
 
     {"what": "gradient" | "loss" | "weight", "steps": [3], "ranks": [1], "value": "nan"}
     {"what": "weight", "name": "layers.1.norm.weight", "steps": [3], "ranks": [0], "value": "3e38"}    ZeRO 0 alone
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +55,8 @@ def main() -> None:
     path, cases = sys.argv[1:]
     step_of_trainer = trainer.Trainer._step
     for case in json.loads(cases):
-        trainer.Trainer._step = poisoned(step_of_trainer, case["poison"]) if case["poison"] else step_of_trainer
+        step = poisoned(step_of_trainer, case["poison"]) if case["poison"] else step_of_trainer
+        trainer.Trainer._step = killed(step, **case["kill"]) if case.get("kill") else step
         config = load_config(path, case["set"])
         topology = build_topology(config)
         device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
@@ -89,6 +93,17 @@ def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:
             return step_of_trainer(self, loader)
 
     return step
+
+
+def killed(step_of_trainer: Any, step: int, rollbacks: int) -> Any:
+    """Return a ``Trainer._step`` that kills this rank before a step, once the run has gone back so often."""
+
+    def kill_or_step(self: trainer.Trainer, loader: Any) -> Any:
+        if self.progress.step + 1 == step and self.bad_steps.rollbacks == rollbacks:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of_trainer(self, loader)
+
+    return kill_or_step
 
 
 @contextlib.contextmanager

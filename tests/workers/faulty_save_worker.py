@@ -2,7 +2,8 @@
 
     python faulty_save_worker.py JSON ARGUMENTS_OF_PRETRAIN...
 
-JSON: ``seconds`` that writing takes on each rank, and ``full``: the steps at which the disk of ``rank`` is full.
+JSON: ``seconds`` that writing takes on each rank, ``full``: the steps at which the disk of ``rank`` is full, and
+``obstacle``: [step, other step], of which the save puts a file where the checkpoint of the other is to be removed.
 ``tests/checkpoint/test_saver.py`` starts it.
 """
 
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from megachiar.checkpoint import save
+from megachiar.checkpoint.format import checkpoint_name
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.console import global_rank, run
 from megachiar.pretrain import main
@@ -30,6 +32,9 @@ if __name__ == "__main__":
         time.sleep(fault.get("seconds", 0))
         if snapshot.step in fault.get("full", []) and global_rank() == fault["rank"]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        step, other = fault.get("obstacle", (None, None))
+        if snapshot.step == step:
+            (snapshot.folder / f"{checkpoint_name(other)}.incomplete").write_text("in the way")
         return written
 
     save._write_share = faulty

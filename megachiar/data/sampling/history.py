@@ -190,6 +190,11 @@ class DataHistory(_Record):
         changed = order.model_copy(update={"left_out": ranges})
         return self.model_copy(update={"orders": (*self.orders[:-1], changed)})
 
+    def differs_only_by_left_out(self, other: DataHistory) -> bool:
+        """Return whether both describe the same samples but for what their newest orders leave out."""
+        newest = self.orders[-1].model_copy(update={"left_out": other.orders[-1].left_out})
+        return self.model_copy(update={"orders": (*self.orders[:-1], newest)}) == other
+
     def consumed(self, source: int, position: int) -> Consumed:
         """Return how far the run's first ``position`` samples have read a source."""
         end = position

@@ -15,7 +15,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -29,10 +29,6 @@ class Samples(Protocol):
     def batch(self, positions: range) -> NDArray[np.int64]:
         """Return the samples at ``positions``, int64 (n, T + 1)."""
         ...
-
-
-def _check_nothing() -> None:
-    """Raise nothing."""
 
 
 class BatchLoader(Iterator[NDArray[np.int64]]):
@@ -55,7 +51,6 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
         prefetch: the batches that are read ahead, at least 1.
         pin_memory: keep batches in page-locked memory, so that they can be copied to a GPU while it computes:
             ``torch.from_numpy(batch).to(device, non_blocking=True)``. Needs CUDA.
-        check: called before each batch is read; what it raises counts as an error while reading.
 
     Raises:
         ValueError: a size is below 1, the rank is not one of ``dp_size``, or ``start_sample`` is negative.
@@ -72,7 +67,6 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
         *,
         prefetch: int = 4,
         pin_memory: bool = False,
-        check: Callable[[], None] = _check_nothing,
     ):
         if min(micro_batch_size, accumulation_steps, dp_size, prefetch) < 1 or start_sample < 0:
             raise ValueError(
@@ -89,7 +83,7 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
         self._stop = threading.Event()
         self._ready: queue.Queue[NDArray[np.int64] | BaseException] = queue.Queue(prefetch)
         first = start_sample + dp_rank * micro_batch_size
-        reader = _Reader(stream, first, micro_batch_size, self._samples_per_micro_step, pin_memory, check)
+        reader = _Reader(stream, first, micro_batch_size, self._samples_per_micro_step, pin_memory)
         # The thread knows the queue and the event but not this object, which can therefore be collected while it runs.
         self._thread = threading.Thread(
             target=_read_ahead, args=(reader, self._ready, self._stop), name="megachiar-loader", daemon=True
@@ -134,16 +128,13 @@ class BatchLoader(Iterator[NDArray[np.int64]]):
 class _Reader:
     """Read one rank's micro-batches in order."""
 
-    def __init__(
-        self, stream: Samples, first: int, size: int, stride: int, pin_memory: bool, check: Callable[[], None]
-    ):
-        self._stream, self._next, self._size, self._stride, self._check = stream, first, size, stride, check
+    def __init__(self, stream: Samples, first: int, size: int, stride: int, pin_memory: bool):
+        self._stream, self._next, self._size, self._stride = stream, first, size, stride
         # A thread begins on device 0: without this each rank would open a context there.
         self._pin_for = torch.cuda.current_device() if pin_memory else None
 
     def read(self) -> NDArray[np.int64]:
         """Return the next micro-batch, int64 (size, T + 1)."""
-        self._check()
         batch = self._stream.batch(range(self._next, self._next + self._size))
         self._next += self._stride
         if self._pin_for is None:

@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,14 @@ class DataBlock(NamedTuple):
     path: Path
     number: int
     checksum: str
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the block as the file is now; 0 if it cannot be looked at, of which ``check`` tells."""
+        try:
+            return max(0, min(CHECKSUM_BLOCK, self.path.stat().st_size - self.number * CHECKSUM_BLOCK))
+        except OSError:
+            return 0
 
     def check(self) -> None:
         """Read the block, and compare it with its checksum.
@@ -56,8 +64,13 @@ def blocks_of(sources: Iterable[TokenSource]) -> list[DataBlock]:
     return [block for of_file in blocks.values() for block in of_file]
 
 
-def find_altered(blocks: Sequence[DataBlock]) -> UserError | None:
-    """Check ``blocks`` with several threads; return the error of the first that is not what was written."""
+def find_altered(blocks: Sequence[DataBlock], on_bytes: Callable[[int], None] = lambda size: None) -> UserError | None:
+    """Check ``blocks`` with several threads; return the error of the first that is not what was written.
+
+    Args:
+        blocks: to check.
+        on_bytes: is called with the size in bytes of each block that is checked.
+    """
 
     def problem(block: DataBlock) -> UserError | None:
         try:
@@ -67,11 +80,15 @@ def find_altered(blocks: Sequence[DataBlock]) -> UserError | None:
         return None
 
     with ThreadPoolExecutor(VERIFYING_THREADS) as pool:
-        return next((error for error in pool.map(problem, blocks) if error is not None), None)
+        for block, error in zip(blocks, pool.map(problem, blocks), strict=True):
+            if error is not None:
+                return error
+            on_bytes(block.size)
+    return None
 
 
 class BackgroundCheck:
-    """Check blocks in a thread of the lowest priority, in a ``with`` block, which raises what the thread found last.
+    """Check blocks in a thread of the lowest priority, in a ``with`` block that ends the thread.
 
     Attributes:
         problem: what the thread found; None as long as it found nothing.
@@ -88,15 +105,6 @@ class BackgroundCheck:
         self._thread = threading.Thread(target=self._check, name="megachiar-data-check", daemon=True)
         self.problem: UserError | None = None
 
-    def raise_problem(self) -> None:
-        """Raise what the thread found, if it found anything.
-
-        Raises:
-            UserError: a block is not the one that was written.
-        """
-        if self.problem is not None:
-            raise self.problem
-
     def wait(self) -> None:
         """Wait until all blocks are checked."""
         self._thread.join()
@@ -107,8 +115,6 @@ class BackgroundCheck:
 
     def __exit__(self, kind: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         self._stop.set()
-        if kind is None:
-            self.raise_problem()
 
     def _check(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # Linux gives each thread a priority of its own
@@ -120,6 +126,5 @@ class BackgroundCheck:
             except UserError as error:
                 self.problem = error
                 return
-            size = min(CHECKSUM_BLOCK, block.path.stat().st_size)
-            if self._stop.wait(max(0.0, size / BYTES_PER_SECOND - (time.monotonic() - began))):
+            if self._stop.wait(max(0.0, block.size / BYTES_PER_SECOND - (time.monotonic() - began))):
                 return
