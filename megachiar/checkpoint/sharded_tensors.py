@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum, open_regular
+from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum
 from megachiar.data.storage.files import as_bytes
+from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
@@ -141,7 +142,7 @@ class ShardReader:
         self._stored: dict[str, list[StoredShard]] = defaultdict(list)
         for file in (folder / name for name in files):
             with _reading(file):
-                open_regular(file).close()
+                check_regular(file)
                 with safe_open(file, "pt") as opened:
                     self._add(file, opened)
 

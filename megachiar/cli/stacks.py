@@ -89,8 +89,10 @@ def wait_for_answers(run: Path, token: str, ranks: int, seconds: float) -> dict[
 
 def read_answer(path: Path, token: str) -> str | None:
     """Return what the file holds for the request, None if it is not there or not whole yet."""
+    from megachiar.data.storage.regular_file import read_regular
+
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path).decode(errors="replace")
     except OSError:
         return None
     found = re.search(rf"^== [^\n]*?, (rank [^\n]*) \[asked for, {token}\]\n(.*?)^== end", text, re.M | re.S)
