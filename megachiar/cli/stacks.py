@@ -65,8 +65,7 @@ def ranks_at_work(run: Path) -> int:
 
     if not run.is_dir():
         raise UserError(run, "no such folder", "name the logging.folder of a run that trains now")
-    with disk_errors(run, "read"):
-        owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
+    owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
     at_work = [owner for owner in owners if owner.process.runs() is not False]
     if not at_work:
         raise UserError(run, "no run works in this folder", "name the logging.folder of a run that trains now")

@@ -23,7 +23,7 @@ def owed_evaluations(run: Path, step: int) -> list[str]:
     owed: list[str] = []
     for record in records:
         kind, names = record["kind"], record.get("names")
-        if kind == KIND and isinstance(names, list):
+        if kind == KIND and isinstance(names, list) and all(isinstance(name, str) for name in names):
             owed = names
         elif kind.startswith("evaluation/"):
             owed = [name for name in owed if kind != f"evaluation/{name}"]

@@ -227,7 +227,9 @@ class RunLock:
         Raises:
             UserError: another run has taken the folder over, since this process was stopped for a long time.
         """
-        if not self.is_held():
+        with disk_errors(self.path, "read"):
+            is_held = self.is_held()
+        if not is_held:
             raise UserError(
                 self.folder,
                 "another run has taken this run folder over while this process gave no sign of life",
@@ -328,9 +330,14 @@ class _Waiting:
 
 
 def read_locks(folder: Path) -> list[LockFile]:
-    """Return the locks of a run folder, the lowest number first."""
-    paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
-    return sorted((lock for path in paths if (lock := _read(path))), key=lambda lock: lock.number)
+    """Return the locks of a run folder, the lowest number first.
+
+    Raises:
+        UserError: the folder or a lock cannot be read.
+    """
+    with disk_errors(folder, "read"):
+        paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+        return sorted((lock for path in paths if (lock := _read(path))), key=lambda lock: lock.number)
 
 
 def _read(path: Path) -> LockFile | None:

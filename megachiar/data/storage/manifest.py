@@ -173,6 +173,8 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
         try:
             content = read_regular(path)
         except FileNotFoundError:
+            if path.is_symlink():  # a link to nothing is no dataset without a manifest
+                raise
             return None
     from pydantic import ValidationError
 
