@@ -33,6 +33,9 @@ from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
 
 
+_LONGEST_REASON = 300  # characters of what safetensors says, which repeats the values of a header
+
+
 @dataclass(frozen=True)
 class StoredShard:
     """One tensor of one file: the shard of a parameter that one tensor rank held, or a whole parameter.
@@ -194,6 +197,8 @@ class ShardReader:
 
 def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:
     """Put together what a rank of ``group`` holds from the overlaps with each stored shard."""
+    if any(source.shard is not None and source.size > len(stored) for source in stored):  # before memory is taken
+        raise _unreadable(stored[0].file, ValueError(f"the files hold {name} in part"))
     shape = _whole_shape(stored[0], name)
     result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
     before = (slice(None),) * shard.dim
@@ -243,5 +248,5 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0][:_LONGEST_REASON] if str(error) else type(error).__name__
     return UserError(file, f"cannot be read: {reason}", "remove its folder to fall back to an older checkpoint")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.data.storage.files import manifest_path, write_atomically
+from megachiar.data.storage.identity import printable
 from megachiar.data.storage.manifest import Manifest, TokenizerRecord
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, with_seal
@@ -33,7 +34,7 @@ def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
     file, folder = tokenizer.path.resolve(), folder.resolve()
     return TokenizerRecord(
         kind=tokenizer.kind,
-        file=str(file.relative_to(folder) if file.is_relative_to(folder) else file),
+        file=printable(file.relative_to(folder) if file.is_relative_to(folder) else file),
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
@@ -91,7 +92,7 @@ def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
         UserError: the disk is full or read-only.
     """
     source = tokenizer.path.resolve()
-    kept = run / KEPT_FOLDER / source.name
+    kept = run / KEPT_FOLDER / printable(source.name)
     with disk_errors(kept):
         for file in vocabulary_files(source, tokenizer.kind):
             write_atomically(kept / file.name if source.is_dir() else kept, read_regular(file))
