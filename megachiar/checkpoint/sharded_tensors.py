@@ -32,7 +32,6 @@ from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
 
-
 _LONGEST_REASON = 300  # characters of what safetensors says, which repeats the values of a header
 
 

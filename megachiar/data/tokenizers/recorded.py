@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
     """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere."""
     folder, recorded = manifest_path(prefix).parent, Path(manifest.tokenizer.file)
     candidates = (folder / recorded, folder / recorded.name)  # an absolute path stays as it is
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if os.path.exists(path)), None)  # unlike Path.exists, it takes any name
 
 
 def manifest_of_tokenizer(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
