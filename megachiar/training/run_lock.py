@@ -351,6 +351,8 @@ def _read(path: Path) -> LockFile | None:
         with open_regular(path) as file:
             text, heartbeat = file.read(_LONGEST_LOCK), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
+        if path.is_symlink():  # a link to nothing takes the name, and no lock could be made for ever
+            raise
         return None
     try:
         owner = Owner.from_json(text)

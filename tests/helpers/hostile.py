@@ -91,7 +91,11 @@ def damages(content: bytes) -> st.SearchStrategy[bytes]:
         st.builds(lambda end: content[:end], places),
         st.builds(lambda place, more: content[:place] + more + content[place:], places, st.binary(max_size=4)),
         st.builds(_zeroed, st.just(content), places, st.integers(1, 100)),
-        *([st.builds(_replaced, st.just(content), st.sampled_from(digits), st.sampled_from(_DIGITS))] if digits else []),
+        *(
+            [st.builds(_replaced, st.just(content), st.sampled_from(digits), st.sampled_from(_DIGITS))]
+            if digits
+            else []
+        ),
     ]
     return st.one_of(kinds)
 

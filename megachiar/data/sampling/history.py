@@ -26,6 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megachiar.data.sampling.order import Consumed, LeftOut, OrderedSource, RunOrder
 
+_TOO_MANY = 1 << 53  # samples, tokens or steps, so that their products with small numbers fit 64 bits
+_TOO_MANY_EPOCHS = 1 << 32
+
 
 class _Record(BaseModel):
     """Refuse unknown keys and changes."""
@@ -60,10 +63,10 @@ class ShareRecord(_Record):
         epoch, tokens: how far it had been read when the order began, see ``Consumed``.
     """
 
-    source: int = Field(ge=0)
+    source: int = Field(ge=0, lt=_TOO_MANY)
     weight: float = Field(gt=0, allow_inf_nan=False)
-    epoch: int = Field(default=0, ge=0)
-    tokens: int = Field(default=0, ge=0)
+    epoch: int = Field(default=0, ge=0, lt=_TOO_MANY_EPOCHS)
+    tokens: int = Field(default=0, ge=0, lt=_TOO_MANY)
 
 
 class OrderRecord(_Record):
@@ -76,15 +79,15 @@ class OrderRecord(_Record):
         left_out: first place and end of each range of the order that a rollback has left out, see ``LeftOut``.
     """
 
-    first_sample: int = Field(default=0, ge=0)
-    sequence_length: int = Field(ge=1)
+    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    sequence_length: int = Field(ge=1, lt=_TOO_MANY)
     shares: tuple[ShareRecord, ...] = Field(min_length=1)
     left_out: tuple[tuple[int, int], ...] = ()
 
     @model_validator(mode="after")
     def _check_left_out(self) -> OrderRecord:
         places = [place for both in self.left_out for place in both]
-        if sorted(set(places)) != places or any(place < 0 for place in places):
+        if sorted(set(places)) != places or any(not 0 <= place < _TOO_MANY for place in places):
             raise ValueError(f"left_out has ranges that are empty, overlap or are not in order: {self.left_out}")
         return self
 
@@ -92,9 +95,9 @@ class OrderRecord(_Record):
 class BatchRecord(_Record):
     """Give the samples of each step after step ``first_step``; the steps up to it read ``first_sample`` samples."""
 
-    first_step: int = Field(default=0, ge=0)
-    first_sample: int = Field(default=0, ge=0)
-    global_batch_size: int = Field(ge=1)
+    first_step: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    global_batch_size: int = Field(ge=1, lt=_TOO_MANY)
 
 
 class Change(_Record):

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import indexed_oracle as oracle
 import pytest
-from hostile import EXAMPLES, IN_PLACE, for_each_damage, fresh_folder, put_in_place, refused, unsealed, with_hostile_values
+from hostile import (
+    EXAMPLES,
+    IN_PLACE,
+    for_each_damage,
+    fresh_folder,
+    put_in_place,
+    refused,
+    unsealed,
+    with_hostile_values,
+)
 from text_helpers import numbered_documents, train, write_jsonl
 
 from megachiar.data.inputs.find_inputs import find_sources
@@ -128,6 +137,7 @@ def test_a_manifest_has_a_checksum_of_every_block(written, tmp_path, count):
 def test_every_bit_of_an_index_matters(tmp_path):
     """Where documents begin is all that no other number tells: only checksums do."""
     documents = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10]], [[1], [2], [3]]]
+    sequences = [sequence for document in documents for sequence in document]
     prefix = oracle.write(tmp_path / "a", documents)
     path = Path(f"{prefix}.idx")
     content = path.read_bytes()
@@ -139,4 +149,4 @@ def test_every_bit_of_an_index_matters(tmp_path):
         if refused(lambda: IndexedDataset(prefix)) is None:
             dataset = IndexedDataset(prefix)
             assert bit // 8 in inner_starts
-            assert [dataset[number].tolist() for number in range(len(dataset))] == sum(documents, [])
+            assert [dataset[number].tolist() for number in range(len(dataset))] == sequences
