@@ -115,6 +115,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     A path that the system refuses counts as a ``UserError``. A file that is missing does not: our own code asks first.
     """
+    with contextlib.suppress(AttributeError, OSError):  # it may have been replaced, or be a file of another kind
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for paths that are no UTF-8
     try:
         code = main()
     except UserError as error:

@@ -59,6 +59,7 @@ READ_REMEDIES = {
     errno.ELOOP: "mend the link",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EISDIR: "give the path of a file",
+    errno.ENODEV: "put the file itself there, or give its path",
     errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }

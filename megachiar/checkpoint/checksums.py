@@ -7,20 +7,19 @@ and mistakes; it does not keep out somebody who alters a checkpoint on purpose.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import xxhash
+
+from megachiar.data.storage.regular_file import open_regular
 
 BLOCK = 1 << 20
 """Bytes that are written or read and hashed in one go. A block stays in the processor's cache between the two."""
 REPORTED_BYTES = 1 << 26
 """Bytes between two reports of progress."""
-RECORD_LIMIT = 1 << 28
-"""Largest size in bytes of a file that is read whole: a record or a config."""
 
 
 class FileRecord(NamedTuple):
@@ -104,27 +103,3 @@ def checksum_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) 
     if on_bytes is not None:
         on_bytes(unreported)
     return digest.hexdigest()
-
-
-def read_small(path: Path) -> bytes:
-    """Return the content of a file that is small where it is whole.
-
-    Raises:
-        OSError: the file cannot be read, is no regular file, or is larger than ``RECORD_LIMIT``.
-    """
-    with open_regular(path) as file:
-        content = file.read(RECORD_LIMIT + 1)
-    if len(content) > RECORD_LIMIT:
-        raise OSError(f"has more than {RECORD_LIMIT:,} bytes")
-    return content
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, unbuffered, for reading.
-
-    Raises:
-        OSError: the file cannot be opened, or is a folder, a fifo or a device. Opening a fifo would wait for a writer.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is no regular file")
-    return open(path, "rb", buffering=0)

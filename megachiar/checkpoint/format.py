@@ -30,9 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from megachiar import __version__
-from megachiar.checkpoint.checksums import read_small
 from megachiar.checkpoint.sealing import SEAL, seal_fits, sealed_json
 from megachiar.data.sampling.history import DataHistory
+from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
 
@@ -217,7 +217,7 @@ def _read_record(checkpoint: Path) -> CheckpointState:
         LaunchError: it has another version of the format.
     """
     try:
-        text = read_small(checkpoint / STATE_FILE)
+        text = read_regular(checkpoint / STATE_FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{STATE_FILE} is missing") from None
     except OSError as error:

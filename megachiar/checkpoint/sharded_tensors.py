@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum, open_regular
+from megachiar.checkpoint.checksums import ChecksummedFile, FileRecord, checksum
 from megachiar.data.storage.files import as_bytes
+from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError
 from megachiar.parallel.shard import Shard
 from megachiar.topology import TensorParallelGroup, Topology
+
+_LONGEST_REASON = 300  # characters of what safetensors says, which repeats the values of a header
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class ShardReader:
         self._stored: dict[str, list[StoredShard]] = defaultdict(list)
         for file in (folder / name for name in files):
             with _reading(file):
-                open_regular(file).close()
+                check_regular(file)
                 with safe_open(file, "pt") as opened:
                     self._add(file, opened)
 
@@ -217,6 +220,8 @@ class ShardReader:
 
 def _assemble(name: str, stored: list[StoredShard], shard: Shard, group: TensorParallelGroup) -> torch.Tensor:
     """Put together what a rank of ``group`` holds from the overlaps with each stored shard."""
+    if any(source.shard is not None and source.size > len(stored) for source in stored):  # before memory is taken
+        raise _unreadable(stored[0].file, ValueError(f"the files hold {name} in part"))
     shape = _whole_shape(stored[0], name)
     result = torch.empty([n // group.size if dim == shard.dim else n for dim, n in enumerate(shape)])
     before = (slice(None),) * shard.dim
@@ -266,5 +271,5 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0][:_LONGEST_REASON] if str(error) else type(error).__name__
     return UserError(file, f"cannot be read: {reason}", "remove its folder to fall back to an older checkpoint")

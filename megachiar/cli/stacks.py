@@ -65,8 +65,7 @@ def ranks_at_work(run: Path) -> int:
 
     if not run.is_dir():
         raise UserError(run, "no such folder", "name the logging.folder of a run that trains now")
-    with disk_errors(run, "read"):
-        owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
+    owners = [lock.owner for lock in read_locks(run) if lock.owner is not None]
     at_work = [owner for owner in owners if owner.process.runs() is not False]
     if not at_work:
         raise UserError(run, "no run works in this folder", "name the logging.folder of a run that trains now")
@@ -89,8 +88,10 @@ def wait_for_answers(run: Path, token: str, ranks: int, seconds: float) -> dict[
 
 def read_answer(path: Path, token: str) -> str | None:
     """Return what the file holds for the request, None if it is not there or not whole yet."""
+    from megachiar.data.storage.regular_file import read_regular
+
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path).decode(errors="replace")
     except OSError:
         return None
     found = re.search(rf"^== [^\n]*?, (rank [^\n]*) \[asked for, {token}\]\n(.*?)^== end", text, re.M | re.S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
+
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_sealed
 
 INCIDENT_FILE = "incident.json"
 
@@ -26,7 +28,7 @@ def newest_incident(run: Path) -> Path | None:
 def checkpoint_of(incident: Path) -> str | None:
     """Return the name of the checkpoint before an incident; None if it came before the first, or tells none."""
     try:
-        checkpoint = json.loads((incident / INCIDENT_FILE).read_text(encoding="utf-8"))["checkpoint"]
+        checkpoint = parse_sealed(read_regular(incident / INCIDENT_FILE))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Path(checkpoint).name if isinstance(checkpoint, str) else None

@@ -18,11 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.markup import escape
 
 from megachiar import __version__
 from megachiar.config import RunConfig
+from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import write_atomically
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_json, parse_sealed, with_seal
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError, disk_errors
 from megachiar.training.bad_steps import BadStep
@@ -33,6 +37,25 @@ from megachiar.training.schedule import learning_rate
 
 MOST_FOLDERS = 20
 CONFIG_FILE, MORE_FILE = "config.yaml", "more.json"
+
+
+def read_history(incident: Path) -> DataHistory:
+    """Return the history of the data that an incident was recorded with.
+
+    Raises:
+        UserError: the record cannot be read, or was altered.
+    """
+    path = incident / INCIDENT_FILE
+    with disk_errors(path, "read"):
+        content = read_regular(path)
+    try:
+        return DataHistory.model_validate_json(json.dumps(parse_sealed(content)["data"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, ('data', *first['loc'])))}: {first['msg']}"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = str(error) if isinstance(error, ValueError) else "it has no history of the data"
+    raise UserError(path, f"is no record of an incident: {problem}", "move its folder away to replay without it")
 
 
 class Incidents:
@@ -68,7 +91,7 @@ class Incidents:
                     return
                 path = self._new_folder(step)
                 incident = {**self._describe(step, bad, result, data), "checkpoint": newest and str(newest)}
-                text = json.dumps(without_nan(incident), indent=1)
+                text = json.dumps(with_seal(without_nan(incident)), indent=1)
                 write_atomically(path / CONFIG_FILE, self._config.to_yaml().encode())
                 write_atomically(path / INCIDENT_FILE, (text + "\n").encode())
         except UserError as error:
@@ -109,5 +132,13 @@ class Incidents:
 
     def _count_more(self) -> None:
         path = self._folder / MORE_FILE
-        known = json.loads(path.read_text())["incidents"] if path.exists() else 0
-        write_atomically(path, (json.dumps({"incidents": known + 1}) + "\n").encode())
+        write_atomically(path, (json.dumps({"incidents": _count_in(path) + 1}) + "\n").encode())
+
+
+def _count_in(path: Path) -> int:
+    """Return the number in ``more.json``; 0 where there is none that can be read."""
+    try:
+        count = parse_json(read_regular(path))["incidents"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return count if type(count) is int else 0

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 
 from megachiar.data.storage.files import write_atomically
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_json
 from megachiar.errors import disk_errors
+
+_LARGEST = 1 << 40  # bytes of metrics.jsonl
+_NAMED = 5  # damaged lines that a warning names
 
 
 class MetricsWriter:
@@ -108,8 +113,14 @@ class MetricsWriter:
     def _forget_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        lines = _lines(self.path)
+        records = [_parse(line) for line in lines]
+        # A kill may have cut the last line, which is no damage.
+        if broken := [number for number, record in enumerate(records[:-1], 1) if record is None]:
+            named = ", ".join(map(str, broken[:_NAMED])) + (" and more" if len(broken) > _NAMED else "")
+            self._warn(f"{self.path}: {len(broken)} damaged lines are left out (line {named})")
+        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
+        write_atomically(self.path, b"".join(line + b"\n" for line in kept))
 
 
 class EventFiles:
@@ -154,17 +165,36 @@ class EventFiles:
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the records of a run's ``metrics.jsonl``, oldest first; only those of ``kind`` if it is given."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [record for record in records if kind in (None, record["kind"])]
+    """Return the records of a run's ``metrics.jsonl``, oldest first; only those of ``kind`` if it is given.
+
+    Lines that hold no record are left out: ``MetricsWriter`` warns of them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    records = (_parse(line) for line in _lines(folder / "metrics.jsonl"))
+    return [record for record in records if record is not None and kind in (None, record["kind"])]
 
 
-def _step(line: str) -> float:
+def _lines(path: Path) -> list[bytes]:
+    """Return the lines of ``metrics.jsonl``; a last line that was not written whole is one of them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with disk_errors(path, "read"):
+        *lines, last = read_regular(path, limit=_LARGEST).split(b"\n")
+    return [*lines, last] if last else lines
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None if it holds none."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a killed run may leave half a last line
-        return math.inf
+        record = parse_json(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str)
+    return record if is_record else None
 
 
 def without_nan(value: Any) -> Any:

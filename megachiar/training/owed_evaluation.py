@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megachiar.errors import UserError
 from megachiar.training.metrics import read_metrics
 
 KIND = "evaluation_owed"
@@ -16,14 +17,14 @@ KIND = "evaluation_owed"
 def owed_evaluations(run: Path, step: int) -> list[str]:
     """Return the names of the validation sets whose evaluation after ``step`` was put off and not made up for since."""
     try:
-        records = [record for record in read_metrics(run) if record.get("step") == step]
-    except (OSError, ValueError, KeyError):  # no metrics, or damaged ones: nothing is known to be owed
+        records = [record for record in read_metrics(run) if record["step"] == step]
+    except UserError:  # there are no metrics, or none that can be read: nothing is known to be owed
         return []
     owed: list[str] = []
     for record in records:
-        kind = record.get("kind", "")
-        if kind == KIND:
-            owed = list(record["names"])
+        kind, names = record["kind"], record.get("names")
+        if kind == KIND and isinstance(names, list) and all(isinstance(name, str) for name in names):
+            owed = names
         elif kind.startswith("evaluation/"):
             owed = [name for name in owed if kind != f"evaluation/{name}"]
     return owed

@@ -8,7 +8,7 @@ the same micro-batches, with the same dropout masks. A GPU rounds otherwise; wha
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.checkpoint.verify import verify_alone
 from megachiar.config import RunConfig, load_config
 from megachiar.config.sections import ParallelConfig
-from megachiar.data.sampling.history import DataHistory
 from megachiar.engine.deepspeed_patches import loss_scale
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.engine.step_metrics import StepResult
@@ -30,6 +29,7 @@ from megachiar.topology import build_topology
 from megachiar.training.bad_steps import BadSteps
 from megachiar.training.continuation import Continuation, continue_run, open_run
 from megachiar.training.incident_record import INCIDENT_FILE, checkpoint_of, incidents_folder
+from megachiar.training.incidents import read_history
 from megachiar.training.module_trace import BadModule, ModuleTrace
 from megachiar.training.restore import restore
 from megachiar.training.rollback_record import read_rollback
@@ -112,9 +112,13 @@ def replay(run: Path, step: int, log: Callable[[str], None]) -> Replay:
 
 def find_incident(run: Path, step: int) -> Path | None:
     """Return the newest incident of ``step``; None if the run recorded none."""
-    name = f"step_{step:08d}"
-    found = [path for path in incidents_folder(run).glob(f"{name}*") if (path / INCIDENT_FILE).is_file()]
-    return max(found, key=lambda path: int(path.name[len(name) + 1 :] or 1), default=None)
+    name = re.compile(rf"step_{step:08d}(?:_(\d{{1,9}}))?")
+    found = {
+        path: int(match[1] or 1)
+        for path in incidents_folder(run).glob("step_*")
+        if (match := name.fullmatch(path.name)) and (path / INCIDENT_FILE).exists()
+    }
+    return max(found, key=found.__getitem__, default=None)
 
 
 def single_process(config: RunConfig) -> RunConfig:
@@ -164,8 +168,7 @@ def _describe_missing(run: Path, incident: Path | None, origin: Continuation) ->
 def _data_of(data: RunData, run: Path, incident: Path | None, complete: list[Path], origin: Continuation) -> RunData:
     """Return the data as the step has read it: for an incident, with the samples that a rollback left out later."""
     if incident is not None:
-        record = json.loads((incident / INCIDENT_FILE).read_text(encoding="utf-8"))
-        return data.with_history(DataHistory.model_validate_json(json.dumps(record["data"])))
+        return data.with_history(read_history(incident))
     if not complete:
         return origin.data
     newest, rollback = read_state(complete[-1]), read_rollback(run, complete[-1])

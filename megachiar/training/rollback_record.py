@@ -13,11 +13,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
-from megachiar.checkpoint.checksums import read_small
 from megachiar.checkpoint.format import fingerprint_of
 from megachiar.checkpoint.sealing import SEAL, seal_fits, sealed_json
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import write_atomically
+from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError, disk_error, disk_errors
 
 
@@ -61,7 +61,7 @@ def read_rollback(run: Path, checkpoint: Path) -> RollbackRecord | None:
     """
     path = rollback_path(run)
     try:
-        text = read_small(path)
+        text = read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -149,8 +149,12 @@ def _past_source(history: DataHistory, number: int) -> TokenSource:
     record = history.sources[number]
     source = TokenSource(record.path)
     if not record.same_data(_record(source)):
-        raise LaunchError(record.path, "is no longer the dataset that this step has read", "put that dataset back")
+        raise _gone(record.path)
     return source
+
+
+def _gone(path: str) -> LaunchError:
+    return LaunchError(path, "is no longer the dataset that this step has read", "put that dataset back")
 
 
 def _record(source: TokenSource) -> SourceRecord:
@@ -182,6 +186,9 @@ def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource
 
 def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSource]) -> SampleStream:
     """Return the samples of one order, read from ``sources``, which are keyed by their number in ``history``."""
+    for share in order.shares:
+        if share.source not in sources:
+            raise _gone(history.sources[share.source].path)
     ordered = [sources[share.source] for share in order.shares]
     try:
         return SampleStream(ordered, history.run_order(order, [bin_path(source.prefix) for source in ordered]))

@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from megachiar.data.storage.regular_file import open_regular
+from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.errors import UserError, disk_error, disk_errors
 from megachiar.launcher_watch import INTERVAL_S as LAUNCHER_INTERVAL_S
 from megachiar.launcher_watch import find_launcher
@@ -43,7 +45,10 @@ DEAD_AFTER_S = 60.0
 """Age of a heartbeat, in seconds, at which an owner on another machine counts as dead."""
 _ORPHAN_ENDS_WITHIN_S = 10 * LAUNCHER_INTERVAL_S
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-_NAME = re.compile(r"run-(\d+)\.lock")
+_NAME = re.compile(r"run-(\d{1,18})\.lock")
+_LONGEST_LOCK = 1 << 20  # bytes
+_LARGEST_PID = (1 << 31) - 1
+_MOST_RANKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,15 @@ class Owner:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Owner:
+    def from_json(cls, text: str | bytes) -> Owner:
         """Return the owner that a lock file holds.
 
         Raises:
-            ValueError: the text is no lock.
+            ValueError: the text is no lock, or was altered.
         """
+        fields = parse_sealed(text)
         try:
-            fields = json.loads(text)
-            return cls(
+            owner = cls(
                 process=ProcessIdentity(**fields.pop("process")),
                 launcher=tuple(ProcessIdentity(**process) for process in fields.pop("launcher")),
                 attempt=Attempt(**fields.pop("attempt")),
@@ -122,10 +127,25 @@ class Owner:
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError("not a lock of a run") from error
+        owner._check_values()
+        return owner
 
     def to_json(self) -> str:
         """Return the text of the lock file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(with_seal(asdict(self)), indent=2) + "\n"
+
+    def _check_values(self) -> None:
+        """Raise a ``ValueError`` if a value has another type, or is none that a run can have."""
+        processes, attempt = (self.process, *self.launcher), self.attempt
+        texts = [self.since, self.token, attempt.job, *(text for p in processes for text in (p.host, p.machine))]
+        pids, starts = [p.pid for p in processes], [p.started for p in processes if p.started is not None]
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and all(type(number) is int for number in [*pids, *starts, self.ranks, attempt.number])
+            and all(0 < pid <= _LARGEST_PID for pid in pids)
+            and 0 < self.ranks <= _MOST_RANKS
+        ):
+            raise ValueError("not a lock of a run")
 
     def is_orphan(self) -> bool:
         """Return whether the launcher of this owner is gone, so that the owner ends by itself within seconds."""
@@ -207,7 +227,9 @@ class RunLock:
         Raises:
             UserError: another run has taken the folder over, since this process was stopped for a long time.
         """
-        if not self.is_held():
+        with disk_errors(self.path, "read"):
+            is_held = self.is_held()
+        if not is_held:
             raise UserError(
                 self.folder,
                 "another run has taken this run folder over while this process gave no sign of life",
@@ -308,9 +330,14 @@ class _Waiting:
 
 
 def read_locks(folder: Path) -> list[LockFile]:
-    """Return the locks of a run folder, the lowest number first."""
-    paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
-    return sorted((lock for path in paths if (lock := _read(path))), key=lambda lock: lock.number)
+    """Return the locks of a run folder, the lowest number first.
+
+    Raises:
+        UserError: the folder or a lock cannot be read.
+    """
+    with disk_errors(folder, "read"):
+        paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+        return sorted((lock for path in paths if (lock := _read(path))), key=lambda lock: lock.number)
 
 
 def _read(path: Path) -> LockFile | None:
@@ -321,9 +348,11 @@ def _read(path: Path) -> LockFile | None:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text, heartbeat = file.read(), os.fstat(file.fileno()).st_mtime
+        with open_regular(path) as file:
+            text, heartbeat = file.read(_LONGEST_LOCK), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
+        if path.is_symlink():  # a link to nothing takes the name, and no lock could be made for ever
+            raise
         return None
     try:
         owner = Owner.from_json(text)

@@ -7,6 +7,7 @@ and of that record.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def run_tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
     """
     run = checkpoint.parent.parent
     kept = read_kept_record(run)
-    path = next((path for path in _candidates(run, kept, config) if path.exists()), None)
+    path = next((path for path in _candidates(run, kept, config) if os.path.exists(path)), None)
     if path is None:
         raise UserError(
             checkpoint,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import secrets
 import signal
 import sys
@@ -20,8 +21,12 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from megachiar.data.storage.regular_file import check_regular, read_regular
+
 FOLDER = "stacks"
 _REQUEST = "request"
+_TOKEN_BYTES = 6
+_TOKEN = re.compile(rb"[0-9a-f]{%d}" % (2 * _TOKEN_BYTES))
 
 
 def stack_path(run: Path, rank: int) -> Path:
@@ -35,7 +40,7 @@ def request_stacks(run: Path) -> str:
     Returns:
         The token that stands in the line before each dump that answers this request.
     """
-    token = secrets.token_hex(6)
+    token = secrets.token_hex(_TOKEN_BYTES)
     path = run / FOLDER / _REQUEST
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{_REQUEST}.{token}")
@@ -48,17 +53,18 @@ def remove_request(run: Path, token: str) -> None:
     """Remove a request that was answered, unless a later one has replaced it."""
     path = run / FOLDER / _REQUEST
     with contextlib.suppress(OSError):
-        if path.read_text() == token:
+        if read_request(run) == token:
             path.unlink()
         path.parent.rmdir()  # refused unless it is empty
 
 
 def read_request(run: Path) -> str:
-    """Return the token of the newest request; empty if there is none."""
+    """Return the token of the newest request; empty if there is none, or the file holds something else."""
     try:
-        return (run / FOLDER / _REQUEST).read_text()
+        token = read_regular(run / FOLDER / _REQUEST, limit=_TOKEN_BYTES * 2)
     except OSError:
         return ""
+    return token.decode() if _TOKEN.fullmatch(token) else ""
 
 
 class StackWriter:
@@ -81,6 +87,8 @@ class StackWriter:
         path = stack_path(self.run, self._rank)
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
+            if path.exists():
+                check_regular(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (signals write to it until the process ends)
             self._path = path
             faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from support import damage_of, pretrain
 
-from megachiar.checkpoint import checksums
 from megachiar.checkpoint.checksums import checksum
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
 from megachiar.checkpoint.verify import share_of_files
 from megachiar.config import load_config
+from megachiar.data.storage import regular_file
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
 from megachiar.topology import LaunchError
@@ -188,7 +188,7 @@ def test_a_file_that_may_not_be_read_is_passed_over(run, name, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(checksums, "open", refusing, raising=False)
+    monkeypatch.setattr(regular_file, "open", refusing, raising=False)
     assert_passed_over(run, name)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from megachiar import __version__
 from megachiar.checkpoint.format import checkpoint_name
 from megachiar.config import load_config
+from megachiar.data.storage.sealed_json import parse_sealed
 from megachiar.training import incidents
 from megachiar.training.bad_steps import BadStep
 from megachiar.training.incidents import Incidents
@@ -204,7 +205,8 @@ def test_folders_are_bounded_and_the_rest_is_counted(tmp_path, monkeypatch):
         "step_00000008",
     ]
     assert json.loads((folder / "more.json").read_text()) == {"incidents": 2}
-    assert json.loads((folder / "step_00000008" / "incident.json").read_text()) == {"loss": None, "checkpoint": None}
+    record = parse_sealed((folder / "step_00000008" / "incident.json").read_bytes())
+    assert record == {"loss": None, "checkpoint": None}
 
 
 def test_a_disk_that_refuses_an_incident_does_not_end_the_run(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from megachiar.data.inputs import remote
+from megachiar.data.inputs.pipe import open_input
 from megachiar.data.inputs.recognition import (
     COMPRESSION_NAMES,
     HEAD_BYTES,
@@ -29,6 +30,7 @@ from megachiar.errors import UserError
 
 READ_BYTES = 1 << 18  # read of a plain file at once
 COMPRESSED_READ_BYTES = 1 << 14  # read at once; small, because the text may be a thousand times larger
+ZSTD_BYTES = 1 << 10  # decompressed at once; the text may be 30,000 times larger, and the library has no bound for it
 LARGEST_ZSTD_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the most its tool writes
 SHOWN_BYTES = 16  # of foreign bytes that follow whole data
 MOST_TEXT = 1 << 22  # bytes that xz and bzip2 give at once; the text may be ten thousand times larger
@@ -100,7 +102,7 @@ def raw_blocks(source: Source) -> Iterator[bytes]:
     if source.path is None:
         yield from _read_all(sys.stdin.buffer, size)
         return
-    with open(source.path, "rb", buffering=0) as file:
+    with open_input(source.path) as file:
         if block := file.read(size):
             yield block
         if len(block) == size:
@@ -128,6 +130,8 @@ def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterato
     """Yield the text of all members, in blocks, each with the number of bytes read from the disk for it."""
     head, raw = gather(raw, HEAD_BYTES)
     refuse_other_compression(source, head)
+    if source.compression == "zst":
+        raw = _cut(raw, ZSTD_BYTES)
     member, position, began = None, 0, 0  # bytes of the blocks before, and of the members before
     for block in raw:
         rest = block
@@ -150,6 +154,13 @@ def _decompressed(raw: Iterator[bytes], source: Source, codec: Codec) -> Iterato
         raise _damaged(
             source, codec, f"is truncated: it ends after {position} bytes in the middle of the compressed data"
         )
+
+
+def _cut(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Yield the bytes of ``blocks`` in blocks of at most ``size`` bytes."""
+    for block in blocks:
+        for first in range(0, len(block), size):
+            yield block[first : first + size]
 
 
 def _texts(member: Any, data: bytes, codec: Codec) -> Iterator[bytes]:
@@ -175,11 +186,11 @@ def _check_next_member(source: Source, codec: Codec, end: int, rest: bytes, raw:
             source.name,
             f"is whole up to byte {end}, but goes on with other than {COMPRESSION_NAMES[source.compression]} data: "
             f"{rest[:SHOWN_BYTES]!r}",
-            f"fetch it again, or cut off the bytes that do not belong to it: {_cut(source, end)}",
+            f"fetch it again, or cut off the bytes that do not belong to it: {_cutting(source, end)}",
         )
 
 
-def _cut(source: Source, end: int) -> str:
+def _cutting(source: Source, end: int) -> str:
     """Return the command that cuts a source at byte ``end``."""
     return f"`truncate -s {end} {shlex.quote(source.name)}`"
 
@@ -191,7 +202,7 @@ def _padded(source: Source, codec: Codec, end: int, rest: bytes, raw: Iterator[b
     return UserError(
         source.name,
         f"holds only zeros from byte {end} on, after whole compressed data: padding, or an end that never came",
-        f"if it is as large as its original, fetch it again; if padded, cut it: {_cut(source, end)}",
+        f"if it is as large as its original, fetch it again; if padded, cut it: {_cutting(source, end)}",
     )
 
 

@@ -21,6 +21,7 @@ InvalidDocumentKind = Literal[
 ]
 
 EXAMPLES_PER_KIND = 3
+MOST_KEYS = 8  # of a record that a message names
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: s
     if not isinstance(record, dict):
         return InvalidDocument("not_an_object", where, f"is a JSON {_json_type(record)} where an object is expected")
     if text_key not in record:
-        keys = ", ".join(list(record)[:8]) or "none at all"
+        keys = ", ".join(list(record)[:MOST_KEYS]).encode(errors="backslashreplace").decode() or "none at all"
         return InvalidDocument("missing_text", where, f"has no key {text_key!r}; keys are {keys}")
     text = record[text_key]
     if not isinstance(text, str):

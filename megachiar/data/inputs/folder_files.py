@@ -202,7 +202,7 @@ def _has_text(head: bytes, key: str) -> bool:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # it goes on beyond this line
-        name = re.escape(json.dumps(key, ensure_ascii=False).encode())
+        name = re.escape(json.dumps(key, ensure_ascii=False).encode(errors="surrogateescape"))
         return re.search(name + rb'\s*:\s*"', head) is not None
     return isinstance(record, dict) and isinstance(record.get(key), str)
 

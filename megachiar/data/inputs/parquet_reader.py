@@ -12,6 +12,7 @@ from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.recognition import HEAD_BYTES, describe, refuse_pointer
 from megachiar.data.inputs.source import Source
 from megachiar.data.inputs.text_reader import too_large
+from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError
 
 PARQUET_ROWS = 256  # decoded at once
@@ -33,6 +34,8 @@ def parquet_chunks(source: Source, options: ReadOptions, on_content: OnContent |
     import pyarrow
     from pyarrow import parquet
 
+    if source.path is not None:
+        check_regular(source.path)
     try:
         with (
             contextlib.nullcontext(source.path) if source.url is None else remote.open_to_read(source.url) as opened,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megachiar.data.inputs import remote
-from megachiar.data.storage.identity import file_identity
+from megachiar.data.storage.identity import file_identity, printable
 from megachiar.errors import UserError, disk_error, disk_errors
 
 Format = Literal["jsonl", "txt", "parquet"]
@@ -56,12 +56,14 @@ class Source:
     @property
     def name(self) -> str:
         """Return the name of the input in messages."""
-        return self.url or ("standard input" if self.path is None else str(self.path))
+        return self.url or ("standard input" if self.path is None else printable(self.path))
 
     @property
     def can_be_read_again(self) -> bool:
-        """Return whether the input can be read more than once, which standard input cannot."""
-        return self.path is not None or self.url is not None
+        """Return whether the input can be read more than once, which standard input and pipes cannot."""
+        if self.path is None:
+            return self.url is not None
+        return not self.path.is_fifo()
 
     @property
     def size(self) -> int | None:

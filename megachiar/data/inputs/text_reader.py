@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-from megachiar.data.inputs.compression import OnContent, text_blocks
+from megachiar.data.inputs.compression import READ_BYTES, OnContent, text_blocks
 from megachiar.data.inputs.documents import Chunk, ReadOptions
 from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_what_is_no_text
 from megachiar.data.inputs.source import Source
@@ -55,7 +55,7 @@ def _open_text(source: Source, on_content: OnContent | None) -> tuple[int, Itera
         head, consumed = head + block, consumed + size
         if len(head) >= HEAD_BYTES:
             break
-    refuse_what_is_no_text(source, head)
+    refuse_what_is_no_text(source, head[:READ_BYTES])
     mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     return mark, itertools.chain([(head[mark:], consumed)], blocks)
 

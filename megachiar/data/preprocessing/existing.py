@@ -18,6 +18,8 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.source_records import Suspect, find_changed, find_other_content
 from megachiar.data.storage.files import block_checksums, dataset_files, write_atomically
 from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 
@@ -164,7 +166,7 @@ def write_note(note: Path, requested: Mapping[str, Any], files: Sequence[Path], 
         UserError: the disk is full or read-only.
     """
     content = {"asked": requested, "files": {path.name: block_checksums(path) for path in files}, "report": report}
-    write_atomically(note, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(note, (json.dumps(with_seal(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_note(
@@ -185,8 +187,10 @@ def read_note(
         OutputDiffers: a file is missing or was changed since, or something else was requested then.
     """
     try:
-        content = json.loads(note.read_bytes())
+        content = parse_sealed(read_regular(note))
         made, checksums, report = content["asked"], content["files"], content["report"]
+        if not all(isinstance(part, dict) for part in (made, checksums, report)):
+            raise ValueError("it is no note of an output")
     except FileNotFoundError:
         raise OutputDiffers(f"nothing tells how it was made (there is no {note})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

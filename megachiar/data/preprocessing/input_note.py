@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.data.storage.files import write_atomically
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_json
 
 NOTE_VERSION = 1
 ENTRIES = 4  # of a record: name, bytes, times, checksum
@@ -45,10 +47,10 @@ class InputNote:
     def __init__(self, prefix: Path | str):
         self._known: set[str] = set()
         try:
-            content = json.loads(input_note_path(prefix).read_bytes())
+            content = parse_json(read_regular(input_note_path(prefix)))
             if content["inputs"] == NOTE_VERSION:
                 self._known = {json.dumps(record) for record in content["records"]}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return
 
     def proves(self, identity: Sequence[Any], checksum: str) -> bool:

@@ -2,6 +2,8 @@
 
 ``PREFIX.journal`` is a line of JSON for the options that determine the output, then one line for each checkpoint. A
 line is written after the data it describes is on the disk. A last line that a kill or a power cut shortened is ignored.
+Each line has a seal, which covers the seal of the line before: a digit that changed, and a line that is gone, would
+else give another dataset. A journal that an earlier version began has no seals.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, BinaryIO, Literal, TextIO
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.source_records import find_changed
+from megachiar.data.storage.sealed_json import SEAL, parse_json, with_seal, without_seal
 from megachiar.data.storage.writer import BuilderState, open_locked
 from megachiar.errors import UserError, disk_errors
 
@@ -67,6 +70,7 @@ class Journal:
     log: InvalidDocumentLog = field(default_factory=InvalidDocumentLog)
     _last_checkpoint: float = field(default_factory=time.monotonic)
     _cost: float = 0.0  # seconds that the last checkpoint took
+    _seal: str | None = None  # of the last line; None in a journal without seals
 
     @classmethod
     def open(cls, path: Path, options: dict[str, Any], *, restart: bool = False) -> Journal:
@@ -84,12 +88,11 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             journal = cls(path, open_locked(path))
         header = {"journal": JOURNAL_VERSION, **options}
-        lines = [] if restart else journal._read()
         try:
+            lines = [] if restart else journal._read()
             if lines:
                 _check_options(path, lines[0], header)
-            for line in lines[1:]:
-                journal._apply(line)
+            journal._apply_all(lines[1:])
         except BaseException:
             journal.close()
             raise
@@ -97,6 +100,7 @@ class Journal:
             with disk_errors(path):
                 journal.file.truncate(0)
                 journal.file.seek(0)
+            journal._seal = ""
             journal._append(header)
         return journal
 
@@ -183,15 +187,26 @@ class Journal:
             self.file.close()
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the complete lines, and cut off the rest of the file."""
+        """Return the complete lines without their seals, and cut off the rest of the file.
+
+        Raises:
+            UserError: a line is no JSON object, or was altered, or one before it is gone.
+        """
         with disk_errors(self.path, "read"):
             content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            self.close()
-            raise UserError(self.path, f"is not a journal: {error}", "remove it, or pass --restart") from None
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                line = parse_json(text)
+                if not isinstance(line, dict):
+                    raise ValueError("it is no JSON object")
+                if number > 1 and (SEAL in line) != (self._seal is not None):
+                    raise ValueError("it has no seal" if self._seal else "it has a seal, but the first line has none")
+                lines.append(without_seal(line, self._seal or ""))
+            except ValueError as error:
+                raise self._damaged(number, str(error)) from None
+            self._seal = line.get(SEAL)
         with disk_errors(self.path):
             self.file.truncate(len(whole))
             self.file.seek(len(whole))
@@ -200,9 +215,28 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         """Write a line, and make it survive a power cut."""
         with disk_errors(self.path):
+            if self._seal is not None:
+                line = with_seal(line, self._seal)
+                self._seal = line[SEAL]
             self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self.file.flush()
             os.fsync(self.file.fileno())
+
+    def _apply_all(self, lines: list[dict[str, Any]]) -> None:
+        """Take over the records of lines that were read.
+
+        Raises:
+            UserError: a line is no record of a checkpoint.
+        """
+        for number, line in enumerate(lines, 2):
+            try:
+                self._apply(line)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise self._damaged(number, f"it is no record of a checkpoint: {error!r}") from None
+
+    def _damaged(self, line: int, problem: str) -> UserError:
+        where, remedy = f"{self.path}:{line}", "pass --restart to begin again"
+        return UserError(where, f"is not a line of a journal: {problem}", remedy)
 
     def _apply(self, line: dict[str, Any]) -> None:
         """Take over the record of a checkpoint's line."""
@@ -212,11 +246,14 @@ class Journal:
         self.outputs = [
             OutputState(
                 BuilderState(
-                    output["documents"],
-                    output["sequences"],
-                    output["tokens"],
-                    output["largest_token_id"],
-                    blocks + output["blocks"],
+                    documents=output["documents"],
+                    sequences=output["sequences"],
+                    tokens=output["tokens"],
+                    largest_token_id=output["largest_token_id"],
+                    blocks=blocks + output["blocks"],
+                    unfinished_block=output.get("unfinished_block"),
+                    lengths_checksum=output.get("lengths_checksum"),
+                    starts_checksum=output.get("starts_checksum"),
                 ),
                 output["text_bytes"],
                 output["words"],

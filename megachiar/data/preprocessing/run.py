@@ -27,11 +27,18 @@ from megachiar.data.preprocessing.output import Output, make_manifest
 from megachiar.data.preprocessing.report import Report, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
-from megachiar.data.storage.files import dataset_files, put_in_place, remove_dataset
+from megachiar.data.storage.files import (
+    CHECKSUM_BLOCK,
+    bin_path,
+    block_checksums,
+    dataset_files,
+    put_in_place,
+    remove_dataset,
+)
 from megachiar.data.storage.index_format import dtype_for_vocabulary
-from megachiar.data.storage.manifest import Manifest, read_manifest
+from megachiar.data.storage.manifest import VERIFYING_THREADS, Manifest, read_manifest
 from megachiar.data.storage.reader import IndexedDataset
-from megachiar.data.storage.writer import IndexedDatasetBuilder
+from megachiar.data.storage.writer import BuilderState, IndexedDatasetBuilder
 from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
 from megachiar.data.tokenizers.pieces import MOST_CACHED_BYTES
 from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer
@@ -210,12 +217,15 @@ class PreprocessRun:
     def _shuffle(self) -> None:
         """Write the documents of each output in their new order, and complete the files."""
         states, log, seed = self.journal.outputs, self.journal.log, self.settings.shuffle_seed
+        encoded_before = self.engine is None
         assert seed is not None, "only a run with a seed comes to this stage"
         with contextlib.ExitStack() as stack:
             for prefix, state in zip(self.settings.prefixes, states, strict=True):
                 if state.builder.tokens == 0:
                     continue
                 put_in_place(unshuffled(prefix))
+                if encoded_before:
+                    _check_unshuffled(unshuffled(prefix), state.builder)
                 output = Output.from_state(prefix, IndexedDatasetBuilder(prefix, self.dtype), state)
                 stack.callback(output.builder.close)
                 shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, seed)
@@ -242,6 +252,23 @@ class PreprocessRun:
         manifest = self.made.get(prefix) or read_manifest(prefix)
         assert manifest is not None, "a dataset of this run has a manifest"
         return manifest
+
+
+def _check_unshuffled(prefix: Path, state: BuilderState) -> None:
+    """Check that an earlier run's encoded documents are those that it wrote.
+
+    Raises:
+        UserError: they are not.
+    """
+    tokens, path = IndexedDataset(prefix).tokens, bin_path(prefix)
+    recorded = list(state.blocks)
+    if tokens.nbytes % CHECKSUM_BLOCK:
+        if state.unfinished_block is None:  # an earlier version began the run
+            return
+        recorded.append(state.unfinished_block)
+    if block_checksums(path, threads=VERIFYING_THREADS) != recorded:
+        problem = "was altered since an earlier run wrote it: it does not fit the journal"
+        raise UserError(path, problem, "pass --restart to begin from the first file")
 
 
 def total_size(sources: Iterable[Source]) -> int | None:

@@ -30,9 +30,13 @@ from megachiar.data.storage.files import check_prefix, put_in_place, remove_data
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
+
+_RECORDED = {"identity", "skipped", "examples"}  # keys of the record of a shard
 
 
 def shard_folder(settings: PreprocessSettings) -> Path:
@@ -96,7 +100,7 @@ def _make_shard(settings: PreprocessSettings, shard: PreprocessSettings, stream:
     unknown = [report.unknown_tokens[prefix] for prefix in shard.prefixes]
     identity = [*_options(shard), report.source_records]
     whole = {"identity": identity, **log, "unknown_tokens": unknown}
-    write_atomically(record, json.dumps(whole, ensure_ascii=False).encode())
+    write_atomically(record, json.dumps(with_seal(whole), ensure_ascii=False).encode())
     return report
 
 
@@ -246,10 +250,12 @@ def _is_made_by(record: dict[str, Any], shard: PreprocessSettings, stream: TextI
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of a shard; None if the shard is not complete."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(path.read_bytes())
-    return None
+    """Return the record of a shard; None if the shard is not complete, or its record cannot be read."""
+    try:
+        record = parse_sealed(read_regular(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= _RECORDED else None
 
 
 def _record_path(shard: PreprocessSettings) -> Path:

@@ -19,11 +19,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megachiar.data.sampling.order import Consumed, LeftOut, OrderedSource, RunOrder
+
+_TOO_MANY = 1 << 53  # samples, tokens or steps, so that their products with small numbers fit 64 bits
+_TOO_MANY_EPOCHS = 1 << 32
 
 
 class _Record(BaseModel):
@@ -59,10 +63,10 @@ class ShareRecord(_Record):
         epoch, tokens: how far it had been read when the order began, see ``Consumed``.
     """
 
-    source: int
-    weight: float
-    epoch: int = 0
-    tokens: int = 0
+    source: int = Field(ge=0, lt=_TOO_MANY)
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    epoch: int = Field(default=0, ge=0, lt=_TOO_MANY_EPOCHS)
+    tokens: int = Field(default=0, ge=0, lt=_TOO_MANY)
 
 
 class OrderRecord(_Record):
@@ -75,18 +79,25 @@ class OrderRecord(_Record):
         left_out: first place and end of each range of the order that a rollback has left out, see ``LeftOut``.
     """
 
-    first_sample: int = 0
-    sequence_length: int
-    shares: tuple[ShareRecord, ...]
+    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    sequence_length: int = Field(ge=1, lt=_TOO_MANY)
+    shares: tuple[ShareRecord, ...] = Field(min_length=1)
     left_out: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_left_out(self) -> OrderRecord:
+        places = [place for both in self.left_out for place in both]
+        if sorted(set(places)) != places or any(not 0 <= place < _TOO_MANY for place in places):
+            raise ValueError(f"left_out has ranges that are empty, overlap or are not in order: {self.left_out}")
+        return self
 
 
 class BatchRecord(_Record):
     """Give the samples of each step after step ``first_step``; the steps up to it read ``first_sample`` samples."""
 
-    first_step: int = 0
-    first_sample: int = 0
-    global_batch_size: int
+    first_step: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
+    global_batch_size: int = Field(ge=1, lt=_TOO_MANY)
 
 
 class Change(_Record):
@@ -117,8 +128,25 @@ class DataHistory(_Record):
     seed: int
     order: str
     sources: tuple[SourceRecord, ...]
-    orders: tuple[OrderRecord, ...]
-    batches: tuple[BatchRecord, ...]
+    orders: tuple[OrderRecord, ...] = Field(min_length=1)
+    batches: tuple[BatchRecord, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> DataHistory:
+        for name, firsts in (
+            ("orders", [order.first_sample for order in self.orders]),
+            ("batches", [batch.first_step for batch in self.batches]),
+        ):
+            if firsts[0] != 0 or sorted(set(firsts)) != firsts:
+                raise ValueError(f"{name} do not begin at 0 and one after another: they begin at {firsts}")
+        for share in (share for order in self.orders for share in order.shares):
+            if share.source >= len(self.sources):
+                raise ValueError(f"an order reads source {share.source} of {len(self.sources)}")
+        for before, batch in pairwise(self.batches):
+            samples = before.first_sample + (batch.first_step - before.first_step) * before.global_batch_size
+            if batch.first_sample != samples:
+                raise ValueError(f"step {batch.first_step} begins at sample {batch.first_sample}, not at {samples}")
+        return self
 
     @classmethod
     def initial(

@@ -130,10 +130,13 @@ def write_temporary(path: Path, content: bytes) -> None:
     Raises:
         UserError: the disk is full or read-only, or permission is denied.
     """
-    with disk_errors(temporary_path(path)), open(temporary_path(path), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = temporary_path(path)
+    with disk_errors(temporary):
+        temporary.unlink(missing_ok=True)  # it may be a link to another file, or a fifo, which would wait
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class BlockChecksums:
@@ -163,6 +166,10 @@ class BlockChecksums:
             self._digest, self._room = hashlib.sha256(), CHECKSUM_BLOCK
         self._digest.update(rest)
         self._room -= len(rest)
+
+    def unfinished(self) -> str:
+        """Return the digest of the bytes after the full blocks, whether there are any or not."""
+        return self._digest.hexdigest()
 
     def digests(self) -> list[str]:
         """Return the digests of all blocks, the unfinished one included."""

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be printed and stored; bytes that are no UTF-8 are written as ``\\xff``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def file_identity(path: Path) -> list[Any]:
     """Return [name, bytes, times], by which a later run tells that a file was not touched.
 
@@ -14,4 +19,4 @@ def file_identity(path: Path) -> list[Any]:
     set the first one, but not the second.
     """
     status = os.stat(path)
-    return [str(path), status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]
+    return [printable(path), status.st_size, [status.st_mtime_ns, status.st_ctime_ns]]

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +28,13 @@ from megachiar.data.storage.files import (
     write_atomically,
 )
 from megachiar.data.storage.reader import IndexedDataset
-from megachiar.errors import UserError
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_sealed, with_seal
+from megachiar.errors import UserError, disk_errors
 
 FORMAT_VERSION: Final = 2
 VERIFYING_THREADS = 4
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
 
 
@@ -72,6 +76,11 @@ class Checksums:
     block_bytes: Literal[67108864] = CHECKSUM_BLOCK
     bin: list[str]
     idx: list[str]
+
+    def __post_init__(self) -> None:
+        for digest in itertools.chain(self.bin, self.idx):
+            if not _SHA256.fullmatch(digest):
+                raise ValueError(f"{digest[:80]!r} is no SHA-256 of 64 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +143,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the content of ``PREFIX.json``."""
-        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(with_seal(asdict(self)), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_at_least(record: Any, **least: int) -> None:
@@ -160,19 +169,22 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
         UserError: the file cannot be read, is no manifest, or has a version that is not known.
     """
     path = manifest_path(prefix)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(path, f"cannot read the manifest: {error.strerror}", "make it readable") from None
+    with disk_errors(path, "read"):
+        try:
+            content = read_regular(path)
+        except FileNotFoundError:
+            if path.is_symlink():  # a link to nothing is no dataset without a manifest
+                raise
+            return None
     from pydantic import ValidationError
 
     try:
-        return _schema().validate_json(content)
+        return _schema().validate_python(parse_sealed(content))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise UserError(path, f"is not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
+    except ValueError as error:
+        problems = f"file: {error}"
+    raise UserError(path, f"is not a manifest of version {FORMAT_VERSION}: {problems}", _WITHOUT_MANIFEST) from None
 
 
 @functools.cache
@@ -217,12 +229,25 @@ def check_manifest(
             )
     if verify:
         _check_checksums(prefix, manifest, on_bytes)
+    _check_number_of_checksums(prefix, manifest)
 
 
 def _check_checksums(prefix: Path | str, manifest: Manifest, on_bytes: Callable[[int], None] | None) -> None:
     """Read index and tokens whole, and compare their checksums with the manifest's."""
     for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
         compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), recorded)
+
+
+def _check_number_of_checksums(prefix: Path | str, manifest: Manifest) -> None:
+    """Check that every block of both files has a checksum; ``data.verify`` would pass over a block without one."""
+    for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
+        blocks = -(-path.stat().st_size // CHECKSUM_BLOCK)
+        if len(recorded) != blocks:
+            raise UserError(
+                manifest_path(prefix),
+                f"records {len(recorded)} checksums of {path.name}, but the file has {blocks} blocks of 64 MiB",
+                f"the manifest belongs to other files. {_WITHOUT_MANIFEST}",
+            )
 
 
 def compare_checksums(path: Path, computed: list[str], recorded: list[str]) -> None:

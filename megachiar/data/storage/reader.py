@@ -11,6 +11,7 @@ import numpy as np
 
 from megachiar.data.storage.files import bin_path, idx_path, temporary_path
 from megachiar.data.storage.index_format import DTYPE_CODES, HEADER, INDEX_ROWS, MAGIC, VERSION
+from megachiar.data.storage.regular_file import open_regular
 from megachiar.errors import UserError
 
 ROWS_CHECKED_ON_OPEN = 1 << 20  # see IndexedDataset
@@ -178,7 +179,7 @@ def _open_again(prefix: Path, random_access: bool) -> IndexedDataset:
 def _map_file(path: Path, prefix: Path) -> mmap.mmap:
     """Map a file read-only; its pages are read when touched, and arrays made from the map keep it alive."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise UserError(path, "the file is empty", "copy it again or preprocess again")

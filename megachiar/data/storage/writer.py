@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from megachiar.data.storage.files import (
 )
 from megachiar.data.storage.index_format import DTYPE_CODES, HEADER, INDEX_ROWS, MAGIC, VERSION, dtype_code
 from megachiar.data.storage.manifest import Checksums
+from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError, disk_error, disk_errors
 
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
@@ -42,6 +44,8 @@ class BuilderState(NamedTuple):
     Attributes:
         documents, sequences, tokens, largest_token_id: the builder's attributes of these names.
         blocks: the checksums of the full blocks of ``.bin``.
+        unfinished_block: the checksum of the bytes after them; None in the journals of earlier versions.
+        lengths_checksum, starts_checksum: CRC-32 of the lengths and of the document starts; None as before.
     """
 
     documents: int
@@ -49,6 +53,9 @@ class BuilderState(NamedTuple):
     tokens: int
     largest_token_id: int
     blocks: list[str]
+    unfinished_block: str | None = None
+    lengths_checksum: int | None = None
+    starts_checksum: int | None = None
 
 
 class IndexedDatasetBuilder:
@@ -83,13 +90,15 @@ class IndexedDatasetBuilder:
         self.prefix = Path(prefix)
         self._code = dtype_code(dtype)
         self.dtype = DTYPE_CODES[self._code]
-        state = state or BuilderState(documents=0, sequences=0, tokens=0, largest_token_id=-1, blocks=[])
+        state = state or BuilderState(0, 0, 0, largest_token_id=-1, blocks=[], lengths_checksum=0, starts_checksum=0)
         self.documents = state.documents
         self.sequences = state.sequences
         self.tokens = state.tokens
         self.largest_token_id = state.largest_token_id
         self.checksums = Checksums(bin=[], idx=[])
         self._digests = BlockChecksums(state.blocks)
+        self._lengths_checksum = state.lengths_checksum
+        self._starts_checksum = state.starts_checksum
         self._open = contextlib.ExitStack()
         with disk_errors(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +106,7 @@ class IndexedDatasetBuilder:
             try:
                 self._idx = self._open.enter_context(open_locked(self._temporary["idx"]))
                 self._starts = self._open.enter_context(open_locked(self._temporary["starts"]))
-                self._begin()
+                self._begin(state.unfinished_block)
             except UserError:
                 self._open.close()  # an earlier builder's files stay as they are
                 raise
@@ -124,7 +133,16 @@ class IndexedDatasetBuilder:
             UserError: the disk is full.
         """
         self._sync("bin", "idx", "starts")
-        return BuilderState(self.documents, self.sequences, self.tokens, self.largest_token_id, self._digests.whole)
+        return BuilderState(
+            documents=self.documents,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            largest_token_id=self.largest_token_id,
+            blocks=self._digests.whole,
+            unfinished_block=self._digests.unfinished(),
+            lengths_checksum=self._lengths_checksum,
+            starts_checksum=self._starts_checksum,
+        )
 
     def add_document(self, tokens: NDArray[Any] | list[int]) -> None:
         """Add one document of one sequence; ``tokens`` has shape (n,) and any integer type."""
@@ -170,9 +188,10 @@ class IndexedDatasetBuilder:
         with self._writing("bin"):
             self._bin.write(stored)
         with self._writing("idx"):
-            self._idx.write(lengths.astype("<i4").tobytes())
+            self._idx.write(content := lengths.astype("<i4").tobytes())
+            self._lengths_checksum = _continued(self._lengths_checksum, content)
         with self._writing("starts"):
-            self._starts.write(ends.astype("<i8").tobytes())
+            self._write_starts(ends)
         self._digests.update(stored)
         self.sequences += lengths.size
         self.documents += ends.size
@@ -241,8 +260,16 @@ class IndexedDatasetBuilder:
                 files[name].flush()
                 os.fsync(files[name].fileno())
 
-    def _begin(self) -> None:
-        """Cut the temporary files to the sizes that the state describes, and go on at their ends."""
+    def _write_starts(self, sequences: NDArray[Any]) -> None:
+        self._starts.write(content := sequences.astype("<i8").tobytes())
+        self._starts_checksum = _continued(self._starts_checksum, content)
+
+    def _begin(self, unfinished_block: str | None) -> None:
+        """Cut the temporary files to the sizes that the state describes, and go on at their ends.
+
+        Args:
+            unfinished_block: the checksum of the bytes after the full blocks, if the state has it.
+        """
         partial = self.tokens * self.dtype.itemsize % CHECKSUM_BLOCK
         sizes = {
             self._bin: self.tokens * self.dtype.itemsize,
@@ -261,13 +288,15 @@ class IndexedDatasetBuilder:
                 data = self._bin.read(min(partial, WRITE_BUFFER))
                 self._digests.update(data)
                 partial -= len(data)
+            if unfinished_block is not None and self._digests.unfinished() != unfinished_block:
+                raise self._altered("bin")
             for file, size in sizes.items():
                 file.truncate(size)
                 file.seek(size)
         else:
             for file in sizes:
                 file.truncate(0)
-            self._starts.write(np.zeros(1, "<i8").tobytes())
+            self._write_starts(np.zeros(1, "<i8"))
         self._idx.seek(0)
         self._idx.write(bytes(HEADER.size))  # zeros are no header: not an index until the very end
         self._idx.seek(sizes[self._idx])
@@ -296,18 +325,35 @@ class IndexedDatasetBuilder:
         self._idx.flush()
         with open(temporary_path(idx_path(self.prefix)), "rb") as written:
             written.seek(HEADER.size)
-            pointer = 0
+            pointer = checksum = 0
             for first in range(0, self.sequences, INDEX_ROWS):
                 rows = min(INDEX_ROWS, self.sequences - first)
-                sizes = np.frombuffer(written.read(4 * rows), "<i4").astype("<i8") * self.dtype.itemsize
+                content = written.read(4 * rows)
+                checksum = zlib.crc32(content, checksum)
+                sizes = np.frombuffer(content, "<i4").astype("<i8") * self.dtype.itemsize
                 ends = pointer + np.cumsum(sizes)
                 self._idx.write((ends - sizes).astype("<i8").tobytes())
                 pointer = int(ends[-1])
+        if self._lengths_checksum not in (None, checksum) or pointer != self.tokens * self.dtype.itemsize:
+            raise self._altered("idx")
         self._starts.seek(0)
+        checksum = 0
         while block := self._starts.read(WRITE_BUFFER):
+            checksum = zlib.crc32(block, checksum)
             self._idx.write(block)
+        if self._starts_checksum not in (None, checksum):
+            raise self._altered("starts")
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+
+    def _altered(self, name: str) -> UserError:
+        problem = "was altered since an earlier run wrote it: it does not fit the journal beside it"
+        return UserError(self._temporary[name], problem, _START_AFRESH)
+
+
+def _continued(checksum: int | None, content: bytes) -> int | None:
+    """Return the CRC-32 of what has ``checksum`` and then ``content``; None where the first is not known."""
+    return None if checksum is None else zlib.crc32(content, checksum)
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -318,9 +364,13 @@ def open_locked(path: Path) -> BinaryIO:
 
     Raises:
         UserError: another process has the file open this way.
+        OSError: the path is a link, or something else than a regular file.
     """
     while True:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115
+        if path.exists():
+            check_regular(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = open(descriptor, "r+b", buffering=WRITE_BUFFER)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

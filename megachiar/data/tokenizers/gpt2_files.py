@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megachiar.data.inputs.recognition import refuse_pointer
+from megachiar.data.storage.sealed_json import parse_json
 from megachiar.data.tokenizers.unsupported import refuse_other_rules
 from megachiar.data.tokenizers.vocabulary_files import gpt2_files, read_file
 from megachiar.errors import UserError
@@ -35,7 +35,7 @@ def parse_vocabulary(path: Path, content: bytes) -> dict[str, int]:
     """
     refuse_pointer(path, content)
     try:
-        vocabulary = json.loads(content)
+        vocabulary = parse_json(content)
     except ValueError as error:
         raise UserError(path, f"holds broken JSON: {error}", "fetch the vocabulary again") from error
     valid = isinstance(vocabulary, dict) and all(type(index) is int and index >= 0 for index in vocabulary.values())

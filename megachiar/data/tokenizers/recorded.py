@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megachiar.data.storage.files import manifest_path, write_atomically
+from megachiar.data.storage.identity import printable
 from megachiar.data.storage.manifest import Manifest, TokenizerRecord
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.data.tokenizers.vocabulary_files import tokenizer_fingerprint, vocabulary_files
 from megachiar.errors import UserError, disk_errors
@@ -31,7 +35,7 @@ def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
     file, folder = tokenizer.path.resolve(), folder.resolve()
     return TokenizerRecord(
         kind=tokenizer.kind,
-        file=str(file.relative_to(folder) if file.is_relative_to(folder) else file),
+        file=printable(file.relative_to(folder) if file.is_relative_to(folder) else file),
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
@@ -69,7 +73,7 @@ def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
     """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere."""
     folder, recorded = manifest_path(prefix).parent, Path(manifest.tokenizer.file)
     candidates = (folder / recorded, folder / recorded.name)  # an absolute path stays as it is
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if os.path.exists(path)), None)  # unlike Path.exists, it takes any name
 
 
 def manifest_of_tokenizer(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
@@ -89,10 +93,10 @@ def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
         UserError: the disk is full or read-only.
     """
     source = tokenizer.path.resolve()
-    kept = run / KEPT_FOLDER / source.name
+    kept = run / KEPT_FOLDER / printable(source.name)
     with disk_errors(kept):
         for file in vocabulary_files(source, tokenizer.kind):
-            write_atomically(kept / file.name if source.is_dir() else kept, file.read_bytes())
+            write_atomically(kept / file.name if source.is_dir() else kept, read_regular(file))
     _write_record(describe_tokenizer(tokenizer, source.parent), run)
 
 
@@ -111,7 +115,8 @@ def keep_record(record: TokenizerRecord, run: Path) -> None:
 
 def _write_record(record: TokenizerRecord, run: Path) -> None:
     kept = replace(record, file=f"{KEPT_FOLDER}/{Path(record.file).name}")
-    write_atomically(run / KEPT_RECORD, (json.dumps(asdict(kept), indent=2, ensure_ascii=False) + "\n").encode())
+    content = json.dumps(with_seal(asdict(kept)), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(run / KEPT_RECORD, content.encode())
 
 
 def read_kept_record(run: Path) -> TokenizerRecord | None:
@@ -121,19 +126,23 @@ def read_kept_record(run: Path) -> TokenizerRecord | None:
         UserError: the file cannot be read or is no such record.
     """
     path = run / KEPT_RECORD
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(path, f"cannot be read: {error.strerror}", "make it readable") from None
+    with disk_errors(path, "read"):
+        try:
+            content = read_regular(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     from pydantic import ValidationError
 
     try:
-        return _schema().validate_json(content)
+        record = _schema().validate_python(parse_sealed(content))
+        if Path(record.file).is_absolute() or ".." in Path(record.file).parts:
+            raise ValueError(f"file: {record.file!r} is no path inside the run folder")
+        return record
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise UserError(path, f"is no record of a tokenizer: {problems}", "bring the file back from a copy") from None
+    except ValueError as error:
+        problems = str(error)
+    raise UserError(path, f"is no record of a tokenizer: {problems}", "bring the file back from a copy") from None
 
 
 @functools.cache

@@ -32,7 +32,8 @@ class SentencePieceTokenizer:
             if not model:
                 raise RuntimeError("empty")  # the library takes no bytes for a model without pieces
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError) as error:
+            pieces = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             refuse_unsupported(path, model)
             raise UserError(
                 path,
@@ -42,13 +43,12 @@ class SentencePieceTokenizer:
         self.kind = "sentencepiece"
         self.path = path
         self.fingerprint = fingerprint([model])
-        self.vocab_size: int = self._processor.vocab_size()
+        self.vocab_size: int = len(pieces)
         self.eod_id = self._choose_eod(eod_token)
         self.unknown_id: int | None = unknown if (unknown := self._processor.unk_id()) >= 0 else None
         ordinary = self._ordinary_eod()
         self._guard = ControlGuard(path, ordinary, self._encode_plain)
-        ids = range(self.vocab_size)
-        self.controls = ordinary | {i: self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)}
+        self.controls = ordinary | {i: piece for i, piece in enumerate(pieces) if self._processor.is_control(i)}
         self._model = model
 
     @classmethod

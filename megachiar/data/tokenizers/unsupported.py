@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megachiar.data.inputs.recognition import HEAD_BYTES, describe, refuse_pointer
+from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.sealed_json import parse_json
 from megachiar.errors import UserError
 
 TIKTOKEN_LINES = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
@@ -71,7 +72,7 @@ def refuse_other_rules(folder: Path, vocabulary: Iterable[str]) -> None:
 def _refuse_other_json(path: Path, content: bytes) -> None:
     """Refuse a JSON file that is a vocabulary of tekken or the settings of a tokenizer."""
     try:
-        described = json.loads(content)
+        described = parse_json(content)
     except ValueError:  # the loader reports the defect
         return
     if not isinstance(described, dict) or "model" in described:
@@ -88,7 +89,7 @@ def _refuse_other_json(path: Path, content: bytes) -> None:
 def _string_in_json(path: Path, key: str) -> str | None:
     """Return the string under ``key`` of a JSON file; None where there is no such file or no such string."""
     try:
-        described: Any = json.loads(path.read_bytes())
+        described: Any = parse_json(read_regular(path))
     except (FileNotFoundError, ValueError):
         return None
     except OSError as error:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import get_args
 
+from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.tokenizers.choices import TokenizerKind
 from megachiar.data.tokenizers.unsupported import find_unsupported_file, refuse_unsupported
 from megachiar.errors import UserError
@@ -84,7 +85,7 @@ def read_file(path: Path) -> bytes:
         UserError: the file cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise UserError(
             path, f"cannot read the tokenizer: {error.strerror}", "check the path and its permissions"

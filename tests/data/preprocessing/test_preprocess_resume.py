@@ -252,16 +252,18 @@ def test_no_document_is_doubled_or_lost_wherever_checkpoints_fall(tmp_path, mode
 
 
 def test_a_journal_of_the_version_before_is_gone_on_with(tmp_path, model, corpus, undisturbed, monkeypatch):
-    """It knew nothing of unknown tokens."""
+    """It knew nothing of unknown tokens, seals, and checksums of what is not a full block."""
     with monkeypatch.context() as patch:
         stop_at_file(patch, 8)
         with pytest.raises(Stop):
             run(settings(tmp_path / "again", model, corpus))
     path = tmp_path / "again" / "out.journal"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines[1:]:
-        for output in line["outputs"]:
+    for line in lines:
+        del line["seal"]
+        for output in line.get("outputs", []):
             assert output.pop("unknown_tokens") == 0
+            del output["unfinished_block"], output["lengths_checksum"], output["starts_checksum"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with open(os.devnull, "w") as quiet:
         report = preprocess(settings(tmp_path / "again", model, corpus), quiet)

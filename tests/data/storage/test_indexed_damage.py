@@ -128,7 +128,7 @@ def test_naming_a_file_instead_of_the_prefix_is_explained(tmp_path):
 
 def test_a_folder_is_no_dataset(tmp_path):
     (tmp_path / "a.idx").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="it is a folder, not a regular file"):
         IndexedDataset(tmp_path / "a")
 
 

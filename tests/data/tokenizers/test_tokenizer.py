@@ -341,7 +341,7 @@ def test_an_unknown_kind_is_refused(models):
 
 def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot read the tokenizer: Is a directory"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot read the tokenizer: it is a folder"):
         load_tokenizer(tmp_path)
 
 
