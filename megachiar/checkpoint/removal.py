@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megachiar.checkpoint.format import checkpoint_step, complete_checkpoints, read_state
-from megachiar.checkpoint.reading import newest_whole
+from megachiar.checkpoint.reading import later_checkpoints, newest_whole
 from megachiar.data.storage.files import sync_folder
 from megachiar.errors import UserError, disk_errors
 
@@ -50,6 +50,7 @@ def surplus_checkpoints(
     keep_every: int | None = None,
     keep_best: str | None = None,
     spared: str | None = None,
+    up_to: int | None = None,
 ) -> list[Path]:
     """Return the complete checkpoints in ``folder`` that no rule keeps, oldest first.
 
@@ -59,10 +60,13 @@ def surplus_checkpoints(
         keep_every: those whose step is a multiple of this stay as well.
         keep_best: name of a validation set; the one with the lowest loss on it stays as well.
         spared: name of a checkpoint that stays as well.
+        up_to: step of a run that has just saved. Later checkpoints are not of this run, or were passed over as damaged:
+            they stay, and do not count as the newest.
     """
     if keep is None:
         return []
-    complete = complete_checkpoints(folder)
+    later = set(later_checkpoints(folder, up_to)) if up_to is not None else set()
+    complete = [path for path in complete_checkpoints(folder) if path not in later]
     stays = {*complete[-keep:], best_checkpoint(complete, keep_best), folder / spared if spared else None}
     return [path for path in complete if path not in stays and not _is_multiple(path, keep_every)]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.checkpoint.checksums import FileRecord, write_checksummed
-from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name
+from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, checkpoint_step
 from megachiar.checkpoint.removal import remove_checkpoint, surplus_checkpoints
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config.sections import CheckpointConfig
@@ -142,17 +142,21 @@ def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: 
     _discard(replaced)
 
 
-def remove_surplus(folder: Path, rules: CheckpointConfig, spared: str | None = None) -> list[str]:
-    """Remove the checkpoints in ``folder`` that no rule keeps, and return a line for the log for each failure.
+def remove_surplus(saved: Path, rules: CheckpointConfig, spared: str | None = None) -> list[str]:
+    """Remove the checkpoints that no rule keeps once another one is saved.
 
     Args:
-        folder: of the run's checkpoints.
+        saved: the checkpoint that the run has just saved.
         rules: what stays.
         spared: name of a checkpoint that stays as well.
+
+    Returns:
+        A line for the log for each failure.
     """
+    folder, step = saved.parent, checkpoint_step(saved)
     warnings = []
     try:
-        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best, spared):
+        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best, spared, step):
             try:
                 remove_checkpoint(path)
             except UserError as error:

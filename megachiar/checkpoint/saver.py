@@ -203,7 +203,7 @@ class _Save:
         try:
             self.path = write_checkpoint(self._snapshot, self._gather, self._is_main)
             if self._is_main:
-                self.warnings = remove_surplus(self.path.parent, self._snapshot.config.checkpoint, self._spared())
+                self.warnings = remove_surplus(self.path, self._snapshot.config.checkpoint, self._spared())
         except Exception as error:
             self.error = error
         self.seconds = time.perf_counter() - self._began

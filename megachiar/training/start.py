@@ -150,16 +150,20 @@ def check_resume(config: RunConfig, start: Start) -> None:
 
 
 def set_later_aside(config: RunConfig, start: Start, log: Callable[[str], None]) -> None:
-    """Set the later checkpoints of a run aside that goes back to the step that ``checkpoint.resume`` names.
+    """Set the checkpoints of a run aside that are later than the one which it goes on from.
+
+    They are damaged, or the run goes back behind them to the step that ``checkpoint.resume`` names. Left where they are
+    they would count as the newest, and those that the run saves next would be removed for them.
 
     Rank 0 alone calls this function, when nothing refuses the start any more.
 
     Raises:
         UserError: the file system refuses to rename one.
     """
-    if isinstance(config.checkpoint.resume, int):
-        for path in later_checkpoints(config.checkpoint_folder, start.step):
-            log(f"[yellow]going back to step {start.step}: {escape(str(path))} is now {set_aside(path).name}[/]")
+    if start.path is None or not start.is_own:
+        return
+    for path in later_checkpoints(config.checkpoint_folder, start.step):
+        log(f"[yellow]going on from step {start.step}: {escape(str(path))} is now {set_aside(path).name}[/]")
 
 
 def check_shared_folder(folder: Path, topology: Topology) -> None:

@@ -17,8 +17,10 @@ from support import damage_of, pretrain
 from megachiar.checkpoint.checksums import checksum
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
+from megachiar.checkpoint.save import remove_surplus
 from megachiar.checkpoint.verify import share_of_files
 from megachiar.config import load_config
+from megachiar.config.sections import CheckpointConfig
 from megachiar.data.storage import regular_file
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
@@ -341,12 +343,27 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_bit_identical(run, tm
         shutil.copytree(checkpoint(run, step), checkpoint(tmp_path, step))
     path = checkpoint(tmp_path) / FILES[-1]  # the last rank finds it, and all ranks must agree
     zero(0.5, 0.50001)(path, tmp_path)
-    output = pretrain(run / "config.yaml", f"logging.folder={tmp_path / 'run'}", ranks=2)[0]
+    shutil.copytree(checkpoint(tmp_path), damaged := tmp_path / "run" / "checkpoints" / "step_00000099")
+    (damaged / CONFIG_FILE).write_text("")
+    keeps = ["checkpoint.keep=1", "checkpoint.every=1"]  # neither may be taken for a newer one than those of this run
+    output = pretrain(run / "config.yaml", f"logging.folder={tmp_path / 'run'}", *keeps, ranks=2)[0]
     assert f"passed over {checkpoint(tmp_path)}, because {path.name} was altered" in output
     assert f"resumed from {checkpoint(tmp_path, BEFORE)}" in output
+    for step in (STEPS, 99):
+        assert f"{checkpoint(tmp_path, step)} is now {checkpoint_name(step)}.set_aside" in output
     ours, theirs = open_tensors(checkpoint(tmp_path)), open_tensors(checkpoint(run))
     assert sorted(ours.names()) == sorted(theirs.names())
     assert all(torch.equal(ours.whole(name), theirs.whole(name)) for name in ours.names())
+
+
+def test_a_damaged_later_checkpoint_does_not_count_as_the_newest_when_others_are_removed(run, tmp_path):
+    """Sizes tell nothing of a flipped bit: the checkpoint just saved was removed for the damaged one."""
+    for step in range(1, STEPS + 1):
+        shutil.copytree(checkpoint(run, step), checkpoint(tmp_path, step))
+    zero(0.5, 0.50001)(checkpoint(tmp_path) / FILES[-1], tmp_path)
+    assert remove_surplus(checkpoint(tmp_path, BEFORE), CheckpointConfig(keep=1)) == []
+    left = sorted(path.name for path in checkpoint(tmp_path).parent.iterdir())
+    assert left == [checkpoint_name(BEFORE), checkpoint_name(STEPS)]
 
 
 def test_files_have_the_permissions_of_the_files_beside_them(run):
