@@ -59,8 +59,8 @@ class DataConfig(Section):
     """Micro-batches that each rank reads ahead."""
     verify: Literal["background", "start", "never"] = "background"
     """When datasets are compared with the checksums in their manifests. background: by a thread of low priority while
-    the run reads, each block once, shared out among the data ranks. start: all of them before the first step. A block
-    that differs ends the run."""
+    the run reads, each block once, shared out among the ranks that read the same file. start: all of them before the
+    first step. A block that differs ends the run."""
 
 
 def sample_length(model: ModelConfig, data: DataConfig) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,15 +12,14 @@ from rich.markup import escape
 from megachiar.activity import Activity, Stage
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length
-from megachiar.data.sampling.verification import BackgroundCheck, DataBlock, blocks_of, find_altered
+from megachiar.data.sampling.verification import BackgroundCheck
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.recorded import keep_record, keep_tokenizer, read_kept_record
 from megachiar.engine.engine import Engine, start_process_group
-from megachiar.errors import UserError
+from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
-from megachiar.progress import ByteProgress
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
 from megachiar.training.communication_time import measure_communication
@@ -37,6 +35,7 @@ from megachiar.training.run_lock import hold_run_folder
 from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start, set_later_aside
 from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
+from megachiar.training.verify_data import blocks_of_rank, verify_data
 from megachiar.training.watch import PeerWatch
 
 
@@ -119,9 +118,14 @@ def train(
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
     check_shared_folder(config.logging.folder, topology)
     supervision.watch.open_stacks()
-    blocks = data_to_check(config, data, topology)
+    blocks = blocks_of_rank(data.sources if config.data.verify != "never" else [])
     if config.data.verify == "start":
-        raise_together(verify_data(blocks, activity, show_progress=topology.is_main))
+        signals = supervision.signals
+        stop = lambda: signals.received is not None  # noqa: E731
+        if not verify_data(blocks, activity, stop, engine.sum_over_world, show_progress=topology.is_main):
+            why = signals.reason() or "a signal to another rank"
+            console.print(f"stopped by {why} before the first step")
+            return EXIT_STOPPED
         blocks = []
     if topology.is_main:
         set_later_aside(config, run.start, console.print)
@@ -135,35 +139,6 @@ def train(
     finally:
         if writer is not None:
             writer.close()
-
-
-def data_to_check(config: RunConfig, data: RunData, topology: Topology) -> list[DataBlock]:
-    """Return the blocks of the datasets that this rank compares with their checksums, as ``data.verify`` says."""
-    if config.data.verify == "never" or not topology.is_first_stage or topology.tensor.rank:
-        return []
-    return blocks_of(data.sources)[topology.data_rank :: topology.data_size]
-
-
-def verify_data(blocks: Sequence[DataBlock], activity: Activity, show_progress: bool) -> UserError | None:
-    """Return the error of the first of ``blocks`` that is not what was written; None if each is.
-
-    Args:
-        blocks: of this rank.
-        activity: of this rank, which makes progress with every block.
-        show_progress: show share, rate and time left of this rank on standard error.
-    """
-    done = 0
-    with open(os.devnull, "w") as nowhere:
-        stream = None if show_progress else nowhere
-        with ByteProgress("verifying the data", sum(block.size for block in blocks), stream) as progress:
-
-            def advance(size: int) -> None:
-                nonlocal done
-                done += 1
-                activity.begin(f"verifies the data, block {done} of {len(blocks)}", Stage.START, step=0, item=3)
-                progress.advance(size)
-
-            return find_altered(blocks, advance)
 
 
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: Callable[[str], None]) -> MetricsWriter:
