@@ -11,7 +11,7 @@ from hostile import EXAMPLES, HOSTILE_VALUES, for_each_damage, refused, with_hos
 
 from megachiar.checkpoint.sharded_tensors import ShardReader, write_safetensors
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 NAME = "weights-p00-t00-d00.safetensors"
 
 

@@ -24,7 +24,7 @@ from megachiar.training.run_data import RunData, open_data
 from megachiar.training.run_lock import Owner, RunLock, read_locks
 from megachiar.training.stacks import StackWriter, read_request, remove_request, request_stacks, stack_path
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 STEP = 3
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.errors import UserError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 TEXTS = [*numbered_documents(20), *DOCUMENTS]
 TELLS_DAMAGE = (".jsonl.gz", ".jsonl.xz", ".jsonl.bz2")
 """Compressions with a checksum of their own; that of Zstandard is optional, and its Python library writes none."""
@@ -122,15 +123,15 @@ def test_a_pipe_without_a_writer_is_not_waited_for_without_end(tmp_path, monkeyp
         assert error is not None and problem in error.problem
 
 
-def test_a_pipe_is_read_to_its_end_once_a_program_writes(tmp_path):
+def test_a_pipe_is_read_to_its_end_once_a_program_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipe, "WAIT_FOR_WRITER_S", 0.2)
     path, content = tmp_path / "a.jsonl", write_jsonl(tmp_path / "b.jsonl", TEXTS).read_bytes()
     os.mkfifo(path)
     assert not find_sources([path])[0].can_be_read_again
-    slow = threading.Event()
 
     def write() -> None:
         with open(path, "wb") as file:
-            slow.wait(0.5)  # a writer that is there and silent is waited for
+            time.sleep(0.6)  # a writer that is there and silent is waited for
             file.write(content)
 
     writer = threading.Thread(target=write)

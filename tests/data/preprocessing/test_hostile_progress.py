@@ -19,7 +19,7 @@ from megachiar.data.preprocessing.preprocess import preprocess
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shards import make_shard, merge_shards
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 DATASET = ("out.bin", "out.idx", "out.json")
 
 
@@ -113,6 +113,16 @@ def test_damage_gives_the_right_dataset_or_one_error(unfinished, examples):
         if content:
             for_each_damage(content, check, examples // 2)
             assert any(noticed) or unfinished.shuffle_seed, name  # shuffling, the temporary files are written anew
+
+
+def test_documents_that_exchanged_their_lengths_are_noticed(unfinished):
+    if unfinished.shuffle_seed is None:
+        content, first, second = unfinished.files["out.idx.tmp"], 34, 38
+        lengths = [content[place : place + 4] for place in (first, second)]
+        assert lengths[0] != lengths[1]
+        damaged = content[:first] + lengths[1] + lengths[0] + content[second + 4 :]
+        error = refused(lambda: unfinished.go_on({**unfinished.files, "out.idx.tmp": damaged}))
+        assert error is not None and "out.idx.tmp" in error.where
 
 
 def test_a_line_that_is_gone_doubled_or_moved_is_noticed(unfinished):

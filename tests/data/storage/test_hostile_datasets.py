@@ -28,7 +28,7 @@ from megachiar.data.sampling.inspection import find_tokenizer, show_document, su
 from megachiar.data.sampling.verification import blocks_of, find_altered
 from megachiar.data.storage.reader import IndexedDataset
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 FILES = ("a.bin", "a.idx", "a.json")
 VOCABULARY = 400
 
@@ -59,7 +59,9 @@ def read_all(prefix: Path, verify: bool = False) -> str:
     documents = [samples.documents(position) for position in range(20)]
     batch = samples.batch(range(20)).tolist()
     counts = {key: summary[key] for key in ("documents", "tokens", "manifest", "document_tokens")}
-    return repr([counts, text, documents, batch, windows, validation.words, validation.text_bytes])
+    manifest = samples.sources[0].manifest
+    contents = manifest and (manifest.content, manifest.fingerprint)
+    return repr([counts, contents, text, documents, batch, windows, validation.words, validation.text_bytes])
 
 
 @pytest.mark.parametrize("what", IN_PLACE)

@@ -11,7 +11,7 @@ from text_helpers import DOCUMENTS, train
 
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 
 
