@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -23,11 +24,26 @@ def remove_checkpoint(path: Path) -> None:
         UserError: the folder cannot be renamed or removed.
     """
     doomed = path.with_name(path.name + ".incomplete")
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
     with disk_errors(path):
         os.replace(path, doomed)
         sync_folder(path.parent)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():  # what it leads to is somebody else's
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, or what stands in the way of one; what cannot be removed does no harm.
+
+    Of a link the link itself is removed, not what it leads to: the next save would write through it.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def set_aside(path: Path) -> Path:

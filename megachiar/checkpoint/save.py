@@ -10,7 +10,6 @@ so that this may run in a thread beside training (``saver.py``).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -21,7 +20,7 @@ from typing import Any
 
 from megachiar.checkpoint.checksums import FileRecord, write_checksummed
 from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, checkpoint_step
-from megachiar.checkpoint.removal import remove_checkpoint, surplus_checkpoints
+from megachiar.checkpoint.removal import discard, remove_checkpoint, surplus_checkpoints
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config.sections import CheckpointConfig
 from megachiar.data.storage.files import sync_folder, write_atomically
@@ -83,7 +82,7 @@ class _AgreedWriter:
         if not failures:
             return [value for _, value, _ in reports]
         if self._is_main:
-            shutil.rmtree(self._incomplete, ignore_errors=True)
+            discard(self._incomplete)
         if defect is not None:
             raise defect
         rank, host, first = failures[0]
@@ -105,7 +104,7 @@ def _prepare(folder: Path, size: int) -> None:
     """Make the folder of checkpoints, remove what killed saves left there, and check that ``size`` bytes fit."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("step_*.incomplete"):
-        _discard(path)
+        discard(path)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
@@ -113,15 +112,6 @@ def _prepare(folder: Path, size: int) -> None:
             f"the checkpoint needs {size / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free",
             "free some space there or write somewhere else",
         )
-
-
-def _discard(path: Path) -> None:
-    """Remove a folder, or a file that stood in the way of one; what cannot be removed does no harm."""
-    if path.is_file():
-        with contextlib.suppress(OSError):
-            path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_share(snapshot: Snapshot, incomplete: Path) -> dict[str, FileRecord]:
@@ -139,7 +129,7 @@ def _publish(snapshot: Snapshot, shares: ChainMap[str, FileRecord], incomplete: 
         os.replace(final, replaced)
     os.replace(incomplete, final)
     sync_folder(final.parent)
-    _discard(replaced)
+    discard(replaced)
 
 
 def remove_surplus(saved: Path, rules: CheckpointConfig, spared: str | None = None) -> list[str]:

@@ -11,7 +11,7 @@ Reading has two halves, so that one process can do the cheap half and many proce
     compression.py      blocks of a file's text      documents.py        chunks, valid and invalid documents
     text_reader.py      text and JSON lines          parquet_reader.py   parquet
     remote.py           inputs at URLs               chunk_groups.py     chunks of many small files together
-    source_reading.py   a checksum made on the way
+    source_reading.py   a checksum made on the way   pipe.py             named pipes
 
 A chunk holds about ``chunk_bytes`` and never a part of a document, so memory is bounded whatever the input's size.
 A defect that makes the rest of a file unreadable (a truncated .gz, a parquet file without the column) always ends the

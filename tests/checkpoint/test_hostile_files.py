@@ -1,14 +1,17 @@
-"""Whatever the header of a file of tensors says, it is read or refused before absurd memory is taken."""
+"""A file of tensors is read or refused whatever its header says, and a link in a run folder leads nowhere else."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hostile import EXAMPLES, HOSTILE_VALUES, for_each_damage, refused, with_hostile_values
 
+from megachiar.checkpoint.removal import discard, remove_checkpoint
+from megachiar.checkpoint.save import _prepare
 from megachiar.checkpoint.sharded_tensors import ShardReader, write_safetensors
 
 pytestmark = pytest.mark.timeout(60)
@@ -76,3 +79,21 @@ def test_absurd_shapes_and_names_that_repeat_are_refused(content, tmp_path):
     ):
         assert changed != text
         assert refused(lambda changed=changed: read(tmp_path, joined(changed.encode(), tensors))) is not None, changed
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path):
+    """Else the link would stay under the name of the next save, which would write through it."""
+    folder, archive = tmp_path / "run" / "checkpoints", tmp_path / "archive"
+    archive.mkdir()
+    (archive / "state.json").write_text("kept")
+    folder.mkdir(parents=True)
+    (folder / "step_00000001").symlink_to(archive)
+    remove_checkpoint(folder / "step_00000001")
+    assert list(folder.iterdir()) == []
+    for name, what in (("1", archive), ("2", tmp_path / "nothing"), ("3", None)):
+        path = folder / f"step_0000000{name}.incomplete"
+        path.symlink_to(what) if what is not None else os.mkfifo(path)
+    _prepare(folder, 0)
+    assert list(folder.iterdir()) == []
+    assert [path.read_text() for path in archive.iterdir()] == ["kept"]
+    discard(folder / "nothing")
