@@ -3,7 +3,7 @@
     python faulty_save_worker.py JSON ARGUMENTS_OF_PRETRAIN...
 
 JSON: ``seconds`` that writing takes on each rank, ``full``: the steps at which the disk of ``rank`` is full, and
-``obstacle``: [step, other step], of which the save puts a file where the checkpoint of the other is to be removed.
+``obstacle``: [step, other step]: once that step is written, the disk refuses once to rename the other's checkpoint.
 ``tests/checkpoint/test_saver.py`` starts it.
 """
 
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megachiar.checkpoint import save
@@ -34,8 +35,19 @@ if __name__ == "__main__":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         step, other = fault.get("obstacle", (None, None))
         if snapshot.step == step:
-            (snapshot.folder / f"{checkpoint_name(other)}.incomplete").write_text("in the way")
+            os.replace = refuse_once(checkpoint_name(other))
         return written
+
+    rename = os.replace
+
+    def refuse_once(name: str) -> Callable[[Path, Path], None]:
+        def replace(source: Path, target: Path) -> None:
+            if source.name == name:
+                os.replace = rename
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+            rename(source, target)
+
+        return replace
 
     save._write_share = faulty
     sys.argv = ["megachiar.pretrain", *arguments]

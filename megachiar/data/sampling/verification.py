@@ -1,7 +1,7 @@
 """Compare the files of a run's datasets with the checksums in their manifests, before the run or while it reads.
 
-A manifest has the SHA-256 of each 64 MiB of ``.bin`` and ``.idx``. The ranks share these blocks out among themselves, and
-each block of each copy is read once a run. A dataset without a manifest has nothing to compare with.
+A manifest has the SHA-256 of each 64 MiB of ``.bin`` and ``.idx``. The ranks share these blocks out among themselves,
+and each block of each copy is read once a run. A dataset without a manifest has nothing to compare with.
 """
 
 from __future__ import annotations
