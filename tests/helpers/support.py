@@ -133,10 +133,13 @@ def checkpoint_tensors(checkpoint: Path) -> dict[str, bytes]:
 class ForkedRank:
     """A rank that the server of ``rank_server.py`` has forked, with the methods of ``subprocess.Popen`` that tests use.
 
-    Its standard error is written to the descriptor ``errors``, or where its output goes if that is None.
+    Its standard error is written to the descriptor ``errors``, or where its output goes if that is None. It begins when
+    the descriptor ``gate`` is at its end, or at once if that is None.
     """
 
-    def __init__(self, arguments: Sequence[str], env: dict[str, str], errors: int | None = None):
+    def __init__(
+        self, arguments: Sequence[str], env: dict[str, str], errors: int | None = None, gate: int | None = None
+    ):
         self.args = arguments
         self.returncode: int | None = None
         self._read = b""
@@ -144,7 +147,9 @@ class ForkedRank:
         self._status, status_of_rank = os.pipe()
         message = json.dumps({"arguments": arguments, "cwd": str(ROOT), "env": env}).encode()
         errors = output_of_rank if errors is None else errors
-        socket.send_fds(_rank_server(), [message], [output_of_rank, errors, status_of_rank])
+        with open(os.devnull) as nothing:
+            gate = nothing.fileno() if gate is None else gate
+            socket.send_fds(_rank_server(), [message], [output_of_rank, errors, status_of_rank, gate])
         os.close(output_of_rank)
         os.close(status_of_rank)
         self.pid = self._read_number()
@@ -232,6 +237,7 @@ def start_ranks(
     """
     port, program = str(rendezvous_port()), [str(argument) for argument in arguments]
     ranks = []
+    gate, held = os.pipe()  # the first rank may be done before the last one is forked
     for rank in range(world_size):
         env = process_environment(
             RANK=str(rank),
@@ -245,7 +251,9 @@ def start_ranks(
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             ranks.append(subprocess.Popen([sys.executable, *program], cwd=ROOT, env=env, **pipes))
         else:
-            ranks.append(ForkedRank(program, env))
+            ranks.append(ForkedRank(program, env, gate=gate))
+    os.close(gate)
+    os.close(held)
     return ranks
 
 

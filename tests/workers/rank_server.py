@@ -2,10 +2,10 @@
 
     python rank_server.py SOCKET          the descriptor of a Unix socket
 
-Each message asks for a rank: JSON {"arguments", "cwd", "env"}, with three file descriptors. Two are the rank's standard
+Each message asks for a rank: JSON {"arguments", "cwd", "env"}, with four file descriptors. Two are the rank's standard
 output and standard error. To the third the server writes the rank's process id and, after its end, its exit code, each
-on a line. The rank does what ``python ARGUMENTS`` does up to the end of the interpreter. Ranks share nothing but what
-was imported before.
+on a line. The fourth holds the rank back until it is at its end: ranks of one run begin together. The rank does what
+``python ARGUMENTS`` does up to the end of the interpreter. Ranks share nothing but what was imported before.
 """
 
 from __future__ import annotations
@@ -70,23 +70,24 @@ def serve(requests: socket.socket) -> dict | None:
                 rank.report_end()
                 rank.close()
             if requests.fileno() in ready:
-                message, descriptors, _, _ = socket.recv_fds(requests, LARGEST_MESSAGE, 3)
+                message, descriptors, _, _ = socket.recv_fds(requests, LARGEST_MESSAGE, 4)
                 if not message:
                     return None
                 rank = fork(*descriptors)
                 if rank is None:
                     for other in ranks.values():
                         other.close()
-                    return json.loads(message)
+                    return {**json.loads(message), "gate": descriptors[-1]}
                 ranks[rank.process] = rank
                 events.register(rank.process, selectors.EVENT_READ)
 
 
-def fork(output: int, errors: int, status: int) -> Rank | None:
-    """Fork a rank whose standard output and error are those given; returns None in the rank."""
+def fork(output: int, errors: int, status: int, gate: int) -> Rank | None:
+    """Fork a rank whose standard output and error are those given; returns None in the rank, which keeps ``gate``."""
     pid = os.fork()
     if pid:
         write_number(status, pid)
+        os.close(gate)
     else:
         os.dup2(output, 1)
         os.dup2(errors, 2)
@@ -101,8 +102,10 @@ def write_number(descriptor: int, number: int) -> None:
         os.write(descriptor, f"{number}\n".encode())
 
 
-def become(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
-    """Run ``python ARGUMENTS`` in this process: ``-m MODULE ...`` or ``FILE ...``."""
+def become(arguments: list[str], cwd: str, env: dict[str, str], gate: int) -> None:
+    """Run ``python ARGUMENTS`` in this process, once ``gate`` is at its end: ``-m MODULE ...`` or ``FILE ...``."""
+    os.read(gate, 1)
+    os.close(gate)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
