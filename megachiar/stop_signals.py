@@ -4,6 +4,7 @@
     --------------------------     --------------------    -------------------------------    ---------------------
     Ctrl-C, SIGTERM, SIGHUP        ends at once            saves and stops, exit code 75      ends at once
     SIGUSR1 (a notice ahead)       ends at once            saves and stops, exit code 75      changes nothing
+    SIGTSTP (Ctrl-Z, suspension)   waits for SIGCONT       waits for SIGCONT                  waits for SIGCONT
 
 A launcher sends a signal that it gets on to its ranks, which a terminal may have sent to them too. So what comes
 within ``SAME_SIGNAL_S`` counts as one. Signals that were ignored when the process started, as SIGHUP under nohup and
@@ -11,6 +12,9 @@ Ctrl-C of a job in the background, stay ignored.
 
 Python runs handlers in the main thread alone, and never while that thread waits in C, as it does where ranks meet. So
 the system writes each signal to a pipe, which a thread reads.
+
+The thread acts on SIGTSTP before the process waits: timers of the system would end the process as soon as it goes on.
+Slurm sends this signal, too, some seconds before it suspends a job.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from megachiar.errors import EXIT_STOPPED
 from megachiar.last_words import print_last_words
 
 SAME_SIGNAL_S = 5.0
 _ALWAYS = (signal.SIGTERM, signal.SIGUSR1)
-_UNLESS_IGNORED = (signal.SIGINT, signal.SIGHUP)
+_UNLESS_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP)
 
 
 class StopSignals:
@@ -36,10 +41,12 @@ class StopSignals:
 
     Attributes:
         received: the name of the first signal that asked to save and stop; None as long as there was none.
+        before_suspension: is called before the process waits for SIGCONT.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.before_suspension: Callable[[], None] = lambda: None
         self._began = time.monotonic()
         self._until: float | None = None
         self._can_save = False
@@ -103,6 +110,10 @@ class StopSignals:
                     self._handle(signal.Signals(number))
 
     def _handle(self, number: signal.Signals) -> None:
+        if number == signal.SIGTSTP:
+            self.before_suspension()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         if not self._can_save:
             self._end("interrupted" if number == signal.SIGINT else f"stopped by {number.name} before training", number)
         if self.received is None:

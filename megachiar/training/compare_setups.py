@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import socket
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,15 +18,11 @@ import torch.distributed as dist
 from megachiar import __version__
 from megachiar.config import RunConfig
 from megachiar.data.sampling.dataset import TokenSource
-from megachiar.data.storage.files import bin_path, idx_path
-from megachiar.errors import disk_errors
 from megachiar.topology import LaunchError
 from megachiar.training.odd_ranks import describe_ranks, odd_groups
 from megachiar.training.run_data import RunData
 
 _LIBRARIES = ("torch", "deepspeed", "numpy", "triton")
-_SAMPLED_BLOCKS = 64
-_BLOCK_BYTES = 4096
 _MISSING = "not set"
 
 
@@ -68,24 +62,11 @@ def describe_setup(config: RunConfig, data: RunData) -> dict[str, str]:
 def fingerprint(source: TokenSource) -> str:
     """Return sizes and a digest of a dataset's files, as this rank reads them.
 
-    The digest covers the manifest's checksum, and of each file its first and last block and blocks at even distances
-    between: at most 65 reads of 4 KiB a file.
+    The digest covers the manifest's checksum, and a few blocks of each file.
     """
     manifest = source.manifest.content if source.manifest else None
-    parts = [_digest_file(path(source.prefix)) for path in (bin_path, idx_path)]
-    return f"{source.dataset.tokens.size:,} tokens, content {manifest or 'without a checksum'}, files {' '.join(parts)}"
-
-
-def _digest_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with disk_errors(path, "read"), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(str(size).encode())
-        last = max(0, size - _BLOCK_BYTES)
-        for block in range(_SAMPLED_BLOCKS + 1):
-            file.seek(last * block // _SAMPLED_BLOCKS)
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:16]
+    content = manifest or "without a checksum"
+    return f"{source.dataset.tokens.size:,} tokens, content {content}, files {source.sampled_digest()}"
 
 
 def _version(library: str) -> str:

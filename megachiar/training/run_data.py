@@ -162,6 +162,7 @@ def _record(source: TokenSource) -> SourceRecord:
         path=str(source.prefix),
         tokens=source.dataset.tokens.size,
         checksum=source.manifest.content if source.manifest else None,
+        sampled=None if source.manifest else source.sampled_digest(),
     )
 
 

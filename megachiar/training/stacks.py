@@ -109,6 +109,10 @@ class StackWriter:
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
 
+    def hold_timer(self) -> None:
+        """Let the system not end the process until ``wind_up`` is called again."""
+        faulthandler.cancel_dump_traceback_later()
+
     def close(self) -> None:
         """Write no longer to the run folder, and remove a file that holds nothing."""
         faulthandler.cancel_dump_traceback_later()

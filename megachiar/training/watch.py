@@ -99,11 +99,13 @@ class PeerWatch:
         self._activity = activity
         self._signals = signals
         self._stacks = StackWriter(topology.rank)
+        signals.before_suspension = self._stacks.hold_timer
         self._answered = ""
         self._before_exit: list[Callable[[], None]] = []
         self._finished = threading.Event()
         self._stopping = threading.Lock()
         self._clock = 0.0
+        self._suspended_s = 0.0
         self._rounds, self._exchanged = 0, 0.0
         self._sent = 0
         self._failed: FailedCollective | None = None
@@ -181,6 +183,8 @@ class PeerWatch:
         while not self._finished.wait(self._interval):
             now = time.monotonic()
             self._clock += min(now - last, max(2 * self._interval, 1.0))
+            if now - last > self._limit:
+                self._suspended_s = now - last
             last = now
             self._answer_request()
             if self._ranks > 1:
@@ -276,6 +280,10 @@ class PeerWatch:
 
     def _closed_connection(self) -> str:
         why = self._failed.message if self._failed else "another rank says so"
+        if self._suspended_s:
+            why += (
+                f"; this process was suspended for {self._suspended_s:.0f} s, training.communication_timeout_s is less"
+            )
         return f"a peer closed the connection ({why})"
 
     def _describe_store(self, reason: str) -> str:

@@ -108,9 +108,9 @@ def test_a_damaged_copy_that_one_rank_alone_reads_is_found_by_it(folder, verify)
     program.write_text(
         "import os\n"
         f"os.chdir(os.path.join({str(folder)!r}, os.environ['RANK']))\n"
-        "from megachiar.training import compare_setups\n"
-        "compare_setups._SAMPLED_BLOCKS = 1\n"
-        "compare_setups._BLOCK_BYTES = 1\n"
+        "from megachiar.data.storage import sampled_digest\n"
+        "sampled_digest._SAMPLED_BLOCKS = 1\n"
+        "sampled_digest._BLOCK_BYTES = 1\n"
         "from megachiar.console import run\n"
         "from megachiar.pretrain import main\n"
         "run(main)\n"

@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import WORKERS, pretrain, run_ranks, small_config, write_config, write_tokens
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megachiar.checkpoint.format import checkpoint_name, read_state
 from megachiar.checkpoint.reading import read_weights
 from megachiar.config import load_config
+from megachiar.data.storage.files import bin_path
 from megachiar.training.metrics import read_metrics
 from megachiar.training.run_data import open_at_step
 from megachiar.training.schedule import learning_rate
@@ -140,6 +142,18 @@ def test_all_is_refused_where_a_resume_would_be_and_other_data_goes_on_where_tha
     went_on = losses(tmp_path / "new")
     assert sorted(went_on) == list(range(MIDDLE + 1, STEPS + 1))
     assert went_on == {step: losses(tmp_path / "resumed")[step] for step in went_on}
+
+
+def test_a_dataset_of_the_same_size_in_the_place_of_the_one_that_was_read_is_refused(tmp_path):
+    """It has no manifest, as Megatron's own have none: a few blocks of its files tell it apart."""
+    config = make_run(tmp_path, schedule={"kind": "constant"})
+    pretrain(config, f"training.steps={MIDDLE}")
+    tokens = np.fromfile(bin_path(tmp_path / "train"), np.uint16)
+    tokens[::-1].tofile(bin_path(tmp_path / "train"))
+    (output,) = pretrain(config, codes=(2,))
+    assert "data.train: was" in " ".join(output.split()) and "Traceback" not in output
+    tokens.tofile(bin_path(tmp_path / "train"))
+    pretrain(config)
 
 
 def test_the_start_is_found_by_one_rule_that_inspection_follows(tmp_path):

@@ -23,6 +23,8 @@ from support import (
     write_tokens,
 )
 
+from megachiar.errors import EXIT_STOPPED
+from megachiar.process_identity import state_of
 from megachiar.training.metrics import read_metrics
 from megachiar.training.stacks import stack_path
 
@@ -231,6 +233,38 @@ def test_stacks_are_written_on_request_and_by_a_signal(run):
             process.wait()
     done = forked_python("-m", "megachiar", "stacks", folder)
     assert done.returncode == 2 and "no run works in this folder" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("timeout", [4, 60])
+def test_a_suspended_run_goes_on_or_says_that_it_was_suspended_for_too_long(run, timeout):
+    processes = started(run, f"--training.communication_timeout_s={timeout}")
+    metrics = run.parent / "run" / "metrics.jsonl"
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGTSTP)
+        until = time.monotonic() + 10
+        while any(state_of(process.pid) != "T" for process in processes):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(12)  # with a timeout of 4 s the system's timer would end a rank after 10 s, without a word
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        size, until = metrics.stat().st_size, time.monotonic() + 30
+        while metrics.stat().st_size < size + 500 and all(process.poll() is None for process in processes):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        if timeout > 12 or "stopped by" in outputs[0]:
+            assert {process.returncode for process in processes} == {EXIT_STOPPED}, outputs
+        else:  # a collective had waited for too long
+            assert all("was suspended for" in " ".join(output.split()) for output in outputs), outputs
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_slow_rank_is_named_in_the_log_and_in_the_metrics(run):

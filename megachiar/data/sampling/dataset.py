@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megachiar.data.sampling.order import OrderedSource, RunOrder
-from megachiar.data.storage.files import bin_path
+from megachiar.data.storage.files import bin_path, idx_path
 from megachiar.data.storage.manifest import (
     check_manifest,
     check_same_tokenizer,
@@ -21,6 +21,7 @@ from megachiar.data.storage.manifest import (
     read_manifest,
 )
 from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.sampled_digest import sampled_digest
 from megachiar.errors import UserError
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 
@@ -60,6 +61,10 @@ class TokenSource:
             check_manifest(prefix, self.manifest, self.dataset)
             if vocab_size is not None:
                 check_vocabulary(prefix, self.manifest, vocab_size)
+
+    def sampled_digest(self) -> str:
+        """Return digests of a few blocks of ``.bin`` and ``.idx``: datasets that differ in them are not the same."""
+        return " ".join(sampled_digest(path(self.prefix)) for path in (bin_path, idx_path))
 
     def read(self, start: int, out: NDArray[Any]) -> None:
         """Fill ``out``, int64 (length,), with the tokens from ``start`` on; after the last token comes the first.

@@ -43,15 +43,20 @@ class SourceRecord(_Record):
         path: where it was last read.
         tokens: how many it has.
         checksum: ``Manifest.content``; None without a manifest.
+        sampled: digests of a few blocks of its files, where there is no manifest; None in records of earlier versions.
     """
 
     path: str
     tokens: int
     checksum: str | None
+    sampled: str | None = None
 
     def same_data(self, other: SourceRecord) -> bool:
         """Return whether both have the same content, wherever it is stored."""
-        return (self.tokens, self.checksum) == (other.tokens, other.checksum)
+        unknown = self.sampled is None or other.sampled is None
+        return (self.tokens, self.checksum) == (other.tokens, other.checksum) and (
+            unknown or self.sampled == other.sampled
+        )
 
 
 class ShareRecord(_Record):
@@ -307,7 +312,7 @@ class DataHistory(_Record):
     def _brief(self, order: OrderRecord) -> str:
         """Describe the sources of an order in a line."""
         sources = [(self.sources[share.source], share.weight) for share in order.shares]
-        parts = [f"{s.path} ({s.tokens:,} tokens{_tail(s.checksum)}) weight {w:g}" for s, w in sources]
+        parts = [f"{s.path} ({s.tokens:,} tokens{_tail(s)}) weight {w:g}" for s, w in sources]
         return ", ".join(parts)
 
 
@@ -322,8 +327,9 @@ def _as_ranges(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def _tail(checksum: str | None) -> str:
-    return f", {checksum[:15]}" if checksum else ""
+def _tail(source: SourceRecord) -> str:
+    content = source.checksum[:15] if source.checksum else source.sampled
+    return f", {content}" if content else ""
 
 
 def _same_shares(before: Sequence[ShareRecord], now: Sequence[ShareRecord]) -> bool:
