@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from megachiar import launch
 from megachiar.console import global_rank, make_console, run
 from megachiar.launcher_watch import LauncherWatch
+from megachiar.log_streams import lose_what_cannot_be_written
 from megachiar.options import CommandParser, add_config_options, number
 from megachiar.stop_signals import StopSignals
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: config, data, checkpoint, layout or disk do not allow the run.
     """
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    lose_what_cannot_be_written()
     signals = StopSignals()
     signals.install()
     LauncherWatch().start()

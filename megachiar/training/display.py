@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +46,8 @@ class Display:
             self._progress.update(self._task, completed=step, note=f"loss {loss:.4f}")
 
     def line(self, text: str) -> None:
-        """Print one line of the log, in rich's markup; a full disk under the log does not end the run."""
-        with contextlib.suppress(OSError):
-            self.console.print(text)
+        """Print one line of the log, in rich's markup."""
+        self.console.print(text)
 
     def time_left(self, step: int) -> str:
         """Return the time from ``step`` to the last step, such as ``1h05m``, at the mean rate of this process."""
