@@ -22,6 +22,7 @@ Lines = dict[tuple[str, ...], int]
 """Key path -> line, counted from 1."""
 STANDARD_INPUT = Path("-")
 """The path that stands for standard input on a command line."""
+LARGEST_CONFIG = 1 << 24  # bytes
 PIPE_TIMEOUT_S = 30.0
 """Seconds to wait for the next bytes of a pipe."""
 
@@ -123,7 +124,7 @@ def read_source_list(path: Path) -> list[Any]:
         UserError: the file is missing, or holds no text, no YAML or no list.
     """
     try:
-        sources = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        sources = yaml.load(_read_bytes(path).decode(), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(path, "no such list of sources", "check data.train, or list the sources there") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -195,12 +196,22 @@ def _read_bytes(path: Path) -> bytes:
 
     Raises:
         TimeoutError: a pipe has a writer that wrote nothing for ``PIPE_TIMEOUT_S``.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or has more than ``LARGEST_CONFIG`` bytes, as a device without end has.
     """
     if path == STANDARD_INPUT:
-        return sys.stdin.buffer.read()
-    if not path.is_fifo():
-        return path.read_bytes()
+        content = sys.stdin.buffer.read(LARGEST_CONFIG + 1)
+    elif path.is_fifo():
+        content = _read_pipe(path)
+    else:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_CONFIG + 1)
+    if len(content) > LARGEST_CONFIG:
+        raise OSError(f"it has more than {LARGEST_CONFIG:,} bytes")
+    return content
+
+
+def _read_pipe(path: Path) -> bytes:
+    """Return the bytes of a pipe, hardly more than ``LARGEST_CONFIG`` of them."""
     parts: list[bytes] = []
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe without a writer would wait for ever
     with open(descriptor, "rb", buffering=0) as pipe:
@@ -208,9 +219,9 @@ def _read_bytes(path: Path) -> bytes:
             if not select.select([pipe], [], [], PIPE_TIMEOUT_S)[0]:
                 raise TimeoutError(f"nothing was written to this pipe for {PIPE_TIMEOUT_S:.0f} s")
             part = pipe.read(2**20)
-            if not part:
-                return b"".join(parts)
             parts.append(part)
+            if not part or sum(map(len, parts)) > LARGEST_CONFIG:
+                return b"".join(parts)
 
 
 def _meant(path: Path) -> str:

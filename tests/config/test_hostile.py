@@ -59,6 +59,19 @@ def test_hostile_yaml_is_one_message(case, tmp_path):
     assert len(str(raised.value)) < 20_000
 
 
+def test_a_device_without_end_is_not_read_to_its_end():
+    with pytest.raises(UserError, match="it has more than 16,777,216 bytes"):
+        load_config("/dev/zero")
+
+
+def test_a_list_of_sources_without_end_is_not_read_to_its_end(tmp_path):
+    (tmp_path / "sources.yaml").symlink_to("/dev/zero")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(tmp_path / "sources.yaml")}}))
+    with pytest.raises(UserError, match="it has more than 16,777,216 bytes"):
+        load_config(path)
+
+
 def test_aliases_may_be_used(tmp_path):
     path = tmp_path / "config.yaml"
     text = yaml.safe_dump(CONFIG | {"data": {"validation": {}}})

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from megachiar.errors import UserError
 
-EXAMPLES = pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize(
+    "examples", [150, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
 """Marks a test that takes ``examples``: how many damages it tries."""
 
 IN_PLACE: dict[str, Callable[[Path], object]] = {
