@@ -132,7 +132,7 @@ def test_reading_an_input(tmp_path, model, monkeypatch, refusal, suffix, workers
             raise OSError(refusal.errno, refusal.strerror)
 
     source = find_sources([write_jsonl(tmp_path / f"in.jsonl{suffix}", numbered_documents(20))])
-    monkeypatch.setattr(compression, "open", lambda *_, **__: Failing(), raising=False)
+    monkeypatch.setattr(compression, "open_input", lambda path: Failing())
     with pytest.raises(UserError) as caught:
         preprocess(PreprocessSettings(source, model, tmp_path / "out", workers=workers, fork=True), io.StringIO())
     check(caught.value, f"in.jsonl{suffix}", refusal)
