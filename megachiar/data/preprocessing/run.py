@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,9 +30,11 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import (
     CHECKSUM_BLOCK,
+    as_bytes,
     bin_path,
     block_checksums,
     dataset_files,
+    idx_path,
     put_in_place,
     remove_dataset,
 )
@@ -260,15 +263,21 @@ def _check_unshuffled(prefix: Path, state: BuilderState) -> None:
     Raises:
         UserError: they are not.
     """
-    tokens, path = IndexedDataset(prefix).tokens, bin_path(prefix)
-    recorded = list(state.blocks)
-    if tokens.nbytes % CHECKSUM_BLOCK:
-        if state.unfinished_block is None:  # an earlier version began the run
-            return
-        recorded.append(state.unfinished_block)
-    if block_checksums(path, threads=VERIFYING_THREADS) != recorded:
-        problem = "was altered since an earlier run wrote it: it does not fit the journal"
-        raise UserError(path, problem, "pass --restart to begin from the first file")
+    if state.unfinished_block is None:  # an earlier version began the run
+        return
+    dataset = IndexedDataset(prefix)
+    recorded = [*state.blocks, *([state.unfinished_block] if dataset.tokens.nbytes % CHECKSUM_BLOCK else [])]
+    pairs = {
+        idx_path(prefix): (
+            [zlib.crc32(as_bytes(dataset.lengths)), zlib.crc32(as_bytes(dataset.document_starts))],
+            [state.lengths_checksum, state.starts_checksum],
+        ),
+        bin_path(prefix): (block_checksums(bin_path(prefix), threads=VERIFYING_THREADS), recorded),
+    }
+    for path, (found, expected) in pairs.items():
+        if found != expected:
+            problem = "was altered since an earlier run wrote it: it does not fit the journal"
+            raise UserError(path, problem, "pass --restart to begin from the first file")
 
 
 def total_size(sources: Iterable[Source]) -> int | None:

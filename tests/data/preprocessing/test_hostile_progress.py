@@ -126,6 +126,15 @@ def test_documents_that_exchanged_their_lengths_are_noticed(unfinished):
         assert error is not None and "out.idx.tmp" in error.where
 
 
+def test_documents_that_begin_elsewhere_are_noticed_before_they_are_shuffled(unfinished):
+    """No other number of an index tells where documents begin."""
+    if unfinished.shuffle_seed is not None:
+        content = bytearray(unfinished.files["out.unshuffled.idx"])
+        content[-16] -= 1  # the last document begins one sequence before
+        error = refused(lambda: unfinished.go_on({**unfinished.files, "out.unshuffled.idx": bytes(content)}))
+        assert error is not None and "out.unshuffled.idx" in error.where
+
+
 def test_a_line_that_is_gone_doubled_or_moved_is_noticed(unfinished):
     *lines, _ = unfinished.files["out.journal"].split(b"\n")
     assert len(lines) > 3
