@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 SIZES = (64, 1024, 16384)
 """Numbers of GPUs that failures are planned for, besides the given one."""
+MOST = 1e12
+"""Largest rate, size or time that an option takes; more would overflow in the sums."""
+MOST_GPUS = 1_000_000
+POSITIVE = number(float, above=0, most=MOST)
 FAILURE_OPTIONS = ("mtbf_hours", "save_seconds", "start_seconds")
 
 
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layouts, refused = find_layouts(config, machine)
     if not layouts:
         reasons = "; ".join(f"{count} {reason}" for reason, count in refused.most_common())
+        reasons = reasons or "the batch and the layers cannot be shared out to so many"
         raise UserError(
             options.config,
             f"no layout fits {options.gpus} GPUs of {options.memory_gib:g} GiB ({reasons})",
@@ -102,8 +107,8 @@ def print_goodput(options: argparse.Namespace, step_seconds: float) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("plan", __doc__)
     add_config_options(parser)
-    parser.add_argument("--gpus", type=number(int, least=1), required=True, help="GPUs in all")
-    parser.add_argument("--memory-gib", type=number(float, above=0), required=True, help="memory of one GPU")
+    parser.add_argument("--gpus", type=number(int, least=1, most=MOST_GPUS), required=True, help="GPUs in all")
+    parser.add_argument("--memory-gib", type=POSITIVE, required=True, help="memory of one GPU")
     parser.add_argument(
         "--gpus-per-node", type=number(int, least=1), default=8, help="GPUs that share a node (%(default)s)"
     )
@@ -113,14 +118,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.1,
         help="share of memory kept free for libraries (%(default)s)",
     )
+    parser.add_argument("--tflops", type=POSITIVE, default=400, help="TFLOP/s a GPU reaches (%(default)s)")
     parser.add_argument(
-        "--tflops", type=number(float, above=0), default=400, help="TFLOP/s a GPU reaches (%(default)s)"
+        "--node-gb-s",
+        type=POSITIVE,
+        default=350,
+        help="GB/s a GPU sends within its node (%(default)s)",
     )
     parser.add_argument(
-        "--node-gb-s", type=number(float, above=0), default=350, help="GB/s a GPU sends within its node (%(default)s)"
-    )
-    parser.add_argument(
-        "--network-gb-s", type=number(float, above=0), default=40, help="GB/s a GPU sends to other nodes (%(default)s)"
+        "--network-gb-s",
+        type=POSITIVE,
+        default=40,
+        help="GB/s a GPU sends to other nodes (%(default)s)",
     )
     parser.add_argument("--top", type=number(int, least=1), default=12, help="number of layouts to list (%(default)s)")
     add_failure_options(parser)
@@ -134,13 +143,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_failure_options(parser: CommandParser) -> None:
     """Add the options for failures and saves; the three of ``FAILURE_OPTIONS`` belong together."""
-    positive = number(float, above=0)
-    parser.add_argument("--mtbf-hours", type=positive, help="mean hours between failures of one GPU")
-    parser.add_argument("--save-seconds", type=positive, help="seconds that a save stops training")
-    parser.add_argument("--start-seconds", type=positive, help="seconds from a failure to the first step")
+    parser.add_argument("--mtbf-hours", type=POSITIVE, help="mean hours between failures of one GPU")
+    parser.add_argument("--save-seconds", type=POSITIVE, help="seconds that a save stops training")
+    parser.add_argument("--start-seconds", type=POSITIVE, help="seconds from a failure to the first step")
     parser.add_argument(
         "--write-seconds",
-        type=number(float, least=0),
+        type=number(float, least=0, most=MOST),
         default=0.0,
         help="seconds until a checkpoint is complete, while training goes on",
     )

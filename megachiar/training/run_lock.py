@@ -229,12 +229,19 @@ class RunLock:
         """
         with disk_errors(self.path, "read"):
             is_held = self.is_held()
-        if not is_held:
+        if is_held:
+            return
+        if not (self.folder.is_dir() and read_locks(self.folder)):
             raise UserError(
                 self.folder,
-                "another run has taken this run folder over while this process gave no sign of life",
-                "leave the folder to the other run",
+                f"{self.path.name} is gone: the folder was moved or emptied while this run worked in it",
+                "start the run again with logging.folder where its checkpoints are now",
             )
+        raise UserError(
+            self.folder,
+            "another run has taken this run folder over while this process gave no sign of life",
+            "leave the folder to the other run",
+        )
 
     def is_held(self) -> bool:
         """Return whether the lock file is there and names this process."""

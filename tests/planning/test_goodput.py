@@ -122,6 +122,16 @@ def test_the_command_prints_each_size(capsys):
     assert "checkpoint.every" in printed
 
 
+@pytest.mark.parametrize("option", ["--gpus", "--memory-gib", "--tflops", "--mtbf-hours", "--save-seconds"])
+def test_a_number_that_would_overflow_is_one_message(option):
+    values = {"--gpus": "8", "--memory-gib": "80", "--mtbf-hours": "5e4", "--save-seconds": "9", "--start-seconds": "3"}
+    values[option] = "1" + "0" * 50
+    options = [text for pair in values.items() for text in pair]
+    with pytest.raises(UserError, match=r"is not (at least 1|above 0) and at most 1") as caught:
+        main(["--config", "configs/tiny.yaml", *options])
+    assert option in str(caught.value)
+
+
 @pytest.mark.parametrize("missing", ["--mtbf-hours", "--save-seconds", "--start-seconds"])
 def test_failures_are_given_whole(missing):
     given = {"--mtbf-hours": "50000", "--save-seconds": "20", "--start-seconds": "300"}

@@ -195,6 +195,14 @@ def test_an_owner_that_was_taken_for_dead_replaces_nothing(tmp_path):
     assert (tmp_path / "run-9.lock").exists()
 
 
+@pytest.mark.parametrize("what", ["folder", "lock"])
+def test_a_folder_that_was_moved_or_emptied_is_not_said_to_be_another_runs(tmp_path, what):
+    with lock_of(tmp_path / "run") as lock:
+        lock.path.unlink() if what == "lock" else lock.folder.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match=r"run-1\.lock is gone: the folder was moved or emptied"):
+            lock.confirm()
+
+
 def test_a_starter_that_was_held_up_withdraws(tmp_path, monkeypatch):
     """Between its look at the folder and its own lock, another one takes a later number and removes the first lock."""
     first = leave(tmp_path, process=dataclasses.replace(ProcessIdentity.of(os.getpid()), started=0))
