@@ -66,6 +66,7 @@ class StopSignals:
         threading.Thread(target=self._listen, args=[ours], name="stop signals", daemon=True).start()
         with contextlib.suppress(OSError, ValueError):  # standard error may be no file
             faulthandler.register(signal.SIGUSR2, all_threads=True)
+            faulthandler.enable()  # a crash, such as SIGBUS where a dataset was cut while it is read, says where
 
     def remember(self) -> None:
         """Let signals ask to save and stop from now on, since the ranks have met and watch one another."""

@@ -14,6 +14,7 @@ import pytest
 from support import ROOT, process_environment, small_config, write_config, write_tokens
 
 from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.data.storage.files import bin_path
 from megachiar.errors import EXIT_STOPPED
 from megachiar.log_streams import LossyStream, lose_what_cannot_be_written
 
@@ -61,6 +62,17 @@ def test_a_run_ends_well_without_standard_streams_and_on_full_disks(config):
     closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command, f"--logging.folder={config.parent / 'closed'}"]
     assert subprocess.run(closed, cwd=ROOT, env=process_environment(), timeout=120).returncode == 0
     assert (config.parent / "closed" / "metrics.jsonl").exists()
+
+
+def test_a_crash_says_where(config):
+    """A dataset that is cut while a run reads it ends the process: the system has no bytes to give."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*COMMAND, "--config", config], cwd=ROOT, env=process_environment(), **pipes) as process:
+        wait_for_steps(process, config.parent)
+        os.truncate(bin_path(config.parent / "train"), 0)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGBUS
+    assert "Bus error" in output and "dataset.py" in output
 
 
 def test_a_stream_loses_what_is_refused_and_is_the_stream_in_all_else(monkeypatch, tmp_path):
