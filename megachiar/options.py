@@ -222,14 +222,12 @@ class _Store(argparse.Action):
 def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add ``--config`` and ``--set``; the namespace has ``config``, None where it was left out, and ``overrides``."""
     parser.add_argument("--config", type=Path, required=required, metavar="YAML", help="config of the run")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        dest="overrides",
-        nargs="+",
-        default=[],
-        help="override keys of the config, such as training.steps=10; --training.steps=10 does the same",
-    )
+    add_set_option(parser, "override keys of the config, such as training.steps=10; --training.steps=10 does the same")
+
+
+def add_set_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--set``; the namespace has ``overrides``."""
+    parser.add_argument("--set", metavar="KEY=VALUE", dest="overrides", nargs="+", default=[], help=what)
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:

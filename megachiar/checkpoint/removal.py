@@ -14,6 +14,8 @@ from megachiar.checkpoint.reading import later_checkpoints, newest_whole
 from megachiar.data.storage.files import sync_folder
 from megachiar.errors import UserError, disk_errors
 
+_SET_ASIDE = ".set_aside"
+
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint.
@@ -52,12 +54,17 @@ def set_aside(path: Path) -> Path:
     Raises:
         UserError: the folder cannot be renamed.
     """
-    names = (f"{path.name}.set_aside{f'-{count}' if count else ''}" for count in itertools.count())
+    names = (f"{path.name}{_SET_ASIDE}{f'-{count}' if count else ''}" for count in itertools.count())
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     with disk_errors(path):
         os.replace(path, target)
         sync_folder(path.parent)
     return target
+
+
+def named_or_set_aside(folder: Path, name: str) -> list[Path]:
+    """Return what is called ``name`` in ``folder``, and what has had that name and was set aside."""
+    return [path for path in (folder / name, *sorted(folder.glob(f"{name}{_SET_ASIDE}*"))) if path.exists()]
 
 
 def surplus_checkpoints(

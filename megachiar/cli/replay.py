@@ -2,10 +2,12 @@
 
     megachiar replay runs/tiny --step 815
     megachiar replay runs/tiny --step 815 --json
+    megachiar replay runs/tiny --step 815 --data.train.0.path=moved/train
 
 The newest checkpoint before the step is loaded, and the steps up to it are repeated in one process, whatever the layout
-of the run: the same samples, with the same dropout masks. A step of which the run has an incident folder is repeated
-with the config and the data of that moment. Nothing in the run folder changes.
+of the run: the same samples, with the same dropout masks, under the config that the run had then. A step of which the
+run has an incident folder is repeated with the config, data and checkpoint of that incident. The numbers are compared
+with those that the run recorded. Nothing in the run folder changes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 from megachiar import launch
 from megachiar.console import make_console
 from megachiar.errors import UserError
-from megachiar.options import CommandParser, add_json_option
+from megachiar.options import CommandParser, add_json_option, add_set_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("replay", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="step to repeat, counted from 1")
+    add_set_option(parser, "override keys of the step's config, such as data.train.0.path where its data has moved")
     add_json_option(parser)
     return parser.parse_args(argv)
 
@@ -45,10 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.prepare_environment()
     launch.configure_torch(None)
 
+    from rich.markup import escape
+
     from megachiar.training.replay import replay
 
     console = make_console()
-    found = replay(options.run, options.step, console.print)
+    found = replay(options.run, options.step, lambda line: console.print(escape(line)), options.overrides)
     if options.json:
         print(json.dumps(as_dict(found)))
     else:
@@ -65,10 +70,13 @@ def as_dict(found: Replay) -> dict[str, object]:
         {
             "step": found.step,
             "checkpoint": found.checkpoint and str(found.checkpoint),
+            "config": str(found.config),
             "incident": found.incident and str(found.incident),
             "loss": found.result.loss,
             "gradient_norm": found.result.gradient_norm,
             "learning_rate": found.learning_rate,
+            "recorded": found.recorded and asdict(found.recorded),
+            "differs": bool(found.difference),
             "first_bad": found.first_bad and asdict(found.first_bad),
             "samples": found.samples and list(found.samples),
             "layers": [asdict(layer) for layer in found.layers],
@@ -88,6 +96,7 @@ def print_replay(found: Replay, console: Console) -> None:
     console.print(table)
     numbers = f"loss {found.result.loss:.4f}, gradient norm {found.result.gradient_norm:.4f}"
     console.print(f"{numbers}, learning rate {found.learning_rate:.3g}")
+    _print_comparison(found, console)
     bad = found.first_bad
     if bad is None:
         console.print("every output and every gradient is finite")
@@ -98,3 +107,13 @@ def print_replay(found: Replay, console: Console) -> None:
         f"[bold red]{bad.module}: {bad.what} is not finite[/], first in the {bad.direction} pass of the samples "
         f"{found.samples.start} to {found.samples.stop - 1}; {before}"
     )
+
+
+def _print_comparison(found: Replay, console: Console) -> None:
+    """Print whether the repeated step has the numbers that the run recorded."""
+    if found.recorded is None:
+        console.print("the run has recorded no numbers of this step to compare these with")
+    elif found.difference:
+        console.print(f"[bold yellow]this is not what the run did:[/] {found.difference}")
+    else:
+        console.print("these are the numbers that the run recorded, but for rounding")

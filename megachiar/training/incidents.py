@@ -1,6 +1,7 @@
 """Leave a folder in the run folder for each step with bad numbers, from which the step can be understood and replayed.
 
-    RUN/incidents/step_00000815/incident.json    numbers, samples with their documents, versions, history of the data
+    RUN/incidents/step_00000815/incident.json    numbers, samples with their documents, versions, history of the data,
+                                                 checkpoints before it and steps left out since
                                 config.yaml      the resolved config
     RUN/incidents/more.json                      how many incidents there were beyond the ``MOST_FOLDERS`` first
 
@@ -10,23 +11,23 @@ incident's folder is there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.markup import escape
 
 from megachiar import __version__
+from megachiar.checkpoint.format import checkpoint_step, fingerprint_of, named_checkpoints
 from megachiar.config import RunConfig
-from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
-from megachiar.data.storage.sealed_json import parse_json, parse_sealed, with_seal
+from megachiar.data.storage.sealed_json import parse_json, with_seal
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError, disk_errors
 from megachiar.training.bad_steps import BadStep
@@ -37,25 +38,6 @@ from megachiar.training.schedule import learning_rate
 
 MOST_FOLDERS = 20
 CONFIG_FILE, MORE_FILE = "config.yaml", "more.json"
-
-
-def read_history(incident: Path) -> DataHistory:
-    """Return the history of the data that an incident was recorded with.
-
-    Raises:
-        UserError: the record cannot be read, or was altered.
-    """
-    path = incident / INCIDENT_FILE
-    with disk_errors(path, "read"):
-        content = read_regular(path)
-    try:
-        return DataHistory.model_validate_json(json.dumps(parse_sealed(content)["data"]))
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, ('data', *first['loc'])))}: {first['msg']}"
-    except (ValueError, KeyError, TypeError) as error:
-        problem = str(error) if isinstance(error, ValueError) else "it has no history of the data"
-    raise UserError(path, f"is no record of an incident: {problem}", "move its folder away to replay without it")
 
 
 class Incidents:
@@ -73,7 +55,15 @@ class Incidents:
         self._log = log
         self._folder = incidents_folder(config.logging.folder)
 
-    def record(self, step: int, bad: BadStep, result: StepResult, data: RunData, newest: Path | None) -> None:
+    def record(
+        self,
+        step: int,
+        bad: BadStep,
+        result: StepResult,
+        data: RunData,
+        newest: Path | None,
+        skipped: Sequence[int] = (),
+    ) -> None:
         """Write the incident of ``step``; a disk that refuses is a line of the log, and the run goes on.
 
         Args:
@@ -82,6 +72,7 @@ class Incidents:
             result: of the step.
             data: that the step has read.
             newest: the newest checkpoint before the step; None before the first.
+            skipped: the steps that were left out since the run started or went back.
         """
         try:
             with disk_errors(self._folder):
@@ -90,7 +81,7 @@ class Incidents:
                     self._count_more()
                     return
                 path = self._new_folder(step)
-                incident = {**self._describe(step, bad, result, data), "checkpoint": newest and str(newest)}
+                incident = {**self._describe(step, bad, result, data), **_describe_way(newest, skipped)}
                 text = json.dumps(with_seal(without_nan(incident)), indent=1)
                 write_atomically(path / CONFIG_FILE, self._config.to_yaml().encode())
                 write_atomically(path / INCIDENT_FILE, (text + "\n").encode())
@@ -133,6 +124,22 @@ class Incidents:
     def _count_more(self) -> None:
         path = self._folder / MORE_FILE
         write_atomically(path, (json.dumps({"incidents": _count_in(path) + 1}) + "\n").encode())
+
+
+def _describe_way(newest: Path | None, skipped: Sequence[int]) -> dict[str, Any]:
+    """Return what a replay needs to come to the step: checkpoints, and the steps left out since the newest of them.
+
+    A later run may set checkpoints aside and save others of the same names; the fingerprint tells them apart.
+    """
+    if newest is None:
+        return {"checkpoint": None, "fingerprints": {}, "skipped_steps": list(skipped)}
+    last, fingerprints = checkpoint_step(newest) or 0, {}
+    for path in named_checkpoints(newest.parent):
+        if (checkpoint_step(path) or 0) <= last:
+            with contextlib.suppress(UserError):  # it is damaged, and no replay starts from it
+                fingerprints[path.name] = fingerprint_of(path)
+    since = [step for step in skipped if step > last]
+    return {"checkpoint": str(newest), "fingerprints": fingerprints, "skipped_steps": since}
 
 
 def _count_in(path: Path) -> int:

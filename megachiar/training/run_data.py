@@ -77,8 +77,29 @@ class RunData:
         """Return the data of a run with ``history``, whose newest order has the sources of this data."""
         if history.order != "keyed":
             return replace(self, history=history)
-        sources = dict(zip(history.numbers_of(self.history.sources), self.training.sources, strict=True))
-        return replace(self, history=history, training=_stream(history, history.orders[-1], sources))
+        training = _stream(history, history.orders[-1], self._sources_by_number(history))
+        return replace(self, history=history, training=training)
+
+    def samples_in(self, order: OrderRecord) -> SampleStream | MegatronStream:
+        """Return the samples in one order of the history.
+
+        The sources of a past order are those of this data that have the same content, or else what is still at the
+        paths where the run has read them.
+
+        Raises:
+            UserError: a dataset that the run has read is gone, or is another one now.
+        """
+        if order == self.history.orders[-1]:
+            return self.training
+        sources = self._sources_by_number(self.history)
+        for share in order.shares:
+            if share.source not in sources:
+                sources[share.source] = _past_source(self.history.sources[share.source])
+        return _stream(self.history, order, sources)
+
+    def _sources_by_number(self, history: DataHistory) -> dict[int, TokenSource]:
+        records = [record_of(source) for source in self.training.sources]
+        return dict(zip(history.numbers_of(records), self.training.sources, strict=True))
 
 
 def open_data(config: RunConfig) -> RunData:
@@ -136,28 +157,23 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
         state = read_state(checkpoint)
         check_data(checkpoint, state, config, data.history, start.is_own)
         data = data.continue_from(state.data, state.step, start.history_after_rollback)
-    history = data.history
-    positions = history.samples_of(step)
-    order = history.order_at(positions.start)
-    if order == history.orders[-1]:
-        return data, data.training, positions
-    sources = {share.source: _past_source(history, share.source) for share in order.shares}
-    return data, _stream(history, order, sources), positions
+    return data, data.samples_in(data.history.order_of(step)), data.history.samples_of(step)
 
 
-def _past_source(history: DataHistory, number: int) -> TokenSource:
-    record = history.sources[number]
+def _past_source(record: SourceRecord) -> TokenSource:
     source = TokenSource(record.path)
-    if not record.same_data(_record(source)):
+    if not record.same_data(record_of(source)):
         raise _gone(record.path)
     return source
 
 
 def _gone(path: str) -> LaunchError:
-    return LaunchError(path, "is no longer the dataset that this step has read", "put that dataset back")
+    problem = "is no longer the dataset that this step has read"
+    return LaunchError(path, problem, "put that dataset back; where it has moved, name its new path in data.train")
 
 
-def _record(source: TokenSource) -> SourceRecord:
+def record_of(source: TokenSource) -> SourceRecord:
+    """Return what a history records of a dataset."""
     return SourceRecord(
         path=str(source.prefix),
         tokens=source.dataset.tokens.size,
@@ -168,7 +184,7 @@ def _record(source: TokenSource) -> SourceRecord:
 
 def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
     return DataHistory.initial(
-        [(_record(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
+        [(record_of(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
         config.sequence_length,
         config.training.global_batch_size,
         config.training.seed,

@@ -30,6 +30,7 @@ from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
 from megachiar.training.peaks import peak_flops
+from megachiar.training.recorded_steps import SKIPPED
 from megachiar.training.rollback import roll_back
 from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
@@ -83,6 +84,7 @@ class Trainer:
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
         self.validation = Validation(engine, data.validation, writer, display, supervision)
+        self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._straggler_log = StragglerLog()
         self._kill_limit = KillLimit()
         # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
@@ -179,9 +181,14 @@ class Trainer:
         self.progress.samples += self.config.training.global_batch_size
         if result.skipped:
             self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
+        if result.skipped and self.writer is not None:
+            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
+            self.writer.write(step, SKIPPED, numbers)
         bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
         if bad is not None:
             self._report(bad, result)
+        if result.skipped:
+            self._skipped.append(step)
         return result, bad
 
     def _report(self, bad: BadStep, result: StepResult) -> None:
@@ -189,7 +196,7 @@ class Trainer:
         step = self.progress.step
         self.display.line(f"[yellow]step {step}: {bad.reason}: {bad.action}[/]")
         if self.engine.topology.is_main:
-            self.incidents.record(step, bad, result, self.data, self._newest_checkpoint())
+            self.incidents.record(step, bad, result, self.data, self._newest_checkpoint(), self._skipped)
         if bad.error is not None:
             raise bad.error
 
@@ -203,6 +210,7 @@ class Trainer:
         self.progress.step, self.progress.samples = state.step, state.samples
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
+        self._skipped = []
         self._seconds, self._steps = 0.0, 0
         self.comparison.begin_anew()
         if self.writer is not None:

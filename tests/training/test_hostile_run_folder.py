@@ -16,10 +16,10 @@ from megachiar.data.storage.sealed_json import with_seal
 from megachiar.data.tokenizers.recorded import read_kept_record
 from megachiar.errors import UserError
 from megachiar.training import run_lock
-from megachiar.training.incidents import INCIDENT_FILE, MORE_FILE, Incidents, read_history
+from megachiar.training.incident_record import INCIDENT_FILE, find_incident, read_incident
+from megachiar.training.incidents import MORE_FILE, Incidents
 from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
-from megachiar.training.replay import find_incident
 from megachiar.training.run_data import RunData, open_data
 from megachiar.training.run_lock import Owner, RunLock, read_locks
 from megachiar.training.stacks import StackWriter, read_request, remove_request, request_stacks, stack_path
@@ -83,7 +83,7 @@ def samples_of_incident(run: Path, data: RunData) -> object:
     incident = find_incident(run, STEP)
     if incident is None:
         return None
-    return data.with_history(read_history(incident)).training.batch(range(16)).tolist()
+    return data.with_history(read_incident(incident).data).training.batch(range(16)).tolist()
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_folders_are_bounded_and_the_rest_is_counted(tmp_path, monkeypatch):
     ]
     assert json.loads((folder / "more.json").read_text()) == {"incidents": 2}
     record = parse_sealed((folder / "step_00000008" / "incident.json").read_bytes())
-    assert record == {"loss": None, "checkpoint": None}
+    assert record == {"loss": None, "checkpoint": None, "fingerprints": {}, "skipped_steps": []}
 
 
 def test_a_disk_that_refuses_an_incident_does_not_end_the_run(tmp_path):

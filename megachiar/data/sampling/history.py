@@ -194,6 +194,10 @@ class DataHistory(_Record):
         """Return the order that sample ``position`` belongs to."""
         return self.orders[bisect.bisect_right(self.orders, position, key=lambda o: o.first_sample) - 1]
 
+    def order_of(self, step: int) -> OrderRecord:
+        """Return the order that the samples of step ``step``, counted from 1, belong to."""
+        return self.order_at(self.samples_before(step - 1))
+
     def run_order(self, order: OrderRecord, where: Sequence[object] | None = None) -> RunOrder:
         """Build the order that a record describes; its sources are those of ``order.shares``, in this order.
 
@@ -240,7 +244,7 @@ class DataHistory(_Record):
 
     def changes(self, requested: DataHistory, step: int) -> list[Change]:
         """List the differences between ``requested``, an initial history, and this run at ``step``."""
-        old, new = self._until(step), requested.orders[0]
+        old, new = self.until(step), requested.orders[0]
         before, changes = old.orders[-1], []
 
         def note(key: str, is_same: bool, was: object, now: object, defined: bool = True) -> None:
@@ -267,7 +271,7 @@ class DataHistory(_Record):
         """
         position = self.samples_before(step)
         keys = {change.key for change in self.changes(requested, step)}
-        old = self._until(step)
+        old = self.until(step)
         numbers = old.numbers_of(requested.sources)
         sources = {**dict(enumerate(old.sources)), **dict(zip(numbers, requested.sources, strict=True))}
         orders, batches = old.orders, old.batches
@@ -302,7 +306,7 @@ class DataHistory(_Record):
         new = iter(range(len(self.sources), len(self.sources) + len(sources)))
         return [number if number >= 0 else next(new) for number in numbers]
 
-    def _until(self, step: int) -> DataHistory:
+    def until(self, step: int) -> DataHistory:
         """Return the history without orders and batch sizes that begin at ``step`` or later, as nothing used them."""
         position = self.samples_before(step)
         orders = [order for order in self.orders if order.first_sample < position] or self.orders[:1]

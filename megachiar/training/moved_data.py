@@ -1,0 +1,60 @@
+"""Read the datasets that a past step has read, wherever they are now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megachiar.config import RunConfig
+from megachiar.config.sections import SourceConfig
+from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.sampling.history import DataHistory, SourceRecord
+from megachiar.errors import UserError
+from megachiar.training.run_data import record_of
+
+
+def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewhere: Iterable[Path]) -> RunConfig:
+    """Return ``config`` with the sources, sample length and batch size that ``step`` had.
+
+    A dataset is recognised by its content, as by a run that continues.
+
+    Args:
+        config: of the step in all else.
+        history: of a run that has taken the step.
+        step: counted from 1.
+        elsewhere: where a dataset may be that is not at the path where the run has read it.
+
+    Raises:
+        UserError: a dataset is at none of these paths.
+    """
+    order, batch = history.order_of(step), len(history.samples_of(step))
+    candidates = list(elsewhere)
+    sources = [
+        SourceConfig(path=_find(number, history.sources[share.source], candidates), weight=share.weight)
+        for number, share in enumerate(order.shares)
+    ]
+    # The micro-batch has no influence on the result; it must divide the batch.
+    micro_batch = math.gcd(config.training.micro_batch_size, batch)
+    data = {"train": tuple(sources), "sequence_length": order.sequence_length}
+    training = {"global_batch_size": batch, "micro_batch_size": micro_batch}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "training": config.training.model_copy(update=training),
+        }
+    )
+
+
+def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path]) -> Path:
+    for path in (Path(record.path), *elsewhere):
+        try:
+            if record.same_data(record_of(TokenSource(path))):
+                return path
+        except UserError:  # nothing is there, or something else
+            continue
+    raise UserError(
+        record.path,
+        "is gone, or is no longer the dataset that this step has read",
+        f"put that dataset back; where it has moved, give its new path: --set data.train.{number}.path=PATH",
+    )
