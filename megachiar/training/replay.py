@@ -89,6 +89,12 @@ def replay(run: Path, step: int, log: Callable[[str], None], overrides: Sequence
     """
     origin = find_origin(run, step, overrides)
     first = origin.run.progress.step + 1
+    if first > step:
+        raise UserError(
+            run,
+            f"begins after step {first - 1}, from {origin.run.start.path}",
+            f"replay step {step} in the folder of the run that took it",
+        )
     samples = _Samples(origin.data, origin.config.training.micro_batch_size)
     _check_batches(run, origin, first, step)
     for line in origin.remarks:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def find_origin(run: Path, step: int, overrides: Sequence[str] = ()) -> Origin:
     config, data = open_run(config)
     origin = continue_run(config, data, _start(config, before))
     data = data.with_history(history) if history is not None else _continued(run, complete, data, origin)
-    return Origin(config, file, origin, data, None, steps, steps.numbers.get(step), steps.unknown)
+    remarks = [*_describe_doubt(file, step, steps), *steps.unknown]
+    return Origin(config, file, origin, data, None, steps, steps.numbers.get(step), remarks)
 
 
 def single_process(config: RunConfig) -> RunConfig:
@@ -189,26 +190,37 @@ def _describe_missing(run: Path, record: IncidentRecord, found: Path | None) -> 
 
 
 def _config_file(run: Path, complete: Sequence[Path], before: Path | None, step: int, steps: RecordedSteps) -> Path:
-    """Return the config that the step was taken with: of the first candidate that has the recorded learning rates.
+    """Return the config that the step was taken with: of the first candidate that has its recorded learning rate.
 
     The candidates are the first checkpoint after the step, the run folder, and the checkpoint before the step.
     """
     after = next((path for path in complete if read_state(path).step >= step and _has_whole_config(path)), None)
     candidates = [folder / CONFIG_FILE for folder in (after, run, before) if folder is not None]
-    return next((file for file in candidates if _fits(file, steps)), candidates[0])
+    own = {step: steps.numbers[step]} if step in steps.numbers else {}
+    return next((file for file in candidates if _fits(file, own)), candidates[0])
+
+
+def _describe_doubt(file: Path, step: int, steps: RecordedSteps) -> list[str]:
+    """Return a line for the log where it cannot be told whether the step was taken with a config."""
+    if step in steps.numbers or _fits(file, steps.numbers):
+        return []
+    return [
+        f"step {step} has no record of its own, and steps before it had another learning rate than {file} gives: "
+        "the step may have had another config"
+    ]
 
 
 def _has_whole_config(checkpoint: Path) -> bool:
     return find_damaged_file(checkpoint, read_state(checkpoint), [CONFIG_FILE]) is None
 
 
-def _fits(file: Path, steps: RecordedSteps) -> bool:
-    """Return whether a config gives the recorded learning rates."""
+def _fits(file: Path, recorded: Mapping[int, RecordedStep]) -> bool:
+    """Return whether a config gives the recorded learning rates of steps."""
     try:
         config = load_config(file)
     except UserError:
         return False
-    rates = {number: recorded.learning_rate for number, recorded in steps.numbers.items()}
+    rates = {number: numbers.learning_rate for number, numbers in recorded.items()}
     return all(
         rate is None or math.isclose(learning_rate(config, number), rate, rel_tol=1e-9)
         for number, rate in rates.items()

@@ -30,13 +30,15 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("changed")
     write_tokens(folder / "train")
     write_tokens(folder / "other", seed=1)
-    config = small_config(folder, training={"steps": CHANGE}, checkpoint={"every": 3, "keep": None})
+    config = small_config(
+        folder, training={"steps": CHANGE}, checkpoint={"every": 3, "keep": None}, logging={"every": 5}
+    )
     del config["data"]["validation"]
     path = write_config(folder / "config.yaml", config)
     other = [f"data.train=[{{path: {folder / 'other'}}}]", "data.on_change=continue", "training.steps=12"]
     runs = [
         {"set": [], "poison": {**NAN, "steps": [LEFT_OUT]}},
-        {"set": [*other, "optimizer.learning_rate=0.004"], "poison": {**NAN, "steps": [8, BAD]}},
+        {"set": [*other, "optimizer.learning_rate=0.004"], "poison": {**NAN, "steps": [BAD - 1, BAD]}},
         {"set": [*other, "optimizer.learning_rate=0.001", f"checkpoint.resume={CHANGE}"], "poison": None},
     ]
     outputs = run_ranks(1, WORKERS / "bad_numbers_worker.py", path, json.dumps(runs))
@@ -86,12 +88,13 @@ def test_the_learning_rates_tell_the_config_where_the_next_checkpoint_is_gone(ru
 
 
 def test_a_replay_goes_through_a_change_of_the_data(run, tmp_path):
-    """Steps 4 to 6 read the first data, step 7 the second; they have three learning rates."""
+    """Steps 4 to 6 read the first data, step 7 the second; their learning rates differ."""
     copy = copy_of(run, tmp_path)
     shutil.rmtree(copy / "checkpoints" / checkpoint_name(CHANGE))
     found = replayed(copy, CHANGE + 1)
     first = next(record for record in read_metrics(run, "train") if record["step"] == 5)
     assert f"step 5: loss {first['loss']:.4f}" in found["log"]
+    assert found["recorded"] is None and f"step {CHANGE + 1} has no record of its own" in found["log"]
     assert "step 5: learning rate 0.00" in found["log"] and "where the run recorded" in found["log"]
 
 
@@ -114,6 +117,7 @@ def test_an_incident_of_a_branch_set_aside_is_repeated_from_its_own_checkpoint(r
     assert found["checkpoint"] == str(own) and (run / "checkpoints" / checkpoint_name(9)).exists()
     recorded = parse_sealed((run / "incidents" / f"step_{BAD:08d}" / "incident.json").read_bytes())
     assert found["loss"] == pytest.approx(recorded["result"]["loss"], rel=1e-6)
+    assert f"step {BAD - 1}: " in found["log"] and ", left out" in found["log"]
     assert found["differs"] and found["recorded"]["gradient_norm"] is None, "the device was at fault"
 
     copy = copy_of(run, tmp_path)
@@ -132,6 +136,16 @@ def test_an_incident_of_an_earlier_version_is_replayed(run, tmp_path):
     found = replayed(copy, BAD)
     assert found["checkpoint"] == str(copy / "checkpoints" / checkpoint_name(9))
     assert "the incident does not tell which it came after" in found["log"]
+
+
+def test_a_step_of_the_run_that_was_loaded_is_refused(run, tmp_path):
+    config = small_config(run.parent)
+    del config["data"]["validation"]
+    config["logging"]["folder"] = str(tmp_path)
+    config["checkpoint"] = {"load_from": str(run / "checkpoints" / checkpoint_name(3)), "load": "all"}
+    write_config(tmp_path / "config.yaml", config)
+    done = replay(tmp_path, 2)
+    assert done.returncode == 2 and f"{tmp_path}: begins after step 3" in done.stderr
 
 
 def test_data_that_has_moved_is_found_or_asked_for(run, tmp_path):
