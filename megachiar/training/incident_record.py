@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megachiar.checkpoint.format import checkpoint_step
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed
@@ -44,6 +45,11 @@ class IncidentRecord(BaseModel):
     result: dict[str, Any] = {}
     action: str = ""
     data: DataHistory
+
+    @property
+    def checkpoint_step(self) -> int:
+        """The step of the checkpoint before the incident; 0 if there was none."""
+        return (checkpoint_step(Path(self.checkpoint)) or 0) if self.checkpoint is not None else 0
 
 
 def incidents_folder(run: Path) -> Path:

@@ -79,6 +79,9 @@ class RecordedSteps:
     unknown: Sequence[str]
 
 
+NO_STEPS = RecordedSteps({}, (), (), ())
+
+
 def read_recorded_steps(run: Path, wanted: range) -> RecordedSteps:
     """Return what metrics and incidents of a run say of the steps ``wanted``; nothing where they are gone."""
     try:

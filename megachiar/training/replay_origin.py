@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megachiar.checkpoint.format import (
     CONFIG_FILE,
+    checkpoint_name,
     checkpoint_step,
     complete_checkpoints,
     find_damage,
@@ -33,7 +34,7 @@ from megachiar.errors import UserError
 from megachiar.training.continuation import Continuation, continue_run, open_run
 from megachiar.training.incident_record import IncidentRecord, find_incident, read_incident
 from megachiar.training.moved_data import with_data_of_step
-from megachiar.training.recorded_steps import RecordedStep, RecordedSteps, read_recorded_steps, recorded_in
+from megachiar.training.recorded_steps import NO_STEPS, RecordedStep, RecordedSteps, read_recorded_steps, recorded_in
 from megachiar.training.rollback_record import read_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
@@ -82,7 +83,7 @@ def find_origin(run: Path, step: int, overrides: Sequence[str] = ()) -> Origin:
     incident = find_incident(run, step)
     if incident is not None:
         return _origin_of_incident(run, step, incident, complete, overrides)
-    before = _newest_whole(path for path in reversed(complete) if read_state(path).step < step)
+    before = _newest_whole(_before(complete, step))
     steps = read_recorded_steps(run, _steps_after(before, step))
     file = _config_file(run, complete, before, step, steps)
     config = single_process(load_config(file, overrides))
@@ -119,8 +120,8 @@ def single_process(config: RunConfig) -> RunConfig:
 
 def _origin_of_incident(run: Path, step: int, incident: Path, complete: list[Path], overrides: Sequence[str]) -> Origin:
     record = read_incident(incident)
-    before = _newest_whole(_checkpoints_of(run, record, complete, step))
-    steps = _steps_of_incident(run, record, _steps_after(before, step))
+    before = _newest_whole(_checkpoints_of(run, record, incident, complete, step))
+    steps = _steps_of_incident(run, record, before, _steps_after(before, step))
     file, history = incident / CONFIG_FILE, record.data.until(step)
     config = single_process(load_config(file, overrides))
     config = with_data_of_step(config, history, step, _paths(run, complete, config))
@@ -135,46 +136,58 @@ def _steps_after(checkpoint: Path | None, last: int) -> range:
     return range((read_state(checkpoint).step if checkpoint is not None else 0) + 1, last + 1)
 
 
+def _before(complete: Sequence[Path], step: int) -> list[Path]:
+    """Return the checkpoints before ``step``, newest first."""
+    return [path for path in reversed(complete) if read_state(path).step < step]
+
+
 def _newest_whole(newest_first: Iterable[Path]) -> Path | None:
     return next((path for path in newest_first if verify_alone(path) is None), None)
 
 
-def _checkpoints_of(run: Path, record: IncidentRecord, complete: Sequence[Path], step: int) -> list[Path]:
+def _checkpoints_of(
+    run: Path, record: IncidentRecord, incident: Path, complete: Sequence[Path], step: int
+) -> list[Path]:
     """Return the checkpoints that the run had at an incident and that are still there, newest first.
 
     A run that went back since has set some aside. It may have saved others of the same names, which are not meant.
     """
     if record.fingerprints is None:
-        return [path for path in reversed(complete) if read_state(path).step < step]
+        return [*_with_same_config(run, record, incident), *_before(complete, step)]
+    recorded = {number: text for name, text in record.fingerprints.items() if (number := checkpoint_step(Path(name)))}
     return [
         path
-        for name, fingerprint in sorted(record.fingerprints.items(), reverse=True)
-        for path in named_or_set_aside(run / "checkpoints", name)
-        if find_damage(path) is None and fingerprint_of(path) == fingerprint and read_state(path).step < step
+        for number in sorted(recorded, reverse=True)
+        for path in named_or_set_aside(run / "checkpoints", checkpoint_name(number))
+        if number < step and find_damage(path) is None and fingerprint_of(path) == recorded[number]
     ]
 
 
-def _steps_of_incident(run: Path, record: IncidentRecord, wanted: range) -> RecordedSteps:
+def _with_same_config(run: Path, record: IncidentRecord, incident: Path) -> list[Path]:
+    """Return the checkpoints called as an incident records that have its config; others are of later runs."""
+    named = named_or_set_aside(run / "checkpoints", checkpoint_name(record.checkpoint_step))
+    whole = [path for path in named if find_damage(path) is None and _has_whole_config(path)]
+    config = load_config(incident / CONFIG_FILE)
+    return [path for path in whole if load_config(path / CONFIG_FILE) == config]
+
+
+def _steps_of_incident(run: Path, record: IncidentRecord, before: Path | None, wanted: range) -> RecordedSteps:
     """Return what is known of the steps before an incident; metrics after its checkpoint may be of other steps."""
+    is_set_aside = before is not None and checkpoint_step(before) is None  # the run has removed its metrics
     if record.fingerprints is None:
-        return read_recorded_steps(run, wanted)
-    last = _step_of(record.checkpoint)
-    earlier = read_recorded_steps(run, range(wanted.start, max(wanted.start, last + 1)))
+        return NO_STEPS if is_set_aside else read_recorded_steps(run, wanted)
+    last = record.checkpoint_step
+    earlier = read_recorded_steps(run, range(wanted.start, last + 1)) if not is_set_aside else NO_STEPS
     skipped = {*earlier.skipped, *record.skipped_steps}
     since = set(range(last + 1, wanted.stop)) - skipped
     return RecordedSteps({}, skipped, {*earlier.taken, *since}, earlier.unknown)
 
 
-def _step_of(checkpoint: str | None) -> int:
-    return (checkpoint_step(Path(checkpoint)) or 0) if checkpoint is not None else 0
-
-
 def _describe_missing(run: Path, record: IncidentRecord, found: Path | None) -> list[str]:
     """Return a line for the log where the checkpoint before an incident is not what its replay starts from."""
-    name = Path(record.checkpoint).name if record.checkpoint is not None else None
-    if name is None:
+    if record.checkpoint is None:
         return []
-    folder = run / "checkpoints"
+    folder, name = run / "checkpoints", checkpoint_name(record.checkpoint_step)
     if found is None or not (found.name == name or found in named_or_set_aside(folder, name)):
         other = record.fingerprints is not None and find_damage(folder / name) is None
         return [

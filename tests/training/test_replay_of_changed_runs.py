@@ -134,7 +134,10 @@ def test_an_incident_of_an_earlier_version_is_replayed(run, tmp_path):
     record = {key: value for key, value in record.items() if key not in ("fingerprints", "skipped_steps")}
     path.write_text(json.dumps(with_seal(record)))
     found = replayed(copy, BAD)
-    assert found["checkpoint"] == str(copy / "checkpoints" / checkpoint_name(9))
+    assert found["checkpoint"] == str(copy / "checkpoints" / f"{checkpoint_name(9)}.set_aside"), (
+        "its config is the same"
+    )
+    assert f"step {BAD - 1}: " in found["log"] and "where the run recorded" not in found["log"]
     assert "the incident does not tell which it came after" in found["log"]
 
 
