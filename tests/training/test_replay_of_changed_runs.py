@@ -25,7 +25,8 @@ def run(tmp_path_factory) -> Path:
     """Return the folder of a run that was continued twice from step 6, and saved every 3 steps.
 
     The second run has another learning rate, other data and more steps, and saved up to step 12. The third one went
-    back to step 6 and has a third learning rate.
+    back to step 6 and has a third learning rate. In the folder ``batches`` beside it is a run whose batch is 8 samples
+    up to step 3 and 4 from there on.
     """
     folder = tmp_path_factory.mktemp("changed")
     write_tokens(folder / "train")
@@ -36,14 +37,17 @@ def run(tmp_path_factory) -> Path:
     del config["data"]["validation"]
     path = write_config(folder / "config.yaml", config)
     other = [f"data.train=[{{path: {folder / 'other'}}}]", "data.on_change=continue", "training.steps=12"]
+    batches = [f"logging.folder={folder / 'batches'}", "schedule.kind=constant"]
+    smaller = ["training.steps=6", "training.global_batch_size=4", "data.on_change=continue"]
     runs = [
         {"set": [], "poison": {**NAN, "steps": [LEFT_OUT]}},
         {"set": [*other, "optimizer.learning_rate=0.004"], "poison": {**NAN, "steps": [BAD - 1, BAD]}},
         {"set": [*other, "optimizer.learning_rate=0.001", f"checkpoint.resume={CHANGE}"], "poison": None},
+        *({"set": [*batches, *more], "poison": None} for more in (["training.steps=3"], smaller)),
     ]
     outputs = run_ranks(1, WORKERS / "bad_numbers_worker.py", path, json.dumps(runs))
     results = [json.loads(line) for line in outputs[0].splitlines() if line.startswith("{")]
-    assert [result["code"] for result in results] == [0, 0, 0], results
+    assert [result["code"] for result in results] == [0] * len(runs), results
     return folder / "run"
 
 
@@ -82,6 +86,7 @@ def test_a_step_has_config_data_and_left_out_steps_of_its_time(run):
 def test_the_learning_rates_tell_the_config_where_the_next_checkpoint_is_gone(run, tmp_path):
     copy = copy_of(run, tmp_path)
     shutil.rmtree(copy / "checkpoints" / checkpoint_name(CHANGE))
+    shutil.rmtree(copy / "incidents")  # metrics.jsonl alone tells of the step that was left out
     found = replayed(copy, CHANGE - 1)
     assert found["config"] == str(copy / "checkpoints" / checkpoint_name(3) / "config.yaml")
     assert_is_what_the_run_did(found, run, CHANGE - 1)
@@ -96,6 +101,17 @@ def test_a_replay_goes_through_a_change_of_the_data(run, tmp_path):
     assert f"step 5: loss {first['loss']:.4f}" in found["log"]
     assert found["recorded"] is None and f"step {CHANGE + 1} has no record of its own" in found["log"]
     assert "step 5: learning rate 0.00" in found["log"] and "where the run recorded" in found["log"]
+
+
+def test_a_batch_that_changed_is_that_of_the_step(run, tmp_path):
+    copy = copy_of(run.parent / "batches", tmp_path)
+    assert_is_what_the_run_did(replayed(copy, 5), copy, 5)
+    shutil.rmtree(copy / "checkpoints" / checkpoint_name(3))
+    found = replayed(copy, 3)
+    assert found["config"] == str(copy / "checkpoints" / checkpoint_name(6) / "config.yaml"), "with a batch of 4"
+    assert_is_what_the_run_did(found, copy, 3)
+    refused = replay(copy, 5)
+    assert refused.returncode == 2 and "step 1 read 8 samples and step 5 read 4" in " ".join(refused.stderr.split())
 
 
 def test_a_difference_is_said_plainly(run, tmp_path):
@@ -166,6 +182,7 @@ def test_data_that_has_moved_is_found_or_asked_for(run, tmp_path):
         config = copy / "config.yaml"
         config.write_text(config.read_text().replace(str(data / "other"), str(moved / "other")))
         assert replayed(copy, BAD)["loss"] == given["loss"]
+        assert_is_what_the_run_did(replayed(copy, BAD + 1), run, BAD + 1)
         wrong = replay(run, BAD, f"--data.train.0.path={data / 'train'}")
         assert wrong.returncode == 2 and str(data / "other") in wrong.stderr
     finally:
