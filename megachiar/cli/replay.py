@@ -8,6 +8,8 @@ The newest checkpoint before the step is loaded, and the steps up to it are repe
 of the run: the same samples, with the same dropout masks, under the config that the run had then. A step of which the
 run has an incident folder is repeated with the config, data and checkpoint of that incident. The numbers are compared
 with those that the run recorded. Nothing in the run folder changes.
+
+--set overrides keys of that config. Of the data it says only where it is now: the run's record says what the step read.
 """
 
 from __future__ import annotations

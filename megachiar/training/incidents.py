@@ -81,7 +81,7 @@ class Incidents:
                     self._count_more()
                     return
                 path = self._new_folder(step)
-                incident = {**self._describe(step, bad, result, data), **_describe_way(newest, skipped)}
+                incident = {**self._describe(step, bad, result, data), **_describe_way(newest, skipped, step)}
                 text = json.dumps(with_seal(without_nan(incident)), indent=1)
                 write_atomically(path / CONFIG_FILE, self._config.to_yaml().encode())
                 write_atomically(path / INCIDENT_FILE, (text + "\n").encode())
@@ -126,20 +126,22 @@ class Incidents:
         write_atomically(path, (json.dumps({"incidents": _count_in(path) + 1}) + "\n").encode())
 
 
-def _describe_way(newest: Path | None, skipped: Sequence[int]) -> dict[str, Any]:
-    """Return what a replay needs to come to the step: checkpoints, and the steps left out since the newest of them.
+def _describe_way(newest: Path | None, skipped: Sequence[int], step: int) -> dict[str, Any]:
+    """Return what a replay needs to come to a step: checkpoints, and the steps left out since the newest of them.
 
     A later run may set checkpoints aside and save others of the same names; the fingerprint tells them apart.
     """
-    if newest is None:
-        return {"checkpoint": None, "fingerprints": {}, "skipped_steps": list(skipped)}
-    last, fingerprints = checkpoint_step(newest) or 0, {}
-    for path in named_checkpoints(newest.parent):
+    last = (checkpoint_step(newest) or 0) if newest is not None else 0
+    fingerprints = {}
+    for path in named_checkpoints(newest.parent) if newest is not None else []:
         if (checkpoint_step(path) or 0) <= last:
             with contextlib.suppress(UserError):  # it is damaged, and no replay starts from it
                 fingerprints[path.name] = fingerprint_of(path)
-    since = [step for step in skipped if step > last]
-    return {"checkpoint": str(newest), "fingerprints": fingerprints, "skipped_steps": since}
+    return {
+        "checkpoint": newest and str(newest),
+        "fingerprints": fingerprints,
+        "skipped_steps": [number for number in skipped if last < number < step],
+    }
 
 
 def _count_in(path: Path) -> int:

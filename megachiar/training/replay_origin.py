@@ -233,6 +233,8 @@ def _fits(file: Path, recorded: Mapping[int, RecordedStep]) -> bool:
         config = load_config(file)
     except UserError:
         return False
+    if config.training.steps is None:
+        return False
     rates = {number: numbers.learning_rate for number, numbers in recorded.items()}
     return all(
         rate is None or math.isclose(learning_rate(config, number), rate, rel_tol=1e-9)

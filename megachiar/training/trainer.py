@@ -181,15 +181,18 @@ class Trainer:
         self.progress.samples += self.config.training.global_batch_size
         if result.skipped:
             self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
-        if result.skipped and self.writer is not None:
-            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
-            self.writer.write(step, SKIPPED, numbers)
+            self._record_skipped(step, result, rate)
         bad = self.bad_steps.judge(step, result, at_least_scale, self._newest_checkpoint())
         if bad is not None:
             self._report(bad, result)
-        if result.skipped:
-            self._skipped.append(step)
         return result, bad
+
+    def _record_skipped(self, step: int, result: StepResult, rate: float) -> None:
+        """Note that a step was left out, for metrics and incidents: a replay leaves it out again."""
+        self._skipped.append(step)
+        if self.writer is not None:
+            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
+            self.writer.write(step, SKIPPED, numbers)
 
     def _report(self, bad: BadStep, result: StepResult) -> None:
         """Say that the last step was bad and record it; end the run if that is what follows."""
