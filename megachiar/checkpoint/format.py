@@ -51,6 +51,8 @@ class RecentSteps(BaseModel):
         losses: mean cross-entropy of each step, in nats a token, oldest first.
         gradient_norms: global L2 norm of the gradients of each step, oldest first.
         skipped_in_a_row: how many steps up to the checkpoint were left out, one after another.
+        skipped_since_record: how many steps were left out that no record of the metrics up to the checkpoint counts.
+        spikes_since_record: how many steps were spikes that no record of the metrics up to the checkpoint counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +60,8 @@ class RecentSteps(BaseModel):
     losses: tuple[float, ...] = ()
     gradient_norms: tuple[float, ...] = ()
     skipped_in_a_row: int = Field(default=0, ge=0)
+    skipped_since_record: int = Field(default=0, ge=0)
+    spikes_since_record: int = Field(default=0, ge=0)
 
 
 NO_STEPS = RecentSteps()
