@@ -31,7 +31,8 @@ from megachiar.checkpoint.save import SaveError, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config import load_config
-from megachiar.data.sampling.history import DataHistory, SourceRecord
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.rank_plan import plan_ranks
 from megachiar.topology import Topology

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support import WORKERS, checkpoint_tensors, run_ranks, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, read_state
+from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, fingerprint_of, read_state
 from megachiar.config import load_config
 from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.training.continuation import Continuation, continue_run
 from megachiar.training.metrics import read_metrics
-from megachiar.training.rollback_record import read_rollback, rollback_path, write_rollback
+from megachiar.training.rollback_record import RollbackRecord, read_rollback, rollback_path, write_rollback
 from megachiar.training.run_data import open_at_step, open_data
+from megachiar.training.start import Start
 
 STEPS, SAVED, BATCH = 16, 8, 8
 BAD_STEPS = (11, 12)
@@ -280,6 +283,31 @@ def test_a_rollback_is_kept_when_the_config_changes_at_the_restart(runs):
     assert changed.orders == rolled_back.orders and len(changed.batches) == 2
     again = other.continue_from(saved, SAVED, changed.leave_out(range(80, 84))).history  # of the run with 4 samples
     assert again == changed.leave_out(range(80, 84))
+
+
+def test_samples_that_a_rollback_left_out_stay_out_of_other_data_or_are_told(runs):
+    """A run goes back to step 8 from step 10, is killed, and goes on with one more source or other samples."""
+    checkpoint = runs.checkpoint("rollback spike", SAVED)
+    bad = range((SAVED + 1) * BATCH, (SAVED + 2) * BATCH)
+    config = load_config(runs.path)
+    data = open_data(config)
+    record = RollbackRecord(checkpoint=fingerprint_of(checkpoint), rollbacks=1, data=data.history.leave_out(bad))
+    start = Start("resumed", checkpoint, SAVED, record)
+    write_tokens(runs.folder / "more", seed=5)
+    more = yaml.safe_dump([{"path": str(runs.folder / name)} for name in ("more", "train")], default_flow_style=True)
+
+    def go_on(*overrides: str) -> Continuation:
+        changed = load_config(runs.path, ["data.on_change=continue", *overrides])
+        return continue_run(changed, open_data(changed), start)
+
+    def told(run: Continuation) -> list[str]:
+        return [line for line in run.warnings if "that a rollback left out may be read again" in line]
+
+    blended = go_on(f"data.train={more}")
+    rows = {row.tobytes() for row in blended.data.training.batch(range(bad.start, 3 * bad.stop))}
+    assert rows.isdisjoint(row.tobytes() for row in data.training.batch(bad)) and told(blended) == []
+    (line,) = told(go_on("data.sequence_length=16"))
+    assert line.startswith(f"{BATCH} samples of {runs.folder / 'train'} ")
 
 
 def test_a_spike_leaves_an_incident_with_the_samples_that_are_left_out(runs):
