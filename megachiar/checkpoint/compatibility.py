@@ -7,7 +7,8 @@ from typing import Any
 
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
 from megachiar.config import ModelConfig, RunConfig, load_config
-from megachiar.data.sampling.history import Change, DataHistory
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import Change
 from megachiar.topology import LaunchError
 
 # These model keys may differ between a checkpoint and the run that loads it: they change no weight's meaning.

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
@@ -30,8 +32,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from megachiar import __version__
-from megachiar.checkpoint.sealing import SEAL, seal_fits, sealed_json
+from megachiar.checkpoint.sealing import SEAL, seal_fits, seal_json, sealed_json
 from megachiar.data.sampling.history import DataHistory
+from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError, disk_errors
 from megachiar.topology import LaunchError
@@ -51,6 +54,8 @@ class RecentSteps(BaseModel):
         losses: mean cross-entropy of each step, in nats a token, oldest first.
         gradient_norms: global L2 norm of the gradients of each step, oldest first.
         skipped_in_a_row: how many steps up to the checkpoint were left out, one after another.
+        skipped_since_record: how many steps were left out that no record of the metrics up to the checkpoint counts.
+        spikes_since_record: how many steps were spikes that no record of the metrics up to the checkpoint counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +63,8 @@ class RecentSteps(BaseModel):
     losses: tuple[float, ...] = ()
     gradient_norms: tuple[float, ...] = ()
     skipped_in_a_row: int = Field(default=0, ge=0)
+    skipped_since_record: int = Field(default=0, ge=0)
+    spikes_since_record: int = Field(default=0, ge=0)
 
 
 NO_STEPS = RecentSteps()
@@ -76,7 +83,8 @@ class CheckpointState(BaseModel):
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
         recent: what the run compares its next steps with; empty in checkpoints before this field.
         layout: layout of the run that wrote the files, as text for people.
-        validation: loss in nats a token on validation sets that was measured after this step, by name.
+        validation: loss in nats a token on validation sets that was measured after this step, by name. A stop puts an
+            evaluation off; its result is added when the run goes on.
         went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
             none.
         files: size in bytes of each file of the folder but ``state.json``, by name.
@@ -187,11 +195,41 @@ def read_state(checkpoint: Path) -> CheckpointState:
 def fingerprint_of(checkpoint: Path) -> str:
     """Return the hash of a checkpoint's record, which tells it from another one of the same step.
 
+    Losses on validation sets do not count, since ``add_validation`` may add some later.
+
     Raises:
         UserError: the record cannot be read.
     """
     with disk_errors(checkpoint, "read"):
-        return hashlib.sha256((checkpoint / STATE_FILE).read_bytes()).hexdigest()
+        text = read_regular(checkpoint / STATE_FILE)
+    try:
+        fields = from_json(text)
+        rest = {name: value for name, value in fields.items() if name not in ("validation", SEAL)}
+    except (ValueError, AttributeError):
+        raise damaged_checkpoint(checkpoint, f"{STATE_FILE} cannot be read") from None
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def add_validation(checkpoint: Path, losses: Mapping[str, float]) -> None:
+    """Add losses on validation sets that were measured after the checkpoint was written to its record.
+
+    Nothing else in the record changes. One of version 3 has no losses, and none are added.
+
+    Args:
+        checkpoint: with a record of which ``find_damage`` reports nothing.
+        losses: in nats a token, by name of the set.
+
+    Raises:
+        UserError: the record is damaged, or the disk refuses the new one; the old one stays.
+    """
+    if read_state(checkpoint).format_version < FORMAT_VERSION:
+        return
+    path = checkpoint / STATE_FILE
+    with disk_errors(path, "read"):
+        fields = from_json(read_regular(path))
+    del fields[SEAL]
+    fields["validation"] = {**fields.get("validation", {}), **losses}
+    write_atomically(path, seal_json(json.dumps(fields, indent=2)))
 
 
 def damaged_checkpoint(checkpoint: Path, problem: str) -> UserError:

@@ -14,7 +14,12 @@ _SEALED = re.compile(rb'(?P<body>.*),\n  "seal": "(?P<seal>[0-9a-f]{32})"\n}\n',
 
 def sealed_json(record: BaseModel) -> bytes:
     """Return a record as JSON whose last field is its seal."""
-    body = record.model_dump_json(indent=2).removesuffix("\n}").encode()
+    return seal_json(record.model_dump_json(indent=2))
+
+
+def seal_json(text: str) -> bytes:
+    """Return an object in JSON, indented by 2, with its seal as the last field."""
+    body = text.removesuffix("\n}").encode()
     return body + f',\n  "{SEAL}": "{checksum(body)}"\n}}\n'.encode()
 
 

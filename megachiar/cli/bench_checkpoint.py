@@ -98,7 +98,8 @@ def measure(engine: Engine, rounds: int) -> tuple[Times, int]:
     from megachiar.benchmark import measure_interleaved
     from megachiar.checkpoint.saver import CheckpointSaver
     from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
-    from megachiar.data.sampling.history import DataHistory, SourceRecord
+    from megachiar.data.sampling.history import DataHistory
+    from megachiar.data.sampling.history_records import SourceRecord
 
     nothing_read = [(SourceRecord(path="none", tokens=1, checksum=None), 1.0)]
     data = DataHistory.initial(nothing_read, engine.config.sequence_length, 1, seed=0, order="keyed")

@@ -66,14 +66,19 @@ class BadSteps:
         self._detector = SpikeDetector(config.reliability, recent)
         self._scales = config.precision.compute == "fp16" and config.precision.loss_scale == "dynamic"
         self._in_a_row = recent.skipped_in_a_row
-        self._counts = {"skipped": 0, "spikes": 0}
+        self._counts = _counts_of(recent)
         self.rollbacks = rollbacks
         self._rolled_back_to = rolled_back_to
 
     @property
     def recent(self) -> RecentSteps:
         """Return what the next steps will be judged by, for a checkpoint."""
-        return self._detector.recent.model_copy(update={"skipped_in_a_row": self._in_a_row})
+        counts = {
+            "skipped_in_a_row": self._in_a_row,
+            "skipped_since_record": self._counts["skipped"],
+            "spikes_since_record": self._counts["spikes"],
+        }
+        return self._detector.recent.model_copy(update=counts)
 
     def accepts(self, result: StepResult) -> bool:
         """Return whether a step with finite numbers is to be taken; the engine asks before it changes anything."""
@@ -107,7 +112,10 @@ class BadSteps:
         return self._follow_policy(step, BadStep(kind, reason, "left out" if result.skipped else "taken"), newest)
 
     def take_counts(self) -> dict[str, int]:
-        """Return the steps left out (``skipped``) and the ``spikes`` since the last call of this method."""
+        """Return the steps left out (``skipped``) and the ``spikes`` since the last call of this method.
+
+        A run that goes on from a checkpoint goes on counting: each step is counted in one record of its metrics.
+        """
         counts, self._counts = self._counts, {"skipped": 0, "spikes": 0}
         return counts
 
@@ -115,7 +123,7 @@ class BadSteps:
         """Go on from a checkpoint that has ``recent``."""
         self._detector = SpikeDetector(self._config.reliability, recent)
         self._in_a_row = recent.skipped_in_a_row
-        self.take_counts()
+        self._counts = _counts_of(recent)
 
     def _overflows(self, result: StepResult) -> bool:
         """Return whether only fp16's loss scale is too large: gradients are not finite under a loss that is."""
@@ -161,6 +169,11 @@ class BadSteps:
             f"{_restart(newest)} with a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
             "precision.compute: fp32; where the data is bad for a while only, raise reliability.max_skipped",
         )
+
+
+def _counts_of(recent: RecentSteps) -> dict[str, int]:
+    """Return the steps before a checkpoint that the next record of the metrics counts."""
+    return {"skipped": recent.skipped_since_record, "spikes": recent.spikes_since_record}
 
 
 def check_weights_are_finite(engine: Engine, step: int, newest: Path | None) -> None:

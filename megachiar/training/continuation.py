@@ -9,7 +9,7 @@ from megachiar.checkpoint.compatibility import changed_keys, check_data, read_co
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, RecentSteps
 from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
-from megachiar.data.sampling.history import Change
+from megachiar.data.sampling.history_records import Change
 from megachiar.topology import LaunchError
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
@@ -129,6 +129,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     rollbacks = start.rollback.rollbacks if start.rollback is not None else 0
     if rollbacks:
         warnings.append(f"left out again: the samples of {rollbacks} bad steps after which the run went back to here")
+    warnings += (start.history_after_rollback or state.data).describe_returning(data.history, state.step)
     what = "resumed from" if start.is_own else "weights, optimizer and position in the data from"
     return Continuation(
         start,

@@ -9,7 +9,8 @@ from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length, samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
-from megachiar.data.sampling.history import DataHistory, OrderRecord, SourceRecord
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
 from megachiar.data.storage.files import bin_path
 from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenizer
@@ -63,11 +64,7 @@ class RunData:
         """
         if self.history.order != "keyed":
             return self
-        continued = history.continue_from(self.history, step)
-        if after_rollback is not None:
-            is_unchanged = after_rollback.differs_only_by_left_out(continued)
-            continued = after_rollback if is_unchanged else after_rollback.continue_from(self.history, step)
-        return self.with_history(continued)
+        return self.with_history((after_rollback or history).continue_from(self.history, step))
 
     def leave_out(self, positions: range) -> RunData:
         """Return the data of a run that never reads the samples that are now at ``positions``; its order is keyed."""

@@ -12,7 +12,7 @@ import numpy as np
 from rich.markup import escape
 
 from megachiar.activity import Stage
-from megachiar.checkpoint.format import checkpoint_name
+from megachiar.checkpoint.format import add_validation, checkpoint_name
 from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
 from megachiar.data.sampling.loader import BatchLoader
@@ -83,7 +83,7 @@ class Trainer:
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
-        self.validation = Validation(engine, data.validation, writer, display, supervision)
+        self.validation = Validation(engine, data.validation, writer, display, supervision, self._add_to_checkpoint)
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._straggler_log = StragglerLog()
         self._kill_limit = KillLimit()
@@ -299,6 +299,17 @@ class Trainer:
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)
         self.saver.save(step, self.data.history, losses, self.bad_steps.recent, must_succeed=stop or last)
+
+    def _add_to_checkpoint(self, step: int, name: str, loss: float) -> None:
+        """Add the loss of an evaluation that a stop had put off to the checkpoint, which was saved before it."""
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None or step != self.saver.newest_step or not self.engine.topology.is_main:
+            return
+        try:
+            add_validation(checkpoint, {name: loss})
+        except UserError as error:
+            problem = f"checkpoint.keep_best does not know the loss of {checkpoint} on {name}: {error}"
+            self.display.line(f"[yellow]{escape(problem)}[/]")
 
     def _report_saved(self, path: Path, seconds: float) -> None:
         self.display.line(f"saved {path} in {seconds:.1f} s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megachiar.activity import Stage
 from megachiar.data.sampling.dataset import ValidationSet
@@ -25,6 +25,8 @@ class Validation:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         supervision: of this rank.
+        measured: is called with the step, the name of the set and the loss of each result that is finite, before the
+            metrics have it: what a kill in between cuts off is measured again.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Validation:
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
+        measured: Callable[[int, str, float], None] = lambda step, name, loss: None,
     ):
         self._engine = engine
         self._datasets = datasets
@@ -41,6 +44,7 @@ class Validation:
         self._display = display
         self._signals = supervision.signals
         self._activity = supervision.activity
+        self._measured = measured
         self._losses: dict[str, float] = {}
         self._measured_step: int | None = None
 
@@ -112,6 +116,7 @@ class Validation:
             self._losses, self._measured_step = {}, step
         if math.isfinite(result.loss):
             self._losses[name] = result.loss
+            self._measured(step, name, result.loss)
         if self._writer is not None:
             self._writer.write(step, f"evaluation/{name}", result.as_dict())
         word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""

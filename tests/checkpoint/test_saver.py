@@ -18,13 +18,22 @@ from safetensors import safe_open
 from support import WORKERS, damage_of, pretrain, run_ranks, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint import save
-from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, find_damage, read_state
+from megachiar.checkpoint.format import (
+    add_validation,
+    checkpoint_name,
+    complete_checkpoints,
+    find_damage,
+    fingerprint_of,
+    read_state,
+)
+from megachiar.checkpoint.removal import best_checkpoint
 from megachiar.checkpoint.save import SaveError, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config import load_config
-from megachiar.data.sampling.history import DataHistory, SourceRecord
-from megachiar.errors import EXIT_STOPPED
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
+from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.rank_plan import plan_ranks
 from megachiar.topology import Topology
 from megachiar.training.metrics import read_metrics
@@ -177,6 +186,25 @@ def test_multiples_and_the_best_are_kept_beside_the_newest(tmp_path):
     assert best not in (4, 8, 9), "another rule would keep it anyway"
     assert saved(tmp_path) == sorted({4, 8, 9, best})
     assert read_state(checkpoint(tmp_path, best)).validation == {"valid": measured[best]}
+
+
+def test_a_loss_that_is_measured_after_the_save_counts_and_the_checkpoint_stays_the_same_one(trained_run, tmp_path):
+    """A rollback and the other ranks know a checkpoint by its fingerprint."""
+    folder = shutil.copytree(trained_run / "run" / "checkpoints", tmp_path / "checkpoints")
+    checkpoints = complete_checkpoints(folder)
+    fingerprints = [fingerprint_of(path) for path in checkpoints]
+    assert len(set(fingerprints)) == len(checkpoints)
+    before = read_state(checkpoints[0])
+    assert best_checkpoint(checkpoints, "valid") == checkpoints[-1], "the only one after which the run evaluated"
+    add_validation(checkpoints[0], {"valid": 0.5, "other": 2.0})
+    add_validation(checkpoints[0], {"other": 1.25})
+    assert read_state(checkpoints[0]) == before.model_copy(update={"validation": {"valid": 0.5, "other": 1.25}})
+    assert damage_of(checkpoints[0]) is None and [fingerprint_of(path) for path in checkpoints] == fingerprints
+    assert best_checkpoint(checkpoints, "valid") == checkpoints[0]
+    record = checkpoints[0] / "state.json"
+    record.write_bytes(record.read_bytes().replace(b"1.25", b"1.75"))
+    with pytest.raises(UserError, match="its seal does not fit"):
+        add_validation(checkpoints[0], {"other": 1.0})
 
 
 def test_a_run_goes_back_to_a_named_step_once(tmp_path):

@@ -7,19 +7,23 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from support import WORKERS, run_ranks, small_config, write_config, write_tokens
+from support import WORKERS, checkpoint_tensors, run_ranks, small_config, write_config, write_tokens
 
-from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, read_state
+from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints, fingerprint_of, read_state
 from megachiar.config import load_config
-from megachiar.errors import UserError
+from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.training.continuation import Continuation, continue_run
 from megachiar.training.metrics import read_metrics
-from megachiar.training.rollback_record import read_rollback, rollback_path, write_rollback
+from megachiar.training.rollback_record import RollbackRecord, read_rollback, rollback_path, write_rollback
 from megachiar.training.run_data import open_at_step, open_data
+from megachiar.training.start import Start
 
 STEPS, SAVED, BATCH = 16, 8, 8
 BAD_STEPS = (11, 12)
@@ -32,7 +36,12 @@ NAN = SPIKE | {"value": "nan"}
 
 
 class Runs:
-    """Runs of two ranks over data with a poisoned range."""
+    """Runs of two ranks over data with a poisoned range.
+
+    Attributes:
+        results: exit code and error of each run by its name.
+        log: what rank 0 printed, in one line.
+    """
 
     def __init__(self, folder: Path, cases: dict[str, dict]):
         self.folder = folder
@@ -48,9 +57,10 @@ class Runs:
         self.path = write_config(folder / "config.yaml", config)
         poison(self.path, [BAD[3], BAD[-2]])
         for name, case in cases.items():
-            case["set"].append(f"logging.folder={self.run(name)}")
+            case["set"].append(f"logging.folder={self.run(case.get('run', name))}")
         arguments = [WORKERS / "bad_numbers_worker.py", self.path, json.dumps(list(cases.values()))]
         outputs = run_ranks(2, *arguments, timeout=600)
+        self.log = " ".join(outputs[0].split())
         lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out in outputs]
         assert lines[0] == lines[1], "the ranks differ"
         self.results = dict(zip(cases, lines[0], strict=True))
@@ -89,11 +99,32 @@ def pair(name: str, value: dict, *overrides: str) -> dict[str, dict]:
     }
 
 
+def rarely_logged() -> dict[str, dict]:
+    """Return runs whose metrics have one record, and whose first checkpoint comes after the first bad step.
+
+    One rolls back at the second bad step, one is told to stop in that step as well; a third one, which leaves out both
+    steps, is told to stop after them.
+    """
+    rare = ["parallel.zero_stage=0", "logging.every=100", f"checkpoint.every={BAD_STEPS[0]}"]
+
+    def case(policy: str, **more: Any) -> dict[str, Any]:
+        return {"set": [f"reliability.on_spike={policy}", *rare], "poison": SPIKE, **more}
+
+    return {
+        "back": case("rollback"),
+        "back stopped": case("rollback", stop={"step": BAD_STEPS[1], "rollbacks": 0}),
+        "back resumed": case("rollback", run="back stopped"),
+        "skip stopped": case("skip", stop={"step": BAD_STEPS[1] + 1, "rollbacks": 0}),
+        "skip resumed": case("skip", run="skip stopped"),
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     bf16, zero_3, zero_0 = "precision.compute=bf16", "parallel.zero_stage=3", "parallel.zero_stage=0"
     cases = pair("spike", SPIKE, bf16) | pair("nan", NAN, zero_3)
     cases["stopped"] = {"set": [BACK, zero_3, "training.steps=12"], "poison": NAN}
+    cases |= rarely_logged()
     cases["limit"] = {"set": [BACK, "reliability.max_rollbacks=1", zero_0], "poison": SPIKE}
     cases["skip"] = {"set": ["reliability.on_spike=skip", zero_0], "poison": SPIKE}
     cases["ignore"] = {"set": [zero_0], "poison": SPIKE}
@@ -166,6 +197,24 @@ def test_a_stopped_run_goes_on_without_the_samples(runs):
     assert_same_end(runs, "stopped", "without nan")
 
 
+def test_a_stop_in_a_bad_step_does_not_bring_its_samples_back(runs):
+    assert runs.results["back stopped"]["code"] == EXIT_STOPPED
+    assert f"back to {runs.checkpoint('back stopped', BAD_STEPS[0])}, without the samples of step 12" in runs.log
+    assert f"stopped by a signal (SIGTERM) after step {BAD_STEPS[0]}, saved" in runs.log
+    for name in ("back", "back stopped"):
+        assert read_state(runs.checkpoint(name)).data.orders[-1].left_out == ((BAD.stop - BATCH, BAD.stop),)
+        assert [record["from_step"] for record in read_metrics(runs.run(name), "rollback")] == [BAD_STEPS[1]]
+    one, other = (checkpoint_tensors(runs.checkpoint(name)) for name in ("back", "back stopped"))
+    assert one == other
+
+
+@pytest.mark.parametrize(("name", "count"), [("back", 1), ("back stopped", 1), ("skip stopped", 2)])
+def test_each_bad_step_is_counted_in_one_record_of_the_metrics(runs, name, count):
+    """It was left out before a checkpoint, and the record came after a rollback to that, a stop, or both."""
+    assert runs.results[name.replace("stopped", "resumed")] == {"code": 0, "error": ""}
+    assert [(record["skipped"], record["spikes"]) for record in runs.train(name)] == [(count, count)]
+
+
 @pytest.fixture(scope="module")
 def killed(runs):
     """Kill a run two steps after its first rollback; then end it, and end a copy of it that may go back only once."""
@@ -234,6 +283,31 @@ def test_a_rollback_is_kept_when_the_config_changes_at_the_restart(runs):
     assert changed.orders == rolled_back.orders and len(changed.batches) == 2
     again = other.continue_from(saved, SAVED, changed.leave_out(range(80, 84))).history  # of the run with 4 samples
     assert again == changed.leave_out(range(80, 84))
+
+
+def test_samples_that_a_rollback_left_out_stay_out_of_other_data_or_are_told(runs):
+    """A run goes back to step 8 from step 10, is killed, and goes on with one more source or other samples."""
+    checkpoint = runs.checkpoint("rollback spike", SAVED)
+    bad = range((SAVED + 1) * BATCH, (SAVED + 2) * BATCH)
+    config = load_config(runs.path)
+    data = open_data(config)
+    record = RollbackRecord(checkpoint=fingerprint_of(checkpoint), rollbacks=1, data=data.history.leave_out(bad))
+    start = Start("resumed", checkpoint, SAVED, record)
+    write_tokens(runs.folder / "more", seed=5)
+    more = yaml.safe_dump([{"path": str(runs.folder / name)} for name in ("more", "train")], default_flow_style=True)
+
+    def go_on(*overrides: str) -> Continuation:
+        changed = load_config(runs.path, ["data.on_change=continue", *overrides])
+        return continue_run(changed, open_data(changed), start)
+
+    def told(run: Continuation) -> list[str]:
+        return [line for line in run.warnings if "that a rollback left out may be read again" in line]
+
+    blended = go_on(f"data.train={more}")
+    rows = {row.tobytes() for row in blended.data.training.batch(range(bad.start, 3 * bad.stop))}
+    assert rows.isdisjoint(row.tobytes() for row in data.training.batch(bad)) and told(blended) == []
+    (line,) = told(go_on("data.sequence_length=16"))
+    assert line.startswith(f"{BATCH} samples of {runs.folder / 'train'} ")
 
 
 def test_a_spike_leaves_an_incident_with_the_samples_that_are_left_out(runs):

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import ForkedRank, pretrain, small_config, start_ranks, write_config, write_tokens
+from support import ForkedRank, damage_of, pretrain, small_config, start_ranks, write_config, write_tokens
 
-from megachiar.checkpoint.format import complete_checkpoints
+from megachiar.checkpoint.format import complete_checkpoints, read_state
 from megachiar.config import load_config
 from megachiar.config.duration import parse_duration
 from megachiar.errors import EXIT_STOPPED, UserError
@@ -87,6 +87,9 @@ def is_made_up_for(config: Path, run: Path) -> None:
         ("evaluation/other", 3, True),
         ("evaluation/valid", 3, True),
     ]
+    (saved,) = complete_checkpoints(run / "checkpoints")
+    assert damage_of(saved) is None
+    assert read_state(saved).validation == {r["kind"].removeprefix("evaluation/"): r["loss"] for r in made_up}
     pretrain(config, f"logging.folder={config.parent / 'undisturbed'}", ranks=2)
     undisturbed = read_metrics(config.parent / "undisturbed", "evaluation/other")
     assert made_up[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-6)

@@ -5,7 +5,7 @@
 JSON: [{"set": overrides of the config, "poison": a case or null, "leave_out": [first, end] or null}, ...]. A case names
 what is made bad, and where; with ``token`` it is made bad wherever a micro-batch holds this token. ``leave_out`` are
 positions of samples that the run never reads. With ``kill`` the ranks kill themselves before a step, once the run has
-gone back so often: {"step": 10, "rollbacks": 1}::
+gone back so often: {"step": 10, "rollbacks": 1}. With ``stop`` rank 0 gets a SIGTERM there::
 
     {"what": "gradient" | "loss" | "weight", "steps": [3], "ranks": [1], "value": "nan"}
     {"what": "weight", "name": "layers.1.norm.weight", "steps": [3], "ranks": [0], "value": "3e38"}    ZeRO 0 alone
@@ -24,7 +24,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megachiar import launch
@@ -56,7 +56,9 @@ def main() -> None:
     step_of_trainer = trainer.Trainer._step
     for case in json.loads(cases):
         step = poisoned(step_of_trainer, case["poison"]) if case["poison"] else step_of_trainer
-        trainer.Trainer._step = killed(step, **case["kill"]) if case.get("kill") else step
+        for name, end in (("kill", kill), ("stop", ask_to_stop)):
+            step = ended(step, end, **case[name]) if name in case else step
+        trainer.Trainer._step = step
         config = load_config(path, case["set"])
         topology = build_topology(config)
         device = torch.device("cpu") if dist.is_initialized() else start_process_group(config, topology)
@@ -95,15 +97,26 @@ def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:
     return step
 
 
-def killed(step_of_trainer: Any, step: int, rollbacks: int) -> Any:
-    """Return a ``Trainer._step`` that kills this rank before a step, once the run has gone back so often."""
+def ended(step_of_trainer: Any, end: Callable[[trainer.Trainer], None], step: int, rollbacks: int) -> Any:
+    """Return a ``Trainer._step`` that calls ``end`` before a step, once the run has gone back so often."""
 
-    def kill_or_step(self: trainer.Trainer, loader: Any) -> Any:
+    def end_or_step(self: trainer.Trainer, loader: Any) -> Any:
         if self.progress.step + 1 == step and self.bad_steps.rollbacks == rollbacks:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end(self)
         return step_of_trainer(self, loader)
 
-    return kill_or_step
+    return end_or_step
+
+
+def kill(_: trainer.Trainer) -> None:
+    """Kill this rank."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop(run: trainer.Trainer) -> None:
+    """Let rank 0 know of a signal."""
+    if run.engine.topology.is_main:
+        run.supervision.signals.received = "SIGTERM"
 
 
 @contextlib.contextmanager

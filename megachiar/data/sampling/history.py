@@ -11,7 +11,8 @@ new samples that begins no earlier. So an epoch ends after as many tokens as wit
 cuts the source elsewhere. In that one epoch some tokens may be read twice and as many not at all; each later epoch is
 whole. A source that is left out keeps its position for when it is used again; a new one begins at its first sample. A
 change of the batch size alone changes only which step reads a sample. Where a run has rolled back from
-bad samples, its order leaves them out, and the samples after them move up.
+bad samples, its order leaves them out, and the samples after them move up. A later order of the same source and
+sequence length leaves the same samples out, as far as they lie ahead.
 """
 
 from __future__ import annotations
@@ -22,105 +23,25 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from megachiar.data.sampling.order import Consumed, LeftOut, OrderedSource, RunOrder
+from megachiar.data.sampling.history_records import (
+    BatchRecord,
+    Change,
+    LeftOutRecord,
+    OrderRecord,
+    Record,
+    ShareRecord,
+    SourceRecord,
+)
+from megachiar.data.sampling.left_out import IntArray, LeftOut, as_ranges, numbers_in
+from megachiar.data.sampling.order import Consumed, OrderedSource, RunOrder, StreamOrder
 
-_TOO_MANY = 1 << 53  # samples, tokens or steps, so that their products with small numbers fit 64 bits
-_TOO_MANY_EPOCHS = 1 << 32
-
-
-class _Record(BaseModel):
-    """Refuse unknown keys and changes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceRecord(_Record):
-    """Identify a dataset.
-
-    Attributes:
-        path: where it was last read.
-        tokens: how many it has.
-        checksum: ``Manifest.content``; None without a manifest.
-        sampled: digests of a few blocks of its files, where there is no manifest; None in records of earlier versions.
-    """
-
-    path: str
-    tokens: int
-    checksum: str | None
-    sampled: str | None = None
-
-    def same_data(self, other: SourceRecord) -> bool:
-        """Return whether both have the same content, wherever it is stored."""
-        unknown = self.sampled is None or other.sampled is None
-        return (self.tokens, self.checksum) == (other.tokens, other.checksum) and (
-            unknown or self.sampled == other.sampled
-        )
+_SourceSamples = dict[tuple[int, int], IntArray]
+"""Numbers of samples, int64 (n,), by source and sequence length: with the same of both, all orders number alike."""
 
 
-class ShareRecord(_Record):
-    """Describe a source in an order.
-
-    Attributes:
-        source: its number in the history.
-        weight: its weight beside the other sources of the order.
-        epoch, tokens: how far it had been read when the order began, see ``Consumed``.
-    """
-
-    source: int = Field(ge=0, lt=_TOO_MANY)
-    weight: float = Field(gt=0, allow_inf_nan=False)
-    epoch: int = Field(default=0, ge=0, lt=_TOO_MANY_EPOCHS)
-    tokens: int = Field(default=0, ge=0, lt=_TOO_MANY)
-
-
-class OrderRecord(_Record):
-    """Describe the order of samples from ``first_sample`` of the run on.
-
-    Attributes:
-        first_sample: the position of the run that the order begins at.
-        sequence_length: the tokens of a sample.
-        shares: the sources.
-        left_out: first place and end of each range of the order that a rollback has left out, see ``LeftOut``.
-    """
-
-    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
-    sequence_length: int = Field(ge=1, lt=_TOO_MANY)
-    shares: tuple[ShareRecord, ...] = Field(min_length=1)
-    left_out: tuple[tuple[int, int], ...] = ()
-
-    @model_validator(mode="after")
-    def _check_left_out(self) -> OrderRecord:
-        places = [place for both in self.left_out for place in both]
-        if sorted(set(places)) != places or any(not 0 <= place < _TOO_MANY for place in places):
-            raise ValueError(f"left_out has ranges that are empty, overlap or are not in order: {self.left_out}")
-        return self
-
-
-class BatchRecord(_Record):
-    """Give the samples of each step after step ``first_step``; the steps up to it read ``first_sample`` samples."""
-
-    first_step: int = Field(default=0, ge=0, lt=_TOO_MANY)
-    first_sample: int = Field(default=0, ge=0, lt=_TOO_MANY)
-    global_batch_size: int = Field(ge=1, lt=_TOO_MANY)
-
-
-class Change(_Record):
-    """Name a key of the config whose value differs between a checkpoint and now.
-
-    Attributes:
-        key: the key.
-        before, now: its values, for a message.
-        defined: whether a run can be continued with the new value.
-    """
-
-    key: str
-    before: str
-    now: str
-    defined: bool
-
-
-class DataHistory(_Record):
+class DataHistory(Record):
     """Record everything that decides which samples a run has read and reads next.
 
     Attributes:
@@ -128,6 +49,8 @@ class DataHistory(_Record):
         order: the kind of order, ``RunConfig.sample_order``; only a keyed one can change during a run.
         sources: every source of the run so far, by number.
         orders, batches: the orders and batch sizes of the run so far, by their beginnings, never empty.
+        left_out: samples ahead that a rollback has left out and that belong to none of ``orders``: of a source that was
+            taken out before the run read a sample of it in that order.
     """
 
     seed: int
@@ -135,6 +58,7 @@ class DataHistory(_Record):
     sources: tuple[SourceRecord, ...]
     orders: tuple[OrderRecord, ...] = Field(min_length=1)
     batches: tuple[BatchRecord, ...] = Field(min_length=1)
+    left_out: tuple[LeftOutRecord, ...] = ()
 
     @model_validator(mode="after")
     def _check_order(self) -> DataHistory:
@@ -144,9 +68,10 @@ class DataHistory(_Record):
         ):
             if firsts[0] != 0 or sorted(set(firsts)) != firsts:
                 raise ValueError(f"{name} do not begin at 0 and one after another: they begin at {firsts}")
-        for share in (share for order in self.orders for share in order.shares):
-            if share.source >= len(self.sources):
-                raise ValueError(f"an order reads source {share.source} of {len(self.sources)}")
+        named = [share.source for order in self.orders for share in order.shares]
+        for number in (*named, *(record.source for record in self.left_out)):
+            if number >= len(self.sources):
+                raise ValueError(f"source {number} of {len(self.sources)} is named")
         for before, batch in pairwise(self.batches):
             samples = before.first_sample + (batch.first_step - before.first_step) * before.global_batch_size
             if batch.first_sample != samples:
@@ -222,15 +147,14 @@ class DataHistory(_Record):
         """
         order = self.orders[-1]
         assert positions.start >= order.first_sample, "a past order cannot change"
-        places = LeftOut(order.left_out).places(np.arange(positions.start, positions.stop))
-        ranges = _as_ranges(sorted({*places.tolist(), *(place for r in order.left_out for place in range(*r))}))
-        changed = order.model_copy(update={"left_out": ranges})
-        return self.model_copy(update={"orders": (*self.orders[:-1], changed)})
+        return self._leave_out_places(LeftOut(order.left_out).places(np.arange(positions.start, positions.stop)))
 
-    def differs_only_by_left_out(self, other: DataHistory) -> bool:
-        """Return whether both describe the same samples but for what their newest orders leave out."""
-        newest = self.orders[-1].model_copy(update={"left_out": other.orders[-1].left_out})
-        return self.model_copy(update={"orders": (*self.orders[:-1], newest)}) == other
+    def _leave_out_places(self, places: IntArray) -> DataHistory:
+        """Return the history whose newest order leaves out ``places`` too."""
+        order = self.orders[-1]
+        every = np.concatenate([numbers_in(order.left_out), places])
+        changed = order.model_copy(update={"left_out": as_ranges(every)})
+        return self.model_copy(update={"orders": (*self.orders[:-1], changed)})
 
     def consumed(self, source: int, position: int) -> Consumed:
         """Return how far the run's first ``position`` samples have read a source."""
@@ -267,7 +191,8 @@ class DataHistory(_Record):
     def continue_from(self, requested: DataHistory, step: int) -> DataHistory:
         """Return this run's history, continued from ``step`` on as ``requested``, an initial history, describes.
 
-        All of their ``changes`` must be defined. Where only the paths differ, the new paths are taken over.
+        All of their ``changes`` must be defined. Where only the paths differ, the new paths are taken over. Samples
+        that were left out stay left out, but for those that ``describe_returning`` tells.
         """
         position = self.samples_before(step)
         keys = {change.key for change in self.changes(requested, step)}
@@ -285,9 +210,78 @@ class DataHistory(_Record):
         if "training.global_batch_size" in keys:
             batch = requested.batches[0].model_copy(update={"first_step": step, "first_sample": position})
             batches = (*(b for b in batches if b.first_step < step), batch)
-        return self.model_copy(
+        continued = self.model_copy(
             update={"sources": tuple(sources[n] for n in sorted(sources)), "orders": orders, "batches": batches}
         )
+        ahead = self._left_out_ahead(step)
+        return continued._leave_out_samples(ahead)._keep(ahead, step)
+
+    def describe_returning(self, requested: DataHistory, step: int) -> list[str]:
+        """Return a line for the log for each source of which the run, continued, may read left out samples again.
+
+        Args:
+            requested: see ``continue_from``.
+            step: from which the run is continued.
+        """
+        ahead = self._left_out_ahead(step)
+        order = self.continue_from(requested, step).orders[-1] if ahead else self.orders[-1]
+        now = {share.source for share in order.shares}
+        unknown = any(number >= len(self.sources) for number in now)
+        lines = []
+        for source, length in sorted({*self._until(step)._newest_lengths(), *self._newest_lengths()} & ahead.keys()):
+            what = f"{len(ahead[source, length]):,} samples of {self.sources[source].path} that a rollback left out"
+            if source in now and length != order.sequence_length:
+                lines.append(f"{what} may be read again, since another data.sequence_length cuts samples elsewhere")
+            elif source not in now and unknown:
+                lines.append(f"{what} may be read again, if new data holds the same text")
+        return lines
+
+    def _newest_lengths(self) -> set[tuple[int, int]]:
+        """Return each source with the sequence length of its last order."""
+        unread = {record.source: record.sequence_length for record in self.left_out}
+        read = {share.source: order.sequence_length for order in self.orders for share in order.shares}
+        return {*(unread | read).items()}
+
+    def _left_out_ahead(self, step: int) -> _SourceSamples:
+        """Return the samples left out by any order that the run has not passed after ``step``."""
+        found: dict[tuple[int, int], list[IntArray]] = {}
+        position, read = self.samples_before(step), self._until(step)
+        ends = [order.first_sample for order in self.orders[1:]] + [position]
+        for order, end in zip(self.orders, ends, strict=True):
+            if order.left_out:
+                samples = self.run_order(order).left_out_samples(min(end, position))
+                for share, of_source in zip(order.shares, samples, strict=True):
+                    found.setdefault((share.source, order.sequence_length), []).append(of_source)
+        for record in self.left_out:
+            found.setdefault((record.source, record.sequence_length), []).append(numbers_in(record.samples))
+        ahead = {}
+        for (source, length), parts in found.items():
+            series = StreamOrder(self.sources[source].tokens, length, (self.seed, source))
+            first = series.first_after(read.consumed(source, position))
+            numbers = np.unique(np.concatenate(parts))
+            ahead[source, length] = numbers[numbers >= first]
+        return {key: numbers for key, numbers in ahead.items() if numbers.size}
+
+    def _leave_out_samples(self, samples: _SourceSamples) -> DataHistory:
+        """Return the history whose newest order leaves out ``samples`` of its sources too, where it has them."""
+        order = self.orders[-1]
+        keys = [(share.source, order.sequence_length) for share in order.shares]
+        if samples.keys().isdisjoint(keys):
+            return self
+        run_order = self.run_order(order)
+        places = [run_order.places(index, samples[key]) for index, key in enumerate(keys) if key in samples]
+        return self._leave_out_places(np.concatenate(places))
+
+    def _keep(self, samples: _SourceSamples, step: int) -> DataHistory:
+        """Return the history at ``step`` with those of ``samples`` in ``left_out`` that no order leaves out."""
+        known = self.model_copy(update={"left_out": ()})._left_out_ahead(step)
+        rest = {key: np.setdiff1d(numbers, known.get(key, ())) for key, numbers in samples.items()}
+        records = [
+            LeftOutRecord(source=source, sequence_length=length, samples=as_ranges(numbers))
+            for (source, length), numbers in sorted(rest.items())
+            if numbers.size
+        ]
+        return self.model_copy(update={"left_out": tuple(records)})
 
     def numbers_of(self, sources: Sequence[SourceRecord]) -> list[int]:
         """Return the number of each of ``sources`` in this history; new ones get the next numbers.
@@ -318,17 +312,6 @@ class DataHistory(_Record):
         sources = [(self.sources[share.source], share.weight) for share in order.shares]
         parts = [f"{s.path} ({s.tokens:,} tokens{_tail(s)}) weight {w:g}" for s, w in sources]
         return ", ".join(parts)
-
-
-def _as_ranges(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return ascending ``places`` as ranges, each with its first place and its end."""
-    ranges: list[tuple[int, int]] = []
-    for place in places:
-        if ranges and ranges[-1][1] == place:
-            ranges[-1] = (ranges[-1][0], place + 1)
-        else:
-            ranges.append((place, place + 1))
-    return tuple(ranges)
 
 
 def _tail(source: SourceRecord) -> str:

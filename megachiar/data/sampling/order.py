@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megachiar.data.permutation import permute, round_keys
+from megachiar.data.sampling.left_out import IntArray, LeftOut
 from megachiar.errors import UserError
 
-IntArray = NDArray[np.int64]
 BLOCK_SIZES = (100, 1_000, 10_000, 100_000)  # positions of a blend's block; the smallest that fits is taken
 QUOTA_TOLERANCE = 1e-3  # largest relative error of a source's share that a block size may cause
 
@@ -183,6 +183,16 @@ class Blend:
         begun = self._block(whole).sources[:rest]
         return whole * self.quotas + np.bincount(begun, minlength=self.quotas.size)
 
+    def positions(self, source: int, samples: IntArray) -> IntArray:
+        """Return the position of the run that draws each of a source's samples, int64 (n,); ``draws`` backwards."""
+        blocks, ranks = np.divmod(samples, self.quotas[source])
+        positions = np.empty_like(blocks)
+        for block in np.unique(blocks):
+            of_block = blocks == block
+            slots = np.flatnonzero(self._block(int(block)).sources == source)
+            positions[of_block] = self.first + block * self.block + slots[ranks[of_block]]
+        return positions
+
     def _block(self, number: int) -> Draws:
         """Return the draws of a block, from memory if it was the last one used."""
         known, drawn = self._last_block  # one read and one write of one name: threads may share a blend
@@ -218,31 +228,6 @@ class OrderedSource(NamedTuple):
     number: int
     consumed: Consumed = Consumed()
     where: object = "dataset"
-
-
-class LeftOut:
-    """Map the positions of a run to places in an order, some of which the run leaves out.
-
-        place      0 1 2 3 4 5 6 7 8 9       left out: 3 to 5
-        position   0 1 2 . . . 3 4 5 6
-
-    Args:
-        ranges: first place and end of each range that is left out, ascending and apart.
-    """
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]):
-        lengths = np.array([end - first for first, end in ranges], dtype=np.int64)
-        before = np.concatenate([[0], np.cumsum(lengths)])
-        self._starts = np.array([first for first, _ in ranges], dtype=np.int64) - before[:-1]  # positions
-        self._before = before
-
-    def places(self, positions: IntArray) -> IntArray:
-        """Return the place of each position, int64 (n,)."""
-        return positions + self._before[np.searchsorted(self._starts, positions, side="right")]
-
-    def place(self, position: int) -> int:
-        """Return the place of ``position``."""
-        return int(self.places(np.array([position]))[0])
 
 
 class RunOrder:
@@ -294,6 +279,18 @@ class RunOrder:
     def counts(self, position: int) -> IntArray:
         """Return the samples of each source before ``position`` in this order, those left out too, int64 (sources,)."""
         return self.blend.counts(self._left_out.place(position))
+
+    def left_out_samples(self, position: int) -> list[IntArray]:
+        """Return the samples of each source that are left out at places from ``position`` on.
+
+        They are given by their numbers among the source's samples of the run, int64 (n,).
+        """
+        draws = self.blend.draws(self._left_out.places_from(position))
+        return [draws.samples[draws.sources == index] + begin for index, begin in enumerate(self._begin)]
+
+    def places(self, source: int, samples: IntArray) -> IntArray:
+        """Return the place of each of a source's samples, int64 (n,), none of them before the order's first."""
+        return self.blend.positions(source, samples - self._begin[source])
 
     def consumed(self, position: int) -> list[Consumed]:
         """Return what the whole run read or left out of each source before ``position``, at least ``first``."""

@@ -15,7 +15,8 @@ import yaml
 from support import ROOT, forked_python, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.data.sampling.dataset import SampleStream, TokenSource
-from megachiar.data.sampling.history import DataHistory, SourceRecord
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.data.sampling.order import Consumed, StreamOrder
 from megachiar.data.storage.writer import IndexedDatasetBuilder
@@ -124,6 +125,78 @@ def test_another_order_goes_on_after_the_samples_that_were_left_out(tmp_path):
     assert len(of_first) > 4 and np.array_equal(of_first, series[14 : 14 + len(of_first)])
     uses = stream_of(alone.leave_out(range(5, 7)), sources).describe(12)
     assert [use.samples for use in uses] == [14], "what is left out is passed over"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_that_are_left_out_stay_so_when_sources_and_weights_change(tmp_path, case):
+    """Some changes come before a step was taken, and sources pause; each is read as if it never had the samples."""
+    rng = np.random.default_rng(300 + case)
+    sources, weights, length, seed = random_run(rng, tmp_path)
+    names = [str(source.prefix) for source in sources]
+    history, step, read, left_out = initial(sources, weights, length, 4, seed), 0, [], set()
+
+    def located(positions: range) -> list[tuple[str, int, int]]:
+        stream = stream_of(history, sources)
+        return [(str(stream.sources[at.source].prefix), at.epoch, at.token) for at in stream.locate(positions)]
+
+    for turn in range(12):
+        begin = history.samples_before(step)
+        if turn < 9:
+            bad = range(first := begin + int(rng.integers(0, 60)), first + int(rng.integers(1, 9)))
+            left_out |= {*located(bad)}
+            history = history.leave_out(bad)
+        steps = int(rng.integers(0, 2)) * int(rng.integers(1, 15))
+        step += steps
+        read += located(range(begin, begin + 4 * steps))
+        present = rng.permutation(len(sources))[: rng.integers(1, len(sources) + 1)].tolist()
+        wanted = initial([sources[i] for i in present], (rng.random(len(present)) + 0.05).tolist(), length, 4, seed)
+        assert history.describe_returning(wanted, step) == []
+        history = history.continue_from(wanted, step)
+        assert history.continue_from(wanted, step) == history
+    assert any(order.left_out for order in history.orders) and left_out.isdisjoint(read)
+    for name, source in zip(names, sources, strict=True):
+        mine = [(epoch, token) for path, epoch, token in read if path == name]
+        number = next((n for n, s in enumerate(history.sources) if s.path == name), None)
+        if number is not None:
+            series = StreamOrder(source.dataset.tokens.size, length, (seed, number))
+            every = np.arange(len(mine) + len(left_out))
+            pairs = zip(series.epochs(every).tolist(), series.starts(every).tolist(), strict=True)
+            assert mine == [pair for pair in pairs if (name, *pair) not in left_out][: len(mine)]
+
+
+def test_what_was_left_out_is_known_again_and_the_log_tells_where_it_is_not(tmp_path):
+    """Positions 20 to 26 of two sources, by turns and half of each, are left out while the run is at position 8."""
+    rng = np.random.default_rng(0)
+    one, two, new = (
+        write_numbered(tmp_path / name, number, 900 + number, rng) for number, name in enumerate(("one", "two", "new"))
+    )
+    both = initial([one, two], [1.0, 1.0], 5, 4, seed=3)
+    history = both.leave_out(range(20, 26))
+    count = sum(row[0] < SOURCE for row in stream_of(both, [one, two]).batch(range(20, 26)))
+    assert 0 < count < 6
+    told = {
+        str(one.prefix): f"{count} samples of {one.prefix}",
+        str(two.prefix): f"{6 - count} samples of {two.prefix}",
+    }
+
+    def told_by(sources: list[TokenSource], length: int, now: DataHistory = history) -> list[str]:
+        return now.describe_returning(initial(sources, [1.0] * len(sources), length, 4, seed=3), 2)
+
+    assert told_by([one, two], 5) == told_by([two], 5) == []
+    cut = [f"{told[str(s.prefix)]} that a rollback left out may be read again, since" for s in (one, two)]
+    assert [line[: len(start)] for line, start in zip(told_by([two, one], 7), cut, strict=True)] == cut
+    (line,) = told_by([two, new], 5)
+    assert (
+        line == f"{told[str(one.prefix)]} that a rollback left out may be read again, if new data holds the same text"
+    )
+    assert history.describe_returning(initial([one, two], [1.0, 1.0], 7, 4, seed=3), 8) == [], "they are passed"
+    longer = history.continue_from(initial([one, two], [1.0, 1.0], 7, 4, seed=3), 2)
+    assert longer.orders[-1].left_out == ()
+    assert len(told_by([one, two], 7, longer)) == 2, "nothing was read since: it is told at each start"
+    again = longer.continue_from(initial([one, two], [2.0, 3.0], 5, 4, seed=3), 3)
+    assert sum(end - first for first, end in again.orders[-1].left_out) == 6
+    bad = {*map(tuple, stream_of(both, [one, two]).batch(range(20, 26)).tolist())}
+    assert bad.isdisjoint(map(tuple, stream_of(again, [one, two]).batch(range(12, 60)).tolist()))
 
 
 @pytest.mark.parametrize("case", CASES)
