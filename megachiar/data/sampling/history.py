@@ -228,7 +228,7 @@ class DataHistory(Record):
         now = {share.source for share in order.shares}
         unknown = any(number >= len(self.sources) for number in now)
         lines = []
-        for source, length in sorted({*self._until(step)._newest_lengths(), *self._newest_lengths()} & ahead.keys()):
+        for source, length in sorted({*self.until(step)._newest_lengths(), *self._newest_lengths()} & ahead.keys()):
             what = f"{len(ahead[source, length]):,} samples of {self.sources[source].path} that a rollback left out"
             if source in now and length != order.sequence_length:
                 lines.append(f"{what} may be read again, since another data.sequence_length cuts samples elsewhere")
@@ -245,7 +245,7 @@ class DataHistory(Record):
     def _left_out_ahead(self, step: int) -> _SourceSamples:
         """Return the samples left out by any order that the run has not passed after ``step``."""
         found: dict[tuple[int, int], list[IntArray]] = {}
-        position, read = self.samples_before(step), self._until(step)
+        position, read = self.samples_before(step), self.until(step)
         ends = [order.first_sample for order in self.orders[1:]] + [position]
         for order, end in zip(self.orders, ends, strict=True):
             if order.left_out:
