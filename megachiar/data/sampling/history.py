@@ -214,7 +214,7 @@ class DataHistory(Record):
             update={"sources": tuple(sources[n] for n in sorted(sources)), "orders": orders, "batches": batches}
         )
         ahead = self._left_out_ahead(step)
-        return continued._leave_out_samples(ahead)._keep(ahead, step)
+        return continued._leave_out_samples(ahead)._keep(ahead, position)
 
     def describe_returning(self, requested: DataHistory, step: int) -> list[str]:
         """Return a line for the log for each source of which the run, continued, may read left out samples again.
@@ -229,7 +229,9 @@ class DataHistory(Record):
         unknown = any(number >= len(self.sources) for number in now)
         lines = []
         for source, length in sorted({*self.until(step)._newest_lengths(), *self._newest_lengths()} & ahead.keys()):
-            what = f"{len(ahead[source, length]):,} samples of {self.sources[source].path} that a rollback left out"
+            count = len(ahead[source, length])
+            samples = f"{count:,} sample{'' if count == 1 else 's'}"
+            what = f"{samples} of {self.sources[source].path} that a rollback left out"
             if source in now and length != order.sequence_length:
                 lines.append(f"{what} may be read again, since another data.sequence_length cuts samples elsewhere")
             elif source not in now and unknown:
@@ -243,9 +245,16 @@ class DataHistory(Record):
         return {*(unread | read).items()}
 
     def _left_out_ahead(self, step: int) -> _SourceSamples:
-        """Return the samples left out by any order that the run has not passed after ``step``."""
+        """Return the samples that are left out and that the run has not passed after ``step``."""
+        position, read, ahead = self.samples_before(step), self.until(step), {}
+        for (source, length), numbers in self._left_out_from(position).items():
+            series = StreamOrder(self.sources[source].tokens, length, (self.seed, source))
+            ahead[source, length] = numbers[numbers >= series.first_after(read.consumed(source, position))]
+        return {key: numbers for key, numbers in ahead.items() if numbers.size}
+
+    def _left_out_from(self, position: int) -> _SourceSamples:
+        """Return the samples that ``left_out`` names, or any order from ``position`` or its end on."""
         found: dict[tuple[int, int], list[IntArray]] = {}
-        position, read = self.samples_before(step), self.until(step)
         ends = [order.first_sample for order in self.orders[1:]] + [position]
         for order, end in zip(self.orders, ends, strict=True):
             if order.left_out:
@@ -254,13 +263,7 @@ class DataHistory(Record):
                     found.setdefault((share.source, order.sequence_length), []).append(of_source)
         for record in self.left_out:
             found.setdefault((record.source, record.sequence_length), []).append(numbers_in(record.samples))
-        ahead = {}
-        for (source, length), parts in found.items():
-            series = StreamOrder(self.sources[source].tokens, length, (self.seed, source))
-            first = series.first_after(read.consumed(source, position))
-            numbers = np.unique(np.concatenate(parts))
-            ahead[source, length] = numbers[numbers >= first]
-        return {key: numbers for key, numbers in ahead.items() if numbers.size}
+        return {key: np.unique(np.concatenate(parts)) for key, parts in found.items()}
 
     def _leave_out_samples(self, samples: _SourceSamples) -> DataHistory:
         """Return the history whose newest order leaves out ``samples`` of its sources too, where it has them."""
@@ -272,9 +275,9 @@ class DataHistory(Record):
         places = [run_order.places(index, samples[key]) for index, key in enumerate(keys) if key in samples]
         return self._leave_out_places(np.concatenate(places))
 
-    def _keep(self, samples: _SourceSamples, step: int) -> DataHistory:
-        """Return the history at ``step`` with those of ``samples`` in ``left_out`` that no order leaves out."""
-        known = self.model_copy(update={"left_out": ()})._left_out_ahead(step)
+    def _keep(self, samples: _SourceSamples, position: int) -> DataHistory:
+        """Return the history with those of ``samples`` in ``left_out`` that no order leaves out from there on."""
+        known = self.model_copy(update={"left_out": ()})._left_out_from(position)
         rest = {key: np.setdiff1d(numbers, known.get(key, ())) for key, numbers in samples.items()}
         records = [
             LeftOutRecord(source=source, sequence_length=length, samples=as_ranges(numbers))

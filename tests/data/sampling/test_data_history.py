@@ -145,7 +145,7 @@ def test_samples_that_are_left_out_stay_so_when_sources_and_weights_change(tmp_p
             bad = range(first := begin + int(rng.integers(0, 60)), first + int(rng.integers(1, 9)))
             left_out |= {*located(bad)}
             history = history.leave_out(bad)
-        steps = int(rng.integers(0, 2)) * int(rng.integers(1, 15))
+        steps = int(rng.integers(turn == 0, 2)) * int(rng.integers(1, 15))  # no run goes back to its beginning
         step += steps
         read += located(range(begin, begin + 4 * steps))
         present = rng.permutation(len(sources))[: rng.integers(1, len(sources) + 1)].tolist()
@@ -153,7 +153,7 @@ def test_samples_that_are_left_out_stay_so_when_sources_and_weights_change(tmp_p
         assert history.describe_returning(wanted, step) == []
         history = history.continue_from(wanted, step)
         assert history.continue_from(wanted, step) == history
-    assert any(order.left_out for order in history.orders) and left_out.isdisjoint(read)
+    assert left_out.isdisjoint(read)
     for name, source in zip(names, sources, strict=True):
         mine = [(epoch, token) for path, epoch, token in read if path == name]
         number = next((n for n, s in enumerate(history.sources) if s.path == name), None)
