@@ -34,6 +34,7 @@ from pydantic_core import from_json
 from megachiar import __version__
 from megachiar.checkpoint.sealing import SEAL, seal_fits, seal_json, sealed_json
 from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError, disk_errors
@@ -85,6 +86,7 @@ class CheckpointState(BaseModel):
         layout: layout of the run that wrote the files, as text for people.
         validation: loss in nats a token on validation sets that was measured after this step, by name. A stop puts an
             evaluation off; its result is added when the run goes on.
+        validation_data: what these sets held, by name; empty in checkpoints before this field.
         went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
             none.
         files: size in bytes of each file of the folder but ``state.json``, by name.
@@ -103,6 +105,7 @@ class CheckpointState(BaseModel):
     recent: RecentSteps = NO_STEPS
     layout: str
     validation: dict[str, float] = {}
+    validation_data: dict[str, SourceRecord] = {}
     went_back_to: int | None = None
     files: dict[str, int]
     checksums: dict[str, str] | None = None
@@ -115,7 +118,7 @@ class CheckpointState(BaseModel):
                 raise ValueError(f"files lists {name!r}, which is no file of the folder beside {STATE_FILE}")
         if CONFIG_FILE not in self.files or not self.tensor_files:
             raise ValueError(f"files lists no {CONFIG_FILE} or no weights")
-        newer = self.model_fields_set & {"checksums", "validation", "went_back_to", "recent"}
+        newer = self.model_fields_set & {"checksums", "validation", "validation_data", "went_back_to", "recent"}
         if self.format_version == 3 and newer:
             raise ValueError(f"format_version 3 has no {', '.join(sorted(newer))}")
         if self.format_version > 3 and set(self.checksums or {}) != set(self.files):

@@ -97,13 +97,19 @@ def surplus_checkpoints(
 def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> Path | None:
     """Return the checkpoint with the lowest recorded loss on a validation set, the newest of equals.
 
-    None if no checkpoint has a loss on it, or no set is named.
+    Losses on other data than the newest checkpoint has under that name do not count. None if no checkpoint has a loss
+    on it, or no set is named.
     """
-    if validation_set is None:
+    if validation_set is None or not checkpoints:
         return None
-    losses = {path: read_state(path).validation.get(validation_set) for path in checkpoints}
-    known = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(reversed(known), key=known.__getitem__, default=None)
+    states = {path: read_state(path) for path in checkpoints}
+    now = states[checkpoints[-1]].validation_data.get(validation_set)
+    losses: dict[Path, float] = {}
+    for path, state in states.items():
+        loss, then = state.validation.get(validation_set), state.validation_data.get(validation_set)
+        if loss is not None and (now is None or then is None or now.same_data(then)):
+            losses[path] = loss
+    return min(reversed(losses), key=losses.__getitem__, default=None)
 
 
 def to_prune(

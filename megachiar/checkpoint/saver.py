@@ -27,6 +27,7 @@ from megachiar.checkpoint.save import SaveError, remove_surplus, write_checkpoin
 from megachiar.checkpoint.sharded_tensors import HostMemory
 from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
 from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.engine.engine import Engine
 
 
@@ -45,6 +46,7 @@ class CheckpointSaver:
         report: is called with each new checkpoint and the seconds that saving it took.
         spared: returns the name of an old checkpoint that is not to be removed; None for none. Rank 0 calls it in the
             thread of a save.
+        validation_data: what the validation sets of the run hold, by name.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class CheckpointSaver:
         log: Callable[[str], None],
         report: Callable[[Path, float], None],
         spared: Callable[[], str | None] = lambda: None,
+        validation_data: Mapping[str, SourceRecord] | None = None,
     ):
         self.failures = 0
         self.newest_step = newest_step
         self.memory = HostMemory() if engine.config.checkpoint.asynchronous else None
         self._report, self._spared = report, spared
+        self._validation_data = validation_data
         self._engine, self._log = engine, log
         self._config = engine.config.checkpoint
         timeout = timedelta(seconds=engine.config.training.communication_timeout_s)
@@ -89,7 +93,7 @@ class CheckpointSaver:
         """
         self.wait()
         began = time.perf_counter()
-        snapshot = take_snapshot(self._engine, step, data, validation, recent, self.memory)
+        snapshot = take_snapshot(self._engine, step, data, validation, recent, self.memory, self._validation_data)
         self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began, self._spared)
         if must_succeed or not self._config.asynchronous:
             self._save.run()

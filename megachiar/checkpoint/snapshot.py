@@ -12,6 +12,7 @@ from megachiar.checkpoint.format import NO_STEPS, CheckpointState, RecentSteps
 from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.config import RunConfig
 from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.engine.deepspeed_patches import loss_scale_state
 from megachiar.engine.engine import Engine
 from megachiar.engine.gathered_state import gather_state
@@ -55,6 +56,7 @@ def take_snapshot(
     validation: Mapping[str, float],
     recent: RecentSteps = NO_STEPS,
     memory: HostMemory | None = None,
+    validation_data: Mapping[str, SourceRecord] | None = None,
 ) -> Snapshot:
     """Gather weights and optimizer state, and copy this rank's share; every rank calls this function.
 
@@ -65,6 +67,7 @@ def take_snapshot(
         validation: loss in nats a token on validation sets after this step, by name.
         recent: what the run compares its next steps with.
         memory: takes the copies, and must not be in use by another snapshot; None for new memory.
+        validation_data: what the validation sets of the run hold, by name.
     """
     config, shards = engine.config, ShardWriter(engine.topology, memory)
     mine = False
@@ -83,6 +86,7 @@ def take_snapshot(
         "recent": recent,
         "layout": engine.topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
         "validation": dict(validation),
+        "validation_data": dict(validation_data or {}),
         "went_back_to": resume if isinstance(resume, int) else None,
     }
     return Snapshot(step, config, fields, shards)

@@ -126,6 +126,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
+    warnings += describe_other_validation(state, data)
     rollbacks = start.rollback.rollbacks if start.rollback is not None else 0
     if rollbacks:
         warnings.append(f"left out again: the samples of {rollbacks} bad steps after which the run went back to here")
@@ -168,6 +169,16 @@ def describe_changes(before: RunConfig, now: RunConfig, of_data: list[Change], s
             f"learning rate of step {step + 1:,}: {rates[1]:.3e}, by the config of the checkpoint {rates[0]:.3e}"
         )
     return lines
+
+
+def describe_other_validation(state: CheckpointState, data: RunData) -> list[str]:
+    """Return a line for the log for each validation set that holds other data than up to the checkpoint."""
+    now = data.validation_records()
+    return [
+        f"data.validation.{name} holds other data than up to here: losses on it from here on are no sequel"
+        for name, then in state.validation_data.items()
+        if name in now and not now[name].same_data(then)
+    ]
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:

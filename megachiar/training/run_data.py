@@ -45,6 +45,10 @@ class RunData:
         """Every dataset that the run reads from here on, for training or validation."""
         return [*self.training.sources, *(dataset.source for dataset in self.validation.values())]
 
+    def validation_records(self) -> dict[str, SourceRecord]:
+        """Return what each validation set holds, by name."""
+        return {name: record_of(dataset.source) for name, dataset in self.validation.items()}
+
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
         """The record of the tokenizer that made the data, even if its files are gone; None where nothing records it."""

@@ -78,6 +78,7 @@ class Trainer:
             display.line,
             self._report_saved,
             spared=lambda: checkpoint_to_spare(self.config.logging.folder),
+            validation_data=data.validation_records(),
         )
         self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -33,6 +34,7 @@ from megachiar.checkpoint.snapshot import Snapshot
 from megachiar.config import load_config
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import SourceRecord
+from megachiar.data.storage.files import bin_path
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.planning.rank_plan import plan_ranks
 from megachiar.topology import Topology
@@ -205,6 +207,19 @@ def test_a_loss_that_is_measured_after_the_save_counts_and_the_checkpoint_stays_
     record.write_bytes(record.read_bytes().replace(b"1.25", b"1.75"))
     with pytest.raises(UserError, match="its seal does not fit"):
         add_validation(checkpoints[0], {"other": 1.0})
+
+
+def test_losses_on_other_validation_data_are_not_compared(tmp_path):
+    """The new data are harder: by its loss alone the checkpoint that was best on the old ones would stay for ever."""
+    config = make_run(tmp_path, every=1, keep=1, keep_best="valid")
+    sets = ["training.evaluate_every=1", "schedule.decay_steps=6"]
+    pretrain(config, *sets, "training.steps=3")
+    tokens = np.fromfile(bin_path(tmp_path / "valid"), np.uint16)
+    np.random.default_rng(0).permutation(tokens).tofile(bin_path(tmp_path / "valid"))
+    (output,) = pretrain(config, *sets)
+    assert "data.validation.valid holds other data than up to here" in " ".join(output.split())
+    measured = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run", "evaluation/valid")}
+    assert min(measured, key=measured.__getitem__) <= 3 < min(saved(tmp_path))
 
 
 def test_a_run_goes_back_to_a_named_step_once(tmp_path):
