@@ -43,14 +43,22 @@ def test_a_run_whose_log_has_lost_its_reader_saves_and_stops(config, number):
     """Ctrl-C in `megachiar pretrain ... 2>&1 | tee log` ends tee too."""
     reader, writer = os.pipe()
     with subprocess.Popen(
-        [*COMMAND, "--config", config], stdout=writer, stderr=writer, cwd=ROOT, env=process_environment()
+        [*COMMAND, "--config", config],
+        stdout=writer,
+        stderr=writer,
+        cwd=ROOT,
+        env=process_environment(),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # in the background, or under nohup, it is ignored
     ) as process:
-        os.close(writer)
-        wait_for_steps(process, config.parent)
-        os.close(reader)
-        wait_for_steps(process, config.parent)
-        process.send_signal(number)
-        assert process.wait(60) == EXIT_STOPPED
+        try:
+            os.close(writer)
+            wait_for_steps(process, config.parent)
+            os.close(reader)
+            wait_for_steps(process, config.parent)
+            process.send_signal(number)
+            assert process.wait(60) == EXIT_STOPPED
+        finally:
+            process.kill()
     assert len(complete_checkpoints(config.parent / "run" / "checkpoints")) == 1
 
 
