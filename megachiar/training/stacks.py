@@ -18,6 +18,7 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TextIO
 
@@ -101,6 +102,15 @@ class StackWriter:
             self._file.write(f"\n== {now}, rank {self._rank} (process {os.getpid()}) {doing} [{reason}]\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
+            self._file.write("== end\n")
+            self._file.flush()
+
+    def write_failure(self, error: BaseException) -> None:
+        """Write where the main thread waited in vain: it has left that place when all stacks are written."""
+        self.open()
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(f"\n== rank {self._rank} (process {os.getpid()}) waited in vain\n")
+            traceback.print_exception(error, file=self._file)
             self._file.write("== end\n")
             self._file.flush()
 

@@ -320,6 +320,7 @@ class PeerWatch:
     def _await_verdict(self, error: BaseException) -> NoReturn:
         """Wait for the watch to find out who is lost, after a collective failed; it ends this process."""
         self._failed = FailedCollective.of(error)
+        self._stacks.write_failure(error)
         time.sleep(20 * self._interval + 4 * _GRACE_S)
         self._stop([self._closed_connection()])
 
