@@ -44,7 +44,7 @@ def print_once(message: str, start: str, since: float | None, show: Callable[[],
 
 def seconds_since_boot() -> float:
     """Return the time by the clock that the system counts the starts of processes by."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))  # macOS has the second one alone
 
 
 def notes_path() -> Path:
