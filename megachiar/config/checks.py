@@ -114,6 +114,19 @@ def router(model: ModelConfig) -> Iterator[Problem]:
             f"is {r.collapse_weight}: a random router has nothing to regularise",
             "set it to 0",
         )
+    if r.kind == "hard" and r.hard_gradient == "published" and model.attention.keys == "routed":
+        yield Problem(
+            "model.router.hard_gradient",
+            "is published: it needs the attention of tokens that give no keys with attention.keys: routed",
+            "set it to dct_only, or attention.keys to all",
+        )
+    if r.hard_gradient == "dct_only" and (r.kind != "hard" or three):
+        yield Problem(
+            "model.router.hard_gradient",
+            f"is dct_only: it is for kind hard with the operators dct and attention, and this is {r.kind} with "
+            f"{list(r.operators)}",
+            "remove it",
+        )
     if r.kind == "soft" and model.attention.keys == "routed":
         yield Problem(
             "model.attention.keys",

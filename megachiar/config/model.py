@@ -46,6 +46,10 @@ class RouterConfig(Section):
     """random with three operators: share of tokens sent to RBF mixing."""
     seed: int = 0
     """random: seed of the hash."""
+    hard_gradient: Literal["published", "dct_only"] = "published"
+    """hard: the operators whose results the gradient of the gates knows. published: all of them for every token, which
+    costs attention for the tokens that take DCT mixing. dct_only: the operator that a token takes, and DCT mixing.
+    Gates then learn from the tokens alone that take attention."""
     collapse_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """Factor lambda of the collapse regulariser -lambda * U added to the loss; U, in nats, is the entropy of the mean
     operator use."""

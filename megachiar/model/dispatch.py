@@ -45,6 +45,18 @@ class DispatchPlan:
     local_counts: list[int]
 
 
+def join_tokens(parts: list[OperatorTokens]) -> OperatorTokens:
+    """Return the tokens of several operators together."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.counts_per_rank for part in parts if part.counts_per_rank is not None]
+    return OperatorTokens(
+        indices=torch.cat([part.indices for part in parts]).sort().values,
+        counts_per_rank=[sum(of_rank) for of_rank in zip(*counts, strict=True)] if counts else None,
+        local_indices=torch.cat([part.local_indices for part in parts]).sort().values,
+    )
+
+
 def synchronize_routes(operator: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     """Return the routes (N,) of all rows, the same on every rank, from this rank's routes (m,) int64.
 

@@ -21,7 +21,7 @@ from megachiar.kernels.permute import permute, unpermute
 from megachiar.model.attention import SelfAttention
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.dct_mixing import DctMixing
-from megachiar.model.dispatch import OperatorTokens, plan_dispatch, synchronize_routes
+from megachiar.model.dispatch import DispatchPlan, OperatorTokens, join_tokens, plan_dispatch, synchronize_routes
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.meta_router import MetaRouter
@@ -177,15 +177,53 @@ class RoutedLayer(nn.Module):
             for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
         y = unpermute(results, plan.permutation)
-        if decision.gates is not None:  # hard: value 1, gradient that of the taken operator's gate
-            gate = decision.gates.gather(-1, operator[layout.local_slice, None]).to(y.dtype)
-            y = y * (1 + gate - gate.detach())
+        if decision.gates is not None and decision.gates.requires_grad:
+            y = self._with_gradient_of_gates(y, x, operator[layout.local_slice], plan, decision, layout)
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
         shares = (size / len(x) for size in reversed(plan.local_counts))
         operator_fractions = torch.stack(
             [torch.full((), share, dtype=torch.float32, device=x.device) for share in shares]
         )
         return self.feed_forward(y, layout.dropout_keys), operator_fractions
+
+    def _with_gradient_of_gates(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        operator: torch.Tensor,
+        plan: DispatchPlan,
+        decision: RoutingDecision,
+        layout: BatchLayout,
+    ) -> torch.Tensor:
+        """Give the results of a hard router the straight-through gradient of its gates.
+
+        Their values stay. The gradient is that of the sum of ``gate * result`` over the operators, in which a result
+        that was not taken is a constant. Those results are computed here, for training alone.
+
+        Args:
+            y: results (m, d) of the operators that this rank's rows took.
+            x: the rows (m, d).
+            operator: (m,) int64, the operator that each row took.
+            plan: the tokens of each operator.
+            decision: has the gates (m, O).
+            layout: the layout of the micro-batch.
+        """
+        assert decision.gates is not None, "a hard router has gates"
+        change = (decision.gates - decision.gates.detach()).to(y.dtype)  # zeros
+        not_taken = range(len(self.names))
+        if self.router.hard_gradient == "dct_only":  # DCT's own rows are compared with nothing, and teach nothing
+            not_taken = range(1)
+            change = change * (operator > 0)[:, None]
+        y = y * (1 + change.gather(-1, operator[:, None]))
+        for index in not_taken:
+            others = [tokens for o, tokens in enumerate(reversed(plan.operators)) if o != index]
+            tokens = join_tokens(others)
+            with torch.no_grad():
+                rows = x.index_select(0, tokens.local_indices)
+                result = self._operate(self.names[index], x, rows, tokens, decision.spectrum, layout, None)
+            gate = change[:, index].index_select(0, tokens.local_indices)
+            y = y.index_add(0, tokens.local_indices, gate[:, None] * result)
+        return y
 
     def _blend(
         self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, cache: DecodingCache | None

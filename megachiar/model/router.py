@@ -49,6 +49,7 @@ class Router(nn.Module):
         router = config.router
         self.group = group
         self.kind = router.kind
+        self.hard_gradient = router.hard_gradient
         self.operators = router.operators
         self.layer = layer
         self.seed = router.seed

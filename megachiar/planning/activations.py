@@ -66,6 +66,9 @@ def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActiv
         rows += 5 * d  # the entropy, where it has a gradient
     if kind in ("soft", "hard"):
         rows += d  # input of the gate
+    if kind == "hard":  # results of the operators, taken and not taken, for the gradient of the gates
+        results = attention_share if config.router.hard_gradient == "dct_only" else len(config.router.operators) - 1
+        rows += (1 + results) * d
     if "rbf" in config.router.operators:
         rows += 3 * features + mixed * 4 * features
     if config.attention.keys == "routed":

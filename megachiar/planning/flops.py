@@ -12,6 +12,8 @@ takes, whatever algorithm computes it.
     router          a transform of every row, and one more where     one, where H has a gradient
                     H has a gradient
     RBF features    one                                              one: their frequencies are not trained
+    gates of a      in training, the operators that a token did      nothing more
+    hard router     not take, see router.hard_gradient
 
 These are model FLOPs, the usual measure to compare runs. The scores, which a kernel computes again in the backward
 pass, are not counted again. The forward pass of recomputed layers is counted on request.
@@ -72,6 +74,7 @@ def forward_flops_per_token(
     *,
     count_masked: bool = False,
     backward: bool = False,
+    training: bool = False,
 ) -> TokenFlops:
     """Return the FLOPs of one token's forward pass, averaged over a sequence.
 
@@ -83,6 +86,7 @@ def forward_flops_per_token(
         rbf_share: share of all layers' tokens that take RBF mixing.
         count_masked: whether keys are counted that a query does not see.
         backward: whether to count the backward pass instead.
+        training: whether the forward pass is that of a training step.
     """
     routed = len(config.routed_layers)
     layers = [
@@ -94,6 +98,7 @@ def forward_flops_per_token(
             rbf_share=rbf_share * config.num_layers / routed if routed else 0.0,
             count_masked=count_masked,
             backward=backward,
+            training=training,
         )
         for index in range(config.num_layers)
     ]
@@ -110,6 +115,7 @@ def layer_flops_per_token(
     *,
     count_masked: bool = False,
     backward: bool = False,
+    training: bool = False,
 ) -> TokenFlops:
     """Return the FLOPs of one token's pass through layer ``index`` (from 0).
 
@@ -135,8 +141,15 @@ def layer_flops_per_token(
         transforms = is_routed + entropy_has_gradient + (1 + needs_transform) * shares["dct"]
 
     features = config.rbf.features
-    rbf = passes * shares["rbf"] * (8 * features * _seen_keys(sequence_length, count_masked) + 4 * features * d)
-    rbf += has_rbf * 2 * d * features
+    rbf_mixing = 8 * features * _seen_keys(sequence_length, count_masked) + 4 * features * d
+    rbf = passes * shares["rbf"] * rbf_mixing + has_rbf * 2 * d * features
+
+    if training and router.kind == "hard" and is_routed and not backward:
+        transforms += (1 + needs_transform) * (1 - shares["dct"])
+        if router.hard_gradient == "published":
+            products += (1 - shares["attention"]) * 4 * d * seen
+            projections += (1 - shares["attention"] + key_share) * 4 * d * d
+            rbf += has_rbf * ((1 - shares["rbf"]) * rbf_mixing + 2 * d * features)
 
     gates = has_gate * 2 * (d + 1) * len(router.operators)
     gates += is_dct_layer * (config.meta_router.pool == "causal") * 2 * d
@@ -193,8 +206,14 @@ def training_flops_per_token(
     """
     forward, backward = (
         forward_flops_per_token(
-            config, sequence_length, attention_share, rbf_share, count_masked=count_masked, backward=b
+            config,
+            sequence_length,
+            attention_share,
+            rbf_share,
+            count_masked=count_masked,
+            backward=backward,
+            training=True,
         )
-        for b in (False, True)
+        for backward in (False, True)
     )
     return forward.total + backward.total + recomputed * (forward.total - forward.head)

@@ -200,6 +200,12 @@ CROSS_CHECKS = [
         "nothing to regularise",
     ),
     (
+        ["model.router.tau=null", "model.router.kind=hard", "model.attention.keys=routed"],
+        "model.router.hard_gradient",
+        "the attention of tokens that give no keys",
+    ),
+    (["model.router.hard_gradient=dct_only"], "model.router.hard_gradient", "and this is threshold with"),
+    (
         ["model.router.tau=null", "model.router.kind=soft", "model.attention.keys=routed"],
         "model.attention.keys",
         "routed with a soft router",

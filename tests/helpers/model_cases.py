@@ -24,6 +24,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "soft": {"kind": "soft"},
     "soft three": {"kind": "soft", "operators": THREE, "collapse_weight": 0.3},
     "hard": {"kind": "hard"},
+    "hard dct only": {"kind": "hard", "hard_gradient": "dct_only"},
     "hard three": {"kind": "hard", "operators": THREE, "collapse_weight": 0.3},
     "random": {"kind": "random", "attention_share": 0.4, "seed": 5},
     "random all dct": {"kind": "random", "attention_share": 0.0},
@@ -35,7 +36,7 @@ VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}
 KEYS_OF_ROUTED = {"attention": {"keys": "routed"}}
 VARIANTS |= {
     f"{name}, keys of routed": {"router": ROUTERS[name]} | KEYS_OF_ROUTED
-    for name in ("threshold", "threshold all dct", "threshold all attention", "hard three", "random")
+    for name in ("threshold", "threshold all dct", "threshold all attention", "hard dct only", "random")
 }
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.fft
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megachiar.config.model import ModelConfig
@@ -80,13 +81,12 @@ class Oracle:
         if self.config.attention.keys == "routed":
             functions["attention"] = lambda x, name: self.attention(x, name, attends)
         every = torch.stack([functions[o](x, f"{name}.{o}") for o in router.operators], -1)  # (B, T, d, O)
-        if router.kind == "soft":
-            y = (every * gates[:, :, None]).sum(-1)
-        else:
-            y = every.gather(-1, operator[..., None, None].expand(*x.shape, 1)).squeeze(-1)
-        if router.kind == "hard":
-            gate_of_operator = gates.gather(-1, operator[..., None])
-            y = y * (1 + gate_of_operator - gate_of_operator.detach())
+        weights = F.one_hot(operator, every.shape[-1]).to(x) if router.kind != "soft" else gates
+        if router.kind == "hard":  # as the published code writes it
+            straight_through = (weights - gates).detach() + gates
+            knows_all = router.hard_gradient == "published" or operator[..., None] > 0
+            weights = torch.where(torch.as_tensor(knows_all), straight_through, weights)
+        y = (every * weights[:, :, None]).sum(-1)
         result.operators.append(operator)
         result.entropies.append(entropy.detach())
         if router.collapse_weight:

@@ -20,6 +20,7 @@ EXPECTED_USE = {  # which operators take tokens
     "threshold three without rbf": {0, 2},
     "threshold three all rbf": {1},
     "hard": {0, 1},
+    "hard dct only": {0, 1},
     "hard three": {0, 1, 2},
     "random": {0, 1},
     "random all dct": {0},

@@ -113,6 +113,10 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dct.entropy_dc_weight": ({}, {"dct": {"entropy_dc_weight": 2.0}}),
     "dct.entropy_epsilon": ({}, {"dct": {"entropy_epsilon": 1e-3}}),
     "router.kind": ({"router": {"kind": "soft"}}, {"router": {"kind": "hard"}}),
+    "router.hard_gradient": (
+        {"router": {"kind": "hard"}},
+        {"router": {"kind": "hard", "hard_gradient": "dct_only"}},
+    ),
     "router.operators": ({"router": {"kind": "hard"}}, {"router": HARD_THREE}),
     "router.tau": ({}, {"router": {"tau": 0.8}}),
     "router.tau_low": ({"router": BOUNDS}, {"router": BOUNDS | {"tau_low": 0.75}}),
@@ -140,16 +144,18 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def behaviour(config: ModelConfig) -> list[float]:
-    """Loss and regulariser of a training pass, size, and what is generated."""
+    """Loss, regulariser and gradients of a training pass, size, and what is generated."""
     model = build_model(config, seed=3)
     tokens = token_batch(3, 13)
     torch.manual_seed(0)
     output = model.train()(tokens[:, :-1], tokens[:, 1:])
+    (output.loss + output.regulariser).backward()
+    norms = [parameter.grad.norm().item() for parameter in model.parameters()]
     lively = lively_model(config).eval()
     output_of_lively = lively(tokens[:, :-1], tokens[:, 1:])
     new = [] if config.meta_router.pool == "batch" else generate(lively, tokens[0].tolist(), 8)
     losses = [output.loss, output.regulariser, output_of_lively.loss, output_of_lively.regulariser]
-    return [*(value.item() for value in losses), model.parameter_count(), *new]
+    return [*(value.item() for value in losses), model.parameter_count(), *norms, *new]
 
 
 def test_no_field_of_the_config_is_left_out_here():

@@ -51,12 +51,16 @@ class Protocol(FlopCounterMode):
         super().__init__(display=False, custom_mapping=mapping)
 
 
-def counted_flops(config: ModelConfig, interval: int | None = None) -> tuple[float, float, float]:
+def counted_flops(config: ModelConfig, interval: int | None = None, preferred: int = 0) -> tuple[float, float, float]:
     """Return the FLOPs per token that a forward and backward pass executes, and the shares of attention and RBF mixing.
 
-    Attention's kernel is counted with all T keys of every query, masked ones too.
+    Attention's kernel is counted with all T keys of every query, masked ones too. A hard router sends all tokens to the
+    operator ``preferred``.
     """
     model = build_model(config, seed=0, checkpoint_interval=interval).train()
+    for name, bias in model.named_parameters():
+        if name.endswith(".router.gate.bias"):
+            bias.data[preferred] = 100
     tokens = token_batch(SEQUENCES, LENGTH + 1, config.vocab_size)
     with Protocol() as counter:
         output = model(tokens[:, :-1], tokens[:, 1:])
@@ -78,6 +82,11 @@ COUNTED = {
     "soft": {"router": ROUTERS["soft"]},
     "soft three": {"router": ROUTERS["soft three"]},
     "three": {"router": THIRDS},
+    "hard, all dct": {"router": {"kind": "hard"}},
+    "hard, all attention": {"router": {"kind": "hard"}},
+    "hard three, all dct": {"router": {"kind": "hard", "operators": THREE}, "norm": "pre"},
+    "hard dct only, all dct": {"router": {"kind": "hard", "hard_gradient": "dct_only"}},
+    "hard dct only, all attention": {"router": {"kind": "hard", "hard_gradient": "dct_only"}, "norm": "pre"},
     "regularised": {"router": {"tau": 1.0, "collapse_weight": 0.1}},
     "pre": {"router": HALF, "norm": "pre"},
     "gate over the batch": {"router": HALF, "meta_router": {"pool": "batch"}},
@@ -93,7 +102,7 @@ def test_flops_are_those_a_counter_sees(monkeypatch, case, interval):
     """The random router takes the same positions in all sequences, so that nothing is padded; transforms are FFTs."""
     monkeypatch.setattr("megachiar.kernels.dct.FFT_FROM", 0)
     config = wide_config(**COUNTED[case])
-    counted, *shares = counted_flops(config, interval)
+    counted, *shares = counted_flops(config, interval, preferred=int("all attention" in case))
     if "soft" in case:  # a soft router reports weights of operators, but every token takes all of them
         shares = [1.0, 0.0]
     formula = training_flops_per_token(config, LENGTH, *shares, count_masked=True, recomputed=interval is not None)
@@ -181,6 +190,8 @@ MEMORY_CASES = {
     "three without rbf rows": {"router": {"operators": THREE, "tau_low": 0.82, "tau_high": 0.82}},
     "soft": {"router": ROUTERS["soft"]},
     "hard": {"router": ROUTERS["hard"]},
+    "hard three": {"router": ROUTERS["hard three"]},
+    "hard dct only": {"router": ROUTERS["hard dct only"]},
     "regularised": {"router": {"tau": 0.82, "collapse_weight": 0.1}},
     "gate over the batch": {"router": {"tau": 0.82}, "meta_router": {"pool": "batch"}},
     "no gate": {"router": {"tau": 0.82}, "meta_router": {"pool": "none"}},
