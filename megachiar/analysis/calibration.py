@@ -8,6 +8,7 @@ Shapes: n tokens, d = hidden size, T = sequence length.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ NOISE_SAMPLES = 50_000
 LIKE_NOISE = 0.1
 """A distribution with a smaller Kolmogorov-Smirnov distance to noise counts as noise: no threshold on H would tell the
 two apart in more than 55% of cases."""
+CHANCE = 1.63
+"""White noise itself exceeds this distance, divided by the root of the effective sample, once in 100 cases."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Measurement:
     Attributes:
         name: ``embedding``, or ``layer 2`` for the input of the second layer.
         tokens: number of tokens measured.
+        effective_tokens: number of independent tokens that would tell as much, see ``effective_size``.
         measured: their entropies.
         noise_distance: largest difference (Kolmogorov-Smirnov) between their distribution function and white noise's.
         like_noise: whether that difference may be chance, or is too small to route by.
@@ -50,6 +54,7 @@ class Measurement:
 
     name: str
     tokens: int
+    effective_tokens: float
     measured: Distribution
     noise_distance: float
     like_noise: bool
@@ -94,7 +99,8 @@ def calibrate_on_embedding(model: ChiarFormer, source: TokenSource, tokens: int)
     low, high = sample.quantile(0.33), sample.quantile(0.67)
     three = len(config.router.operators) == 3
     noise = noise_entropies(config)
-    place = measure("embedding", sample, noise, (low, high) if three else ((low + high) / 2,))
+    bounds = (low, high) if three else ((low + high) / 2,)
+    place = measure("embedding", sample, effective_size(counts), noise, bounds)
     settings = router_settings(config, [place.bounds])
     return Calibration(describe_noise(config, noise), [place], settings)
 
@@ -121,17 +127,20 @@ def calibrate_on_layers(
     shares = ((1 - attention_share) / 2, 1 - attention_share) if three else (1 - attention_share,)
 
     def measure_layer(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        sample = Sample(entropies(model.config, inputs[0]))
-        number = len(places) + 2
-        place = measure(f"layer {number}", sample, noise, tuple(sample.threshold(share) for share in shares))
+        values = entropies(model.config, inputs[0])
+        sample, independent = Sample(values), effective_size(counts, correlation_within(values, ids))
+        bounds = tuple(sample.threshold(share) for share in shares)
+        place = measure(f"layer {len(places) + 2}", sample, independent, noise, bounds)
         places.append(place)
         router = getattr(layer, "router", None)
         if router is not None and router.kind == "threshold":
             router.bounds = place.bounds
 
+    inputs, targets = spread_windows(dataset, sequences)
+    ids = inputs.ravel()
+    counts = np.bincount(ids)
     hooks = [layer.register_forward_pre_hook(measure_layer) for layer in model.layers[1:-1]]
     try:
-        inputs, targets = spread_windows(dataset, sequences)
         device = next(model.parameters()).device
         with torch.inference_mode():  # targets are given, so that the logits of all tokens never exist at once
             model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
@@ -179,18 +188,57 @@ class Sample:
         return Distribution(mean, deviation, {p: self.quantile(p / 100) for p in PERCENTILES})
 
 
-def measure(name: str, sample: Sample, noise: Sample, bounds: tuple[float, ...]) -> Measurement:
-    """Describe ``sample``, the entropies at place ``name``, and compare it with ``noise``."""
+def effective_size(counts: np.ndarray, correlation: float = 1.0) -> float:
+    """Return the number of independent tokens that tell as much as tokens of few ids, which resemble one another.
+
+    It is Kish's effective size of a sample in clusters, n / (1 + (sum c^2 / n - 1) * correlation) with n = sum c.
+    Tokens of one id that are all alike count as (sum c)^2 / sum c^2.
+
+    Args:
+        counts: how often each id occurs, c.
+        correlation: of two tokens of one id; 1 where they are equal.
+    """
+    n = float(counts.sum())
+    cluster = float((counts.astype(np.float64) ** 2).sum()) / n
+    return n / (1 + (cluster - 1) * correlation)
+
+
+def correlation_within(values: np.ndarray, ids: np.ndarray) -> float:
+    """Return the intraclass correlation of ``values`` (n,) within equal ``ids`` (n,): from 0 (unlike) to 1 (equal).
+
+    It is Fisher's estimate from the variances between and within the ids (one-way analysis of variance).
+    """
+    _, group, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    n, groups = len(values), len(counts)
+    if groups in (1, n):  # nothing repeats, or nothing to compare with
+        return 1.0
+    means = np.bincount(group, values) / counts
+    between = float((counts * (means - values.mean()) ** 2).sum()) / (groups - 1)
+    within = float(((values - means[group]) ** 2).sum()) / (n - groups)
+    size = (n - float((counts.astype(np.float64) ** 2).sum()) / n) / (groups - 1)
+    total = between + (size - 1) * within
+    return min(max((between - within) / total, 0.0), 1.0) if total > 0 else 1.0
+
+
+def measure(name: str, sample: Sample, independent: float, noise: Sample, bounds: tuple[float, ...]) -> Measurement:
+    """Describe ``sample``, the entropies at place ``name``, and compare it with ``noise``.
+
+    Args:
+        name: of the place.
+        sample: the entropies.
+        independent: effective size of the sample.
+        noise: entropies of white noise.
+        bounds: thresholds between the operators.
+    """
     distance = distribution_distance(sample, noise)
-    # Equal tokens have equal embeddings, so that only different numbers count in the test for chance (5% level).
-    chance = 1.36 / len(np.unique(sample.values)) ** 0.5
     rounded = tuple(round(bound, 6) for bound in bounds)
     return Measurement(
         name=name,
         tokens=sample.size,
+        effective_tokens=independent,
         measured=sample.describe(),
         noise_distance=distance,
-        like_noise=distance < max(LIKE_NOISE, chance),
+        like_noise=distance < max(LIKE_NOISE, CHANCE / independent**0.5),
         bounds=rounded,
     )
 
@@ -209,10 +257,13 @@ def entropies(config: ModelConfig, rows: torch.Tensor) -> np.ndarray:
 
 def noise_entropies(config: ModelConfig) -> Sample:
     """Return entropies of ``NOISE_SAMPLES // 10 * 10`` rows of white noise, as wide as the model's hidden states."""
+    return _noise_entropies(config.hidden_size, config.dct.entropy_dc_weight, config.dct.entropy_epsilon)
+
+
+@functools.cache
+def _noise_entropies(d: int, weight: float, epsilon: float) -> Sample:
     generator = torch.Generator().manual_seed(0)
-    shape, blocks = (NOISE_SAMPLES // 10, config.hidden_size), range(10)
-    samples = (torch.randn(shape, generator=generator) for _ in blocks)
-    weight, epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
+    samples = (torch.randn((NOISE_SAMPLES // 10, d), generator=generator) for _ in range(10))
     return Sample(torch.cat([spectral_entropy(rows, weight, epsilon) for rows in samples]).numpy())
 
 

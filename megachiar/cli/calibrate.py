@@ -104,7 +104,10 @@ def print_router(found: Calibration) -> None:
 
 
 def print_table(found: Calibration, title: str) -> None:
-    """Print the entropies at each place of the model and of white noise, and the thresholds they suggest."""
+    """Print the entropies at each place of the model and of white noise, and the thresholds they suggest.
+
+    The column ``worth`` has the number of independent tokens that would tell as much as the tokens that were read.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -112,13 +115,16 @@ def print_table(found: Calibration, title: str) -> None:
 
     table = Table(title=title, title_justify="left")
     table.add_column("at")
-    for name in ("tokens", "mean", "sd", *(f"{p}%" for p in PERCENTILES), "from noise", "thresholds"):
+    for name in ("tokens", "worth", "mean", "sd", *(f"{p}%" for p in PERCENTILES), "from noise", "thresholds"):
         table.add_column(name, justify="right")
-    rows = [(p.name, f"{p.tokens:,}", p.measured, f"{p.noise_distance:.2f}", p.bounds) for p in found.places]
-    for name, tokens, h, distance, bounds in [*rows, ("white noise", "", found.noise, "", ())]:
+    rows = [
+        (p.name, f"{p.tokens:,}", f"{p.effective_tokens:,.0f}", p.measured, f"{p.noise_distance:.2f}", p.bounds)
+        for p in found.places
+    ]
+    for name, tokens, worth, h, distance, bounds in [*rows, ("white noise", "", "", found.noise, "", ())]:
         numbers = [h.mean, h.deviation, *h.percentiles.values()]
         thresholds = " ".join(f"{bound:.4f}" for bound in bounds)
-        table.add_row(name, tokens, *(f"{number:.4f}" for number in numbers), distance, thresholds)
+        table.add_row(name, tokens, worth, *(f"{number:.4f}" for number in numbers), distance, thresholds)
     Console(width=140, highlight=False).print(table)
 
 

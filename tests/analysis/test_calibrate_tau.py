@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from megachiar.analysis.calibration import (
     Sample,
     calibrate_on_embedding,
     calibrate_on_layers,
+    correlation_within,
     distribution_distance,
+    effective_size,
     spread_windows,
     token_counts,
 )
@@ -27,6 +30,7 @@ from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.checkpoint.reading import read_weights
 from megachiar.config import load_config
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.kernels.spectral import white_noise_entropy
 from megachiar.model import build_model
 
@@ -105,6 +109,54 @@ def test_embeddings_of_white_noise_are_called_noise_and_smooth_ones_are_not(tmp_
         )  # neighbouring channels become alike: low frequencies
     smooth = calibrate_on_embedding(model, source, 10**6).places[0]
     assert not smooth.like_noise and smooth.noise_distance > 0.9
+
+
+def zipf_dataset(folder: Path, tokens: int = 20_000, vocab_size: int = 2_000) -> ValidationSet:
+    """A text whose token frequencies are those of words: the k-th is 1/k as frequent as the first."""
+    shares = 1 / np.arange(1, vocab_size + 1)
+    ids = np.random.default_rng(0).choice(vocab_size, tokens, p=shares / shares.sum())
+    with IndexedDatasetBuilder(folder / "zipf", np.uint16) as builder:
+        builder.add_document(ids)
+    return ValidationSet(folder / "zipf", 64)
+
+
+@pytest.mark.parametrize("place", ("embedding", "layers"))
+def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models(tmp_path, place):
+    """Few of the tokens of a text are independent: one frequent word decides for a tenth of them."""
+    dataset = zipf_dataset(tmp_path)
+    config = small_model_config(vocab_size=2_000, hidden_size=64, num_attention_heads=2, max_sequence_length=64)
+    generator, verdicts = torch.Generator(), []
+    model = build_model(config, seed=0).eval()
+    for seed in range(100):
+        white = torch.randn(2_000, 64, generator=generator.manual_seed(seed))
+        smooth = white + 0.3 * white.cumsum(-1)
+        for weight in (white, smooth):
+            with torch.no_grad():
+                model.embedding.weight.copy_(0.02 * weight)
+            if place == "embedding":
+                measured = calibrate_on_embedding(model, dataset.source, 10**6).places[0]
+            else:
+                measured = calibrate_on_layers(model, dataset, 0.5, 40).places[0]
+            verdicts.append(measured.like_noise)
+    assert sum(verdicts[::2]) >= 95 and sum(verdicts[1::2]) <= 5
+
+
+@pytest.mark.parametrize(("within", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1), (1e3, 0.0)])
+def test_the_correlation_within_ids_is_the_share_of_variance_between_them(within, expected):
+    rng = np.random.default_rng(3)
+    ids = np.repeat(np.arange(400), rng.integers(1, 9, 400))
+    values = rng.normal(0, 1, 400)[ids] + within * rng.normal(0, 1, len(ids))
+    assert correlation_within(values, ids) == pytest.approx(expected, abs=0.08)
+
+
+def test_the_effective_size_is_that_of_independent_samples():
+    """The variance of the mean of correlated values says how many independent ones they are worth."""
+    counts, rng = np.array([50, 20, 20, 5, 5, 1, 1, 1, 1, 1]), np.random.default_rng(4)
+    ids = np.repeat(np.arange(10), counts)
+    for within in (0.0, 1.0):
+        draws = rng.normal(0, 1, (4000, 10))[:, ids] + within * rng.normal(0, 1, (4000, len(ids)))
+        worth = draws.var() / draws.mean(1).var()
+        assert effective_size(counts, 1 / (1 + within**2)) == pytest.approx(worth, rel=0.06)
 
 
 def test_three_operators_get_two_thresholds_and_equal_shares_below(tmp_path):
