@@ -159,7 +159,7 @@ def test_a_signal_saves_requeues_and_changes_no_weight(undisturbed, checkout):
     checkout.wait_for_log(job, f"step  {DISTURBED_AT}/{STEPS}")
     checkout.call("scancel", "--batch", "--signal=USR1", str(job))  # the signal and the way that --signal=B:USR1 takes
     log = assert_ends_as(undisturbed, checkout, job)
-    assert "stopped by a signal after step" in log and "saved after a signal; requeued" in log
+    assert "stopped by a signal (SIGUSR1) after step" in log and "saved after a signal; requeued" in log
 
 
 def test_the_time_limit_in_an_evaluation_saves_and_requeues(undisturbed, checkout):
