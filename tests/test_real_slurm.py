@@ -220,7 +220,7 @@ def test_a_bad_config_is_one_message_and_no_requeue(checkout):
     shown = checkout.wait_for(job, "FAILED")
     log = checkout.log(job)
     assert shown["ExitCode"] == "2:0" and shown["Restarts"] == "0", log
-    assert log.count("does not divide model.hidden_size 33") == log.count("remedy:") == 1, log
+    assert log.count("2 does not divide 33") == log.count("remedy:") == 1, log
     assert "Traceback" not in log
     assert "not requeued: see the error above" in log
 
