@@ -23,13 +23,12 @@ import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 from megachiar.errors import EXIT_STOPPED
-from megachiar.last_words import print_last_words
+from megachiar.last_words import print_last_words, write_within_limit
 
 SAME_SIGNAL_S = 5.0
 _ALWAYS = (signal.SIGTERM, signal.SIGUSR1)
@@ -121,7 +120,7 @@ class StopSignals:
             self.received = number.name
             rank = os.environ.get("RANK", "0")
             if rank == "0":
-                print(f"{number.name}: the run saves and stops", file=sys.stderr, flush=True)
+                write_within_limit(f"{number.name}: the run saves and stops\n")
         if number == signal.SIGUSR1:
             return
         now = time.monotonic()

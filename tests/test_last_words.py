@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
 from support import process_environment
+
+from megachiar.errors import EXIT_STOPPED
 
 pytestmark = pytest.mark.every_python
 TWO_THREADS = (
@@ -59,3 +63,20 @@ def test_two_threads_say_one_reason_in_one_write():
 )
 def test_the_end_of_a_rank_is_one_write(program, line):
     assert writes(program) == [line]
+
+
+@pytest.mark.parametrize(("program", "code"), [(LOST_LAUNCHER, 1), (EARLY_SIGNAL, EXIT_STOPPED)])
+def test_a_process_ends_though_the_pipe_of_its_log_is_full(program, code):
+    """Its reader lives and reads no more, so that a write waits without end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    try:
+        done = subprocess.run([sys.executable, "-c", program], stderr=writer, env=process_environment(), timeout=60)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert done.returncode == code

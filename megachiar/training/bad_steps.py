@@ -141,7 +141,7 @@ class BadSteps:
         if self.rollbacks <= limit:
             return BadStep(bad.kind, bad.reason, "roll back")
         problem = f"{bad.reason}, and the run went back to one checkpoint {limit} times (reliability.max_rollbacks)"
-        remedy = f"{_restart(newest)} with other data, a lower learning rate or a higher reliability.max_rollbacks"
+        remedy = f"{_restart(newest)} with a higher reliability.max_rollbacks, and other data or a lower learning rate"
         return BadStep(bad.kind, bad.reason, "stop", Diverged(f"step {step}", problem, remedy))
 
     def _why_stop(

@@ -280,10 +280,6 @@ class PeerWatch:
 
     def _closed_connection(self) -> str:
         why = self._failed.message if self._failed else "another rank says so"
-        if self._suspended_s:
-            why += (
-                f"; this process was suspended for {self._suspended_s:.0f} s, training.communication_timeout_s is less"
-            )
         return f"a peer closed the connection ({why})"
 
     def _describe_store(self, reason: str) -> str:
@@ -332,6 +328,9 @@ class PeerWatch:
         if not self._stopping.acquire(blocking=False):
             time.sleep(3600)  # the other thread ends the process
         self._finished.set()
+        if self._suspended_s:
+            seconds = f"{self._suspended_s:.0f} s"
+            lost = [*lost, f"this rank was suspended for {seconds}, training.communication_timeout_s is less"]
         verdict = "; ".join(lost)
         self._stacks.write(self._own_words(), verdict)
         self._print(verdict)
