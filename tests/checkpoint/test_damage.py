@@ -294,7 +294,7 @@ def copy_with(run: Path, folder: Path, name: str, content: bytes, version: int) 
     if version == 4:
         reseal(record, files=old["files"], checksums=old["checksums"])
     else:
-        for key in ("seal", "checksums", "validation", "went_back_to", "recent"):
+        for key in ("seal", "checksums", "validation", "validation_data", "went_back_to", "recent"):
             del old[key]
         record.write_text(json.dumps(old | {"format_version": 3}))
 
