@@ -122,7 +122,8 @@ def train(
     if config.data.verify == "start":
         signals = supervision.signals
         stop = lambda: signals.received is not None  # noqa: E731
-        if not verify_data(blocks, activity, stop, engine.sum_over_world, show_progress=topology.is_main):
+        timeout_s = config.training.communication_timeout_s
+        if not verify_data(blocks, activity, stop, engine.sum_over_world, timeout_s, show_progress=topology.is_main):
             why = signals.reason() or "a signal to another rank"
             console.print(f"stopped by {why} before the first step")
             return EXIT_STOPPED

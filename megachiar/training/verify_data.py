@@ -23,7 +23,7 @@ from megachiar.progress import ByteProgress
 from megachiar.topology import raise_together
 
 ROUND_S = 5.0
-"""Seconds after which the ranks ask one another whether to go on; ranks that wait longer would take it for a hang."""
+"""Seconds after which the ranks ask one another whether to go on, or earlier where they wait less for one another."""
 
 Identity = tuple[int, ...]
 """What a copy of a file has of its own: two copies differ in it, and all nodes see the same of one shared file."""
@@ -70,6 +70,7 @@ def verify_data(
     activity: Activity,
     stop: Callable[[], bool],
     reduce_sum: Callable[[list[float]], list[float]],
+    timeout_s: float,
     show_progress: bool,
 ) -> bool:
     """Compare blocks with their checksums; every rank calls this function with its own.
@@ -79,6 +80,7 @@ def verify_data(
         activity: of this rank, which makes progress with every block.
         stop: whether this rank is asked to stop.
         reduce_sum: returns the sum of each value over all ranks.
+        timeout_s: seconds that ranks wait for one another.
         show_progress: show share, rate and time left of this rank on standard error.
 
     Returns:
@@ -102,7 +104,7 @@ def verify_data(
         ) as progress,
     ):
         while True:
-            error = _verify_for_a_while(blocks, lambda: done, advance)
+            error = _verify_until(time.monotonic() + min(ROUND_S, timeout_s / 4), blocks, lambda: done, advance)
             ended = error is not None or done == len(blocks)
             stops, at_work, errors = reduce_sum([float(stop()), float(not ended), float(error is not None)])
             if errors:
@@ -111,11 +113,10 @@ def verify_data(
                 return not stops
 
 
-def _verify_for_a_while(
-    blocks: Sequence[DataBlock], done: Callable[[], int], advance: Callable[[int], None]
+def _verify_until(
+    until: float, blocks: Sequence[DataBlock], done: Callable[[], int], advance: Callable[[int], None]
 ) -> UserError | None:
-    """Compare blocks that are not done for about ``ROUND_S``; return the error of the first altered one."""
-    until = time.monotonic() + ROUND_S
+    """Compare blocks that are not done until a time; return the error of the first altered one."""
     while done() < len(blocks) and time.monotonic() < until:
         error = find_altered(blocks[done() : done() + VERIFYING_THREADS], advance)
         if error is not None:

@@ -70,7 +70,7 @@ def raise_alone(error: UserError) -> None:
 def test_verifying_at_the_start_shows_progress_on_one_rank_and_moves_the_watch_on_all(folder, capsys, monkeypatch):
     monkeypatch.setattr(ByteProgress.__init__, "__defaults__", (None, 0.0))  # a line for each block
     blocks, activity = blocks_of([TokenSource("train")]), Activity()
-    assert verify_data(blocks, activity, lambda: False, list, show_progress=True)
+    assert verify_data(blocks, activity, lambda: False, list, 60, show_progress=True)
     lines = capsys.readouterr().err.splitlines()
     size = sum(path("train").stat().st_size for path in (bin_path, idx_path)) / 1e6
     assert len(lines) == len(blocks) == 2
@@ -79,7 +79,7 @@ def test_verifying_at_the_start_shows_progress_on_one_rank_and_moves_the_watch_o
     swap_tokens(folder / "train")
     monkeypatch.setattr("megachiar.training.verify_data.raise_together", raise_alone)
     with pytest.raises(UserError, match="have checksum"):
-        verify_data(blocks, activity, lambda: False, list, show_progress=False)
+        verify_data(blocks, activity, lambda: False, list, 60, show_progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -136,10 +136,14 @@ def test_a_stop_breaks_a_long_verification_off_and_ranks_ask_one_another_meanwhi
         rounds.append(time.monotonic())
         return values
 
-    assert not verify_data(blocks, Activity(), lambda: len(rounds) >= 3, reduce_sum, show_progress=False)
+    assert not verify_data(blocks, Activity(), lambda: len(rounds) >= 3, reduce_sum, 60, show_progress=False)
     assert len(rounds) == 4 and rounds[-1] - rounds[0] < 5
+    monkeypatch.setattr("megachiar.training.verify_data.ROUND_S", 1000)
+    rounds.clear()  # ranks that wait for 0.2 s alone ask earlier
+    assert not verify_data(blocks, Activity(), lambda: len(rounds) >= 3, reduce_sum, 0.2, show_progress=False)
+    assert len(rounds) == 4
     told = [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]  # another rank is not done yet
-    assert verify_data([], Activity(), lambda: False, lambda _: told.pop(0), show_progress=False)
+    assert verify_data([], Activity(), lambda: False, lambda _: told.pop(0), 60, show_progress=False)
     assert not told
 
 

@@ -106,6 +106,19 @@ def hanging(run: Path, how: str, rank: int) -> Path:
     return program
 
 
+def outputs_and_seconds(processes: list, how: str, victim: int) -> tuple[dict[int, str], dict[int, float]]:
+    """Return what each rank has printed that ends, and the seconds from the hang to its end."""
+    ending = [rank for rank in range(len(processes)) if rank != victim or how != "stopped"]
+    try:
+        outputs, ends = outputs_and_ends(processes, ending)
+    finally:
+        for process in processes:
+            process.kill()
+    said = "".join([*outputs.values(), processes[victim].communicate()[0]])
+    hung = float(re.search(r"HANGS AT (\S+)", said)[1])
+    return outputs, {rank: end - hung for rank, end in ends.items()}
+
+
 def outputs_and_ends(processes: list, ranks: list[int]) -> tuple[dict[int, str], dict[int, float]]:
     """Return what each of the ranks has printed, and when it had ended."""
     outputs, ends = {}, {}
@@ -125,17 +138,11 @@ def outputs_and_ends(processes: list, ranks: list[int]) -> tuple[dict[int, str],
 @pytest.mark.parametrize(("how", "victim"), [("asleep", 1), ("endless loop", 0), ("stopped", 1), ("stopped", 0)])
 def test_a_rank_that_hangs_is_named_within_twice_the_timeout(run, how, victim):
     processes = start_ranks(3, hanging(run, how, victim), "--config", run)
-    ending = [rank for rank in range(3) if rank != victim or how != "stopped"]
-    try:
-        outputs, ends = outputs_and_ends(processes, ending)
-    finally:
-        for process in processes:
-            process.kill()
-    hung = float(re.search(r"HANGS AT (\S+)", "".join([*outputs.values(), processes[victim].communicate()[0]]))[1])
+    outputs, seconds = outputs_and_seconds(processes, how, victim)
     name = f"rank {victim} ({os.uname().nodename}, process {processes[victim].pid})"
-    for rank in ending:
+    for rank in outputs:
         assert processes[rank].returncode == 1 and "Traceback" not in outputs[rank], outputs[rank]
-        assert ends[rank] - hung < 2 * TIMEOUT_S
+        assert seconds[rank] < 2 * TIMEOUT_S
         assert name in outputs[rank] and "remedy:" in outputs[rank], outputs[rank]
         if how == "stopped":
             assert "is gone" in outputs[rank] and "is stopped (SIGSTOP or Ctrl-Z)" in outputs[rank]
@@ -151,16 +158,10 @@ def test_a_rank_that_hangs_is_named_within_twice_the_timeout(run, how, victim):
 @pytest.mark.parametrize(("how", "victim"), [("asleep", 0), ("endless loop", 1), ("stopped", 1)])
 def test_a_hang_within_a_model_that_ranks_share_is_named_too(run, layout, how, victim):
     processes = start_ranks(2, hanging(run, how, victim), "--config", run, f"--parallel.{layout}=2")
-    ending = [rank for rank in range(2) if rank != victim or how != "stopped"]
-    try:
-        outputs, ends = outputs_and_ends(processes, ending)
-    finally:
-        for process in processes:
-            process.kill()
-    hung = float(re.search(r"HANGS AT (\S+)", "".join([*outputs.values(), processes[victim].communicate()[0]]))[1])
-    for rank in ending:
+    outputs, seconds = outputs_and_seconds(processes, how, victim)
+    for rank in outputs:
         assert processes[rank].returncode == 1 and "Traceback" not in outputs[rank], outputs[rank]
-        assert ends[rank] - hung < 2 * TIMEOUT_S
+        assert seconds[rank] < 2 * TIMEOUT_S
         assert f"rank {victim} (" in outputs[rank] and "remedy:" in outputs[rank], outputs[rank]
         assert stack_path(run.parent / "run", rank).stat().st_size
 
