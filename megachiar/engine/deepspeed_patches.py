@@ -51,6 +51,7 @@ PRIVATE_PARAMETERS = {
 PRIVATE_ATTRIBUTES = {
     "engine": ("enable_backward_allreduce",),
     "pipeline": ("_topo", "global_rank", "parts", "tied_modules"),
+    "pipeline engine": ("micro_batches",),
     "ZeRO 1 and 2 optimizer": ("optimizer", "_global_grad_norm"),
     "ZeRO 3 optimizer": ("fp32_partitioned_groups_flat", "optimizer", "_global_grad_norm"),
     "fp16 optimizer": ("cur_scale", "loss_scaler"),
@@ -296,6 +297,15 @@ class BoundedPipeline(PipelineModule):
     def tied_module(self, name: str) -> nn.Module:
         """Return this stage's copy of the tied module that has this name."""
         return self.tied_modules[name]
+
+
+def set_micro_batches(engine: deepspeed.DeepSpeedEngine, count: int) -> None:
+    """Set how many micro-batches the next step of a pipeline has; losses are divided by the accumulation steps still.
+
+    Why: a step of mixed training has more micro-batches than accumulation steps. Since: 0.12 or before.
+    It can go when ``train_batch`` takes the number of micro-batches.
+    """
+    engine.micro_batches = count
 
 
 def without_part_number(name: str) -> str:
