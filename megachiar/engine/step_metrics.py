@@ -31,10 +31,12 @@ class TaskResult:
     Attributes:
         loss: mean cross-entropy in nats, per token or per labelled sequence.
         gate: mean g of the MetaRouter; nan without one.
+        batches: how many micro-batches of the task each replica had.
     """
 
     loss: float
     gate: float
+    batches: float
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def unflatten_step(values: list[float], layers: int, auxiliary: Sequence[str] = 
     statistics = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(STATISTICS)}
     *of_tasks, gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
     tasks = {
-        name: TaskResult(loss=of_tasks[3 * i] / count, gate=of_tasks[3 * i + 1] / count)
+        name: TaskResult(loss=of_tasks[3 * i] / count, gate=of_tasks[3 * i + 1] / count, batches=count)
         for i, name in enumerate(auxiliary)
         if (count := of_tasks[3 * i + 2])
     }

@@ -20,9 +20,6 @@ from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.parallel.collectives import reduce_from_tp_group
 
-PADDING = -1
-"""What fills a sequence up to T in a batch of labelled sequences."""
-
 
 class ClassifierLoss(NamedTuple):
     """The loss of a batch of labelled sequences.
@@ -73,7 +70,7 @@ def real_lengths(tokens: torch.Tensor, head: HeadConfig) -> tuple[torch.Tensor, 
     """Return tokens (B, T) that can be embedded, and how many of each sequence count.
 
     Args:
-        tokens: (B, T) int64, filled up with ``PADDING``.
+        tokens: (B, T) int64, filled up with -1.
         head: of the task.
 
     Returns:
