@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from megachiar.config.model import Share
 from megachiar.config.paths import ConfigPath
@@ -95,6 +95,12 @@ class MixedConfig(Section):
     """Seed of the draws."""
     tasks: dict[str, AuxiliaryTaskConfig] = {}
     """The other tasks by name; none: the run is not mixed."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _sort_tasks(cls, tasks: dict[str, AuxiliaryTaskConfig]) -> dict[str, AuxiliaryTaskConfig]:
+        """Bring the tasks into one order, on which the draws depend, however a file lists them."""
+        return dict(sorted(tasks.items()))
 
 
 MAIN_TASK = "main"

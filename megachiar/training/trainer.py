@@ -16,9 +16,9 @@ from megachiar.checkpoint.format import add_validation, checkpoint_name
 from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
 from megachiar.engine.engine import Engine
+from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
-from megachiar.planning.flops import training_flops_per_token
 from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
@@ -38,6 +38,7 @@ from megachiar.training.step_batches import StepBatches
 from megachiar.training.step_times import StragglerLog, measures_of
 from megachiar.training.supervision import Supervision
 from megachiar.training.task_means import TaskMeans
+from megachiar.training.throughput import Throughput
 from megachiar.training.validation import Validation
 
 
@@ -81,7 +82,6 @@ class Trainer:
             spared=lambda: checkpoint_to_spare(self.config.logging.folder),
             validation_data=data.validation_records(),
         )
-        self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
@@ -89,9 +89,9 @@ class Trainer:
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._straggler_log = StragglerLog()
         self._task_means = TaskMeans()
+        self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
-        # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
-        self._seconds, self._steps = 0.0, 0
+        self._throughput = Throughput(self.config, engine.topology, peak_flops(engine.device))
 
     def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
@@ -163,7 +163,7 @@ class Trainer:
         result = self._step(batches)
         seconds = time.perf_counter() - began
         self.activity.end_step(seconds)
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        self._throughput.add_step(seconds, self._plan)
         return result
 
     def _step(self, batches: StepBatches) -> tuple[StepResult, BadStep | None]:
@@ -173,9 +173,9 @@ class Trainer:
         rate = learning_rate(self.config, step)
         self.activity.begin("trains", Stage.TRAIN, step)
         self.comparison.begin_step()
-        plan = batches.plan()
-        read = batches.read(plan, self._reads, self._has_read)
-        result = self.engine.train_step(read, rate, stop, self.bad_steps.accepts, plan)
+        self._plan = batches.plan()
+        read = batches.read(self._plan, self._reads, self._has_read)
+        result = self.engine.train_step(read, rate, stop, self.bad_steps.accepts, self._plan)
         self.activity.begin("ends the step", Stage.LOG, step)
         if result.stop:  # one rank has damaged data, or was told to stop: only then the ranks ask one another
             raise_together(self.damaged_data())
@@ -217,7 +217,7 @@ class Trainer:
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
         self._skipped = []
-        self._seconds, self._steps = 0.0, 0
+        self._throughput.reset()
         self._task_means = TaskMeans()
         self.comparison.begin_anew()
         if self.writer is not None:
@@ -255,27 +255,22 @@ class Trainer:
         self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
         if line := self._straggler_log.line(straggler):
             self.display.line(f"[yellow]{escape(line)}[/]")
-        self._seconds, self._steps = 0.0, 0
+        self._throughput.reset()
 
     def _measures(self, result: StepResult, batches: StepBatches) -> dict[str, Any]:
         """Return the metrics of the last step, with rates over all steps since the last line of the log."""
-        config, topology = self.config, self.engine.topology
-        tokens = self._steps * config.training.global_batch_size * config.sequence_length
-        rate = tokens / self._seconds
-        shares = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
-        flops = training_flops_per_token(config.model, config.sequence_length, *shares)
+        attention, rbf = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
+        is_labelled = self.config.tasks[0].head is not None
         return {
             "loss": result.loss,
             "regulariser": result.regulariser,
-            "learning_rate": learning_rate(config, self.progress.step),
+            "learning_rate": learning_rate(self.config, self.progress.step),
             "gradient_norm": result.gradient_norm,
             **self.bad_steps.take_counts(),
             "samples": self.progress.samples,
-            "tokens": self.data.history.tokens_before(self.progress.samples),
-            "tokens_per_second": rate,
-            "model_flops_per_second": rate * flops,
-            "model_flops_utilisation": rate * flops / (topology.world_size * self.peak) if self.peak else None,
-            "data_wait_share": batches.take_wait_seconds() / self._seconds,
+            # Labelled sequences have any number of tokens: their number is not known.
+            "tokens": None if is_labelled else self.data.history.tokens_before(self.progress.samples),
+            **self._throughput.measures(attention, rbf, batches.take_wait_seconds()),
             "attention_share": result.attention_share,
             "rbf_share": result.rbf_share,
             "entropy": result.entropy,
