@@ -159,11 +159,15 @@ def _wanted(detail: ErrorDetails) -> str:
 
 def _class_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     """Return the section that the keys below ``path`` belong to."""
+    is_name = False  # of an item of a mapping, which is no key
     for name in path:
-        if not name.isdigit():
-            inner = section_class(section.model_fields[name].annotation)
-            assert inner is not None, f"{name} has no keys"
-            section = inner
+        if is_name or name.isdigit():
+            is_name = False
+            continue
+        annotation = section.model_fields[name].annotation
+        inner = section_class(annotation)
+        assert inner is not None, f"{name} has no keys"
+        section, is_name = inner, get_origin(annotation) is dict
     return section
 
 

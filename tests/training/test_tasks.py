@@ -17,7 +17,7 @@ from megachiar.training.classification import evaluate_examples, summarise_confu
 from megachiar.training.run_data import open_data
 
 MODEL = {"dropout": 0.1}
-STRIDES = {"kind": "classification", "batch_size": 8, "classes": 3}
+STRIDES = {"kind": "classification", "global_batch_size": 8, "classes": 3}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def mixed(data: Path, run: Path, **training) -> dict:
     """Return the config of a run that learns a language model, a classification and another language."""
     tasks = {
         "strides": {**STRIDES, "data": str(data / "examples"), "validation": str(data / "held_out")},
-        "other": {"kind": "language_model", "data": str(data / "other"), "batch_size": 8},
+        "other": {"kind": "language_model", "data": str(data / "other"), "global_batch_size": 8},
     }
     return small_config(
         run,
