@@ -158,8 +158,9 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
     """Return a ``Score`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def score(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+    def score(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[float, int]:
+        numbers = torch.arange(first_window, first_window + len(inputs), device=device)
+        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers)
         return output.token_losses.double().sum().item(), int((targets != IGNORED_TARGET).sum())
 
     return score
@@ -169,11 +170,12 @@ def model_classify(model: ChiarFormer, device: torch.device, config: RunConfig) 
     """Return a ``Classify`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def classify(samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
         name, head = config.tasks[task]
         assert head is not None, "the task is a classification"
         tokens = torch.from_numpy(samples).to(device)
-        output = model(tokens[:, :-1], tokens[:, -1], head=name)
+        sample_ids = torch.arange(first, first + len(samples), device=device)
+        output = model(tokens[:, :-1], tokens[:, -1], sample_ids, head=name)
         confusion = np.zeros((head.classes, head.classes), np.int64)
         np.add.at(confusion, (samples[:, -1], output.logits.argmax(-1).cpu().numpy()), 1)
         return output.token_losses.double().sum().item(), confusion
@@ -185,12 +187,12 @@ Scored = TypeVar("Scored")
 
 
 def with_progress(
-    score: Callable[[np.ndarray, Any], Scored], advance: Callable[[int], None]
-) -> Callable[[np.ndarray, Any], Scored]:
+    score: Callable[[np.ndarray, Any, int], Scored], advance: Callable[[int], None]
+) -> Callable[[np.ndarray, Any, int], Scored]:
     """Return ``score`` with a call of ``advance`` after it, with the number of windows or examples that it scored."""
 
-    def scored(inputs: np.ndarray, other: Any) -> Scored:
-        result = score(inputs, other)
+    def scored(inputs: np.ndarray, other: Any, first: int) -> Scored:
+        result = score(inputs, other, first)
         advance(len(inputs))
         return result
 

@@ -213,7 +213,7 @@ def test_every_example_is_classified_once(data, ranks):
     dataset = ExampleSet(LabelledSource(data / "held_out", 3, 16), 24, 0)
     sums: list[list[float]] = []
 
-    def classify(samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
         confusion = np.zeros((3, 3))
         labels = samples[samples[:, -1] >= 0, -1]
         np.add.at(confusion, (labels, labels), 1)
