@@ -49,7 +49,7 @@ def named_inputs(arguments: argparse.Namespace) -> Inputs:
     """Find the inputs that the command line names, see ``find_inputs``."""
     from megachiar.data.inputs.find_inputs import find_inputs  # here, since it imports numpy and --help needs none
 
-    return find_inputs(arguments.input, arguments.format, arguments.text_key)
+    return find_inputs(arguments.input, arguments.format, getattr(arguments, "token_key", None) or arguments.text_key)
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:

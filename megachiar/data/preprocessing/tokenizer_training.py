@@ -167,7 +167,7 @@ def _existing(settings: TrainingSettings, stream: TextIO | None) -> TrainingRepo
             note_path(settings.output),
             settings.determining_options,
             [settings.output],
-            lambda records: compare_records(records, settings.sources, settings.read.text_key, stream),
+            lambda records: compare_records(records, settings.sources, settings.read, stream),
         )
     except OutputDiffers as difference:
         problem = f"exists already, and not as this command makes it: {difference}"
