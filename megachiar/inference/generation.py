@@ -1,4 +1,4 @@
-"""Sample from a model, one token at a time, with a cache of earlier positions.
+"""Sample from a model, one token at a time, with a cache of earlier positions where the model allows one.
 
 Shape: V = vocabulary size of the model.
 """
@@ -32,8 +32,11 @@ def generate(
     the model's ``max_sequence_length``, the model reads the last half of that length again with an empty cache, and
     generation continues from there.
 
+    With ``meta_router.pool: batch`` the gate of earlier positions changes with every token. Such a model reads the last
+    ``max_sequence_length`` tokens anew for each one, as the published code does.
+
     Args:
-        model: in evaluation mode, trained with ``meta_router.pool`` causal or none.
+        model: in evaluation mode.
         prompt: at least one token id. Only the last ``max_sequence_length`` ids of a longer prompt are read.
         max_new_tokens: largest number of tokens to generate.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -52,11 +55,15 @@ def generate(
     longest = model.config.max_sequence_length
     text = list(prompt)
     new: list[int] = []
+    cached = can_cache(model)
     cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
     while len(new) < max_new_tokens:
-        if cache.length + len(unread) > longest:
+        if not cached:
+            unread = last_document(text[-longest:], model.document_end)
+        elif cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
-        logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
+        tokens = torch.tensor([unread], device=device)
+        logits = model(tokens, cache=cache if cached else None).logits[0, -1].float().cpu()
         token = sample(logits, temperature, top_k, top_p, generator, known_ids)
         if token == eod_id:
             break
@@ -66,6 +73,12 @@ def generate(
         if model.document_end is not None and text[-2] == model.document_end:
             cache = DecodingCache()
     return new
+
+
+def can_cache(model: ChiarFormer) -> bool:
+    """Return whether hidden states of earlier positions stay as they are when a token is added."""
+    config = model.config
+    return config.kind == "baseline" or config.meta_router.pool != "batch"
 
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny

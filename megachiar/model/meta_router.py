@@ -51,7 +51,7 @@ class MetaRouter(nn.Module):
             raise UserError(
                 "model.meta_router.pool",
                 "is batch: its gate depends on tokens that are not generated yet",
-                "sample from a model trained with pool: causal or none",
+                "give the whole text without a cache, or use a model trained with pool: causal or none",
             )
         total = x.sum(0, keepdim=True)
         if self.group.shards_rows:  # (p, d) of the ranks' sums: their gradients come back from all ranks
