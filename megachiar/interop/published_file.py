@@ -14,9 +14,11 @@ code of a file runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError, disk_error, disk_errors
 
 _CODE = re.compile(r"GLOBAL ([\w.]+)")
+_REASON = re.compile(r"WeightsUnpickler error:\s*(.+)")
 _ANOTHER = "give a checkpoint that a training script of the published code has written"
 _LARGEST_STEP = 10**15
 
@@ -84,9 +87,9 @@ def read_published(path: Path) -> PublishedFile:
     step = 0 if tensors is content else content.get("step", 0)
     if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
         raise UserError(path, f"is of step {step!r}, which is no number of steps", _ANOTHER)
-    perplexity = content.get("val_ppl")
-    is_known = isinstance(perplexity, float | int) and 1 <= perplexity < float("inf")
-    return PublishedFile(path, dict(tensors), dict(cfg), step, float(perplexity) if is_known else None)
+    said = content.get("val_ppl")
+    perplexity = float(said) if isinstance(said, float | int) and 1 <= said < float("inf") else None
+    return PublishedFile(path, dict(tensors), dict(cfg), step, perplexity)
 
 
 def _load(path: Path) -> Any:
@@ -94,22 +97,32 @@ def _load(path: Path) -> Any:
     with disk_errors(path, "read"):
         check_regular(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise disk_error(path, error, "read") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in another protocol than torch's own
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes many kinds of errors
-        code = _CODE.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code is not None:
-            problem = f"names {code[1]}, which is neither a tensor nor a plain value: reading it would run code"
-            remedy = "have whoever made the file save state dict and settings alone, as the published code does"
-        else:
-            problem = f"is no checkpoint that torch can read: {_first_line(error)}"
-            remedy = f"{_ANOTHER}; if it was copied here, copy it again"
-        raise UserError(path, problem, remedy) from None
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch makes of a file that is cut off
+            raise disk_error(path, error, "read") from error
+        raise _unreadable(path, error) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Return the error for a file that torch cannot read; torch's own message advises to run the code of a file."""
+    text = str(error)
+    code = _CODE.search(text)
+    if isinstance(error, pickle.UnpicklingError) and code is not None:
+        return UserError(
+            path,
+            f"names {code[1]}, which is neither a tensor nor a plain value: reading it would run code",
+            "have whoever made the file save state dict and settings alone, as the published code does",
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        reason = match[1] if (match := _REASON.search(text)) else "it is no pickle of tensors"
+    elif isinstance(error, RuntimeError):
+        reason = text.splitlines()[0].split(". ")[0][:200]
+    else:
+        reason = "it is neither a zip file nor a pickle"
+    return UserError(path, f"is no checkpoint that torch can read: {reason}", f"{_ANOTHER}, or a whole copy of it")
 
 
 def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
