@@ -177,12 +177,22 @@ def test_bad_arguments_get_one_message(folder, name, arguments, message):
     assert message in tool(name, *(a.format(folder=folder) for a in arguments), code=2)
 
 
-def test_sampling_is_refused_where_the_gate_sees_the_future(folder, tmp_path):
+def test_a_gate_that_sees_the_future_has_the_text_read_anew_for_each_token(folder, tmp_path):
     pretrain(
         folder / "config.yaml",
-        "training.steps=1",
+        "training.steps=3",
         "model.meta_router.pool=batch",
         f"logging.folder={tmp_path}",
         "data.validation={}",
     )
-    assert "model.meta_router.pool" in tool("generate", tmp_path, "--prompt", "the", code=2)
+    text = tool("generate", tmp_path, "--prompt", "the moon", "--temperature", 0, "--max-new-tokens", 40)
+    _, model, _ = load_for_inference(tmp_path)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    ids = list(tokenizer.encode("the moon"))
+    for _ in range(40):  # longer than the model's longest sequence, 32
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids[-32:]])).logits[0, -1].argmax())
+        if token == tokenizer.eod_id:
+            break
+        ids.append(token)
+    assert len(ids) > 40 and text == tokenizer.decode(ids) + "\n"

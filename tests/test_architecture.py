@@ -40,7 +40,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"engine"},
     {"checkpoint"},
     {"training"},
-    {"inference", "analysis", "pretrain"},
+    {"inference", "analysis", "interop", "pretrain"},
     {"viewer"},
     {"cli"},
     {"__main__"},

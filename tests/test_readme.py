@@ -153,7 +153,7 @@ def command_of(program: str) -> str:
     if TRAINING.fullmatch(program):
         return "pretrain"
     (module,) = re.findall(r"from megachiar\.cli\.(\w+) import main", (ROOT / program).read_text())
-    return module.replace("_", "-")
+    return module.rstrip("_").replace("_", "-")
 
 
 @functools.cache

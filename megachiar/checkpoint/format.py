@@ -4,7 +4,8 @@
         state.json                          a CheckpointState, with size and checksum of every other file; written last
         config.yaml                         the resolved config of the run that wrote the checkpoint
         weights-p00-t00-d00.safetensors     fp32 weights by name, one file a rank that writes
-        optimizer-p00-t00-d00.safetensors   AdamW's moments, sharded over ranks like the weights (sharded_tensors.py)
+        optimizer-p00-t00-d00.safetensors   AdamW's moments, sharded over ranks like the weights (sharded_tensors.py);
+                                            absent where weights alone were imported
 
 A run of any layout (pipeline, tensor and data ranks, ZeRO stage, micro-batch size) can continue from a checkpoint.
 
@@ -43,6 +44,7 @@ from megachiar.topology import LaunchError
 FORMAT_VERSION: Final = 4
 STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 WEIGHTS_SUFFIX = ".safetensors"
+MOMENTS_PREFIX = "optimizer-"
 _NAME = re.compile(r"step_(\d{8,18})")
 
 
@@ -130,6 +132,11 @@ class CheckpointState(BaseModel):
     def tensor_files(self) -> list[str]:
         """Names of the files that hold tensors."""
         return sorted(name for name in self.files if name.endswith(WEIGHTS_SUFFIX))
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether AdamW's moments were saved; imported weights have none."""
+        return any(name.startswith(MOMENTS_PREFIX) for name in self.tensor_files)
 
     def to_json(self) -> bytes:
         """Return the content of ``state.json``, with its seal."""

@@ -1,11 +1,14 @@
-"""Copy what a checkpoint holds into the host's memory, so that training may go on while it is written."""
+"""Copy what a checkpoint holds into the host's memory, so that training may go on while it is written.
+
+Only a snapshot of an engine imports DeepSpeed. A program that writes weights without an engine starts faster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megachiar.checkpoint.checksums import FileRecord
 from megachiar.checkpoint.format import NO_STEPS, CheckpointState, RecentSteps
@@ -13,9 +16,9 @@ from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.config import RunConfig
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import SourceRecord
-from megachiar.engine.deepspeed_patches import loss_scale_state
-from megachiar.engine.engine import Engine
-from megachiar.engine.gathered_state import gather_state
+
+if TYPE_CHECKING:
+    from megachiar.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ def take_snapshot(
         memory: takes the copies, and must not be in use by another snapshot; None for new memory.
         validation_data: what the validation sets of the run hold, by name.
     """
+    from megachiar.engine.deepspeed_patches import loss_scale_state
+    from megachiar.engine.gathered_state import gather_state
+
     config, shards = engine.config, ShardWriter(engine.topology, memory)
     mine = False
     for tensor in gather_state(engine):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import keyword
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ GROUPS = {
         "calibrate": "find thresholds for the router",
         "bigram": "measure the perplexity of a bigram model, to compare with",
         "flips": "count the tokens that 16 bits route otherwise than fp32",
+        "import": "make a run of a checkpoint of the published code",
+        "export": "write a checkpoint of the published code from a run",
     },
     "Benchmarks": {
         "bench-train": "time training steps, beside the baseline and other programs",
@@ -82,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def module_of(command: str) -> str:
-    """Return the module of a command."""
-    return ELSEWHERE.get(command, f"megachiar.cli.{command.replace('-', '_')}")
+    """Return the module of a command; one that is a word of Python, as ``import``, has an underscore after it."""
+    name = command.replace("-", "_")
+    return ELSEWHERE.get(command, f"megachiar.cli.{name}_" if keyword.iskeyword(name) else f"megachiar.cli.{name}")
 
 
 def nearest_command(word: str) -> str:

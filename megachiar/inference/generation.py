@@ -1,4 +1,4 @@
-"""Sample from a model, one token at a time, with a cache of earlier positions.
+"""Sample from a model, one token at a time, with a cache of earlier positions where the model allows one.
 
 Shape: V = vocabulary size of the model.
 """
@@ -39,8 +39,11 @@ def stream(
     the model's ``max_sequence_length``, the model reads the last half of that length again with an empty cache, and
     generation continues from there.
 
+    With ``meta_router.pool: batch`` the gate of earlier positions changes with every token. Such a model reads the last
+    ``max_sequence_length`` tokens anew for each one, as the published code does.
+
     Args:
-        model: in evaluation mode, trained with ``meta_router.pool`` causal or none.
+        model: in evaluation mode.
         prompt: at least one token id. Only the last ``max_sequence_length`` ids of a longer prompt are read.
         max_new_tokens: largest number of tokens to generate.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -61,11 +64,15 @@ def stream(
     longest = model.config.max_sequence_length
     text = list(prompt)
     number = torch.tensor([sample_id], device=device)
+    is_cached = can_cache(model)
     cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
     for _ in range(max_new_tokens):
-        if cache.length + len(unread) > longest:
+        if not is_cached:
+            unread = last_document(text[-longest:], model.document_end)
+        elif cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
-        output = model(torch.tensor([unread], device=device), sample_ids=number, cache=cache)
+        tokens = torch.tensor([unread], device=device)
+        output = model(tokens, sample_ids=number, cache=cache if is_cached else None)
         logits = output.logits[0, -1].float().cpu()
         token = sample(logits, temperature, top_k, top_p, generator, known_ids)
         if token == eod_id:
@@ -75,6 +82,12 @@ def stream(
         unread = [token]
         if model.document_end is not None and text[-2] == model.document_end:
             cache = DecodingCache()
+
+
+def can_cache(model: ChiarFormer) -> bool:
+    """Return whether hidden states of earlier positions stay as they are when a token is added."""
+    config = model.config
+    return config.kind == "baseline" or config.meta_router.pool != "batch"
 
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny

@@ -51,7 +51,7 @@ class MetaRouter(nn.Module):
             raise UserError(
                 "model.meta_router.pool",
                 "is batch: its gate depends on tokens that are not generated yet",
-                "sample from a model trained with pool: causal or none",
+                "give the whole text without a cache, or use a model trained with pool: causal or none",
             )
         if layout.row_weights is not None:
             mean = layout.mean_of_rows(x)[None]

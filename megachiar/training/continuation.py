@@ -6,7 +6,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megachiar.checkpoint.compatibility import changed_keys, check_data, check_same_tasks, read_compatible
+from megachiar.checkpoint.compatibility import (
+    changed_keys,
+    check_data,
+    check_same_tasks,
+    read_compatible,
+    weights_alone,
+)
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, RecentSteps
 from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
@@ -115,6 +121,21 @@ def check_steps_left(config: RunConfig, start: Start) -> None:
         )
 
 
+def check_moments(start: Start, state: CheckpointState) -> None:
+    """Check that a checkpoint which a run goes on from has the state of the optimizer.
+
+    Raises:
+        LaunchError: it holds weights alone, as one that was imported.
+    """
+    if not state.has_moments:
+        assert start.path is not None
+        raise LaunchError(
+            start.path,
+            f"holds weights alone ({state.layout}): without optimizer state no run can go on from it",
+            weights_alone(start.path, start.is_own),
+        )
+
+
 def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuation:
     path = start.path
     if path is None:
@@ -125,6 +146,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         warnings = describe_other_tokenizer(path, data.tokenizer_record)
         return Continuation(start, state, Progress(), data, summary, warnings)
     check_same_tasks(path, load_config(path / CONFIG_FILE), config, start.is_own)
+    check_moments(start, state)
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)

@@ -24,7 +24,14 @@ from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
 from megachiar.topology import data_parallel_size
-from megachiar.training.continuation import check_steps_left, continue_run, describe_data, describe_finished, open_run
+from megachiar.training.continuation import (
+    check_moments,
+    check_steps_left,
+    continue_run,
+    describe_data,
+    describe_finished,
+    open_run,
+)
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.start import check_resume, find_start
 
@@ -154,7 +161,9 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
     check_resume(config, start)
     if missing:
         if start.path is not None:
-            read_compatible(start.path, config.model, start.is_own)
+            state = read_compatible(start.path, config.model, start.is_own)
+            if start.continues_from is not None:
+                check_moments(start, state)
             if config.training.steps is not None:
                 check_steps_left(config, start)
         return config, notes

@@ -65,18 +65,19 @@ def test_help_names_every_command_once(capsys):
 
 def test_every_command_is_a_module_and_every_module_a_command():
     modules = {path.stem for path in (ROOT / "megachiar" / "cli").glob("*.py")} - {"__init__", "main"}
-    assert modules == {command.replace("-", "_") for command in COMMANDS} - set(ELSEWHERE)
+    assert modules == {module_of(command).rpartition(".")[2] for command in set(COMMANDS) - set(ELSEWHERE)}
     for command in COMMANDS:
         assert callable(importlib.import_module(module_of(command)).main)
 
 
 def test_every_command_but_training_has_its_tool():
-    assert sorted(TOOLS.values()) == sorted(command.replace("-", "_") for command in set(COMMANDS) - WITHOUT_TOOL)
+    modules = [module_of(command).rpartition(".")[2] for command in set(COMMANDS) - WITHOUT_TOOL]
+    assert sorted(TOOLS.values()) == sorted(modules)
 
 
 @pytest.mark.parametrize("tool", sorted(set(TOOLS) - {ROOT / "tools" / "config_schema.py"}), ids=lambda path: path.stem)
 def test_a_tool_is_the_command(tool):
-    command = TOOLS[tool].replace("_", "-")
+    command = TOOLS[tool].rstrip("_").replace("_", "-")
     by_file, by_name = forked_python(tool, "--help"), forked_python("-m", "megachiar", command, "--help")
     assert by_file.returncode == by_name.returncode == 0
     assert by_file.stdout == by_name.stdout and by_name.stdout.startswith(f"usage: megachiar {command} ")

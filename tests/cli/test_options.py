@@ -15,7 +15,7 @@ from megachiar.options import CommandParser, add_config_options, add_run_argumen
 MEGACHIAR = ("-m", "megachiar")
 PRETRAIN = ("megachiar/pretrain.py", "--local_rank=0", "--config", "configs/tiny.yaml", "--dry-run")
 PLAN = (*MEGACHIAR, "plan", "--gpus", "2", "--memory-gib", "80", "--config", "configs/tiny.yaml")
-READ_A_CONFIG = {"pretrain", "inspect", "plan", "replay", "bench-checkpoint"}
+READ_A_CONFIG = {"pretrain", "inspect", "plan", "replay", "bench-checkpoint", "import"}
 
 
 def config_parser() -> CommandParser:

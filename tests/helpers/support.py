@@ -290,8 +290,12 @@ def find_mpirun() -> str | None:
 
 def replace_in_config(checkpoint: Path, old: str, new: str) -> None:
     """Replace a text in the config.yaml of a checkpoint as if the run had written it so, checksum and seal included."""
+    rewrite_config(checkpoint, (checkpoint / CONFIG_FILE).read_text().replace(old, new))
+
+
+def rewrite_config(checkpoint: Path, text: str) -> None:
+    """Give a checkpoint another config.yaml as if the run had written it so, checksum and seal included."""
     state = read_state(checkpoint)
-    text = (checkpoint / CONFIG_FILE).read_text().replace(old, new)
     size, digest = write_checksummed(checkpoint / CONFIG_FILE, text.encode())
     files, checksums = {**state.files, CONFIG_FILE: size}, {**(state.checksums or {}), CONFIG_FILE: digest}
     edited = state.model_copy(update={"files": files, "checksums": checksums})

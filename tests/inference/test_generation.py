@@ -10,6 +10,7 @@ from model_cases import VARIANTS, lively_model, small_model_config
 
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate, sample
+from megachiar.model.kv_cache import DecodingCache
 
 
 def draws(logits: list[float], count: int = 4000, **settings) -> torch.Tensor:
@@ -125,7 +126,17 @@ def test_the_end_of_document_token_ends_the_text_and_is_left_out():
     assert generate(model, [1], 12, temperature=0, eod_id=end) == whole[: whole.index(end)]
 
 
-def test_a_gate_over_the_batch_refuses_to_generate():
+def test_a_gate_over_the_batch_has_the_whole_text_read_for_each_token():
+    model = lively_model(small_model_config(meta_router={"pool": "batch"}, max_sequence_length=8)).eval()
+    text, new = [1, 2], generate(model, [1, 2], 12, temperature=0)
+    for token in new:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([text[-8:]])).logits[0, -1].argmax())
+        text.append(token)
+    assert len(new) == 12
+
+
+def test_a_gate_over_the_batch_refuses_a_cache():
     model = lively_model(small_model_config(meta_router={"pool": "batch"})).eval()
     with pytest.raises(UserError, match=r"model.meta_router.pool.*batch"):
-        generate(model, [1], 3)
+        model(torch.tensor([[1]]), cache=DecodingCache())

@@ -1,0 +1,239 @@
+"""Import a published checkpoint: write a run folder that evaluates, generates, and starts further training.
+
+RUN/imported.json       what was imported, and with which options; written first
+RUN/config.yaml         the model, with the published code's training as far as the file does not say
+RUN/tokenizer/          if a tokenizer is given
+RUN/checkpoints/        one checkpoint of the weights; written last
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megachiar.checkpoint.format import CONFIG_FILE, complete_checkpoints
+from megachiar.checkpoint.weights_alone import write_weights
+from megachiar.config import RunConfig
+from megachiar.config.load import parse_with_overrides
+from megachiar.data.preprocessing.existing import OutputDiffers, read_note, write_note
+from megachiar.data.sampling.history import DataHistory
+from megachiar.data.sampling.history_records import SourceRecord
+from megachiar.data.storage.files import block_checksums, temporary_path, write_atomically
+from megachiar.data.storage.regular_file import check_regular
+from megachiar.data.tokenizers.recorded import keep_tokenizer
+from megachiar.data.tokenizers.tokenizer import load_tokenizer
+from megachiar.errors import UserError, disk_errors
+from megachiar.interop.published_file import PublishedFile, read_published
+from megachiar.interop.published_model import ImportOptions, convert, describe_model, left_out, missing_tau
+from megachiar.model import ChiarFormer, build_model
+
+NOTE = "imported.json"
+VALIDATION_SET = "published"
+"""The name of the published code's validation loss in the record of the checkpoint."""
+_TRAINING: dict[str, Any] = {
+    "data": {"train": [{"path": "data/wikitext-103/train"}]},
+    "optimizer": {"learning_rate": 1e-4},
+    "schedule": {"warmup_steps": 1000, "minimum_learning_rate": 1e-6},
+    "training": {"global_batch_size": 128, "micro_batch_size": 8},
+}
+"""The published code's language model training, and where our pages put its data."""
+
+FindTau = Callable[[ChiarFormer], float]
+"""Returns the threshold for a model, from its weights and a text."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported.
+
+    Attributes:
+        checkpoint: folder of the checkpoint that was written.
+        model: the section ``model`` of the config, as JSON has it.
+        parameters: how many numbers the model trains.
+        perplexity: on the published code's validation set; None where the file does not say.
+        left_out: names of trained tensors of the file that were not imported.
+        notes: what differs from the file or from what one may expect, as sentences.
+    """
+
+    checkpoint: str
+    model: dict[str, Any]
+    parameters: int
+    perplexity: float | None
+    left_out: list[str]
+    notes: list[str]
+
+
+def import_published(
+    path: Path,
+    run: Path,
+    options: ImportOptions,
+    *,
+    tokenizer: Path | None = None,
+    overrides: Sequence[str] = (),
+    calibration: str | None = None,
+    find_tau: FindTau | None = None,
+) -> tuple[ImportReport, bool]:
+    """Write the run folder ``run`` from the published checkpoint at ``path``.
+
+    Args:
+        path: of the file.
+        run: the run folder, which does not exist yet or holds the same import, perhaps in part.
+        options: for what the file may not say.
+        tokenizer: the one that the model was trained with, to be kept in the run folder; None to keep none.
+        overrides: keys of the config, outside of ``model``.
+        calibration: what ``find_tau`` reads, as the note has it.
+        find_tau: finds the threshold of a router that has none.
+
+    Returns:
+        The report, and whether anything was written: the same import does nothing a second time.
+
+    Raises:
+        UserError: the file, the options or the run folder do not allow the import.
+    """
+    _check_overrides(overrides)
+    found_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
+    with disk_errors(path, "read"):
+        check_regular(path)
+    requested = {
+        "file": block_checksums(path),
+        **asdict(options),
+        "tokenizer": found_tokenizer.fingerprint if found_tokenizer is not None else None,
+        "overrides": list(overrides),
+        "calibration": calibration,
+    }
+    if (before := _earlier_report(run, requested)) is not None:
+        return before, False
+    file = read_published(path)
+    section = describe_model(file, options)
+    config, weights = _config_and_weights(file, run, section, overrides, find_tau)
+    if found_tokenizer is not None and found_tokenizer.vocab_size > config.model.vocab_size:
+        problem = (
+            f"has {found_tokenizer.vocab_size:,} ids, and the embedding of {path} {config.model.vocab_size:,} rows"
+        )
+        raise UserError(f"--tokenizer {tokenizer}", problem, "give the tokenizer that the model was trained with")
+    report = ImportReport(
+        checkpoint=str(config.checkpoint_folder / f"step_{file.step:08d}"),
+        model=config.model.model_dump(mode="json"),
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        perplexity=file.perplexity,
+        left_out=left_out(file),
+        notes=_notes(file, options, config),
+    )
+    write_note(run / NOTE, requested, [], asdict(report))
+    if found_tokenizer is not None:
+        keep_tokenizer(found_tokenizer, run)
+    write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
+    write_weights(
+        config,
+        weights,
+        step=file.step,
+        data=_history(config),
+        origin=f"imported from {path.name}",
+        validation={VALIDATION_SET: math.log(file.perplexity)} if file.perplexity is not None else {},
+    )
+    return report, True
+
+
+def _config_and_weights(
+    file: PublishedFile, run: Path, section: dict[str, Any], overrides: Sequence[str], find_tau: FindTau | None
+) -> tuple[RunConfig, dict[str, torch.Tensor]]:
+    """Return the config of the run and its parameters by name; a threshold that is missing is found on the way.
+
+    Raises:
+        UserError: as ``import_published``.
+    """
+    router = section["router"]
+    lacks_tau = router.get("kind") == "threshold" and router["tau"] is None
+    if lacks_tau and find_tau is None:
+        raise missing_tau(file, section["hidden_size"])
+    if not lacks_tau and find_tau is not None:
+        problem = "the router needs no threshold, or the file or --tau names one"
+        raise UserError("--calibrate", problem, "leave it out")
+    config = _config(file, run, section | {"router": router | {"tau": 0.5}} if lacks_tau else section, overrides)
+    weights = convert(file, config.model)
+    if lacks_tau and find_tau is not None:
+        model = build_model(config.model, seed=0)
+        model.load_state_dict(weights)
+        tau = find_tau(model.eval())
+        config = _config(file, run, section | {"router": router | {"tau": tau}}, overrides)
+    return config, weights
+
+
+def _config(file: PublishedFile, run: Path, section: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    mapping = copy.deepcopy(_TRAINING)
+    mapping["model"] = section
+    mapping["training"]["steps"] = max(file.step, 1)
+    mapping["logging"] = {"folder": str(run)}
+    trained = file.setting("max_seq_len", int)
+    if trained is not None and trained < section["max_sequence_length"]:
+        mapping["data"]["sequence_length"] = trained
+    return parse_with_overrides(mapping, overrides, str(file.path))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in ("model", "logging"):
+            problem = "the file says what the model is, and --output where the run folder is"
+            raise UserError(f"--set {override}", problem, "leave it out; `megachiar import --help` lists the options")
+
+
+def _earlier_report(run: Path, requested: dict[str, Any]) -> ImportReport | None:
+    """Return the report of the same import that ``run`` holds already; None if it is to be made, or finished.
+
+    Raises:
+        UserError: ``run`` holds something else.
+    """
+    note = run / NOTE
+    with disk_errors(run, "read"):
+        if not run.exists():
+            return None
+        others = {path.name for path in run.iterdir()} - {NOTE, temporary_path(note).name}
+    remedy = "name another folder with --output"
+    if not note.exists():
+        if others:
+            raise UserError(run, f"holds {min(others)}: it is no folder of an import", remedy)
+        return None
+    try:
+        report = ImportReport(**read_note(note, requested, []))
+    except (OutputDiffers, TypeError) as why:
+        raise UserError(run, f"holds another import: {why}", remedy) from None
+    return report if complete_checkpoints(run / "checkpoints") else None
+
+
+def _history(config: RunConfig) -> DataHistory:
+    """Return a history of data that nobody has: as many samples a step as the published code's, of unknown sources."""
+    unknown = SourceRecord(path="the data of the published training", tokens=0, checksum=None)
+    return DataHistory.initial(
+        [(unknown, 1.0)],
+        sequence_length=config.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.seed,
+        order=config.sample_order,
+    )
+
+
+def _notes(file: PublishedFile, options: ImportOptions, config: RunConfig) -> list[str]:
+    notes = []
+    if options.tau is not None and (said := [file.cfg.get(name) for name in ("tau_low", "tau_high")]) != [None, None]:
+        notes.append(f"cfg has tau_low and tau_high {said}; --tau replaces their middle")
+    if any(tensor.dtype == torch.float64 for tensor in file.tensors.values()):
+        notes.append("weights of 64 bits were rounded to 32")
+    if file.cfg.get("use_collapse_reg") is True:
+        notes.append("the published regulariser has no gradient, so that model.router.collapse_weight is 0")
+    if file.cfg.get("layer_variant") not in (None, "dct_attn"):
+        notes.append(f"cfg has layer_variant {file.cfg['layer_variant']!r}, which the published code never reads")
+    if config.model.kind == "chiar" and config.model.meta_router.pool == "batch":
+        notes.append("the gate of layer 1 averages over the batch: logits depend on the batch, and on later tokens")
+    if left_out(file):
+        notes.append(
+            "the classification heads of mixed training were left out: they read the mean of raw embeddings, "
+            "normalised, and no layer"
+        )
+    return notes

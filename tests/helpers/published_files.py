@@ -1,0 +1,70 @@
+"""Checkpoints as the published code writes them, with weights whose logits it has computed (``record``, fp64).
+
+``tests/workers/published_code_worker.py`` made the record.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+STEP, PERPLEXITY = 700, 30.5
+KINDS = ("threshold", "soft", "hard", "no_gate", "baseline")
+TAU = ("--tau", "0.77", "0.79")
+
+
+@functools.cache
+def record() -> dict[str, Any]:
+    """Return what the published code computes in fp64 with ``recorded_weight`` and fp64 rotary tables."""
+    return json.loads((Path(__file__).parents[1] / "fixtures" / "published_checkpoints.json").read_text())
+
+
+def recorded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return legacy random numbers, which never change, as fp32 weights of a given name."""
+    generator = np.random.RandomState(zlib.crc32(name.encode()))
+    return torch.from_numpy(generator.standard_normal(shape) * 0.3).float()
+
+
+def published_tensors(kind: str) -> dict[str, torch.Tensor]:
+    """Return the state dict of a published model: weights, rotary tables and the tied head."""
+    model = record()["models"][kind]
+    tensors = {name: recorded_weight(name, tuple(shape)) for name, shape in model["shapes"].items()}
+    tables = dict(zip(("inv_freq", "cos_cache", "sin_cache"), map(torch.tensor, record()["tables"]), strict=True))
+    tensors |= {name: tables[name.rpartition(".")[2]].clone() for name in model["buffers"]}
+    return tensors | {"lm_head.weight": tensors["token_emb.weight"]}
+
+
+def published_settings(kind: str) -> dict[str, Any]:
+    """Return ``cfg`` as the training script saves it: what it has set itself."""
+    settings: dict[str, Any] = {"vocab_size": record()["sizes"]["vocab_size"]}
+    if kind == "baseline":
+        return settings
+    mode = kind if kind in ("soft", "hard") else "threshold"
+    return settings | {"routing_mode": mode, "use_collapse_reg": False, "layer_variant": "dct_attn"}
+
+
+def published_content(kind: str) -> dict[str, Any]:
+    """Return what the training script saves."""
+    content = {"step": STEP, "model": published_tensors(kind), "val_ppl": PERPLEXITY}
+    return content | {"cfg": published_settings(kind)}
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def options_of(kind: str) -> tuple[str, ...]:
+    """Return the options that an import of this kind needs."""
+    return TAU if kind in ("threshold", "no_gate") else ()
+
+
+def published_logits(kind: str) -> torch.Tensor:
+    """Return the recorded logits (B, T, V), fp64."""
+    return torch.tensor(record()["models"][kind]["logits"], dtype=torch.float64)
