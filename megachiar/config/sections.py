@@ -103,7 +103,7 @@ class PrecisionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay. Biases, norms and DCT filters have no decay."""
+    """AdamW with decoupled weight decay. Biases, norms, DCT filters and gates have none unless ``decay_all`` is set."""
 
     learning_rate: PositiveFloat
     """Peak learning rate; a step changes a weight by about as much."""
@@ -113,6 +113,9 @@ class OptimizerConfig(Section):
     """Added to the root of the mean squared gradient that a step is divided by, in units of the gradient."""
     weight_decay: NonNegativeFloat = 0.01
     """Factor: a step takes weight_decay * learning rate of a weight away."""
+    decay_all: bool = False
+    """Weight decay for every parameter, as the published training has it. Without it, parameters of one dimension do
+    not decay: biases, norms, DCT filters and gates."""
     clip_gradient_norm: PositiveFloat | None = 1.0
     """Global L2 norm that gradients are clipped to; null for no clipping."""
     implementation: Literal["auto", "torch", "apex"] = "auto"
