@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import megachiar
 from megachiar import launch
+from megachiar.checkout import own_commit
 from megachiar.console import run
 from megachiar.options import OptionError
 
@@ -102,16 +101,5 @@ def help_text() -> str:
 
 def version_text() -> str:
     """Return the version and, in a checkout, its commit; ``-dirty`` means that files have changed since."""
-    commit = checkout_commit(Path(megachiar.__file__).resolve().parents[1])
+    commit = own_commit()
     return f"megachiar {megachiar.__version__}" + (f" (commit {commit})" if commit else "")
-
-
-def checkout_commit(root: Path) -> str | None:
-    """Return the commit of the checkout at ``root``; None if it is none or git cannot read it."""
-    if not (root / ".git").exists():
-        return None
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # there is no git, or it refuses the checkout
-        return None

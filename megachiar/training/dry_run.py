@@ -138,7 +138,7 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         The config, resolved as far as the datasets allow, and what the log of the run would say, as lines of markup.
     """
     notes: list[str] = []
-    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values()])
+    missing = _missing(config.data.prefixes)
     if missing:
         if not _missing(source.path for source in config.data.train):
             config = resolve_epochs(config)

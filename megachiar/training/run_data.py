@@ -31,23 +31,30 @@ class RunData:
     Attributes:
         training: training samples by position in the run.
         validation: validation sets by name.
+        test: test sets by name, which are read after the last step alone.
         history: what the run has read and reads next, as checkpoints record it.
         tokenizer: of the datasets; None where neither config nor manifest names one that is still there.
     """
 
     training: SampleStream | MegatronStream
     validation: dict[str, ValidationSet]
+    test: dict[str, ValidationSet]
     history: DataHistory
     tokenizer: Tokenizer | None
 
     @property
     def sources(self) -> list[TokenSource]:
-        """Every dataset that the run reads from here on, for training or validation."""
-        return [*self.training.sources, *(dataset.source for dataset in self.validation.values())]
+        """Every dataset that the run reads from here on, for training, validation or the test."""
+        held_out = (*self.validation.values(), *self.test.values())
+        return [*self.training.sources, *(dataset.source for dataset in held_out)]
 
     def validation_records(self) -> dict[str, SourceRecord]:
         """Return what each validation set holds, by name."""
         return {name: record_of(dataset.source) for name, dataset in self.validation.items()}
+
+    def test_records(self) -> dict[str, SourceRecord]:
+        """Return what each test set holds, by name."""
+        return {name: record_of(dataset.source) for name, dataset in self.test.items()}
 
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
@@ -115,11 +122,11 @@ def open_data(config: RunConfig) -> RunData:
         sources = open_sources([source.path for source in config.data.train], vocab_size)
         history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
-        validation = {
-            name: ValidationSet(prefix, length, vocab_size=vocab_size)
-            for name, prefix in config.data.validation.items()
-        }
-        data = RunData(training, validation, history, tokenizer=None)
+        validation, test = (
+            {name: ValidationSet(prefix, length, vocab_size=vocab_size) for name, prefix in sets.items()}
+            for sets in (config.data.validation, config.data.test)
+        )
+        data = RunData(training, validation, test, history, tokenizer=None)
         check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources])
         return replace(data, tokenizer=find_tokenizer(config, data.sources))
     except UserError as error:  # every rank reads the same files, so that one report is enough
@@ -251,12 +258,17 @@ def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
     return lines
 
 
-def describe_seen_validation(data: RunData) -> list[str]:
-    """Return a line for the log for each validation set that is also trained on, and so measures nothing new."""
+def describe_seen_sets(data: RunData) -> list[str]:
+    """Return a line for the log for each set that measures nothing new: it is also trained on, or chosen by."""
+    validation = {f"data.validation.{name}": dataset.source for name, dataset in data.validation.items()}
+    test = {f"data.test.{name}": dataset.source for name, dataset in data.test.items()}
     lines = []
-    for name, dataset in data.validation.items():
-        twins = [source.prefix for source in data.training.sources if _hold_the_same(source, dataset.source)]
-        lines += [f"data.validation.{name} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    for key, source in {**validation, **test}.items():
+        twins = [other.prefix for other in data.training.sources if _hold_the_same(other, source)]
+        lines += [f"{key} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    for key, source in test.items():
+        sets = [other for other, known in validation.items() if _hold_the_same(known, source)]
+        lines += [f"{key} holds the same tokens as {twin}: the run is chosen by what tests it" for twin in sets]
     return lines
 
 

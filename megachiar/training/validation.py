@@ -92,24 +92,13 @@ class Validation:
         Raises:
             EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
         """
-        topology, training = self._engine.topology, self._engine.config.training
-        break_off = BreakOff(lambda: self._signals.reason() is not None, self._engine.sum_over_world)
 
-        def before_batch(window: int) -> None:
+        def doing(window: int) -> None:
             self._activity.begin(f"evaluates {name} from window {window} on", Stage.EVALUATE, step, window)
-            if break_off.asked():
-                raise EvaluationBrokenOff
 
-        return evaluate(
-            self._engine.evaluate,
-            self._datasets[name],
-            training.micro_batch_size,
-            windows=training.evaluation_windows,
-            rank=topology.data_rank,
-            ranks=topology.data_size,
-            reduce_sum=self._engine.sum_over_world,
-            before_batch=before_batch,
-        )
+        windows = self._engine.config.training.evaluation_windows
+        stop = lambda: self._signals.reason() is not None  # noqa: E731
+        return evaluate_set(self._engine, self._datasets[name], windows, stop, doing)
 
     def _record(self, name: str, step: int, result: Evaluation) -> None:
         if step != self._measured_step:
@@ -124,3 +113,41 @@ class Validation:
         self._display.line(
             f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
         )
+
+
+def evaluate_set(
+    engine: Engine,
+    dataset: ValidationSet,
+    windows: int | None,
+    stop: Callable[[], bool],
+    doing: Callable[[int], None],
+) -> Evaluation:
+    """Measure the engine's model on a dataset; every rank calls this function.
+
+    Args:
+        engine: that holds the model.
+        dataset: to read.
+        windows: of the dataset that are read, from the first on; None reads all.
+        stop: whether this rank is asked to stop.
+        doing: says what this rank does, before each batch, with the number of its first window on rank 0.
+
+    Raises:
+        EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
+    """
+    break_off = BreakOff(stop, engine.sum_over_world)
+
+    def before_batch(window: int) -> None:
+        doing(window)
+        if break_off.asked():
+            raise EvaluationBrokenOff
+
+    return evaluate(
+        engine.evaluate,
+        dataset,
+        engine.config.training.micro_batch_size,
+        windows=windows,
+        rank=engine.topology.data_rank,
+        ranks=engine.topology.data_size,
+        reduce_sum=engine.sum_over_world,
+        before_batch=before_batch,
+    )
