@@ -294,6 +294,17 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def fractions(data: DataConfig) -> Iterator[Problem]:
+    """Check that parts of datasets are read in an order that has parts."""
+    for number, source in enumerate(data.train):
+        if source.fraction < 1 and data.order == "megatron":
+            yield Problem(
+                f"data.train.{number}.fraction",
+                f"is {source.fraction:g}, but data.order is megatron, which orders whole datasets",
+                "use data.order: keyed, or 1",
+            )
+
+
 def test_sets(data: DataConfig) -> Iterator[Problem]:
     """Check that no test set is used for anything but the one test at the end."""
     others = {source.path: "data.train" for source in data.train}
@@ -388,6 +399,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    fractions,
     test_sets,
     best_checkpoint,
     loading,

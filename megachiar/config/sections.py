@@ -26,6 +26,9 @@ class SourceConfig(Section):
     """Prefix of an indexed dataset: PREFIX.bin, PREFIX.idx and (if made here) PREFIX.json."""
     weight: PositiveFloat = 1.0
     """Share of training samples from this source, relative to the other weights."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the dataset's tokens that the run reads, from the first on: 0.01 trains on a corpus of 1 %. The first
+    documents stand for all where `megachiar preprocess --shuffle-seed` has shuffled them."""
 
 
 class DataConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
@@ -119,7 +120,8 @@ def open_data(config: RunConfig) -> RunData:
     """
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
-        sources = open_sources([source.path for source in config.data.train], vocab_size)
+        train = config.data.train
+        sources = open_sources([s.path for s in train], vocab_size, [s.fraction for s in train])
         history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
         validation, test = (
@@ -169,10 +171,22 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
 
 
 def _past_source(record: SourceRecord) -> TokenSource:
-    source = TokenSource(record.path)
+    source = open_recorded(record.path, record)
     if not record.same_data(record_of(source)):
         raise _gone(record.path)
     return source
+
+
+def open_recorded(path: Path | str, record: SourceRecord) -> TokenSource:
+    """Open the dataset at ``path`` as far as the dataset of ``record`` was read.
+
+    Of a record that has nothing but the number of tokens, that of the whole dataset must be the same.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    is_known = record.checksum is not None or record.sampled is not None
+    return TokenSource(path, limit=record.tokens if is_known else None)
 
 
 def _gone(path: str) -> LaunchError:
@@ -184,7 +198,7 @@ def record_of(source: TokenSource) -> SourceRecord:
     """Return what a history records of a dataset."""
     return SourceRecord(
         path=str(source.prefix),
-        tokens=source.dataset.tokens.size,
+        tokens=source.tokens.size,
         checksum=source.manifest.content if source.manifest else None,
         sampled=None if source.manifest else source.sampled_digest(),
     )
