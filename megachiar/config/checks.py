@@ -295,6 +295,31 @@ def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+def fractions(data: DataConfig) -> Iterator[Problem]:
+    """Check that parts of datasets are read in an order that has parts."""
+    for number, source in enumerate(data.train):
+        if source.fraction < 1 and data.order == "megatron":
+            yield Problem(
+                f"data.train.{number}.fraction",
+                f"is {source.fraction:g}, but data.order is megatron, which orders whole datasets",
+                "use data.order: keyed, or 1",
+            )
+
+
+def test_sets(data: DataConfig) -> Iterator[Problem]:
+    """Check that no test set is used for anything but the one test at the end."""
+    others = {source.path: "data.train" for source in data.train}
+    others |= {path: f"data.validation.{name}" for name, path in data.validation.items()}
+    for name, path in data.test.items():
+        if path in others:
+            yield Problem(
+                f"data.test.{name}",
+                f"is {path}, which is {others[path]} too: a test says nothing of text that the run has seen or was "
+                "chosen by",
+                "name text that is used for nothing else, or leave the set out",
+            )
+
+
 def best_checkpoint(checkpoint: CheckpointConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
     best = checkpoint.keep_best
     if best is not None and best not in data.validation:
@@ -375,6 +400,8 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    fractions,
+    test_sets,
     best_checkpoint,
     loading,
     rollback,

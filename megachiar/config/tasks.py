@@ -59,6 +59,9 @@ class AuxiliaryTaskConfig(Section):
     """Prefix of the dataset that the task trains on."""
     validation: ConfigPath | None = None
     """Prefix of the dataset that the task is evaluated on, under the task's name; null for none."""
+    test: ConfigPath | None = None
+    """Prefix of the dataset that the task is tested on once, after the last step, under the task's name; null for
+    none."""
     global_batch_size: PositiveInt
     """Sequences of the task's batch each time it is drawn, over all ranks: a multiple of micro_batch_size times the
     data-parallel ranks."""

@@ -24,7 +24,7 @@ from megachiar.training.run_data import (
     RunData,
     check_max_epochs,
     describe_repeated_sources,
-    describe_seen_validation,
+    describe_seen_sets,
     describe_source_usage,
     open_data,
 )
@@ -224,7 +224,7 @@ def describe_other_validation(state: CheckpointState, data: RunData) -> list[str
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:
     """Return what the log says of the data: how often each source is read, and what may surprise."""
-    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_validation(data)]
+    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_sets(data)]
     return [*describe_source_usage(config, data), *surprises]
 
 
