@@ -25,6 +25,7 @@ from megachiar.config.sections import (
     sample_length,
 )
 from megachiar.config.task_checks import auxiliary_tasks, classification
+from megachiar.config.tasks import MixedConfig
 
 OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
 
@@ -287,9 +288,9 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
         )
 
 
-def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+def evaluation(data: DataConfig, mixed: MixedConfig, training: TrainingConfig) -> Iterator[Problem]:
     """Check that there is something to evaluate on if evaluation is asked for."""
-    if training.evaluate_every and not data.validation:
+    if training.evaluate_every and not _validation_sets(data, mixed):
         yield Problem(
             "training.evaluate_every", f"is {training.evaluate_every} with no data.validation", "name a validation set"
         )
@@ -320,9 +321,17 @@ def test_sets(data: DataConfig) -> Iterator[Problem]:
             )
 
 
-def best_checkpoint(checkpoint: CheckpointConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+def _validation_sets(data: DataConfig, mixed: MixedConfig) -> set[str]:
+    """Return the names of all sets that a run is evaluated on."""
+    return {*data.validation, *(name for name, task in mixed.tasks.items() if task.validation is not None)}
+
+
+def best_checkpoint(
+    checkpoint: CheckpointConfig, data: DataConfig, mixed: MixedConfig, training: TrainingConfig
+) -> Iterator[Problem]:
+    """Check that the set that tells the best checkpoint is there, and is evaluated."""
     best = checkpoint.keep_best
-    if best is not None and best not in data.validation:
+    if best is not None and best not in _validation_sets(data, mixed):
         yield Problem("checkpoint.keep_best", f"{best!r} is no set of data.validation", "name one of its sets, or null")
     elif best is not None and training.evaluate_every is None:
         yield Problem(

@@ -160,7 +160,7 @@ class FinalEvaluation:
             commit=own_commit(),
             config_digest=config_digest(_trained_config(config, chosen.last)),
             model=config.model.kind,
-            parameters=build_model(config.model, seed=0, device="meta").parameter_count(),
+            parameters=build_model(config.model, seed=0, device="meta", heads=config.heads).parameter_count(),
             seeds=seeds_of(config),
             train=[record_of(source) for source in data.training.sources],
             validation_data=data.validation_records(),
