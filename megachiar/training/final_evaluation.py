@@ -167,7 +167,7 @@ class FinalEvaluation:
             test_data=data.test_records(),
             steps=steps,
             samples=self._progress.samples,
-            tokens=data.history.tokens_before(self._progress.samples),
+            tokens=data.history.tokens_before(self._progress.samples) if config.tasks[0].head is None else None,
             training_seconds=training_seconds(train),
             attention_share=sum(routed) / len(routed) if routed else None,
             attention_share_of_layers=layers,
@@ -243,13 +243,13 @@ def training_seconds(train: list[dict[str, Any]]) -> float | None:
     A record has the rate of the steps since the line of the log before it, or since the start of the process that wrote
     it. Steps in between, which a killed process took, count at the rate of the record after them.
     """
-    seconds, tokens_before = 0.0, 0
+    seconds, samples_before = 0.0, 0
     for record in train:
-        rate, tokens = record.get("tokens_per_second"), record.get("tokens")
-        if not rate or tokens is None:
+        rate, samples = record.get("samples_per_second"), record.get("samples")
+        if not rate or samples is None:
             return None
-        seconds += (tokens - tokens_before) / rate
-        tokens_before = tokens
+        seconds += (samples - samples_before) / rate
+        samples_before = samples
     return seconds if train else None
 
 

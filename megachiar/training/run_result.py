@@ -37,7 +37,7 @@ class BestCheckpoint(_Record):
     Attributes:
         step: its step.
         chosen_by: name of the validation set on which it has the lowest loss; None for the last checkpoint.
-        loss: that loss, in nats a token; None for the last checkpoint.
+        loss: that loss, in nats a token or labelled sequence; None for the last checkpoint.
         reason: why this one, in words.
     """
 
@@ -73,7 +73,7 @@ class RunResult(_Record):
         train, validation_data, test_data: what each dataset held; sources in their order, sets by name.
         steps: optimizer steps of the run.
         samples: training samples that it has read.
-        tokens: tokens of these samples.
+        tokens: tokens of these samples; None of a classification, whose samples have any number of tokens.
         training_seconds: seconds that its steps took, over all its starts, without evaluation and saving. Steps whose
             time no record tells count at the rate of the next one. None without records.
         attention_share: share of tokens that took attention, mean over the routed layers; None without such layers.
@@ -97,7 +97,7 @@ class RunResult(_Record):
     test_data: dict[str, SourceRecord] = {}
     steps: int = Field(ge=0)
     samples: int
-    tokens: int
+    tokens: int | None
     training_seconds: float | None = None
     attention_share: float | None = None
     attention_share_of_layers: list[float] | None = None
