@@ -10,7 +10,7 @@
 
 A step is that of a run: forward, backward, AdamW. Each contender is a process of its own. They take turns, round by
 round, and wait for their turn without computing. Every router, of whatever kind, sends ``--attention-share`` of its
-tokens to attention in the first step: by its thresholds, or by numbers that are added to the gates of a hard router. With
+tokens to attention in the first step: by thresholds, or by numbers that are added to the gates of a hard router. With
 three operators the others share the rest. The share of the measured steps in routed layers is printed. Two more numbers
 are printed: the peak memory of the process and, on a CPU, the peak of the tensors that a step makes. The former depends
 on holes in the heap.
@@ -296,6 +296,7 @@ def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
             below = [(1 - share) * (index + 1) / others for index in range(others)]
             router.bounds = tuple(decision.score.float().quantile(part).item() for part in below)
         elif router.kind == "hard":
+            assert decision.gates is not None, "a hard router has gates"
             added = logits_for([(1 - share) / others] * others + [share], decision.gates.float().log())
             router.gate.register_forward_hook(lambda _, __, logits: logits + added.to(logits.dtype))
 

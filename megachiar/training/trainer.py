@@ -318,7 +318,7 @@ class Trainer:
 
 
 def _describe(step: int, steps: int, values: dict[str, Any], routed: range, left: str) -> str:
-    """Return the line of the log for a step's metrics. Its share of attention and its H are means over routed layers."""
+    """Return the line of the log for a step's metrics. Attention's share and H are means over routed layers."""
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",

@@ -240,7 +240,7 @@ def test_the_digest_is_that_of_what_decides_the_result(tmp_path):
 def test_seconds_and_shares_are_those_of_the_records():
     """20 tokens at 10 a second and 30 at 5: 2 + 6 seconds. A tenth of 11 records are 2."""
     assert training_seconds([]) is None
-    records = [{"tokens": 20, "tokens_per_second": 10.0}, {"tokens": 50, "tokens_per_second": 5.0}]
+    records = [{"samples": 20, "samples_per_second": 10.0}, {"samples": 50, "samples_per_second": 5.0}]
     assert training_seconds(records) == pytest.approx(8.0)
     assert attention_shares([]) == (None, None)
     shares = [{"step": n, "attention_share": [0.0, n / 100, 1.0]} for n in range(1, 12)]
