@@ -10,10 +10,10 @@
 
 A step is that of a run: forward, backward, AdamW. Each contender is a process of its own. They take turns, round by
 round, and wait for their turn without computing. Every router, of whatever kind, sends ``--attention-share`` of its
-tokens to attention in the first step: by its thresholds, or by numbers that are added to the gates of a hard router. With
-three operators the others share the rest. The share of the measured steps in routed layers is printed. Two more numbers
-are printed: the peak memory of the process and, on a CPU, the peak of the tensors that a step makes. The former depends
-on holes in the heap.
+tokens to attention in the first step: by its thresholds, or by numbers that are added to the gates of a hard router.
+With three operators the others share the rest. The share of the measured steps in routed layers is printed. Two more
+numbers are printed: the peak memory of the process and, on a CPU, the peak of the tensors that a step makes. The former
+depends on holes in the heap.
 
 ``--bound`` adds a contender that only repeats the matrix products and attention calls of a CHIAR-Former step, on the
 tensors that they had in it. This is the time of a step if everything else cost nothing. It works on CPUs.

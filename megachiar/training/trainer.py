@@ -321,7 +321,7 @@ class Trainer:
 
 
 def _describe(step: int, steps: int, values: dict[str, Any], routed: range, left: str) -> str:
-    """Return the line of the log for a step's metrics. Its share of attention and its H are means over routed layers."""
+    """Return the line of the log for a step's metrics. Share of attention and H are means over the routed layers."""
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",
