@@ -25,6 +25,7 @@ LONGEST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-kills", type=int, default=50, help="kills of the slow test_soak.py, over all its layouts")
+    parser.addoption("--published-code", type=Path, help="folder CHIAR-former of the published code, to compare with")
     parser.addoption("--soak-seed", type=int, default=None, help="seed of its moments and victims, to repeat them")
 
 
