@@ -21,6 +21,7 @@ TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel
 RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
 OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
 DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
+SCALED = ["model.embedding_multiplier=50", "model.norm=pre"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
@@ -61,7 +62,12 @@ DOCUMENT_LAYOUTS = {
     "documents: dp 2, ZeRO 2": (2, [*DOCUMENTS, ZERO + "2"]),
     "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
 }
-EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS
+SCALED_LAYOUTS = {
+    "scaled embedding: tp 2, sequence": (2, [*SCALED, TP + "2", SP]),
+    "scaled embedding: pp 2": (2, [*SCALED, PP + "2"]),
+    "scaled embedding: dp 2, ZeRO 3": (2, [*SCALED, ZERO + "3"]),
+}
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -87,6 +93,7 @@ CHIAR_ONLY = {
     "bf16: pp 2, offload, micro-batch 4",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
     *REGULARISED_LAYOUTS,
+    *SCALED_LAYOUTS,
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
@@ -107,6 +114,8 @@ FAST = {
     "regularised: dp 2, ZeRO 2",
     "documents: pp 2, recompute 2",
     "documents: tp 2, pp 2, sequence",
+    "scaled embedding: tp 2, sequence",
+    "scaled embedding: pp 2",
     "bf16: tp 2, sequence, micro-batch 4",
     "bf16: pp 2, bf16 gradients",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
@@ -121,6 +130,7 @@ REFERENCES = {
     SINGLE: [ZERO + "0"],
     f"regularised: {SINGLE}": [REGULARISED],
     f"documents: {SINGLE}": DOCUMENTS,
+    f"scaled embedding: {SINGLE}": SCALED,
     f"bf16: {SINGLE}": [BF16],
     f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
 }
@@ -258,6 +268,13 @@ def test_documents_move_the_run(runs):
     """Without this the comparisons of layouts with documents would prove nothing about documents."""
     with_documents = runs.recording(reference_of("documents: "))
     assert _deviation(runs.recording(SINGLE)["loss"][5:], with_documents["loss"][5:]) > 1e-4
+
+
+@for_kinds("chiar")
+def test_the_scale_of_the_embedding_moves_the_run(runs):
+    """Without this the comparisons of layouts with a scaled embedding would prove nothing about it."""
+    runs.train(1, {"pre": ["model.norm=pre"]})
+    assert _deviation(runs.recordings["pre"]["loss"], runs.recording(reference_of("scaled embedding: "))["loss"]) > 1e-3
 
 
 @for_kinds("chiar")
