@@ -39,6 +39,7 @@ GROUPS = {
         "generate": "sample text",
         "calibrate": "find thresholds for the router",
         "bigram": "measure the perplexity of a bigram model, to compare with",
+        "analyze-routing": "say whether the router knows anything, with error bars",
         "flips": "count the tokens that 16 bits route otherwise than fp32",
     },
     "Benchmarks": {

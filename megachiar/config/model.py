@@ -144,9 +144,9 @@ class ModelConfig(Section):
             return router.attention_share
         bound = router.tau if len(router.operators) == 2 else router.tau_high
         bounds = set(bound) if isinstance(bound, tuple) else {bound}
-        if router.kind == "threshold" and bounds in ({0.0}, {1.0}):
-            return 1.0 - bounds.pop()
-        return 0.5
+        if router.kind != "threshold":
+            return 0.5
+        return 1.0 if bounds == {0.0} else 0.0 if bounds == {1.0} else 0.5
 
     def threshold(self, name: Literal["tau", "tau_low", "tau_high"], layer: int) -> float:
         """Return the threshold of the routed layer with index ``layer``, counted from 0 in the whole stack."""

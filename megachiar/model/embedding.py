@@ -23,7 +23,8 @@ from megachiar.topology import TensorParallelGroup
 class TiedEmbedding(nn.Module):
     """The embedding (V, d) of tokens, and logits or losses of hidden states with the same weight.
 
-    Only the embedded rows are scaled by ``model.embedding_multiplier``: logits have the weight as it is. The ranks of a tensor-parallel group share the vocabulary: each has V / p rows of the weight.
+    The embedded rows are scaled by ``model.embedding_multiplier``; logits have the weight as it is. The ranks of a
+    tensor-parallel group share the vocabulary: each has V / p rows of the weight.
     """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):

@@ -16,6 +16,7 @@ from megachiar.model.batch_layout import BatchLayout, find_document_starts
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
+from megachiar.model.layer import Routes
 from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
@@ -77,6 +78,7 @@ class ChiarFormer(nn.Module):
         sample_ids: torch.Tensor | None = None,
         *,
         cache: DecodingCache | None = None,
+        routes: Routes | None = None,
     ) -> ModelOutput:
         """Compute losses against targets, or logits without them.
 
@@ -86,6 +88,8 @@ class ChiarFormer(nn.Module):
             sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
             cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
                 document then.
+            routes: (B * T,) by the name of a layer, such as ``layers.1``: routes that the layer takes instead of those
+                of its router. A routed layer that is missing there decides, and writes its routes. None in training.
         """
         sequences, length = tokens.shape
         layout = BatchLayout(
@@ -102,7 +106,7 @@ class ChiarFormer(nn.Module):
             layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         interval = self.checkpoint_interval if self.training else None
-        x, outputs = run_layers(list(self.layers), x, layout, cache, interval)
+        x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
             cache.length += layout.length
         regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)
