@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megachiar.analysis.calibration import correlation_within
-from megachiar.analysis.resampling import Clusters, Estimate, jackknife
+from megachiar.analysis.resampling import Clusters, Estimate, estimate
 
 NULL_DRAWS = 200
 """Unknowing routers that are drawn to find the chance level."""
@@ -35,7 +35,7 @@ class Information:
         p_value: share of them that reach ``bits``, counting one more: at least 1 / (draws + 1).
         explained: share of the routes' entropy that the feature explains beyond chance: (bits - chance) / (route_bits -
             chance), adjusted mutual information; 0 by chance, 1 for a function of the feature. Its interval is over
-            sequences (jackknife).
+            sequences and token ids.
     """
 
     bits: float
@@ -74,12 +74,9 @@ def route_information(
     likeness = 0.0 if is_token else correlation_within(route.astype(np.float64), clusters.token)
     rng = np.random.default_rng([seed, len(route)])
     ones = np.ones(len(route))
-    null = np.array(
-        [
-            mutual_information(unknowing_routes(route, clusters.token, likeness, rng), classes, ones)
-            for _ in range(draws)
-        ]
-    )
+    shares, (_, group) = np.bincount(route) / len(route), np.unique(clusters.token, return_inverse=True)
+    drawn = (unknowing_routes(shares, group, likeness, rng) for _ in range(draws))
+    null = np.array([mutual_information(routes, classes, ones) for routes in drawn])
     bits, chance = mutual_information(route, classes, ones), float(null.mean())
 
     def explained(weights: np.ndarray) -> float:
@@ -94,7 +91,7 @@ def route_information(
         chance_low=low,
         chance_high=high,
         p_value=(1 + int((null >= bits).sum())) / (draws + 1),
-        explained=jackknife(explained, clusters.sequence),
+        explained=estimate(explained, clusters, seed),
     )
 
 
@@ -117,20 +114,19 @@ def _entropy(counts: np.ndarray) -> float:
     return -float(p @ np.log(p)) / NATS_PER_BIT
 
 
-def unknowing_routes(route: np.ndarray, token: np.ndarray, likeness: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw routes (n,) of a router that knows nothing, with the shares of ``route`` (n,).
+def unknowing_routes(shares: np.ndarray, group: np.ndarray, likeness: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw routes (n,) of a router that knows nothing.
 
     With probability sqrt(likeness) a token takes the route that was drawn for its id, and else one of its own. Two
     tokens of an id then have the correlation ``likeness``, as those of the measured routes have.
 
     Args:
-        route: the measured routes, from 0.
-        token: the ids (n,).
+        shares: (O,) of the operators.
+        group: (n,) number of each token's id, from 0.
         likeness: intraclass correlation of routes within an id, from 0 to 1.
         rng: draws them.
     """
-    shares = np.bincount(route) / len(route)
-    _, group = np.unique(token, return_inverse=True)
-    of_ids = rng.choice(len(shares), int(group.max()) + 1, p=shares)
-    own = rng.choice(len(shares), len(route), p=shares)
-    return np.where(rng.random(len(route)) < likeness**0.5, of_ids[group], own)
+    bounds = np.cumsum(shares)[:-1]
+    own = np.searchsorted(bounds, rng.random(len(group)), side="right")
+    of_ids = np.searchsorted(bounds, rng.random(int(group.max()) + 1), side="right")
+    return np.where(rng.random(len(group)) < likeness**0.5, of_ids[group], own)
