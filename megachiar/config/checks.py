@@ -85,7 +85,7 @@ def router(model: ModelConfig) -> Iterator[Problem]:
         return
     three = len(r.operators) == 3
     needed: list[str] = []
-    if r.kind == "threshold":
+    if r.has_thresholds:
         needed = ["tau_low", "tau_high"] if three else ["tau"]
     elif r.kind == "random":
         needed = ["attention_share", "rbf_share"] if three else ["attention_share"]
@@ -98,7 +98,7 @@ def router(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
     wrong_lists = list(_threshold_lists(model))
     yield from wrong_lists
-    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
+    if three and r.has_thresholds and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
         for layer in model.routed_layers:
             low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
             if low > high:

@@ -193,7 +193,7 @@ class Engine:
             sample_ids = torch.arange(first_sample, first_sample + len(batch), device=self.device)
             yield tokens[:, :-1], tokens[:, 1:], sample_ids
 
-    def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    def evaluate(self, inputs: np.ndarray, targets: np.ndarray, first_window: int = 0) -> tuple[float, int]:
         """Return the summed cross-entropy in nats, and the number of targets, of this replica's windows.
 
         Of the ranks that share a replica one returns them and the others return 0, so that a sum over all ranks counts
@@ -202,13 +202,16 @@ class Engine:
         Args:
             inputs: tokens (n, T) int64 of at most a micro-batch.
             targets: tokens (n, T) int64; -100 marks what is no target.
+            first_window: number of the first window in its set; the others follow it.
         """
         missing = self.config.training.micro_batch_size - len(inputs)
         if missing and self.topology.model_size > 1:  # pipeline stages and row shards work on whole micro-batches
             inputs = np.pad(inputs, ((0, missing), (0, 0)))
             targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=IGNORED_TARGET)
         nats = self.replica.evaluate(
-            torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
+            torch.from_numpy(inputs).to(self.device),
+            torch.from_numpy(targets).to(self.device),
+            torch.arange(first_window, first_window + len(inputs), device=self.device),
         )
         if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
             return 0.0, 0

@@ -4,7 +4,7 @@
     stage 1      F0 F1 B0 F2 B1 F3 B2 ...         activations of at most (stages - its number) micro-batches
 
 Stages send each other ``StageInputs``: the hidden states, which have a gradient, and integers that need none. The
-integers are the sample ids and, where attention keeps to documents, the document starts.
+integers are the sample ids and, where attention keeps to documents, the tokens.
 """
 
 from __future__ import annotations
@@ -94,12 +94,11 @@ class PipelineReplica:
         norm = deepspeed_patches.gradient_norm(self.deepspeed)
         return RankMetrics(forward=self._forward_metrics().tolist(), gradient_norm=norm)
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
         """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.
 
-        ``inputs`` and ``targets`` are (B, T).
+        ``inputs`` and ``targets`` are (B, T), ``sample_ids`` (B,).
         """
-        sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
         outputs = deepspeed_patches.evaluate_micro_batch(self.deepspeed, ((inputs, sample_ids), targets))
         return outputs[0].item() if self.topology.is_last_stage else 0.0
 

@@ -15,7 +15,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.batch_layout import BatchLayout, lay_out
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer, run_layers, statistics, total_regulariser
@@ -29,8 +29,8 @@ class StageInputs(NamedTuple):
 
     Attributes:
         hidden_states: (m, d), the rows of this rank.
-        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), each sample id followed by the document starts of its
-            tokens.
+        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), each sample id followed by the tokens, where each stage
+            has to know its documents.
     """
 
     hidden_states: torch.Tensor
@@ -50,6 +50,7 @@ class StagePart(nn.Module):
         group: the ranks that share each layer.
         interval: number of layers whose activations are recomputed together; None to keep all activations.
         length: tokens of a sequence, T.
+        document_end: token that ends a document, if no token is to see another document.
 
     Attributes:
         regulariser_scale: factor that the gradient of the loss has been scaled by, which the regulariser's needs too.
@@ -63,13 +64,16 @@ class StagePart(nn.Module):
         group: TensorParallelGroup,
         interval: int | None,
         length: int,
+        document_end: int | None,
     ):
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleDict({str(index): build_layer(config, index, group) for index in indices})
         self.seed = seed
         self.group = group
         self.interval = interval
         self.length = length
+        self.document_end = document_end
         self.regulariser_scale = 1.0
         self._reports: list[tuple[torch.Tensor, torch.Tensor]] = []
         initialise(self, config, seed, group)
@@ -77,15 +81,16 @@ class StagePart(nn.Module):
     def forward(self, inputs: StageInputs) -> StageInputs:
         """Run the layers of this part; in training, keep their reports and attach the regulariser."""
         x, sequence_ids = inputs
-        has_documents = sequence_ids.dim() > 1
-        layout = BatchLayout(
-            sequences=len(sequence_ids),
-            length=self.length,
+        has_tokens = sequence_ids.dim() > 1
+        layout = lay_out(
+            self.config,
+            sequence_ids[:, 0] if has_tokens else sequence_ids,
+            self.length,
+            tokens=sequence_ids[:, 1:] if has_tokens else None,
+            document_end=self.document_end,
+            dropout_seed=self.seed if self.training else None,
             group=self.group,
-            document_starts=sequence_ids[:, 1:] if has_documents else None,
         )
-        if self.training:
-            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0] if has_documents else sequence_ids)
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training:
             regulariser = total_regulariser(outputs, x.device)
@@ -150,8 +155,7 @@ class StageEmbedding(TiedEmbedding):
         hidden_states = self(tokens.flatten(), layout=layout)
         if self.document_end is None:
             return StageInputs(hidden_states, sample_ids)
-        starts = find_document_starts(tokens, self.document_end)
-        return StageInputs(hidden_states, torch.cat([sample_ids[:, None], starts], 1))
+        return StageInputs(hidden_states, torch.cat([sample_ids[:, None], tokens], 1))
 
     def last_part(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states (m, d), and the weight for the loss.
@@ -194,7 +198,16 @@ def pipeline_parts(
         )
 
     layers = [
-        LayerSpec(StagePart, config=config, seed=seed, indices=indices, group=group, interval=interval, length=length)
+        LayerSpec(
+            StagePart,
+            config=config,
+            seed=seed,
+            indices=indices,
+            group=group,
+            interval=interval,
+            length=length,
+            document_end=document_end,
+        )
         for indices in layer_groups(config, interval)
     ]
     norm = LayerSpec(StageNorm, config=config, group=group)

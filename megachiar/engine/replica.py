@@ -73,11 +73,11 @@ class Replica:
         norm = deepspeed_patches.gradient_norm(self.deepspeed) if self._norm is None else self._norm.item()
         return RankMetrics(forward=torch.stack(self._forward).mean(0).tolist(), gradient_norm=norm)
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
+        """Return the cross-entropy of inputs and targets (B, T) in nats, summed over the targets; ids are (B,)."""
         self.deepspeed.eval()
         with torch.no_grad():
-            return self.deepspeed(inputs, targets).token_losses.double().sum().item()
+            return self.deepspeed(inputs, targets, sample_ids).token_losses.double().sum().item()
 
     def _unclipped_norm(self) -> torch.Tensor | None:
         """Return the gradient norm before clipping under ZeRO 0; None where DeepSpeed reports it, or between steps.

@@ -25,6 +25,7 @@ def generate(
     seed: int = 0,
     eod_id: int | None = None,
     known_ids: torch.Tensor | None = None,
+    sample_id: int = 0,
 ) -> list[int]:
     """Generate tokens that continue ``prompt``.
 
@@ -43,6 +44,8 @@ def generate(
         eod_id: end-of-document id, which ends the generation.
         known_ids: ids that the tokenizer has, bool (V,). A model may have more ids, which pad its vocabulary and are
             never sampled. None means that the tokenizer has all of them.
+        sample_id: number of the text, which keys random routes. A forward pass over the text takes the same routes if
+            it gets the same number, as it does by default.
 
     Returns:
         The new ids, without the prompt and without ``eod_id``.
@@ -52,11 +55,13 @@ def generate(
     longest = model.config.max_sequence_length
     text = list(prompt)
     new: list[int] = []
+    number = torch.tensor([sample_id], device=device)
     cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
     while len(new) < max_new_tokens:
         if cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
-        logits = model(torch.tensor([unread], device=device), cache=cache).logits[0, -1].float().cpu()
+        output = model(torch.tensor([unread], device=device), sample_ids=number, cache=cache)
+        logits = output.logits[0, -1].float().cpu()
         token = sample(logits, temperature, top_k, top_p, generator, known_ids)
         if token == eod_id:
             break

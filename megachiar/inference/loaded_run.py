@@ -115,8 +115,9 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
     """Return a ``Score`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def score(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+    def score(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[float, int]:
+        numbers = torch.arange(first_window, first_window + len(inputs), device=device)
+        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers)
         return output.token_losses.double().sum().item(), int((targets != IGNORED_TARGET).sum())
 
     return score
@@ -125,8 +126,8 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
 def with_progress(score: Score, advance: Callable[[int], None]) -> Score:
     """Return a ``Score`` that calls ``score`` and then ``advance`` with the number of windows that were scored."""
 
-    def scored(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        result = score(inputs, targets)
+    def scored(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[float, int]:
+        result = score(inputs, targets, first_window)
         advance(len(inputs))
         return result
 

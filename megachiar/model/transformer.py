@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.batch_layout import lay_out
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
@@ -85,25 +85,25 @@ class ChiarFormer(nn.Module):
         Args:
             tokens: (B, T) int64, the same on all ranks of the group.
             targets: (B, T) int64, -100 where there is none; None for logits.
-            sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
+            sample_ids: (B,) int64, the number of each sequence, which keys its dropout and its random routes: in
+                training that of the sample in the run, in evaluation that of the window in its set. 0 to B - 1 if None.
             cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
                 document then.
             routes: (B * T,) by the name of a layer, such as ``layers.1``: routes that the layer takes instead of those
                 of its router. A routed layer that is missing there decides, and writes its routes. None in training.
         """
-        sequences, length = tokens.shape
-        layout = BatchLayout(
-            sequences=sequences,
-            length=length,
-            cache_length=cache.length if cache is not None else 0,
+        if sample_ids is None:
+            sample_ids = torch.arange(len(tokens), device=tokens.device)
+        layout = lay_out(
+            self.config,
+            sample_ids,
+            tokens.shape[1],
+            tokens=tokens,
+            document_end=self.document_end,
+            dropout_seed=self.seed if self.training else None,
             group=self.group,
+            cache=cache,
         )
-        if self.document_end is not None and cache is None:
-            layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
-        if self.training and self.config.dropout:
-            if sample_ids is None:
-                sample_ids = torch.arange(len(tokens), device=tokens.device)
-            layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         interval = self.checkpoint_interval if self.training else None
         x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)

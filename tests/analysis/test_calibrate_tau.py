@@ -83,13 +83,14 @@ def test_all_tokens_are_counted_or_as_many_as_wanted_from_all_over_the_text(tmp_
 
 def test_windows_are_spread_over_the_text_and_full(tmp_path):
     dataset = ValidationSet(write_tokens(tmp_path / "valid"), 32)
-    inputs, targets = spread_windows(dataset, 5)
+    inputs, targets, numbers = spread_windows(dataset, 5)
     assert inputs.shape == targets.shape == (5, 32) and (targets >= 0).all()
     last = dataset.targets // 32 - 1
     assert inputs[0].tolist() == dataset.batch(0, 1)[0][0].tolist()
     assert inputs[-1].tolist() == dataset.batch(last, last + 1)[0][0].tolist()
+    assert (numbers[0], numbers[-1]) == (0, last)
     short = ValidationSet(write_tokens(tmp_path / "short", documents=1), 1000)
-    inputs, targets = spread_windows(short, 5)
+    inputs, targets, _ = spread_windows(short, 5)
     assert inputs.shape == (1, short.targets) and (targets >= 0).all()
 
 
@@ -220,7 +221,7 @@ def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_fold
     routed = config.model_copy(update={"router": type(config.router)(**router)})
     model = build_model(routed, seed=0).eval()
     model.load_state_dict(read_weights(checkpoint))
-    inputs, _ = spread_windows(ValidationSet(valid, 32), 64)
+    inputs, *_ = spread_windows(ValidationSet(valid, 32), 64)
     entered = []
     for layer in model.layers[1:3]:
         layer.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach().numpy()))

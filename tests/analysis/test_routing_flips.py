@@ -12,6 +12,7 @@ import torch
 from model_cases import ROUTERS, lively_model, small_model_config, token_batch
 from support import forked_python, pretrain, small_config, write_config, write_tokens
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.flips import routing_flips
 from megachiar.kernels.spectral import spectrum_and_entropy
 
@@ -27,7 +28,7 @@ def flips_of(router: dict, dtype: torch.dtype = torch.bfloat16, batch_size: int 
     config = small_model_config(hidden_size=64, num_layers=5, router=router)
     model = lively_model(config, dtype=torch.float32).eval()
     tokens = token_batch(8, 17).numpy()
-    found = routing_flips(model, dtype, tokens[:, :-1], tokens[:, 1:], batch_size)
+    found = routing_flips(model, dtype, Windows(tokens[:, :-1], tokens[:, 1:], np.arange(8)), batch_size)
     assert [layer.layer for layer in found] == [2, 3, 4] and all(layer.tokens == 8 * 16 for layer in found)
     return model, found
 
