@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.routed_tokens import batches
 from megachiar.model import ChiarFormer
 from megachiar.model.attention import SelfAttention
@@ -26,8 +27,7 @@ QUERIES = 256
 
 def attention_distances(
     model: ChiarFormer,
-    inputs: np.ndarray,
-    targets: np.ndarray,
+    windows: Windows,
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
@@ -35,23 +35,23 @@ def attention_distances(
 
     Args:
         model: in evaluation mode, a baseline: all tokens attend in every layer.
-        inputs, targets: (S, T) int64.
+        windows: S windows of T tokens.
         batch_size: sequences of a forward pass.
         advance: is told of sequences that have been run.
     """
-    device, found = next(model.parameters()).device, []
-    for tokens, wanted in batches(inputs, targets, batch_size):
+    found = []
+    for batch in batches(model, windows, batch_size):
         of_batch: list[torch.Tensor] = []
         modules = [module for module in model.modules() if isinstance(module, SelfAttention)]
         hooks = [module.register_forward_pre_hook(partial(_watch, of_batch)) for module in modules]
         try:
             with torch.inference_mode():
-                model(tokens.to(device), wanted.to(device))
+                model(*batch)
         finally:
             for hook in hooks:
                 hook.remove()
         found.append(torch.stack(of_batch).double().cpu().numpy())
-        advance(len(tokens))
+        advance(len(batch[0]))
     return np.concatenate(found, 1)
 
 

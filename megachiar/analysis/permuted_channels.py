@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import UNKNOWN, Estimate
 from megachiar.analysis.routed_tokens import batches
 from megachiar.model import ChiarFormer
@@ -61,28 +62,25 @@ class ChannelPermutations:
         self.model = model
         self.orders = [torch.randperm(d, generator=generator) for _ in range(permutations)]
 
-    def __call__(
-        self, inputs: np.ndarray, targets: np.ndarray, batch_size: int, advance: Callable[[int], None]
-    ) -> np.ndarray:
+    def __call__(self, windows: Windows, batch_size: int, advance: Callable[[int], None]) -> np.ndarray:
         """Return the routes (R, P, S, T) int8; arguments are as in ``collect_routes``."""
         parts = []
-        for tokens, wanted in batches(inputs, targets, batch_size):
-            parts.append(self._of_batch(tokens, wanted))
-            advance(len(tokens))
+        for batch in batches(self.model, windows, batch_size):
+            parts.append(self._of_batch(batch))
+            advance(len(batch[0]))
         return np.concatenate(parts, 2)
 
-    def _of_batch(self, tokens: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-        device = next(self.model.parameters()).device
+    def _of_batch(self, batch: tuple[torch.Tensor, ...]) -> np.ndarray:
         found: list[torch.Tensor] = []
         layers = [layer for layer in self.model.layers if isinstance(layer, RoutedLayer)]
         hooks = [layer.register_forward_pre_hook(partial(self._decide, found)) for layer in layers]
         try:
             with torch.inference_mode():
-                self.model(tokens.to(device), targets.to(device))
+                self.model(*batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(found).view(len(layers), len(self.orders), *tokens.shape).cpu().numpy()
+        return torch.stack(found).view(len(layers), len(self.orders), *batch[0].shape).cpu().numpy()
 
     def _decide(self, found: list[torch.Tensor], layer: RoutedLayer, arguments: tuple[Any, ...]) -> None:
         """Add the routes (P, N) of a layer for its rows in each order of the channels."""

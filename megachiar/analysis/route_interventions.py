@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import Estimate, estimate, weighted_mean
 from megachiar.analysis.route_value import check_switchable, routed_layers
 from megachiar.analysis.routed_tokens import RoutedTokens, batches
@@ -46,7 +47,7 @@ def intervention_routes(routed: RoutedTokens, seed: int) -> dict[str, list[np.nd
 def measure_interventions(
     model: ChiarFormer,
     routed: RoutedTokens,
-    targets: np.ndarray,
+    windows: Windows,
     *,
     seed: int,
     batch_size: int,
@@ -57,7 +58,7 @@ def measure_interventions(
     Args:
         model: in evaluation mode.
         routed: the tokens with the model's own routes and losses.
-        targets: (S, T) int64 of these tokens.
+        windows: of these tokens.
         seed: of the coin and of the intervals.
         batch_size: sequences of a forward pass.
         advance: is told of sequences that have been run.
@@ -69,11 +70,11 @@ def measure_interventions(
         UserError: the router is soft.
     """
     check_switchable(model)
-    valid = (targets >= 0).ravel()
+    valid = np.isfinite(routed.losses).ravel()
     clusters = routed.clusters.select(valid)
     found = {}
     for name, variants in intervention_routes(routed, seed).items():
-        losses = np.mean([_losses(model, routed.ids, targets, routes, batch_size, advance) for routes in variants], 0)
+        losses = np.mean([_losses(model, windows, routes, batch_size, advance) for routes in variants], 0)
         change = (losses - routed.losses).ravel()[valid]
 
         def mean_change(weights: np.ndarray, change: np.ndarray = change) -> float:
@@ -86,21 +87,20 @@ def measure_interventions(
 @torch.inference_mode()
 def _losses(
     model: ChiarFormer,
-    inputs: np.ndarray,
-    targets: np.ndarray,
+    windows: Windows,
     routes: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """Return the loss (S, T) fp64 of each token with the given routes (R, S, T)."""
-    layers, device, found = routed_layers(model), next(model.parameters()).device, []
-    first = 0
-    for tokens, wanted in batches(inputs, targets, batch_size):
-        part = torch.from_numpy(routes[:, first : first + len(tokens)]).long().flatten(1).to(device)
+    layers, found, first = routed_layers(model), [], 0
+    for batch in batches(model, windows, batch_size):
+        count = len(batch[0])
+        part = torch.from_numpy(routes[:, first : first + count]).long().flatten(1).to(batch[0].device)
         forced = {layer.name: route for layer, route in zip(layers.values(), part, strict=True)}
-        losses = model(tokens.to(device), wanted.to(device), routes=forced).token_losses
+        losses = model(*batch, routes=forced).token_losses
         assert losses is not None, "there are targets"
         found.append(losses.double().cpu().numpy())
-        first += len(tokens)
-        advance(len(tokens))
+        first += count
+        advance(count)
     return np.concatenate(found)

@@ -9,8 +9,9 @@ later layers, those of later tokens. It is positive where attention helps. The r
 routers that would decide otherwise after the switch do not.
 
 A sequence is run with its switches as one batch whose first row has no switch, so that all rows are computed alike.
+With ``meta_router.pool: batch`` the gate is that of the sequence alone.
 
-Shapes: B rows of a batch, T tokens of a sequence, n switches.
+Shapes: R = routed layers, S = sequences, T = tokens of a sequence, B = rows of a batch, n = tokens that are switched.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megachiar.analysis.route_trace import trace_routes
+from megachiar.analysis.routed_tokens import RoutedTokens
 from megachiar.errors import UserError
 from megachiar.model import ChiarFormer
-from megachiar.model.layer import RoutedLayer, Routes
+from megachiar.model.layer import RoutedLayer
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class RouteValues:
 @torch.inference_mode()
 def route_values(
     model: ChiarFormer,
-    inputs: np.ndarray,
+    routed: RoutedTokens,
     targets: np.ndarray,
     tokens: np.ndarray,
     batch_size: int,
@@ -60,7 +61,8 @@ def route_values(
 
     Args:
         model: in evaluation mode, whole and on one rank. fp32 or fp64: 16 bits are too coarse for these differences.
-        inputs, targets: (sequences, T) int64.
+        routed: the tokens of the text with the model's own routes, which all other tokens keep.
+        targets: (S, T) int64 of these tokens.
         tokens: (n, 2) int64, sequence and position of each token that is switched, in every routed layer.
         batch_size: most sequences in a forward pass.
         advance: is told of sequences that have been run.
@@ -72,20 +74,23 @@ def route_values(
         UserError: the router is soft: every token takes all operators, and there is nothing to switch.
     """
     check_switchable(model)
-    layers = routed_layers(model)
-    tokens = tokens[np.lexsort(tokens.T[::-1])]
-    found: dict[int, list[tuple[np.ndarray, ...]]] = {index: [] for index in layers}
-    for sequence in np.unique(tokens[:, 0]).tolist():
-        positions = tokens[tokens[:, 0] == sequence, 1]
-        device = next(model.parameters()).device
-        row, wanted = (torch.from_numpy(part[sequence : sequence + 1]).to(device) for part in (inputs, targets))
-        for index, values in _of_sequence(model, row, wanted, positions, batch_size, advance).items():
-            found[index].append((np.full(len(positions), sequence), positions, *values))
-    results = []
-    for index, parts in found.items():
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        results.append(RouteValues(index, *columns))
-    return results
+    sequence, position = tokens[np.lexsort(tokens.T[::-1])].T
+    parts = []
+    for number in np.unique(sequence).tolist():
+        places = position[sequence == number]
+        parts.append(_values_of_sequence(model, routed, targets, number, places, batch_size, advance))
+    values = np.concatenate(parts, 1)  # (R, n)
+    return [
+        RouteValues(
+            layer=index,
+            sequence=sequence,
+            position=position,
+            operator=routed.operator[place, sequence, position].astype(np.int64),
+            entropy=routed.entropy[place, sequence, position],
+            value=values[place],
+        )
+        for place, index in enumerate(routed.layers)
+    ]
 
 
 def choose_tokens(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -126,59 +131,41 @@ def routed_layers(model: ChiarFormer) -> dict[int, RoutedLayer]:
     return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, RoutedLayer)}
 
 
-def _of_sequence(
+def _values_of_sequence(
     model: ChiarFormer,
-    tokens: torch.Tensor,
-    targets: torch.Tensor,
+    routed: RoutedTokens,
+    targets: np.ndarray,
+    sequence: int,
     positions: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None],
-) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return operators, entropies and values (n,) at ``positions`` (n,) of one sequence (1, T), by layer."""
-    layers = routed_layers(model)
-    trace = trace_routes(model, tokens, targets)
-    routes = {layer.name: trace.operator[index].flatten() for index, layer in layers.items()}
-    taken = {index: trace.operator[index, 0].cpu().numpy()[positions] for index in layers}
-    entropy = {index: trace.entropy[index, 0].double().cpu().numpy()[positions] for index in layers}
-    pair = trace.operators.index("dct"), trace.operators.index("attention")
-    places = range(len(positions))
-    wanted = [(index, place, operator) for index in layers for place in places for operator in pair]
-    switched = [change for change in wanted if taken[change[0]][change[1]] != change[2]]
+) -> np.ndarray:
+    """Return the values (R, n) of the routes at ``positions`` (n,) of one sequence."""
+    own = routed.operator[:, sequence]  # (R, T)
+    pair = routed.operators.index("dct"), routed.operators.index("attention")
+    wanted = [(place, int(position), o) for place in range(len(own)) for position in positions for o in pair]
+    switches = [(place, position, o) for place, position, o in wanted if own[place, position] != o]
     losses: dict[tuple[int, int, int], float] = {}
-    for part in _parts(switched, max(1, batch_size - 1)):
-        changes = [(layers[index].name, int(positions[place]), operator) for index, place, operator in part]
-        result = _losses(model, tokens, targets, routes, changes)
+    for part in _parts(switches, max(1, batch_size - 1)):
+        routes = np.repeat(own[:, None], 1 + len(part), axis=1)  # (R, B, T)
+        for row, (place, position, operator) in enumerate(part, 1):
+            routes[place, row, position] = operator
+        result = _losses(model, routed.ids[sequence], targets[sequence], routes)
         # What is kept is the difference to the row without a switch, which every batch has.
         losses |= dict(zip(part, (result[1:] - result[0]).tolist(), strict=True))
         advance(len(part) + 1)
-    found = {}
-    for index in layers:
-        with_dct, with_attention = ([losses.get((index, place, o), 0.0) for place in places] for o in pair)
-        value = np.array(with_dct) - np.array(with_attention)
-        found[index] = (taken[index], entropy[index], value)
-    return found
+    change = np.array([losses.get(switch, 0.0) for switch in wanted]).reshape(len(own), len(positions), 2)
+    return change[..., 0] - change[..., 1]
 
 
-def _losses(
-    model: ChiarFormer,
-    tokens: torch.Tensor,
-    targets: torch.Tensor,
-    routes: Routes,
-    changes: Sequence[tuple[str, int, int]],
-) -> torch.Tensor:
-    """Return the summed loss (1 + n,) fp64 of a sequence (1, T) as it is routed, and with each of n changed routes.
-
-    Args:
-        model: of the sequence.
-        tokens, targets: (1, T).
-        routes: (T,) by the name of the layer.
-        changes: layer, position and operator of each.
-    """
-    rows, length = 1 + len(changes), tokens.shape[1]
-    forced = {name: route.repeat(rows) for name, route in routes.items()}
-    for row, (name, position, operator) in enumerate(changes, 1):
-        forced[name][row * length + position] = operator
-    losses = model(tokens.expand(rows, -1), targets.expand(rows, -1), routes=forced).token_losses
+def _losses(model: ChiarFormer, tokens: np.ndarray, targets: np.ndarray, routes: np.ndarray) -> torch.Tensor:
+    """Return the summed loss (B,) fp64 of a sequence (T,) with each of B given routes (R, B, T)."""
+    device, rows = next(model.parameters()).device, routes.shape[1]
+    inputs, wanted = (torch.from_numpy(part).to(device).expand(rows, -1) for part in (tokens, targets))
+    of_layers = torch.from_numpy(routes).long().flatten(1).to(device)
+    forced = {layer.name: route for layer, route in zip(routed_layers(model).values(), of_layers, strict=True)}
+    losses = model(inputs, wanted, routes=forced).token_losses
+    assert losses is not None, "there are targets"
     return losses.double().sum(1).cpu()
 
 

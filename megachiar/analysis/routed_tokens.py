@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import Clusters
-from megachiar.analysis.route_trace import trace_routes
+from megachiar.analysis.route_trace import record_routes
 from megachiar.model import ChiarFormer
 
 
@@ -55,8 +56,7 @@ class RoutedTokens:
 
 def collect_routes(
     model: ChiarFormer,
-    inputs: np.ndarray,
-    targets: np.ndarray,
+    windows: Windows,
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> RoutedTokens:
@@ -64,30 +64,33 @@ def collect_routes(
 
     Args:
         model: in evaluation mode.
-        inputs, targets: (S, T) int64.
+        windows: S windows of T tokens.
         batch_size: sequences of a forward pass.
         advance: is told of sequences that have been run.
     """
     operator, entropy, losses = [], [], []
     layers, operators = tuple(model.config.routed_layers), model.config.router.operators
-    for tokens, wanted in batches(inputs, targets, batch_size):
-        trace = trace_routes(model, tokens, wanted)
+    for batch in batches(model, windows, batch_size):
+        with torch.inference_mode(), record_routes(model) as passes:
+            model(*batch)
+        trace, wanted = passes[0], batch[1].cpu()
         assert trace.token_losses is not None, "there are targets"
         operator.append(trace.operator[list(layers)].to(torch.int8).cpu().numpy())
         entropy.append(trace.entropy[list(layers)].double().cpu().numpy())
         losses.append(trace.token_losses.double().cpu().masked_fill(wanted < 0, torch.nan).numpy())
-        advance(len(tokens))
+        advance(len(wanted))
     return RoutedTokens(
         layers=layers,
         operators=operators,
         operator=np.concatenate(operator, 1),
         entropy=np.concatenate(entropy, 1),
         losses=np.concatenate(losses),
-        ids=inputs,
+        ids=windows.inputs,
     )
 
 
-def batches(inputs: np.ndarray, targets: np.ndarray, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield inputs and targets of at most ``size`` sequences at a time."""
-    for start in range(0, len(inputs), size):
-        yield torch.from_numpy(inputs[start : start + size]), torch.from_numpy(targets[start : start + size])
+def batches(model: ChiarFormer, windows: Windows, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield inputs, targets and numbers of at most ``size`` windows at a time, on the device of ``model``."""
+    device = next(model.parameters()).device
+    for start in range(0, len(windows.inputs), size):
+        yield tuple(torch.from_numpy(part[start : start + size]).to(device) for part in windows)

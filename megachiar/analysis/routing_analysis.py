@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megachiar.analysis.calibration import noise_entropies
+from megachiar.analysis.calibration import Windows, noise_entropies
 from megachiar.analysis.permuted_channels import ChannelPermutations
 from megachiar.analysis.route_interventions import COINS, measure_interventions
 from megachiar.analysis.route_value import choose_tokens, route_values
@@ -46,13 +46,12 @@ class Text:
     """The tokens that an analysis reads.
 
     Attributes:
-        inputs, targets: (S, T) int64.
+        windows: S windows of T tokens.
         counts: (V,) how often each id occurs in the whole text.
         words: (S, T) the kind of each token, an index into ``token_features.WORD_CLASSES``; None without a tokenizer.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    windows: Windows
     counts: np.ndarray
     words: np.ndarray | None
 
@@ -92,8 +91,8 @@ def sequences_to_run(text: Text, settings: Settings, layers: int, steps: int, is
         steps: checkpoints that are compared.
         is_soft: whether the router is soft, so that no route is changed.
     """
-    rerouted = 0 if is_soft else INTERVENTIONS * len(text.inputs) + settings.switches * layers
-    return (2 + steps) * len(text.inputs) + rerouted
+    rerouted = 0 if is_soft else INTERVENTIONS * len(text.windows.inputs) + settings.switches * layers
+    return (2 + steps) * len(text.windows.inputs) + rerouted
 
 
 def analyze_routing(
@@ -115,9 +114,9 @@ def analyze_routing(
         distances: (S, T) mean attention distance of a baseline on the same tokens, by the name of its layers.
         advance: is told of sequences that have been run.
     """
-    routed = collect_routes(model, text.inputs, text.targets, settings.batch_size, advance)
+    routed = collect_routes(model, text.windows, settings.batch_size, advance)
     permute = ChannelPermutations(model, settings.permutations, settings.seed)
-    permuted = permute(text.inputs, text.targets, settings.batch_size, advance)
+    permuted = permute(text.windows, settings.batch_size, advance)
     found = _of_tokens(model, routed, permuted, text, settings)
     for place, index in enumerate(routed.layers):
         if distances:
@@ -137,10 +136,10 @@ def _of_tokens(
     losses = routed.losses.ravel()
     has_loss = np.isfinite(losses)
     features = {
-        "token id": text.inputs,
-        "frequency": frequency_classes(text.inputs, text.counts),
+        "token id": routed.ids,
+        "frequency": frequency_classes(routed.ids, text.counts),
         **({"kind of word": text.words} if text.words is not None else {}),
-        "position": position_classes(text.inputs.shape),
+        "position": position_classes(routed.ids.shape),
         "next-token loss": quantile_classes(routed.losses),
     }
     flat = {name: classes.ravel() for name, classes in features.items()}
@@ -172,7 +171,7 @@ def _stability(
     before: RoutedTokens | None = None
     earlier = 0
     for saved in steps:
-        after = collect_routes(saved.load(), text.inputs, text.targets, settings.batch_size, advance)
+        after = collect_routes(saved.load(), text.windows, settings.batch_size, advance)
         if before is not None:
             for place, index in enumerate(after.layers):
                 first, second = (tokens.operator[place].ravel().astype(np.int64) for tokens in (before, after))
@@ -188,14 +187,14 @@ def _worth(
     """Describe what routes are worth, one by one and all together."""
     found: list[Finding] = []
     if settings.switches:
-        tokens = choose_tokens(text.targets, settings.switches, settings.seed)
-        values = route_values(model, text.inputs, text.targets, tokens, settings.batch_size, advance)
+        tokens = choose_tokens(text.windows.targets, settings.switches, settings.seed)
+        values = route_values(model, routed, text.windows.targets, tokens, settings.batch_size, advance)
         attention = routed.operators.index("attention")
         is_threshold = model.config.router.kind == "threshold"
         for of_layer in values:
-            found += value_findings(of_layer, attention, text.inputs, is_threshold, settings.seed)
+            found += value_findings(of_layer, attention, routed.ids, is_threshold, settings.seed)
     changes = measure_interventions(
-        model, routed, text.targets, seed=settings.seed, batch_size=settings.batch_size, advance=advance
+        model, routed, text.windows, seed=settings.seed, batch_size=settings.batch_size, advance=advance
     )
     return found + intervention_findings(changes)
 

@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": str(subject.data),
         "router": subject.config.model.router.kind,
         "baseline": str(options.baseline) if options.baseline else None,
-        "sequences": len(text.inputs),
-        "tokens": int(text.inputs.size),
+        "sequences": len(text.windows.inputs),
+        "tokens": int(text.windows.inputs.size),
         "switches": options.switches,
         "permutations": options.permutations,
         "seed": options.seed,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_files(record, options.json, options.csv)
     if options.json != "-":
-        windows = f"{len(text.inputs)} windows of {subject.data}, seed {options.seed}"
+        windows = f"{len(text.windows.inputs)} windows of {subject.data}, seed {options.seed}"
         print_report(findings, sentences, left_out, f"{subject.run} at step {subject.step:,}, {windows}")
 
 
@@ -140,7 +140,7 @@ def measure(subject: Subject, text: Text, options: argparse.Namespace, left_out:
         left_out.append("values of routes: a soft router gives every token all operators")
     layers = len(subject.config.model.routed_layers)
     total = sequences_to_run(text, settings, layers, len(steps), router.kind == "soft")
-    with CountProgress("analysing", total + (baseline is not None) * len(text.inputs), "sequences") as progress:
+    with CountProgress("analysing", total + (baseline is not None) * len(text.windows.inputs), "sequences") as progress:
         distances = None
         if baseline is not None:
             distances = measure_distances(baseline, text, settings.batch_size, progress.advance)
@@ -180,12 +180,14 @@ def read_text(subject: Subject, sequences: int, left_out: list[str]) -> Text:
     from megachiar.inference.loaded_run import open_for_run
 
     dataset = open_for_run(subject.checkpoint, subject.config, subject.data)
-    inputs, targets = spread_windows(dataset, sequences)
-    if len(inputs) < LEAST_SEQUENCES:
-        problem = f"has {len(inputs)} windows of {dataset.sequence_length} tokens; intervals need {LEAST_SEQUENCES}"
+    windows = spread_windows(dataset, sequences)
+    if len(windows.inputs) < LEAST_SEQUENCES:
+        problem = (
+            f"has {len(windows.inputs)} windows of {dataset.sequence_length} tokens; intervals need {LEAST_SEQUENCES}"
+        )
         raise UserError(subject.data, problem, "give a longer text with --data")
     counts = token_counts(dataset.source, subject.config.model.vocab_size, COUNTED_TOKENS)
-    return Text(inputs=inputs, targets=targets, counts=counts, words=word_kinds(subject, inputs, left_out))
+    return Text(windows=windows, counts=counts, words=word_kinds(subject, windows.inputs, left_out))
 
 
 def word_kinds(subject: Subject, inputs: np.ndarray, left_out: list[str]) -> np.ndarray | None:
@@ -240,7 +242,7 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
     config, model, _ = load_model(checkpoint, default_device(), DTYPES["fp32"])
     if config.model.kind != "baseline":
         raise UserError(f"--baseline {run}", f"is a {config.model.kind} model", "give a run with model.kind: baseline")
-    length, longest = text.inputs.shape[1], config.model.max_sequence_length
+    length, longest = text.windows.inputs.shape[1], config.model.max_sequence_length
     if length > longest:
         problem = f"reads at most {longest:,} tokens, and the windows have {length:,}"
         raise UserError(f"--baseline {run}", problem, "give a baseline of the run's sequence length")
@@ -254,7 +256,7 @@ def measure_distances(
     """Return the attention distances (S, T) of a baseline: the mean over its layers, and each layer's."""
     from megachiar.analysis.attention_distance import attention_distances
 
-    found = attention_distances(baseline, text.inputs, text.targets, batch_size, advance)
+    found = attention_distances(baseline, text.windows, batch_size, advance)
     return {"mean of all layers": found.mean(0)} | {f"layer {n}": part for n, part in enumerate(found, 1)}
 
 

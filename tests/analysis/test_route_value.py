@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from model_cases import KEYS_OF_ROUTED, ROUTERS, lively_model, small_model_config, token_batch
 from model_oracle import Oracle
 
+from megachiar.analysis.calibration import Windows
 from megachiar.analysis.route_interventions import intervention_routes, measure_interventions
-from megachiar.analysis.route_trace import trace_routes
 from megachiar.analysis.route_value import choose_tokens, route_values
 from megachiar.analysis.routed_tokens import collect_routes
 from megachiar.errors import UserError
@@ -36,6 +36,11 @@ class ForcedOracle(Oracle):
         return self.feed_forward(y, name)
 
 
+def windows_of(tokens: torch.Tensor) -> Windows:
+    """Windows of T tokens from sequences of T + 1."""
+    return Windows(tokens[:, :-1].numpy(), tokens[:, 1:].numpy(), np.arange(len(tokens)))
+
+
 def loss_of(oracle: Oracle, tokens: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed loss of one sequence (1, T)."""
     return F.cross_entropy(oracle(tokens).logits[0], targets[0], reduction="sum").item()
@@ -57,7 +62,9 @@ def test_a_value_is_the_difference_of_two_forward_passes_of_the_oracle(fields):
     tokens = token_batch(3, 13)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     chosen = np.array([[0, 0], [0, 7], [0, 11], [2, 3]])
-    found = route_values(model, inputs.numpy(), targets.numpy(), chosen, batch_size=4)
+    windows = windows_of(tokens)
+    routed = collect_routes(model, windows, batch_size=2)
+    found = route_values(model, routed, windows.targets, chosen, batch_size=4)
     assert [values.layer for values in found] == [1, 2]
     names = model.config.router.operators
     largest = 0.0
@@ -65,8 +72,7 @@ def test_a_value_is_the_difference_of_two_forward_passes_of_the_oracle(fields):
         assert np.stack([values.sequence, values.position], 1).tolist() == chosen.tolist()
         for place, (sequence, position) in enumerate(chosen.tolist()):
             row, wanted = inputs[sequence : sequence + 1], targets[sequence : sequence + 1]
-            trace = trace_routes(model, row)
-            routes = {index: trace.operator[index] for index in (1, 2)}
+            routes = {n: torch.from_numpy(routed.operator[n - 1, sequence : sequence + 1]).long() for n in (1, 2)}
             assert values.operator[place] == routes[values.layer][0, position]
             losses = {}
             for name in ("dct", "attention"):
@@ -81,10 +87,11 @@ def test_a_value_is_the_difference_of_two_forward_passes_of_the_oracle(fields):
 
 def test_values_do_not_depend_on_the_batch_size_or_on_the_order_of_tokens():
     model = lively_model(small_model_config(router=ROUTERS["threshold"])).eval()
-    tokens = token_batch(4, 13).numpy()
-    chosen = choose_tokens(tokens[:, 1:], 10, seed=0)
-    one = route_values(model, tokens[:, :-1], tokens[:, 1:], chosen, batch_size=2)
-    other = route_values(model, tokens[:, :-1], tokens[:, 1:], chosen[::-1], batch_size=50)
+    windows = windows_of(token_batch(4, 13))
+    routed = collect_routes(model, windows, batch_size=3)
+    chosen = choose_tokens(windows.targets, 10, seed=0)
+    one = route_values(model, routed, windows.targets, chosen, batch_size=2)
+    other = route_values(model, routed, windows.targets, chosen[::-1], batch_size=50)
     for first, second in zip(one, other, strict=True):
         assert first.position.tolist() == second.position.tolist()
         np.testing.assert_allclose(first.value, second.value, rtol=0, atol=1e-11)
@@ -104,9 +111,10 @@ def test_tokens_are_chosen_from_all_sequences_alike_and_have_targets():
 
 def test_a_soft_router_has_no_routes_to_switch():
     model = lively_model(small_model_config(router=ROUTERS["soft"])).eval()
-    tokens = token_batch(2, 13).numpy()
+    windows = windows_of(token_batch(2, 13))
+    routed = collect_routes(model, windows, batch_size=4)
     with pytest.raises(UserError, match="soft"):
-        route_values(model, tokens[:, :-1], tokens[:, 1:], np.array([[0, 0]]), batch_size=4)
+        route_values(model, routed, windows.targets, np.array([[0, 0]]), batch_size=4)
 
 
 @pytest.mark.parametrize("interval", (None, 1))
@@ -139,8 +147,9 @@ def test_other_routes_for_all_tokens_have_the_loss_of_the_oracle():
     model = lively_model(small_model_config(router=ROUTERS["threshold"])).eval()
     tokens = token_batch(5, 13)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    routed = collect_routes(model, inputs.numpy(), targets.numpy(), batch_size=2)
-    changes = measure_interventions(model, routed, targets.numpy(), seed=0, batch_size=2)
+    windows = windows_of(tokens)
+    routed = collect_routes(model, windows, batch_size=2)
+    changes = measure_interventions(model, routed, windows, seed=0, batch_size=2)
     own = routed.losses.mean()
     for name, variants in intervention_routes(routed, 0).items():
         losses = []
