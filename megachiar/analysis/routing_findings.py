@@ -130,7 +130,7 @@ def entropy_findings(layer: int, entropy: np.ndarray, noise: Sample, clusters: C
         measure="distance of H from white noise",
         value=place.noise_distance,
         chance=CHANCE / independent**0.5,
-        verdict="like white noise: H says nothing about the row" if place.like_noise else "unlike white noise",
+        verdict="like white noise: a threshold on H is a hash of the row" if place.like_noise else "unlike white noise",
         details={
             "mean": place.measured.mean,
             "deviation": place.measured.deviation,

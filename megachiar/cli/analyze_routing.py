@@ -80,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("checkpoints", 6, 0, "checkpoints of the run whose routes are compared; 0 for none"),
         ("seed", 0, 0, "of all that is drawn"),
     ):
-        parser.add_argument(f"--{name}", type=number(int, least=least), default=default, help=f"{text} (%(default)s)")
+        limits = number(int, least=least, most=2**62)
+        parser.add_argument(f"--{name}", type=limits, default=default, help=f"{text} (%(default)s)")
     size = "sequences of a forward pass (default: training.micro_batch_size)"
     parser.add_argument("--batch-size", type=number(int, least=1), help=size)
     written = "write all numbers as JSON; - prints them in place of the tables"

@@ -1,4 +1,4 @@
-"""What the report sees of routes: permuted channels, attention distances, classes of tokens, and models made to be known."""
+"""What the report sees of routes: permuted channels, distances, classes of tokens, and models made to be known."""
 
 from __future__ import annotations
 
@@ -227,7 +227,9 @@ def test_a_run_whose_routes_are_drawn_anew_is_told_from_one_that_keeps_them():
         models.append(model_of_width(router={"tau": 0.823}))
         with torch.no_grad():
             models[-1].embedding.weight.copy_(0.02 * white_rows(seed))
-    steps = [SavedStep(step, lambda model=model: model) for step, model in zip((5, 9, 12), [*models, models[1]])]
+    steps = [
+        SavedStep(step, lambda model=model: model) for step, model in zip((5, 9, 12), [*models, models[1]], strict=True)
+    ]
     findings = report(models[1], windows, steps=steps)
     anew = pick(findings, "routes kept from step 5 to 9, beyond chance")
     kept = pick(findings, "routes kept from step 9 to 12, beyond chance")
