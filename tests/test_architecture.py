@@ -41,6 +41,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"checkpoint"},
     {"training"},
     {"inference", "analysis", "pretrain"},
+    {"viewer"},
     {"cli"},
     {"__main__"},
 )

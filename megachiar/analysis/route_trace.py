@@ -37,6 +37,7 @@ class RouteTrace:
         meta_gate: (B, T), the gate g of the MetaRouter of layer 1; None where the model has none.
         token_losses: (B, T) fp32 or fp64, cross-entropy in nats against the targets, 0 where there is none; None where
             the pass had no targets.
+        is_soft: whether the router is soft, so that ``gates`` say how much of each operator a token took.
     """
 
     operators: tuple[str, ...]
@@ -46,6 +47,7 @@ class RouteTrace:
     gates: torch.Tensor | None
     meta_gate: torch.Tensor | None
     token_losses: torch.Tensor | None
+    is_soft: bool = False
 
     def tokens(self, chosen: slice) -> RouteTrace:
         """Return the routes of the tokens at the positions ``chosen`` of each sequence."""
@@ -154,6 +156,7 @@ class _Pass:
             gates=gates,
             meta_gate=None if self.meta_gate is None else self.meta_gate.reshape(tokens.shape),
             token_losses=output.token_losses,
+            is_soft=any(self.routed) and self.config.router.kind == "soft",
         )
         self.operator, self.entropy, self.gates, self.meta_gate = {}, {}, {}, None
         return trace

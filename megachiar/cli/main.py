@@ -37,6 +37,8 @@ GROUPS = {
         "checkpoint": "list, verify, show, compare and remove checkpoints",
         "evaluate": "measure perplexity and bits per byte on a dataset",
         "generate": "sample text",
+        "routes": "show which operator each token of a text takes",
+        "demo": "show routes live in a browser",
         "calibrate": "find thresholds for the router",
         "bigram": "measure the perplexity of a bigram model, to compare with",
         "analyze-routing": "say whether the router knows anything, with error bars",

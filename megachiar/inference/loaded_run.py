@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.data.sampling.document_end import why_unmasked
 from megachiar.data.storage.files import manifest_path
 from megachiar.errors import UserError
-from megachiar.inference.generation import generate
+from megachiar.inference.generation import stream
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model import ChiarFormer
 from megachiar.training.evaluation import Score
@@ -103,12 +103,25 @@ class TextSampler:
         Raises:
             UserError: the prompt is empty and nothing names the token that ends a document.
         """
-        ids = list(self.tokenizer.encode(prompt))
-        start = ids or ([self.end] if self.end is not None else [])
-        if not start:
-            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
-        new = generate(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
+        new = list(self.stream(self.start(ids), max_new_tokens, **sampling))
         return self.tokenizer.decode([*ids, *new]), new
+
+    def start(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Return the ids that the model reads first: those of ``prompt``, or the end of a document before a new one.
+
+        Raises:
+            UserError: the prompt is empty and nothing names the token that ends a document.
+        """
+        if prompt:
+            return prompt
+        if self.end is None:
+            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
+        return [self.end]
+
+    def stream(self, start: Sequence[int], max_new_tokens: int, **sampling: Any) -> Iterator[int]:
+        """Continue ``start``, at least one id, and yield each new id as soon as it is drawn; see ``generate``."""
+        return stream(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
 
 
 def model_score(model: ChiarFormer, device: torch.device) -> Score:
