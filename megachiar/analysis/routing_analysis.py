@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -35,10 +36,32 @@ from megachiar.analysis.routing_findings import (
 )
 from megachiar.analysis.routing_worth import intervention_findings, value_findings
 from megachiar.analysis.token_features import frequency_classes, position_classes, quantile_classes
+from megachiar.config import RunConfig
 from megachiar.model import ChiarFormer
 
 INTERVENTIONS = 3 + COINS
 """Forward passes over the text with other routes than the model's own."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is analysed.
+
+    Attributes:
+        run: as it was given.
+        checkpoint: that is read.
+        config: of the run.
+        model: in fp32.
+        step: of the checkpoint.
+        data: prefix of the text.
+    """
+
+    run: Path
+    checkpoint: Path
+    config: RunConfig
+    model: ChiarFormer
+    step: int
+    data: Path
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError, disk_errors
@@ -24,9 +24,8 @@ from megachiar.options import CommandParser, add_run_argument, number
 if TYPE_CHECKING:
     import numpy as np
 
-    from megachiar.analysis.routing_analysis import SavedStep, Text
+    from megachiar.analysis.routing_analysis import SavedStep, Subject, Text
     from megachiar.analysis.routing_findings import Finding
-    from megachiar.config import RunConfig
     from megachiar.model import ChiarFormer
 
 SECTIONS = {
@@ -44,26 +43,6 @@ COLUMNS = ("section", "layer", "measure", "value", "low", "high", "chance", "cha
 LEAST_SEQUENCES = 4
 COUNTED_TOKENS = 10_000_000
 """Tokens of the text that frequencies are counted in, at most."""
-
-
-class Subject(NamedTuple):
-    """The model that is analysed.
-
-    Attributes:
-        run: as it was given.
-        checkpoint: that is read.
-        config: of the run.
-        model: in fp32.
-        step: of the checkpoint.
-        data: prefix of the text.
-    """
-
-    run: Path
-    checkpoint: Path
-    config: RunConfig
-    model: ChiarFormer
-    step: int
-    data: Path
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -156,6 +135,7 @@ def open_subject(run: Path, data: Path | None) -> Subject:
     Raises:
         UserError: there is no run, or it has no layer that routes.
     """
+    from megachiar.analysis.routing_analysis import Subject
     from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import default_device
     from megachiar.inference.loading import load_model
