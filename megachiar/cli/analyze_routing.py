@@ -158,9 +158,9 @@ def read_text(subject: Subject, sequences: int, left_out: list[str]) -> Text:
     """
     from megachiar.analysis.calibration import spread_windows, token_counts
     from megachiar.analysis.routing_analysis import Text
-    from megachiar.inference.loaded_run import open_for_run
+    from megachiar.inference.loaded_run import open_text_for_run
 
-    dataset = open_for_run(subject.checkpoint, subject.config, subject.data)
+    dataset = open_text_for_run(subject.checkpoint, subject.config, subject.data)
     windows = spread_windows(dataset, sequences)
     if len(windows.inputs) < LEAST_SEQUENCES:
         problem = (
@@ -215,7 +215,7 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
         UserError: it routes, reads shorter sequences, or was trained with another tokenizer.
     """
     from megachiar.checkpoint.reading import locate_checkpoint
-    from megachiar.inference.loaded_run import default_device, open_for_run
+    from megachiar.inference.loaded_run import default_device, open_text_for_run
     from megachiar.inference.loading import load_model
     from megachiar.model.dtypes import DTYPES
 
@@ -227,7 +227,7 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
     if length > longest:
         problem = f"reads at most {longest:,} tokens, and the windows have {length:,}"
         raise UserError(f"--baseline {run}", problem, "give a baseline of the run's sequence length")
-    open_for_run(checkpoint, config, subject.data, length)
+    open_text_for_run(checkpoint, config, subject.data, length)
     return model
 
 
