@@ -3,10 +3,13 @@
     megachiar inspect data/train
     megachiar inspect data/train --verify
     megachiar inspect data/train --document 7
+    megachiar inspect data/imdb_train --sequence-length 512
     megachiar inspect data/train --sample 0 --sequence-length 1024 --seed 1
     megachiar inspect --config configs/tiny.yaml --step 100
 
-The last command prints the documents and the text that a step of a run reads, whatever its layout.
+Of a labelled dataset the first command shows the classes and how long examples are, and --document the label too. With
+--sequence-length alone it counts the documents that are longer. The last command prints the documents and the text that
+a step of a run reads, whatever its layout.
 
 The exit code is 0 if every check passes. It is 2 if one fails, and the message names it.
 """
@@ -34,7 +37,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sample", type=number(int, least=0), metavar="N", help="show sample N of a run on this dataset alone"
     )
     shown.add_argument("--step", type=int, metavar="N", help="show what step N (from 1) of a run reads; with --config")
-    parser.add_argument("--sequence-length", type=number(int, least=1), metavar="T", help="of --sample, tokens")
+    parser.add_argument(
+        "--sequence-length",
+        type=number(int, least=1),
+        metavar="T",
+        help="of --sample, tokens; alone: count the documents that have more",
+    )
     parser.add_argument("--seed", type=number(int, least=0), metavar="S", help="of --sample: training.seed of the run")
     parser.add_argument("--tokenizer", type=Path, help="to decode with; else the one the manifest names")
     add_json_option(parser)
@@ -58,10 +66,11 @@ def check_together(arguments: argparse.Namespace, parser: CommandParser) -> None
         (arguments.prefix is None and arguments.config is None, parser.prog, "PREFIX is missing", parser.example()),
         (arguments.prefix is not None and arguments.config is not None, "PREFIX", "does not go with --config", run),
         (arguments.sample is not None and None in of_sample, "--sample", "needs --sequence-length and --seed", sample),
+        (arguments.sample is None and arguments.seed is not None, "--seed", "belongs to --sample", sample),
         (
-            arguments.sample is None and of_sample != (None, None),
-            "--sequence-length and --seed",
-            "belong to --sample",
+            arguments.sequence_length is not None and arguments.prefix is None,
+            "--sequence-length",
+            "belongs to PREFIX",
             sample,
         ),
     )
@@ -77,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     summary = summary_of(arguments.prefix, arguments.verify)
     shown = look_inside(arguments)
+    if arguments.sample is None and arguments.sequence_length is not None:
+        from megachiar.data.sampling.inspection import longer_documents
+
+        summary["longer"] = longer_documents(arguments.prefix, arguments.sequence_length)
     if arguments.json:
         print(json.dumps({**summary, "shown": shown}, ensure_ascii=False))
     elif shown is None:
@@ -87,13 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summary_of(prefix: Path, verify: bool) -> dict[str, Any]:
     from megachiar.data.sampling.inspection import summarise
-    from megachiar.data.storage.files import bin_path, idx_path
+    from megachiar.data.storage.files import bin_path, idx_path, labels_path
     from megachiar.data.storage.reader import IndexedDataset
 
     if not verify:
         return summarise(prefix)
     IndexedDataset(prefix)  # reports a missing file before its size is read
-    total = bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size
+    paths = (bin_path(prefix), idx_path(prefix), labels_path(prefix))
+    total = sum(path.stat().st_size for path in paths if path.exists())
     with ByteProgress("verifying", total) as progress:
         return summarise(prefix, verify=True, on_bytes=progress.advance)
 
@@ -139,20 +153,45 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"document size   {sizes['smallest']:,} to {sizes['largest']:,} tokens, "
         f"mean {sizes['mean']:,.1f}, median {sizes['median']:,.1f}"
     )
+    if "classes" in summary:
+        print_labels(summary)
+    if (longer := summary.get("longer")) is not None:
+        print(
+            f"longer          {longer['documents']:,} documents ({longer['share_of_documents']:.1%}) than "
+            f"{longer['sequence_length']:,} tokens, by {longer['tokens_beyond']:,} tokens "
+            f"({longer['share_of_tokens']:.1%})"
+        )
     if "largest_token_id" in summary:
         print(f"ids             {summary['smallest_token_id']:,} to {summary['largest_token_id']:,}")
     manifest = summary["manifest"]
     if manifest is not None:
         tokenizer = manifest["tokenizer"]
-        print(f"text            {manifest['text_bytes']:,} bytes, {manifest['words']:,} words")
-        print(f"tokenizer       {tokenizer['kind']} {tokenizer['file']}, {tokenizer['vocab_size']:,} ids")
-        print(f"                {tokenizer['fingerprint']}")
+        print_tokenizer(manifest, tokenizer)
         print(f"end of document {tokenizer['eod_id'] if manifest['append_eod'] else 'not appended'}")
         print(f"skipped         {manifest['skipped'] or 'nothing'}")
         print(f"made by         {manifest['created_by']} from {len(manifest['sources']):,} files")
     print(f"in order        {', '.join(summary['verified'])}")
     for what in summary["not_checked"]:
         print(f"not checked     {what}")
+
+
+def print_labels(summary: Mapping[str, Any]) -> None:
+    """Print how many documents each class has, and how long documents are."""
+    for place, (name, count) in enumerate(summary["classes"].items()):
+        title = "classes" if place == 0 else ""
+        print(f"{title:15} {place} {name}: {count:,} documents ({count / summary['documents']:.1%})")
+    quantiles = ", ".join(f"{share} {length:,}" for share, length in summary["document_quantiles"].items())
+    print(f"at most         {quantiles} tokens")
+
+
+def print_tokenizer(manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
+    """Print what made the tokens."""
+    if tokenizer["kind"] == "ids":
+        print(f"tokenizer       none: ready-made ids below {tokenizer['vocab_size']:,}")
+        return
+    print(f"text            {manifest['text_bytes']:,} bytes, {manifest['words']:,} words")
+    print(f"tokenizer       {tokenizer['kind']} {tokenizer['file']}, {tokenizer['vocab_size']:,} ids")
+    print(f"                {tokenizer['fingerprint']}")
 
 
 def print_text(shown: Mapping[str, Any]) -> None:

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar.data.sampling.dataset import SampleStream, build_training_samples
 from megachiar.data.sampling.megatron_order import MegatronStream
-from megachiar.data.storage.files import bin_path, idx_path, manifest_path
-from megachiar.data.storage.manifest import Manifest, check_manifest, read_manifest
+from megachiar.data.storage.files import bin_path, idx_path, labels_path, manifest_path
+from megachiar.data.storage.labels import Labels, read_labels, refuse_empty_examples
+from megachiar.data.storage.manifest import Manifest, check_labels_size, check_manifest, read_manifest
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.tokenizers.recorded import find_recorded, load_as_recorded
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError
 
 SCAN_BLOCK = 1 << 22  # tokens that are scanned at once
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def summarise(
@@ -33,15 +36,20 @@ def summarise(
     Returns:
         ``files`` (path and bytes), ``dtype``, counts, ``document_tokens`` (smallest, mean, median, largest document),
         ``manifest`` (None without one), ``verified`` (the checks that were made) and ``not_checked`` (those that were
-        not, and why).
+        not, and why). Of a labelled dataset also ``classes`` (class -> documents) and ``document_quantiles`` (share of
+        the documents -> the most tokens that they have).
 
     Raises:
         UserError: the dataset is damaged or does not fit its manifest.
     """
     dataset, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    labelled = manifest is not None and manifest.labels is not None
+    if labelled:
+        check_labels_size(prefix, dataset.documents)  # reports a missing file before its size is read
+    files = (bin_path(prefix), idx_path(prefix), *([labels_path(prefix)] if labelled else []))
     summary: dict[str, Any] = {
         "prefix": str(prefix),
-        "files": {str(path): path.stat().st_size for path in (bin_path(prefix), idx_path(prefix))},
+        "files": {str(path): path.stat().st_size for path in files},
         "dtype": dataset.dtype.name,
         "documents": dataset.documents,
         "sequences": len(dataset),
@@ -53,6 +61,9 @@ def summarise(
     }
     if manifest is not None:
         check_manifest(prefix, manifest, dataset, verify=verify, on_bytes=on_bytes)
+    if labelled:
+        summary.update(_describe_labels(dataset, read_labels(prefix, manifest, dataset.documents)))
+        summary["verified"].append("labels")
     if verify:
         dataset.check_index()
         summary["verified"].append("index")
@@ -67,11 +78,45 @@ def summarise(
     return summary
 
 
+def _sizes_of(dataset: IndexedDataset) -> NDArray[Any]:
+    """Return how many tokens each document has, int64 (documents,)."""
+    ends_in_tokens = np.append(dataset.pointers // dataset.dtype.itemsize, dataset.tokens.size)
+    return np.diff(ends_in_tokens[dataset.document_starts])
+
+
+def _describe_labels(dataset: IndexedDataset, labels: Labels) -> dict[str, Any]:
+    """Return how many documents each class has, and how long documents are.
+
+    Raises:
+        UserError: a document has no token.
+    """
+    refuse_empty_examples(dataset)
+    lengths = np.quantile(_sizes_of(dataset), QUANTILES, method="inverted_cdf").tolist()
+    quantiles = {f"{round(100 * share)} %": length for share, length in zip(QUANTILES, lengths, strict=True)}
+    return {"classes": labels.counts(), "document_quantiles": quantiles}
+
+
+def longer_documents(prefix: Path | str, length: int) -> dict[str, Any]:
+    """Count the documents that have more than ``length`` tokens, and the tokens that are beyond it.
+
+    Raises:
+        UserError: the dataset is damaged.
+    """
+    dataset = IndexedDataset(prefix)
+    beyond = _sizes_of(dataset) - length
+    longer = beyond[beyond > 0]
+    return {
+        "sequence_length": length,
+        "documents": int(longer.size),
+        "share_of_documents": float(longer.size / dataset.documents),
+        "tokens_beyond": int(longer.sum()),
+        "share_of_tokens": float(longer.sum() / dataset.tokens.size),
+    }
+
+
 def _document_sizes(dataset: IndexedDataset) -> dict[str, float]:
     """Return how many tokens the smallest, mean, median and largest document have."""
-    starts = dataset.document_starts
-    ends_in_tokens = np.append(dataset.pointers // dataset.dtype.itemsize, dataset.tokens.size)
-    sizes = np.diff(ends_in_tokens[starts])
+    sizes = _sizes_of(dataset)
     return {
         "smallest": int(sizes.min()),
         "mean": float(sizes.mean()),
@@ -131,7 +176,7 @@ def find_tokenizer(prefix: Path | str, given: Path | None) -> Tokenizer | None:
 
 
 def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the ids and, with a tokenizer, the text of document ``number``.
+    """Return the ids, the label of a labelled dataset and, with a tokenizer, the text of document ``number``.
 
     Raises:
         UserError: there is no such document.
@@ -141,8 +186,13 @@ def show_document(prefix: Path | str, number: int, tokenizer: Tokenizer | None) 
         raise UserError(
             idx_path(prefix), f"there is no document {number}", f"documents are 0 to {dataset.documents - 1}"
         )
-    ids = dataset.document(number).tolist()
-    return {"document": number, "first_token": dataset.token_of_document(number), **_as_text(ids, tokenizer)}
+    ids, manifest = dataset.document(number).tolist(), read_manifest(prefix)
+    shown: dict[str, Any] = {"document": number, "first_token": dataset.token_of_document(number)}
+    if manifest is not None and manifest.labels is not None:
+        labels = read_labels(prefix, manifest, dataset.documents)
+        shown["label"] = labels.classes[labels.numbers[number]]
+        shown["class_number"] = int(labels.numbers[number])
+    return {**shown, **_as_text(ids, tokenizer)}
 
 
 def show_sample(

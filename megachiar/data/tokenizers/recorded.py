@@ -58,6 +58,8 @@ def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokeni
     Raises:
         UserError: there is no tokenizer at ``path``, or it is another one.
     """
+    if record.kind == READY_MADE:
+        raise UserError(where, f"no tokenizer made these ids, but {path} is given", "leave the tokenizer out")
     if not path.exists():
         return load_tokenizer(path)  # which says so
     made_with = f"made with the {record.kind} tokenizer {record.file} ({record.fingerprint})"

@@ -200,7 +200,7 @@ def test_the_tool_ends_with_one_message_and_code_2(folder, tmp_path, run_here):
         ([folder / "text", "--document", 9], "there is no document 9"),
         ([folder / "text", "--sample", 0, "--sequence-length", 10_000, "--seed", 0], "takes 10,001"),
         ([folder / "text", "--sample", 0], "needs --sequence-length and --seed"),
-        ([folder / "text", "--seed", 0], "belong to --sample"),
+        ([folder / "text", "--seed", 0], "belongs to --sample"),
     ):
         code, output, errors = run_here(*arguments)
         assert (code, output) == (2, ""), arguments
