@@ -52,8 +52,10 @@ def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path], head: He
         try:
             source = open_recorded(path, record, head.classes if head is not None else None)
             if record.same_data(record_of(source)):
-                read, whole = record.tokens, source.whole
-                # Half a unit less, which is rounded up: no rounding of the quotient changes the number.
+                read, whole = record.tokens, source.dataset.tokens.size
+                if record.examples is not None:
+                    read, whole = record.examples, source.dataset.documents
+                # Half of one less, which is rounded up: no rounding of the quotient changes the number.
                 return SourceConfig(path=path, fraction=1.0 if read == whole else (read - 0.5) / whole)
         except UserError:  # nothing is there, or something else
             continue

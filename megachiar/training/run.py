@@ -190,6 +190,8 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
     )
     if reason := why_no_utilisation(engine.device):
         console.print(f"[yellow]  {escape(reason)}[/]")
+    if config.tasks[0].head is not None:  # nobody samples from a classifier
+        return
     kept = read_kept_record(config.logging.folder)
     if data.tokenizer is None and not (kept is not None and (config.logging.folder / kept.file).exists()):
         record = data.tokenizer_record

@@ -221,7 +221,7 @@ def open_recorded(path: Path | str, record: SourceRecord, classes: int | None = 
     """
     is_known = record.checksum is not None or record.sampled is not None
     if classes is not None:
-        return LabelledSource(path, classes, limit=record.tokens - SAMPLE_LENGTH if is_known else None)
+        return LabelledSource(path, classes, limit=record.examples if is_known else None)
     return TokenSource(path, limit=record.tokens if is_known else None)
 
 
@@ -240,7 +240,8 @@ def record_of(source: TokenSource) -> SourceRecord:
     """Return what a history records of a dataset."""
     return SourceRecord(
         path=str(source.prefix),
-        tokens=source.units,
+        tokens=source.tokens.size,
+        examples=source.examples if isinstance(source, LabelledSource) else None,
         checksum=source.manifest.content if source.manifest else None,
         sampled=None if source.manifest else source.sampled_digest(),
     )
@@ -315,7 +316,8 @@ def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
     lines = []
     for use in source_usage(config, data):
         line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
-        if config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
+        is_text = config.tasks[0].head is None
+        if is_text and config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
             line += " (small for its weight: repeated text teaches ever less)"
         lines.append(line)
     return lines

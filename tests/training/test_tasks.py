@@ -250,3 +250,16 @@ def test_tasks_are_tested_once_with_the_best_checkpoint(data, tmp_path, kind):
     assert (result["tokens"] is None) == (kind == "classification")
     assert result["training_seconds"] > 0
     assert not records(tmp_path, "evaluation/text")
+
+
+def test_a_part_of_a_labelled_dataset_is_read(data, tmp_path):
+    config = classification(data, tmp_path)
+    config["data"]["train"][0]["fraction"] = 0.1
+    pretrain(write_config(tmp_path / "config.yaml", config), "checkpoint.every=3")
+    stream = open_data(parse_config(config, "test")).training
+    assert sorted(location.token for location in stream.locate(range(20))) == list(range(20))
+    (train,) = json.loads((tmp_path / "run" / "results.json").read_text())["train"]
+    assert train["examples"] == 20
+    assert train["tokens"] == stream.labelled[0].dataset.token_of_document(20)
+    shown = python("-m", "megachiar", "replay", tmp_path / "run", "--step", "5", "--json")
+    assert json.loads(shown.stdout)["loss"] == pytest.approx(records(tmp_path, "train")[4]["loss"], rel=1e-6)

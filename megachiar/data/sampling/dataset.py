@@ -79,11 +79,6 @@ class TokenSource:
         """What an order of its samples counts: the tokens that are read."""
         return self.tokens.size
 
-    @property
-    def whole(self) -> int:
-        """The same of the whole dataset."""
-        return self.dataset.tokens.size
-
     def sampled_digest(self) -> str:
         """Return digests of a few blocks of ``.bin`` and ``.idx``: datasets that differ in them are not the same."""
         return " ".join(sampled_digest(path(self.prefix)) for path in (bin_path, idx_path))

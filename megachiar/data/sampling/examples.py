@@ -68,6 +68,7 @@ class LabelledSource(TokenSource):
             )
         starts = np.append(self.dataset.pointers // self.dataset.dtype.itemsize, self.dataset.tokens.size)
         self._starts = starts[self.dataset.document_starts][: self.examples + 1]
+        self.tokens = self.dataset.tokens[: self._starts[-1]]
         lengths = np.diff(self._starts)
         if not self.examples or not lengths.min():
             what = f"document {int(np.argmin(lengths)):,} has no tokens" if self.examples else "has no examples"
@@ -78,11 +79,6 @@ class LabelledSource(TokenSource):
     def units(self) -> int:
         """What an order of its samples counts: the examples that are read, and one more for the last one's target."""
         return self.examples + SAMPLE_LENGTH
-
-    @property
-    def whole(self) -> int:
-        """The same of the whole dataset."""
-        return self.dataset.documents + SAMPLE_LENGTH
 
     def cut(self, sequence_length: int) -> int:
         """Return how many examples have more than ``sequence_length`` tokens."""
@@ -131,7 +127,7 @@ class ExampleStream(SampleStream):
         """Describe the part of each source in the samples of the run up to ``samples``."""
         return [
             use._replace(
-                tokens=source.dataset.tokens.size,
+                tokens=source.tokens.size,
                 epochs=begin.epoch + begin.tokens / source.examples,
             )
             for use, source, begin in zip(

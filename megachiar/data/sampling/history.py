@@ -135,7 +135,7 @@ class DataHistory(Record):
         """
         names = where or [self.sources[share.source].path for share in order.shares]
         sources = [
-            OrderedSource(self.sources[s.source].tokens, s.weight, s.source, Consumed(s.epoch, s.tokens), name)
+            OrderedSource(self.sources[s.source].units, s.weight, s.source, Consumed(s.epoch, s.tokens), name)
             for s, name in zip(order.shares, names, strict=True)
         ]
         return RunOrder(sources, order.sequence_length, self.seed, order.first_sample, order.left_out)
@@ -248,7 +248,7 @@ class DataHistory(Record):
         """Return the samples that are left out and that the run has not passed after ``step``."""
         position, read, ahead = self.samples_before(step), self.until(step), {}
         for (source, length), numbers in self._left_out_from(position).items():
-            series = StreamOrder(self.sources[source].tokens, length, (self.seed, source))
+            series = StreamOrder(self.sources[source].units, length, (self.seed, source))
             ahead[source, length] = numbers[numbers >= series.first_after(read.consumed(source, position))]
         return {key: numbers for key, numbers in ahead.items() if numbers.size}
 

@@ -22,7 +22,8 @@ class SourceRecord(Record):
 
     Attributes:
         path: where it was last read.
-        tokens: how many it has.
+        tokens: how many are read of it.
+        examples: how many examples are read of a labelled dataset; None of one without labels.
         checksum: ``Manifest.content``; None without a manifest.
         sampled: digests of a few blocks of its files, where there is no manifest; None in records of earlier versions.
     """
@@ -31,11 +32,17 @@ class SourceRecord(Record):
     tokens: int
     checksum: str | None
     sampled: str | None = None
+    examples: int | None = None
+
+    @property
+    def units(self) -> int:
+        """What an order counts, see ``TokenSource.units``: tokens, or one more than the examples."""
+        return self.tokens if self.examples is None else self.examples + 1
 
     def same_data(self, other: SourceRecord) -> bool:
         """Return whether both have the same content, wherever it is stored."""
         unknown = self.sampled is None or other.sampled is None
-        return (self.tokens, self.checksum) == (other.tokens, other.checksum) and (
+        return (self.tokens, self.checksum, self.examples) == (other.tokens, other.checksum, other.examples) and (
             unknown or self.sampled == other.sampled
         )
 
