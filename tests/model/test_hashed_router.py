@@ -55,7 +55,7 @@ def test_the_reported_entropy_is_that_of_the_row_and_the_score_that_of_the_permu
 
 
 def test_it_routes_smooth_rows_as_a_coin_would():
-    """Rows of low frequencies have a low H, by which the threshold router knows them; to the hashed one they are noise."""
+    """Rows of low frequencies have a low H: the threshold router knows them, and to the hashed one they are noise."""
     generator = torch.Generator().manual_seed(0)
     n, d = 4000, 64
     noise = torch.randn(n, d, generator=generator)
