@@ -295,7 +295,7 @@ def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
         if decision.score is not None:
             below = [(1 - share) * (index + 1) / others for index in range(others)]
             router.bounds = tuple(decision.score.float().quantile(part).item() for part in below)
-        elif router.kind == "hard":
+        elif decision.gates is not None and router.kind == "hard":
             added = logits_for([(1 - share) / others] * others + [share], decision.gates.float().log())
             router.gate.register_forward_hook(lambda _, __, logits: logits + added.to(logits.dtype))
 
