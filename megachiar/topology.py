@@ -175,6 +175,14 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             f"{data_size} data-parallel ranks",
             f"use a multiple of {unit}, or another number of ranks",
         )
+    for name, task in config.mixed.tasks.items():
+        if task.batch_size % unit:
+            raise LaunchError(
+                f"mixed.tasks.{name}.batch_size",
+                f"{task.batch_size} is no multiple of micro_batch_size {training.micro_batch_size} * "
+                f"{data_size} data-parallel ranks",
+                f"use a multiple of {unit}, or another number of ranks",
+            )
     return data_size
 
 

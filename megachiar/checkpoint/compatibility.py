@@ -54,6 +54,31 @@ def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig, 
         )
 
 
+def check_same_tasks(checkpoint: Path, saved: RunConfig, wanted: RunConfig, is_own: bool) -> None:
+    """Check that a run that goes on from a checkpoint learns the same tasks; ``is_own`` as ``read_compatible``.
+
+    Raises:
+        LaunchError: its tasks differ. The message names both.
+    """
+    before, now = (_describe_tasks(config) for config in (saved, wanted))
+    if before != now:
+        raise LaunchError(
+            checkpoint,
+            f"is of a run that learns {before}, and this one learns {now}",
+            f"set task and mixed.tasks as they were, or {weights_alone(checkpoint, is_own)}",
+        )
+
+
+def _describe_tasks(config: RunConfig) -> str:
+    kinds = {True: "a language model", False: "classes"}
+    names = [
+        f"{task.name} ({kinds[task.head is None]}"
+        + (f": {task.head.classes}, head {task.head.kind})" if task.head is not None else ")")
+        for task in config.tasks
+    ]
+    return ", ".join(names)
+
+
 def _binding_keys(model: ModelConfig) -> dict[str, Any]:
     """Return the values that fix what weights mean, by key under ``model``, such as ``router.kind``."""
     flat = {"ffn_hidden_size": model.ffn_size}

@@ -88,7 +88,8 @@ class CheckpointState(BaseModel):
         layout: layout of the run that wrote the files, as text for people.
         validation: loss in nats a token on validation sets that was measured after this step, by name. A stop puts an
             evaluation off; its result is added when the run goes on.
-        validation_data: what these sets held, by name; empty in checkpoints before this field.
+        validation_data: what these sets held, by name, and the training sets of auxiliary tasks, by their key in the
+            config; empty in checkpoints before this field.
         went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
             none.
         files: size in bytes of each file of the folder but ``state.json``, by name.

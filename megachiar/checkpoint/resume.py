@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megachiar.checkpoint.format import CheckpointState
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
 from megachiar.checkpoint.reading import open_tensors
+from megachiar.config import load_config
 from megachiar.engine.deepspeed_patches import set_loss_scale_state
 from megachiar.engine.engine import Engine
 from megachiar.engine.gathered_state import set_moments, set_weights
@@ -27,9 +28,21 @@ def resume(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
         set_loss_scale_state(engine.deepspeed, state.loss_scale)
 
 
-def load_weights(engine: Engine, checkpoint: Path) -> None:
+def load_weights(engine: Engine, checkpoint: Path) -> list[str]:
     """Load the weights alone into ``engine``, for a new run; every rank calls this function.
 
-    ``read_compatible`` has found the checkpoint to hold the engine's model.
+    ``read_compatible`` has found the checkpoint to hold the engine's model. Its classification heads may be others:
+    heads of the run that it does not have, or has for other classes, keep their initial weights.
+
+    Returns:
+        The names of these heads.
     """
-    set_weights(engine, open_tensors(checkpoint).for_rank(engine.topology.tensor))
+    reader = open_tensors(checkpoint)
+    saved = load_config(checkpoint / CONFIG_FILE).heads
+    new = [
+        name
+        for name, head in engine.config.heads.items()
+        if (then := saved.get(name)) is None or (then.classes, then.kind) != (head.classes, head.kind)
+    ]
+    set_weights(engine, reader.for_rank(engine.topology.tensor), without=tuple(f"classifiers.{name}." for name in new))
+    return new

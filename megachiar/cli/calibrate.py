@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
     from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.data.sampling.dataset import TokenSource
-    from megachiar.inference.loaded_run import check_readable, default_device, open_for_run
+    from megachiar.inference.loaded_run import check_readable, default_device, open_text_for_run
     from megachiar.inference.loading import load_model
 
     checkpoint = locate_checkpoint(options.run, log=print_warning)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_readable(checkpoint, config, source)
         found = calibrate_on_embedding(model, source, options.tokens)
     else:
-        dataset = open_for_run(checkpoint, config, data)
+        dataset = open_text_for_run(checkpoint, config, data)
         share = 0.5 if options.attention_share is None else options.attention_share
         found = calibrate_on_layers(model, dataset, share, options.sequences)
     if options.json:

@@ -81,6 +81,7 @@ def as_dict(found: Replay) -> dict[str, object]:
             "differs": bool(found.difference),
             "first_bad": found.first_bad and asdict(found.first_bad),
             "samples": found.samples and list(found.samples),
+            "task": found.task,
             "layers": [asdict(layer) for layer in found.layers],
         }
     )
@@ -103,11 +104,14 @@ def print_replay(found: Replay, console: Console) -> None:
     if bad is None:
         console.print("every output and every gradient is finite")
         return
+    from megachiar.config.tasks import MAIN_TASK
+
     assert found.samples is not None, "a bad module was found in a micro-batch"
     before = f"that of {bad.before} before it was finite" if bad.before else "nothing comes before it"
+    of_task = "" if found.task in (None, MAIN_TASK) else f" of task {found.task}"
     console.print(
         f"[bold red]{bad.module}: {bad.what} is not finite[/], first in the {bad.direction} pass of the samples "
-        f"{found.samples.start} to {found.samples.stop - 1}; {before}"
+        f"{found.samples.start} to {found.samples.stop - 1}{of_task}; {before}"
     )
 
 

@@ -24,6 +24,7 @@ from megachiar.config.sections import (
     TrainingConfig,
     sample_length,
 )
+from megachiar.config.task_checks import auxiliary_tasks, classification
 
 OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
 
@@ -379,4 +380,6 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     rollback,
     documents,
     compilation,
+    classification,
+    auxiliary_tasks,
 )

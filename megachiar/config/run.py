@@ -22,6 +22,7 @@ from megachiar.config.sections import (
     TrainingConfig,
     sample_length,
 )
+from megachiar.config.tasks import MAIN_TASK, HeadConfig, MixedConfig, RunTask, TaskConfig
 
 
 class RunConfig(Section):
@@ -29,6 +30,10 @@ class RunConfig(Section):
 
     model: ModelConfig
     """What is trained."""
+    task: TaskConfig = TaskConfig()
+    """What the run learns."""
+    mixed: MixedConfig = MixedConfig()
+    """Tasks that are learnt beside the main language model."""
     data: DataConfig
     """The data that the model is trained and validated on."""
     parallel: ParallelConfig = ParallelConfig()
@@ -73,6 +78,18 @@ class RunConfig(Section):
     def sequence_length(self) -> int:
         """Tokens of a training sample."""
         return sample_length(self.model, self.data)
+
+    @property
+    def tasks(self) -> tuple[RunTask, ...]:
+        """The tasks of the run, the one of ``data.train`` first."""
+        main = self.task.head_config if self.task.kind == "classification" else None
+        others = (RunTask(name, task.head_config) for name, task in self.mixed.tasks.items())
+        return RunTask(MAIN_TASK, main), *others
+
+    @property
+    def heads(self) -> dict[str, HeadConfig]:
+        """The classification heads of the model by the name of their task."""
+        return {task.name: task.head for task in self.tasks if task.head is not None}
 
     @property
     def document_end(self) -> int | None:

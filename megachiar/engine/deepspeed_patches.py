@@ -51,6 +51,7 @@ PRIVATE_PARAMETERS = {
 PRIVATE_ATTRIBUTES = {
     "engine": ("enable_backward_allreduce",),
     "pipeline": ("_topo", "global_rank", "parts", "tied_modules"),
+    "pipeline engine": ("micro_batches", "total_loss"),
     "ZeRO 1 and 2 optimizer": ("optimizer", "_global_grad_norm"),
     "ZeRO 3 optimizer": ("fp32_partitioned_groups_flat", "optimizer", "_global_grad_norm"),
     "fp16 optimizer": ("cur_scale", "loss_scaler"),
@@ -298,6 +299,15 @@ class BoundedPipeline(PipelineModule):
         return self.tied_modules[name]
 
 
+def set_micro_batches(engine: deepspeed.DeepSpeedEngine, count: int) -> None:
+    """Set how many micro-batches the next step of a pipeline has; losses are divided by the accumulation steps still.
+
+    Why: a step of mixed training has more micro-batches than accumulation steps. Since: 0.12 or before.
+    It can go when ``train_batch`` takes the number of micro-batches.
+    """
+    engine.micro_batches = count
+
+
 def without_part_number(name: str) -> str:
     """Return a parameter's name in the model, which lacks the number of the part that a pipeline puts before it."""
     first, _, rest = name.partition(".")
@@ -308,9 +318,11 @@ def evaluate_micro_batch(engine: deepspeed.DeepSpeedEngine, micro_batch: Any) ->
     """Send one micro-batch forward through the pipeline, and return the list of its loss on the last stage.
 
     Why: by its documented parameters ``eval_batch`` reads as many micro-batches as a training step, and broadcasts
-    their mean to all stages. Since: 0.13, and ``bcast_loss`` 0.12 or before.
-    It can go when both parameters stand in DeepSpeed's documentation.
+    their mean to all stages. It adds the loss to ``total_loss`` of the last call, which may have another shape.
+    Since: 0.13, and ``bcast_loss`` and ``total_loss`` 0.12 or before.
+    It can go when both parameters stand in DeepSpeed's documentation, and ``eval_batch`` forgets ``total_loss``.
     """
+    engine.total_loss = None
     return engine.eval_batch(iter([micro_batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
 
 

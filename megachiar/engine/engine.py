@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import deepspeed
@@ -15,6 +15,7 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.console import silence
 from megachiar.engine import deepspeed_patches
+from megachiar.engine.micro_batches import MicroStep, main_steps, on_device
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
 from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
@@ -151,6 +152,7 @@ class Engine:
         learning_rate: float,
         stop: bool = False,
         accept: Callable[[StepResult], bool] = lambda result: True,
+        plan: Sequence[MicroStep] | None = None,
     ) -> StepResult:
         """Train one step on all ranks.
 
@@ -158,17 +160,20 @@ class Engine:
         it changes neither weights nor moments nor the count of AdamW's steps.
 
         Args:
-            micro_batches: ``accumulation_steps`` pairs of the global number of a micro-batch's first sample and its
-                tokens (micro-batch, T + 1) int64. Inner stages of a pipeline read none.
+            micro_batches: pairs of the number of a micro-batch's first sample and its samples (micro-batch, T + 1)
+                int64, in the order of the plan: tokens, or T tokens padded with -1 and the label of a classification.
+                Inner stages of a pipeline read none.
             learning_rate: learning rate of this step.
             stop: whether this rank was asked to stop; the result says whether any rank was.
             accept: says of a step with finite numbers, before it changes anything, whether it is to be taken. It must
                 say the same on all ranks.
+            plan: what each micro-batch is for, the same on all ranks; None for ``accumulation_steps`` of the main task.
         """
+        steps = main_steps(self.accumulation_steps) if plan is None else list(plan)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.replica.gate.begin(lambda skipped: self._agree(skipped, stop, accept))
-        self.replica.step(self._on_device(micro_batches))
+        self.replica.step(on_device(micro_batches, steps, self.config.tasks, self.device), steps)
         result = self.replica.gate.finish()
         self.skipped_steps += result.skipped
         return result
@@ -181,17 +186,9 @@ class Engine:
         vector = flatten_step(
             self.replica.measure(), skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage
         )
-        result = unflatten_step(self.mean_over_world(vector), self.config.model.num_layers)
+        auxiliary = list(self.config.mixed.tasks)
+        result = unflatten_step(self.mean_over_world(vector), self.config.model.num_layers, auxiliary)
         return result if result.skipped or accept(result) else replace(result, skipped=True)
-
-    def _on_device(
-        self, micro_batches: Iterable[tuple[int, np.ndarray]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield inputs (B, T), targets (B, T) and sample ids (B,) of each micro-batch, on the device."""
-        for first_sample, batch in micro_batches:
-            tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
-            sample_ids = torch.arange(first_sample, first_sample + len(batch), device=self.device)
-            yield tokens[:, :-1], tokens[:, 1:], sample_ids
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Return the summed cross-entropy in nats, and the number of targets, of this replica's windows.
@@ -213,6 +210,35 @@ class Engine:
         if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
             return 0.0, 0
         return nats, int((targets != IGNORED_TARGET).sum())
+
+    def classify(self, samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+        """Return the summed cross-entropy in nats of labelled sequences, and how often each class was taken for each.
+
+        Of the ranks that share a replica one returns them and the others return zeros, so that a sum over all ranks
+        counts each sequence once.
+
+        Args:
+            samples: (n, T + 1) int64 of at most a micro-batch: tokens padded with -1, and the label.
+            task: number of the task.
+
+        Returns:
+            Nats, and the confusion matrix (C, C) int64 by label and predicted class.
+        """
+        head = self.config.tasks[task].head
+        assert head is not None, "the task is a classification"
+        missing = self.config.training.micro_batch_size - len(samples)
+        if missing and self.topology.model_size > 1:
+            samples = np.pad(samples, ((0, missing), (0, 0)))
+            samples[len(samples) - missing :, -1] = IGNORED_TARGET
+        confusion = np.zeros((head.classes, head.classes), np.int64)
+        tensor = torch.from_numpy(samples).to(self.device)
+        nats, predicted = self.replica.classify(tensor[:, :-1], tensor[:, -1], task)
+        if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
+            return 0.0, confusion
+        labels = samples[:, -1]
+        is_labelled = labels != IGNORED_TARGET
+        np.add.at(confusion, (labels[is_labelled], predicted[is_labelled]), 1)
+        return nats, confusion
 
     def mean_over_world(self, values: list[float]) -> list[float]:
         """Return each number averaged over replicas and tensor-parallel ranks and summed over stages, in float64."""

@@ -63,9 +63,14 @@ def gather_state(engine: Engine) -> Iterator[GatheredTensor]:
         yield GatheredTensor(name=name, moment=None, shard=None, value=buffer)
 
 
-def set_weights(engine: Engine, read: ReadTensor) -> None:
-    """Set the weights of the model, the master weights and the buffers to what ``read`` returns for their names."""
+def set_weights(engine: Engine, read: ReadTensor, without: tuple[str, ...] = ()) -> None:
+    """Set the weights of the model, the master weights and the buffers to what ``read`` returns for their names.
+
+    Weights whose names begin with one of ``without`` stay as they are.
+    """
     for name, parameter in engine.named_parameters():
+        if name.startswith(without):
+            continue
         value = read(name, shard_of(parameter)).to(engine.device)
         _set_model_weight(parameter, value)
         _set_optimizer_tensor(engine, parameter, None, value)

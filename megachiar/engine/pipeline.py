@@ -4,25 +4,29 @@
     stage 1      F0 F1 B0 F2 B1 F3 B2 ...         activations of at most (stages - its number) micro-batches
 
 Stages send each other ``StageInputs``: the hidden states, which have a gradient, and integers that need none. The
-integers are the sample ids and, where attention keeps to documents, the document starts.
+integers are the sample ids, the lengths and, where attention keeps to documents, the document starts. A step of mixed
+training has as many micro-batches as its draws make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from megachiar.config import RunConfig
+from megachiar.config.tasks import RunTask
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.initialize import initialize
+from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
-from megachiar.engine.pipeline_stages import StageEmbedding, StagePart, pipeline_parts
-from megachiar.engine.replica import MicroBatches
+from megachiar.engine.pipeline_stages import MicroBatchQueue, StageEmbedding, StageNorm, StagePart, pipeline_parts
 from megachiar.engine.step_gate import StepGate
-from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_forward
+from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
+from megachiar.model.classifier import classifier_loss
 from megachiar.model.compiled import compile_parts
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
@@ -34,27 +38,41 @@ class StageModule(deepspeed_patches.BoundedPipeline):
     """The part of the model on this rank's stage, and the loss that the last stage computes.
 
     Attributes:
-        losses: mean loss per token of each micro-batch since they were last read; empty on the other stages.
+        losses: mean loss of each micro-batch since they were last read, of each task; empty on the other stages.
     """
 
-    def __init__(self, parts: list, bounds: list[int], topology: Any):
-        self.losses: list[torch.Tensor] = []
+    def __init__(self, parts: list, bounds: list[int], topology: Any, tasks: Sequence[RunTask]):
+        self.losses: list[list[torch.Tensor]] = [[] for _ in tasks]
+        self.queue = MicroBatchQueue(tasks)
         super().__init__(parts, bounds, topology, self.loss)
 
-    def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss per token in training, and the sum over tokens in evaluation.
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        """Return the weighted mean loss in training. In evaluation, return the sum of losses and predicted classes.
 
         Args:
-            outputs: hidden states (m, d) and the tied weight, as ``StageEmbedding.last_part`` returns them.
-            targets: (B, T) int64.
+            outputs: hidden states (m, d), or logits (B, C), with the tied weight, as ``StageEmbedding.last_part``
+                returns them; logits alone in a classification run.
+            targets: (B, T) int64, or labels (B,) int64.
+
+        Returns:
+            A scalar in training; (1,) float64 in evaluation, or (1 + B,) with the predicted class of each sequence.
         """
-        embedding = self.tied_module("embedding")
-        assert isinstance(embedding, StageEmbedding)
-        result = embedding.loss(*outputs, targets.flatten())
+        micro_step, task = self.queue.take()
+        if task.head is not None:
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs
+            of_labels = classifier_loss(logits, targets)
+            loss, token_losses = of_labels.loss, of_labels.sequence_losses
+        else:
+            embedding = self.tied_module("embedding")
+            assert isinstance(embedding, StageEmbedding)
+            hidden_states, weight = outputs
+            of_tokens = embedding.loss(hidden_states, weight, targets.flatten())
+            loss, token_losses = of_tokens.loss, of_tokens.token_losses
         if not self.training:
-            return result.token_losses.double().sum()
-        self.losses.append(result.loss.detach())
-        return result.loss
+            predicted = logits.argmax(-1).double() if task.head is not None else token_losses.new_zeros(0).double()
+            return torch.cat([token_losses.double().sum()[None], predicted])
+        self.losses[micro_step.task].append(loss.detach())
+        return loss * micro_step.weight if micro_step.task else loss
 
 
 class PipelineReplica:
@@ -72,6 +90,8 @@ class PipelineReplica:
         self.optimizer_implementation = built.implementation
         self.deepspeed = initialize(config, stage, built.optimizer)
         self._parts = [module for module in stage.modules() if isinstance(module, StagePart)]
+        queued = (module for module in stage.modules() if isinstance(module, StagePart | StageNorm | StageEmbedding))
+        self._queues = [stage.queue, *(module.queue for module in queued)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this stage's parameters, or this rank's shards of them, with their names in the model."""
@@ -81,31 +101,68 @@ class PipelineReplica:
         """Yield this stage's buffers, which are drawn at the start and never trained, with their names in the model."""
         return _with_names_in_model(self.deepspeed.module.named_buffers())
 
-    def step(self, micro_batches: MicroBatches) -> None:
-        """Send the micro-batches of one step through the pipeline, forward and backward, and step the optimizer."""
+    def step(self, micro_batches: Iterator[MicroBatch], plan: Sequence[MicroStep]) -> None:
+        """Send the micro-batches of one step through the pipeline, forward and backward, and step the optimizer.
+
+        ``plan`` says what each micro-batch is for.
+        """
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
-        batches = (((inputs, sample_ids), targets) for inputs, targets, sample_ids in micro_batches)
-        self.deepspeed.train_batch(batches)
+        self._fill_queues(plan)
+        deepspeed_patches.set_micro_batches(self.deepspeed, len(plan))
+        self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in micro_batches)
 
     def measure(self) -> RankMetrics:
         """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""
         norm = deepspeed_patches.gradient_norm(self.deepspeed)
-        return RankMetrics(forward=self._forward_metrics().tolist(), gradient_norm=norm)
+        auxiliary = self._auxiliary_metrics()
+        return RankMetrics(forward=self._forward_metrics().tolist(), auxiliary=auxiliary, gradient_norm=norm)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.
 
         ``inputs`` and ``targets`` are (B, T).
         """
+        outputs = self._evaluate(inputs, targets, 0)
+        return outputs[0].item() if outputs is not None else 0.0
+
+    def classify(self, inputs: torch.Tensor, labels: torch.Tensor, task: int) -> tuple[float, np.ndarray]:
+        """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
+
+        The last stage returns them, and the others zeros. ``task`` is the number of the classification.
+        """
+        outputs = self._evaluate(inputs, labels, task)
+        if outputs is None:
+            return 0.0, np.zeros(len(inputs), np.int64)
+        nats, *predicted = outputs.tolist()
+        return nats, np.array(predicted, np.int64)
+
+    def _evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, task: int) -> torch.Tensor | None:
+        """Return what ``StageModule.loss`` returns for a micro-batch; None on all stages but the last."""
+        self._fill_queues([MicroStep(task)])
         sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
         outputs = deepspeed_patches.evaluate_micro_batch(self.deepspeed, ((inputs, sample_ids), targets))
-        return outputs[0].item() if self.topology.is_last_stage else 0.0
+        return outputs[0] if self.topology.is_last_stage else None
+
+    def _fill_queues(self, plan: Sequence[MicroStep]) -> None:
+        for queue in self._queues:
+            queue.fill(plan)
+
+    def _auxiliary_metrics(self) -> list[float]:
+        """Return what this stage measured of the auxiliary tasks since the last call; 0 for what other stages know."""
+        losses = [list(of_task) for of_task in self.deepspeed.module.losses[1:]]
+        for of_task in self.deepspeed.module.losses[1:]:
+            of_task.clear()
+        gates: list[list[torch.Tensor]] = [[] for _ in losses]
+        for part in self._parts:
+            for of_task, more in zip(gates, part.take_gates(), strict=True):
+                of_task += more
+        return flatten_auxiliary(losses, gates)
 
     def _forward_metrics(self) -> torch.Tensor:
         """Return what this stage measured since the last call, float64 on the CPU; 0 for what other stages know."""
-        losses = self.deepspeed.module.losses
+        losses = self.deepspeed.module.losses[0]
         loss = torch.stack(losses).double().mean().cpu() if losses else torch.zeros(())
         losses.clear()
         regulariser = torch.zeros((), dtype=torch.float64)
@@ -126,6 +183,7 @@ def _build_stage(config: RunConfig, topology: Topology) -> StageModule:
         group=topology.tensor,
         interval=interval,
         length=config.sequence_length,
+        tasks=config.tasks,
         document_end=config.document_end,
     )
     bounds = stage_bounds(
@@ -136,7 +194,7 @@ def _build_stage(config: RunConfig, topology: Topology) -> StageModule:
         stages=topology.pipeline_size,
     )
     ranks = deepspeed_patches.pipeline_topology(topology.pipeline_size, topology.tensor.size, topology.data_size)
-    return StageModule(parts, bounds, ranks)
+    return StageModule(parts, bounds, ranks, config.tasks)
 
 
 def _with_names_in_model(named: Iterable[tuple[str, NamedTensor]]) -> Iterator[tuple[str, NamedTensor]]:

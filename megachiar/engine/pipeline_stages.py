@@ -2,12 +2,17 @@
 
     StageEmbedding | StagePart (layers) | StagePart | ... | StageNorm | StageEmbedding (the tied head)
 
+Every part runs the micro-batches of a step in one order. What each is for, the parts read from ``MicroBatchQueue``s. In
+a run whose main task is a classification no head is tied: the first part is ``UntiedEmbedding``, and ``StageNorm``'s
+logits are the output of the last stage.
+
 Shapes: B sequences of T tokens, m rows of this rank, d channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +20,10 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.tasks import HeadConfig, RunTask
+from megachiar.engine.micro_batches import MicroStep
 from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.classifier import build_heads, pool, real_lengths, touch_unused
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer, run_layers, statistics, total_regulariser
@@ -29,12 +37,46 @@ class StageInputs(NamedTuple):
 
     Attributes:
         hidden_states: (m, d), the rows of this rank.
-        sequence_ids: (B,) int64, the sample ids; or (B, 1 + T), each sample id followed by the document starts of its
-            tokens.
+        sequence_ids: (B, 2) int64, the sample ids and the lengths of the sequences without padding; or (B, 2 + T),
+            followed by the document starts of the tokens.
     """
 
     hidden_states: torch.Tensor
     sequence_ids: torch.Tensor
+
+
+class MicroBatchQueue:
+    """The tasks of the micro-batches that a part of the pipeline is about to run, in their order.
+
+    Args:
+        tasks: of the run.
+    """
+
+    def __init__(self, tasks: Sequence[RunTask]):
+        self._tasks = tasks
+        self._waiting: deque[MicroStep] = deque()
+
+    def fill(self, plan: Iterable[MicroStep]) -> None:
+        """Set the micro-batches of the next step."""
+        self._waiting = deque(plan)
+
+    def take(self) -> tuple[MicroStep, RunTask]:
+        """Return the next micro-batch and its task."""
+        step = self._waiting.popleft()
+        return step, self._tasks[step.task]
+
+
+def _layout(sequence_ids: torch.Tensor, length: int, group: TensorParallelGroup, task: RunTask) -> BatchLayout:
+    """Return the layout of a micro-batch that ``StageInputs`` describe."""
+    has_documents = sequence_ids.shape[1] > 2 and task.head is None
+    layout = BatchLayout(
+        sequences=len(sequence_ids),
+        length=length,
+        group=group,
+        document_starts=sequence_ids[:, 2:] if has_documents else None,
+    )
+    is_masked = task.head is not None and task.head.padding == "masked"
+    return layout.with_lengths(sequence_ids[:, 1] if is_masked else None)
 
 
 class StagePart(nn.Module):
@@ -50,8 +92,10 @@ class StagePart(nn.Module):
         group: the ranks that share each layer.
         interval: number of layers whose activations are recomputed together; None to keep all activations.
         length: tokens of a sequence, T.
+        tasks: of the run.
 
     Attributes:
+        queue: the micro-batches that come next.
         regulariser_scale: factor that the gradient of the loss has been scaled by, which the regulariser's needs too.
     """
 
@@ -63,8 +107,10 @@ class StagePart(nn.Module):
         group: TensorParallelGroup,
         interval: int | None,
         length: int,
+        tasks: Sequence[RunTask],
     ):
         super().__init__()
+        self.queue = MicroBatchQueue(tasks)
         self.layers = nn.ModuleDict({str(index): build_layer(config, index, group) for index in indices})
         self.seed = seed
         self.group = group
@@ -72,30 +118,28 @@ class StagePart(nn.Module):
         self.length = length
         self.regulariser_scale = 1.0
         self._reports: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gates: list[list[torch.Tensor]] = [[] for _ in tasks[1:]]
         initialise(self, config, seed, group)
 
     def forward(self, inputs: StageInputs) -> StageInputs:
         """Run the layers of this part; in training, keep their reports and attach the regulariser."""
         x, sequence_ids = inputs
-        has_documents = sequence_ids.dim() > 1
-        layout = BatchLayout(
-            sequences=len(sequence_ids),
-            length=self.length,
-            group=self.group,
-            document_starts=sequence_ids[:, 1:] if has_documents else None,
-        )
+        micro_step, task = self.queue.take()
+        layout = _layout(sequence_ids, self.length, self.group, task)
         if self.training:
-            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0] if has_documents else sequence_ids)
+            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0])
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
-        if self.training:
+        if self.training and micro_step.task == 0:
             regulariser = total_regulariser(outputs, x.device)
             if any(output.regulariser is not None for output in outputs):
                 x = _AttachLoss.apply(x, regulariser, self.regulariser_scale)
             self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
+        elif self.training and "0" in self.layers:
+            self._gates[micro_step.task - 1].append(statistics(outputs).gate[0])
         return StageInputs(x, sequence_ids)
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean over the micro-batches since the last call of what the layers reported.
+        """Return the mean over the main task's micro-batches since the last call of what the layers reported.
 
         Returns:
             The regulariser () and the statistics (4, layers of this part), in the order of ``RoutingStatistics``.
@@ -103,6 +147,11 @@ class StagePart(nn.Module):
         regularisers, reports = zip(*self._reports, strict=True)
         self._reports.clear()
         return torch.stack(regularisers).mean(0), torch.stack(reports).mean(0)
+
+    def take_gates(self) -> list[list[torch.Tensor]]:
+        """Return layer 1's mean gates since the last call, of each auxiliary task; none where layer 1 is elsewhere."""
+        gates, self._gates = self._gates, [[] for _ in self._gates]
+        return gates
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -120,22 +169,57 @@ class _AttachLoss(torch.autograd.Function):
 
 
 class StageNorm(nn.Module):
-    """The last norm as a part of a pipeline, which maps ``StageInputs`` to hidden states (m, d)."""
+    """The last norm and the classification heads as a part of a pipeline.
 
-    def __init__(self, config: ModelConfig, group: TensorParallelGroup):
+    It maps ``StageInputs`` to hidden states (m, d), or to logits (B, C) where the micro-batch is labelled.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        group: TensorParallelGroup,
+        length: int,
+        tasks: Sequence[RunTask],
+        heads: Mapping[str, HeadConfig],
+    ):
         super().__init__()
+        self.queue = MicroBatchQueue(tasks)
+        self.seed = seed
+        self.group = group
+        self.length = length
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
+        self.classifiers = build_heads(config, heads)
+        initialise(self.classifiers, config, seed, group, prefix="classifiers.")
 
     def forward(self, inputs: StageInputs) -> torch.Tensor:
-        hidden_states, _ = inputs
-        return self.norm(hidden_states)
+        hidden_states, sequence_ids = inputs
+        _, task = self.queue.take()
+        x = self.norm(hidden_states)
+        used = task.name if task.head is not None else None
+        if self.training:
+            x = touch_unused(self.classifiers, used, x)
+        if used is None:
+            return x
+        layout = _layout(sequence_ids, self.length, self.group, task)
+        if self.training:
+            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0])
+        return self.classifiers[used](pool(x, layout), layout)
 
 
 class StageEmbedding(TiedEmbedding):
     """The tied weight, on the first and on the last stage; neither copy holds anything else that is trained."""
 
-    def __init__(self, config: ModelConfig, seed: int, group: TensorParallelGroup, document_end: int | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        group: TensorParallelGroup,
+        tasks: Sequence[RunTask],
+        document_end: int | None = None,
+    ):
         super().__init__(config, group)
+        self.queue = MicroBatchQueue(tasks)
         self.seed = seed
         self.document_end = document_end
         initialise(self, config, seed, group, prefix="embedding")
@@ -144,22 +228,37 @@ class StageEmbedding(TiedEmbedding):
         """Embed tokens (B, T) with sample ids (B,) into the inputs of the first ``StagePart``."""
         tokens, sample_ids = inputs
         sequences, length = tokens.shape
+        _, task = self.queue.take()
+        lengths = None
+        if task.head is not None:
+            tokens, lengths = real_lengths(tokens, task.head)
         layout = BatchLayout(sequences=sequences, length=length, group=self.group)
         if self.training:
             layout = layout.with_dropout_keys(self.seed, sample_ids)
         hidden_states = self(tokens.flatten(), layout=layout)
-        if self.document_end is None:
-            return StageInputs(hidden_states, sample_ids)
-        starts = find_document_starts(tokens, self.document_end)
-        return StageInputs(hidden_states, torch.cat([sample_ids[:, None], starts], 1))
+        columns = [sample_ids, torch.full_like(sample_ids, length) if lengths is None else lengths]
+        if self.document_end is not None:
+            columns += find_document_starts(tokens, self.document_end).unbind(1)
+        return StageInputs(hidden_states, torch.stack(columns, 1))
 
     def last_part(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the hidden states (m, d), and the weight for the loss.
+        """Return the hidden states (m, d), or logits of a classification, and the weight for the loss.
 
         The weight is an output of the part because DeepSpeed's bf16 optimizer clears gradients when the first gradient
         reaches an output: a gradient that the loss gave to the weight directly would be lost.
         """
         return hidden_states, self.weight.view_as(self.weight)
+
+
+class UntiedEmbedding(nn.Module):
+    """The embedding as the first part of a pipeline without a language model's head."""
+
+    def __init__(self, config: ModelConfig, seed: int, group: TensorParallelGroup, tasks: Sequence[RunTask]):
+        super().__init__()
+        self.embedding = StageEmbedding(config, seed, group, tasks)
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> StageInputs:
+        return self.embedding.first_part(inputs)
 
 
 def pipeline_parts(
@@ -168,6 +267,7 @@ def pipeline_parts(
     group: TensorParallelGroup,
     interval: int | None,
     length: int,
+    tasks: Sequence[RunTask],
     document_end: int | None = None,
 ) -> list:
     """Return DeepSpeed's specifications of all parts; each stage builds the parts that it runs.
@@ -178,6 +278,7 @@ def pipeline_parts(
         group: the ranks that share each layer.
         interval: number of layers whose activations are recomputed together; None to keep all activations.
         length: tokens of a sequence, T.
+        tasks: of the run.
         document_end: token id after which attention starts a new document; None where attention crosses documents.
     """
 
@@ -188,14 +289,28 @@ def pipeline_parts(
             config=config,
             seed=seed,
             group=group,
+            tasks=tasks,
             document_end=document_end,
             forward_fn=forward,
             tied_weight_attr="weight",
         )
 
     layers = [
-        LayerSpec(StagePart, config=config, seed=seed, indices=indices, group=group, interval=interval, length=length)
+        LayerSpec(
+            StagePart,
+            config=config,
+            seed=seed,
+            indices=indices,
+            group=group,
+            interval=interval,
+            length=length,
+            tasks=tasks,
+        )
         for indices in layer_groups(config, interval)
     ]
-    norm = LayerSpec(StageNorm, config=config, group=group)
+    heads = {task.name: task.head for task in tasks if task.head is not None}
+    norm = LayerSpec(StageNorm, config=config, seed=seed, group=group, length=length, tasks=tasks, heads=heads)
+    if tasks[0].head is not None:
+        first = LayerSpec(UntiedEmbedding, config=config, seed=seed, group=group, tasks=tasks)
+        return [first, *layers, norm, LayerSpec(nn.Identity)]
     return [embedding(StageEmbedding.first_part), *layers, norm, embedding(StageEmbedding.last_part)]

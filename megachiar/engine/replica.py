@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,15 +12,13 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.initialize import initialize
+from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.step_gate import StepGate
-from megachiar.engine.step_metrics import RankMetrics, flatten_forward
+from megachiar.engine.step_metrics import RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
-
-MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Inputs (B, T), targets (B, T) and sample ids (B,) of each micro-batch, on the device."""
 
 
 class Replica:
@@ -34,6 +33,7 @@ class Replica:
             group=topology.tensor,
             checkpoint_interval=config.training.activation_checkpoint_interval,
             document_end=config.document_end,
+            heads=config.heads,
         )
         if config.training.compile is not None:
             compile_parts(model, config.training.compile)
@@ -43,6 +43,8 @@ class Replica:
         mpu = ModelParallelUnit(topology) if topology.tensor.size > 1 else None
         self.deepspeed = initialize(config, model, built.optimizer, mpu)
         self._forward: list[torch.Tensor] = []
+        self._losses: list[list[torch.Tensor]] = [[] for _ in config.mixed.tasks]
+        self._gates: list[list[torch.Tensor]] = [[] for _ in config.mixed.tasks]
         self._norm: torch.Tensor | None = None
         if not config.parallel.zero_stage:
             deepspeed_patches.replace_gradient_clipping(self.deepspeed, self._clip)
@@ -57,27 +59,63 @@ class Replica:
         """Yield the buffers, which are drawn at the start and never trained, with their names in the model."""
         return self.deepspeed.module.named_buffers()
 
-    def step(self, micro_batches: MicroBatches) -> None:
-        """Run forward and backward passes over the micro-batches of one step, and the optimizer's step."""
+    def step(self, micro_batches: Iterator[MicroBatch], plan: Sequence[MicroStep]) -> None:
+        """Run forward and backward passes over the micro-batches of one step, and the optimizer's step.
+
+        ``plan`` says what each micro-batch is for.
+        """
         self.deepspeed.train()
         self._forward.clear()
-        for inputs, targets, sample_ids in micro_batches:
-            output = self.deepspeed(inputs, targets, sample_ids)
-            self.deepspeed.backward(output.loss + output.regulariser)
-            self._forward.append(flatten_forward(output.loss, output.regulariser, output.statistics))
+        for kept in (*self._losses, *self._gates):
+            kept.clear()
+        last = len(plan) - 1
+        for number, (micro_step, batch) in enumerate(zip(plan, micro_batches, strict=True)):
+            if self.config.mixed.tasks:  # a step has as many micro-batches as its draws make
+                self.deepspeed.set_gradient_accumulation_boundary(number == last)
+            loss = self._forward_pass(batch, micro_step)
+            self.deepspeed.backward(loss)
             self._norm = self._unclipped_norm()
             self.deepspeed.step()
+
+    def _forward_pass(self, batch: MicroBatch, micro_step: MicroStep) -> torch.Tensor:
+        """Return the weighted loss of a micro-batch, and keep what it reports.
+
+        The collapse regulariser is that of the main task.
+        """
+        head = self.config.tasks[micro_step.task].head
+        name = self.config.tasks[micro_step.task].name if head is not None else None
+        output = self.deepspeed(batch.inputs, batch.targets, batch.sample_ids, head=name)
+        if micro_step.task == 0:
+            self._forward.append(flatten_forward(output.loss, output.regulariser, output.statistics))
+            return output.loss + output.regulariser
+        self._losses[micro_step.task - 1].append(output.loss.detach())
+        self._gates[micro_step.task - 1].append(output.statistics.gate[0])
+        return output.loss * micro_step.weight
 
     def measure(self) -> RankMetrics:
         """Return what this rank has measured in the current step, once its gradients are reduced."""
         norm = deepspeed_patches.gradient_norm(self.deepspeed) if self._norm is None else self._norm.item()
-        return RankMetrics(forward=torch.stack(self._forward).mean(0).tolist(), gradient_norm=norm)
+        return RankMetrics(
+            forward=torch.stack(self._forward).mean(0).tolist(),
+            auxiliary=flatten_auxiliary(self._losses, self._gates),
+            gradient_norm=norm,
+        )
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""
         self.deepspeed.eval()
         with torch.no_grad():
             return self.deepspeed(inputs, targets).token_losses.double().sum().item()
+
+    def classify(self, inputs: torch.Tensor, labels: torch.Tensor, task: int) -> tuple[float, np.ndarray]:
+        """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
+
+        ``task`` is the number of the classification.
+        """
+        self.deepspeed.eval()
+        with torch.no_grad():
+            output = self.deepspeed(inputs, labels, head=self.config.tasks[task].name)
+        return output.token_losses.double().sum().item(), output.logits.argmax(-1).cpu().numpy()
 
     def _unclipped_norm(self) -> torch.Tensor | None:
         """Return the gradient norm before clipping under ZeRO 0; None where DeepSpeed reports it, or between steps.

@@ -1,19 +1,20 @@
 """The numbers that a training step reports, and the one vector in which they are summed over the ranks.
 
-    index      0      1             2 ... 4L + 1                      4L + 2          4L + 3    4L + 4
-    value      loss   regulariser   statistics, L values for each     gradient norm   skipped   stop
-               `-- means over the micro-batches of this rank --'
+    index   0      1             2 ... 4L + 1             3A values         last but two    last but one   last
+    value   loss   regulariser   statistics, L values     auxiliary tasks   gradient norm   skipped        stop
+            `-- means over the main micro-batches ---'    `-- sums ---'
 
-L is the number of layers, and the statistics come in the order of ``RoutingStatistics``. Every rank makes such a
-vector. The engine averages them over replicas and tensor-parallel ranks, and adds up the pipeline stages. A value that
-several stages know is therefore given by one of them, and the others give 0.
+L is the number of layers, and the statistics come in the order of ``RoutingStatistics``. Of each of the A auxiliary
+tasks of a mixed run there are three sums over the micro-batches of the step: of losses, of gates, and their number.
+Every rank makes such a vector. The engine averages them over replicas and tensor-parallel ranks, and adds up the
+pipeline stages. A value that several stages know is therefore given by one of them, and the others give 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,17 +25,35 @@ STATISTICS = RoutingStatistics._fields
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """What an auxiliary task gave in a step, averaged over its micro-batches.
+
+    Attributes:
+        loss: mean cross-entropy in nats, per token or per labelled sequence.
+        gate: mean g of the MetaRouter; nan without one.
+        batches: how many micro-batches of the task each replica had.
+    """
+
+    loss: float
+    gate: float
+    batches: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of one optimizer step, averaged over micro-batches and data-parallel ranks. Floats are float64.
 
+    All but ``tasks`` and the gradients are those of the main task.
+
     Attributes:
-        loss: mean cross-entropy per token, in nats.
+        loss: mean cross-entropy in nats, per token or per labelled sequence.
         regulariser: mean of what was added to the loss.
         gradient_norm: global L2 norm of the gradients before clipping; inf where a gradient is not finite.
         skipped: whether the step was left out on all ranks: no weight, moment or count of steps changed.
         stop: whether any rank was asked to stop.
         attention_share, rbf_share, entropy: one value per layer; entropy is nan where a layer does not route.
         gate: mean g of the MetaRouter; nan without one.
+        tasks: the auxiliary tasks that the step had a batch of, by name.
     """
 
     loss: float
@@ -46,11 +65,13 @@ class StepResult:
     rbf_share: list[float]
     entropy: list[float]
     gate: float
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
-        """Return whether loss, regulariser and gradients were finite on every rank."""
-        return all(math.isfinite(value) for value in (self.loss, self.regulariser, self.gradient_norm))
+        """Return whether losses, regulariser and gradients were finite on every rank."""
+        losses = [self.loss, *(task.loss for task in self.tasks.values())]
+        return all(math.isfinite(value) for value in (*losses, self.regulariser, self.gradient_norm))
 
 
 @dataclass(frozen=True)
@@ -59,11 +80,13 @@ class RankMetrics:
 
     Attributes:
         forward: the first 2 + 4L values of the vector; 0 for what other pipeline stages know.
+        auxiliary: the 3A values of the auxiliary tasks.
         gradient_norm: global L2 norm of the gradients before clipping, over all ranks; below 0, inf or nan where a
             gradient is not finite.
     """
 
     forward: list[float]
+    auxiliary: list[float]
     gradient_norm: float
 
     @property
@@ -81,6 +104,22 @@ def flatten_forward(loss: torch.Tensor, regulariser: torch.Tensor, statistics: I
     return torch.cat([part.detach().double().reshape(-1) for part in (loss, regulariser, *statistics)])
 
 
+def flatten_auxiliary(losses: Sequence[Sequence[torch.Tensor]], gates: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """Return the values of the auxiliary tasks, from scalars for each micro-batch of each task.
+
+    Args:
+        losses: of each task; none on the pipeline stages that do not know them.
+        gates: of each task; none on the stages without layer 1.
+    """
+    values: list[float] = []
+    for of_losses, of_gates in zip(losses, gates, strict=True):
+        sums = [
+            float(torch.stack(list(scalars)).double().sum()) if scalars else 0.0 for scalars in (of_losses, of_gates)
+        ]
+        values += [*sums, float(len(of_losses))]
+    return values
+
+
 def flatten_step(metrics: RankMetrics, *, skipped: bool, stop: bool, is_last_stage: bool) -> list[float]:
     """Return the vector of one rank. All stages know the gradient norm, and the last one gives it.
 
@@ -89,17 +128,24 @@ def flatten_step(metrics: RankMetrics, *, skipped: bool, stop: bool, is_last_sta
     norm = metrics.gradient_norm if is_last_stage else 0.0
     if not metrics.has_finite_gradients:
         norm = math.inf
-    return [*metrics.forward, norm, float(skipped), float(stop)]
+    return [*metrics.forward, *metrics.auxiliary, norm, float(skipped), float(stop)]
 
 
-def unflatten_step(values: list[float], layers: int) -> StepResult:
+def unflatten_step(values: list[float], layers: int, auxiliary: Sequence[str] = ()) -> StepResult:
     """Return the result of a step from the averaged vector of a model of ``layers`` layers.
+
+    ``auxiliary`` are the names of the auxiliary tasks.
 
     A step whose loss, regulariser or gradients are not finite on any rank is a skipped one.
     """
     loss, regulariser, *rest = values
     statistics = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(STATISTICS)}
-    gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
+    *of_tasks, gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
+    tasks = {
+        name: TaskResult(loss=of_tasks[3 * i] / count, gate=of_tasks[3 * i + 1] / count, batches=count)
+        for i, name in enumerate(auxiliary)
+        if (count := of_tasks[3 * i + 2])
+    }
     result = StepResult(
         loss=loss,
         regulariser=regulariser,
@@ -110,5 +156,6 @@ def unflatten_step(values: list[float], layers: int) -> StepResult:
         rbf_share=statistics["rbf_share"],
         entropy=statistics["entropy"],
         gate=statistics["gate"][0],
+        tasks=tasks,
     )
     return result if result.is_finite else replace(result, skipped=True)

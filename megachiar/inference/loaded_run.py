@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ import torch
 from megachiar.config import RunConfig
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.data.sampling.document_end import why_unmasked
+from megachiar.data.sampling.examples import ExampleSet, LabelledSource
 from megachiar.data.storage.files import manifest_path
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model import ChiarFormer
+from megachiar.training.classification import Classify
 from megachiar.training.evaluation import Score
 from megachiar.training.run_tokenizer import record_of_run, run_tokenizer
 
@@ -51,9 +53,32 @@ def check_readable(checkpoint: Path, config: RunConfig, source: TokenSource) -> 
             )
 
 
+def sets_of_run(config: RunConfig) -> dict[str, tuple[Path, int]]:
+    """Return prefix and number of the task of each validation set of a run, by name."""
+    sets = {name: (prefix, 0) for name, prefix in config.data.validation.items()}
+    for number, (name, task) in enumerate(config.mixed.tasks.items(), 1):
+        if task.validation is not None:
+            sets[name] = (task.validation, number)
+    return sets
+
+
+def task_named(config: RunConfig, name: str | None) -> int:
+    """Return the number of the task of a run that a command line names; the main task's for None.
+
+    Raises:
+        UserError: the run has no such task.
+    """
+    names = [task.name for task in config.tasks]
+    if name is None:
+        return 0
+    if name not in names:
+        raise UserError(f"--task {name}", "the run has no such task", f"name one of {', '.join(names)}")
+    return names.index(name)
+
+
 def open_for_run(
-    checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None
-) -> ValidationSet:
+    checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None, task: int = 0
+) -> ValidationSet | ExampleSet:
     """Open a dataset that the run of ``checkpoint`` can score.
 
     Args:
@@ -61,9 +86,25 @@ def open_for_run(
         config: of the run.
         prefix: path of the dataset without ``.bin``.
         sequence_length: tokens of a window; None takes the run's.
+        task: number of the run's task that scores it.
 
     Raises:
-        UserError: as ``ValidationSet`` and ``check_readable``.
+        UserError: as ``ValidationSet``, ``LabelledSource`` and ``check_readable``.
+    """
+    head = config.tasks[task].head
+    if head is None:
+        return open_text_for_run(checkpoint, config, prefix, sequence_length)
+    source = LabelledSource(prefix, head.classes, config.model.vocab_size)
+    check_readable(checkpoint, config, source)
+    return ExampleSet(source, sequence_length or config.sequence_length, task)
+
+
+def open_text_for_run(
+    checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None
+) -> ValidationSet:
+    """Open a dataset as one text that the model of a run can read; of a labelled one the labels are not read.
+
+    Arguments and errors are those of ``open_for_run``.
     """
     dataset = ValidationSet(prefix, sequence_length or config.sequence_length, vocab_size=config.model.vocab_size)
     check_readable(checkpoint, config, dataset.source)
@@ -78,10 +119,12 @@ class TextSampler:
         end: id that ends a text, and that replaces an empty prompt; None if nothing names such a token.
 
     Raises:
-        UserError: the run's tokenizer is missing or was replaced by another one.
+        UserError: the run is no language model, or its tokenizer is missing or was replaced by another one.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, model: ChiarFormer):
+        if config.tasks[0].head is not None:
+            raise UserError(checkpoint, "learns classes, so that it cannot continue a text", "name a language model")
         self.tokenizer = run_tokenizer(checkpoint, config)
         # A run with data.document_mask has in its config which token ends a document for the model.
         self.end = self.tokenizer.eod_id if config.document_end is None else config.document_end
@@ -122,11 +165,32 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
     return score
 
 
-def with_progress(score: Score, advance: Callable[[int], None]) -> Score:
-    """Return a ``Score`` that calls ``score`` and then ``advance`` with the number of windows that were scored."""
+def model_classify(model: ChiarFormer, device: torch.device, config: RunConfig) -> Classify:
+    """Return a ``Classify`` that runs ``model`` on ``device``, without an engine."""
 
-    def scored(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        result = score(inputs, targets)
+    @torch.inference_mode()
+    def classify(samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+        name, head = config.tasks[task]
+        assert head is not None, "the task is a classification"
+        tokens = torch.from_numpy(samples).to(device)
+        output = model(tokens[:, :-1], tokens[:, -1], head=name)
+        confusion = np.zeros((head.classes, head.classes), np.int64)
+        np.add.at(confusion, (samples[:, -1], output.logits.argmax(-1).cpu().numpy()), 1)
+        return output.token_losses.double().sum().item(), confusion
+
+    return classify
+
+
+Scored = TypeVar("Scored")
+
+
+def with_progress(
+    score: Callable[[np.ndarray, Any], Scored], advance: Callable[[int], None]
+) -> Callable[[np.ndarray, Any], Scored]:
+    """Return ``score`` with a call of ``advance`` after it, with the number of windows or examples that it scored."""
+
+    def scored(inputs: np.ndarray, other: Any) -> Scored:
+        result = score(inputs, other)
         advance(len(inputs))
         return result
 

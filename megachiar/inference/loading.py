@@ -41,7 +41,7 @@ def load_model(
         UserError: its weights are not those of the model in its config.
     """
     config = load_config(checkpoint / CONFIG_FILE)
-    model = build_model(config.model, seed=config.training.seed, document_end=config.document_end)
+    model = build_model(config.model, seed=config.training.seed, document_end=config.document_end, heads=config.heads)
     try:
         model.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:  # torch lists names and shapes that differ

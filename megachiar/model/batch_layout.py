@@ -40,6 +40,9 @@ class BatchLayout(NamedTuple):
         dropout_keys: the keys of the rows' dropout masks; None where there is no dropout.
         document_starts: (B, T) int64, first position of each token's document; None where each sequence is one
             document.
+        lengths: (B,) int64, how many tokens of each sequence are real, before its padding; None where all are.
+        row_weights: (m, 1) fp32 of this rank's rows, with which ``mean_of_rows`` leaves out padding; None where there
+            is none.
     """
 
     sequences: int
@@ -48,6 +51,8 @@ class BatchLayout(NamedTuple):
     group: TensorParallelGroup = SINGLE_RANK
     dropout_keys: DropoutKeys | None = None
     document_starts: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -70,6 +75,30 @@ class BatchLayout(NamedTuple):
         """Return the position of each of this rank's rows within its sequence."""
         local = self.local_slice
         return self.cache_length + torch.arange(local.start, local.stop, device=device) % self.length
+
+    def local_sequences(self, device: torch.device) -> torch.Tensor:
+        """Return the number of the sequence of each of this rank's rows."""
+        local = self.local_slice
+        return torch.arange(local.start, local.stop, device=device) // self.length
+
+    def with_lengths(self, lengths: torch.Tensor | None) -> BatchLayout:
+        """Return this layout with padding after the first ``lengths`` (B,) tokens of the sequences."""
+        if lengths is None:
+            return self
+        device = lengths.device
+        is_real = self.local_positions(device) < lengths.index_select(0, self.local_sequences(device))
+        ranks = self.group.size if self.group.shards_rows else 1
+        return self._replace(lengths=lengths, row_weights=(is_real * (ranks / lengths.sum()))[:, None].float())
+
+    def mean_of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean (...) of values (m, ...) over this rank's rows, padding left out.
+
+        With padding and sequence parallelism it is weighted such that the mean over the ranks is that of all real rows.
+        """
+        if self.row_weights is None:
+            return values.mean(0)
+        weights = self.row_weights.to(values.dtype)
+        return (weights * values.reshape(len(values), -1)).sum(0).reshape(values.shape[1:])
 
     def routed_rows(self, indices: torch.Tensor) -> RoutedRows:
         """Return the rows at ``indices`` (n,) among all N in the form that attention takes."""

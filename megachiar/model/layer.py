@@ -89,7 +89,8 @@ class FixedLayer(nn.Module):
         mean_gate = nan
         if self.meta_router is not None:
             gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
-            hidden_states, mean_gate = gate * hidden_states + (1 - gate) * x, gate.detach().float().mean()
+            hidden_states = gate * hidden_states + (1 - gate) * x
+            mean_gate = _mean_gate(gate.detach().float(), layout)
         return LayerOutput(
             hidden_states=hidden_states,
             regulariser=None,
@@ -98,6 +99,12 @@ class FixedLayer(nn.Module):
             entropy=nan,
             gate=mean_gate,
         )
+
+
+def _mean_gate(gate: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    """Return the mean () of gates (m, 1), or (1, 1) for all rows."""
+    is_by_row = layout.row_weights is not None and len(gate) == len(layout.row_weights)
+    return layout.mean_of_rows(gate).squeeze() if is_by_row else gate.mean()
 
 
 class RoutedLayer(nn.Module):
@@ -134,7 +141,7 @@ class RoutedLayer(nn.Module):
         decision = self.router(x, layout)
         if self.router.kind == "soft":
             hidden_states = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
-            operator_fractions = decision.gates.detach().mean(0)
+            operator_fractions = layout.mean_of_rows(decision.gates.detach())
         else:
             hidden_states, operator_fractions = self._route(x, decision, layout, cache, routes)
         share = dict(zip(self.names, operator_fractions.float(), strict=True))
@@ -147,7 +154,7 @@ class RoutedLayer(nn.Module):
             regulariser=regulariser,
             attention_share=share["attention"],
             rbf_share=share.get("rbf", zero),
-            entropy=decision.entropy.float().mean(),
+            entropy=layout.mean_of_rows(decision.entropy.float()),
             gate=torch.full_like(zero, torch.nan),
         )
 
@@ -179,12 +186,17 @@ class RoutedLayer(nn.Module):
         y = unpermute(results, plan.permutation)
         if decision.gates is not None and decision.gates.requires_grad:
             y = self._with_gradient_of_gates(y, x, operator[layout.local_slice], plan, decision, layout)
-        # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
-        shares = (size / len(x) for size in reversed(plan.local_counts))
-        operator_fractions = torch.stack(
-            [torch.full((), share, dtype=torch.float32, device=x.device) for share in shares]
-        )
+        operator_fractions = self._fractions(operator[layout.local_slice], plan, layout)
         return self.feed_forward(y, layout.dropout_keys), operator_fractions
+
+    def _fractions(self, operator: torch.Tensor, plan: DispatchPlan, layout: BatchLayout) -> torch.Tensor:
+        """Return the fraction (O,) of this rank's rows that each operator took; ``operator`` (m,) are their routes."""
+        if layout.row_weights is not None:
+            numbers = torch.arange(len(self.names), device=operator.device)
+            return layout.mean_of_rows((operator[:, None] == numbers).float())
+        # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
+        shares = (size / len(operator) for size in reversed(plan.local_counts))
+        return torch.stack([torch.full((), share, dtype=torch.float32, device=operator.device) for share in shares])
 
     def _with_gradient_of_gates(
         self,

@@ -46,13 +46,16 @@ class MetaRouter(nn.Module):
         return torch.sigmoid(self.gate(mean.to(x.dtype)))
 
     def _of_batch(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
-        """Compute the mean (1, d) of all rows of the micro-batch."""
+        """Compute the mean (1, d) of all rows of the micro-batch but padding."""
         if cache is not None:
             raise UserError(
                 "model.meta_router.pool",
                 "is batch: its gate depends on tokens that are not generated yet",
                 "give the whole text without a cache, or use a model trained with pool: causal or none",
             )
+        if layout.row_weights is not None:
+            mean = layout.mean_of_rows(x)[None]
+            return all_gather_rows(mean, self.group).mean(0, keepdim=True) if self.group.shards_rows else mean
         total = x.sum(0, keepdim=True)
         if self.group.shards_rows:  # (p, d) of the ranks' sums: their gradients come back from all ranks
             total = all_gather_rows(total, self.group).sum(0, keepdim=True)

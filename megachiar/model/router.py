@@ -84,14 +84,14 @@ class Router(nn.Module):
         if self.kind == "threshold":
             operator = self._by_bounds(entropy)
             if self.regularised:
-                utilisation = self._soft_thresholds(self._differentiable_entropy(x))
+                utilisation = self._soft_thresholds(self._differentiable_entropy(x), layout)
         elif self.kind == "random":
             operator = self._by_bounds(self._hash(layout, x.device))
         else:
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
             gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(entropy.dtype), -1)
             operator = gates.argmax(-1)
-            utilisation = gates.mean(0) if self.regularised else None
+            utilisation = layout.mean_of_rows(gates) if self.regularised else None
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
             utilisation = reduce_from_tp_group(utilisation, self.group) / self.group.size
         return RoutingDecision(
@@ -116,9 +116,9 @@ class Router(nn.Module):
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
         return spectral_entropy(x, self.dc_weight, self.epsilon)
 
-    def _soft_thresholds(self, entropy: torch.Tensor) -> torch.Tensor:
+    def _soft_thresholds(self, entropy: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Return the mean use (O,) of the operators, with sigmoids of width ``collapse_temperature`` as thresholds."""
-        above = [torch.sigmoid((entropy - bound) / self.temperature).mean() for bound in self.bounds]
+        above = [layout.mean_of_rows(torch.sigmoid((entropy - bound) / self.temperature)) for bound in self.bounds]
         edges = [torch.ones_like(above[0]), *above, torch.zeros_like(above[0])]
         return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
 

@@ -6,13 +6,16 @@ parallelism), d = channels, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.tasks import HeadConfig
 from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.classifier import build_heads, classifier_loss, pool, real_lengths, touch_unused
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
@@ -25,11 +28,12 @@ class ModelOutput(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-        loss: mean cross-entropy a token in nats over targets that are not -100, fp32, without the regulariser; None
-            without targets.
+        loss: mean cross-entropy in nats over targets that are not -100, fp32, without the regulariser; None without
+            targets. It is the mean over tokens, or with a classification head over sequences.
         regulariser: scalar to add to the loss for training; 0 where there is none.
-        token_losses: (B, T) fp32 without gradient, 0 where the target is -100; None without targets.
-        logits: (B, T, V); None with targets.
+        token_losses: (B, T) fp32 without gradient, 0 where the target is -100, or (B,) with a classification head; None
+            without targets.
+        logits: (B, T, V), None with targets; (B, C) with a classification head.
         statistics: of the routers.
     """
 
@@ -50,6 +54,7 @@ class ChiarFormer(nn.Module):
         checkpoint_interval: number of layers whose activations are recomputed together in the backward pass; None
             keeps all activations.
         document_end: the token that ends a document, if no token is to see another document (``data.document_mask``).
+        heads: the classification heads by the name of their task; none in a language model.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class ChiarFormer(nn.Module):
         group: TensorParallelGroup = SINGLE_RANK,
         checkpoint_interval: int | None = None,
         document_end: int | None = None,
+        heads: Mapping[str, HeadConfig] | None = None,
     ):
         super().__init__()
         self.document_end = document_end
@@ -69,6 +75,8 @@ class ChiarFormer(nn.Module):
         self.embedding = TiedEmbedding(config, group)
         self.layers = nn.ModuleList(build_layer(config, index, group) for index in range(config.num_layers))
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
+        self.heads = dict(heads or {})
+        self.classifiers = build_heads(config, self.heads)
 
     def forward(
         self,
@@ -77,24 +85,30 @@ class ChiarFormer(nn.Module):
         sample_ids: torch.Tensor | None = None,
         *,
         cache: DecodingCache | None = None,
+        head: str | None = None,
     ) -> ModelOutput:
         """Compute losses against targets, or logits without them.
 
         Args:
-            tokens: (B, T) int64, the same on all ranks of the group.
-            targets: (B, T) int64, -100 where there is none; None for logits.
+            tokens: (B, T) int64, the same on all ranks of the group; with a classification head padded with -1.
+            targets: (B, T) int64, or (B,) with a classification head; -100 where there is none; None for logits.
             sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
             cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
                 document then.
+            head: the task whose classification head is asked; None for the language model.
         """
         sequences, length = tokens.shape
+        lengths = None
+        if head is not None:
+            tokens, lengths = real_lengths(tokens, self.heads[head])
         layout = BatchLayout(
             sequences=sequences,
             length=length,
             cache_length=cache.length if cache is not None else 0,
             group=self.group,
         )
-        if self.document_end is not None and cache is None:
+        layout = layout.with_lengths(lengths)
+        if self.document_end is not None and cache is None and head is None:
             layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
         if self.training and self.config.dropout:
             if sample_ids is None:
@@ -107,6 +121,18 @@ class ChiarFormer(nn.Module):
             cache.length += layout.length
         regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)
         x = self.norm(x)
+        if self.training:
+            x = touch_unused(self.classifiers, head, x)
+        if head is not None:
+            logits = self.classifiers[head](pool(x, layout), layout)
+            of_labels = classifier_loss(logits, targets) if targets is not None else None
+            return ModelOutput(
+                loss=of_labels.loss if of_labels is not None else None,
+                regulariser=regulariser,
+                token_losses=of_labels.sequence_losses if of_labels is not None else None,
+                logits=logits.detach(),
+                statistics=report,
+            )
         if targets is None:
             return ModelOutput(
                 loss=None,
@@ -138,6 +164,7 @@ def build_model(
     group: TensorParallelGroup = SINGLE_RANK,
     checkpoint_interval: int | None = None,
     document_end: int | None = None,
+    heads: Mapping[str, HeadConfig] | None = None,
 ) -> ChiarFormer:
     """Build a model with this rank's part of the initial weights; on ``device="meta"`` it has shapes alone.
 
@@ -145,7 +172,7 @@ def build_model(
     """
     device = torch.device(device)
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        model = ChiarFormer(config, seed, group, checkpoint_interval, document_end)
+        model = ChiarFormer(config, seed, group, checkpoint_interval, document_end, heads)
     if device.type != "meta":
         initialise(model, config, seed, group)
     return model.to(device=device, dtype=dtype)

@@ -198,11 +198,13 @@ def training_flops_per_token(
     *,
     count_masked: bool = False,
     recomputed: bool = False,
+    predicts_tokens: bool = True,
 ) -> float:
     """Return the FLOPs of one token's forward and backward pass.
 
-    With ``recomputed`` the second forward pass of the layers is counted too. The other arguments are as in
-    ``forward_flops_per_token``.
+    Without ``predicts_tokens`` the language model's head is not counted, as in a classification, whose own head takes
+    nothing beside the layers. With ``recomputed`` the second forward pass of the layers is counted too. The other
+    arguments are as in ``forward_flops_per_token``.
     """
     forward, backward = (
         forward_flops_per_token(
@@ -216,4 +218,5 @@ def training_flops_per_token(
         )
         for backward in (False, True)
     )
-    return forward.total + backward.total + recomputed * (forward.total - forward.head)
+    heads = 0.0 if predicts_tokens else forward.head + backward.head
+    return forward.total + backward.total - heads + recomputed * (forward.total - forward.head)

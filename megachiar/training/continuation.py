@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from megachiar.checkpoint.compatibility import changed_keys, check_data, read_compatible, weights_alone
+from megachiar.checkpoint.compatibility import (
+    changed_keys,
+    check_data,
+    check_same_tasks,
+    read_compatible,
+    weights_alone,
+)
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, RecentSteps
 from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
@@ -139,9 +146,11 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         warnings = describe_other_tokenizer(path, data.tokenizer_record)
         return Continuation(start, state, Progress(), data, summary, warnings)
     check_moments(start, state)
+    check_same_tasks(path, load_config(path / CONFIG_FILE), config, start.is_own)
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
+    check_auxiliary_data(path, state, config, data)
     warnings += describe_other_validation(state, data)
     rollbacks = start.rollback.rollbacks if start.rollback is not None else 0
     if rollbacks:
@@ -187,14 +196,30 @@ def describe_changes(before: RunConfig, now: RunConfig, of_data: list[Change], s
     return lines
 
 
+def check_auxiliary_data(checkpoint: Path, state: CheckpointState, config: RunConfig, data: RunData) -> None:
+    """Check that the auxiliary tasks of a run read what they read up to a checkpoint, unless ``data.on_change`` allows.
+
+    Raises:
+        LaunchError: a task has other data.
+    """
+    now = data.validation_records()
+    for task in data.auxiliary:
+        key = f"mixed.tasks.{task.name}"
+        then = state.validation_data.get(key)
+        if then is not None and not then.same_data(now[key]) and config.data.on_change == "refuse":
+            raise LaunchError(
+                f"{checkpoint}: {key}.data",
+                f"was {then.path} with other content when it was saved: {now[key].path} would be read from its middle",
+                "set it back, or set data.on_change to continue",
+            )
+
+
 def describe_other_validation(state: CheckpointState, data: RunData) -> list[str]:
     """Return a line for the log for each validation set that holds other data than up to the checkpoint."""
     now = data.validation_records()
-    return [
-        f"data.validation.{name} holds other data than up to here: losses on it from here on are no sequel"
-        for name, then in state.validation_data.items()
-        if name in now and not now[name].same_data(then)
-    ]
+    changed = [name for name, then in state.validation_data.items() if name in now and not now[name].same_data(then)]
+    keys = [name if name.startswith("mixed.") else f"data.validation.{name}" for name in changed]
+    return [f"{key} holds other data than up to here: losses on it from here on are no sequel" for key in keys]
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:

@@ -65,14 +65,17 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.sequence_length
     share = config.model.expected_attention_share
-    per_token = training_flops_per_token(config.model, config.sequence_length, _mean_share(config, share))
+    has_head = config.tasks[0].head is None
+    per_token = training_flops_per_token(
+        config.model, config.sequence_length, _mean_share(config, share), predicts_tokens=has_head
+    )
     dense = config.model.model_copy(update={"kind": "baseline"})
-    baseline = training_flops_per_token(dense, config.sequence_length, 1.0)
+    baseline = training_flops_per_token(dense, config.sequence_length, 1.0, predicts_tokens=has_head)
     rows = " with sequence parallelism" if parallel.sequence else ""
     layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size}{rows} x dp {data_size} = {ranks} ranks"
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
     return [
-        ("parameters", f"{build_model(config.model, seed=0, device='meta').parameter_count():,}"),
+        ("parameters", f"{build_model(config.model, seed=0, device='meta', heads=config.heads).parameter_count():,}"),
         ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
         ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
         ("tokens in all", _length(config, tokens)),
@@ -145,7 +148,8 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         The config, resolved as far as the datasets allow, and what the log of the run would say, as lines of markup.
     """
     notes: list[str] = []
-    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values()])
+    of_tasks = [path for task in config.mixed.tasks.values() for path in (task.data, task.validation) if path]
+    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values(), *of_tasks])
     if missing:
         if not _missing(source.path for source in config.data.train):
             config = resolve_epochs(config)

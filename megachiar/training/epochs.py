@@ -23,7 +23,10 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
     if epochs is None:
         return config
     try:
-        samples = sum(samples_of_a_pass(source.path, config.sequence_length) for source in config.data.train)
+        if config.tasks[0].head is None:
+            samples = sum(samples_of_a_pass(source.path, config.sequence_length) for source in config.data.train)
+        else:  # a sample is a document
+            samples = sum(IndexedDataset(source.path).documents for source in config.data.train)
     except UserError as error:  # every rank reads the same files
         raise LaunchError(error.where, error.problem, error.remedy) from error
     made = steps_of_epochs(epochs, samples, config.training.global_batch_size)

@@ -42,6 +42,12 @@ class Evaluation:
         """Return the fields by name, as metrics.jsonl and ``--json`` hold them."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """Return the measures as the log shows them."""
+        word = f"  word PPL {self.word_ppl:.2f}" if self.word_ppl else ""
+        bits = f"  {self.bits_per_byte:.4f} bits/byte" if self.bits_per_byte else ""
+        return f"loss {self.loss:.4f}  token PPL {self.token_ppl:.2f}{word}{bits}"
+
 
 def evaluate(
     score: Score,

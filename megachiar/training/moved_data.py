@@ -8,7 +8,9 @@ from pathlib import Path
 
 from megachiar.config import RunConfig
 from megachiar.config.sections import SourceConfig
+from megachiar.config.tasks import HeadConfig
 from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.sampling.examples import LabelledSource
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.errors import UserError
 from megachiar.training.run_data import record_of
@@ -29,14 +31,15 @@ def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewh
         UserError: a dataset is at none of these paths.
     """
     order, batch = history.order_of(step), len(history.samples_of(step))
-    candidates = list(elsewhere)
+    candidates, head = list(elsewhere), config.tasks[0].head
     sources = [
-        SourceConfig(path=_find(number, history.sources[share.source], candidates), weight=share.weight)
+        SourceConfig(path=_find(number, history.sources[share.source], candidates, head), weight=share.weight)
         for number, share in enumerate(order.shares)
     ]
     # The micro-batch has no influence on the result; it must divide the batch.
     micro_batch = math.gcd(config.training.micro_batch_size, batch)
-    data = {"train": tuple(sources), "sequence_length": order.sequence_length}
+    length = order.sequence_length if head is None else config.sequence_length
+    data = {"train": tuple(sources), "sequence_length": length}
     training = {"global_batch_size": batch, "micro_batch_size": micro_batch}
     return config.model_copy(
         update={
@@ -46,10 +49,11 @@ def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewh
     )
 
 
-def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path]) -> Path:
+def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path], head: HeadConfig | None) -> Path:
     for path in (Path(record.path), *elsewhere):
         try:
-            if record.same_data(record_of(TokenSource(path))):
+            source = TokenSource(path) if head is None else LabelledSource(path, head.classes)
+            if record.same_data(record_of(source)):
                 return path
         except UserError:  # nothing is there, or something else
             continue

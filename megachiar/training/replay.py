@@ -16,15 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from megachiar.config import RunConfig
 from megachiar.data.sampling.dataset import SampleStream
 from megachiar.data.sampling.history import OrderRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
 from megachiar.engine.deepspeed_patches import loss_scale
 from megachiar.engine.engine import Engine, start_process_group
+from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.topology import build_topology
 from megachiar.training.bad_steps import BadSteps
+from megachiar.training.mixing import Mixing
 from megachiar.training.module_trace import BadModule, ModuleTrace
 from megachiar.training.recorded_steps import RecordedStep
 from megachiar.training.replay_origin import Origin, find_origin
@@ -57,7 +60,9 @@ class Replay:
         difference: how the repeated step differs from them by more than rounding; empty where it does not.
         layers: norms of embedding, layers and last norm.
         first_bad: the first module that is not finite; None where all are.
-        samples: positions in the run of the micro-batch in which it was found.
+        samples: positions in the run, or among the samples of an auxiliary task, of the micro-batch in which it was
+            found.
+        task: the name of the task that this micro-batch was for.
     """
 
     step: int
@@ -71,6 +76,7 @@ class Replay:
     layers: list[LayerNorms]
     first_bad: BadModule | None
     samples: range | None
+    task: str | None
 
 
 def replay(run: Path, step: int, log: Callable[[str], None], overrides: Sequence[str] = ()) -> Replay:
@@ -95,7 +101,7 @@ def replay(run: Path, step: int, log: Callable[[str], None], overrides: Sequence
             f"begins after step {first - 1}, from {origin.run.start.path}",
             f"replay step {step} in the folder of the run that took it",
         )
-    samples = _Samples(origin.data, origin.config.training.micro_batch_size)
+    samples = _Samples(origin.config, origin.data)
     _check_batches(run, origin, first, step)
     for line in origin.remarks:
         log(line)
@@ -115,22 +121,42 @@ def replay(run: Path, step: int, log: Callable[[str], None], overrides: Sequence
 
 
 class _Samples:
-    """Read the micro-batches of steps that may belong to several orders of the data."""
+    """Read the micro-batches of steps that may belong to several orders of the data.
 
-    def __init__(self, data: RunData, micro_batch_size: int):
+    Args:
+        config: of the step that is repeated, on one process.
+        data: that the run has read.
+    """
+
+    def __init__(self, config: RunConfig, data: RunData):
         self.data = data
-        self.micro_batch_size = micro_batch_size
+        self.tasks = config.tasks
+        self.micro_batch_size = config.training.micro_batch_size
+        self._mixing = Mixing(config, data_size=1)
         self._order: OrderRecord | None = None
         self._stream: SampleStream | MegatronStream = data.training
+
+    def plan(self, step: int) -> list[MicroStep]:
+        """Return what the micro-batches of a step are for, those of all replicas together."""
+        return self._mixing.plan(self.data.history.samples_of(step))
 
     def of(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the micro-batches of a step, those of all replicas one after another."""
         order = self.data.history.order_of(step)
         if order != self._order:
             self._order, self._stream = order, self.data.samples_in(order)
-        positions, size = self.data.history.samples_of(step), self.micro_batch_size
-        for first in range(positions.start, positions.stop, size):
-            yield first, self._stream.batch(range(first, first + size))
+        streams = [self._stream, *(task.training for task in self.data.auxiliary)]
+        for task, positions in self.positions(step):
+            yield positions.start, streams[task].batch(positions)
+
+    def positions(self, step: int) -> Iterator[tuple[int, range]]:
+        """Yield the number of the task of each micro-batch of a step, and the positions of its samples in the task."""
+        main = self.data.history.samples_of(step)
+        firsts = [main.start, *self._mixing.samples_before(main.start)]
+        for micro_step in self.plan(step):
+            first = firsts[micro_step.task]
+            firsts[micro_step.task] += self.micro_batch_size
+            yield micro_step.task, range(first, firsts[micro_step.task])
 
 
 def _check_batches(run: Path, origin: Origin, first: int, step: int) -> None:
@@ -155,7 +181,7 @@ def _repeat(
     def accepts(result: StepResult) -> bool:
         return number not in steps.skipped and (number in steps.taken or judge.accepts(result))
 
-    result = engine.train_step(samples.of(number), rate, False, accepts)
+    result = engine.train_step(samples.of(number), rate, False, accepts, samples.plan(number))
     judge.judge(number, result, at_least_scale=False, newest=origin.run.start.path)
     log(f"step {number}: {_brief(result)}")
     if number in steps.taken and result.skipped:
@@ -170,13 +196,12 @@ def _watch(engine: Engine, samples: _Samples, step: int, origin: Origin) -> Repl
     model = engine.deepspeed.module
     rate = learning_rate(engine.config, step)
     with ModuleTrace(model, loss_scale(engine.deepspeed)) as trace:
-        result = engine.train_step(samples.of(step), rate)
+        result = engine.train_step(samples.of(step), rate, plan=samples.plan(step))
     names = ["embedding", *(f"layers.{index}" for index in range(len(model.layers))), "norm"]
-    bad_samples = None
+    bad_samples = bad_task = None
     if trace.first_bad is not None:
-        size = samples.micro_batch_size
-        first = origin.data.history.samples_of(step).start + trace.first_bad.micro_batch * size
-        bad_samples = range(first, first + size)
+        task, bad_samples = list(samples.positions(step))[trace.first_bad.micro_batch]
+        bad_task = samples.tasks[task].name
     recorded = origin.recorded
     return Replay(
         step=step,
@@ -190,6 +215,7 @@ def _watch(engine: Engine, samples: _Samples, step: int, origin: Origin) -> Repl
         layers=[LayerNorms(name, trace.output_norm(name), trace.gradient_norm(name)) for name in names],
         first_bad=trace.first_bad,
         samples=bad_samples,
+        task=bad_task,
     )
 
 

@@ -158,7 +158,7 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: C
 def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
     """Print the first lines of the log: model, ranks and device, kernels, batch sizes, and what the run lacks."""
     topology, training = engine.topology, config.training
-    count = build_model(config.model, seed=0, device="meta").parameter_count()
+    count = build_model(config.model, seed=0, device="meta", heads=config.heads).parameter_count()
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     console.print(f"[bold]megachiar[/] {config.model.kind}, {count:,} parameters, run folder {config.logging.folder}")
     console.print(

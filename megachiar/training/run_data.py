@@ -9,6 +9,14 @@ from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length, samples_of_epochs
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
+from megachiar.data.sampling.examples import (
+    SAMPLE_LENGTH,
+    ExampleSet,
+    ExampleStream,
+    LabelledSource,
+    check_same_classes,
+    open_labelled_sources,
+)
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import OrderRecord, SourceRecord
 from megachiar.data.sampling.megatron_order import MegatronStream
@@ -17,6 +25,7 @@ from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenize
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
+from megachiar.training.auxiliary_data import AuxiliaryTask, open_auxiliary_tasks
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
@@ -30,24 +39,31 @@ class RunData:
 
     Attributes:
         training: training samples by position in the run.
-        validation: validation sets by name.
+        validation: validation sets by name, those of auxiliary tasks too.
         history: what the run has read and reads next, as checkpoints record it.
         tokenizer: of the datasets; None where neither config nor manifest names one that is still there.
+        auxiliary: the other tasks of mixed training, in the order of the config.
     """
 
     training: SampleStream | MegatronStream
-    validation: dict[str, ValidationSet]
+    validation: dict[str, ValidationSet | ExampleSet]
     history: DataHistory
     tokenizer: Tokenizer | None
+    auxiliary: tuple[AuxiliaryTask, ...] = ()
 
     @property
     def sources(self) -> list[TokenSource]:
         """Every dataset that the run reads from here on, for training or validation."""
-        return [*self.training.sources, *(dataset.source for dataset in self.validation.values())]
+        return [
+            *self.training.sources,
+            *(dataset.source for dataset in self.validation.values()),
+            *(task.source for task in self.auxiliary),
+        ]
 
     def validation_records(self) -> dict[str, SourceRecord]:
-        """Return what each validation set holds, by name."""
-        return {name: record_of(dataset.source) for name, dataset in self.validation.items()}
+        """Return what each validation set holds, by name, and the data of each auxiliary task, by the task's key."""
+        sets = {name: record_of(dataset.source) for name, dataset in self.validation.items()}
+        return sets | {f"mixed.tasks.{task.name}": record_of(task.source) for task in self.auxiliary}
 
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
@@ -78,7 +94,7 @@ class RunData:
         """Return the data of a run with ``history``, whose newest order has the sources of this data."""
         if history.order != "keyed":
             return replace(self, history=history)
-        training = _stream(history, history.orders[-1], self._sources_by_number(history))
+        training = _stream(history, history.orders[-1], self._sources_by_number(history), self.training.sequence_length)
         return replace(self, history=history, training=training)
 
     def samples_in(self, order: OrderRecord) -> SampleStream | MegatronStream:
@@ -95,8 +111,15 @@ class RunData:
         sources = self._sources_by_number(self.history)
         for share in order.shares:
             if share.source not in sources:
-                sources[share.source] = _past_source(self.history.sources[share.source])
-        return _stream(self.history, order, sources)
+                sources[share.source] = self._past_source(self.history.sources[share.source])
+        return _stream(self.history, order, sources, self.training.sequence_length)
+
+    def _past_source(self, record: SourceRecord) -> TokenSource:
+        classes = len(self.training.labelled[0].classes) if isinstance(self.training, ExampleStream) else None
+        source = TokenSource(record.path) if classes is None else LabelledSource(record.path, classes)
+        if not record.same_data(record_of(source)):
+            raise _gone(record.path)
+        return source
 
     def _sources_by_number(self, history: DataHistory) -> dict[int, TokenSource]:
         records = [record_of(source) for source in self.training.sources]
@@ -112,15 +135,26 @@ def open_data(config: RunConfig) -> RunData:
     """
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
-        sources = open_sources([source.path for source in config.data.train], vocab_size)
+        paths, head = [source.path for source in config.data.train], config.tasks[0].head
+        sources: list[TokenSource] = []
+        validation: dict[str, ValidationSet | ExampleSet] = {}
+        if head is None:
+            sources += open_sources(paths, vocab_size)
+            for name, prefix in config.data.validation.items():
+                validation[name] = ValidationSet(prefix, length, vocab_size=vocab_size)
+        else:
+            labelled = open_labelled_sources(paths, head.classes, vocab_size)
+            for name, prefix in config.data.validation.items():
+                source = LabelledSource(prefix, head.classes, vocab_size)
+                check_same_classes([labelled[0], source])
+                validation[name] = ExampleSet(source, length, task=0)
+            sources += labelled
         history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
-        validation = {
-            name: ValidationSet(prefix, length, vocab_size=vocab_size)
-            for name, prefix in config.data.validation.items()
-        }
-        data = RunData(training, validation, history, tokenizer=None)
-        check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources])
+        auxiliary = open_auxiliary_tasks(config)
+        validation |= {task.name: task.validation for task in auxiliary if task.validation is not None}
+        data = RunData(training, validation, history, tokenizer=None, auxiliary=auxiliary)
+        check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources if _has_tokenizer(source)])
         return replace(data, tokenizer=find_tokenizer(config, data.sources))
     except UserError as error:  # every rank reads the same files, so that one report is enough
         raise LaunchError(error.where, error.problem, error.remedy) from error
@@ -161,23 +195,22 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
     return data, data.samples_in(data.history.order_of(step)), data.history.samples_of(step)
 
 
-def _past_source(record: SourceRecord) -> TokenSource:
-    source = TokenSource(record.path)
-    if not record.same_data(record_of(source)):
-        raise _gone(record.path)
-    return source
-
-
 def _gone(path: str) -> LaunchError:
     problem = "is no longer the dataset that this step has read"
     return LaunchError(path, problem, "put that dataset back; where it has moved, name its new path in data.train")
+
+
+def _has_tokenizer(source: TokenSource) -> bool:
+    """Return whether the ids of a dataset are a tokenizer's, not the ready-made ids of a labelled dataset."""
+    made = source.manifest
+    return not isinstance(source, LabelledSource) or (made is not None and made.tokenizer.kind != "ids")
 
 
 def record_of(source: TokenSource) -> SourceRecord:
     """Return what a history records of a dataset."""
     return SourceRecord(
         path=str(source.prefix),
-        tokens=source.dataset.tokens.size,
+        tokens=source.examples + SAMPLE_LENGTH if isinstance(source, LabelledSource) else source.dataset.tokens.size,
         checksum=source.manifest.content if source.manifest else None,
         sampled=None if source.manifest else source.sampled_digest(),
     )
@@ -186,7 +219,7 @@ def record_of(source: TokenSource) -> SourceRecord:
 def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHistory:
     return DataHistory.initial(
         [(record_of(source), entry.weight) for source, entry in zip(sources, config.data.train, strict=True)],
-        config.sequence_length,
+        config.sequence_length if config.tasks[0].head is None else SAMPLE_LENGTH,
         config.training.global_batch_size,
         config.training.seed,
         config.sample_order,
@@ -196,20 +229,27 @@ def _initial_history(config: RunConfig, sources: list[TokenSource]) -> DataHisto
 def _in_order(config: RunConfig, history: DataHistory, sources: list[TokenSource]) -> SampleStream | MegatronStream:
     """Return the samples of a new run in the order that ``data.order`` names."""
     if config.data.order == "keyed":
-        return _stream(history, history.orders[0], dict(enumerate(sources)))
+        return _stream(history, history.orders[0], dict(enumerate(sources)), config.sequence_length)
     weights = [source.weight for source in config.data.train]
     samples = config.steps * config.training.global_batch_size
     return MegatronStream(sources, weights, config.sequence_length, config.training.seed, samples)
 
 
-def _stream(history: DataHistory, order: OrderRecord, sources: dict[int, TokenSource]) -> SampleStream:
-    """Return the samples of one order, read from ``sources``, which are keyed by their number in ``history``."""
+def _stream(
+    history: DataHistory, order: OrderRecord, sources: dict[int, TokenSource], sequence_length: int
+) -> SampleStream:
+    """Return the samples of one order, read from ``sources``, which are keyed by their number in ``history``.
+
+    ``sequence_length`` is that of labelled examples; a language model's is that of its order.
+    """
     for share in order.shares:
         if share.source not in sources:
             raise _gone(history.sources[share.source].path)
     ordered = [sources[share.source] for share in order.shares]
     try:
-        return SampleStream(ordered, history.run_order(order, [bin_path(source.prefix) for source in ordered]))
+        run_order = history.run_order(order, [bin_path(source.prefix) for source in ordered])
+        labelled = [source for source in ordered if isinstance(source, LabelledSource)]
+        return ExampleStream(labelled, run_order, sequence_length) if labelled else SampleStream(ordered, run_order)
     except UserError as error:
         raise LaunchError(error.where, error.problem, error.remedy) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from megachiar.activity import Stage
 from megachiar.checkpoint.format import add_validation, checkpoint_name
 from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
-from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine
+from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
-from megachiar.planning.flops import training_flops_per_token
 from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
@@ -35,8 +34,11 @@ from megachiar.training.rollback import roll_back
 from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
+from megachiar.training.step_batches import StepBatches
 from megachiar.training.step_times import StragglerLog, measures_of
 from megachiar.training.supervision import Supervision
+from megachiar.training.task_means import TaskMeans
+from megachiar.training.throughput import Throughput
 from megachiar.training.validation import Validation
 
 
@@ -80,16 +82,16 @@ class Trainer:
             spared=lambda: checkpoint_to_spare(self.config.logging.folder),
             validation_data=data.validation_records(),
         )
-        self.peak = peak_flops(engine.device)
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
         self.validation = Validation(engine, data.validation, writer, display, supervision, self._add_to_checkpoint)
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._straggler_log = StragglerLog()
+        self._task_means = TaskMeans()
+        self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
-        # Seconds and steps of training alone, without evaluation and saving, since the last line of the log.
-        self._seconds, self._steps = 0.0, 0
+        self._throughput = Throughput(self.config, engine.topology, peak_flops(engine.device))
 
     def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
@@ -106,24 +108,24 @@ class Trainer:
         """
         with self.display.running(), self.saver:
             while True:
-                with self._loader() as loader:
-                    code = self._train(loader, owed)
+                with self._batches() as batches:
+                    code = self._train(batches, owed)
                 if code is not None:
                     return code
                 self._roll_back()
                 owed = ()
 
-    def _train(self, loader: BatchLoader, owed: Sequence[str]) -> int | None:
+    def _train(self, batches: StepBatches, owed: Sequence[str]) -> int | None:
         """Train until the last step, a stop, or a step to roll back from; return the exit code, None to roll back."""
         if self._stop_is_asked() or not self.validation.run(owed, self.progress.step, is_owed=True):
             return self._stopped()
         while self.progress.step < self.config.steps:
             self.comparison.run_if_due(self.progress.step)
-            result, bad = self._timed_step(loader)
+            result, bad = self._timed_step(batches)
             if bad is not None and bad.action == "roll back":
                 return None
             self.display.advance(self.progress.step, result.loss)
-            self._log(result, loader)
+            self._log(result, batches)
             evaluated = self.validation.run_if_due(self.progress.step, put_off=result.stop)
             stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
             self.saver.poll()
@@ -146,40 +148,40 @@ class Trainer:
         self.display.line(f"stopped by {why} {when}{saved}")
         return EXIT_STOPPED
 
-    def _loader(self) -> BatchLoader:
-        training, topology = self.config.training, self.engine.topology
-        return BatchLoader(
-            self.data.training,
-            training.micro_batch_size,
-            self.engine.accumulation_steps,
-            topology.data_rank,
-            topology.data_size,
+    def _batches(self) -> StepBatches:
+        return StepBatches(
+            self.config,
+            self.engine.topology,
+            self.data,
             self.progress.samples,
-            prefetch=self.config.data.prefetch,
             pin_memory=self.engine.device.type == "cuda",
         )
 
-    def _timed_step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
+    def _timed_step(self, batches: StepBatches) -> tuple[StepResult, BadStep | None]:
         self.activity.begin_step()
         began = time.perf_counter()
-        result = self._step(loader)
+        result = self._step(batches)
         seconds = time.perf_counter() - began
         self.activity.end_step(seconds)
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        self._throughput.add_step(seconds, self._plan)
         return result
 
-    def _step(self, loader: BatchLoader) -> tuple[StepResult, BadStep | None]:
+    def _step(self, batches: StepBatches) -> tuple[StepResult, BadStep | None]:
         stop = self.supervision.signals.reason() is not None or self.damaged_data() is not None
         step = self.progress.step + 1
         at_least_scale = self.engine.is_at_least_loss_scale
         rate = learning_rate(self.config, step)
         self.activity.begin("trains", Stage.TRAIN, step)
-        result = self.engine.train_step(self._micro_batches(loader, step), rate, stop, self.bad_steps.accepts)
+        self.comparison.begin_step()
+        self._plan = batches.plan()
+        read = batches.read(self._plan, self._reads, self._has_read)
+        result = self.engine.train_step(read, rate, stop, self.bad_steps.accepts, self._plan)
         self.activity.begin("ends the step", Stage.LOG, step)
         if result.stop:  # one rank has damaged data, or was told to stop: only then the ranks ask one another
             raise_together(self.damaged_data())
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
+        self._task_means.add({} if result.skipped else result.tasks)
         if result.skipped:
             self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
             self._record_skipped(step, result, rate)
@@ -215,7 +217,8 @@ class Trainer:
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
         self._skipped = []
-        self._seconds, self._steps = 0.0, 0
+        self._throughput.reset()
+        self._task_means = TaskMeans()
         self.comparison.begin_anew()
         if self.writer is not None:
             self.writer.rewind(state.step)
@@ -229,56 +232,50 @@ class Trainer:
         except UserError as error:
             self.display.line(f"[yellow]a restart before the next checkpoint rolls back again: {escape(str(error))}[/]")
 
-    def _micro_batches(self, loader: BatchLoader, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first sample and the tokens of each micro-batch of this replica's step."""
-        offset = self.engine.topology.data_rank * self.config.training.micro_batch_size
-        self.comparison.begin_step()
-        for number in range(1, self.engine.accumulation_steps + 1):
-            first = loader.position + offset
-            # Inner pipeline stages read nothing: only without stages do numbers of micro-batches compare.
-            item = 2 * number if self.engine.topology.pipeline_size == 1 else 0
-            self.activity.begin(f"reads sample {first}", Stage.TRAIN, step, item)
-            batch = next(loader)
-            self.comparison.add_samples(batch)
-            self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, step, item and item + 1)
-            yield first, batch
+    def _reads(self, number: int, sample: int) -> None:
+        """Say that this rank is about to read micro-batch ``number`` of the step."""
+        # Inner pipeline stages read nothing: only without stages do numbers of micro-batches compare.
+        item = 2 * number if self.engine.topology.pipeline_size == 1 else 0
+        self.activity.begin(f"reads sample {sample}", Stage.TRAIN, self.progress.step + 1, item)
 
-    def _log(self, result: StepResult, loader: BatchLoader) -> None:
+    def _has_read(self, number: int, batch: np.ndarray) -> None:
+        """Note what was read, and say that this rank computes micro-batch ``number``."""
+        item = 2 * number + 1 if self.engine.topology.pipeline_size == 1 else 0
+        self.comparison.add_samples(batch)
+        self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, self.progress.step + 1, item)
+
+    def _log(self, result: StepResult, batches: StepBatches) -> None:
         step = self.progress.step
         if step % self.config.logging.every and step != self.config.steps:
             return
         straggler = self.supervision.watch.straggler()
-        values = self._measures(result, loader) | measures_of(straggler)
+        values = self._measures(result, batches) | measures_of(straggler)
         if self.writer is not None:
             self.writer.write(step, "train", values)
         self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
         if line := self._straggler_log.line(straggler):
             self.display.line(f"[yellow]{escape(line)}[/]")
-        self._seconds, self._steps = 0.0, 0
+        self._throughput.reset()
 
-    def _measures(self, result: StepResult, loader: BatchLoader) -> dict[str, Any]:
+    def _measures(self, result: StepResult, batches: StepBatches) -> dict[str, Any]:
         """Return the metrics of the last step, with rates over all steps since the last line of the log."""
-        config, topology = self.config, self.engine.topology
-        tokens = self._steps * config.training.global_batch_size * config.sequence_length
-        rate = tokens / self._seconds
-        shares = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
-        flops = training_flops_per_token(config.model, config.sequence_length, *shares)
+        attention, rbf = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
+        is_labelled = self.config.tasks[0].head is not None
         return {
             "loss": result.loss,
             "regulariser": result.regulariser,
-            "learning_rate": learning_rate(config, self.progress.step),
+            "learning_rate": learning_rate(self.config, self.progress.step),
             "gradient_norm": result.gradient_norm,
             **self.bad_steps.take_counts(),
             "samples": self.progress.samples,
-            "tokens": self.data.history.tokens_before(self.progress.samples),
-            "tokens_per_second": rate,
-            "model_flops_per_second": rate * flops,
-            "model_flops_utilisation": rate * flops / (topology.world_size * self.peak) if self.peak else None,
-            "data_wait_share": loader.take_wait_seconds() / self._seconds,
+            # Labelled sequences have any number of tokens: their number is not known.
+            "tokens": None if is_labelled else self.data.history.tokens_before(self.progress.samples),
+            **self._throughput.measures(attention, rbf, batches.take_wait_seconds()),
             "attention_share": result.attention_share,
             "rbf_share": result.rbf_share,
             "entropy": result.entropy,
             "gate": result.gate,
+            **self._task_means.take(),
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
 
@@ -335,6 +332,7 @@ def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:
         parts.append(f"g {values['gate']:.3f}")
     if values["model_flops_utilisation"]:
         parts.append(f"MFU {values['model_flops_utilisation']:.1%}")
+    parts += [f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
     if values["skipped"]:
         parts.append(f"{values['skipped']} skipped")
     if values["spikes"]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megachiar.activity import Stage
 from megachiar.data.sampling.dataset import ValidationSet
+from megachiar.data.sampling.examples import ExampleSet
 from megachiar.engine.engine import Engine
 from megachiar.training.break_off import BreakOff, EvaluationBrokenOff
+from megachiar.training.classification import Classification, evaluate_examples
 from megachiar.training.display import Display
 from megachiar.training.evaluation import Evaluation, evaluate
 from megachiar.training.metrics import MetricsWriter
@@ -32,7 +34,7 @@ class Validation:
     def __init__(
         self,
         engine: Engine,
-        datasets: Mapping[str, ValidationSet],
+        datasets: Mapping[str, ValidationSet | ExampleSet],
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
@@ -86,7 +88,7 @@ class Validation:
             self._display.line(f"evaluation of {', '.join(left)} put off: it is made up for when the run goes on")
         return not put_off or not (left or is_owed)
 
-    def _evaluate(self, name: str, step: int) -> Evaluation:
+    def _evaluate(self, name: str, step: int) -> Evaluation | Classification:
         """Return the result for a set.
 
         Raises:
@@ -100,9 +102,21 @@ class Validation:
             if break_off.asked():
                 raise EvaluationBrokenOff
 
+        dataset = self._datasets[name]
+        if isinstance(dataset, ExampleSet):
+            return evaluate_examples(
+                self._engine.classify,
+                dataset,
+                training.micro_batch_size,
+                examples=training.evaluation_windows,
+                rank=topology.data_rank,
+                ranks=topology.data_size,
+                reduce_sum=self._engine.sum_over_world,
+                before_batch=before_batch,
+            )
         return evaluate(
             self._engine.evaluate,
-            self._datasets[name],
+            dataset,
             training.micro_batch_size,
             windows=training.evaluation_windows,
             rank=topology.data_rank,
@@ -111,7 +125,7 @@ class Validation:
             before_batch=before_batch,
         )
 
-    def _record(self, name: str, step: int, result: Evaluation) -> None:
+    def _record(self, name: str, step: int, result: Evaluation | Classification) -> None:
         if step != self._measured_step:
             self._losses, self._measured_step = {}, step
         if math.isfinite(result.loss):
@@ -119,8 +133,4 @@ class Validation:
             self._measured(step, name, result.loss)
         if self._writer is not None:
             self._writer.write(step, f"evaluation/{name}", result.as_dict())
-        word = f"  word PPL {result.word_ppl:.2f}" if result.word_ppl else ""
-        bits = f"  {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
-        self._display.line(
-            f"[bold]step {step}  {name}: loss {result.loss:.4f}  token PPL {result.token_ppl:.2f}{word}{bits}[/]"
-        )
+        self._display.line(f"[bold]step {step}  {name}: {result.describe()}[/]")

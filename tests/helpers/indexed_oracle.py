@@ -68,6 +68,11 @@ def random_documents(rng: np.random.Generator, dtype: str, count: int) -> list[l
     return [*documents, [extremes]]
 
 
+def checksums_of(content: bytes) -> list[str]:
+    """Return the checksums of a file of at most 64 MiB."""
+    return [hashlib.sha256(content).hexdigest()] if content else []
+
+
 def make_manifest(prefix: Path, **changes: object) -> Manifest:
     """Write a correct manifest for the dataset at ``prefix``, apart from ``changes``, and return it."""
     from megachiar.data.storage.reader import IndexedDataset

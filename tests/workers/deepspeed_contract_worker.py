@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import _world  # noqa: E402
 from megachiar.config import load_config  # noqa: E402
 from megachiar.engine import deepspeed_patches  # noqa: E402
 from megachiar.engine.engine import Engine, start_process_group  # noqa: E402
+from megachiar.engine.pipeline import PipelineReplica  # noqa: E402
 from megachiar.topology import build_topology  # noqa: E402
 
 
@@ -60,6 +61,8 @@ def main() -> None:
             ranks = deepspeed_patches.pipeline_topology(1, 1, 1)
             pipeline = deepspeed_patches.BoundedPipeline([LayerSpec(torch.nn.Identity)], [0, 1], ranks, sum)
             found.append(("pipeline", pipeline))
+        if "pipeline engine" not in seen and config.parallel.zero_stage == 1:
+            found.append(("pipeline engine", PipelineReplica(config, topology.with_groups(), device).deepspeed))
         for kind, holder in found:
             seen.add(kind)
             lacking += [f"{kind}.{name}" for name in _names(kind) if not hasattr(holder, name)]

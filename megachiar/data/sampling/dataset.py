@@ -274,13 +274,13 @@ def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) 
     """
     if not prefixes:
         raise UserError("data.train", "no source is given", "name at least one dataset")
-    _refuse_duplicates(prefixes)
+    refuse_duplicates(prefixes)
     opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix in prefixes]
     check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
     return opened
 
 
-def _refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
+def refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
     """Refuse a dataset that is listed twice, under whatever name."""
     seen: set[Path] = set()
     for prefix in prefixes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def summarise(
         "sequences": len(dataset),
         "tokens": int(dataset.tokens.size),
         "document_tokens": _document_sizes(dataset),
-        "manifest": asdict(manifest) if manifest else None,
+        "manifest": manifest.to_dict() if manifest else None,
         "verified": ["header", "sizes", "counts"],
         "not_checked": [],
     }

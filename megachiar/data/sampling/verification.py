@@ -1,7 +1,7 @@
 """Compare the files of a run's datasets with the checksums in their manifests, before the run or while it reads.
 
-A manifest has the SHA-256 of each 64 MiB of ``.bin`` and ``.idx``. The ranks share these blocks out among themselves,
-and each block of each copy is read once a run. A dataset without a manifest has nothing to compare with.
+A manifest has the SHA-256 of each 64 MiB of ``.bin``, ``.idx`` and the labels. The ranks share these blocks out among
+themselves, and each block of each copy is read once a run. A dataset without a manifest has nothing to compare with.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from megachiar.data.sampling.dataset import TokenSource
-from megachiar.data.storage.files import CHECKSUM_BLOCK, bin_path, block_checksum, idx_path
-from megachiar.data.storage.manifest import VERIFYING_THREADS, altered_block
+from megachiar.data.storage.files import CHECKSUM_BLOCK, block_checksum
+from megachiar.data.storage.manifest import VERIFYING_THREADS, altered_block, recorded_checksums
 from megachiar.errors import UserError
 
 BYTES_PER_SECOND = 200e6
@@ -58,8 +58,7 @@ def blocks_of(sources: Iterable[TokenSource]) -> list[DataBlock]:
     blocks = {}
     for source in sources:
         if source.manifest is not None:
-            checksums = source.manifest.checksums
-            for path, recorded in ((idx_path(source.prefix), checksums.idx), (bin_path(source.prefix), checksums.bin)):
+            for path, recorded in recorded_checksums(source.prefix, source.manifest):
                 blocks[path.resolve()] = [DataBlock(path, number, checksum) for number, checksum in enumerate(recorded)]
     return [block for of_file in blocks.values() for block in of_file]
 

@@ -1,4 +1,4 @@
-"""Name a dataset's three files, compute their checksums, and move them into place whole or not at all."""
+"""Name a dataset's files, compute their checksums, and move them into place whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ def manifest_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.json")
 
 
+def labels_path(prefix: Path | str) -> Path:
+    """Return the file of the labels of dataset ``prefix``, which only a labelled dataset has."""
+    return Path(f"{prefix}.labels.npy")
+
+
 def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
-    """Return all files of dataset ``prefix``, the index first: without it nothing is a dataset."""
+    """Return the files that every dataset ``prefix`` has, the index first: without it nothing is a dataset."""
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
@@ -53,7 +58,7 @@ def check_prefix(prefix: Path | str) -> None:
 
 def remove_dataset(prefix: Path | str) -> None:
     """Remove the files of dataset ``prefix`` that exist, the index first."""
-    for path in dataset_files(prefix):
+    for path in (*dataset_files(prefix), labels_path(prefix)):
         path.unlink(missing_ok=True)
 
 
@@ -77,10 +82,11 @@ def put_in_place(prefix: Path | str) -> None:
     datasets are never joined. The new index, without which nothing opens, comes last.
     """
     idx, manifest, bin_ = dataset_files(prefix)
+    labels = labels_path(prefix)
     if temporary_path(bin_).exists():
-        idx.unlink(missing_ok=True)
-        manifest.unlink(missing_ok=True)
-    for path in (bin_, manifest, idx):
+        for path in (idx, manifest, labels):
+            path.unlink(missing_ok=True)
+    for path in (bin_, labels, manifest, idx):
         if temporary_path(path).exists():
             os.replace(temporary_path(path), path)
             sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Record the sources, the tokenizer and the checksums of a dataset in its manifest, ``PREFIX.json``.
+"""Record the sources, the tokenizer, the classes and the checksums of a dataset in its manifest, ``PREFIX.json``.
 
 The indexed format itself names neither a tokenizer nor a checksum. A dataset without a manifest (made by Megatron)
 works; ``megachiar inspect`` lists what cannot be checked then.
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,16 +25,18 @@ from megachiar.data.storage.files import (
     bin_path,
     block_checksums,
     idx_path,
+    labels_path,
     manifest_path,
     write_atomically,
 )
 from megachiar.data.storage.reader import IndexedDataset
-from megachiar.data.storage.regular_file import read_regular
+from megachiar.data.storage.regular_file import check_regular, read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.errors import UserError, disk_errors
 
 FORMAT_VERSION: Final = 2
 VERIFYING_THREADS = 4
+LABELS_HEADER_BYTES: Final = 128  # of PREFIX.labels.npy, see ``labels.py``
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
 
@@ -78,9 +81,41 @@ class Checksums:
     idx: list[str]
 
     def __post_init__(self) -> None:
-        for digest in itertools.chain(self.bin, self.idx):
-            if not _SHA256.fullmatch(digest):
-                raise ValueError(f"{digest[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+        _check_digests([*self.bin, *self.idx])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsRecord:
+    """Describe ``PREFIX.labels.npy``, which holds the class of each document of a labelled dataset.
+
+    Attributes:
+        classes: the name of each class; a class's number is its place in this list.
+        checksums: hexadecimal digests of the blocks of the file, see ``Checksums``.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    classes: list[str]
+    checksums: list[str]
+
+    def __post_init__(self) -> None:
+        _check_digests(self.checksums)
+        if problem := problem_of_classes(self.classes):
+            raise ValueError(problem)
+
+
+def problem_of_classes(classes: Sequence[str]) -> str:
+    """Say why ``classes`` cannot be the names of classes; the text is empty where they can."""
+    if not classes:
+        return "there is no class"
+    seen: set[str] = set()
+    for name in classes:
+        if not name.strip() or not name.isprintable():
+            return f"the class name {name[:80]!r} is empty or cannot be printed"
+        if name in seen:
+            return f"the class name {name[:80]!r} occurs twice"
+        seen.add(name)
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +139,7 @@ class Manifest:
             manifests of earlier versions.
         parts: ``fingerprint`` of each dataset that this one was merged from; empty if it was not merged.
         options: the other options that the tokens depend on: how documents were found, and the split.
+        labels: the classes of a labelled dataset; None for a dataset without labels.
         created_by: the tool and its version.
     """
 
@@ -126,6 +162,7 @@ class Manifest:
     source_checksums: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
+    labels: LabelsRecord | None = None
     created_by: str
 
     def __post_init__(self) -> None:
@@ -133,17 +170,37 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """Return ``"sha256:..."`` of the tokens: two datasets with the same one hold the same ``.bin``."""
-        return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin))).hexdigest()}"
+        """Return ``"sha256:..."`` of what a run reads: the tokens; of a labelled dataset also index and labels."""
+        return _digest_of(self.checksums.bin) if self.labels is None else self.fingerprint
 
     @property
     def fingerprint(self) -> str:
-        """Return ``"sha256:..."`` of tokens and index: two datasets with the same one hold the same documents."""
-        return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(self.checksums.bin + self.checksums.idx))).hexdigest()}"
+        """Return ``"sha256:..."`` of all files: two datasets with the same one hold the same documents and labels."""
+        labels = [] if self.labels is None else self.labels.checksums
+        return _digest_of([*self.checksums.bin, *self.checksums.idx, *labels])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON can represent them; without labels they are those of versions without labels."""
+        values = asdict(self)
+        if self.labels is None:
+            del values["labels"]
+        return values
 
     def to_json(self) -> bytes:
         """Return the content of ``PREFIX.json``."""
-        return (json.dumps(with_seal(asdict(self)), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(with_seal(self.to_dict()), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _digest_of(checksums: Sequence[str]) -> str:
+    """Return ``"sha256:..."`` of the digests of blocks."""
+    return f"sha256:{hashlib.sha256(bytes.fromhex(''.join(checksums))).hexdigest()}"
+
+
+def _check_digests(digests: Sequence[str]) -> None:
+    """Refuse what is no SHA-256."""
+    for digest in digests:
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest[:80]!r} is no SHA-256 of 64 hexadecimal digits")
 
 
 def _check_at_least(record: Any, **least: int) -> None:
@@ -227,20 +284,47 @@ def check_manifest(
                 f"records {key} {recorded}, but the files hold {value}",
                 f"the manifest belongs to other files. {_WITHOUT_MANIFEST}",
             )
+    if manifest.labels is not None:
+        check_labels_size(prefix, manifest.documents)
     if verify:
-        _check_checksums(prefix, manifest, on_bytes)
+        for path, checksums in recorded_checksums(prefix, manifest):
+            compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), checksums)
     _check_number_of_checksums(prefix, manifest)
 
 
-def _check_checksums(prefix: Path | str, manifest: Manifest, on_bytes: Callable[[int], None] | None) -> None:
-    """Read index and tokens whole, and compare their checksums with the manifest's."""
-    for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
-        compare_checksums(path, block_checksums(path, on_bytes, VERIFYING_THREADS), recorded)
+def recorded_checksums(prefix: Path | str, manifest: Manifest) -> list[tuple[Path, list[str]]]:
+    """Return every file that a manifest has checksums of, with these; the labels last, if there are any."""
+    files = [(idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)]
+    return files if manifest.labels is None else [*files, (labels_path(prefix), manifest.labels.checksums)]
+
+
+def check_labels_size(prefix: Path | str, documents: int) -> None:
+    """Check that the labels of a labelled dataset are there, and as many as its documents.
+
+    Raises:
+        UserError: the file is missing, no regular file, or of another size.
+    """
+    path, expected = labels_path(prefix), LABELS_HEADER_BYTES + 4 * documents
+    if not os.path.lexists(path):
+        raise UserError(
+            path,
+            "the file does not exist, but the manifest beside it tells of labels",
+            "a labelled dataset is four files: copy .bin, .idx, .json and .labels.npy together, or preprocess again",
+        )
+    with disk_errors(path, "read"):
+        check_regular(path)
+        size = path.stat().st_size
+    if size != expected:
+        raise UserError(
+            path,
+            f"has {size:,} bytes, but the labels of {documents:,} documents take {expected:,}",
+            "the file was cut short or belongs to another dataset: copy it again or preprocess again",
+        )
 
 
 def _check_number_of_checksums(prefix: Path | str, manifest: Manifest) -> None:
-    """Check that every block of both files has a checksum; ``data.verify`` would pass over a block without one."""
-    for path, recorded in ((idx_path(prefix), manifest.checksums.idx), (bin_path(prefix), manifest.checksums.bin)):
+    """Check that every block of each file has a checksum; ``data.verify`` would pass over a block without one."""
+    for path, recorded in recorded_checksums(prefix, manifest):
         blocks = -(-path.stat().st_size // CHECKSUM_BLOCK)
         if len(recorded) != blocks:
             raise UserError(

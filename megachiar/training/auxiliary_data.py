@@ -1,0 +1,80 @@
+"""Open the data of the auxiliary tasks of mixed training.
+
+A task reads its dataset in an order of its own, keyed by the run's seed and the number of the task. How far it has read
+follows from the draws (``mixing.py``), so that a checkpoint records nothing but what the dataset holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megachiar.config import RunConfig
+from megachiar.config.tasks import AuxiliaryTaskConfig
+from megachiar.data.sampling.dataset import SampleStream, TokenSource, ValidationSet
+from megachiar.data.sampling.examples import (
+    SAMPLE_LENGTH,
+    ExampleSet,
+    ExampleStream,
+    LabelledSource,
+    check_same_classes,
+)
+from megachiar.data.sampling.order import OrderedSource, RunOrder
+from megachiar.data.storage.files import bin_path
+
+_FIRST_NUMBER = 1 << 20
+"""Added to a task's number in the keys of its order: no source of ``data.train`` has such a number."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryTask:
+    """An auxiliary task of a run.
+
+    Attributes:
+        name: of the task.
+        training: its training samples by position among those that the task has drawn.
+        validation: its validation set; None without one.
+    """
+
+    name: str
+    training: SampleStream
+    validation: ValidationSet | ExampleSet | None
+
+    @property
+    def source(self) -> TokenSource:
+        """The dataset that the task trains on."""
+        return self.training.sources[0]
+
+
+def open_auxiliary_tasks(config: RunConfig) -> tuple[AuxiliaryTask, ...]:
+    """Open the datasets of the auxiliary tasks.
+
+    Raises:
+        UserError: a dataset is missing, damaged or too short, or has other classes than the config says.
+    """
+    return tuple(
+        _open_task(config, name, task, number) for number, (name, task) in enumerate(config.mixed.tasks.items(), 1)
+    )
+
+
+def _open_task(config: RunConfig, name: str, task: AuxiliaryTaskConfig, number: int) -> AuxiliaryTask:
+    vocab_size, length, head = config.model.vocab_size, config.sequence_length, task.head_config
+    seed = config.training.seed
+    if head is None:
+        source = TokenSource(task.data, vocab_size, random_access=True)
+        training = SampleStream([source], _order(source, source.dataset.tokens.size, length, seed, number))
+        validation = ValidationSet(task.validation, length, vocab_size=vocab_size) if task.validation else None
+        return AuxiliaryTask(name, training, validation)
+    labelled = LabelledSource(task.data, head.classes, vocab_size, random_access=True)
+    order = _order(labelled, labelled.examples + SAMPLE_LENGTH, SAMPLE_LENGTH, seed, number)
+    examples = None
+    if task.validation is not None:
+        held_out = LabelledSource(task.validation, head.classes, vocab_size)
+        check_same_classes([labelled, held_out])
+        examples = ExampleSet(held_out, length, number)
+    return AuxiliaryTask(name, ExampleStream([labelled], order, length), examples)
+
+
+def _order(source: TokenSource, tokens: int, sequence_length: int, seed: int, number: int) -> RunOrder:
+    number += _FIRST_NUMBER
+    ordered = OrderedSource(tokens, weight=1.0, number=number, where=bin_path(source.prefix))
+    return RunOrder([ordered], sequence_length, seed)
