@@ -10,14 +10,15 @@ from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """What the main thread of a rank goes through, in this order, in every step of the run."""
+    """What the main thread of a rank goes through, in this order, in every step; the test comes after the last step."""
 
     START = 0
     TRAIN = 1
     LOG = 2
     EVALUATE = 3
     SAVE = 4
-    END = 5
+    TEST = 5
+    END = 6
 
 
 class Activity:

@@ -5,6 +5,7 @@ them. So a thread looks every second whether each process between this one and i
 
     torchrun    rank <- torchrun                  srun      rank <- bash slurm/task.sh <- slurmstepd
     deepspeed   rank <- launch.py <- deepspeed    mpirun    rank <- hydra_pmi_proxy <- mpiexec
+    a sweep     rank <- megachiar sweep, or one of these launchers in between
 
 A process that no launcher of this list started is left alone: a shell that starts a run and ends, as with nohup, is
 no launcher.
@@ -25,6 +26,7 @@ _LAUNCHER = re.compile(
     r"((^|/)(torchrun|deepspeed|slurmstepd:|hydra_pmi_proxy|hydra_bstrap_proxy|mpiexec(\.hydra)?|mpirun|orted|prted)"
     r"|torch[./]distributed[./](run|launch)(\.py)?|deepspeed[./]launcher[./](launch|runner)(\.py)?)$"
 )
+_SWEEP = re.compile(r"(^|/)megachiar sweep( |$)|(^|/)tools/sweep\.py( |$)")
 _HIGHEST = 8  # processes above this one that are looked at
 
 
@@ -37,22 +39,23 @@ def find_launcher(pid: int) -> list[ProcessIdentity]:
     until = 0
     while len(above) < _HIGHEST and (parent := parent_of(pid)) and parent > 1:
         above.append(ProcessIdentity.of(parent))
-        if _LAUNCHER.search(_program(command_of(parent))):
+        program = _program(command_of(parent))
+        if _LAUNCHER.search(program.partition(" ")[0]) or _SWEEP.search(program):
             until = len(above)
         pid = parent
     return above[:until]
 
 
 def _program(command: str) -> str:
-    """Return the program that a command line runs: its first word, or what an interpreter was given to run.
+    """Return the program that a command line runs, with its arguments; of an interpreter what it was given to run.
 
     The words after it may name a launcher without being one, as in ``vim torchrun.txt`` or ``bash -c "torchrun &"``.
     """
     first, *words = command.split() or [""]
     if not re.search(r"(python[\d.]*|sh)$", first):
-        return first
-    program = next((word for word in words if not word.startswith("-")), "")
-    return "" if "-c" in words[: words.index(program) if program else 0] else program
+        return " ".join([first, *words])
+    place = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
+    return "" if "-c" in words[:place] else " ".join(words[place:])
 
 
 class LauncherWatch:

@@ -235,6 +235,13 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder (its newest step), or one checkpoint of it")
 
 
+def add_step_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--step``; the namespace has ``step``, None where it was left out."""
+    parser.add_argument(
+        "--step", type=number(int, least=0), metavar="N", help="the run's checkpoint of this step (default: its newest)"
+    )
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")

@@ -176,10 +176,10 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             f"use a multiple of {unit}, or another number of ranks",
         )
     for name, task in config.mixed.tasks.items():
-        if task.batch_size % unit:
+        if task.global_batch_size % unit:
             raise LaunchError(
-                f"mixed.tasks.{name}.batch_size",
-                f"{task.batch_size} is no multiple of micro_batch_size {training.micro_batch_size} * "
+                f"mixed.tasks.{name}.global_batch_size",
+                f"{task.global_batch_size} is no multiple of micro_batch_size {training.micro_batch_size} * "
                 f"{data_size} data-parallel ranks",
                 f"use a multiple of {unit}, or another number of ranks",
             )

@@ -12,6 +12,7 @@ import pytest
 from support import ROOT, process_environment, python, write_tokens
 
 from megachiar.training.metrics import read_metrics
+from megachiar.training.run_result import read_result
 
 OVERRIDES = ["training.steps=3", "training.global_batch_size=2", "training.micro_batch_size=1"]
 
@@ -19,7 +20,7 @@ OVERRIDES = ["training.steps=3", "training.global_batch_size=2", "training.micro
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_deepspeed_takes_three_steps_of_the_400m_model(tmp_path):
-    for part, documents in (("train", 40), ("valid", 4)):
+    for part, documents in (("train", 40), ("valid", 4), ("test", 4)):
         (tmp_path / "data" / "wikitext-103").mkdir(parents=True, exist_ok=True)
         write_tokens(tmp_path / "data" / "wikitext-103" / part, documents=documents, vocab_size=50257)
     for name in ("megachiar", "configs"):
@@ -33,6 +34,7 @@ def test_deepspeed_takes_three_steps_of_the_400m_model(tmp_path):
     assert "400," in output and "parameters" in output
     losses = [json.dumps(r["loss"]) for r in read_metrics(tmp_path / "runs" / "400m", "train")]
     assert len(losses) == 1 and "step 3/3" in output  # the last step is always logged
+    assert read_result(tmp_path / "runs" / "400m").test.keys() == {"test"}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(output, f"peak {peak:.1f} GiB")
     assert peak < 24

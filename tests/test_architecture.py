@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megachiar"
 TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
-    {"__init__", "errors", "last_words", "log_streams", "printed_messages", "process_identity"},
+    {"__init__", "checkout", "errors", "last_words", "log_streams", "printed_messages", "process_identity"},
     {
         "activity",
         "config",
@@ -41,6 +41,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"checkpoint"},
     {"training"},
     {"inference", "analysis", "interop", "pretrain"},
+    {"viewer"},
     {"cli"},
     {"__main__"},
 )

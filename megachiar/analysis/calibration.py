@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from megachiar.config import ModelConfig
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet, token_blocks
 from megachiar.kernels.spectral import spectral_entropy, white_noise_entropy
 from megachiar.model import ChiarFormer
+from megachiar.model.layer import RoutedLayer
+from megachiar.model.router import Router, seen_channels
 
 PERCENTILES = (5, 33, 50, 67, 95)
 NOISE_SAMPLES = 50_000
@@ -80,39 +82,65 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate_on_embedding(model: ChiarFormer, source: TokenSource, tokens: int) -> Calibration:
-    """Choose one threshold for all layers from the embeddings of a text's tokens, as the paper does.
+def config_for(config: ModelConfig, kind: str | None = None, seed: int | None = None) -> ModelConfig:
+    """Return the config of a model with the router that thresholds are wanted for.
 
-    ``tau`` is the middle of the 33rd and 67th percentile; three operators take the percentiles themselves.
+    Args:
+        config: config of the model that is measured.
+        kind: ``threshold`` or ``hashed``; None takes that of the model, or ``threshold`` if it has no thresholds.
+        seed: of a hashed router; None takes that of the config.
+    """
+    own = config.router
+    kind = kind or (own.kind if own.has_thresholds else "threshold")
+    changed = own.model_copy(update={"kind": kind, "seed": own.seed if seed is None else seed})
+    return config.model_copy(update={"router": changed})
+
+
+def calibrate_on_embedding(
+    model: ChiarFormer, source: TokenSource, tokens: int, wanted: ModelConfig | None = None
+) -> Calibration:
+    """Choose thresholds from the embeddings of a text's tokens: one for all layers, as the paper does.
+
+    ``tau`` is the middle of the 33rd and 67th percentile; three operators take the percentiles themselves. A hashed
+    router permutes the channels anew in each layer, and gets thresholds for each.
 
     Args:
         model: any model; only its embedding is used.
         source: the text.
         tokens: at most so many tokens are read, in blocks spread over the text.
+        wanted: config of the router that the thresholds are for, from ``config_for``; None takes the model's.
     """
-    config = model.config
+    config = wanted or config_for(model.config)
     counts = token_counts(source, config.vocab_size, tokens)
     rows = torch.from_numpy(counts.nonzero()[0])
-    with torch.inference_mode():
-        values = entropies(config, model.embedding(rows.to(next(model.parameters()).device)))
-    sample = Sample(values, counts[rows.numpy()])
-    low, high = sample.quantile(0.33), sample.quantile(0.67)
-    three = len(config.router.operators) == 3
     noise = noise_entropies(config)
-    bounds = (low, high) if three else ((low + high) / 2,)
-    place = measure("embedding", sample, effective_size(counts), noise, bounds)
-    settings = router_settings(config, [place.bounds])
-    return Calibration(describe_noise(config, noise), [place], settings)
+    is_hashed = config.router.kind == "hashed"
+    places = []
+    for layer in range(1, config.num_layers - 1) if is_hashed else [1]:
+        with torch.inference_mode():
+            values = entropies(config, layer, model.embedding(rows.to(next(model.parameters()).device)))
+        sample = Sample(values, counts[rows.numpy()])
+        low, high = sample.quantile(0.33), sample.quantile(0.67)
+        bounds = (low, high) if len(config.router.operators) == 3 else ((low + high) / 2,)
+        name = f"embedding, for layer {layer + 1}" if is_hashed else "embedding"
+        places.append(measure(name, sample, effective_size(counts), noise, bounds))
+    settings = router_settings(config, [place.bounds for place in places])
+    return Calibration(describe_noise(config, noise), places, settings)
 
 
 def calibrate_on_layers(
-    model: ChiarFormer, dataset: ValidationSet, attention_share: float, sequences: int
+    model: ChiarFormer,
+    dataset: ValidationSet,
+    attention_share: float,
+    sequences: int,
+    wanted: ModelConfig | None = None,
 ) -> Calibration:
     """Choose one threshold for each of the layers 2..L-1 from the hidden states that enter it.
 
     The layers are measured in order, and each routes by its new threshold before the next one is measured. With all new
     thresholds the model sends ``attention_share`` of the sample to attention in every layer. The model keeps the new
-    thresholds. A model that does not route by thresholds (a baseline) is measured as it is.
+    thresholds, and the routers of ``wanted``. A model that does not route by thresholds (a baseline) is measured as it
+    is.
 
     Args:
         model: in evaluation mode, on any device.
@@ -120,35 +148,38 @@ def calibrate_on_layers(
         attention_share: share of tokens that take attention in each layer, from 0 to 1. With three operators DCT and
             RBF mixing share the other tokens equally.
         sequences: number of windows that are measured, spread over the text, in one forward pass.
+        wanted: config of the routers that the thresholds are for, from ``config_for``; None takes the model's.
     """
-    noise = noise_entropies(model.config)
+    config = wanted or config_for(model.config)
+    noise = noise_entropies(config)
     places: list[Measurement] = []
-    three = len(model.config.router.operators) == 3
+    three = len(config.router.operators) == 3
     shares = ((1 - attention_share) / 2, 1 - attention_share) if three else (1 - attention_share,)
 
     def measure_layer(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        values = entropies(model.config, inputs[0])
+        index = len(places) + 1
+        values = entropies(config, index, inputs[0])
         sample, independent = Sample(values), effective_size(counts, correlation_within(values, ids))
         bounds = tuple(sample.threshold(share) for share in shares)
-        place = measure(f"layer {len(places) + 2}", sample, independent, noise, bounds)
+        place = measure(f"layer {index + 1}", sample, independent, noise, bounds)
         places.append(place)
-        router = getattr(layer, "router", None)
-        if router is not None and router.kind == "threshold":
-            router.bounds = place.bounds
+        if isinstance(layer, RoutedLayer) and layer.router.has_thresholds:
+            layer.router = Router(config, index, layer.router.group)
+            layer.router.bounds = place.bounds
 
-    inputs, targets = spread_windows(dataset, sequences)
-    ids = inputs.ravel()
+    windows = spread_windows(dataset, sequences)
+    ids = windows.inputs.ravel()
     counts = np.bincount(ids)
     hooks = [layer.register_forward_pre_hook(measure_layer) for layer in model.layers[1:-1]]
     try:
         device = next(model.parameters()).device
         with torch.inference_mode():  # targets are given, so that the logits of all tokens never exist at once
-            model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+            model(*(torch.from_numpy(part).to(device) for part in windows))
     finally:
         for hook in hooks:
             hook.remove()
-    settings = router_settings(model.config, [place.bounds for place in places])
-    return Calibration(describe_noise(model.config, noise), places, settings)
+    settings = router_settings(config, [place.bounds for place in places])
+    return Calibration(describe_noise(config, noise), places, settings)
 
 
 class Sample:
@@ -249,9 +280,10 @@ def distribution_distance(first: Sample, second: Sample) -> float:
     return float(np.abs(first.share_up_to(points) - second.share_up_to(points)).max())
 
 
-def entropies(config: ModelConfig, rows: torch.Tensor) -> np.ndarray:
-    """Return H of hidden states ``rows`` (n, d) as the model's routers compute it, fp32 or fp64 (n,)."""
+def entropies(config: ModelConfig, layer: int, rows: torch.Tensor) -> np.ndarray:
+    """Return H of hidden states ``rows`` (n, d) as the router of ``layer`` (from 0) computes it, fp32 or fp64 (n,)."""
     weight, epsilon = config.dct.entropy_dc_weight, config.dct.entropy_epsilon
+    rows = seen_channels(config, layer, rows)
     return torch.cat([spectral_entropy(part, weight, epsilon) for part in rows.split(4096)]).cpu().numpy()
 
 
@@ -280,7 +312,9 @@ def router_settings(config: ModelConfig, bounds: list[tuple[float, ...]]) -> dic
     names = ("tau_low", "tau_high") if len(config.router.operators) == 3 else ("tau",)
     columns = zip(*bounds, strict=True)
     values = {n: column[0] if len(column) == 1 else list(column) for n, column in zip(names, columns, strict=True)}
-    return {"kind": "threshold", "operators": list(config.router.operators), **values}
+    kind = config.router.kind
+    seed = {"seed": config.router.seed} if kind == "hashed" else {}
+    return {"kind": kind, **seed, "operators": list(config.router.operators), **values}
 
 
 def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarray:
@@ -291,15 +325,28 @@ def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarra
     return counts
 
 
-def spread_windows(dataset: ValidationSet, sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs and targets, int64 (windows, T), of full windows spread evenly over the text.
+class Windows(NamedTuple):
+    """Windows of a text, as a model takes them.
 
-    At most ``sequences`` windows are returned. A text shorter than one window is returned whole, as one short window.
+    Attributes:
+        inputs, targets: int64 (n, T).
+        numbers: of the windows in their set, int64 (n,); they key random routes.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    numbers: np.ndarray
+
+
+def spread_windows(dataset: ValidationSet, sequences: int) -> Windows:
+    """Return full windows spread evenly over the text, at most ``sequences`` of them.
+
+    A text shorter than one window is returned whole, as one short window.
     """
     full = dataset.targets // dataset.sequence_length
     if full == 0:
         inputs, targets = dataset.batch(0, 1)
-        return inputs[:, : dataset.targets], targets[:, : dataset.targets]
-    windows = np.unique(np.linspace(0, full - 1, min(sequences, full)).astype(np.int64)).tolist()
-    inputs, targets = zip(*(dataset.batch(window, window + 1) for window in windows), strict=True)
-    return np.concatenate(inputs), np.concatenate(targets)
+        return Windows(inputs[:, : dataset.targets], targets[:, : dataset.targets], np.zeros(1, np.int64))
+    numbers = np.unique(np.linspace(0, full - 1, min(sequences, full)).astype(np.int64))
+    inputs, targets = zip(*(dataset.batch(window, window + 1) for window in numbers.tolist()), strict=True)
+    return Windows(np.concatenate(inputs), np.concatenate(targets), numbers)

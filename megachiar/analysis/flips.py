@@ -10,13 +10,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from megachiar.analysis.calibration import Windows
 from megachiar.model import ChiarFormer
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import RoutedLayer
+from megachiar.model.router import RoutingDecision
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class LayerFlips:
         tokens: number of tokens read.
         rounded: share of tokens that take another operator when their hidden state in the fp32 model is rounded.
         whole: share of tokens that take another operator when the whole model computes in 16 bits.
-        entropy_change: mean absolute change of H through the rounding.
-        margin: median distance of H in fp32 to the nearest threshold; None where the router has no threshold.
+        entropy_change: mean absolute change of H through the rounding; of a hashed router's H of the permuted channels.
+        margin: median distance of that H in fp32 to the nearest threshold; None where the router has no threshold.
     """
 
     layer: int
@@ -45,16 +47,13 @@ class LayerFlips:
 
 
 @torch.inference_mode()
-def routing_flips(
-    model: ChiarFormer, dtype: torch.dtype, inputs: np.ndarray, targets: np.ndarray, batch_size: int
-) -> list[LayerFlips]:
+def routing_flips(model: ChiarFormer, dtype: torch.dtype, windows: Windows, batch_size: int) -> list[LayerFlips]:
     """Compare the routes of ``model`` with those of its copy in ``dtype``.
 
     Args:
         model: fp32, in evaluation mode.
         dtype: of 16 bits.
-        inputs: windows of a text, int64 (n, T).
-        targets: of these windows, int64 (n, T).
+        windows: of a text.
         batch_size: number of windows in a forward pass.
 
     Returns:
@@ -64,16 +63,17 @@ def routing_flips(
     other = copy.deepcopy(model).to(dtype)
     layers, other_layers = _routed_layers(model), _routed_layers(other)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-    for start in range(0, len(inputs), batch_size):
-        batch = [torch.from_numpy(a[start : start + batch_size]).to(device) for a in (inputs, targets)]
+    for start in range(0, len(windows.inputs), batch_size):
+        batch = [torch.from_numpy(part[start : start + batch_size]).to(device) for part in windows]
         with _decisions(model) as exact, _decisions(other) as whole:
             model(*batch)
             other(*batch)
-        layout = BatchLayout(*batch[0].shape)
-        for index, (rows, operator, entropy) in exact.items():
+        for index, (rows, layout, decision) in exact.items():
             rounded = other_layers[index].router(rows.to(dtype), layout)
-            changes = (rounded.operator != operator, whole[index][1] != operator, (rounded.entropy - entropy).abs())
-            seen.setdefault(index, []).append((*changes, _margin(layers[index], entropy)))
+            changes = (one.operator != decision.operator for one in (rounded, whole[index].decision))
+            entropy = _entropy(layers[index], decision)
+            change = (_entropy(layers[index], rounded) - entropy).abs()
+            seen.setdefault(index, []).append((*changes, change, _margin(layers[index], entropy)))
     return [_summary(index, [torch.cat(part) for part in zip(*parts, strict=True)]) for index, parts in seen.items()]
 
 
@@ -82,18 +82,23 @@ def _routed_layers(model: ChiarFormer) -> dict[int, RoutedLayer]:
     return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, RoutedLayer)}
 
 
-@contextmanager
-def _decisions(model: ChiarFormer) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Record the forward pass that is made within the context.
+class _Decided(NamedTuple):
+    """A router's input rows (tokens, d) with their layout, and its decision about them."""
 
-    Yields:
-        Router input (tokens, d), operators (tokens,) and entropies (tokens,) of each routed layer, by its index.
-    """
-    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    rows: torch.Tensor
+    layout: BatchLayout
+    decision: RoutingDecision
+
+
+@contextmanager
+def _decisions(model: ChiarFormer) -> Iterator[dict[int, _Decided]]:
+    """Record the forward pass that is made within the context; yield what each routed layer decided, by its index."""
+    found: dict[int, _Decided] = {}
 
     def record(index: int):
         def hook(_, arguments, decision):
-            found[index] = (arguments[0], decision.operator, decision.entropy)
+            rows, layout = arguments
+            found[index] = _Decided(rows, layout, decision)
 
         return hook
 
@@ -105,9 +110,14 @@ def _decisions(model: ChiarFormer) -> Iterator[dict[int, tuple[torch.Tensor, tor
             hook.remove()
 
 
+def _entropy(layer: RoutedLayer, decision: RoutingDecision) -> torch.Tensor:
+    """Return H (tokens,) as the layer compares it with thresholds, or H of the rows if the layer has no threshold."""
+    return decision.entropy if decision.score is None or not layer.router.has_thresholds else decision.score
+
+
 def _margin(layer: RoutedLayer, entropy: torch.Tensor) -> torch.Tensor:
     """Return the distance of each entropy (tokens,) to the nearest threshold; nan if the layer has no threshold."""
-    if layer.router.kind != "threshold":
+    if not layer.router.has_thresholds:
         return torch.full_like(entropy, torch.nan)
     return torch.stack([(entropy - bound).abs() for bound in layer.router.bounds]).amin(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -112,6 +112,36 @@ def locate_checkpoint(path: Path | str, verify: Verify = verify_alone, log: Log 
         if found := newest_whole(folder, verify, log):
             return found
     raise no_checkpoint(path)
+
+
+def locate_step(path: Path | str, step: int | None, verify: Verify = verify_alone, log: Log = _silent) -> Path:
+    """Return the checkpoint of ``step`` of the run at ``path``, or what ``locate_checkpoint`` finds if that is None.
+
+    Raises:
+        UserError: there is no whole checkpoint of this step.
+    """
+    path = Path(path)
+    if step is None:
+        return locate_checkpoint(path, verify, log)
+    if is_checkpoint(path):
+        if checkpoint_step(path) == step:
+            return locate_checkpoint(path, verify, log)
+        raise UserError(f"--step {step}", f"{path} is one checkpoint, of another step", "name its run folder")
+    for folder in folders_of_checkpoints(path):
+        if (folder / checkpoint_name(step)).exists():
+            return locate_checkpoint(folder / checkpoint_name(step), verify, log)
+    saved = [
+        checkpoint_step(found) for folder in folders_of_checkpoints(path) for found in complete_checkpoints(folder)
+    ]
+    if not saved:
+        raise no_checkpoint(path)
+    raise UserError(f"--step {step}", f"{path} has no checkpoint of this step", f"it has {_listed(saved)}")
+
+
+def _listed(steps: Sequence[int | None]) -> str:
+    """Return steps as a message has them, at most ten of them."""
+    shown = [f"{step}" for step in steps]
+    return ", ".join(shown if len(shown) <= 10 else [*shown[:5], "...", *shown[-4:]])
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -3,6 +3,7 @@
 megachiar calibrate runs/400m_baseline                     # one tau, from the embedding, as published
 megachiar calibrate runs/400m_baseline --where layers      # a tau for each routed layer, half to attention
 megachiar calibrate runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
+megachiar calibrate runs/tiny --where layers --router hashed --seed 1   # for the control with permuted channels
 
 A threshold belongs to one width of the model and one checkpoint. Paste the printed lines under model.router.
 """
@@ -40,6 +41,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=number(int, least=1), default=10_000_000, help="embedding: tokens that are read (default 10 M)"
     )
+    parser.add_argument(
+        "--router",
+        choices=("threshold", "hashed"),
+        help="router.kind that the thresholds are for (default: the run's, or threshold)",
+    )
+    parser.add_argument("--seed", type=number(int), help="router.seed of a hashed router (default: the run's)")
     add_json_option(parser)
     return parser.parse_args(argv)
 
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     check(options)
 
-    from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
+    from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers, config_for
     from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.data.sampling.dataset import TokenSource
     from megachiar.inference.loaded_run import check_readable, default_device, open_text_for_run
@@ -57,15 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = locate_checkpoint(options.run, log=print_warning)
     config, model, state = load_model(checkpoint, default_device())
     check_layers(options.run, config.model)
+    wanted = config_for(config.model, options.router, options.seed)
+    if options.seed is not None and wanted.router.kind != "hashed":
+        raise UserError("--seed", "has no effect on thresholds of H itself", "add --router hashed or remove it")
     data = options.data or config.data.train[0].path
     if options.where == "embedding":
         source = TokenSource(data, config.model.vocab_size)
         check_readable(checkpoint, config, source)
-        found = calibrate_on_embedding(model, source, options.tokens)
+        found = calibrate_on_embedding(model, source, options.tokens, wanted)
     else:
         dataset = open_text_for_run(checkpoint, config, data)
         share = 0.5 if options.attention_share is None else options.attention_share
-        found = calibrate_on_layers(model, dataset, share, options.sequences)
+        found = calibrate_on_layers(model, dataset, share, options.sequences, wanted)
     if options.json:
         print(json.dumps({"run": str(options.run), "step": state.step, "data": str(data), **found.as_dict()}))
     else:
@@ -129,10 +139,12 @@ def print_table(found: Calibration, title: str) -> None:
 
 
 def warn(found: Calibration) -> None:
-    """Warn on standard error of each threshold that routes no better than chance."""
+    """Warn on standard error of each threshold that routes no better than chance, unless it is meant to."""
+    if found.router["kind"] == "hashed":
+        return
     names = [place.name for place in found.places if place.like_noise]
     if names:
         make_console().print(
             f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}. A threshold "
-            "there routes at random. Compare with router.kind random at the same share."
+            "there routes at random. Compare with router.kind hashed and random at the same share."
         )

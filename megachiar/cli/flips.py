@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = options.data or config.data.train[0].path
     dataset = open_text_for_run(checkpoint, config, data)
     windows = spread_windows(dataset, options.sequences)
-    found = routing_flips(model, DTYPES[options.precision], *windows, config.training.micro_batch_size)
+    found = routing_flips(model, DTYPES[options.precision], windows, config.training.micro_batch_size)
     if options.json:
         layers = [layer.as_dict() for layer in found]
         record = {"run": str(options.run), "step": state.step, "data": str(data), "precision": options.precision}

@@ -8,13 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import keyword
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import megachiar
 from megachiar import launch
+from megachiar.checkout import own_commit
 from megachiar.console import run
 from megachiar.options import OptionError
 
@@ -31,6 +30,7 @@ GROUPS = {
         "config": "list, show and copy the shipped configs",
         "plan": "list the layouts that fit a config into a cluster",
         "pretrain": "train as a config says",
+        "sweep": "train variants of a config with several seeds, and compare them",
         "replay": "repeat a step on the CPU and name the first bad module",
         "stacks": "show where all ranks of a run are at the moment",
     },
@@ -38,6 +38,8 @@ GROUPS = {
         "checkpoint": "list, verify, show, compare and remove checkpoints",
         "evaluate": "measure perplexity and bits per byte on a dataset",
         "generate": "sample text",
+        "routes": "show which operator each token of a text takes",
+        "demo": "show routes live in a browser",
         "calibrate": "find thresholds for the router",
         "bigram": "measure the perplexity of a bigram model, to compare with",
         "flips": "count the tokens that 16 bits route otherwise than fp32",
@@ -106,16 +108,5 @@ def help_text() -> str:
 
 def version_text() -> str:
     """Return the version and, in a checkout, its commit; ``-dirty`` means that files have changed since."""
-    commit = checkout_commit(Path(megachiar.__file__).resolve().parents[1])
+    commit = own_commit()
     return f"megachiar {megachiar.__version__}" + (f" (commit {commit})" if commit else "")
-
-
-def checkout_commit(root: Path) -> str | None:
-    """Return the commit of the checkout at ``root``; None if it is none or git cannot read it."""
-    if not (root / ".git").exists():
-        return None
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # there is no git, or it refuses the checkout
-        return None

@@ -8,6 +8,17 @@ input. The output does not depend on --workers, nor on interruptions. After a fa
 goes on with the first file that is missing. After a success it does nothing. Exit code 2 means a problem that you can
 mend; no dataset was written then.
 
+Labels make a dataset for classification, a document for each example:
+
+    megachiar preprocess --input imdb/train.jsonl --label-key label --tokenizer bytes.json \\
+        --output-prefix data/imdb_train
+    megachiar preprocess --input imdb/test.jsonl --label-key label --classes-from data/imdb_train \\
+        --tokenizer bytes.json --output-prefix data/imdb_test
+    megachiar preprocess --input aan/train.jsonl --label-key label --text-key text1 --second-text-key text2 \\
+        --max-text-tokens 4000 --tokenizer bytes.json --output-prefix data/aan_train
+    megachiar preprocess --input listops/train.jsonl --label-key label --token-key tokens --vocab-size 17 \\
+        --output-prefix data/listops_train
+
 On many machines, run `mpirun -n 16 megachiar preprocess --mpi ...`, or `--shard K/N` in each of N jobs and then
 `--merge-shards N`. The files are those that one process writes.
 """
@@ -18,6 +29,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -40,7 +52,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("preprocess", __doc__)
     add_input_options(parser)
     add = parser.add_argument
-    add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
+    add("--tokenizer", type=Path, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
     add(
         "--tokenizer-kind",
         choices=get_args(TokenizerKind),
@@ -72,13 +84,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="drop the files of an unfinished run instead of continuing it")
+    add_example_options(parser)
     shared = parser.add_mutually_exclusive_group()
     shared.add_argument("--mpi", action="store_true", help="share the inputs between the ranks of mpirun")
     shared.add_argument("--shard", type=shard_of, metavar="K/N", help="make shard K (0 to N - 1) of N of the inputs")
     shared.add_argument(
         "--merge-shards", type=number(int, least=1), metavar="N", help="join N shards that were made, and remove them"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.tokenizer is None and arguments.token_key is None:
+        parser.error("the following arguments are required: --tokenizer")
+    return arguments
+
+
+def add_example_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of labelled documents, of two texts each and of ready-made ids."""
+    add = parser.add_argument_group("documents of jsonl or parquet that hold more than one text").add_argument
+    add("--label-key", metavar="KEY", help="key of the label, text or a whole number: the dataset has a class for each")
+    named = parser.add_mutually_exclusive_group()
+    named.add_argument(
+        "--classes", type=names_of, metavar="A,B", help="the classes in order (default: those found, sorted)"
+    )
+    named.add_argument("--classes-from", type=Path, metavar="PREFIX", help="take the classes of this labelled dataset")
+    add("--second-text-key", metavar="KEY", help="key of a second text; the end-of-document token stands between both")
+    add("--token-key", metavar="KEY", help="key of ready-made ids, in place of text and --tokenizer")
+    add("--vocab-size", type=number(int, least=1), metavar="N", help="of --token-key: the largest possible id, plus 1")
+    add("--max-text-tokens", type=number(int, least=1), metavar="N", help="keep the first N tokens of each text (all)")
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return the names of ``"a, b,c"``."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -93,10 +129,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_large_blocks_apart()
     arguments = parse_arguments(argv)
 
+    from megachiar.data.preprocessing.example_checks import classes_of
     from megachiar.data.preprocessing.settings import PreprocessSettings
     from megachiar.data.preprocessing.split import Split
 
     inputs = named_inputs(arguments)
+    classes = arguments.classes if arguments.classes_from is None else tuple(classes_of(arguments.classes_from))
+    read = replace(
+        read_options(arguments),
+        second_text_key=arguments.second_text_key,
+        token_key=arguments.token_key,
+        label_key=arguments.label_key,
+    )
     settings = PreprocessSettings(
         sources=inputs.sources,
         found=inputs.found,
@@ -104,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer_kind=arguments.tokenizer_kind,
         eod_token=arguments.eod_token,
         output_prefix=arguments.output_prefix,
-        read=read_options(arguments),
+        read=read,
         append_eod=arguments.append_eod,
         split=Split.parse(arguments.split) if arguments.split is not None else None,
         on_error=arguments.on_error,
@@ -114,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         shuffle_seed=arguments.shuffle_seed,
         overwrite=arguments.overwrite,
         restart=arguments.restart,
+        vocab_size=arguments.vocab_size,
+        classes=classes,
+        max_text_tokens=arguments.max_text_tokens,
     )
     report = work(settings, arguments)
     if report is None and arguments.shard is not None:

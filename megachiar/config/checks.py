@@ -13,6 +13,7 @@ from typing import Any
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
 from megachiar.config.reliability import ReliabilityConfig
+from megachiar.config.router_checks import router
 from megachiar.config.run_length import LENGTHS, steps_of_tokens
 from megachiar.config.sections import (
     CheckpointConfig,
@@ -25,8 +26,7 @@ from megachiar.config.sections import (
     sample_length,
 )
 from megachiar.config.task_checks import auxiliary_tasks, classification
-
-OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
+from megachiar.config.tasks import MixedConfig
 
 
 def run(sections: dict[str, Any]) -> list[Problem]:
@@ -73,79 +73,6 @@ def nearest_hidden_sizes(hidden_size: int, heads: int) -> str:
     """Return the nearest sizes below and above that as many heads can share, as text."""
     below = hidden_size // (2 * heads) * 2 * heads
     return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
-
-
-def router(model: ModelConfig) -> Iterator[Problem]:
-    """Check that the router has the thresholds or shares that its kind reads, and no others."""
-    if model.kind == "baseline":
-        return
-    r = model.router
-    if r.operators not in OPERATOR_SETS:
-        allowed = " or ".join(str(list(s)) for s in OPERATOR_SETS)
-        yield Problem("model.router.operators", f"is {list(r.operators)}", f"use {allowed}")
-        return
-    three = len(r.operators) == 3
-    needed: list[str] = []
-    if r.kind == "threshold":
-        needed = ["tau_low", "tau_high"] if three else ["tau"]
-    elif r.kind == "random":
-        needed = ["attention_share", "rbf_share"] if three else ["attention_share"]
-    for name in ("tau", "tau_low", "tau_high", "attention_share", "rbf_share"):
-        given = getattr(r, name) is not None
-        what = f"kind {r.kind} with operators {list(r.operators)}"
-        if name in needed and not given:
-            yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
-        elif given and name not in needed:
-            yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
-    wrong_lists = list(_threshold_lists(model))
-    yield from wrong_lists
-    if three and r.kind == "threshold" and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
-        for layer in model.routed_layers:
-            low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
-            if low > high:
-                yield Problem(
-                    "model.router.tau_low", f"{low} is above tau_high {high} (layer {layer + 1})", "swap them"
-                )
-                break
-    if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
-        yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
-    if r.kind == "random" and r.collapse_weight:
-        yield Problem(
-            "model.router.collapse_weight",
-            f"is {r.collapse_weight}: a random router has nothing to regularise",
-            "set it to 0",
-        )
-    if r.kind == "hard" and r.hard_gradient == "published" and model.attention.keys == "routed":
-        yield Problem(
-            "model.router.hard_gradient",
-            "is published: it needs the attention of tokens that give no keys with attention.keys: routed",
-            "set it to dct_only, or attention.keys to all",
-        )
-    if r.hard_gradient == "dct_only" and (r.kind != "hard" or three):
-        yield Problem(
-            "model.router.hard_gradient",
-            f"is dct_only: it is for kind hard with the operators dct and attention, and this is {r.kind} with "
-            f"{list(r.operators)}",
-            "remove it",
-        )
-    if r.kind == "soft" and model.attention.keys == "routed":
-        yield Problem(
-            "model.attention.keys",
-            "is routed with a soft router, which sends every token through attention",
-            "set it to all, or choose another router.kind",
-        )
-
-
-def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
-    routed = len(model.routed_layers)
-    for name in ("tau", "tau_low", "tau_high"):
-        value = getattr(model.router, name)
-        if isinstance(value, tuple) and len(value) != routed:
-            yield Problem(
-                f"model.router.{name}",
-                f"has {len(value)} values for {routed} routed layers (2..{model.num_layers - 1})",
-                f"give one number or {routed}",
-            )
 
 
 def sequence_length(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
@@ -287,17 +214,50 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
         )
 
 
-def evaluation(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+def evaluation(data: DataConfig, mixed: MixedConfig, training: TrainingConfig) -> Iterator[Problem]:
     """Check that there is something to evaluate on if evaluation is asked for."""
-    if training.evaluate_every and not data.validation:
+    if training.evaluate_every and not _validation_sets(data, mixed):
         yield Problem(
             "training.evaluate_every", f"is {training.evaluate_every} with no data.validation", "name a validation set"
         )
 
 
-def best_checkpoint(checkpoint: CheckpointConfig, data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+def fractions(data: DataConfig) -> Iterator[Problem]:
+    """Check that parts of datasets are read in an order that has parts."""
+    for number, source in enumerate(data.train):
+        if source.fraction < 1 and data.order == "megatron":
+            yield Problem(
+                f"data.train.{number}.fraction",
+                f"is {source.fraction:g}, but data.order is megatron, which orders whole datasets",
+                "use data.order: keyed, or 1",
+            )
+
+
+def test_sets(data: DataConfig) -> Iterator[Problem]:
+    """Check that no test set is used for anything but the one test at the end."""
+    others = {source.path: "data.train" for source in data.train}
+    others |= {path: f"data.validation.{name}" for name, path in data.validation.items()}
+    for name, path in data.test.items():
+        if path in others:
+            yield Problem(
+                f"data.test.{name}",
+                f"is {path}, which is {others[path]} too: a test says nothing of text that the run has seen or was "
+                "chosen by",
+                "name text that is used for nothing else, or leave the set out",
+            )
+
+
+def _validation_sets(data: DataConfig, mixed: MixedConfig) -> set[str]:
+    """Return the names of all sets that a run is evaluated on."""
+    return {*data.validation, *(name for name, task in mixed.tasks.items() if task.validation is not None)}
+
+
+def best_checkpoint(
+    checkpoint: CheckpointConfig, data: DataConfig, mixed: MixedConfig, training: TrainingConfig
+) -> Iterator[Problem]:
+    """Check that the set that tells the best checkpoint is there, and is evaluated."""
     best = checkpoint.keep_best
-    if best is not None and best not in data.validation:
+    if best is not None and best not in _validation_sets(data, mixed):
         yield Problem("checkpoint.keep_best", f"{best!r} is no set of data.validation", "name one of its sets, or null")
     elif best is not None and training.evaluate_every is None:
         yield Problem(
@@ -375,6 +335,8 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     precision,
     schedule,
     evaluation,
+    fractions,
+    test_sets,
     best_checkpoint,
     loading,
     rollback,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megachiar.config import checks
 from megachiar.config.bases import Locations, read_with_bases
 from megachiar.config.deepspeed import contradictions
 from megachiar.config.errors import ConfigError, Problem
-from megachiar.config.overrides import Overridden, apply_overrides
+from megachiar.config.overrides import Overridden, apply_overrides, set_key
 from megachiar.config.run import RunConfig
-from megachiar.config.run_length import steps_of_tokens
+from megachiar.config.run_length import LENGTHS, drop_other_lengths, steps_of_tokens
 from megachiar.config.typed_sections import type_sections
 from megachiar.config.yaml_file import read_source_list
 
@@ -33,6 +34,43 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_with_overrides(mapping, overrides, str(path), locations)
 
 
+class Setting(NamedTuple):
+    """A value that a file gives a key of a config from outside of it.
+
+    Attributes:
+        key: dotted; items of a list are addressed by index.
+        value: as YAML has it.
+        where: file and line that say so.
+    """
+
+    key: str
+    value: Any
+    where: str
+
+
+def load_with_settings(path: Path, settings: Sequence[Setting], source: str) -> RunConfig:
+    """Read the config at ``path`` and its bases, set keys in it and check everything.
+
+    Args:
+        path: the YAML file.
+        settings: a later one wins over an earlier one, and a later length of the run over an earlier one.
+        source: the name of the result in messages.
+
+    Raises:
+        UserError, ConfigError: as ``load_config``; places are those of the settings where one has set the key.
+    """
+    mapping, locations = read_with_bases(path)
+    for key, value, where in settings:
+        section, _, name = key.partition(".")
+        if section == "training" and name in LENGTHS:
+            drop_other_lengths(mapping.get("training"), {name: value})
+        set_key(mapping, key, copy.deepcopy(value), where)
+        parts = tuple(key.split("."))
+        locations = {at: place for at, place in locations.items() if at[: len(parts)] != parts} | {parts: where}
+    _read_sources(mapping)
+    return parse_config(mapping, source, locations)
+
+
 def parse_with_overrides(
     mapping: dict[str, Any], overrides: Sequence[str], source: str, locations: Locations | None = None
 ) -> RunConfig:
@@ -40,10 +78,15 @@ def parse_with_overrides(
     overridden, problems = apply_overrides(mapping, overrides)
     if problems:  # what else is wrong may follow from them
         raise _error(source, problems, locations or {}, overridden)
+    _read_sources(mapping)
+    return parse_config(mapping, source, locations, overridden)
+
+
+def _read_sources(mapping: dict[str, Any]) -> None:
+    """Put the list of sources in place of the name of the file that holds it."""
     data = mapping.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         data["train"] = read_source_list(Path(data["train"]))
-    return parse_config(mapping, source, locations, overridden)
 
 
 def parse_config(

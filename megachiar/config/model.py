@@ -29,23 +29,26 @@ class DctConfig(Section):
 class RouterConfig(Section):
     """Which operator each token of a routed layer takes."""
 
-    kind: Literal["threshold", "soft", "hard", "random"] = "threshold"
-    """threshold: by spectral entropy against tau. soft: softmax blend of all operators. hard: argmax with a
-    straight-through gradient. random: control with a fixed share, a hash of seed, layer and position."""
+    kind: Literal["threshold", "soft", "hard", "random", "hashed"] = "threshold"
+    """threshold: by spectral entropy H against tau. soft: softmax blend of all operators. hard: argmax with a
+    straight-through gradient. random: control with a fixed share, a coin for each token: a hash of seed, layer, sample
+    and position (with data.document_mask, of the document so far instead of the sample). hashed: control that decides
+    by the hidden state as threshold does, but by H of its channels in another order, fixed for each layer."""
     operators: Annotated[tuple[Operator, ...], Field(strict=False)] = ("dct", "attention")
     """Operators of a routed layer, by rising spectral entropy: [dct, attention] or [dct, rbf, attention]."""
     tau: Threshold | None = None
-    """Threshold on H in [0, 1], two operators: attention where H > tau. One number, or one per routed layer."""
+    """threshold and hashed, two operators: threshold on H in [0, 1], attention where H > tau. One number, or one per
+    routed layer."""
     tau_low: Threshold | None = None
-    """Threshold on H in [0, 1], three operators: DCT where H < tau_low."""
+    """threshold and hashed, three operators: threshold on H in [0, 1], DCT where H <= tau_low."""
     tau_high: Threshold | None = None
-    """Threshold on H in [0, 1], three operators: attention where H > tau_high, RBF between."""
+    """threshold and hashed, three operators: threshold on H in [0, 1], attention where H > tau_high, RBF between."""
     attention_share: Share | None = None
-    """random: share of tokens sent to attention."""
+    """random: share of tokens sent to attention, which a run comes as near to as independent coins do."""
     rbf_share: Share | None = None
     """random with three operators: share of tokens sent to RBF mixing."""
     seed: int = 0
-    """random: seed of the hash."""
+    """random: seed of the coins. hashed: seed of the permutations. The run's training.seed changes neither."""
     hard_gradient: Literal["published", "dct_only"] = "published"
     """hard: the operators whose results the gradient of the gates knows. published: all of them for every token, which
     costs attention for the tokens that take DCT mixing. dct_only: the operator that a token takes, and DCT mixing.
@@ -54,7 +57,13 @@ class RouterConfig(Section):
     """Factor lambda of the collapse regulariser -lambda * U added to the loss; U, in nats, is the entropy of the mean
     operator use."""
     collapse_temperature: PositiveFloat = 0.01
-    """threshold: width in H of the soft gates through which the regulariser gets its gradient (units of H)."""
+    """threshold and hashed: width in H of the soft gates through which the regulariser gets its gradient (units of H).
+    """
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether the router compares H, of the channels as they are or permuted, with thresholds."""
+        return self.kind in ("threshold", "hashed")
 
 
 class AttentionConfig(Section):
@@ -67,10 +76,11 @@ class AttentionConfig(Section):
 
 
 class RbfConfig(Section):
-    features: Annotated[int, Field(gt=0, multiple_of=2)] = 64
-    """Random Fourier features phi(x) of a token: half cosines, half sines."""
+    features: PositiveInt = 64
+    """R, random frequencies: phi(x) of a token has 2R numbers, R cosines and R sines of x W / sqrt(R)."""
     gamma: PositiveFloat = 1.0
-    """Factor in the kernel exp(-gamma |x - y|^2): frequencies are drawn with variance 2 * gamma."""
+    """Factor in the kernel: phi(x) . phi(y) comes near R exp(-gamma |x - y|^2 / R). The frequencies W are drawn with
+    variance 2 * gamma, and divided by sqrt(R) as in the published code."""
 
 
 class MetaRouterConfig(Section):
@@ -128,6 +138,11 @@ class ModelConfig(Section):
     def routed_layers(self) -> range:
         """The indices, counted from 0, of the layers that route; the baseline has none."""
         return range(1, self.num_layers - 1) if self.kind == "chiar" else range(0)
+
+    @property
+    def draws_routes(self) -> bool:
+        """Whether any layer draws its routes at random, by keys that the layout of a micro-batch has to hold."""
+        return self.router.kind == "random" and len(self.routed_layers) > 0
 
     @property
     def expected_attention_share(self) -> float:

@@ -68,32 +68,45 @@ def apply_override(mapping: dict[str, Any], override: str) -> tuple[str, Any]:
         value = parse_value(text)
     except yaml.YAMLError:
         raise UserError(f"--set {override}", f"value {text!r} is not valid YAML", "quote the value") from None
-    *parents, last = key.split(".")
-    node: Any = mapping
-    for depth, name in enumerate(parents):
-        node = _child(node, name, override, ".".join(parents[: depth + 1]))
-    if isinstance(node, list):
-        node[_list_index(node, last, override, ".".join(parents))] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"--set {override}", f"{'.'.join(parents)} holds a value, not keys", "set that key itself")
+    set_key(mapping, key, value, f"--set {override}")
     return key, value
 
 
-def _child(node: Any, name: str, override: str, key: str) -> Any:
+def set_key(mapping: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set one dotted key in ``mapping``; items of a list are addressed by index.
+
+    Args:
+        mapping: of a config.
+        key: such as ``data.train.0.path``.
+        value: of the key from now on.
+        where: what sets it, for messages.
+
+    Raises:
+        UserError: the key does not lead through keys and indices.
+    """
+    *parents, last = key.split(".")
+    node: Any = mapping
+    for depth, name in enumerate(parents):
+        node = _child(node, name, where, ".".join(parents[: depth + 1]))
     if isinstance(node, list):
-        return node[_list_index(node, name, override, key)]
+        node[_list_index(node, last, where, ".".join(parents))] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(where, f"{'.'.join(parents)} holds a value, not keys", "set that key itself")
+
+
+def _child(node: Any, name: str, where: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, name, where, key)]
     if isinstance(node, dict):
         if node.get(name) is None:
             node[name] = {}
         return node[name]
-    raise UserError(f"--set {override}", f"{key} is below a value, not below keys", "check the key's path")
+    raise UserError(where, f"{key} is below a value, not below keys", "check the key's path")
 
 
-def _list_index(node: list[Any], name: str, override: str, key: str) -> int:
+def _list_index(node: list[Any], name: str, where: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(node):
-        raise UserError(
-            f"--set {override}", f"{key} is a list of {len(node)}, {name!r} is no index in it", "use 0, 1, ..."
-        )
+        raise UserError(where, f"{key} is a list of {len(node)}, {name!r} is no index in it", "use 0, 1, ...")
     return int(name)

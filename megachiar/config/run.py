@@ -103,16 +103,17 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return the value of every key as JSON has it, by dotted key such as ``data.train``."""
-        return dict(_flatten(self.model_dump(mode="json"), ""))
+        return dict(flatten(self.model_dump(mode="json"), ""))
 
     def to_yaml(self) -> str:
         """Return the resolved config with all defaults; ``load_config`` reads it back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by dotted key, each behind ``prefix``."""
     for key, value in mapping.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

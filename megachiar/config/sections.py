@@ -26,6 +26,9 @@ class SourceConfig(Section):
     """Prefix of an indexed dataset: PREFIX.bin, PREFIX.idx and (if made here) PREFIX.json."""
     weight: PositiveFloat = 1.0
     """Share of training samples from this source, relative to the other weights."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the dataset's tokens that the run reads, from the first on: 0.01 trains on a corpus of 1 %. The first
+    documents stand for all where `megachiar preprocess --shuffle-seed` has shuffled them."""
 
 
 class DataConfig(Section):
@@ -45,6 +48,12 @@ class DataConfig(Section):
     ] = {}
     """Validation sets by name: prefixes of indexed datasets, read whole and in order. Null leaves out a set that the
     base of the config has."""
+    test: Annotated[
+        dict[str, ConfigPath], BeforeValidator(_without_null, json_schema_input_type=dict[str, Path | None])
+    ] = {}
+    """Test sets by name, as data.validation has its sets. They are read once, whole, after the last step, with
+    the weights of the checkpoint that checkpoint.keep_best chooses, or else of the last one. results.json has the
+    result."""
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: ConfigPath | None = None
@@ -61,6 +70,11 @@ class DataConfig(Section):
     """When datasets are compared with the checksums in their manifests. background: by a thread of low priority while
     the run reads, each block once, shared out among the ranks that read the same file. start: all of them before the
     first step. A block that differs ends the run."""
+
+    @property
+    def prefixes(self) -> list[Path]:
+        """The prefix of every dataset, those for training first."""
+        return [*(source.path for source in self.train), *self.validation.values(), *self.test.values()]
 
 
 def sample_length(model: ModelConfig, data: DataConfig) -> int:
@@ -103,7 +117,7 @@ class PrecisionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay. Biases, norms and DCT filters have no decay."""
+    """AdamW with decoupled weight decay. Biases, norms, DCT filters and gates have none unless ``decay_all`` is set."""
 
     learning_rate: PositiveFloat
     """Peak learning rate; a step changes a weight by about as much."""
@@ -113,6 +127,9 @@ class OptimizerConfig(Section):
     """Added to the root of the mean squared gradient that a step is divided by, in units of the gradient."""
     weight_decay: NonNegativeFloat = 0.01
     """Factor: a step takes weight_decay * learning rate of a weight away."""
+    decay_all: bool = False
+    """Weight decay for every parameter, as the published training has it. Without it, parameters of one dimension do
+    not decay: biases, norms, DCT filters and gates."""
     clip_gradient_norm: PositiveFloat | None = 1.0
     """Global L2 norm that gradients are clipped to; null for no clipping."""
     implementation: Literal["auto", "torch", "apex"] = "auto"
@@ -186,7 +203,8 @@ class CheckpointConfig(Section):
     """Checkpoints whose step is a multiple of this are never removed."""
     keep_best: str | None = None
     """Name of a set in data.validation: the checkpoint with the lowest loss on it is never removed. Only checkpoints of
-    steps after which the set was evaluated count."""
+    steps after which the set was evaluated count. The test sets are measured with it; without this key with the last
+    checkpoint."""
     asynchronous: bool = True
     """Copy to the host's memory and write in a thread, while training goes on. Each rank keeps memory for its share
     of weights and moments, together 12 bytes a parameter, from its first save on. The last checkpoint of a run is
@@ -208,7 +226,8 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     folder: ConfigPath
-    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/."""
+    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/,
+    and after the last step results.json."""
     every: PositiveInt = 10
     """Steps between lines of the log."""
     tensorboard: bool = True

@@ -21,6 +21,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
 
 
+def shipped_sweeps() -> dict[str, Path]:
+    """Return the file of each shipped sweep by its name."""
+    return {path.stem: path for path in sorted((shipped_folder() / "sweeps").glob("*.yaml"))}
+
+
 def shipped_config(name: str) -> Path:
     """Return the file of the shipped config ``name``, which is given as ``tiny`` or ``tiny.yaml``.
 

@@ -70,9 +70,9 @@ def _auxiliary_task(name: str, task: AuxiliaryTaskConfig, data: DataConfig) -> I
 
 
 def _auxiliary_batch(name: str, task: AuxiliaryTaskConfig, unit: int) -> Iterator[Problem]:
-    if task.batch_size % unit:
+    if task.global_batch_size % unit:
         yield Problem(
-            f"mixed.tasks.{name}.batch_size",
-            f"{task.batch_size} is no multiple of micro_batch_size * data-parallel ranks, {unit}",
+            f"mixed.tasks.{name}.global_batch_size",
+            f"{task.global_batch_size} is no multiple of micro_batch_size * data-parallel ranks, {unit}",
             f"use a multiple of {unit}",
         )

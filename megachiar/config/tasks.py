@@ -34,7 +34,7 @@ class TaskConfig(Section):
     """language_model: the next token. classification: the class of a whole sequence, by a head on the mean of its final
     hidden states. data.train and data.validation then name labelled datasets."""
     classes: Classes | None = None
-    """classification: number of classes of the labelled datasets."""
+    """classification: classes of the labelled datasets."""
     head: Literal["linear", "mlp"] = "linear"
     """classification: linear, or mlp: a hidden layer of hidden_size channels with GELU and dropout before it, which is
     the published head."""
@@ -59,7 +59,10 @@ class AuxiliaryTaskConfig(Section):
     """Prefix of the dataset that the task trains on."""
     validation: ConfigPath | None = None
     """Prefix of the dataset that the task is evaluated on, under the task's name; null for none."""
-    batch_size: PositiveInt
+    test: ConfigPath | None = None
+    """Prefix of the dataset that the task is tested on once, after the last step, under the task's name; null for
+    none."""
+    global_batch_size: PositiveInt
     """Sequences of the task's batch each time it is drawn, over all ranks: a multiple of micro_batch_size times the
     data-parallel ranks."""
     weight: PositiveFloat = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from megachiar.config.errors import Problem
 from megachiar.config.run import RunConfig
 from megachiar.config.unknown_keys import ConfigKeys, unknown_key
+
+_Section = TypeVar("_Section", bound=BaseModel)
 
 
 def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -42,7 +44,7 @@ def type_sections(mapping: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
         elif section is None:
             sections[name] = value
         else:
-            typed, found = _type_section(name, section, value)
+            typed, found = type_section(section, value, (name,), config_keys())
             problems += found
             if typed is not None:
                 sections[name] = typed
@@ -73,14 +75,28 @@ def config_keys() -> ConfigKeys:
     return keys
 
 
-def _type_section(name: str, section: type[BaseModel], value: dict[str, Any]) -> tuple[BaseModel | None, list[Problem]]:
+def type_section(
+    section: type[_Section], value: dict[str, Any], path: tuple[str, ...], known_keys: ConfigKeys
+) -> tuple[_Section | None, list[Problem]]:
+    """Type one section.
+
+    Args:
+        section: its class.
+        value: the mapping.
+        path: names of the sections that it stands in, its own last.
+        known_keys: keys that a misplaced key may mean, by their last name.
+
+    Returns:
+        the typed section, None if it has a problem, and all problems.
+    """
     text = json.dumps(value, default=str)
     try:
         # Strict JSON mode: no string for a number, but a list for a tuple and a string for a path.
         return section.model_validate_json(text, strict=True), []
     except ValidationError as error:
         located = _by_key(error, json.loads(text))
-        return None, [problem for path, arms in located for problem in _problems_of(section, (name, *path), arms)]
+        finder = _ProblemFinder(section, path, known_keys)
+        return None, [problem for below, arms in located for problem in finder.problems(below, arms)]
 
 
 def _by_key(error: ValidationError, value: Any) -> list[tuple[tuple[str, ...], list[ErrorDetails]]]:
@@ -109,21 +125,31 @@ def _key_path(detail: ErrorDetails, value: Any) -> Iterator[str]:
             yield str(part)
 
 
-def _problems_of(section: type[BaseModel], path: tuple[str, ...], arms: list[ErrorDetails]) -> Iterator[Problem]:
-    key, detail = ".".join(path), arms[0]
-    if detail["type"] == "extra_forbidden":
-        known = list(_class_at(section, path[1:-1]).model_fields)
-        yield from unknown_key(path, detail["input"], known, config_keys())
-        return
-    if detail["type"] == "missing":
-        parent = ".".join(path[:-1])
-        if path[-1].isdigit():
-            yield Problem(parent, f"lacks value {int(path[-1]) + 1} of its list", "give every value of the list")
-        else:
-            yield Problem(key, "is missing and has no default", f"add `{path[-1]}:` below `{parent}:`")
-        return
-    wanted = " or ".join(dict.fromkeys(_wanted(arm) for arm in arms))
-    yield Problem(key, f"is {_shown(detail['input'])}, must be {wanted}", f"set it to {wanted}")
+class _ProblemFinder(NamedTuple):
+    """Tells in words what pydantic has found wrong with a section; see ``type_section``."""
+
+    section: type[BaseModel]
+    path: tuple[str, ...]
+    known_keys: ConfigKeys
+
+    def problems(self, below: tuple[str, ...], arms: list[ErrorDetails]) -> Iterator[Problem]:
+        """Yield the problems of the value at ``below``, of which each arm of a union reports one."""
+        path = (*self.path, *below)
+        key, detail = ".".join(path), arms[0]
+        if detail["type"] == "extra_forbidden":
+            known = list(_class_at(self.section, below[:-1]).model_fields)
+            yield from unknown_key(path, detail["input"], known, self.known_keys)
+            return
+        if detail["type"] == "missing":
+            parent = ".".join(path[:-1])
+            if path[-1].isdigit():
+                yield Problem(parent, f"lacks value {int(path[-1]) + 1} of its list", "give every value of the list")
+            else:
+                remedy = f"add `{path[-1]}:` below `{parent}:`" if parent else f"add `{path[-1]}:`"
+                yield Problem(key, "is missing and has no default", remedy)
+            return
+        wanted = " or ".join(dict.fromkeys(_wanted(arm) for arm in arms))
+        yield Problem(key, f"is {_shown(detail['input'])}, must be {wanted}", f"set it to {wanted}")
 
 
 _WANTED = {
@@ -159,11 +185,15 @@ def _wanted(detail: ErrorDetails) -> str:
 
 def _class_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     """Return the section that the keys below ``path`` belong to."""
+    is_name = False  # of an item of a mapping, which is no key
     for name in path:
-        if not name.isdigit():
-            inner = section_class(section.model_fields[name].annotation)
-            assert inner is not None, f"{name} has no keys"
-            section = inner
+        if is_name or name.isdigit():
+            is_name = False
+            continue
+        annotation = section.model_fields[name].annotation
+        inner = section_class(annotation)
+        assert inner is not None, f"{name} has no keys"
+        section, is_name = inner, get_origin(annotation) is dict
     return section
 
 

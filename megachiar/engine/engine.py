@@ -21,7 +21,7 @@ from megachiar.engine.replica import Replica
 from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
-from megachiar.kernels.ignored_target import IGNORED_TARGET
+from megachiar.kernels.ignored_target import IGNORED_TARGET, PADDING
 from megachiar.topology import Topology
 
 
@@ -190,7 +190,7 @@ class Engine:
         result = unflatten_step(self.mean_over_world(vector), self.config.model.num_layers, auxiliary)
         return result if result.skipped or accept(result) else replace(result, skipped=True)
 
-    def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    def evaluate(self, inputs: np.ndarray, targets: np.ndarray, first_window: int = 0) -> tuple[float, int]:
         """Return the summed cross-entropy in nats, and the number of targets, of this replica's windows.
 
         Of the ranks that share a replica one returns them and the others return 0, so that a sum over all ranks counts
@@ -199,19 +199,22 @@ class Engine:
         Args:
             inputs: tokens (n, T) int64 of at most a micro-batch.
             targets: tokens (n, T) int64; -100 marks what is no target.
+            first_window: number of the first window in its set; the others follow it.
         """
         missing = self.config.training.micro_batch_size - len(inputs)
         if missing and self.topology.model_size > 1:  # pipeline stages and row shards work on whole micro-batches
             inputs = np.pad(inputs, ((0, missing), (0, 0)))
             targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=IGNORED_TARGET)
         nats = self.replica.evaluate(
-            torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
+            torch.from_numpy(inputs).to(self.device),
+            torch.from_numpy(targets).to(self.device),
+            torch.arange(first_window, first_window + len(inputs), device=self.device),
         )
         if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
             return 0.0, 0
         return nats, int((targets != IGNORED_TARGET).sum())
 
-    def classify(self, samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+    def classify(self, samples: np.ndarray, task: int, first_example: int = 0) -> tuple[float, np.ndarray]:
         """Return the summed cross-entropy in nats of labelled sequences, and how often each class was taken for each.
 
         Of the ranks that share a replica one returns them and the others return zeros, so that a sum over all ranks
@@ -220,6 +223,7 @@ class Engine:
         Args:
             samples: (n, T + 1) int64 of at most a micro-batch: tokens padded with -1, and the label.
             task: number of the task.
+            first_example: number of the first sequence in its set; the others follow it.
 
         Returns:
             Nats, and the confusion matrix (C, C) int64 by label and predicted class.
@@ -228,11 +232,12 @@ class Engine:
         assert head is not None, "the task is a classification"
         missing = self.config.training.micro_batch_size - len(samples)
         if missing and self.topology.model_size > 1:
-            samples = np.pad(samples, ((0, missing), (0, 0)))
+            samples = np.pad(samples, ((0, missing), (0, 0)), constant_values=PADDING)
             samples[len(samples) - missing :, -1] = IGNORED_TARGET
         confusion = np.zeros((head.classes, head.classes), np.int64)
         tensor = torch.from_numpy(samples).to(self.device)
-        nats, predicted = self.replica.classify(tensor[:, :-1], tensor[:, -1], task)
+        sample_ids = torch.arange(first_example, first_example + len(samples), device=self.device)
+        nats, predicted = self.replica.classify(tensor[:, :-1], tensor[:, -1], sample_ids, task)
         if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
             return 0.0, confusion
         labels = samples[:, -1]

@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> BuiltOptimizer
         UserError: ``optimizer.implementation`` is apex, but NVIDIA's apex or a GPU is missing.
     """
     settings: AdamSettings = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.decay_all)
     may_use_apex = config.implementation != "torch" and torch.cuda.is_available()
     fused_adam = apex_fused_adam() if may_use_apex else None
     if config.implementation == "apex" and fused_adam is None:
@@ -55,13 +55,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> BuiltOptimizer
     return BuiltOptimizer(torch.optim.AdamW(groups, fused=True, **settings), "torch AdamW, fused")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
     """Return the trained parameters as torch's parameter groups, without empty groups.
 
-    Parameters with two or more dimensions decay. Vectors (biases, norms, DCT filters, gates) do not.
+    Parameters with two or more dimensions decay. Vectors (biases, norms, DCT filters, gates) do so with ``decay_all``.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    not_decayed = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if decay_all or p.ndim >= 2]
+    not_decayed = [p for p in trained if not decay_all and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

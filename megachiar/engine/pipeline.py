@@ -4,8 +4,8 @@
     stage 1      F0 F1 B0 F2 B1 F3 B2 ...         activations of at most (stages - its number) micro-batches
 
 Stages send each other ``StageInputs``: the hidden states, which have a gradient, and integers that need none. The
-integers are the sample ids, the lengths and, where attention keeps to documents, the document starts. A step of mixed
-training has as many micro-batches as its draws make.
+integers are the sample ids, the lengths and, where attention keeps to documents, the tokens. A step of mixed training
+has as many micro-batches as its draws make.
 """
 
 from __future__ import annotations
@@ -119,29 +119,32 @@ class PipelineReplica:
         auxiliary = self._auxiliary_metrics()
         return RankMetrics(forward=self._forward_metrics().tolist(), auxiliary=auxiliary, gradient_norm=norm)
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
         """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.
 
-        ``inputs`` and ``targets`` are (B, T).
+        ``inputs`` and ``targets`` are (B, T), ``sample_ids`` (B,).
         """
-        outputs = self._evaluate(inputs, targets, 0)
+        outputs = self._evaluate(inputs, targets, sample_ids, 0)
         return outputs[0].item() if outputs is not None else 0.0
 
-    def classify(self, inputs: torch.Tensor, labels: torch.Tensor, task: int) -> tuple[float, np.ndarray]:
+    def classify(
+        self, inputs: torch.Tensor, labels: torch.Tensor, sample_ids: torch.Tensor, task: int
+    ) -> tuple[float, np.ndarray]:
         """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
 
         The last stage returns them, and the others zeros. ``task`` is the number of the classification.
         """
-        outputs = self._evaluate(inputs, labels, task)
+        outputs = self._evaluate(inputs, labels, sample_ids, task)
         if outputs is None:
             return 0.0, np.zeros(len(inputs), np.int64)
         nats, *predicted = outputs.tolist()
         return nats, np.array(predicted, np.int64)
 
-    def _evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, task: int) -> torch.Tensor | None:
+    def _evaluate(
+        self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor, task: int
+    ) -> torch.Tensor | None:
         """Return what ``StageModule.loss`` returns for a micro-batch; None on all stages but the last."""
         self._fill_queues([MicroStep(task)])
-        sample_ids = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
         outputs = deepspeed_patches.evaluate_micro_batch(self.deepspeed, ((inputs, sample_ids), targets))
         return outputs[0] if self.topology.is_last_stage else None
 

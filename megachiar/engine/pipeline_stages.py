@@ -22,7 +22,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.config.tasks import HeadConfig, RunTask
 from megachiar.engine.micro_batches import MicroStep
-from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.batch_layout import BatchLayout, lay_out
 from megachiar.model.classifier import build_heads, pool, real_lengths, touch_unused
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
@@ -38,7 +38,7 @@ class StageInputs(NamedTuple):
     Attributes:
         hidden_states: (m, d), the rows of this rank.
         sequence_ids: (B, 2) int64, the sample ids and the lengths of the sequences without padding; or (B, 2 + T),
-            followed by the document starts of the tokens.
+            followed by the tokens, where each stage has to know its documents.
     """
 
     hidden_states: torch.Tensor
@@ -66,17 +66,10 @@ class MicroBatchQueue:
         return step, self._tasks[step.task]
 
 
-def _layout(sequence_ids: torch.Tensor, length: int, group: TensorParallelGroup, task: RunTask) -> BatchLayout:
-    """Return the layout of a micro-batch that ``StageInputs`` describe."""
-    has_documents = sequence_ids.shape[1] > 2 and task.head is None
-    layout = BatchLayout(
-        sequences=len(sequence_ids),
-        length=length,
-        group=group,
-        document_starts=sequence_ids[:, 2:] if has_documents else None,
-    )
+def _real_lengths(sequence_ids: torch.Tensor, task: RunTask) -> torch.Tensor | None:
+    """Return how many tokens (B,) of each sequence are no padding; None where all are."""
     is_masked = task.head is not None and task.head.padding == "masked"
-    return layout.with_lengths(sequence_ids[:, 1] if is_masked else None)
+    return sequence_ids[:, 1] if is_masked else None
 
 
 class StagePart(nn.Module):
@@ -93,6 +86,7 @@ class StagePart(nn.Module):
         interval: number of layers whose activations are recomputed together; None to keep all activations.
         length: tokens of a sequence, T.
         tasks: of the run.
+        document_end: token that ends a document, if no token is to see another document.
 
     Attributes:
         queue: the micro-batches that come next.
@@ -108,8 +102,11 @@ class StagePart(nn.Module):
         interval: int | None,
         length: int,
         tasks: Sequence[RunTask],
+        document_end: int | None,
     ):
         super().__init__()
+        self.config = config
+        self.document_end = document_end
         self.queue = MicroBatchQueue(tasks)
         self.layers = nn.ModuleDict({str(index): build_layer(config, index, group) for index in indices})
         self.seed = seed
@@ -125,9 +122,16 @@ class StagePart(nn.Module):
         """Run the layers of this part; in training, keep their reports and attach the regulariser."""
         x, sequence_ids = inputs
         micro_step, task = self.queue.take()
-        layout = _layout(sequence_ids, self.length, self.group, task)
-        if self.training:
-            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0])
+        layout = lay_out(
+            self.config,
+            sequence_ids[:, 0],
+            self.length,
+            tokens=sequence_ids[:, 2:],
+            document_end=self.document_end if task.head is None else None,
+            dropout_seed=self.seed if self.training else None,
+            group=self.group,
+            lengths=_real_lengths(sequence_ids, task),
+        )
         x, outputs = run_layers(list(self.layers.values()), x, layout, None, self.interval)
         if self.training and micro_step.task == 0:
             regulariser = total_regulariser(outputs, x.device)
@@ -184,6 +188,7 @@ class StageNorm(nn.Module):
         heads: Mapping[str, HeadConfig],
     ):
         super().__init__()
+        self.config = config
         self.queue = MicroBatchQueue(tasks)
         self.seed = seed
         self.group = group
@@ -201,9 +206,14 @@ class StageNorm(nn.Module):
             x = touch_unused(self.classifiers, used, x)
         if used is None:
             return x
-        layout = _layout(sequence_ids, self.length, self.group, task)
-        if self.training:
-            layout = layout.with_dropout_keys(self.seed, sequence_ids[:, 0])
+        layout = lay_out(
+            self.config,
+            sequence_ids[:, 0],
+            self.length,
+            dropout_seed=self.seed if self.training else None,
+            group=self.group,
+            lengths=_real_lengths(sequence_ids, task),
+        )
         return self.classifiers[used](pool(x, layout), layout)
 
 
@@ -238,7 +248,7 @@ class StageEmbedding(TiedEmbedding):
         hidden_states = self(tokens.flatten(), layout=layout)
         columns = [sample_ids, torch.full_like(sample_ids, length) if lengths is None else lengths]
         if self.document_end is not None:
-            columns += find_document_starts(tokens, self.document_end).unbind(1)
+            columns += tokens.unbind(1)
         return StageInputs(hidden_states, torch.stack(columns, 1))
 
     def last_part(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,6 +315,7 @@ def pipeline_parts(
             interval=interval,
             length=length,
             tasks=tasks,
+            document_end=document_end,
         )
         for indices in layer_groups(config, interval)
     ]

@@ -101,20 +101,22 @@ class Replica:
             gradient_norm=norm,
         )
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        """Return the cross-entropy of inputs and targets (B, T), in nats, summed over the targets."""
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
+        """Return the cross-entropy of inputs and targets (B, T) in nats, summed over the targets; ids are (B,)."""
         self.deepspeed.eval()
         with torch.no_grad():
-            return self.deepspeed(inputs, targets).token_losses.double().sum().item()
+            return self.deepspeed(inputs, targets, sample_ids).token_losses.double().sum().item()
 
-    def classify(self, inputs: torch.Tensor, labels: torch.Tensor, task: int) -> tuple[float, np.ndarray]:
+    def classify(
+        self, inputs: torch.Tensor, labels: torch.Tensor, sample_ids: torch.Tensor, task: int
+    ) -> tuple[float, np.ndarray]:
         """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
 
         ``task`` is the number of the classification.
         """
         self.deepspeed.eval()
         with torch.no_grad():
-            output = self.deepspeed(inputs, labels, head=self.config.tasks[task].name)
+            output = self.deepspeed(inputs, labels, sample_ids, head=self.config.tasks[task].name)
         return output.token_losses.double().sum().item(), output.logits.argmax(-1).cpu().numpy()
 
     def _unclipped_norm(self) -> torch.Tensor | None:

@@ -5,7 +5,8 @@ Shape: V = vocabulary size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,8 +14,13 @@ from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.transformer import ChiarFormer
 
 
+def generate(model: ChiarFormer, prompt: Sequence[int], max_new_tokens: int, **sampling: Any) -> list[int]:
+    """Return the ids that ``stream`` yields: the new ones, without the prompt and without ``eod_id``."""
+    return list(stream(model, prompt, max_new_tokens, **sampling))
+
+
 @torch.inference_mode()
-def generate(
+def stream(
     model: ChiarFormer,
     prompt: Sequence[int],
     max_new_tokens: int,
@@ -25,8 +31,9 @@ def generate(
     seed: int = 0,
     eod_id: int | None = None,
     known_ids: torch.Tensor | None = None,
-) -> list[int]:
-    """Generate tokens that continue ``prompt``.
+    sample_id: int = 0,
+) -> Iterator[int]:
+    """Generate tokens that continue ``prompt``, each as soon as it is drawn. A token takes one forward pass.
 
     A model that was trained with ``data.document_mask`` reads only the last document of the text. When the text exceeds
     the model's ``max_sequence_length``, the model reads the last half of that length again with an empty cache, and
@@ -46,33 +53,35 @@ def generate(
         eod_id: end-of-document id, which ends the generation.
         known_ids: ids that the tokenizer has, bool (V,). A model may have more ids, which pad its vocabulary and are
             never sampled. None means that the tokenizer has all of them.
+        sample_id: number of the text, which keys random routes. A forward pass over the text takes the same routes if
+            it gets the same number, as it does by default.
 
-    Returns:
+    Yields:
         The new ids, without the prompt and without ``eod_id``.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     longest = model.config.max_sequence_length
     text = list(prompt)
-    new: list[int] = []
-    cached = can_cache(model)
+    number = torch.tensor([sample_id], device=device)
+    is_cached = can_cache(model)
     cache, unread = DecodingCache(), last_document(text[-longest:], model.document_end)
-    while len(new) < max_new_tokens:
-        if not cached:
+    for _ in range(max_new_tokens):
+        if not is_cached:
             unread = last_document(text[-longest:], model.document_end)
         elif cache.length + len(unread) > longest:
             cache, unread = DecodingCache(), last_document(text[-max(1, longest // 2) :], model.document_end)
         tokens = torch.tensor([unread], device=device)
-        logits = model(tokens, cache=cache if cached else None).logits[0, -1].float().cpu()
+        output = model(tokens, sample_ids=number, cache=cache if is_cached else None)
+        logits = output.logits[0, -1].float().cpu()
         token = sample(logits, temperature, top_k, top_p, generator, known_ids)
         if token == eod_id:
-            break
-        new.append(token)
+            return
+        yield token
         text.append(token)
         unread = [token]
         if model.document_end is not None and text[-2] == model.document_end:
             cache = DecodingCache()
-    return new
 
 
 def can_cache(model: ChiarFormer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from megachiar.data.sampling.document_end import why_unmasked
 from megachiar.data.sampling.examples import ExampleSet, LabelledSource
 from megachiar.data.storage.files import manifest_path
 from megachiar.errors import UserError
-from megachiar.inference.generation import generate
+from megachiar.inference.generation import stream
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model import ChiarFormer
 from megachiar.training.classification import Classify
@@ -146,20 +146,34 @@ class TextSampler:
         Raises:
             UserError: the prompt is empty and nothing names the token that ends a document.
         """
-        ids = list(self.tokenizer.encode(prompt))
-        start = ids or ([self.end] if self.end is not None else [])
-        if not start:
-            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
-        new = generate(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
+        new = list(self.stream(self.start(ids), max_new_tokens, **sampling))
         return self.tokenizer.decode([*ids, *new]), new
+
+    def start(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Return the ids that the model reads first: those of ``prompt``, or the end of a document before a new one.
+
+        Raises:
+            UserError: the prompt is empty and nothing names the token that ends a document.
+        """
+        if prompt:
+            return prompt
+        if self.end is None:
+            raise UserError("--prompt", "is empty and the tokenizer has no end-of-document token", "give some text")
+        return [self.end]
+
+    def stream(self, start: Sequence[int], max_new_tokens: int, **sampling: Any) -> Iterator[int]:
+        """Continue ``start``, at least one id, and yield each new id as soon as it is drawn; see ``generate``."""
+        return stream(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
 
 
 def model_score(model: ChiarFormer, device: torch.device) -> Score:
     """Return a ``Score`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def score(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+    def score(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[float, int]:
+        numbers = torch.arange(first_window, first_window + len(inputs), device=device)
+        output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers)
         return output.token_losses.double().sum().item(), int((targets != IGNORED_TARGET).sum())
 
     return score
@@ -169,11 +183,12 @@ def model_classify(model: ChiarFormer, device: torch.device, config: RunConfig) 
     """Return a ``Classify`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def classify(samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
         name, head = config.tasks[task]
         assert head is not None, "the task is a classification"
         tokens = torch.from_numpy(samples).to(device)
-        output = model(tokens[:, :-1], tokens[:, -1], head=name)
+        sample_ids = torch.arange(first, first + len(samples), device=device)
+        output = model(tokens[:, :-1], tokens[:, -1], sample_ids, head=name)
         confusion = np.zeros((head.classes, head.classes), np.int64)
         np.add.at(confusion, (samples[:, -1], output.logits.argmax(-1).cpu().numpy()), 1)
         return output.token_losses.double().sum().item(), confusion
@@ -185,12 +200,12 @@ Scored = TypeVar("Scored")
 
 
 def with_progress(
-    score: Callable[[np.ndarray, Any], Scored], advance: Callable[[int], None]
-) -> Callable[[np.ndarray, Any], Scored]:
+    score: Callable[[np.ndarray, Any, int], Scored], advance: Callable[[int], None]
+) -> Callable[[np.ndarray, Any, int], Scored]:
     """Return ``score`` with a call of ``advance`` after it, with the number of windows or examples that it scored."""
 
-    def scored(inputs: np.ndarray, other: Any) -> Scored:
-        result = score(inputs, other)
+    def scored(inputs: np.ndarray, other: Any, first: int) -> Scored:
+        result = score(inputs, other, first)
         advance(len(inputs))
         return result
 

@@ -24,5 +24,7 @@ def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]
     def get(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
         return cached(*arguments, **named)  # type: ignore[arg-type]  # a ParamSpec cannot say that all are hashable
 
+    # torch.compile names a constant after the code that made it, and takes two of one name in a graph for one.
+    get.__code__ = get.__code__.replace(co_name=make.__name__)  # type: ignore[attr-defined]
     get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]  # mypy knows no attributes of functions
     return torch.compiler.assume_constant_result(get)

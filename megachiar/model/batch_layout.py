@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from megachiar.config.model import ModelConfig
 from megachiar.kernels.dropout import KeyedDropout, row_keys
 from megachiar.kernels.routed_rows import RoutedRows
+from megachiar.model.kv_cache import DecodingCache
+from megachiar.model.route_keys import hash_prefixes, keys_of_documents, keys_of_samples
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
@@ -43,6 +46,7 @@ class BatchLayout(NamedTuple):
         lengths: (B,) int64, how many tokens of each sequence are real, before its padding; None where all are.
         row_weights: (m, 1) fp32 of this rank's rows, with which ``mean_of_rows`` leaves out padding; None where there
             is none.
+        route_keys: (N / p,) int64, what a random router draws the routes of this rank's rows by; None where none draws.
     """
 
     sequences: int
@@ -53,6 +57,7 @@ class BatchLayout(NamedTuple):
     document_starts: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    route_keys: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -114,6 +119,55 @@ class BatchLayout(NamedTuple):
         """Return this layout with dropout keys: functions of the run's seed, the sample ids (B,) and the positions."""
         all_rows = row_keys(seed, sample_ids[:, None], self.positions(sample_ids.device)).flatten()
         return self._replace(dropout_keys=DropoutKeys(all_rows, all_rows[self.local_slice]))
+
+
+def lay_out(
+    config: ModelConfig,
+    sample_ids: torch.Tensor,
+    length: int,
+    *,
+    tokens: torch.Tensor | None = None,
+    document_end: int | None = None,
+    dropout_seed: int | None = None,
+    group: TensorParallelGroup = SINGLE_RANK,
+    cache: DecodingCache | None = None,
+    lengths: torch.Tensor | None = None,
+) -> BatchLayout:
+    """Return the layout of a micro-batch, with all keys that the layers of the model need.
+
+    Args:
+        config: config of the model.
+        sample_ids: (B,) int64, number of each sequence: it keys dropout and random routes.
+        length: T, tokens of each sequence in this pass.
+        tokens: (B, T) int64; only read where sequences have documents.
+        document_end: token that ends a document; None where each sequence is one document.
+        dropout_seed: seed of the run; None in evaluation, which drops nothing.
+        group: the ranks that share the layers.
+        cache: of earlier positions, whose hash of the document this pass extends. All positions of a sequence are of
+            one document then.
+        lengths: (B,) int64, how many tokens of each sequence are no padding; None where all are.
+    """
+    positions_before = cache.length if cache is not None else 0
+    layout = BatchLayout(sequences=len(sample_ids), length=length, cache_length=positions_before, group=group)
+    layout = layout.with_lengths(lengths)
+    if dropout_seed is not None and config.dropout:
+        layout = layout.with_dropout_keys(dropout_seed, sample_ids)
+    if document_end is not None and cache is None:
+        assert tokens is not None, "documents are found by their tokens"
+        layout = layout._replace(document_starts=find_document_starts(tokens, document_end))
+    if not config.draws_routes:
+        return layout
+    positions, seed = layout.positions(sample_ids.device), config.router.seed
+    if document_end is None:
+        keys = keys_of_samples(seed, sample_ids, positions)
+    else:
+        assert tokens is not None, "documents are known by their tokens"
+        starts = layout.document_starts if layout.document_starts is not None else torch.zeros_like(tokens)
+        prefixes = hash_prefixes(tokens, starts, positions, cache.prefix if cache is not None else None)
+        if cache is not None:
+            cache.prefix = prefixes[:, -1]
+        keys = keys_of_documents(seed, prefixes)
+    return layout._replace(route_keys=keys.flatten()[layout.local_slice])
 
 
 def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:

@@ -43,10 +43,12 @@ class DecodingCache:
 
     Attributes:
         length: number of positions that the caches hold.
+        prefix: (B,) int64, hash of each document so far, where random routes are drawn by it; else None.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.prefix: torch.Tensor | None = None
         self._layers: dict[str, LayerCache] = {}
 
     def layer(self, name: str) -> LayerCache:

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from megachiar.config.model import ModelConfig
-from megachiar.kernels.hash import uniform_hash
+from megachiar.kernels.hash import GOLDEN, mix64, uniform_hash, wrap64
 from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
+from megachiar.kernels.tables import cached_table
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.parallel.collectives import reduce_from_tp_group
 from megachiar.parallel.linear import ReplicatedLinear
 from megachiar.topology import TensorParallelGroup
+
+LAYER, CHANNEL = 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
+"""Odd factors of layers and of permutations in the hashes below, unlike those of dropout."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class RoutingDecision:
 
     Attributes:
         operator: (m,) int64, index of the operator that each row takes.
-        entropy: (m,) spectral entropy H, without gradient.
+        entropy: (m,) spectral entropy H of the rows themselves, without gradient, whatever the router decides by.
+        score: (m,) the number that the bounds divide, without gradient: H (threshold), H of the permuted rows (hashed),
+            a uniform random number (random); None where gates decide.
         spectrum: (m, P) packed DCT of the rows, without gradient, where DCT mixing can use it; else None.
         gates: (m, O) softmax weights of soft and hard routers, with gradient; else None.
         utilisation: (O,) mean use of each operator with a gradient, for the collapse regulariser; None without it.
@@ -36,13 +42,18 @@ class RoutingDecision:
 
     operator: torch.Tensor
     entropy: torch.Tensor
+    score: torch.Tensor | None
     spectrum: torch.Tensor | None
     gates: torch.Tensor | None
     utilisation: torch.Tensor | None
 
 
 class Router(nn.Module):
-    """A router that decides by spectral entropy (threshold), by a learned gate (soft, hard), or by a hash (random)."""
+    """A router that decides by spectral entropy (threshold), by a learned gate (soft, hard), or blindly, as a control.
+
+    The controls: a random router throws a coin for each token. A hashed router decides by H as a threshold router does,
+    but of rows whose channels are in another order. Equal rows then take one route, as they do by H.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
         super().__init__()
@@ -52,21 +63,23 @@ class Router(nn.Module):
         self.hard_gradient = router.hard_gradient
         self.operators = router.operators
         self.layer = layer
-        self.seed = router.seed
+        self.config = config
+        self.route_key = wrap64((layer + 1) * LAYER)
         self.dc_weight = config.dct.entropy_dc_weight
         self.epsilon = config.dct.entropy_epsilon
         self.regularised = router.collapse_weight > 0
         self.temperature = router.collapse_temperature
+        self.has_thresholds = router.has_thresholds
         self.bounds = self._bounds(config, layer)
         if self.kind in ("soft", "hard"):
             self.gate = ReplicatedLinear(config.hidden_size + 1, len(self.operators), group)
 
     @staticmethod
     def _bounds(config: ModelConfig, layer: int) -> tuple[float, ...]:
-        """Return the increasing bounds between the operators: on H (threshold) or on a uniform hash (random)."""
+        """Return the increasing bounds between the operators, which ``RoutingDecision.score`` is compared with."""
         router = config.router
         three = len(router.operators) == 3
-        if router.kind == "threshold":
+        if router.has_thresholds:
             return tuple(config.threshold(n, layer) for n in (("tau_low", "tau_high") if three else ("tau",)))
         if router.kind == "random":
             assert router.attention_share is not None, "the config checks that random routers have shares"
@@ -80,27 +93,38 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:
         """Decide about this rank's rows ``x`` (m, d)."""
         spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
-        gates = utilisation = None
-        if self.kind == "threshold":
-            operator = self._by_bounds(entropy)
-            if self.regularised:
-                utilisation = self._soft_thresholds(self._differentiable_entropy(x), layout)
-        elif self.kind == "random":
-            operator = self._by_bounds(self._hash(layout, x.device))
-        else:
+        score = gates = utilisation = None
+        if self.kind in ("soft", "hard"):
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
             gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(entropy.dtype), -1)
             operator = gates.argmax(-1)
             utilisation = layout.mean_of_rows(gates) if self.regularised else None
+        else:
+            score = self._score(x, entropy, layout)
+            operator = self._by_bounds(score)
+            if self.regularised:
+                seen = seen_channels(self.config, self.layer, x)
+                utilisation = self._soft_thresholds(self._differentiable_entropy(seen), layout)
         if utilisation is not None and self.group.shards_rows:  # every rank adds the same regulariser to its loss
             utilisation = reduce_from_tp_group(utilisation, self.group) / self.group.size
         return RoutingDecision(
             operator=operator,
             entropy=entropy,
+            score=score,
             spectrum=spectrum,
             gates=gates,
             utilisation=utilisation,
         )
+
+    def _score(self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Return the numbers (m,) that the bounds divide; ``entropy`` (m,) is H of the rows ``x`` (m, d)."""
+        if self.kind == "random":
+            assert layout.route_keys is not None, "lay_out gives a random router its keys"
+            return uniform_hash(layout.route_keys + self.route_key)
+        if self.kind == "hashed":
+            seen = seen_channels(self.config, self.layer, x)
+            return spectrum_and_entropy(seen, self.dc_weight, self.epsilon)[1]
+        return entropy
 
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
         """Return operator 0 up to the first bound, and the last operator above the last bound.
@@ -122,10 +146,23 @@ class Router(nn.Module):
         edges = [torch.ones_like(above[0]), *above, torch.zeros_like(above[0])]
         return torch.stack([a - b for a, b in pairwise(edges)]).clamp_min(0)
 
-    def _hash(self, layout: BatchLayout, device: torch.device) -> torch.Tensor:
-        """Return a fp64 number in [0, 1) for each of this rank's rows: a function of seed, layer and position alone."""
-        key = (self.seed * 1_000_003 + self.layer) * 0x9E3779B97F4A7C15 % 2**62
-        return uniform_hash(layout.local_positions(device) + key)
+
+def seen_channels(config: ModelConfig, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """Return the rows (n, d) whose H the router of ``layer`` compares with thresholds, of hidden states ``x`` (n, d).
+
+    To a hashed router the channels come in an order of the layer's own; to others as they are.
+    """
+    if config.router.kind != "hashed":
+        return x
+    orders = channel_permutations(config.router.seed, config.num_layers, x.shape[1], x.device)
+    return x.index_select(1, orders[layer])
+
+
+@cached_table
+def channel_permutations(seed: int, layers: int, d: int, device: torch.device) -> torch.Tensor:
+    """Return a permutation of ``d`` channels for each of so many layers, (layers, d) int64: functions of the seed."""
+    numbers = mix64(torch.arange(layers, device=device) * wrap64(LAYER) + wrap64((seed + 1) * GOLDEN))
+    return mix64(numbers[:, None] + torch.arange(d, device=device) * wrap64(CHANNEL)).argsort(1)
 
 
 def collapse_regulariser(utilisation: torch.Tensor, weight: float) -> torch.Tensor:

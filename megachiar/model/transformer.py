@@ -14,7 +14,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.config.tasks import HeadConfig
-from megachiar.model.batch_layout import BatchLayout, find_document_starts
+from megachiar.model.batch_layout import lay_out
 from megachiar.model.classifier import build_heads, classifier_loss, pool, real_lengths, touch_unused
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
@@ -92,28 +92,28 @@ class ChiarFormer(nn.Module):
         Args:
             tokens: (B, T) int64, the same on all ranks of the group; with a classification head padded with -1.
             targets: (B, T) int64, or (B,) with a classification head; -100 where there is none; None for logits.
-            sample_ids: (B,) int64, the number of each sequence in the run, which keys its dropout; 0 to B - 1 if None.
+            sample_ids: (B,) int64, the number of each sequence, which keys its dropout and its random routes: in
+                training that of the sample in the run, in evaluation that of the window in its set. 0 to B - 1 if None.
             cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
                 document then.
             head: the task whose classification head is asked; None for the language model.
         """
-        sequences, length = tokens.shape
+        if sample_ids is None:
+            sample_ids = torch.arange(len(tokens), device=tokens.device)
         lengths = None
         if head is not None:
             tokens, lengths = real_lengths(tokens, self.heads[head])
-        layout = BatchLayout(
-            sequences=sequences,
-            length=length,
-            cache_length=cache.length if cache is not None else 0,
+        layout = lay_out(
+            self.config,
+            sample_ids,
+            tokens.shape[1],
+            tokens=tokens,
+            document_end=self.document_end if head is None else None,
+            dropout_seed=self.seed if self.training else None,
             group=self.group,
+            cache=cache,
+            lengths=lengths,
         )
-        layout = layout.with_lengths(lengths)
-        if self.document_end is not None and cache is None and head is None:
-            layout = layout._replace(document_starts=find_document_starts(tokens, self.document_end))
-        if self.training and self.config.dropout:
-            if sample_ids is None:
-                sample_ids = torch.arange(len(tokens), device=tokens.device)
-            layout = layout.with_dropout_keys(self.seed, sample_ids)
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         interval = self.checkpoint_interval if self.training else None
         x, outputs = run_layers(list(self.layers), x, layout, cache, interval)

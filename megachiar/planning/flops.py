@@ -10,7 +10,8 @@ takes, whatever algorithm computes it.
     DCT mixing      an inverse, and a transform where the router     a transform of the gradient and an inverse
                     has not transformed the same rows
     router          a transform of every row, and one more where     one, where H has a gradient
-                    H has a gradient
+                    H has a gradient; another one of the permuted
+                    row, where the router is hashed
     RBF features    one                                              one: their frequencies are not trained
     gates of a      in training, the operators that a token did      nothing more
     hard router     not take, see router.hard_gradient
@@ -138,7 +139,8 @@ def layer_flops_per_token(
     if backward:
         transforms = 2 * shares["dct"] + entropy_has_gradient
     else:
-        transforms = is_routed + entropy_has_gradient + (1 + needs_transform) * shares["dct"]
+        transforms = (1 + needs_transform) * shares["dct"] + entropy_has_gradient
+        transforms += is_routed * (2 if router.kind == "hashed" else 1)
 
     features = config.rbf.features
     rbf_mixing = 8 * features * _seen_keys(sequence_length, count_masked) + 4 * features * d

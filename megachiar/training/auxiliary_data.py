@@ -16,7 +16,7 @@ from megachiar.data.sampling.examples import (
     ExampleSet,
     ExampleStream,
     LabelledSource,
-    check_same_classes,
+    open_example_set,
 )
 from megachiar.data.sampling.order import OrderedSource, RunOrder
 from megachiar.data.storage.files import bin_path
@@ -33,11 +33,13 @@ class AuxiliaryTask:
         name: of the task.
         training: its training samples by position among those that the task has drawn.
         validation: its validation set; None without one.
+        test: its test set; None without one.
     """
 
     name: str
     training: SampleStream
     validation: ValidationSet | ExampleSet | None
+    test: ValidationSet | ExampleSet | None
 
     @property
     def source(self) -> TokenSource:
@@ -59,22 +61,22 @@ def open_auxiliary_tasks(config: RunConfig) -> tuple[AuxiliaryTask, ...]:
 def _open_task(config: RunConfig, name: str, task: AuxiliaryTaskConfig, number: int) -> AuxiliaryTask:
     vocab_size, length, head = config.model.vocab_size, config.sequence_length, task.head_config
     seed = config.training.seed
+    prefixes = (task.validation, task.test)
     if head is None:
         source = TokenSource(task.data, vocab_size, random_access=True)
-        training = SampleStream([source], _order(source, source.dataset.tokens.size, length, seed, number))
-        validation = ValidationSet(task.validation, length, vocab_size=vocab_size) if task.validation else None
-        return AuxiliaryTask(name, training, validation)
+        training = SampleStream([source], _order(source, length, seed, number))
+        texts = [ValidationSet(prefix, length, vocab_size=vocab_size) if prefix else None for prefix in prefixes]
+        return AuxiliaryTask(name, training, *texts)
     labelled = LabelledSource(task.data, head.classes, vocab_size, random_access=True)
-    order = _order(labelled, labelled.examples + SAMPLE_LENGTH, SAMPLE_LENGTH, seed, number)
-    examples = None
-    if task.validation is not None:
-        held_out = LabelledSource(task.validation, head.classes, vocab_size)
-        check_same_classes([labelled, held_out])
-        examples = ExampleSet(held_out, length, number)
-    return AuxiliaryTask(name, ExampleStream([labelled], order, length), examples)
+    examples = [
+        open_example_set(prefix, labelled, length, vocab_size, number) if prefix else None for prefix in prefixes
+    ]
+    return AuxiliaryTask(
+        name, ExampleStream([labelled], _order(labelled, SAMPLE_LENGTH, seed, number), length), *examples
+    )
 
 
-def _order(source: TokenSource, tokens: int, sequence_length: int, seed: int, number: int) -> RunOrder:
+def _order(source: TokenSource, sequence_length: int, seed: int, number: int) -> RunOrder:
     number += _FIRST_NUMBER
-    ordered = OrderedSource(tokens, weight=1.0, number=number, where=bin_path(source.prefix))
+    ordered = OrderedSource(source.units, weight=1.0, number=number, where=bin_path(source.prefix))
     return RunOrder([ordered], sequence_length, seed)

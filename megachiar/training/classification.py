@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from megachiar.data.sampling.examples import ExampleSet
 from megachiar.kernels.ignored_target import IGNORED_TARGET, PADDING
 
-Classify = Callable[[np.ndarray, int], tuple[float, np.ndarray]]
-"""Takes samples, int64 (n, T + 1), and the number of their task; returns the summed cross-entropy in nats and the
-confusion matrix (C, C) by label and predicted class."""
+Classify = Callable[[np.ndarray, int, int], tuple[float, np.ndarray]]
+"""Takes samples, int64 (n, T + 1), the number of their task, and of the first sample in its set; returns the summed
+cross-entropy in nats and the confusion matrix (C, C) by label and predicted class."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate_examples(
         if len(samples) == 0:
             samples = np.full((1, dataset.sequence_length + 1), PADDING, np.int64)
             samples[:, -1] = IGNORED_TARGET
-        batch_nats, batch_confusion = classify(samples, dataset.task)
+        batch_nats, batch_confusion = classify(samples, dataset.task, begin)
         nats, confusion = nats + batch_nats, batch_confusion + (confusion if confusion.size else 0)
     classes = len(confusion)
     nats, *counts = reduce_sum([nats, *map(float, confusion.flatten())])

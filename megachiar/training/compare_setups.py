@@ -66,7 +66,7 @@ def fingerprint(source: TokenSource) -> str:
     """
     manifest = source.manifest.content if source.manifest else None
     content = manifest or "without a checksum"
-    return f"{source.dataset.tokens.size:,} tokens, content {content}, files {source.sampled_digest()}"
+    return f"{source.tokens.size:,} tokens, content {content}, files {source.sampled_digest()}"
 
 
 def _version(library: str) -> str:

@@ -24,7 +24,7 @@ from megachiar.training.run_data import (
     RunData,
     check_max_epochs,
     describe_repeated_sources,
-    describe_seen_validation,
+    describe_seen_sets,
     describe_source_usage,
     open_data,
 )
@@ -145,8 +145,8 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         summary = f"weights from {path}; optimizer, schedule and data start anew"
         warnings = describe_other_tokenizer(path, data.tokenizer_record)
         return Continuation(start, state, Progress(), data, summary, warnings)
-    check_moments(start, state)
     check_same_tasks(path, load_config(path / CONFIG_FILE), config, start.is_own)
+    check_moments(start, state)
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
@@ -224,7 +224,7 @@ def describe_other_validation(state: CheckpointState, data: RunData) -> list[str
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:
     """Return what the log says of the data: how often each source is read, and what may surprise."""
-    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_validation(data)]
+    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_sets(data)]
     return [*describe_source_usage(config, data), *surprises]
 
 

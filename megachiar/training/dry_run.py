@@ -148,8 +148,10 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
         The config, resolved as far as the datasets allow, and what the log of the run would say, as lines of markup.
     """
     notes: list[str] = []
-    of_tasks = [path for task in config.mixed.tasks.values() for path in (task.data, task.validation) if path]
-    missing = _missing([*(source.path for source in config.data.train), *config.data.validation.values(), *of_tasks])
+    of_tasks = [
+        path for task in config.mixed.tasks.values() for path in (task.data, task.validation, task.test) if path
+    ]
+    missing = _missing([*config.data.prefixes, *of_tasks])
     if missing:
         if not _missing(source.path for source in config.data.train):
             config = resolve_epochs(config)

@@ -14,8 +14,10 @@ import numpy as np
 from megachiar.data.sampling.dataset import ValidationSet
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 
-Score = Callable[[np.ndarray, np.ndarray], tuple[float, int]]
-"""Takes inputs and targets, int64 (n, T); returns the summed cross-entropy in nats and the number of targets."""
+Score = Callable[[np.ndarray, np.ndarray, int], tuple[float, int]]
+"""Takes inputs and targets, int64 (n, T), of consecutive windows, and the number of the first one in its set; returns
+the summed cross-entropy in nats and the number of targets. The numbers key random routes: a window takes the same ones
+in every layout and batch size."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def evaluate(
         if len(inputs) == 0:
             inputs = np.zeros((1, dataset.sequence_length), np.int64)
             wanted = np.full_like(inputs, IGNORED_TARGET)
-        batch_nats, batch_targets = score(inputs, wanted)
+        batch_nats, batch_targets = score(inputs, wanted, begin)
         nats, targets = nats + batch_nats, targets + batch_targets
     nats, count = reduce_sum([nats, float(targets)])
     return summarise(nats, round(count), dataset)

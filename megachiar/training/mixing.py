@@ -73,7 +73,7 @@ class Mixing:
         for first in range(0, groups, _COUNTED_TOGETHER) if self._tasks else ():
             drawn = self.draws(first, min(first + _COUNTED_TOGETHER, groups))
             counts += np.bincount(drawn, minlength=len(counts))
-        return [int(count) * task.batch_size for count, task in zip(counts[1:], self._tasks, strict=True)]
+        return [int(count) * task.global_batch_size for count, task in zip(counts[1:], self._tasks, strict=True)]
 
     def _draws_of(self, positions: range) -> NDArray[np.int64]:
         """Return the draws of the groups that begin at ``positions``."""
@@ -82,4 +82,4 @@ class Mixing:
 
     def _micro_steps(self, task: int) -> int:
         """Return the micro-batches that each replica computes of a batch of ``task``."""
-        return self._tasks[task - 1].batch_size // self._samples_at_once
+        return self._tasks[task - 1].global_batch_size // self._samples_at_once

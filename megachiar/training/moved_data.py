@@ -9,11 +9,9 @@ from pathlib import Path
 from megachiar.config import RunConfig
 from megachiar.config.sections import SourceConfig
 from megachiar.config.tasks import HeadConfig
-from megachiar.data.sampling.dataset import TokenSource
-from megachiar.data.sampling.examples import LabelledSource
 from megachiar.data.sampling.history import DataHistory, SourceRecord
 from megachiar.errors import UserError
-from megachiar.training.run_data import record_of
+from megachiar.training.run_data import open_recorded, record_of
 
 
 def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewhere: Iterable[Path]) -> RunConfig:
@@ -33,7 +31,7 @@ def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewh
     order, batch = history.order_of(step), len(history.samples_of(step))
     candidates, head = list(elsewhere), config.tasks[0].head
     sources = [
-        SourceConfig(path=_find(number, history.sources[share.source], candidates, head), weight=share.weight)
+        _find(number, history.sources[share.source], candidates, head).model_copy(update={"weight": share.weight})
         for number, share in enumerate(order.shares)
     ]
     # The micro-batch has no influence on the result; it must divide the batch.
@@ -49,12 +47,14 @@ def with_data_of_step(config: RunConfig, history: DataHistory, step: int, elsewh
     )
 
 
-def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path], head: HeadConfig | None) -> Path:
+def _find(number: int, record: SourceRecord, elsewhere: Sequence[Path], head: HeadConfig | None) -> SourceConfig:
     for path in (Path(record.path), *elsewhere):
         try:
-            source = TokenSource(path) if head is None else LabelledSource(path, head.classes)
+            source = open_recorded(path, record, head.classes if head is not None else None)
             if record.same_data(record_of(source)):
-                return path
+                read, whole = record.tokens, source.whole
+                # Half a unit less, which is rounded up: no rounding of the quotient changes the number.
+                return SourceConfig(path=path, fraction=1.0 if read == whole else (read - 0.5) / whole)
         except UserError:  # nothing is there, or something else
             continue
     raise UserError(

@@ -26,12 +26,14 @@ from megachiar.training.communication_time import measure_communication
 from megachiar.training.compare_setups import compare_setups
 from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
 from megachiar.training.display import Display
+from megachiar.training.final_evaluation import FinalEvaluation, has_result
 from megachiar.training.metrics import MetricsWriter
 from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
 from megachiar.training.run_lock import hold_run_folder
+from megachiar.training.run_result import set_result_aside
 from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start, set_later_aside
 from megachiar.training.supervision import Supervision
 from megachiar.training.trainer import Trainer
@@ -111,8 +113,11 @@ def train(
         console.print(f"  {escape(line)}")
     display = Display(console, config.steps, progress.step)
     resumed = topology.is_main and run.start.kind == "resumed"
-    owed = broadcast_from_rank_0(owed_evaluations(config.logging.folder, progress.step) if resumed else [])
-    if (finished := describe_finished(config, progress)) is not None and not owed:
+    owed, is_measured = broadcast_from_rank_0(
+        (owed_evaluations(config.logging.folder, progress.step), has_result(config, data)) if resumed else ([], False)
+    )
+    finished = describe_finished(config, progress)
+    if finished is not None and not owed and is_measured:
         console.print(escape(finished))
         return 0
     activity.begin("opens the run folder", Stage.START, step=0, item=3)
@@ -136,6 +141,9 @@ def train(
             trainer = Trainer(engine, data, progress, writer, display, supervision, lambda: check.problem)
             code = trainer.run(owed)
             raise_together(check.problem)
+            if code == 0:
+                last = FinalEvaluation(engine, trainer.data, progress, supervision, finished is None, display.line)
+                code = last.run(lambda: check.problem)
             return code
     finally:
         if writer is not None:
@@ -145,6 +153,8 @@ def train(
 def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: Callable[[str], None]) -> MetricsWriter:
     """Write the resolved config and the tokenizer to the run folder, and open its metrics; rank 0 alone does so."""
     folder = config.logging.folder
+    if progress.step < config.steps and (earlier := set_result_aside(folder)) is not None:
+        log(f"the result of the shorter run is now {escape(str(earlier))}")
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     if data.tokenizer is not None:
         keep_tokenizer(data.tokenizer, folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
@@ -14,7 +16,7 @@ from megachiar.data.sampling.examples import (
     ExampleSet,
     ExampleStream,
     LabelledSource,
-    check_same_classes,
+    open_example_set,
     open_labelled_sources,
 )
 from megachiar.data.sampling.history import DataHistory
@@ -40,6 +42,7 @@ class RunData:
     Attributes:
         training: training samples by position in the run.
         validation: validation sets by name, those of auxiliary tasks too.
+        test: test sets by name, which are read after the last step alone.
         history: what the run has read and reads next, as checkpoints record it.
         tokenizer: of the datasets; None where neither config nor manifest names one that is still there.
         auxiliary: the other tasks of mixed training, in the order of the config.
@@ -47,16 +50,18 @@ class RunData:
 
     training: SampleStream | MegatronStream
     validation: dict[str, ValidationSet | ExampleSet]
+    test: dict[str, ValidationSet | ExampleSet]
     history: DataHistory
     tokenizer: Tokenizer | None
     auxiliary: tuple[AuxiliaryTask, ...] = ()
 
     @property
     def sources(self) -> list[TokenSource]:
-        """Every dataset that the run reads from here on, for training or validation."""
+        """Every dataset that the run reads from here on, for training, validation or the test."""
+        held_out = (*self.validation.values(), *self.test.values())
         return [
             *self.training.sources,
-            *(dataset.source for dataset in self.validation.values()),
+            *(dataset.source for dataset in held_out),
             *(task.source for task in self.auxiliary),
         ]
 
@@ -64,6 +69,10 @@ class RunData:
         """Return what each validation set holds, by name, and the data of each auxiliary task, by the task's key."""
         sets = {name: record_of(dataset.source) for name, dataset in self.validation.items()}
         return sets | {f"mixed.tasks.{task.name}": record_of(task.source) for task in self.auxiliary}
+
+    def test_records(self) -> dict[str, SourceRecord]:
+        """Return what each test set holds, by name."""
+        return {name: record_of(dataset.source) for name, dataset in self.test.items()}
 
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
@@ -116,7 +125,7 @@ class RunData:
 
     def _past_source(self, record: SourceRecord) -> TokenSource:
         classes = len(self.training.labelled[0].classes) if isinstance(self.training, ExampleStream) else None
-        source = TokenSource(record.path) if classes is None else LabelledSource(record.path, classes)
+        source = open_recorded(record.path, record, classes)
         if not record.same_data(record_of(source)):
             raise _gone(record.path)
         return source
@@ -135,25 +144,27 @@ def open_data(config: RunConfig) -> RunData:
     """
     try:
         vocab_size, length = config.model.vocab_size, config.sequence_length
-        paths, head = [source.path for source in config.data.train], config.tasks[0].head
+        train, head = config.data.train, config.tasks[0].head
+        paths, fractions = [source.path for source in train], [source.fraction for source in train]
         sources: list[TokenSource] = []
-        validation: dict[str, ValidationSet | ExampleSet] = {}
+        open_set: Callable[[Path], ValidationSet | ExampleSet]
         if head is None:
-            sources += open_sources(paths, vocab_size)
-            for name, prefix in config.data.validation.items():
-                validation[name] = ValidationSet(prefix, length, vocab_size=vocab_size)
+            sources += open_sources(paths, vocab_size, fractions)
+            open_set = lambda prefix: ValidationSet(prefix, length, vocab_size=vocab_size)  # noqa: E731
         else:
-            labelled = open_labelled_sources(paths, head.classes, vocab_size)
-            for name, prefix in config.data.validation.items():
-                source = LabelledSource(prefix, head.classes, vocab_size)
-                check_same_classes([labelled[0], source])
-                validation[name] = ExampleSet(source, length, task=0)
+            labelled = open_labelled_sources(paths, head.classes, vocab_size, fractions)
             sources += labelled
+            open_set = lambda prefix: open_example_set(prefix, labelled[0], length, vocab_size, task=0)  # noqa: E731
+        validation, test = (
+            {name: open_set(prefix) for name, prefix in sets.items()}
+            for sets in (config.data.validation, config.data.test)
+        )
         history = _initial_history(config, sources)
         training = _in_order(config, history, sources)
         auxiliary = open_auxiliary_tasks(config)
         validation |= {task.name: task.validation for task in auxiliary if task.validation is not None}
-        data = RunData(training, validation, history, tokenizer=None, auxiliary=auxiliary)
+        test |= {task.name: task.test for task in auxiliary if task.test is not None}
+        data = RunData(training, validation, test, history, tokenizer=None, auxiliary=auxiliary)
         check_same_tokenizer([(source.prefix, source.manifest) for source in data.sources if _has_tokenizer(source)])
         return replace(data, tokenizer=find_tokenizer(config, data.sources))
     except UserError as error:  # every rank reads the same files, so that one report is enough
@@ -195,6 +206,25 @@ def open_at_step(config: RunConfig, step: int) -> tuple[RunData, SampleStream | 
     return data, data.samples_in(data.history.order_of(step)), data.history.samples_of(step)
 
 
+def open_recorded(path: Path | str, record: SourceRecord, classes: int | None = None) -> TokenSource:
+    """Open the dataset at ``path`` as far as the dataset of ``record`` was read.
+
+    Of a record that has nothing but the number of tokens, that of the whole dataset must be the same.
+
+    Args:
+        path: of the dataset, without ``.bin``.
+        record: of a dataset.
+        classes: how many a labelled dataset has; None for one without labels.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    is_known = record.checksum is not None or record.sampled is not None
+    if classes is not None:
+        return LabelledSource(path, classes, limit=record.tokens - SAMPLE_LENGTH if is_known else None)
+    return TokenSource(path, limit=record.tokens if is_known else None)
+
+
 def _gone(path: str) -> LaunchError:
     problem = "is no longer the dataset that this step has read"
     return LaunchError(path, problem, "put that dataset back; where it has moved, name its new path in data.train")
@@ -210,7 +240,7 @@ def record_of(source: TokenSource) -> SourceRecord:
     """Return what a history records of a dataset."""
     return SourceRecord(
         path=str(source.prefix),
-        tokens=source.examples + SAMPLE_LENGTH if isinstance(source, LabelledSource) else source.dataset.tokens.size,
+        tokens=source.units,
         checksum=source.manifest.content if source.manifest else None,
         sampled=None if source.manifest else source.sampled_digest(),
     )
@@ -291,12 +321,17 @@ def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
     return lines
 
 
-def describe_seen_validation(data: RunData) -> list[str]:
-    """Return a line for the log for each validation set that is also trained on, and so measures nothing new."""
+def describe_seen_sets(data: RunData) -> list[str]:
+    """Return a line for the log for each set that measures nothing new: it is also trained on, or chosen by."""
+    validation = {f"data.validation.{name}": dataset.source for name, dataset in data.validation.items()}
+    test = {f"data.test.{name}": dataset.source for name, dataset in data.test.items()}
     lines = []
-    for name, dataset in data.validation.items():
-        twins = [source.prefix for source in data.training.sources if _hold_the_same(source, dataset.source)]
-        lines += [f"data.validation.{name} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    for key, source in {**validation, **test}.items():
+        twins = [other.prefix for other in data.training.sources if _hold_the_same(other, source)]
+        lines += [f"{key} holds the same tokens as {twin}, which is trained on" for twin in twins]
+    for key, source in test.items():
+        sets = [other for other, known in validation.items() if _hold_the_same(known, source)]
+        lines += [f"{key} holds the same tokens as {twin}: the run is chosen by what tests it" for twin in sets]
     return lines
 
 

@@ -166,8 +166,7 @@ def _load_of_older_run(path: Path, recorded: TokenizerRecord | None, checkpoint:
 
 def _manifest_of_run(config: RunConfig) -> tuple[Path, Manifest] | None:
     """Return prefix and manifest of the first dataset of ``config`` whose manifest is still there."""
-    prefixes = [*(source.path for source in config.data.train), *config.data.validation.values()]
-    return manifest_of_tokenizer((prefix, read_manifest(prefix)) for prefix in prefixes)
+    return manifest_of_tokenizer((prefix, read_manifest(prefix)) for prefix in config.data.prefixes)
 
 
 def _check_fits(tokenizer: Tokenizer, where: object, vocab_size: int) -> None:

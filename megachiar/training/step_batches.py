@@ -51,7 +51,7 @@ class StepBatches:
         with self._exit:  # closes those that are open where one fails
             self._loaders = [loader(data.training, training.global_batch_size, position)]
             for task, of_config, start in zip(data.auxiliary, config.mixed.tasks.values(), drawn, strict=True):
-                self._loaders.append(loader(task.training, of_config.batch_size, start))
+                self._loaders.append(loader(task.training, of_config.global_batch_size, start))
             self._exit = self._exit.pop_all()
 
     def plan(self) -> list[MicroStep]:

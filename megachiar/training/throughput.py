@@ -26,13 +26,14 @@ class Throughput:
 
     def reset(self) -> None:
         """Begin to count anew."""
-        self._seconds, self._predicting, self._classifying = 0.0, 0, 0
+        self._seconds, self._samples, self._predicting, self._classifying = 0.0, 0, 0, 0
 
     def add_step(self, seconds: float, plan: Sequence[MicroStep]) -> None:
         """Add a step that took ``seconds`` and had the micro-batches of ``plan``."""
         tasks = self._config.tasks
         predicting = sum(tasks[micro_step.task].head is None for micro_step in plan)
         self._seconds += seconds
+        self._samples += self._config.training.global_batch_size
         self._predicting += predicting * self._tokens_at_once
         self._classifying += (len(plan) - predicting) * self._tokens_at_once
 
@@ -51,6 +52,7 @@ class Throughput:
                 flops += tokens * of_token
         rate = flops / self._seconds
         return {
+            "samples_per_second": self._samples / self._seconds,
             "tokens_per_second": (self._predicting + self._classifying) / self._seconds,
             "model_flops_per_second": rate,
             "model_flops_utilisation": rate / (self._topology.world_size * self._peak) if self._peak else None,

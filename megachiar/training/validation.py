@@ -94,36 +94,13 @@ class Validation:
         Raises:
             EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
         """
-        topology, training = self._engine.topology, self._engine.config.training
-        break_off = BreakOff(lambda: self._signals.reason() is not None, self._engine.sum_over_world)
 
-        def before_batch(window: int) -> None:
+        def doing(window: int) -> None:
             self._activity.begin(f"evaluates {name} from window {window} on", Stage.EVALUATE, step, window)
-            if break_off.asked():
-                raise EvaluationBrokenOff
 
-        dataset = self._datasets[name]
-        if isinstance(dataset, ExampleSet):
-            return evaluate_examples(
-                self._engine.classify,
-                dataset,
-                training.micro_batch_size,
-                examples=training.evaluation_windows,
-                rank=topology.data_rank,
-                ranks=topology.data_size,
-                reduce_sum=self._engine.sum_over_world,
-                before_batch=before_batch,
-            )
-        return evaluate(
-            self._engine.evaluate,
-            dataset,
-            training.micro_batch_size,
-            windows=training.evaluation_windows,
-            rank=topology.data_rank,
-            ranks=topology.data_size,
-            reduce_sum=self._engine.sum_over_world,
-            before_batch=before_batch,
-        )
+        windows = self._engine.config.training.evaluation_windows
+        stop = lambda: self._signals.reason() is not None  # noqa: E731
+        return evaluate_set(self._engine, self._datasets[name], windows, stop, doing)
 
     def _record(self, name: str, step: int, result: Evaluation | Classification) -> None:
         if step != self._measured_step:
@@ -134,3 +111,53 @@ class Validation:
         if self._writer is not None:
             self._writer.write(step, f"evaluation/{name}", result.as_dict())
         self._display.line(f"[bold]step {step}  {name}: {result.describe()}[/]")
+
+
+def evaluate_set(
+    engine: Engine,
+    dataset: ValidationSet | ExampleSet,
+    windows: int | None,
+    stop: Callable[[], bool],
+    doing: Callable[[int], None],
+) -> Evaluation | Classification:
+    """Measure the engine's model on a dataset; every rank calls this function.
+
+    Args:
+        engine: that holds the model.
+        dataset: to read.
+        windows: of the dataset, or examples, that are read, from the first on; None reads all.
+        stop: whether this rank is asked to stop.
+        doing: says what this rank does, before each batch, with the number of its first window on rank 0.
+
+    Raises:
+        EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
+    """
+    break_off = BreakOff(stop, engine.sum_over_world)
+
+    def before_batch(window: int) -> None:
+        doing(window)
+        if break_off.asked():
+            raise EvaluationBrokenOff
+
+    batch_size, topology = engine.config.training.micro_batch_size, engine.topology
+    if isinstance(dataset, ExampleSet):
+        return evaluate_examples(
+            engine.classify,
+            dataset,
+            batch_size,
+            examples=windows,
+            rank=topology.data_rank,
+            ranks=topology.data_size,
+            reduce_sum=engine.sum_over_world,
+            before_batch=before_batch,
+        )
+    return evaluate(
+        engine.evaluate,
+        dataset,
+        batch_size,
+        windows=windows,
+        rank=topology.data_rank,
+        ranks=topology.data_size,
+        reduce_sum=engine.sum_over_world,
+        before_batch=before_batch,
+    )

@@ -16,8 +16,9 @@ import yaml
 from support import ROOT, forked_python, process_environment, python
 
 import megachiar
+from megachiar.checkout import checkout_commit
 from megachiar.cli import config, quickstart
-from megachiar.cli.main import COMMANDS, ELSEWHERE, checkout_commit, main, module_of, nearest_command, start
+from megachiar.cli.main import COMMANDS, ELSEWHERE, main, module_of, nearest_command, start
 from megachiar.config import load_config
 from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError

@@ -41,7 +41,9 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel):
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         shipped = {name: archive.read(name) for name in held if name.startswith("megachiar/configs/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megachiar").rglob("*.py")}
-    assert held == modules | {"megachiar/py.typed"} | set(shipped)
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megachiar" / "viewer").glob("page.*")}
+    page |= {f"megachiar/viewer/{name}.js" for name in ("panels", "live")}
+    assert len(page) == 6 and held == modules | {"megachiar/py.typed"} | page | set(shipped)
     assert shipped == {f"megachiar/configs/{path.name}": path.read_bytes() for path in (ROOT / "configs").iterdir()}
 
 

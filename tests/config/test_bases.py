@@ -125,7 +125,10 @@ class TestBase:
         assert needed["training"]["required"] == ["global_batch_size", "micro_batch_size"]
         assert [each["required"] for each in needed["training"]["anyOf"]] == [["steps"], ["tokens"], ["epochs"]]
         assert "num_layers" in needed["model"]["required"] and needed["data"]["required"] == ["train"]
-        assert [name for name, each in schema["$defs"].items() if "required" in each] == ["SourceConfig"]
+        assert [name for name, each in schema["$defs"].items() if "required" in each] == [
+            "AuxiliaryTaskConfig",
+            "SourceConfig",
+        ]
 
 
 class TestLength:

@@ -21,6 +21,8 @@ TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel
 RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
 OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
 DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
+RANDOM = ["model.router.kind=random", "model.router.tau=null", "model.router.attention_share=0.4"]
+HASHED = ["model.router.kind=hashed", "model.router.seed=3"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
@@ -61,7 +63,19 @@ DOCUMENT_LAYOUTS = {
     "documents: dp 2, ZeRO 2": (2, [*DOCUMENTS, ZERO + "2"]),
     "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
 }
-EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS
+# The controls. A coin is a function of numbers that every rank must know: of the sample, or of its documents.
+CONTROL_LAYOUTS = {
+    "random: tp 2, sequence, recompute 1": (2, [*RANDOM, TP + "2", SP, RECOMPUTE + "1"]),
+    "random: pp 2, recompute 1": (2, [*RANDOM, PP + "2", RECOMPUTE + "1"]),
+    "random: dp 2, ZeRO 3": (2, [*RANDOM, ZERO + "3"]),
+    "random: tp 2, pp 2, sequence, micro-batch 4": (4, [*RANDOM, TP + "2", PP + "2", SP, MICRO + "4"]),
+    "random, documents: dp 2, ZeRO 2": (2, [*RANDOM, *DOCUMENTS, ZERO + "2"]),
+    "random, documents: tp 2, pp 2, sequence": (4, [*RANDOM, *DOCUMENTS, TP + "2", PP + "2", SP]),
+    "hashed: tp 2, sequence, recompute 1": (2, [*HASHED, TP + "2", SP, RECOMPUTE + "1"]),
+    "hashed: dp 2, ZeRO 2": (2, [*HASHED, ZERO + "2"]),
+    "hashed: tp 2, pp 2, sequence": (4, [*HASHED, TP + "2", PP + "2", SP]),
+}
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | CONTROL_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -87,6 +101,7 @@ CHIAR_ONLY = {
     "bf16: pp 2, offload, micro-batch 4",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
     *REGULARISED_LAYOUTS,
+    *CONTROL_LAYOUTS,
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
@@ -107,6 +122,11 @@ FAST = {
     "regularised: dp 2, ZeRO 2",
     "documents: pp 2, recompute 2",
     "documents: tp 2, pp 2, sequence",
+    "random: pp 2, recompute 1",
+    "random: tp 2, pp 2, sequence, micro-batch 4",
+    "random, documents: tp 2, pp 2, sequence",
+    "hashed: dp 2, ZeRO 2",
+    "hashed: tp 2, pp 2, sequence",
     "bf16: tp 2, sequence, micro-batch 4",
     "bf16: pp 2, bf16 gradients",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
@@ -121,6 +141,9 @@ REFERENCES = {
     SINGLE: [ZERO + "0"],
     f"regularised: {SINGLE}": [REGULARISED],
     f"documents: {SINGLE}": DOCUMENTS,
+    f"random: {SINGLE}": RANDOM,
+    f"random, documents: {SINGLE}": [*RANDOM, *DOCUMENTS],
+    f"hashed: {SINGLE}": HASHED,
     f"bf16: {SINGLE}": [BF16],
     f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
 }
@@ -265,6 +288,25 @@ def test_the_regulariser_moves_the_run(runs):
     """Without this the comparisons of regularised layouts would prove nothing about the regulariser's gradient."""
     regularised = runs.recording(reference_of("regularised: "))
     assert _deviation(runs.recording(SINGLE)["loss"][5:], regularised["loss"][5:]) > 1e-3
+
+
+@for_kinds("chiar")
+@pytest.mark.parametrize("kind", ("random", "random, documents"))
+def test_coins_come_to_their_share_in_a_run(runs, kind):
+    """Over 20 steps of 8 samples each layer is within 4.5 deviations of independent coins."""
+    shares = runs.recording(f"{kind}: {SINGLE}")["attention_share"].mean(0)[1:3]
+    coins = runs.recording(f"{kind}: {SINGLE}")["routes"][:, 0].size
+    assert np.abs(shares - 0.4).max() < 4.5 * (0.4 * 0.6 / coins) ** 0.5
+
+
+@for_kinds("chiar")
+@pytest.mark.parametrize("kind", ("random", "random, documents", "hashed"))
+def test_controls_move_the_run(runs, kind):
+    """Without this the comparisons of layouts with controls would prove nothing about them."""
+    assert _deviation(runs.recording(SINGLE)["loss"][5:], runs.recording(f"{kind}: {SINGLE}")["loss"][5:]) > 1e-4
+    routes = runs.recording(f"{kind}: {SINGLE}")["routes"]
+    if kind == "random":
+        assert (routes[0] != routes[1]).any(), "another step has other samples"
 
 
 @for_kinds("chiar")

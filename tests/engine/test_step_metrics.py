@@ -8,6 +8,8 @@ from megachiar.engine.step_metrics import (
     STATISTICS,
     RankMetrics,
     StepResult,
+    TaskResult,
+    flatten_auxiliary,
     flatten_forward,
     flatten_step,
     unflatten_step,
@@ -37,7 +39,7 @@ EXPECTED = StepResult(
 def test_each_number_comes_back_under_its_name():
     forward = flatten_forward(torch.tensor(4.5), torch.tensor(-0.5), STATISTICS_OF_LAYERS)
     assert forward.dtype == torch.float64 and forward.shape == (2 + len(STATISTICS) * LAYERS,)
-    metrics = RankMetrics(forward=forward.tolist(), gradient_norm=7.0)
+    metrics = RankMetrics(forward=forward.tolist(), auxiliary=[], gradient_norm=7.0)
     assert unflatten_step(flatten_step(metrics, skipped=False, stop=True, is_last_stage=True), LAYERS) == EXPECTED
 
 
@@ -50,13 +52,42 @@ def test_two_stages_add_up_to_the_whole_model():
         flatten_forward(torch.tensor(4.5), torch.tensor(-0.25), second),
     ]
     vectors = [
-        flatten_step(RankMetrics(forward.tolist(), 7.0), skipped=False, stop=stage == 0, is_last_stage=stage == 1)
+        flatten_step(RankMetrics(forward.tolist(), [], 7.0), skipped=False, stop=stage == 0, is_last_stage=stage == 1)
         for stage, forward in enumerate(forwards)
     ]
     assert unflatten_step([sum(values) for values in zip(*vectors, strict=True)], LAYERS) == EXPECTED
 
 
 def test_an_overflow_on_any_rank_is_a_skipped_step():
-    metrics = RankMetrics(forward=[0.0] * (2 + len(STATISTICS) * LAYERS), gradient_norm=float("inf"))
+    metrics = RankMetrics(forward=[0.0] * (2 + len(STATISTICS) * LAYERS), auxiliary=[], gradient_norm=float("inf"))
     result = unflatten_step(flatten_step(metrics, skipped=True, stop=False, is_last_stage=True), LAYERS)
     assert result.skipped and not result.stop and result.gradient_norm == float("inf")
+
+
+def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batches():
+    """Two replicas of two stages: the first stage knows gates, the second losses. Task b has no batch in the step."""
+
+    def scalars(*values: float) -> list[torch.Tensor]:
+        return [torch.tensor(value) for value in values]
+
+    first = [flatten_auxiliary([[], []], [scalars(*gates), []]) for gates in ((0.25, 0.75), (0.5, 0.5))]
+    second = [flatten_auxiliary([scalars(*losses), []], [[], []]) for losses in ((1.0, 2.0), (3.0, 6.0))]
+    vectors = [
+        flatten_step(
+            RankMetrics([0.0] * (2 + len(STATISTICS) * LAYERS), values, 7.0),
+            skipped=False,
+            stop=False,
+            is_last_stage=values in second,
+        )
+        for values in (*first, *second)
+    ]
+    mean = [sum(values) / 2 for values in zip(*vectors, strict=True)]
+    result = unflatten_step(mean, LAYERS, ["a", "b"])
+    assert result.tasks == {"a": TaskResult(loss=3.0, gate=0.5, batches=2.0)}
+    assert result.gradient_norm == 7.0
+
+
+def test_a_loss_of_a_task_that_is_not_finite_is_a_skipped_step():
+    forward = [0.0] * (2 + len(STATISTICS) * LAYERS)
+    metrics = RankMetrics(forward, [float("nan"), 0.5, 1.0], 7.0)
+    assert unflatten_step(flatten_step(metrics, skipped=False, stop=False, is_last_stage=True), LAYERS, ["a"]).skipped

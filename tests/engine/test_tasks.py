@@ -58,11 +58,11 @@ def config_of(task: str, folder: Path) -> dict:
             "kind": "classification",
             "data": str(folder / "examples"),
             "validation": str(folder / "held_out"),
-            "batch_size": 8,
+            "global_batch_size": 8,
             "classes": 3,
             "weight": 2.0,
         },
-        "other": {"kind": "language_model", "data": str(folder / "other"), "batch_size": 8, "loss_weight": 0.5},
+        "other": {"kind": "language_model", "data": str(folder / "other"), "global_batch_size": 8, "loss_weight": 0.5},
     }
     mixed = {"probability": 0.5, "group_size": 4, "tasks": tasks}
     return small_config(folder, model=model, training=training, mixed=mixed)

@@ -30,13 +30,16 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "random all dct": {"kind": "random", "attention_share": 0.0},
     "random all attention": {"kind": "random", "attention_share": 1.0},
     "random three": {"kind": "random", "operators": THREE, "attention_share": 0.3, "rbf_share": 0.4},
+    "hashed": {"kind": "hashed", "tau": MIDDLE, "seed": 5},
+    "hashed three": {"kind": "hashed", "operators": THREE, "tau_low": LOW, "tau_high": HIGH},
+    "hashed regularised": {"kind": "hashed", "tau": (0.77, 0.81), "collapse_weight": 0.3},
 }
 VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}}
 VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}
 KEYS_OF_ROUTED = {"attention": {"keys": "routed"}}
 VARIANTS |= {
     f"{name}, keys of routed": {"router": ROUTERS[name]} | KEYS_OF_ROUTED
-    for name in ("threshold", "threshold all dct", "threshold all attention", "hard dct only", "random")
+    for name in ("threshold", "threshold all dct", "threshold all attention", "hard dct only", "random", "hashed")
 }
 
 

@@ -70,13 +70,14 @@ class Oracle:
             weight, bias = self.w[f"{name}.router.gate.weight"], self.w[f"{name}.router.gate.bias"]
             gates = (torch.cat([x, entropy[..., None]], -1) @ weight.T + bias).softmax(-1)
             operator = gates.argmax(-1)
-        elif router.kind == "threshold":
-            operator = sum((entropy > bound).long() for bound in self.bounds(index))
+        elif router.kind in ("threshold", "hashed"):
+            decides = self.seen_entropy(x, index)
+            operator = sum((decides > bound).long() for bound in self.bounds(index))
         else:
             below = 1 - router.attention_share
             bounds = [below - router.rbf_share, below] if "rbf" in router.operators else [below]
-            draws = [splitmix(router.seed, index, t) for t in range(x.shape[1])]
-            operator = torch.tensor([sum(draw > bound for bound in bounds) for draw in draws]).expand(len(x), -1)
+            draws = [[coin(router.seed, index, sample, t) for t in range(x.shape[1])] for sample in range(len(x))]
+            operator = torch.tensor([[sum(draw > bound for bound in bounds) for draw in row] for row in draws])
         attends = operator == len(router.operators) - 1
         if self.config.attention.keys == "routed":
             functions["attention"] = lambda x, name: self.attention(x, name, attends)
@@ -90,7 +91,7 @@ class Oracle:
         result.operators.append(operator)
         result.entropies.append(entropy.detach())
         if router.collapse_weight:
-            fractions = gates.mean((0, 1)) if gates is not None else self.soft_fractions(entropy, index)
+            fractions = gates.mean((0, 1)) if gates is not None else self.soft_fractions(x, index)
             negative_entropy = sum(q * torch.log(q) for q in fractions)
             result.regulariser = result.regulariser + router.collapse_weight * negative_entropy
         return self.feed_forward(y, name)
@@ -101,7 +102,15 @@ class Oracle:
         values = [getattr(router, n) for n in names]
         return [v[index - 1] if isinstance(v, tuple) else v for v in values]
 
-    def soft_fractions(self, entropy: Tensor, index: int) -> list[Tensor]:
+    def seen_entropy(self, x: Tensor, index: int) -> Tensor:
+        """Return H (B, T) as a threshold or hashed router compares it with its thresholds."""
+        if self.config.router.kind == "hashed":
+            order = permutation(self.config.router.seed, index, x.shape[-1])
+            x = torch.stack([x[..., channel] for channel in order], -1)
+        return self.entropy(x)
+
+    def soft_fractions(self, x: Tensor, index: int) -> list[Tensor]:
+        entropy = self.seen_entropy(x, index)
         width = self.config.router.collapse_temperature
         above = [torch.sigmoid((entropy - bound) / width).mean() for bound in self.bounds(index)]
         edges = [torch.ones(()), *above, torch.zeros(())]
@@ -193,11 +202,29 @@ def causal_softmax(products: Tensor) -> Tensor:
     return products.masked_fill(later, -math.inf).softmax(-1)
 
 
-def splitmix(seed: int, layer: int, position: int) -> float:
-    """Return the random router's number in [0, 1), computed in Python's integers."""
-    mask = 2**64 - 1
-    z = ((seed * 1_000_003 + layer) * 0x9E3779B97F4A7C15 % 2**62 + position) & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    z = z ^ (z >> 31)
-    return (z >> 11) * 2.0**-53
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix(z: int) -> int:
+    """Return a 64-bit number mixed by the finaliser of SplitMix64, in Python's integers."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
+
+
+def coin(seed: int, layer: int, sample: int, position: int) -> float:
+    """Return the random router's number in [0, 1) for a token of a sample."""
+    key = splitmix(splitmix(sample + (seed + 1) * GOLDEN & MASK) + position * GOLDEN & MASK)
+    return (splitmix(key + (layer + 1) * 0xD1B54A32D192ED03 & MASK) >> 11) * 2.0**-53
+
+
+def permutation(seed: int, layer: int, channels: int) -> list[int]:
+    """Return the order in which the hashed router of a layer sees the channels."""
+
+    def number(channel: int) -> int:
+        row = splitmix(layer * 0xD1B54A32D192ED03 + (seed + 1) * GOLDEN & MASK)
+        unsigned = splitmix(row + channel * 0x8CB92BA72F3D8DD7 & MASK)
+        return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+    return sorted(range(channels), key=number)

@@ -199,51 +199,6 @@ def test_the_regulariser_is_least_where_all_operators_are_used_alike():
     assert model(token_batch()).regulariser.item() == pytest.approx(-2 * 0.25 * math.log(2), rel=1e-12)
 
 
-# Random router -------------------------------------------------------------------------------------------------------
-
-
-def routes(seed: int = 0, layers: int = 6, length: int = 4000, share: float = 0.3) -> list[torch.Tensor]:
-    """Operator of each position in each routed layer."""
-    router = {"kind": "random", "attention_share": share, "seed": seed}
-    narrow = {"hidden_size": 4, "ffn_hidden_size": 4, "max_sequence_length": length}
-    model = build_model(small_model_config(num_layers=layers, router=router, **narrow), seed=0)
-    decisions = []
-    for layer in model.layers[1:-1]:
-        layer.router.register_forward_hook(lambda _, __, decision: decisions.append(decision.operator))
-    with torch.no_grad():
-        model(token_batch(1, length))
-    return decisions
-
-
-def test_random_routes_have_the_share_and_are_independent_of_each_other():
-    share, length = 0.3, 4000
-    decisions = torch.stack(routes(length=length, share=share)).double()
-    deviation = math.sqrt(share * (1 - share) / length)
-    assert (decisions.mean(1) - share).abs().max() < 4 * deviation
-    pairs = torch.corrcoef(decisions) - torch.eye(len(decisions), dtype=torch.float64)
-    assert pairs.abs().max() < 4 / math.sqrt(length), "layers"
-    lagged = torch.corrcoef(torch.stack([decisions[0, :-1], decisions[0, 1:]]))[0, 1]
-    assert lagged.abs() < 4 / math.sqrt(length), "neighbouring positions"
-
-
-def test_random_routes_are_a_function_of_seed_layer_and_position():
-    first, again, other = routes(seed=1), routes(seed=1), routes(seed=2)
-    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
-    assert not any(a.equal(b) for a, b in zip(first, other, strict=True))
-    assert not first[0].equal(first[1])
-    longer = routes(seed=1, length=4100)
-    assert all(a.equal(b[:4000]) for a, b in zip(first, longer, strict=True))
-
-
-def test_random_routes_are_the_same_for_every_sequence_and_token():
-    model = build_model(small_model_config(router=ROUTERS["random"]), seed=0)
-    decisions = []
-    model.layers[1].router.register_forward_hook(lambda _, __, decision: decisions.append(decision.operator))
-    model(token_batch(3, 12, seed=1))
-    model(token_batch(1, 12, seed=2))
-    assert decisions[0].view(3, 12).eq(decisions[1]).all()
-
-
 # Learning ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ END = 3
 CASES = {
     "baseline": {"kind": "baseline"},
     **{name: {"router": ROUTERS[name]} for name in ("threshold", "threshold three", "soft three", "hard three")},
+    **{name: {"router": ROUTERS[name]} for name in ("random", "random three", "hashed")},
     "keys of routed": {"router": ROUTERS["threshold"]} | KEYS_OF_ROUTED,
     "no gate": {"router": ROUTERS["threshold"], "meta_router": {"pool": "none"}},
 }
@@ -54,12 +55,16 @@ def test_a_document_has_the_logits_it_has_alone(case, norm):
     model, tokens = masked_model(**CASES[case], norm=norm), packed_documents()
     logits = model(tokens).logits
     for start, end in ((0, 4), (4, 7), (7, 8), (8, 14)):
-        alone = model(tokens[:1, start:end]).logits[0]
+        alone = model(tokens[:1, start:end], sample_ids=torch.tensor([5])).logits[0]
         torch.testing.assert_close(logits[0, start:end], alone, rtol=0, atol=1e-10)
+    behind = torch.cat([tokens[:1, 4:8], tokens[:1, :4], tokens[:1, 8:]], 1)  # the documents in another order
+    moved = model(behind, sample_ids=torch.tensor([9])).logits[0]
+    torch.testing.assert_close(moved[4:8], logits[0, :4], rtol=0, atol=1e-10)
     model.document_end = None
     unmasked = model(tokens).logits
-    torch.testing.assert_close(logits[:, :4], unmasked[:, :4], rtol=0, atol=1e-12)
-    torch.testing.assert_close(logits[1], unmasked[1], rtol=0, atol=1e-10)
+    if "random" not in case:  # without documents a coin is of its sample
+        torch.testing.assert_close(logits[:, :4], unmasked[:, :4], rtol=0, atol=1e-12)
+        torch.testing.assert_close(logits[1], unmasked[1], rtol=0, atol=1e-10)
     assert (logits[0, 5:] - unmasked[0, 5:]).abs().max() > 1e-4, "documents must matter, or this test shows nothing"
 
 
@@ -83,11 +88,12 @@ def test_generation_reads_the_last_document(text, read):
     assert last_document(text, None) == text
 
 
+@pytest.mark.parametrize("case", ("threshold", "random", "hashed"))
 @torch.no_grad()
-def test_greedy_generation_takes_what_a_full_pass_finds_likeliest():
+def test_greedy_generation_takes_what_a_full_pass_finds_likeliest(case):
     """The text goes over several documents: the token that ends one is likely here, and does not end the generation."""
-    model = masked_model(**CASES["threshold"])
-    model.embedding.weight[END] *= 3
+    model = masked_model(**CASES[case])
+    model.embedding.weight[END] *= 5 if case == "random" else 3
     text = [5, END, 9, 4]
     got = generate(model, text, 12, temperature=0)
     for token in got:

@@ -13,11 +13,11 @@ from megachiar.training.mixing import Mixing
 
 
 def mixing(data_size: int = 1, **changes) -> Mixing:
-    task = {"kind": "language_model", "data": "x", "batch_size": 8}
+    task = {"kind": "language_model", "data": "x", "global_batch_size": 8}
     values = {
         "probability": 0.25,
         "group_size": 4,
-        "tasks": {"a": task, "b": {**task, "weight": 3.0, "batch_size": 16, "loss_weight": 2.0}},
+        "tasks": {"a": task, "b": {**task, "weight": 3.0, "global_batch_size": 16, "loss_weight": 2.0}},
         **changes,
     }
     return Mixing(parse_config(small_config(Path("x"), mixed=values), "test"), data_size)

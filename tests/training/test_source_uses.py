@@ -14,7 +14,7 @@ from megachiar.topology import LaunchError
 from megachiar.training.run_data import (
     check_max_epochs,
     describe_repeated_sources,
-    describe_seen_validation,
+    describe_seen_sets,
     describe_source_usage,
     open_data,
 )
@@ -54,7 +54,7 @@ def test_a_validation_set_that_is_trained_on_is_named(config, tmp_path):
 
     def lines(**validation: object) -> list[str]:
         sets = ", ".join(f"{name}: {path}" for name, path in validation.items())
-        return describe_seen_validation(open_data(load_config(config, [f"data.validation={{{sets}}}"])))
+        return describe_seen_sets(open_data(load_config(config, [f"data.validation={{{sets}}}"])))
 
     write_tokens(tmp_path / "valid", seed=1)
     assert lines(own=tmp_path / "valid") == []

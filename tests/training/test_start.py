@@ -209,7 +209,8 @@ def refused_apart(config: Path, folders: list[Path], *sets: str) -> str:
 def test_ranks_that_share_a_folder_start_and_leave_no_mark(apart):
     config, (folder, _) = apart
     start_apart(config, [folder, folder])
-    assert sorted(p.name for p in (folder / "run").iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    names = ["checkpoints", "config.yaml", "metrics.jsonl", "results.json"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == names
 
 
 def test_a_rank_with_another_run_folder_ends_all_before_the_first_step(apart):

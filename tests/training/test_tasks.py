@@ -17,7 +17,7 @@ from megachiar.training.classification import evaluate_examples, summarise_confu
 from megachiar.training.run_data import open_data
 
 MODEL = {"dropout": 0.1}
-STRIDES = {"kind": "classification", "batch_size": 8, "classes": 3}
+STRIDES = {"kind": "classification", "global_batch_size": 8, "classes": 3}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def mixed(data: Path, run: Path, **training) -> dict:
     """Return the config of a run that learns a language model, a classification and another language."""
     tasks = {
         "strides": {**STRIDES, "data": str(data / "examples"), "validation": str(data / "held_out")},
-        "other": {"kind": "language_model", "data": str(data / "other"), "batch_size": 8},
+        "other": {"kind": "language_model", "data": str(data / "other"), "global_batch_size": 8},
     }
     return small_config(
         run,
@@ -213,7 +213,7 @@ def test_every_example_is_classified_once(data, ranks):
     dataset = ExampleSet(LabelledSource(data / "held_out", 3, 16), 24, 0)
     sums: list[list[float]] = []
 
-    def classify(samples: np.ndarray, task: int) -> tuple[float, np.ndarray]:
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
         confusion = np.zeros((3, 3))
         labels = samples[samples[:, -1] >= 0, -1]
         np.add.at(confusion, (labels, labels), 1)
@@ -226,3 +226,27 @@ def test_every_example_is_classified_once(data, ranks):
     total = np.sum(sums, axis=0)
     assert total[0] == 61
     assert total[1:].reshape(3, 3).sum(1).tolist() == np.bincount(dataset.source.labels, minlength=3).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_are_tested_once_with_the_best_checkpoint(data, tmp_path, kind):
+    config = KINDS[kind](data, tmp_path, evaluate_every=4)
+    write_tokens(tmp_path / "test", seed=5, documents=4)
+    write_examples(tmp_path / "examples", 17, seed=6, vocab_size=16, longest=24)
+    if kind == "mixed":
+        config["data"]["test"] = {"text": str(tmp_path / "test")}
+        config["mixed"]["tasks"]["strides"]["test"] = str(tmp_path / "examples")
+        config["checkpoint"] = {"keep_best": "strides", "every": 4}
+    else:
+        config["data"]["test"] = {"strides": str(tmp_path / "examples")}
+        config["checkpoint"] = {"keep_best": "valid", "every": 4}
+    pretrain(write_config(tmp_path / "config.yaml", config))
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    losses = {r["step"]: r["loss"] for r in records(tmp_path, f"evaluation/{config['checkpoint']['keep_best']}")}
+    assert result["best"]["step"] == min(losses, key=losses.get)
+    assert result["test"]["strides"]["examples"] == 17
+    assert 0 <= result["test"]["strides"]["macro_f1"] <= result["test"]["strides"]["accuracy"] + 0.5
+    assert ("token_ppl" in result["test"].get("text", {})) == (kind == "mixed")
+    assert (result["tokens"] is None) == (kind == "classification")
+    assert result["training_seconds"] > 0
+    assert not records(tmp_path, "evaluation/text")

@@ -95,7 +95,9 @@ def train(
 
 
 class Routes:
-    """Recorder of the operator and the distance |H - tau| of each token in each step; it can replay recorded operators.
+    """Recorder of each token's operator in each step, and the distance of H, or of its coin, to the threshold.
+
+    It can replay recorded operators.
 
     Both arrays are (steps, routed layers, tokens of a step), in the order of the data.
     """
@@ -127,7 +129,7 @@ class Routes:
                 return None
             tokens = self._tokens(seen, arguments[1])
             step, seen = seen // self.accumulation, seen + 1
-            self.margin[step, index, tokens] = (decision.entropy.float() - router.bounds[0]).abs()
+            self.margin[step, index, tokens] = (decision.score.float() - router.bounds[0]).abs()
             if self.replay is None:
                 self.taken[step, index, tokens] = decision.operator
                 return None

@@ -24,10 +24,10 @@ DATA = (
         "a name and a prefix for each set",
     ),
     ForeignKey(
-        "test_data_path test_data_paths test_data_weights",
-        f"{MEGATRON}, {NEOX}",
-        "",
-        "remove it: `megachiar evaluate --data PREFIX` measures a test set after training",
+        "test_data_path test_data_paths test_data_weights test_file",
+        f"{MEGATRON}, {NEOX}, {HF}",
+        "data.test",
+        "a name and a prefix for each set, which are read after the last step",
     ),
     ForeignKey(
         "split", f"{MEGATRON}, {NEOX}", "", "remove it: `megachiar preprocess --split` makes a dataset of each part"

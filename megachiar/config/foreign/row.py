@@ -22,4 +22,5 @@ class ForeignKey(NamedTuple):
     how: str = ""
 
 
-MEGATRON, NEOX, DEEPSPEED, TITAN, HF, LITGPT = "Megatron-LM", "GPT-NeoX", "DeepSpeed", "torchtitan", "HF", "litgpt"
+MEGATRON, NEOX, DEEPSPEED, TITAN, HF = "Megatron-LM", "GPT-NeoX", "DeepSpeed", "torchtitan", "HF"
+LITGPT, OLMO = "litgpt", "OLMo"

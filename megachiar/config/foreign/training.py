@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megachiar.config.foreign.row import DEEPSPEED, HF, LITGPT, MEGATRON, NEOX, TITAN, ForeignKey
+from megachiar.config.foreign.row import DEEPSPEED, HF, LITGPT, MEGATRON, NEOX, OLMO, TITAN, ForeignKey
 
 OPTIMIZER = (
     ForeignKey(
@@ -33,6 +33,12 @@ OPTIMIZER = (
         MEGATRON,
         "optimizer.weight_decay",
         "one value for the whole run",
+    ),
+    ForeignKey(
+        "decay_norm_and_bias",
+        OLMO,
+        "optimizer.decay_all",
+        "DCT filters and gates decay with it too",
     ),
     ForeignKey(
         "early_step_in_backward use_precision_aware_optimizer",

@@ -1,4 +1,4 @@
-"""Define the chunks of whole documents that a corpus is read in, and parse the documents out of them.
+"""Define the chunks of whole documents that a corpus is read in, the documents in them, and how they are found.
 
 An *invalid document* is one that cannot be used; whether it is skipped or ends the run is the user's choice
 (``InvalidDocumentLog``).
@@ -6,9 +6,9 @@ An *invalid document* is one that cannot be used; whether it is skipped or ends 
 
 from __future__ import annotations
 
-import json
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +17,20 @@ from megachiar.errors import UserError
 TxtDocuments = Literal["file", "line", "blank-line"]
 OnError = Literal["skip", "refuse"]
 InvalidDocumentKind = Literal[
-    "broken_json", "not_an_object", "missing_text", "not_a_string", "invalid_utf8", "empty", "control_token"
+    "broken_json",
+    "not_an_object",
+    "missing_text",
+    "not_a_string",
+    "invalid_utf8",
+    "empty",
+    "control_token",
+    "missing_label",
+    "bad_label",
+    "unknown_class",
+    "bad_tokens",
 ]
 
 EXAMPLES_PER_KIND = 3
-MOST_KEYS = 8  # of a record that a message names
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,31 @@ class ReadOptions:
         max_document_bytes: the largest document allowed. Memory holds several copies of a document, so a larger one
             ends the run.
         chunk_bytes: the size of a complete chunk, in bytes of text.
+        second_text_key: the JSON key or column of a second text of each document; None where there is one text.
+        token_key: the JSON key or column that holds ready-made token ids in place of text; None for text.
+        label_key: the JSON key or column that holds the label of each document; None for documents without labels.
     """
 
     text_key: str = "text"
     txt_documents: TxtDocuments = "file"
     max_document_bytes: int = 64 << 20
     chunk_bytes: int = 512 << 10
+    second_text_key: str | None = None
+    token_key: str | None = None
+    label_key: str | None = None
+
+    @functools.cached_property
+    def content_keys(self) -> tuple[str, ...]:
+        """Return the keys of what becomes tokens: one or two texts, or ids."""
+        if self.token_key is not None:
+            return (self.token_key,)
+        return (self.text_key,) if self.second_text_key is None else (self.text_key, self.second_text_key)
+
+    @property
+    def extra_keys(self) -> dict[str, str]:
+        """Return the names and values of the keys that a document of one text without a label does not have."""
+        keys = {"second_text_key": self.second_text_key, "token_key": self.token_key, "label_key": self.label_key}
+        return {name: key for name, key in keys.items() if key is not None}
 
 
 class Chunk(NamedTuple):
@@ -49,36 +77,57 @@ class Chunk(NamedTuple):
     Attributes:
         source: the name of the input.
         layout: how the documents are separated: ``jsonl``, ``line`` and ``blank-line`` documents are all in ``data``;
-            with ``documents`` each is an entry of ``rows``.
-        data: the bytes of the documents; empty with the layout ``documents``.
+            with ``documents`` each is an entry of ``rows``, with ``records`` of ``records``.
+        data: the bytes of the documents; empty with the layouts ``documents`` and ``records``.
         first: the number of the first line, or of the first document, counted from 1.
         offset: where ``data`` begins in the (decompressed) source, in bytes.
         consumed: the bytes that were read from the disk for this chunk.
         compressed: whether the source is compressed, so that offsets count bytes of the decompressed text.
         rows: the bytes of each document; None where a parquet row is null.
+        records: the values of each document by column, with texts as bytes.
     """
 
     source: str
-    layout: Literal["jsonl", "line", "blank-line", "documents"]
+    layout: Literal["jsonl", "line", "blank-line", "documents", "records"]
     data: bytes = b""
     first: int = 1
     offset: int = 0
     consumed: int = 0
     compressed: bool = False
     rows: Sequence[bytes | None] = ()
+    records: Sequence[Mapping[str, Any]] = ()
 
     @property
     def size(self) -> int:
-        """Return the bytes of text."""
-        return len(self.data) + sum(len(row or b"") for row in self.rows)
+        """Return the bytes of text, or about the bytes of ids."""
+        records = sum(size_of_values(record) for record in self.records)
+        return len(self.data) + sum(len(row or b"") for row in self.rows) + records
+
+
+def size_of_values(record: Mapping[str, Any]) -> int:
+    """Return the bytes of the texts of a record, and 4 for each entry of its lists."""
+    texts = sum(len(value) for value in record.values() if isinstance(value, bytes))
+    return texts + 4 * sum(len(value) for value in record.values() if isinstance(value, list))
 
 
 class Document(NamedTuple):
-    """Hold a usable document: its text, the same as UTF-8, and where it is, for a message."""
+    """Hold a usable document.
+
+    Attributes:
+        text: its text; two texts are joined by a line end.
+        utf8: the same as UTF-8. Of ready-made ids, which have no text, both are empty.
+        where: where it is, for a message.
+        texts: the two texts of a document that has two; empty for one text.
+        tokens: its ready-made ids; None for text.
+        label: the label as it was read, text or a whole number; None without labels.
+    """
 
     text: str
     utf8: bytes
     where: str = ""
+    texts: tuple[str, ...] = ()
+    tokens: Sequence[int] | None = None
+    label: str | int | None = None
 
 
 class InvalidDocument(NamedTuple):
@@ -125,138 +174,3 @@ class InvalidDocumentLog:
             if sum(known.kind == invalid.kind for known in self.examples) < EXAMPLES_PER_KIND:
                 self.examples.append(invalid)
         self.counts.update(later.counts)
-
-
-def parse_chunk(chunk: Chunk, text_key: str = "text") -> Iterator[Document | InvalidDocument]:
-    """Yield the documents of ``chunk``, valid and invalid, in order.
-
-    Blank lines in jsonl are not documents. In text they separate documents; where each line is a document, they are
-    empty documents.
-    """
-    if chunk.layout == "jsonl":
-        for number, offset, line in _lines(chunk):
-            if line.strip():
-                yield _parse_json(chunk, number, offset, line, text_key)
-    elif chunk.layout == "line":
-        for number, offset, line in _lines(chunk):
-            yield _decode(_at_line(chunk, number), chunk, offset, line.removesuffix(b"\r"))
-    elif chunk.layout == "blank-line":
-        for number, offset, paragraph in _paragraphs(chunk):
-            yield _decode(_at_line(chunk, number), chunk, offset, paragraph)
-    else:
-        for number, data in enumerate(chunk.rows, chunk.first):
-            yield _parse_row(chunk, number, data)
-
-
-def _lines(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, offset in the source, and content without its line end of each line."""
-    lines = chunk.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # the rest after the last line end is no line
-    offset = chunk.offset
-    for number, line in enumerate(lines, chunk.first):
-        yield number, offset, line
-        offset += len(line) + 1
-
-
-def _paragraphs(chunk: Chunk) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number of the first line, offset in the source, and text of each run of lines that are not blank."""
-    run: list[bytes] = []
-    start, start_offset = 0, 0
-    for number, offset, line in _lines(chunk):
-        if line.strip():
-            if not run:
-                start, start_offset = number, offset
-            run.append(line.removesuffix(b"\r"))
-        elif run:
-            yield start, start_offset, b"\n".join(run)
-            run = []
-    if run:
-        yield start, start_offset, b"\n".join(run)
-
-
-def _parse_json(chunk: Chunk, number: int, offset: int, line: bytes, text_key: str) -> Document | InvalidDocument:
-    """Parse a line of JSON lines."""
-    try:
-        decoded = line.decode()
-    except UnicodeDecodeError as error:
-        return _invalid_utf8(_at_line(chunk, number), chunk, offset, line, error)
-    try:
-        record = json.loads(decoded)
-    except json.JSONDecodeError as error:
-        byte = offset + len(decoded[: error.pos].encode())
-        return InvalidDocument(
-            "broken_json", _at_byte(_at_line(chunk, number), chunk, byte), f"broken JSON: {error.msg}"
-        )
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        return InvalidDocument(
-            "broken_json", _at_byte(_at_line(chunk, number), chunk, offset), f"cannot parse JSON: {error}"
-        )
-    where = _at_byte(_at_line(chunk, number), chunk, offset)
-    if not isinstance(record, dict):
-        return InvalidDocument("not_an_object", where, f"is a JSON {_json_type(record)} where an object is expected")
-    if text_key not in record:
-        keys = ", ".join(list(record)[:MOST_KEYS]).encode(errors="backslashreplace").decode() or "none at all"
-        return InvalidDocument("missing_text", where, f"has no key {text_key!r}; keys are {keys}")
-    text = record[text_key]
-    if not isinstance(text, str):
-        return InvalidDocument("not_a_string", where, f"{text_key!r} is a JSON {_json_type(text)}, not a string")
-    return _usable(where, text)
-
-
-def _parse_row(chunk: Chunk, number: int, data: bytes | None) -> Document | InvalidDocument:
-    """Parse an entry of ``rows``."""
-    many = len(chunk.rows) > 1 or chunk.first > 1
-    location = f"{chunk.source}: document {number}" if many else chunk.source
-    if data is None:
-        return InvalidDocument("not_a_string", location, "the text is null")
-    return _decode(location, chunk, chunk.offset, data)
-
-
-def _decode(location: str, chunk: Chunk, offset: int, data: bytes) -> Document | InvalidDocument:
-    """Decode the bytes of a document."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        return _invalid_utf8(location, chunk, offset, data, error)
-    if not text.strip():
-        return InvalidDocument("empty", _at_byte(location, chunk, offset), "is empty")
-    return Document(text, data, location)
-
-
-def _usable(where: str, text: str) -> Document | InvalidDocument:
-    """Check the text of a document from JSON, which may hold characters that UTF-8 cannot encode."""
-    if not text.strip():
-        return InvalidDocument("empty", where, "is empty")
-    try:
-        return Document(text, text.encode(), where)
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        return InvalidDocument(
-            "invalid_utf8", where, f"character {error.start} is half of a surrogate pair (\\u{code:04x})"
-        )
-
-
-def _invalid_utf8(location: str, chunk: Chunk, offset: int, data: bytes, error: UnicodeDecodeError) -> InvalidDocument:
-    byte = data[error.start]
-    return InvalidDocument(
-        "invalid_utf8", _at_byte(location, chunk, offset + error.start), f"byte 0x{byte:02x} is not valid UTF-8"
-    )
-
-
-def _at_line(chunk: Chunk, line: int) -> str:
-    """Return text such as ``a.jsonl:12``."""
-    return f"{chunk.source}:{line}"
-
-
-def _at_byte(location: str, chunk: Chunk, byte: int) -> str:
-    """Return text such as ``a.jsonl:12 (byte 345)``."""
-    return f"{location} (byte {byte}{' of the decompressed text' if chunk.compressed else ''})"
-
-
-def _json_type(value: Any) -> str:
-    """Return JSON's word for the type of ``value``."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    names = {str: "string", dict: "object", list: "array", int: "number", float: "number"}
-    return names[type(value)]

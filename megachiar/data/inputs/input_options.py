@@ -15,10 +15,21 @@ if TYPE_CHECKING:
 DEFAULTS = ReadOptions()
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``named_inputs`` and ``read_options`` read, and ``--on-error``."""
+def add_input_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the options that ``named_inputs`` and ``read_options`` read, and ``--on-error``.
+
+    Args:
+        parser: of the command.
+        required: whether the command cannot do without ``--input``.
+    """
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, quoted globs, folders, or - (standard input)")
+    add(
+        "--input",
+        nargs="+",
+        required=required,
+        metavar="PATH",
+        help="files, quoted globs, folders, or - (standard input)",
+    )
     add("--format", choices=FORMATS, help="format of all inputs (default: by suffix, and jsonl for standard input)")
     add(
         "--text-key",
@@ -46,10 +57,12 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def named_inputs(arguments: argparse.Namespace) -> Inputs:
-    """Find the inputs that the command line names, see ``find_inputs``."""
-    from megachiar.data.inputs.find_inputs import find_inputs  # here, since it imports numpy and --help needs none
+    """Find the inputs that the command line names, see ``find_inputs``; none where it names none."""
+    from megachiar.data.inputs.find_inputs import Inputs, find_inputs  # here: it imports numpy, which --help needs not
 
-    return find_inputs(arguments.input, arguments.format, arguments.text_key)
+    if arguments.input is None:
+        return Inputs()
+    return find_inputs(arguments.input, arguments.format, getattr(arguments, "token_key", None) or arguments.text_key)
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:

@@ -51,7 +51,7 @@ RUN_FILES = re.compile(
     r"|tensorboard/events\.out\.tfevents\.[^/]+"
 )
 """The files of a run folder, or of a checkpoint that was copied out of it, by their whole paths in it."""
-TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts)\.tmp$")
+TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts|labels|labels\.npy)\.tmp$")
 
 
 def find_own_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -117,8 +117,9 @@ def _recognised(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]
 
 def _by_neighbour(name: str, names: set[str], own: dict[str, str]) -> str | None:
     """Say what a file is of which a recognised file beside it tells; None if none does."""
-    if name.endswith(".bin"):
-        return own.get(f"{name.removesuffix('.bin')}.idx")
+    for suffix in (".bin", ".labels.npy"):
+        if name.endswith(suffix):
+            return own.get(f"{name.removesuffix(suffix)}.idx")
     if temporary := TEMPORARY.match(name):
         prefix = temporary[1]
         begun = f"{prefix}.journal" in own or {f"{prefix}.bin.tmp", f"{prefix}.idx.tmp"} <= names

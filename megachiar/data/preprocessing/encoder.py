@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup
-from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentLog, parse_chunk
+from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentLog
+from megachiar.data.inputs.parsing import parse_chunk
+from megachiar.data.preprocessing.classes import class_of
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.tokenizers.choices import Engine
 from megachiar.data.tokenizers.control_guard import ControlTokenError
 from megachiar.data.tokenizers.fast import FastTokenizer
 from megachiar.data.tokenizers.pieces import with_piece_cache
-from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer, load_tokenizer
+from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # whether a byte of ASCII is in a word
+SHOWN_CLASSES = 200  # characters of the names of all classes in a message
 COUNTED_AT_ONCE = 1 << 17  # characters: a list of words takes ten times the memory of the text
 
 
@@ -34,6 +37,7 @@ class EncodedPart(NamedTuple):
         text_bytes: the UTF-8 bytes of their text.
         words: the whitespace-separated words of their text.
         unknown_tokens: the number of unknown tokens, for text that the vocabulary lacks.
+        labels: the name of the class of each document; empty without labels.
     """
 
     tokens: NDArray[Any]
@@ -41,6 +45,7 @@ class EncodedPart(NamedTuple):
     text_bytes: int
     words: int
     unknown_tokens: int
+    labels: Sequence[str] = ()
 
 
 class EncodedGroup(NamedTuple):
@@ -82,9 +87,9 @@ class ChunkEncoder:
             UserError: the tokenizer's files were changed since.
         """
         encode_without_threads()
-        tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
+        tokenizer = settings.load_tokenizer()
         if tokenizer.fingerprint != fingerprint:
-            raise UserError(settings.tokenizer, "was changed during the run", "start again and leave it alone")
+            raise UserError(tokenizer.path, "was changed during the run", "start again and leave it alone")
         return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer))
 
     def __call__(self, group: ChunkGroup) -> EncodedGroup:
@@ -93,10 +98,9 @@ class ChunkEncoder:
         consumed = sum(chunk.consumed for chunk in group.chunks)
         return EncodedGroup([self._encoded_part(*part) for part in parts], log, consumed)
 
-    def _encode(self, group: ChunkGroup, log: InvalidDocumentLog) -> list[tuple[list[TokenIds], int, int]]:
-        """Return, for each part of the split, the ids of its documents, and the bytes and words of their text."""
-        key = self._settings.read.text_key
-        items = [item for chunk in group.chunks for item in parse_chunk(chunk, key)]
+    def _encode(self, group: ChunkGroup, log: InvalidDocumentLog) -> list[tuple[list[TokenIds], int, int, list[str]]]:
+        """Return, for each part of the split, the ids of its documents, bytes and words of their text, and labels."""
+        items = [self._with_class(item) for chunk in group.chunks for item in parse_chunk(chunk, self._settings.read)]
         encoded = iter(self._encode_documents([item for item in items if isinstance(item, Document)]))
         members: list[list[tuple[Document, TokenIds]]] = [[] for _ in self._settings.prefixes]
         for item in items:
@@ -113,33 +117,70 @@ class ChunkEncoder:
                 [ids for _, ids in part],
                 sum(len(document.utf8) for document, _ in part),
                 count_words(document for document, _ in part),
+                [str(document.label) for document, _ in part if document.label is not None],
             )
             for part in members
         ]
 
+    def _with_class(self, item: Document | InvalidDocument) -> Document | InvalidDocument:
+        """Return a document with the name of its class as its label, or the reason why it is of no class."""
+        if isinstance(item, InvalidDocument) or item.label is None:
+            return item
+        classes = self._settings.classes
+        name = class_of(item.label, classes)
+        if name is None:
+            known = ", ".join(classes or ())[:SHOWN_CLASSES]
+            return InvalidDocument("unknown_class", item.where, f"label {item.label!r} is no class: these are {known}")
+        return item._replace(label=name)
+
     def _encode_documents(self, documents: list[Document]) -> list[TokenIds | InvalidDocument]:
         """Return the ids of each document, or the reason why the tokenizer cannot encode it."""
+        if self._settings.read.token_key is not None:
+            return [self._check_ids(document) for document in documents]
         try:
-            encoded = self._tokenizer.encode_batch([document.text for document in documents])
+            encoded = iter(self._tokenizer.encode_batch([text for document in documents for text in _texts(document)]))
         except ControlTokenError:  # one document caused it: the others are valid
             return [self._encode_one(document) for document in documents]
-        return [
-            ids if len(ids) else _without_tokens(document) for document, ids in zip(documents, encoded, strict=True)
-        ]
+        return [self._joined(document, [next(encoded) for _ in _texts(document)]) for document in documents]
 
     def _encode_one(self, document: Document) -> TokenIds | InvalidDocument:
         """Return the ids of a document, or the reason why the tokenizer cannot encode it."""
         try:
-            ids = self._tokenizer.encode_batch([document.text])[0]
+            ids = self._tokenizer.encode_batch(list(_texts(document)))
         except ControlTokenError as error:
             return InvalidDocument("control_token", document.where, f"the tokenizer {error.problem}")
-        return ids if len(ids) else _without_tokens(document)
+        return self._joined(document, ids)
+
+    def _joined(self, document: Document, encoded: Sequence[TokenIds]) -> TokenIds | InvalidDocument:
+        """Return the ids of a document: those of its text, or of two texts with the end-of-document token between."""
+        most = self._settings.max_text_tokens
+        for text, ids in zip(_texts(document), encoded, strict=True):
+            if not len(ids):
+                return InvalidDocument("empty", document.where, f"the tokenizer makes no token of {text[:40]!r}")
+        kept = encoded if most is None else [ids[:most] for ids in encoded]
+        if len(kept) == 1:
+            return kept[0]
+        first, second = kept
+        return np.concatenate([np.asarray(first), [self._tokenizer.eod_id], np.asarray(second)])
+
+    def _check_ids(self, document: Document) -> TokenIds | InvalidDocument:
+        """Return the ready-made ids of a document, or the reason why they are none of the vocabulary."""
+        ids = np.array(document.tokens, np.int64)[: self._settings.max_text_tokens]
+        size = self._tokenizer.vocab_size
+        if int(ids.max()) >= size:
+            place = int(np.argmax(ids >= size))
+            problem = f"id {ids[place]} at place {place} is not below --vocab-size {size}"
+            return InvalidDocument("bad_tokens", document.where, problem)
+        return ids
 
     def _part_of(self, document: Document) -> int:
         """Return the part of the split that a document belongs to."""
-        return self._settings.split.part_of(document.utf8) if self._settings.split else 0
+        if self._settings.split is None:
+            return 0
+        tokens = document.tokens
+        return self._settings.split.part_of(document.utf8 if tokens is None else np.array(tokens, "<i4").tobytes())
 
-    def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int) -> EncodedPart:
+    def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int, labels: list[str]) -> EncodedPart:
         """Join the ids of the documents of one part, with their end-of-document tokens."""
         room = int(self._settings.append_eod)
         lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
@@ -152,13 +193,13 @@ class ChunkEncoder:
             tokens[ends - 1] = self._tokenizer.eod_id
         unknown, eod = self._tokenizer.unknown_id, self._tokenizer.eod_id
         unknown_tokens = 0 if unknown in (None, eod) else int(np.count_nonzero(tokens == unknown))
-        narrowed = narrow(tokens, self._dtype, self._settings.tokenizer)
-        return EncodedPart(narrowed, lengths, text_bytes, words, unknown_tokens)
+        narrowed = narrow(tokens, self._dtype, self._tokenizer.path)
+        return EncodedPart(narrowed, lengths, text_bytes, words, unknown_tokens, labels)
 
 
-def _without_tokens(document: Document) -> InvalidDocument:
-    """Say that a document gives no token."""
-    return InvalidDocument("empty", document.where, f"the tokenizer makes no token of {document.text[:40]!r}")
+def _texts(document: Document) -> tuple[str, ...]:
+    """Return the texts of a document that are encoded each by itself."""
+    return document.texts or (document.text,)
 
 
 def encode_without_threads() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from megachiar.data.inputs.documents import ReadOptions
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.input_note import InputNote
 from megachiar.data.preprocessing.settings import PreprocessSettings
@@ -63,7 +64,7 @@ def _compare_content(settings: PreprocessSettings, manifest: Manifest, stream: T
             raise OutputDiffers(f"nothing tells whether {source.name} was changed since")
         if not note.proves(source.identity(), checksum):
             suspects.append(Suspect(source, size, checksum))
-    changed = find_other_content(suspects, settings.read.text_key, stream)
+    changed = find_other_content(suspects, settings.read, stream)
     if changed is not None:
         raise OutputDiffers(f"{changed.name} was changed since")
 
@@ -122,14 +123,14 @@ def compare(made: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
 
 
 def compare_records(
-    records: Sequence[Sequence[Any]], sources: Sequence[Source], text_key: str, stream: TextIO | None = None
+    records: Sequence[Sequence[Any]], sources: Sequence[Source], read: ReadOptions, stream: TextIO | None = None
 ) -> None:
     """Compare the inputs of an output, as they were recorded, with those that are named now.
 
     Args:
         records: the record of each input, see ``source_records``.
         sources: the inputs that are named now.
-        text_key: the parquet column that is read.
+        read: how the inputs are read.
         stream: where progress is shown while inputs are compared; standard error if None.
 
     Raises:
@@ -137,7 +138,7 @@ def compare_records(
         UserError: an input cannot be read.
     """
     compare({"inputs": [record[0] for record in records]}, {"inputs": [source.name for source in sources]})
-    changed = find_changed(sources, records, text_key, stream)
+    changed = find_changed(sources, records, read, stream)
     if changed is not None:
         raise OutputDiffers(f"{changed.name} was changed since")
 

@@ -13,13 +13,15 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
-from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
+from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog, ReadOptions
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.source_records import find_changed
+from megachiar.data.storage.label_writer import LabelsState
 from megachiar.data.storage.sealed_json import SEAL, parse_json, with_seal, without_seal
 from megachiar.data.storage.writer import BuilderState, open_locked
 from megachiar.errors import UserError, disk_errors
@@ -41,12 +43,25 @@ class OutputState:
         words: the words of the text so far.
         unknown_tokens: the number of unknown tokens so far, for text that the vocabulary lacks; None in the journal of
             an earlier version, which did not count them.
+        labels: the state of its labels; None without labels.
     """
 
     builder: BuilderState
     text_bytes: int = 0
     words: int = 0
     unknown_tokens: int | None = 0
+    labels: LabelsState | None = None
+
+    def as_dict(self, known_blocks: int) -> dict[str, Any]:
+        """Return the values for a line of the journal, without the first ``known_blocks`` blocks of ``.bin``."""
+        values = {
+            **self.builder._asdict(),
+            "blocks": self.builder.blocks[known_blocks:],
+            "text_bytes": self.text_bytes,
+            "words": self.words,
+            "unknown_tokens": self.unknown_tokens,
+        }
+        return values if self.labels is None else {**values, "labels": self.labels}
 
 
 @dataclass
@@ -60,6 +75,7 @@ class Journal:
         sources: the record of each input that is done, in order, see ``source_records``.
         outputs: how far each output had come at the last checkpoint; empty before the first one.
         log: the documents that were left out until then.
+        classes: the classes that were found until then, in order.
     """
 
     path: Path
@@ -68,6 +84,7 @@ class Journal:
     sources: list[list[Any]] = field(default_factory=list)
     outputs: list[OutputState] = field(default_factory=list)
     log: InvalidDocumentLog = field(default_factory=InvalidDocumentLog)
+    classes: list[str] = field(default_factory=list)
     _last_checkpoint: float = field(default_factory=time.monotonic)
     _cost: float = 0.0  # seconds that the last checkpoint took
     _seal: str | None = None  # of the last line; None in a journal without seals
@@ -104,12 +121,12 @@ class Journal:
             journal._append(header)
         return journal
 
-    def check_sources(self, sources: list[Source], text_key: str, stream: TextIO | None = None) -> None:
+    def check_sources(self, sources: list[Source], read: ReadOptions, stream: TextIO | None = None) -> None:
         """Check that the inputs that are done are the first of ``sources``, and were not changed.
 
         Args:
             sources: the inputs as they are now.
-            text_key: the parquet column that was read.
+            read: how the inputs were read.
             stream: where progress is shown while inputs are compared; standard error if None.
 
         Raises:
@@ -119,7 +136,7 @@ class Journal:
             found = sources[number].name if number < len(sources) else "missing"
             if found != recorded[0]:
                 raise self._other_input(number, f"input {number + 1} is {found}")
-        changed = find_changed(sources[: len(self.sources)], self.sources, text_key, stream)
+        changed = find_changed(sources[: len(self.sources)], self.sources, read, stream)
         if changed is not None:
             raise self._other_input(sources.index(changed), f"input {changed.name} was changed since")
 
@@ -137,7 +154,12 @@ class Journal:
         return time.monotonic() - self._last_checkpoint >= pause
 
     def checkpoint(
-        self, sources: list[list[Any]], outputs: list[OutputState], log: InvalidDocumentLog, stage: Stage = "encoding"
+        self,
+        sources: list[list[Any]],
+        outputs: list[OutputState],
+        log: InvalidDocumentLog,
+        stage: Stage = "encoding",
+        classes: Sequence[str] = (),
     ) -> None:
         """Record that ``sources`` are done too, and how far the outputs have come.
 
@@ -146,28 +168,22 @@ class Journal:
             outputs: how far each output has come; all of it is on the disk.
             log: the documents left out so far.
             stage: the next one of the run.
+            classes: all that were found so far, in order.
 
         Raises:
             UserError: the disk is full.
         """
         began = time.monotonic()
         known = [len(output.builder.blocks) for output in self.outputs] or [0] * len(outputs)
-        line = {
+        line: dict[str, Any] = {
             "stage": stage,
             "sources": sources,
-            "outputs": [
-                {
-                    **output.builder._asdict(),
-                    "blocks": output.builder.blocks[first:],
-                    "text_bytes": output.text_bytes,
-                    "words": output.words,
-                    "unknown_tokens": output.unknown_tokens,
-                }
-                for output, first in zip(outputs, known, strict=True)
-            ],
+            "outputs": [output.as_dict(first) for output, first in zip(outputs, known, strict=True)],
             "skipped": dict(log.counts),
             "examples": log.examples,
         }
+        if new := classes[len(self.classes) :]:
+            line["classes"] = list(new)
         self._append(line)
         self._apply(json.loads(json.dumps(line)))
         self._last_checkpoint = time.monotonic()
@@ -258,9 +274,11 @@ class Journal:
                 output["text_bytes"],
                 output["words"],
                 output.get("unknown_tokens"),
+                LabelsState(*output["labels"]) if "labels" in output else None,
             )
             for output, blocks in zip(line["outputs"], before, strict=True)
         ]
+        self.classes += line.get("classes", [])
         self.log = InvalidDocumentLog(
             "skip", Counter(line["skipped"]), [InvalidDocument(*example) for example in line["examples"]]
         )

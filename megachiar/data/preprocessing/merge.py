@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -9,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megachiar import __version__
 from megachiar.data.preprocessing.existing import NO_CHECKSUMS, OutputDiffers, compare, read_whole
 from megachiar.data.preprocessing.input_note import InputNote, write_input_note
-from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
+from megachiar.data.preprocessing.shuffle import shuffle_documents, shuffled_order, unshuffled
 from megachiar.data.storage.files import (
     BlockChecksums,
     bin_path,
     block_checksums,
     check_prefix,
-    dataset_files,
     idx_path,
+    labels_path,
     manifest_path,
+    possible_files,
     remove_dataset,
 )
 from megachiar.data.storage.identity import file_identity
+from megachiar.data.storage.label_writer import LabelsBuilder
+from megachiar.data.storage.labels import read_labels
 from megachiar.data.storage.manifest import (
+    LabelsRecord,
     Manifest,
     TokenizerRecord,
     check_manifest,
@@ -37,6 +43,7 @@ from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 
+NO_LABELS = np.empty(0, np.int32)
 COPY_BLOCK = 1 << 26  # bytes that are copied at once, unless one sequence is longer
 
 
@@ -51,8 +58,8 @@ def merge_datasets(
 ) -> Manifest | None:
     """Write the documents of all ``inputs``, in their order, to the dataset ``output``, whole or not at all.
 
-    Sequences and documents stay as they are. The content of every input that has a manifest is compared with its
-    checksum on the way.
+    Sequences and documents stay as they are, and so do the labels of labelled datasets. The content of every input that
+    has a manifest is compared with its checksum on the way.
 
     Args:
         inputs: the prefixes of the datasets.
@@ -67,8 +74,9 @@ def merge_datasets(
         The output's manifest; None if an input has none.
 
     Raises:
-        UserError: an input is damaged, or its manifest is missing. The types, the tokenizers or the use of
-            end-of-document ids differ. The output is an input or exists as another one, or the disk is full.
+        UserError: an input is damaged, or its manifest is missing. The types, the tokenizers, the use of
+            end-of-document ids or the classes differ. The output is an input or exists as another one, or the disk is
+            full.
     """
     if not inputs:
         raise UserError(output, "nothing to merge", "name at least one input dataset")
@@ -83,9 +91,16 @@ def merge_datasets(
     _check_same_type(datasets)
     manifests = _read_manifests(datasets, allow_missing_manifest)
     known = [manifest for manifest in manifests if manifest is not None]
+    classes, numbers = _read_labels(datasets, manifests)
 
     def make_manifest(builder: IndexedDatasetBuilder) -> bytes:
-        return _merged_manifest(inputs, known, builder, shuffle_seed).to_json()
+        labels = None
+        if classes is not None:
+            with contextlib.closing(LabelsBuilder(output)) as written:
+                written.add(joined_labels(numbers, shuffle_seed))
+                written.complete()
+                labels = LabelsRecord(classes=classes, checksums=written.checksums)
+        return _merged_manifest(inputs, known, builder, shuffle_seed, labels).to_json()
 
     first_output = output if shuffle_seed is None else unshuffled(output)
     with IndexedDatasetBuilder(first_output, datasets[0].dtype) as builder:
@@ -162,13 +177,14 @@ def _compare_part(prefix: Path | str, part: Manifest, recorded: str, note: Input
 
 
 def _identities(prefix: Path | str) -> list[list[Any]]:
-    """Return the identities of the index and of the tokens of a dataset, of those that exist."""
-    return [file_identity(path) for path in (idx_path(prefix), bin_path(prefix)) if path.exists()]
+    """Return the identities of the index, the tokens and the labels of a dataset, of those that exist."""
+    paths = (idx_path(prefix), bin_path(prefix), labels_path(prefix))
+    return [file_identity(path) for path in paths if path.exists()]
 
 
 def _refuse_existing(inputs: Sequence[Path | str], output: Path | str, shuffle_seed: int | None) -> None:
     """Refuse an output that exists, and say whether it is what this merge would make."""
-    for path in dataset_files(output):
+    for path in possible_files(output):
         if path.exists():
             problem = "exists already"
             try:
@@ -225,6 +241,39 @@ def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first:
         )
 
 
+def _read_labels(
+    datasets: Sequence[IndexedDataset], manifests: Sequence[Manifest | None]
+) -> tuple[list[str] | None, list[NDArray[Any]]]:
+    """Return the classes of all datasets, and the class numbers of each one's documents; None and none without labels.
+
+    Raises:
+        UserError: some have labels and others have none, or their classes differ.
+    """
+    records = [None if manifest is None else manifest.labels for manifest in manifests]
+    classes = [None if record is None else record.classes for record in records]
+    for dataset, names in zip(datasets[1:], classes[1:], strict=True):
+        if names != classes[0]:
+            raise UserError(
+                manifest_path(dataset.prefix),
+                f"has {_describe(names)}, but {datasets[0].prefix} {_describe(classes[0])}",
+                "preprocess both with the same classes in the same order: --classes a,b,c or --classes-from PREFIX",
+            )
+    if classes[0] is None:
+        return None, []
+    pairs = zip(datasets, manifests, strict=True)
+    return classes[0], [read_labels(dataset.prefix, manifest, dataset.documents).numbers for dataset, manifest in pairs]
+
+
+def _describe(classes: list[str] | None) -> str:
+    return "no labels" if classes is None else f"the classes {', '.join(classes)[:200]}"
+
+
+def joined_labels(numbers: Sequence[NDArray[Any]], shuffle_seed: int | None) -> NDArray[Any]:
+    """Return the class numbers of joined datasets, in the order that ``shuffle_documents`` gives the documents."""
+    joined = np.concatenate(numbers)
+    return joined if shuffle_seed is None else joined[shuffled_order(joined.size, shuffle_seed)]
+
+
 def append_dataset(
     builder: IndexedDatasetBuilder,
     dataset: IndexedDataset,
@@ -277,6 +326,7 @@ def _merged_manifest(
     manifests: Sequence[Manifest],
     builder: IndexedDatasetBuilder,
     shuffle_seed: int | None,
+    labels: LabelsRecord | None,
 ) -> Manifest:
     """Return the manifest of the merged dataset, whose files are complete."""
     known = all(len(manifest.source_checksums) == len(manifest.sources) for manifest in manifests)
@@ -290,6 +340,7 @@ def _merged_manifest(
         source_bytes=sizes,
         source_checksums=checksums,
         parts=[manifest.fingerprint for manifest in manifests],
+        labels=labels,
         created_by=f"megachiar {__version__} merge_datasets",
         **_merged_values(manifests, shuffle_seed),
     )

@@ -9,11 +9,13 @@ from typing import Any
 
 from megachiar import __version__
 from megachiar.data.inputs.documents import InvalidDocumentLog
+from megachiar.data.preprocessing.classes import ClassTable
 from megachiar.data.preprocessing.encoder import EncodedPart
 from megachiar.data.preprocessing.input_note import ENTRIES
 from megachiar.data.preprocessing.journal import OutputState
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.manifest import Manifest
+from megachiar.data.storage.label_writer import LabelsBuilder
+from megachiar.data.storage.manifest import LabelsRecord, Manifest
 from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.data.tokenizers.recorded import describe_tokenizer
 from megachiar.data.tokenizers.tokenizer import Tokenizer
@@ -30,6 +32,8 @@ class Output:
         words: the whitespace-separated words of the text so far.
         unknown_tokens: the number of unknown tokens so far, for text that the vocabulary lacks; None where an earlier
             version began this run and did not count them.
+        labels: the writer of the labels; None without labels.
+        classes: the classes of the labels, which all outputs of a run share; None without labels.
     """
 
     prefix: Path
@@ -37,18 +41,44 @@ class Output:
     text_bytes: int = 0
     words: int = 0
     unknown_tokens: int | None = 0
+    labels: LabelsBuilder | None = None
+    classes: ClassTable | None = None
 
     @classmethod
-    def from_state(cls, prefix: Path, builder: IndexedDatasetBuilder, state: OutputState | None) -> Output:
-        """Return an output with the counts of ``state``; without a state they are 0."""
-        if state is None:
-            return cls(prefix, builder)
-        return cls(prefix, builder, state.text_bytes, state.words, state.unknown_tokens)
+    def from_state(
+        cls,
+        prefix: Path,
+        builder: IndexedDatasetBuilder,
+        state: OutputState | None,
+        classes: ClassTable | None = None,
+    ) -> Output:
+        """Return an output with the counts of ``state``; without a state they are 0.
+
+        Args:
+            prefix: the path of the dataset.
+            builder: its writer, whose prefix the labels have too.
+            state: how far an earlier run had come, which the builder continues.
+            classes: of the labels; None without labels.
+        """
+        output = cls(prefix, builder, classes=classes)
+        if state is not None:
+            output.text_bytes, output.words = state.text_bytes, state.words
+            output.unknown_tokens = state.unknown_tokens
+        if classes is not None:
+            continued = state.labels if state is not None and builder.documents else None
+            try:
+                output.labels = LabelsBuilder(builder.prefix, continued)
+            except BaseException:
+                builder.close()
+                raise
+        return output
 
     def add(self, part: EncodedPart) -> None:
         """Write the documents of ``part``."""
         if part.lengths.size:
             self.builder.add_documents(part.tokens, part.lengths)
+        if self.labels is not None and self.classes is not None:
+            self.labels.add(self.classes.numbers_of(part.labels))
         self.text_bytes += part.text_bytes
         self.words += part.words
         if self.unknown_tokens is not None:
@@ -56,7 +86,31 @@ class Output:
 
     def state(self) -> OutputState:
         """Return how far this output has come; all that was added until now survives a kill or a power cut."""
-        return OutputState(self.builder.state(), self.text_bytes, self.words, self.unknown_tokens)
+        labels = None if self.labels is None else self.labels.state()
+        return OutputState(self.builder.state(), self.text_bytes, self.words, self.unknown_tokens, labels)
+
+    def complete_labels(self) -> None:
+        """Complete the file of the labels, if there are any: all classes are known by now."""
+        if self.labels is not None and self.classes is not None and self.builder.tokens:
+            self.labels.complete(self.classes.renumbering())
+
+    def close(self) -> None:
+        """Close the files, which stay where they are."""
+        self.builder.close()
+        if self.labels is not None:
+            self.labels.close()
+
+    def abort(self) -> None:
+        """Remove all that was written."""
+        self.builder.abort()
+        if self.labels is not None:
+            self.labels.abort()
+
+    def labels_record(self) -> LabelsRecord | None:
+        """Return what the manifest says of the labels, whose file is complete; None without labels."""
+        if self.labels is None or self.classes is None:
+            return None
+        return LabelsRecord(classes=self.classes.classes, checksums=self.labels.checksums)
 
 
 def make_manifest(
@@ -93,5 +147,6 @@ def make_manifest(
         source_bytes=[size for _, size, *_ in known],
         source_checksums=[record[-1] for record in known],
         options=settings.determining_options,
+        labels=output.labels_record(),
         created_by=f"megachiar {__version__} preprocess_data",
     )

@@ -19,13 +19,14 @@ from typing import TextIO
 
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.preprocessing.encoder import encode_without_threads
+from megachiar.data.preprocessing.example_checks import check_examples, check_token_between
 from megachiar.data.preprocessing.existing import OutputDiffers, find_existing
 from megachiar.data.preprocessing.journal import Journal
 from megachiar.data.preprocessing.report import Report
 from megachiar.data.preprocessing.run import PreprocessRun
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.storage.files import check_prefix, dataset_files
-from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megachiar.data.storage.files import check_prefix, possible_files
+from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError, disk_errors
 
 
@@ -53,13 +54,9 @@ def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
     check_prefix(settings.output_prefix)
     for line in itertools.chain.from_iterable(found.lines() for found in settings.found):
         print(line, file=stream)
-    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
-    if settings.append_eod and tokenizer.eod_id is None:
-        raise UserError(
-            settings.tokenizer,
-            "has no end-of-document token, but --append-eod asks for one",
-            "name it with --eod-token",
-        )
+    check_examples(settings)
+    tokenizer = settings.load_tokenizer()
+    check_token_between(settings, tokenizer)
     if not journal_path(settings).exists():
         if (existing := existing_report(settings, tokenizer, stream)) is not None:
             return existing
@@ -86,7 +83,7 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer, stream: Tex
     }
     journal = Journal.open(journal_path(settings), options, restart=settings.restart)
     try:
-        journal.check_sources(settings.sources, settings.read.text_key, stream)
+        journal.check_sources(settings.sources, settings.read, stream)
         yield journal
     except BaseException:
         if journal.sources or journal.stage != "encoding":
@@ -115,8 +112,8 @@ def check_outputs(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
         UserError: the message names the file, and says why it is not what this call would make.
     """
     # One of the tokenizer's files may be named like an output: tok.json would be the manifest of the prefix tok.
-    tokenizer_files = [settings.tokenizer, *settings.tokenizer.glob("*")]
-    for path in itertools.chain.from_iterable(map(dataset_files, settings.prefixes)):
+    tokenizer_files = [] if settings.tokenizer is None else [settings.tokenizer, *settings.tokenizer.glob("*")]
+    for path in itertools.chain.from_iterable(map(possible_files, settings.prefixes)):
         if path.resolve() in {file.resolve() for file in tokenizer_files} or same_file(path, settings.sources):
             raise UserError(path, "is an input and would be an output too", "choose another --output-prefix")
         if path.exists() and not settings.overwrite:

@@ -11,7 +11,10 @@ from typing import Any
 from megachiar.data.inputs.documents import InvalidDocumentLog
 from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.preprocessing.existing import SAME
+from megachiar.data.preprocessing.settings import PreprocessSettings
+from megachiar.data.storage.labels import read_labels
 from megachiar.data.storage.manifest import Manifest
+from megachiar.data.tokenizers.ready_made import READY_MADE
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -59,11 +62,10 @@ class Report:
         for invalid in self.log.examples:
             yield f"skipped {invalid.where}: {invalid.problem} [{invalid.kind}]"
         for prefix, made in self.manifests.items():
-            ratio = made.tokens / max(1, made.text_bytes)
-            yield (
-                f"{prefix}.bin/.idx: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}), "
-                f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte{self._unknown(prefix)}"
-            )
+            text = "" if made.tokenizer.kind == READY_MADE else f", {_describe_text(made)}{self._unknown(prefix)}"
+            yield f"{prefix}.bin/.idx: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}){text}"
+            if made.labels is not None:
+                yield f"{prefix}.labels.npy: {read_labels(prefix, made, made.documents).describe()}"
         if self.document_end:
             yield self.document_end
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
@@ -86,11 +88,21 @@ class Report:
         return f", {number} <unk> (id {self.unknown_id})"
 
 
-def describe_document_end(tokenizer: Tokenizer, append_eod: bool) -> str:
-    """Describe how documents end: the token and its id, or that there is none."""
+def _describe_text(made: Manifest) -> str:
+    """Describe the text of a dataset."""
+    ratio = made.tokens / max(1, made.text_bytes)
+    return f"{made.text_bytes:,} bytes, {made.words:,} words, {ratio:.4f} tokens/byte"
+
+
+def describe_document_end(tokenizer: Tokenizer, settings: PreprocessSettings) -> str:
+    """Describe how documents end: the token and its id, or that there is none; of labelled documents the parts."""
+    if settings.read.second_text_key is not None and tokenizer.eod_id is not None:
+        return f"{tokenizer.controls[tokenizer.eod_id]!r} (id {tokenizer.eod_id}) stands between the two texts"
+    if settings.labelled or tokenizer.kind == READY_MADE:
+        return ""
     if tokenizer.eod_id is None:
         return "documents end with no token of their own: the tokenizer has none for it (--eod-token names one)"
     token = f"{tokenizer.controls[tokenizer.eod_id]!r} (id {tokenizer.eod_id})"
-    return (
-        f"each document ends with {token}" if append_eod else f"documents end with no token: --append-eod adds {token}"
-    )
+    if settings.append_eod:
+        return f"each document ends with {token}"
+    return f"documents end with no token: --append-eod adds {token}"

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megachiar.data.inputs.chunk_groups import ChunkGroup, read_groups
-from megachiar.data.inputs.documents import Document, InvalidDocumentLog, parse_chunk
+from megachiar.data.inputs.documents import Document, InvalidDocumentLog, ReadOptions
+from megachiar.data.inputs.parsing import parse_chunk
 from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
+from megachiar.data.preprocessing.classes import ClassTable
 from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
 from megachiar.data.preprocessing.input_note import write_input_note
-from megachiar.data.preprocessing.journal import Journal, OutputState
+from megachiar.data.preprocessing.journal import Journal, OutputState, Stage
 from megachiar.data.preprocessing.ordered_pool import ordered_map
 from megachiar.data.preprocessing.output import Output, make_manifest
 from megachiar.data.preprocessing.report import Report, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
-from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
+from megachiar.data.preprocessing.shuffle import shuffle_documents, shuffled_order, unshuffled
 from megachiar.data.storage.files import (
     CHECKSUM_BLOCK,
     as_bytes,
@@ -39,11 +41,13 @@ from megachiar.data.storage.files import (
     remove_dataset,
 )
 from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.storage.labels import read_numbers
 from megachiar.data.storage.manifest import VERIFYING_THREADS, Manifest, read_manifest
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import BuilderState, IndexedDatasetBuilder
 from megachiar.data.tokenizers.fast import CHECKED_BYTES, EngineChoice, choose_engine
 from megachiar.data.tokenizers.pieces import MOST_CACHED_BYTES
+from megachiar.data.tokenizers.ready_made import READY_MADE
 from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.process_memory import give_back_free_memory
@@ -65,6 +69,7 @@ class PreprocessRun:
         made: the manifest of each dataset that this run completed.
         done_before: how many inputs earlier runs had done.
         recorder: makes a record of each input that this run reads.
+        classes: the classes of labelled documents; None without labels.
     """
 
     def __init__(self, settings: PreprocessSettings, tokenizer: ReferenceTokenizer, journal: Journal, stream: TextIO):
@@ -77,6 +82,7 @@ class PreprocessRun:
         self.made: dict[Path, Manifest] = {}
         self.done_before = len(journal.sources)
         self.recorder = SourceRecorder()
+        self.classes = ClassTable(settings.classes, journal.classes) if settings.labelled else None
 
     def run(self) -> Report:
         """Do all that is left to do.
@@ -99,7 +105,7 @@ class PreprocessRun:
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
                 source_records=self.journal.sources,
-                document_end=describe_document_end(self.tokenizer, self.settings.append_eod),
+                document_end=describe_document_end(self.tokenizer, self.settings),
                 unknown_id=self.tokenizer.unknown_id,
                 unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),
             )
@@ -113,11 +119,14 @@ class PreprocessRun:
         with self._outputs() as outputs:
             log = self._encode_sources(outputs, done, progress)
             self._check_filled(outputs, log)
+            for output in outputs:
+                output.complete_labels()
             states = [output.state() for output in outputs]
             for output in outputs:
                 if output.builder.tokens:
                     output.builder.complete(None if shuffling else functools.partial(self._manifest, output, log))
-            self.journal.checkpoint(self._unrecorded(), states, log, "shuffling" if shuffling else "placing")
+            stage: Stage = "shuffling" if shuffling else "placing"
+            self.journal.checkpoint(self._unrecorded(), states, log, stage, self._found_classes())
 
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[list[Output]]:
@@ -128,23 +137,23 @@ class PreprocessRun:
             for prefix, state in zip(self.settings.prefixes, states, strict=True):
                 first = prefix if self.settings.shuffle_seed is None else unshuffled(prefix)
                 builder = IndexedDatasetBuilder(first, self.dtype, state.builder if state else None)
-                outputs.append(Output.from_state(prefix, builder, state))
+                outputs.append(Output.from_state(prefix, builder, state, self.classes))
             yield outputs
         except BaseException:
             for output in outputs:
                 if self.journal.sources:
-                    output.builder.close()
+                    output.close()
                 else:
-                    output.builder.abort()
+                    output.abort()
             if self.journal.sources:
                 total = len(self.settings.sources)
                 kept = f"{len(self.journal.sources):,} of {total:,} inputs are done and kept"
                 print(f"{kept}: run the same command again to go on", file=self.stream)
             raise
         for output in outputs:
-            output.builder.close()
+            output.close()
             if not output.builder.tokens:
-                output.builder.abort()
+                output.abort()
 
     def _encode_sources(self, outputs: list[Output], done: int, progress: TextProgress) -> InvalidDocumentLog:
         """Encode the sources after the first ``done`` ones into ``outputs``, with checkpoints between sources."""
@@ -168,13 +177,18 @@ class PreprocessRun:
                 # A checkpoint is possible only where a source begins: the next run would read a part of one again.
                 if resumable and group.begins_source and finished and self.journal.due():
                     states = [output.state() for output in outputs]
-                    self.journal.checkpoint(self._unrecorded(group.first_source), states, log)
+                    unrecorded = self._unrecorded(group.first_source)
+                    self.journal.checkpoint(unrecorded, states, log, classes=self._found_classes())
                 for output, part in zip(outputs, result.parts, strict=True):
                     output.add(part)
                 log.merge(result.log)
                 text_bytes = sum(part.text_bytes for part in result.parts)
                 progress.advance(result.consumed, text_bytes, sum(part.lengths.size for part in result.parts))
         return log
+
+    def _found_classes(self) -> list[str]:
+        """Return the classes that were found so far; none without labels."""
+        return [] if self.classes is None else self.classes.found
 
     def _unrecorded(self, end: int | None = None) -> list[list[Any]]:
         """Return the records of the inputs up to number ``end`` that were read since the last checkpoint."""
@@ -185,7 +199,10 @@ class PreprocessRun:
         """Choose the engine by the first group, and encode all groups in worker processes, in order."""
         settings = self.settings
         first = list(itertools.islice(groups, 1))
-        engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read.text_key))
+        if self.tokenizer.kind == READY_MADE:
+            engine = EngineChoice("reference", "ready-made ids", self.tokenizer)
+        else:
+            engine = choose_engine(settings.engine, self.tokenizer, _first_texts(first, settings.read))
         self.engine = engine
         make_encoder: Callable[[], ChunkEncoder]
         if settings.fork or settings.workers == 1:
@@ -229,11 +246,15 @@ class PreprocessRun:
                 put_in_place(unshuffled(prefix))
                 if encoded_before:
                     _check_unshuffled(unshuffled(prefix), state.builder)
-                output = Output.from_state(prefix, IndexedDatasetBuilder(prefix, self.dtype), state)
-                stack.callback(output.builder.close)
+                output = Output.from_state(prefix, IndexedDatasetBuilder(prefix, self.dtype), state, self.classes)
+                stack.callback(output.close)
                 shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, seed)
+                if output.labels is not None and state.labels is not None:
+                    numbers = read_numbers(unshuffled(prefix), state.labels.documents, state.labels.completed or [])
+                    output.labels.add(numbers[shuffled_order(numbers.size, seed)])
+                    output.labels.complete()
                 output.builder.complete(functools.partial(self._manifest, output, log))
-            self.journal.checkpoint([], states, log, "placing")
+            self.journal.checkpoint([], states, log, "placing", self._found_classes())
 
     def _move_outputs(self) -> None:
         """Give all complete files their final names, and note what the inputs were."""
@@ -291,11 +312,11 @@ def total_size(sources: Iterable[Source]) -> int | None:
     return total
 
 
-def _first_texts(groups: list[ChunkGroup], text_key: str) -> Iterator[str]:
+def _first_texts(groups: list[ChunkGroup], read: ReadOptions) -> Iterator[str]:
     """Yield the texts of the input's first documents, as many as are compared between engines."""
     room = CHECKED_BYTES
     chunks = itertools.chain.from_iterable(group.chunks for group in groups)
-    for item in itertools.chain.from_iterable(parse_chunk(chunk, text_key) for chunk in chunks):
+    for item in itertools.chain.from_iterable(parse_chunk(chunk, read) for chunk in chunks):
         if isinstance(item, Document) and len(item.utf8) <= room:
             room -= len(item.utf8)
             yield item.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from megachiar.data.inputs.folder_files import FoundFiles
 from megachiar.data.inputs.source import Source
 from megachiar.data.preprocessing.split import Split
 from megachiar.data.tokenizers.choices import Engine, TokenizerKind
+from megachiar.data.tokenizers.ready_made import ReadyMadeIds
+from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,10 @@ class PreprocessSettings:
 
     Attributes:
         sources: the inputs of the corpus, in order.
-        tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``.
+        tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``; of ready-made ids all are None.
+        vocab_size: the largest ready-made id that can occur, plus one; None for text.
+        classes: the names of the classes of labelled documents; None takes those of the inputs, sorted.
+        max_text_tokens: how many tokens of each text or list of ids are kept; None keeps all.
         engine: the encoder, see ``choose_engine``.
         output_prefix: the dataset's path without suffix; with ``split``, the parts are ``PREFIX_name``.
         read: how documents are found.
@@ -35,7 +41,7 @@ class PreprocessSettings:
     """
 
     sources: list[Source]
-    tokenizer: Path
+    tokenizer: Path | None
     output_prefix: Path
     tokenizer_kind: TokenizerKind = "auto"
     eod_token: str | None = None
@@ -51,6 +57,25 @@ class PreprocessSettings:
     restart: bool = False
     allow_empty: bool = False
     found: list[FoundFiles] = field(default_factory=list)
+    vocab_size: int | None = None
+    classes: tuple[str, ...] | None = None
+    max_text_tokens: int | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether each document has a label."""
+        return self.read.label_key is not None
+
+    def load_tokenizer(self) -> ReferenceTokenizer:
+        """Load the tokenizer, or what stands in for it where the ids are ready-made.
+
+        Raises:
+            UserError: ``load_tokenizer`` raises it.
+        """
+        if self.tokenizer is None:
+            assert self.vocab_size is not None, "ready-made ids have a size of the vocabulary"
+            return ReadyMadeIds(self.vocab_size)
+        return load_tokenizer(self.tokenizer, self.tokenizer_kind, self.eod_token)
 
     @property
     def prefixes(self) -> list[Path]:
@@ -61,8 +86,14 @@ class PreprocessSettings:
     @property
     def determining_options(self) -> dict[str, str]:
         """Return the options that, beside sources and tokenizer, determine which tokens are written."""
-        return {
+        options = {
             "text_key": self.read.text_key,
             "txt_documents": self.read.txt_documents,
             "split": "" if self.split is None else self.split.text,
+            **self.read.extra_keys,
         }
+        if self.classes is not None:
+            options["classes"] = json.dumps(self.classes, ensure_ascii=False)
+        if self.max_text_tokens is not None:
+            options["max_text_tokens"] = str(self.max_text_tokens)
+        return options

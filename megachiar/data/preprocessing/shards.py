@@ -15,12 +15,16 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+from numpy.typing import NDArray
 
 from megachiar.data.inputs.documents import InvalidDocument, InvalidDocumentLog
+from megachiar.data.preprocessing.classes import ClassTable
+from megachiar.data.preprocessing.example_checks import check_examples, check_known_classes
 from megachiar.data.preprocessing.existing import OutputDiffers, compare_records
 from megachiar.data.preprocessing.input_note import write_input_note
-from megachiar.data.preprocessing.merge import append_dataset
+from megachiar.data.preprocessing.merge import NO_LABELS, append_dataset, joined_labels
 from megachiar.data.preprocessing.output import Output, make_manifest
 from megachiar.data.preprocessing.preprocess import check_outputs, existing_report, preprocess
 from megachiar.data.preprocessing.report import Report, describe_document_end
@@ -28,13 +32,16 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, unshuffled
 from megachiar.data.storage.files import check_prefix, put_in_place, remove_dataset, write_atomically
 from megachiar.data.storage.index_format import dtype_for_vocabulary
+from megachiar.data.storage.label_writer import LabelsBuilder
+from megachiar.data.storage.labels import read_labels
 from megachiar.data.storage.manifest import read_manifest
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, with_seal
 from megachiar.data.storage.writer import IndexedDatasetBuilder
-from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
+
+Builder = TypeVar("Builder", IndexedDatasetBuilder, LabelsBuilder)
 
 _RECORDED = {"identity", "skipped", "examples"}  # keys of the record of a shard
 
@@ -80,6 +87,8 @@ def make_shard(settings: PreprocessSettings, number: int, shards: int, stream: T
     Raises:
         UserError: ``preprocess`` or ``shard_settings`` raises it.
     """
+    check_examples(settings)
+    check_known_classes(settings)
     with disk_errors(shard_folder(settings), "read or write"):
         return _make_shard(settings, shard_settings(settings, number, shards), stream)
 
@@ -91,7 +100,7 @@ def _make_shard(settings: PreprocessSettings, shard: PreprocessSettings, stream:
         return None
     if _merged_before(settings) is not None:
         return None
-    check_outputs(settings, _load_tokenizer(settings))
+    check_outputs(settings, settings.load_tokenizer())
     record.unlink(missing_ok=True)
     for prefix in shard.prefixes:
         remove_dataset(prefix)
@@ -117,6 +126,8 @@ def merge_shards(settings: PreprocessSettings, shards: int, on_bytes: Callable[[
     """
     if shards < 1:
         raise UserError("--merge-shards", f"{shards} shards", "give the number of shards that were made")
+    check_examples(settings)
+    check_known_classes(settings)
     if (merged := _merged_before(settings)) is not None:
         return merged
     parts = [shard_settings(settings, number, shards) for number in range(shards)]
@@ -128,13 +139,14 @@ def _merge(
     settings: PreprocessSettings, shards: list[PreprocessSettings], on_bytes: Callable[[int], None] | None
 ) -> Report:
     """Merge the shards that were made with the settings ``shards``."""
-    tokenizer = _load_tokenizer(settings)
+    tokenizer = settings.load_tokenizer()
     if not _finishing(settings).exists():
         check_outputs(settings, tokenizer)
     records = _records(shards)
     log = _merged_log(records)
     sources = [source for record in records for source in record["identity"][-1]]
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    classes = ClassTable(settings.classes) if settings.labelled else None
 
     def manifest_of(output: Output) -> Callable[[IndexedDatasetBuilder], bytes]:
         return lambda _: make_manifest(settings, tokenizer, output, log, sources).to_json()
@@ -142,9 +154,8 @@ def _merge(
     with contextlib.ExitStack() as stack:
         for part, prefix in enumerate(settings.prefixes):
             first = prefix if settings.shuffle_seed is None else unshuffled(prefix)
-            output = Output(prefix, stack.enter_context(_closing(IndexedDatasetBuilder(first, dtype))))
-            for shard in shards:
-                _append_part(output, shard.prefixes[part], on_bytes)
+            output = Output(prefix, stack.enter_context(_closing(IndexedDatasetBuilder(first, dtype))), classes=classes)
+            numbers = [_append_part(output, shard.prefixes[part], on_bytes) for shard in shards]
             if output.builder.tokens == 0:
                 raise UserError(prefix, "no shard holds a document of this part", "give it a larger weight")
             if settings.shuffle_seed is not None:
@@ -152,6 +163,10 @@ def _merge(
                 output.builder = stack.enter_context(_closing(IndexedDatasetBuilder(prefix, dtype)))
                 shuffle_documents(IndexedDataset(unshuffled(prefix)), output.builder, settings.shuffle_seed, on_bytes)
                 remove_dataset(unshuffled(prefix))
+            if classes is not None:
+                output.labels = stack.enter_context(_closing(LabelsBuilder(prefix)))
+                output.labels.add(joined_labels(numbers, settings.shuffle_seed))
+                output.complete_labels()
             output.builder.complete(manifest_of(output))
         with disk_errors(settings.output_prefix):
             _finishing(settings).touch()  # from here on, outputs that exist are this call's own
@@ -165,7 +180,7 @@ def _merge(
         manifests={prefix: manifest for prefix in settings.prefixes if (manifest := read_manifest(prefix)) is not None},
         log=log,
         found=settings.found,
-        document_end=describe_document_end(tokenizer, settings.append_eod),
+        document_end=describe_document_end(tokenizer, settings),
         unknown_id=tokenizer.unknown_id,
         unknown_tokens=dict(zip(settings.prefixes, unknown, strict=True)),
     )
@@ -173,22 +188,18 @@ def _merge(
 
 def _merged_before(settings: PreprocessSettings) -> Report | None:
     """Report on the datasets if an earlier call has merged all shards; return None if there is something to do."""
-    return None if shard_folder(settings).exists() else existing_report(settings, _load_tokenizer(settings))
+    return None if shard_folder(settings).exists() else existing_report(settings, settings.load_tokenizer())
 
 
-def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
-    """Load the tokenizer of a run."""
-    return load_tokenizer(settings.tokenizer, settings.tokenizer_kind, settings.eod_token)
-
-
-def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> None:
-    """Add one part of a shard to the output."""
+def _append_part(output: Output, shard: Path, on_bytes: Callable[[int], None] | None) -> NDArray[Any]:
+    """Add one part of a shard to the output, and return the class numbers of its documents; none without labels."""
     manifest = read_manifest(shard)
     if manifest is None:  # this shard has no document of this part
-        return
+        return NO_LABELS
     append_dataset(output.builder, IndexedDataset(shard), manifest, on_bytes)
     output.text_bytes += manifest.text_bytes
     output.words += manifest.words
+    return NO_LABELS if manifest.labels is None else read_labels(shard, manifest, manifest.documents).numbers
 
 
 def _records(shards: list[PreprocessSettings]) -> list[dict[str, Any]]:
@@ -233,7 +244,7 @@ def _sum_if_known(counts: Iterable[int | None]) -> int | None:
 
 def _options(shard: PreprocessSettings) -> list[Any]:
     """Return the values that, beside the inputs, determine the content of a shard."""
-    tokenizer = _load_tokenizer(shard)
+    tokenizer = shard.load_tokenizer()
     return [tokenizer.fingerprint, tokenizer.eod_id if shard.append_eod else None, shard.determining_options]
 
 
@@ -243,7 +254,7 @@ def _is_made_by(record: dict[str, Any], shard: PreprocessSettings, stream: TextI
     if options != _options(shard):
         return False
     try:
-        compare_records(sources, shard.sources, shard.read.text_key, stream)
+        compare_records(sources, shard.sources, shard.read, stream)
     except OutputDiffers:
         return False
     return True
@@ -269,7 +280,7 @@ def _finishing(settings: PreprocessSettings) -> Path:
 
 
 @contextlib.contextmanager
-def _closing(builder: IndexedDatasetBuilder) -> Iterator[IndexedDatasetBuilder]:
+def _closing(builder: Builder) -> Iterator[Builder]:
     """Abort a builder if the block fails, and close its files if not."""
     try:
         yield builder

@@ -68,6 +68,11 @@ def shuffle_documents(
             bucket.truncate(0)  # frees its space on the disk
 
 
+def shuffled_order(documents: int, seed: int) -> NDArray[Any]:
+    """Return the old index of each document in the new order, int64 (documents,)."""
+    return unpermute(np.arange(documents), documents, round_keys("documents", seed))
+
+
 def _scatter(
     dataset: IndexedDataset, first: int, last: int, keys: NDArray[Any], bounds: NDArray[Any], buckets: list[BinaryIO]
 ) -> None:

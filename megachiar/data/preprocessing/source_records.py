@@ -5,14 +5,15 @@ and times are the recorded ones is taken as unchanged. One with other times is r
 changes its times and not its text. Records of earlier versions have no checksum; there the time of the content decides.
 
 The checksum is a CRC-32, the fastest that Python has. With the size it notices every accidental change, and it need not
-resist an attack. It covers the bytes on the disk, and of parquet, which is read here and there, the rows of the text
-column.
+resist an attack. It covers the bytes on the disk, and of parquet, which is read here and there, the rows of the columns
+that are read.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
 from megachiar.data.inputs.compression import raw_blocks
@@ -34,14 +35,14 @@ class Suspect(NamedTuple):
 
 
 def find_changed(
-    sources: Sequence[Source], records: Sequence[Sequence[Any]], text_key: str, stream: TextIO | None = None
+    sources: Sequence[Source], records: Sequence[Sequence[Any]], read: ReadOptions, stream: TextIO | None = None
 ) -> Source | None:
     """Return the first source that differs from its record; None if none does.
 
     Args:
         sources: the sources as they are now.
         records: a record of each, in the same order.
-        text_key: the parquet column that was read.
+        read: how the sources were read, of which the columns of parquet count.
         stream: where progress is shown while sources are read; standard error if None.
 
     Raises:
@@ -54,10 +55,10 @@ def find_changed(
                 return source
         elif source.identity() != list(record[:3]):
             suspects.append(Suspect(source, record[1], record[3]))
-    return find_other_content(suspects, text_key, stream)
+    return find_other_content(suspects, read, stream)
 
 
-def find_other_content(suspects: Sequence[Suspect], text_key: str, stream: TextIO | None = None) -> Source | None:
+def find_other_content(suspects: Sequence[Suspect], read: ReadOptions, stream: TextIO | None = None) -> Source | None:
     """Return the first source of another size or checksum than it had; None if there is none.
 
     Sources are read only if all have their sizes. One that can be read only once counts as changed.
@@ -72,19 +73,19 @@ def find_other_content(suspects: Sequence[Suspect], text_key: str, stream: TextI
         return None
     with ByteProgress("comparing inputs", sum(suspect.size for suspect in suspects), stream) as progress:
         for suspect in suspects:
-            if _checksum(suspect.source, text_key, str(suspect.source.identity())) != suspect.checksum:
+            if _checksum(suspect.source, read, str(suspect.source.identity())) != suspect.checksum:
                 return suspect.source
             progress.advance(suspect.size)
     return None
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _checksum(source: Source, text_key: str, identity: str) -> str:
+def _checksum(source: Source, read: ReadOptions, identity: str) -> str:
     """Return the checksum of a source; one that is asked for again, with the same ``identity``, is not read again."""
     reading = SourceReading(source)
     with disk_errors(source.name, "read"):
         if source.format == "parquet":
-            options = ReadOptions(text_key=text_key, max_document_bytes=source.size or 1 << 62)
+            options = replace(read, max_document_bytes=source.size or 1 << 62)
             for _ in parquet_chunks(source, options, reading.add):
                 pass
         else:

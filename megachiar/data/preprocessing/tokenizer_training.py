@@ -1,11 +1,13 @@
 """Train a tokenizer on a corpus: the engine behind ``megachiar tokenizer``.
 
-Both kinds encode any text, and decoding gives it back character for character:
+All kinds but words encode any text, and decoding gives it back character for character:
 
 * SentencePiece: no normalization, no dummy prefix, no whitespace removed. ``\\n`` is a piece of its own, and digits are
   split. A character that is not in the vocabulary becomes its UTF-8 bytes. One character is an exception of the
   library: U+2581 (``▁``), its mark for a space, is decoded as a space.
 * Hugging Face: byte-level BPE with GPT-2's splitting and all 256 bytes in the vocabulary.
+* Bytes: one token for each byte, which needs no corpus. Words keep the words alone, not the spaces between them, and
+  stand apart: see ``plain_tokenizers``.
 
 The same input and options give the same file, byte for byte. A note ``NAME.made`` beside it records them, so that the
 same command does nothing when it is given again.
@@ -21,7 +23,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -34,6 +36,7 @@ from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.choices import SUFFIXES, Algorithm, TrainedKind
 from megachiar.data.preprocessing.existing import OutputDiffers, compare_records, note_path, read_note, write_note
+from megachiar.data.preprocessing.plain_tokenizers import BYTE_VOCABULARY, BYTES, byte_tokenizer, word_tokenizer
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +44,7 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.interrupts import interrupts_go_to
 from megachiar.progress import TextProgress
 
-BYTES = 256
+FEWEST_WORDS = 3  # two special tokens and a word
 # SentencePiece skips sentences above 4,192 bytes without a word, and its results change with its threads.
 LONGEST_SENTENCE = 1000  # characters, of up to 4 bytes each
 SENTENCEPIECE_THREADS = 16
@@ -56,8 +59,9 @@ class TrainingSettings:
     Attributes:
         sources: the inputs of the corpus.
         output: the file to write, ``.model`` or ``.json`` by ``kind``.
-        vocab_size: the exact number of tokens in the vocabulary, special ones and the 256 bytes included.
-        kind: the library of the tokenizer.
+        vocab_size: the exact number of tokens in the vocabulary, special ones and the 256 bytes included; of words the
+            most. None takes all words; bytes have a size of their own.
+        kind: the library of the tokenizer, or ``bytes`` or ``words``, which Hugging Face's library encodes.
         algorithm: SentencePiece has both algorithms, Hugging Face only BPE.
         read: how documents are found.
         max_text_bytes: the most text to train on; if the corpus has more, documents are drawn evenly from all of it.
@@ -68,7 +72,7 @@ class TrainingSettings:
 
     sources: list[Source]
     output: Path
-    vocab_size: int
+    vocab_size: int | None
     kind: TrainedKind = "sentencepiece"
     algorithm: Algorithm = "bpe"
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -76,6 +80,11 @@ class TrainingSettings:
     on_error: OnError = "refuse"
     overwrite: bool = False
     found: list[FoundFiles] = field(default_factory=list)
+
+    @property
+    def library(self) -> str:
+        """Return the kind of the tokenizer as ``load_tokenizer`` names it."""
+        return "sentencepiece" if self.kind == "sentencepiece" else "huggingface"
 
     @property
     def determining_options(self) -> dict[str, Any]:
@@ -133,16 +142,17 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
     recorder = SourceRecorder()
     with TextProgress("reading", None, stream) as progress:
         sample = sample_texts(_counted(settings, log, progress, recorder), settings.max_text_bytes)
-    if not sample:
+    if not sample and settings.kind != "bytes":
         raise no_document(settings.sources, log.counts)
-    print(f"training on {len(sample):,} of {progress.documents:,} documents", file=stream or sys.stderr)
-    train = _train_sentencepiece if settings.kind == "sentencepiece" else _train_huggingface
+    if sample:
+        print(f"training on {len(sample):,} of {progress.documents:,} documents", file=stream or sys.stderr)
+    train = _TRAINERS[settings.kind]
     # Ctrl-C ends the process at once: the trainers run for minutes without looking, and nothing is written yet.
     with interrupts_go_to(signal.SIG_DFL):
         content = train(settings, sample)
     write_atomically(settings.output, content)
     report = TrainingReport(
-        tokenizer=load_tokenizer(settings.output, settings.kind),
+        tokenizer=load_tokenizer(settings.output, settings.library),
         used_documents=len(sample),
         used_bytes=sum(len(text.encode()) for text in sample),
         read_documents=progress.documents,
@@ -167,13 +177,13 @@ def _existing(settings: TrainingSettings, stream: TextIO | None) -> TrainingRepo
             note_path(settings.output),
             settings.determining_options,
             [settings.output],
-            lambda records: compare_records(records, settings.sources, settings.read.text_key, stream),
+            lambda records: compare_records(records, settings.sources, settings.read, stream),
         )
     except OutputDiffers as difference:
         problem = f"exists already, and not as this command makes it: {difference}"
         raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
     log = InvalidDocumentLog("skip", Counter(report.pop("skipped")))
-    return TrainingReport(load_tokenizer(settings.output, settings.kind), **report, log=log, existed=True)
+    return TrainingReport(load_tokenizer(settings.output, settings.library), **report, log=log, existed=True)
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
@@ -199,16 +209,31 @@ def _check(settings: TrainingSettings) -> None:
     suffix = SUFFIXES[settings.kind]
     if settings.output.suffix != suffix:
         raise UserError(settings.output, f"a {settings.kind} tokenizer is a {suffix} file", f"name it NAME{suffix}")
-    if settings.kind == "huggingface" and settings.algorithm != "bpe":
-        raise UserError("--algorithm", "a huggingface tokenizer is trained by bpe", "use --kind sentencepiece")
+    if settings.kind != "sentencepiece" and settings.algorithm != "bpe":
+        how = "trained by bpe" if settings.kind == "huggingface" else "made without one"
+        raise UserError("--algorithm", f"a {settings.kind} tokenizer is {how}", "use --kind sentencepiece")
     if same_file(settings.output, settings.sources):
         raise UserError(settings.output, "is an input and would be the output too", "choose another --output")
     if settings.max_text_bytes < 1:
         raise UserError("--max-text-mib", f"{settings.max_text_bytes >> 20} MiB of text to train on", "use at least 1")
-    if settings.vocab_size <= BYTES:
-        raise UserError(
-            "--vocab-size", f"{settings.vocab_size} tokens; the {BYTES} bytes alone take as many", "use 1000 or more"
-        )
+    _check_size(settings)
+
+
+def _check_size(settings: TrainingSettings) -> None:
+    """Refuse a size of the vocabulary, or inputs, that the kind of tokenizer cannot have."""
+    size, kind = settings.vocab_size, settings.kind
+    if kind == "bytes":
+        if size not in (None, BYTE_VOCABULARY):
+            raise UserError("--vocab-size", f"{size}, but --kind bytes has {BYTE_VOCABULARY} tokens", "leave it out")
+        if settings.sources:
+            raise UserError("--input", "is not read for --kind bytes, which learns nothing", "leave it out")
+    elif kind == "words":
+        if size is not None and size < FEWEST_WORDS:
+            raise UserError("--vocab-size", f"{size} tokens leave no room for words", f"use {FEWEST_WORDS} or more")
+    elif size is None:
+        raise UserError("--vocab-size", f"is missing, which --kind {kind} needs", "use 1000 or more")
+    elif size <= BYTES:
+        raise UserError("--vocab-size", f"{size} tokens; the {BYTES} bytes alone take as many", "use 1000 or more")
 
 
 def _counted(
@@ -243,7 +268,7 @@ def _train_sentencepiece(settings: TrainingSettings, texts: list[str]) -> bytes:
             minloglevel=4,
         )
     except RuntimeError as error:
-        raise _explain_sentencepiece(str(error), settings.vocab_size) from error
+        raise _explain_sentencepiece(str(error), settings.vocab_size or 0) from error
     return model.getvalue()
 
 
@@ -272,6 +297,7 @@ def _train_huggingface(settings: TrainingSettings, texts: list[str]) -> bytes:
     """Train a Hugging Face tokenizer, and return the content of its file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    assert settings.vocab_size is not None, "the settings are checked"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -285,3 +311,11 @@ def _train_huggingface(settings: TrainingSettings, texts: list[str]) -> bytes:
     if tokenizer.get_vocab_size() != settings.vocab_size:
         raise _too_little_text(settings.vocab_size, tokenizer.get_vocab_size())
     return tokenizer.to_str(pretty=True).encode() + b"\n"
+
+
+_TRAINERS: dict[TrainedKind, Callable[[TrainingSettings, list[str]], bytes]] = {
+    "sentencepiece": _train_sentencepiece,
+    "huggingface": _train_huggingface,
+    "words": lambda settings, texts: word_tokenizer(texts, settings.vocab_size),
+    "bytes": lambda settings, texts: byte_tokenizer(),
+}

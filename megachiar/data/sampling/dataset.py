@@ -5,7 +5,9 @@ Shapes: n samples, T = sequence length. A training sample is T + 1 tokens: input
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +37,14 @@ class TokenSource:
     Attributes:
         prefix: the path of the dataset.
         dataset: its memory map.
+        tokens: those of it that are read, from the first on.
         manifest: the manifest beside it; None for a dataset that another program made.
         vocab_size: the rows of the model's embedding; None leaves ids unchecked.
 
     Args:
         prefix: the path of the dataset without ``.bin``.
         vocab_size: the rows of the model's embedding; None leaves ids unchecked.
+        limit: how many of its tokens are read, from the first on; None reads all.
         random_access: whether it will be read in random order, see ``IndexedDataset``.
 
     Raises:
@@ -48,9 +52,17 @@ class TokenSource:
             the model.
     """
 
-    def __init__(self, prefix: Path | str, vocab_size: int | None = None, *, random_access: bool = False):
+    def __init__(
+        self,
+        prefix: Path | str,
+        vocab_size: int | None = None,
+        *,
+        limit: int | None = None,
+        random_access: bool = False,
+    ):
         self.prefix = Path(prefix)
         self.dataset = IndexedDataset(prefix, random_access=random_access)
+        self.tokens = self.dataset.tokens[:limit]
         self.vocab_size = vocab_size
         if self.dataset.dtype.kind not in "iu":
             raise UserError(
@@ -61,6 +73,16 @@ class TokenSource:
             check_manifest(prefix, self.manifest, self.dataset)
             if vocab_size is not None:
                 check_vocabulary(prefix, self.manifest, vocab_size)
+
+    @property
+    def units(self) -> int:
+        """What an order of its samples counts: the tokens that are read."""
+        return self.tokens.size
+
+    @property
+    def whole(self) -> int:
+        """The same of the whole dataset."""
+        return self.dataset.tokens.size
 
     def sampled_digest(self) -> str:
         """Return digests of a few blocks of ``.bin`` and ``.idx``: datasets that differ in them are not the same."""
@@ -77,7 +99,7 @@ class TokenSource:
 
     def copy(self, start: int, out: NDArray[Any]) -> None:
         """Fill ``out`` as ``read`` does, without checking the ids."""
-        tokens = self.dataset.tokens
+        tokens = self.tokens
         until_end = min(out.size, tokens.size - start)
         out[:until_end] = tokens[start : start + until_end]
         if until_end < out.size:
@@ -93,7 +115,7 @@ class TokenSource:
         if self.vocab_size is None or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
             return
         offset = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
-        token = (start + offset) % self.dataset.tokens.size
+        token = (start + offset) % self.tokens.size
         raise UserError(
             bin_path(self.prefix),
             f"token {token:,} (document {self.dataset.document_of_token(token):,}) is id {ids[offset]}, "
@@ -107,7 +129,7 @@ def token_blocks(source: TokenSource, tokens: int) -> Iterator[NDArray[Any]]:
 
     Together they hold ``tokens`` tokens, or all if there are fewer.
     """
-    whole = source.dataset.tokens.size
+    whole = source.tokens.size
     total = min(tokens, whole)
     blocks = -(-total // READ_TOKENS)
     for number in range(blocks):
@@ -211,10 +233,11 @@ class SampleStream:
     def documents(self, position: int) -> list[int]:
         """Return the documents that sample ``position`` is made of, in order."""
         (location,) = self.locate([position])
-        dataset = self.sources[location.source].dataset
+        dataset, size = self.sources[location.source].dataset, self.sources[location.source].tokens.size
         first = dataset.document_of_token(location.token)
-        last = dataset.document_of_token((location.token + self.sequence_length) % dataset.tokens.size)
-        return [*range(first, last + 1)] if first <= last else [*range(first, dataset.documents), *range(last + 1)]
+        last = dataset.document_of_token((location.token + self.sequence_length) % size)
+        end = dataset.document_of_token(size - 1) + 1
+        return [*range(first, last + 1)] if first <= last else [*range(first, end), *range(last + 1)]
 
     def describe(self, samples: int) -> list[SourceUse]:
         """Describe the part of each source in the samples of the run up to ``samples``."""
@@ -255,18 +278,21 @@ def build_training_samples(
     """
     opened = open_sources([prefix for prefix, _ in sources], vocab_size)
     ordered = [
-        OrderedSource(source.dataset.tokens.size, weight, number, where=bin_path(source.prefix))
+        OrderedSource(source.tokens.size, weight, number, where=bin_path(source.prefix))
         for number, (source, (_, weight)) in enumerate(zip(opened, sources, strict=True))
     ]
     return SampleStream(opened, RunOrder(ordered, sequence_length, seed))
 
 
-def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) -> list[TokenSource]:
+def open_sources(
+    prefixes: Sequence[Path | str], vocab_size: int | None = None, fractions: Sequence[float] | None = None
+) -> list[TokenSource]:
     """Open and check every source of a run.
 
     Args:
         prefixes: the paths of the datasets without ``.bin``.
         vocab_size: the rows of the model's embedding; None leaves ids unchecked.
+        fractions: the share of its tokens that is read of each, see ``tokens_read``; None reads all of all.
 
     Raises:
         UserError: there is no source, or one is damaged, listed twice, made with another tokenizer than the first, or
@@ -275,9 +301,28 @@ def open_sources(prefixes: Sequence[Path | str], vocab_size: int | None = None) 
     if not prefixes:
         raise UserError("data.train", "no source is given", "name at least one dataset")
     refuse_duplicates(prefixes)
-    opened = [TokenSource(prefix, vocab_size, random_access=True) for prefix in prefixes]
+    shares = fractions or [1.0] * len(prefixes)
+    opened = [
+        TokenSource(prefix, vocab_size, limit=tokens_read(prefix, share), random_access=True)
+        for prefix, share in zip(prefixes, shares, strict=True)
+    ]
     check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
     return opened
+
+
+def tokens_read(prefix: Path | str, fraction: float) -> int | None:
+    """Return how many tokens of a dataset are read, rounded up; None for all.
+
+    Args:
+        prefix: the path of the dataset.
+        fraction: of its tokens, from the first on; it counts as its decimal notation.
+    """
+    return None if fraction == 1 else part_of(IndexedDataset(prefix).tokens.size, fraction)
+
+
+def part_of(whole: int, fraction: float) -> int:
+    """Return a fraction of a whole number, rounded up; the fraction counts as its decimal notation."""
+    return math.ceil(Fraction(repr(fraction)) * whole)
 
 
 def refuse_duplicates(prefixes: Sequence[Path | str]) -> None:
@@ -315,7 +360,7 @@ class ValidationSet:
     def __init__(self, prefix: Path | str, sequence_length: int, *, vocab_size: int | None = None):
         self.source = TokenSource(prefix, vocab_size)
         self.prefix, self.sequence_length = self.source.prefix, sequence_length
-        self.targets = self.source.dataset.tokens.size - 1
+        self.targets = self.source.tokens.size - 1
         if self.targets < 1:
             raise UserError(bin_path(prefix), "holds one token, so that there is nothing to predict", "use more text")
         self.windows = -(-self.targets // sequence_length)

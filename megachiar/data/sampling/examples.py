@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, refuse_duplicates
+from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, part_of, refuse_duplicates
 from megachiar.data.sampling.order import RunOrder
 from megachiar.data.storage.files import bin_path
 from megachiar.data.storage.labels import read_labels
 from megachiar.data.storage.manifest import check_same_tokenizer
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 from megachiar.kernels.ignored_target import PADDING
 
@@ -31,13 +32,14 @@ class LabelledSource(TokenSource):
     Attributes:
         classes: the names of the classes.
         labels: the number of each example's class, int32 (examples,).
-        examples: how many there are.
+        examples: how many are read.
         longest: the most tokens that an example has.
 
     Args:
         prefix: the path of the dataset without ``.bin``.
         classes: how many classes the model tells apart.
         vocab_size: the rows of the model's embedding; None leaves ids unchecked.
+        limit: how many of its examples are read, from the first on; None reads all.
         random_access: whether it will be read in random order, see ``IndexedDataset``.
 
     Raises:
@@ -45,10 +47,18 @@ class LabelledSource(TokenSource):
             without a token.
     """
 
-    def __init__(self, prefix: Path | str, classes: int, vocab_size: int | None = None, *, random_access: bool = False):
+    def __init__(
+        self,
+        prefix: Path | str,
+        classes: int,
+        vocab_size: int | None = None,
+        *,
+        limit: int | None = None,
+        random_access: bool = False,
+    ):
         super().__init__(prefix, vocab_size, random_access=random_access)
         labels = read_labels(prefix, self.manifest, self.dataset.documents)
-        self.classes, self.labels = labels.classes, labels.numbers
+        self.classes, self.labels = labels.classes, labels.numbers[:limit]
         self.examples = len(self.labels)
         if len(self.classes) != classes:
             raise UserError(
@@ -57,12 +67,22 @@ class LabelledSource(TokenSource):
                 f"set the key `classes` to {len(self.classes)}, or preprocess with `--classes-from` the training set",
             )
         starts = np.append(self.dataset.pointers // self.dataset.dtype.itemsize, self.dataset.tokens.size)
-        self._starts = starts[self.dataset.document_starts]
+        self._starts = starts[self.dataset.document_starts][: self.examples + 1]
         lengths = np.diff(self._starts)
         if not self.examples or not lengths.min():
             what = f"document {int(np.argmin(lengths)):,} has no tokens" if self.examples else "has no examples"
             raise UserError(bin_path(prefix), what, "leave empty examples out")
         self.longest = int(lengths.max())
+
+    @property
+    def units(self) -> int:
+        """What an order of its samples counts: the examples that are read, and one more for the last one's target."""
+        return self.examples + SAMPLE_LENGTH
+
+    @property
+    def whole(self) -> int:
+        """The same of the whole dataset."""
+        return self.dataset.documents + SAMPLE_LENGTH
 
     def cut(self, sequence_length: int) -> int:
         """Return how many examples have more than ``sequence_length`` tokens."""
@@ -150,7 +170,7 @@ class ExampleSet:
 
 
 def open_labelled_sources(
-    prefixes: Sequence[Path | str], classes: int, vocab_size: int | None = None
+    prefixes: Sequence[Path | str], classes: int, vocab_size: int | None = None, fractions: Sequence[float] = ()
 ) -> list[LabelledSource]:
     """Open and check every source of a classification run.
 
@@ -158,16 +178,37 @@ def open_labelled_sources(
         prefixes: the paths of the datasets without ``.bin``.
         classes: how many classes the model tells apart.
         vocab_size: the rows of the model's embedding; None leaves ids unchecked.
+        fractions: of the examples of each source that are read, from the first on; all where it is empty.
 
     Raises:
         UserError: a source is damaged, has no labels or others than the first, is listed twice, was made with another
             tokenizer than the first, or has too large a vocabulary.
     """
     refuse_duplicates(prefixes)
-    opened = [LabelledSource(prefix, classes, vocab_size, random_access=True) for prefix in prefixes]
+    opened = [
+        LabelledSource(prefix, classes, vocab_size, limit=_examples_read(prefix, share), random_access=True)
+        for prefix, share in zip(prefixes, fractions or [1.0] * len(prefixes), strict=True)
+    ]
     check_same_tokenizer([(source.prefix, source.manifest) for source in opened])
     check_same_classes(opened)
     return opened
+
+
+def _examples_read(prefix: Path | str, fraction: float) -> int | None:
+    return None if fraction == 1 else part_of(IndexedDataset(prefix).documents, fraction)
+
+
+def open_example_set(
+    prefix: Path, trained_on: LabelledSource, sequence_length: int, vocab_size: int | None, task: int
+) -> ExampleSet:
+    """Open a labelled dataset to be measured on, with the classes of the one that the task trains on.
+
+    Raises:
+        UserError: it is damaged, or has other classes.
+    """
+    source = LabelledSource(prefix, len(trained_on.classes), vocab_size)
+    check_same_classes([trained_on, source])
+    return ExampleSet(source, sequence_length, task)
 
 
 def check_same_classes(sources: Sequence[LabelledSource]) -> None:

@@ -161,7 +161,7 @@ def show_sample(
     (location,) = stream.locate([number])
     ids = stream.sample(number)
     dataset = stream.sources[location.source].dataset
-    last = (location.token + ids.size - 1) % dataset.tokens.size
+    last = (location.token + ids.size - 1) % stream.sources[location.source].tokens.size
     return {
         "sample": number,
         "epoch": location.epoch,

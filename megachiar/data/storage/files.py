@@ -46,6 +46,11 @@ def dataset_files(prefix: Path | str) -> tuple[Path, Path, Path]:
     return idx_path(prefix), manifest_path(prefix), bin_path(prefix)
 
 
+def possible_files(prefix: Path | str) -> tuple[Path, ...]:
+    """Return the files that dataset ``prefix`` may have, those of ``dataset_files`` first."""
+    return (*dataset_files(prefix), labels_path(prefix))
+
+
 def check_prefix(prefix: Path | str) -> None:
     """Refuse a path that ends without a file name, to which suffixes could be added.
 
@@ -58,7 +63,7 @@ def check_prefix(prefix: Path | str) -> None:
 
 def remove_dataset(prefix: Path | str) -> None:
     """Remove the files of dataset ``prefix`` that exist, the index first."""
-    for path in (*dataset_files(prefix), labels_path(prefix)):
+    for path in possible_files(prefix):
         path.unlink(missing_ok=True)
 
 
@@ -73,6 +78,11 @@ def temporary_path(path: Path) -> Path:
 def starts_path(prefix: Path | str) -> Path:
     """Return the file that keeps the document starts while dataset ``prefix`` is written."""
     return temporary_path(Path(f"{prefix}.starts"))
+
+
+def found_labels_path(prefix: Path | str) -> Path:
+    """Return the file that keeps the labels as they are found while dataset ``prefix`` is written."""
+    return temporary_path(Path(f"{prefix}.labels"))
 
 
 def put_in_place(prefix: Path | str) -> None:
@@ -91,6 +101,7 @@ def put_in_place(prefix: Path | str) -> None:
             os.replace(temporary_path(path), path)
             sync_folder(path.parent)
     starts_path(prefix).unlink(missing_ok=True)
+    found_labels_path(prefix).unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

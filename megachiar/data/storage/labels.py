@@ -44,6 +44,7 @@ from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError, disk_errors
 
+MOST_SHOWN = 20  # classes of a description
 LABEL_DTYPE = np.dtype("<i4")
 PREPROCESS_AGAIN = "copy the dataset again, or preprocess again with --label-key"
 _MAGIC = b"\x93NUMPY"
@@ -65,6 +66,13 @@ class Labels:
     def counts(self) -> dict[str, int]:
         """Return how many documents each class has; a class without documents has 0."""
         return dict(zip(self.classes, np.bincount(self.numbers, minlength=len(self.classes)).tolist(), strict=True))
+
+    def describe(self) -> str:
+        """Return text such as ``2 classes: neg 12,500, pos 12,500``, with the first ``MOST_SHOWN`` of many classes."""
+        counts = self.counts()
+        shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:MOST_SHOWN])
+        more = f" and {len(counts) - MOST_SHOWN:,} more" if len(counts) > MOST_SHOWN else ""
+        return f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}: {shown}{more}"
 
 
 def labels_header(documents: int) -> bytes:
@@ -89,10 +97,26 @@ def read_labels(prefix: Path | str, manifest: Manifest | None, documents: int) -
         UserError: the dataset has no labels, or the file of the labels is missing, is not as ``write_labels`` writes
             it, was altered, or names a class that the manifest does not have.
     """
-    path = labels_path(prefix)
     if manifest is None or manifest.labels is None:
         what = "has no manifest" if manifest is None else "has no labels: its manifest names no classes"
         raise UserError(prefix, what, "make a labelled dataset with `megachiar preprocess --label-key KEY`")
+    numbers = read_numbers(prefix, documents, manifest.labels.checksums)
+    _check_numbers(labels_path(prefix), numbers, len(manifest.labels.classes))
+    return Labels(tuple(manifest.labels.classes), numbers)
+
+
+def read_numbers(prefix: Path | str, documents: int, checksums: list[str]) -> NDArray[np.int32]:
+    """Return the class numbers of a dataset that need not have a manifest yet, int32 (documents,), read-only.
+
+    Args:
+        prefix: the path of the dataset without ``.bin``.
+        documents: the number of its documents.
+        checksums: those that the file's blocks had when they were written.
+
+    Raises:
+        UserError: ``read_labels`` says when.
+    """
+    path = labels_path(prefix)
     check_labels_size(prefix, documents)
     with disk_errors(path, "read"):
         content = read_regular(path)
@@ -100,10 +124,8 @@ def read_labels(prefix: Path | str, manifest: Manifest | None, documents: int) -
         _refuse_header(path, content, documents)
     digests = BlockChecksums()
     digests.update(content)
-    compare_checksums(path, digests.digests(), manifest.labels.checksums)
-    numbers = np.frombuffer(content, LABEL_DTYPE, offset=LABELS_HEADER_BYTES)
-    _check_numbers(path, numbers, len(manifest.labels.classes))
-    return Labels(tuple(manifest.labels.classes), numbers)
+    compare_checksums(path, digests.digests(), checksums)
+    return np.frombuffer(content, LABEL_DTYPE, offset=LABELS_HEADER_BYTES)
 
 
 def write_labels(prefix: Path | str, numbers: ArrayLike, classes: Sequence[str]) -> Labels:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from megachiar.data.storage.files import (
 )
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.regular_file import check_regular, read_regular
-from megachiar.data.storage.sealed_json import parse_sealed, with_seal
+from megachiar.data.storage.sealed_json import parse_sealed, pretty_sealed
 from megachiar.errors import UserError, disk_errors
 
 FORMAT_VERSION: Final = 2
@@ -188,7 +187,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the content of ``PREFIX.json``."""
-        return (json.dumps(with_seal(self.to_dict()), indent=2, ensure_ascii=False) + "\n").encode()
+        return pretty_sealed(self.to_dict())
 
 
 def _digest_of(checksums: Sequence[str]) -> str:

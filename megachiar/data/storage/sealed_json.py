@@ -43,6 +43,11 @@ def with_seal(record: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return {**record, SEAL: seal_of(record, before)}
 
 
+def pretty_sealed(record: Mapping[str, Any]) -> bytes:
+    """Return ``record`` with its seal as the content of a file that people read too."""
+    return (json.dumps(with_seal(record), indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def without_seal(record: Any, before: str = "") -> Any:
     """Return a record that was read without its seal; what has none is returned as it is.
 

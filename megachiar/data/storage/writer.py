@@ -21,7 +21,9 @@ from megachiar.data.storage.files import (
     as_bytes,
     bin_path,
     block_checksums,
+    found_labels_path,
     idx_path,
+    labels_path,
     manifest_path,
     put_in_place,
     starts_path,
@@ -35,7 +37,7 @@ from megachiar.errors import UserError, disk_error, disk_errors
 
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # tokens
 WRITE_BUFFER = 1 << 20  # bytes
-_START_AFRESH = "remove it, or pass --restart to begin from the first file"
+START_AFRESH = "remove it, or pass --restart to begin from the first file"
 
 
 class BuilderState(NamedTuple):
@@ -230,7 +232,8 @@ class IndexedDatasetBuilder:
 
     def abort(self) -> None:
         """Remove all that was written; files that existed under the final names stay as they were."""
-        for path in (*self._temporary.values(), temporary_path(manifest_path(self.prefix))):
+        written = (temporary_path(path(self.prefix)) for path in (manifest_path, labels_path))
+        for path in (*self._temporary.values(), *written, found_labels_path(self.prefix)):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         self.close()
@@ -281,7 +284,7 @@ class IndexedDatasetBuilder:
                 found = os.fstat(file.fileno()).st_size
                 if found < size:
                     raise UserError(
-                        path, f"has {found:,} bytes, but the journal beside it tells of {size:,}", _START_AFRESH
+                        path, f"has {found:,} bytes, but the journal beside it tells of {size:,}", START_AFRESH
                     )
             self._bin.seek(sizes[self._bin] - partial)
             while partial > 0:
@@ -348,7 +351,7 @@ class IndexedDatasetBuilder:
 
     def _altered(self, name: str) -> UserError:
         problem = "was altered since an earlier run wrote it: it does not fit the journal beside it"
-        return UserError(self._temporary[name], problem, _START_AFRESH)
+        return UserError(self._temporary[name], problem, START_AFRESH)
 
 
 def _continued(checksum: int | None, content: bytes) -> int | None:

@@ -62,8 +62,9 @@ class FastTokenizer:
             self._open = functools.partial(_open, gigatoken, reference)
             self._encode = self._open().encode
         except Exception as error:  # the library raises errors of its own for an unknown format
+            reason = next(iter(str(error).splitlines()), type(error).__name__)  # places in its own source follow
             raise UserError(
-                reference.path, f"gigatoken cannot serve this tokenizer: {error}", "use --engine reference"
+                reference.path, f"gigatoken cannot serve this tokenizer: {reason}", "use --engine reference"
             ) from error
         self._reference = reference
         self.kind = reference.kind

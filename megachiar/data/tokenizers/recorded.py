@@ -23,6 +23,7 @@ from megachiar.data.storage.identity import printable
 from megachiar.data.storage.manifest import Manifest, TokenizerRecord
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, with_seal
+from megachiar.data.tokenizers.ready_made import READY_MADE
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.data.tokenizers.vocabulary_files import tokenizer_fingerprint, vocabulary_files
 from megachiar.errors import UserError, disk_errors
@@ -33,6 +34,8 @@ KEPT_FOLDER, KEPT_RECORD = "tokenizer", "tokenizer_record.json"
 def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
     """Return the record of ``tokenizer`` for a file in ``folder``, relative to it where both may move together."""
     file, folder = tokenizer.path.resolve(), folder.resolve()
+    if tokenizer.kind == READY_MADE:
+        file = tokenizer.path
     return TokenizerRecord(
         kind=tokenizer.kind,
         file=printable(file.relative_to(folder) if file.is_relative_to(folder) else file),
@@ -71,6 +74,8 @@ def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokeni
 
 def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
     """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere."""
+    if manifest.tokenizer.kind == READY_MADE:
+        return None
     folder, recorded = manifest_path(prefix).parent, Path(manifest.tokenizer.file)
     candidates = (folder / recorded, folder / recorded.name)  # an absolute path stays as it is
     return next((path for path in candidates if os.path.exists(path)), None)  # unlike Path.exists, it takes any name

@@ -24,9 +24,9 @@ from megachiar.data.inputs.documents import (
     InvalidDocument,
     InvalidDocumentLog,
     ReadOptions,
-    parse_chunk,
 )
 from megachiar.data.inputs.find_inputs import find_sources
+from megachiar.data.inputs.parsing import parse_chunk
 from megachiar.data.inputs.readers import read_chunks, read_documents
 from megachiar.errors import UserError
 

@@ -1,0 +1,83 @@
+"""Checks of the section ``model.router:``, among the checks over several keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megachiar.config.errors import Problem
+from megachiar.config.model import ModelConfig
+
+OPERATOR_SETS = (("dct", "attention"), ("dct", "rbf", "attention"))
+
+
+def router(model: ModelConfig) -> Iterator[Problem]:
+    """Check that the router has the thresholds or shares that its kind reads, and no others."""
+    if model.kind == "baseline":
+        return
+    r = model.router
+    if r.operators not in OPERATOR_SETS:
+        allowed = " or ".join(str(list(s)) for s in OPERATOR_SETS)
+        yield Problem("model.router.operators", f"is {list(r.operators)}", f"use {allowed}")
+        return
+    three = len(r.operators) == 3
+    needed: list[str] = []
+    if r.has_thresholds:
+        needed = ["tau_low", "tau_high"] if three else ["tau"]
+    elif r.kind == "random":
+        needed = ["attention_share", "rbf_share"] if three else ["attention_share"]
+    for name in ("tau", "tau_low", "tau_high", "attention_share", "rbf_share"):
+        given = getattr(r, name) is not None
+        what = f"kind {r.kind} with operators {list(r.operators)}"
+        if name in needed and not given:
+            yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
+        elif given and name not in needed:
+            yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
+    wrong_lists = list(_threshold_lists(model))
+    yield from wrong_lists
+    if three and r.has_thresholds and r.tau_low is not None and r.tau_high is not None and not wrong_lists:
+        for layer in model.routed_layers:
+            low, high = model.threshold("tau_low", layer), model.threshold("tau_high", layer)
+            if low > high:
+                yield Problem(
+                    "model.router.tau_low", f"{low} is above tau_high {high} (layer {layer + 1})", "swap them"
+                )
+                break
+    if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
+        yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
+    if r.kind == "random" and r.collapse_weight:
+        yield Problem(
+            "model.router.collapse_weight",
+            f"is {r.collapse_weight}: a random router has nothing to regularise",
+            "set it to 0",
+        )
+    if r.kind == "hard" and r.hard_gradient == "published" and model.attention.keys == "routed":
+        yield Problem(
+            "model.router.hard_gradient",
+            "is published: it needs the attention of tokens that give no keys with attention.keys: routed",
+            "set it to dct_only, or attention.keys to all",
+        )
+    if r.hard_gradient == "dct_only" and (r.kind != "hard" or three):
+        yield Problem(
+            "model.router.hard_gradient",
+            f"is dct_only: it is for kind hard with the operators dct and attention, and this is {r.kind} with "
+            f"{list(r.operators)}",
+            "remove it",
+        )
+    if r.kind == "soft" and model.attention.keys == "routed":
+        yield Problem(
+            "model.attention.keys",
+            "is routed with a soft router, which sends every token through attention",
+            "set it to all, or choose another router.kind",
+        )
+
+
+def _threshold_lists(model: ModelConfig) -> Iterator[Problem]:
+    routed = len(model.routed_layers)
+    for name in ("tau", "tau_low", "tau_high"):
+        value = getattr(model.router, name)
+        if isinstance(value, tuple) and len(value) != routed:
+            yield Problem(
+                f"model.router.{name}",
+                f"has {len(value)} values for {routed} routed layers (2..{model.num_layers - 1})",
+                f"give one number or {routed}",
+            )

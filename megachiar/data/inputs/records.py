@@ -1,0 +1,112 @@
+"""Make a document of one record, a line of JSON or a row of parquet: its text or texts or ids, and its label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentKind, ReadOptions
+
+MOST_KEYS = 8  # of a record that a message names
+LARGEST_ID = 2**31 - 1  # that a dataset holds
+SHOWN = 40  # characters of a value in a message
+
+
+def parse_record(where: str, record: Mapping[str, Any], options: ReadOptions) -> Document | InvalidDocument:
+    """Return the document of a record, or why it cannot be used.
+
+    Args:
+        where: the record's place, for a message.
+        record: its values by key; of parquet the texts are bytes.
+        options: which keys hold what.
+    """
+    for key in options.content_keys:
+        if key not in record:
+            return InvalidDocument("missing_text", where, f"has no key {key!r}; keys are {_keys_of(record)}")
+    if options.token_key is not None:
+        document = _of_ids(where, options.token_key, record[options.token_key])
+    else:
+        document = _of_texts(where, record, options.content_keys)
+    if options.label_key is None or isinstance(document, InvalidDocument):
+        return document
+    return _with_label(document, record, options.label_key)
+
+
+def json_type(value: Any) -> str:
+    """Return JSON's word for the type of ``value``."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names = {str: "string", dict: "object", list: "array", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _keys_of(record: Mapping[str, Any]) -> str:
+    return ", ".join(list(record)[:MOST_KEYS]).encode(errors="backslashreplace").decode() or "none at all"
+
+
+def _of_texts(where: str, record: Mapping[str, Any], keys: Sequence[str]) -> Document | InvalidDocument:
+    """Return the document of one text or two."""
+    texts: list[str] = []
+    encoded: list[bytes] = []
+    for key in keys:
+        which = f"{key!r} " if len(keys) > 1 else ""
+        text = _text_of(where, key, record[key], which)
+        if isinstance(text, InvalidDocument):
+            return text
+        try:
+            encoded.append(text.encode())
+        except UnicodeEncodeError as error:  # JSON may hold characters that UTF-8 cannot encode
+            code = ord(text[error.start])
+            problem = f"{which}character {error.start} is half of a surrogate pair (\\u{code:04x})"
+            return InvalidDocument("invalid_utf8", where, problem)
+        texts.append(text)
+    return Document("\n".join(texts), b"\n".join(encoded), where, tuple(texts) if len(texts) > 1 else ())
+
+
+def _text_of(where: str, key: str, value: Any, which: str) -> str | InvalidDocument:
+    """Return the text of one key, which is not empty; ``which`` names the key where there are two."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            problem = f"{which}byte 0x{value[error.start]:02x} is not valid UTF-8"
+            return InvalidDocument("invalid_utf8", where, problem)
+    if not isinstance(value, str):
+        return InvalidDocument("not_a_string", where, f"{key!r} is a JSON {json_type(value)}, not a string")
+    return value if value.strip() else InvalidDocument("empty", where, f"{which}is empty")
+
+
+def _of_ids(where: str, key: str, value: Any) -> Document | InvalidDocument:
+    """Return the document of a list of ids."""
+
+    def refused(kind: InvalidDocumentKind, problem: str) -> InvalidDocument:
+        return InvalidDocument(kind, where, problem)
+
+    if not isinstance(value, list):
+        return refused("bad_tokens", f"{key!r} is a JSON {json_type(value)}, not an array of ids")
+    if not value:
+        return refused("empty", "is empty")
+    for place, index in enumerate(value):
+        if type(index) is not int or not 0 <= index <= LARGEST_ID:
+            shown = repr(index)[:SHOWN]
+            return refused("bad_tokens", f"{key!r}[{place}] is {shown}, not a whole number from 0 to {LARGEST_ID}")
+    return Document("", b"", where, tokens=value)
+
+
+def _with_label(document: Document, record: Mapping[str, Any], key: str) -> Document | InvalidDocument:
+    """Return ``document`` with the label of its record."""
+    where = document.where
+    if key not in record:
+        return InvalidDocument("missing_label", where, f"has no label: no key {key!r}; keys are {_keys_of(record)}")
+    label = record[key]
+    if isinstance(label, bytes):
+        label = label.decode(errors="backslashreplace")
+    if type(label) is int and abs(label) <= LARGEST_ID:
+        return document._replace(label=label)
+    if not isinstance(label, str):
+        shown = f" ({label!r})"[: SHOWN + 3] if isinstance(label, int | float) and not isinstance(label, bool) else ""
+        problem = f"label {key!r} is a JSON {json_type(label)}{shown}, not a string or whole number"
+        return InvalidDocument("bad_label", where, problem)
+    if not label.strip() or not label.isprintable():
+        return InvalidDocument("bad_label", where, f"label {key!r} is {label[:SHOWN]!r}, empty or not printable")
+    return document._replace(label=label)

@@ -1,0 +1,109 @@
+"""Write the page that shows routes: one HTML file with all that it needs, which loads nothing from anywhere.
+
+Its content security policy allows its own script and style alone, by their hashes. A text enters it as JSON in which no
+character can end the element that holds it.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import html
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from megachiar.data.storage.files import write_atomically
+from megachiar.errors import UserError, disk_errors
+from megachiar.viewer.words import with_words
+
+GENERATOR = b'<meta name="generator" content="megachiar routes">'
+"""What tells a page of ours from another file."""
+MOST_TOKENS = 20_000
+"""Longest text of a page; a browser needs seconds for more."""
+DIGITS = 6
+"""Digits behind the point of a number on a page."""
+
+
+def check_page(path: Path) -> None:
+    """Check that a page may be written to ``path``.
+
+    Raises:
+        UserError: a file is there that is no page of ours, or the folder is missing.
+    """
+    with disk_errors(path, "write"):
+        if not path.parent.is_dir():
+            raise UserError(path, "there is no such folder", f"make it first: mkdir -p {path.parent}")
+        if path.is_dir():
+            raise UserError(path, "is a folder", "name a file in it")
+        if path.exists() and GENERATOR not in path.read_bytes()[:2000]:
+            raise UserError(path, "exists already and is no page of routes", "name another file, or remove this one")
+
+
+def write_page(path: Path, record: dict[str, Any]) -> None:
+    """Write the page of a record, see ``OpenRun.record``, whole or not at all.
+
+    Raises:
+        UserError: the text is too long for a page, or the file cannot be written.
+    """
+    if len(record["tokens"]) > MOST_TOKENS:
+        problem = f"the text has {len(record['tokens']):,} tokens, and a page holds {MOST_TOKENS:,}"
+        raise UserError(path, problem, "give a shorter text, or take --json")
+    with disk_errors(path, "write"):
+        write_atomically(path, static_page(record).encode())
+
+
+def static_page(record: dict[str, Any]) -> str:
+    """Return the page of a record."""
+    title = f"Routes: {record['run']} at step {record['step']:,}"
+    return build_page(title, as_data(with_words(record)), "default-src 'none'; base-uri 'none'; form-action 'none'")
+
+
+def build_page(title: str, data: str, policy: str) -> str:
+    """Return the page.
+
+    Args:
+        title: of the window, any text.
+        data: JSON as ``as_data`` writes it.
+        policy: content security policy, to which script and style are added.
+    """
+    parts = assets()
+    sources = f"; style-src {source_of(parts['style'])}; script-src {source_of(parts['script'])}"
+    filled = {"title": html.escape(title), "record": data, "policy": policy + sources}
+    return Template(parts["page"]).substitute(filled, style=parts["style"], script=parts["script"])
+
+
+def as_data(value: Any) -> str:
+    """Return ``value`` as JSON that may stand in an HTML element: without <, > and &, in ASCII, numbers rounded."""
+    text = json.dumps(rounded(value), separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def rounded(value: Any) -> Any:
+    """Return ``value`` with its numbers rounded to ``DIGITS``."""
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def assets() -> dict[str, str]:
+    """Return page, style and script as they lie beside this file."""
+    folder = files("megachiar.viewer")
+    scripts = "\n".join((folder / name).read_text("utf-8") for name in ("page.js", "panels.js", "live.js"))
+    return {
+        "page": (folder / "page.html").read_text("utf-8"),
+        "style": (folder / "page.css").read_text("utf-8"),
+        "script": f'"use strict";\n(() => {{\n{scripts}}})();',
+    }
+
+
+def source_of(content: str) -> str:
+    """Return how a content security policy names an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
