@@ -6,7 +6,7 @@ What the published model cannot express is refused. Optimizer state is not expor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, damaged_checkpoint, read_state
 from megachiar.checkpoint.reading import read_weights
 from megachiar.config import ModelConfig, RunConfig, load_config
+from megachiar.config.section import Section
 from megachiar.data.storage.manifest import TokenizerRecord
 from megachiar.data.tokenizers.recorded import read_kept_record
 from megachiar.errors import UserError
@@ -26,6 +27,18 @@ from megachiar.interop.published_rotary import published_tables
 from megachiar.model import build_model
 
 PUBLISHED_NORM_EPSILON = 1e-5
+_DECIDED = frozenset(
+    {
+        *("kind", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"),
+        *("max_sequence_length", "dropout", "norm", "norm_epsilon", "initializer_std"),
+        *("dct.gain", "dct.entropy_dc_weight", "dct.entropy_epsilon", "attention.keys", "attention.rope_base"),
+        *("router.kind", "router.operators", "router.tau", "router.tau_low", "router.tau_high"),
+        *("router.attention_share", "router.rbf_share", "router.seed", "router.hard_gradient"),
+        *("router.collapse_weight", "router.collapse_temperature", "rbf.features", "rbf.gamma"),
+        *("meta_router.pool", "meta_router.init"),
+    }
+)
+"""The keys of ``model`` of which this module decides. Any other one has to have its default."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,7 @@ def published_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def _inexpressible(config: RunConfig) -> Iterator[str]:
     """Yield what the published model does not have, each as key and value with what it has instead."""
     model, router = config.model, config.model.router
+    yield from _unknown_settings(model, "model", _DECIDED)
     if model.norm != "post":
         yield f"model.norm is {model.norm} (it has post)"
     if model.norm_epsilon != PUBLISHED_NORM_EPSILON:
@@ -164,6 +178,16 @@ def _inexpressible(config: RunConfig) -> Iterator[str]:
     for key in ("entropy_dc_weight", "entropy_epsilon"):
         if (value := getattr(model.dct, key)) != PUBLISHED_DCT[key]:
             yield f"model.dct.{key} is {value} (it has {PUBLISHED_DCT[key]:g}, and other routes)"
+
+
+def _unknown_settings(section: Section, name: str, decided: Collection[str]) -> Iterator[str]:
+    """Yield each key of a section, ``name``, that is not ``decided`` and has another value than its default."""
+    for key, field in type(section).model_fields.items():
+        value, at = getattr(section, key), f"{name}.{key}"
+        if isinstance(value, Section):
+            yield from _unknown_settings(value, at, decided)
+        elif at.removeprefix("model.") not in decided and value != field.get_default(call_default_factory=True):
+            yield f"{at} is {value} (it has no such setting)"
 
 
 def _one_tau(model: ModelConfig) -> float | None:

@@ -45,14 +45,14 @@ VALIDATION_SET = "published"
 """The name of the published code's validation loss in the record of the checkpoint."""
 _TRAINING: dict[str, Any] = {
     "data": {"train": [{"path": "data/wikitext-103/train"}]},
-    "optimizer": {"learning_rate": 1e-4},
+    "optimizer": {"learning_rate": 1e-4, "decay_all": True},
     "schedule": {"warmup_steps": 1000, "minimum_learning_rate": 1e-6},
     "training": {"global_batch_size": 128, "micro_batch_size": 8},
 }
 """The published code's training of a language model, and where our pages put its data."""
 _OF_CLASSIFIERS: dict[str, Any] = {
     "data": {"train": [{"path": "data/labelled/train"}]},
-    "optimizer": {"learning_rate": 5e-5},
+    "optimizer": {"learning_rate": 5e-5, "decay_all": True},
     "schedule": {"warmup_steps": 200, "minimum_learning_rate": 1e-6},
     "training": {"global_batch_size": 8, "micro_batch_size": 8},
 }

@@ -37,6 +37,7 @@ from megachiar.cli import export
 from megachiar.config import load_config
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
+from megachiar.interop import published_export
 
 import_ = importlib.import_module("megachiar.cli.import_")
 
@@ -275,6 +276,13 @@ INEXPRESSIBLE = [
     ("dct", {"gain": 2.0, "entropy_dc_weight": 2.0}, "model.dct.entropy_epsilon is 0.0"),
     ("router", {"kind": "threshold", "tau": [0.7, 0.8]}, "model.router.tau has several values"),
     ("router", {"kind": "random", "attention_share": 0.5}, "model.router.kind is random"),
+    ("router", {"kind": "hashed", "tau": 0.78}, "model.router.kind is hashed"),
+    (
+        "router",
+        {"operators": ["dct", "rbf", "attention"], "tau_low": 0.7, "tau_high": 0.8},
+        "model.router.operators are ['dct', 'rbf', 'attention']",
+    ),
+    ("ffn_hidden_size", 48, "model.ffn_hidden_size is 48"),
     ("attention", {"keys": "routed"}, "model.attention.keys is routed"),
     ("meta_router", {"pool": "causal"}, "model.meta_router.pool is causal"),
 ]
@@ -294,6 +302,18 @@ def test_all_that_is_lacking_is_one_message(file):
     run = imported(file("threshold"), *TAU)
     with_config(run, model={"norm": "pre", "norm_epsilon": 1e-6})
     with pytest.raises(UserError, match=r"model.norm is pre .*; model.norm_epsilon is 1e-06"):
+        exported(run)
+
+
+def test_a_key_that_nobody_has_thought_of_is_refused(file, monkeypatch):
+    """A key that a later version adds has to have its default, until the export decides of it."""
+    run = imported(file("threshold"), *TAU)
+    decided = published_export._DECIDED - {"attention.rope_base"}
+    monkeypatch.setattr(published_export, "_DECIDED", decided)
+    exported(run)
+    run.with_name("threshold_exported.pt").unlink()
+    with_config(run, model={"attention": {"rope_base": 500.0}})
+    with pytest.raises(UserError, match=r"model.attention.rope_base is 500.0 \(it has no such setting\)"):
         exported(run)
 
 
