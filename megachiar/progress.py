@@ -120,6 +120,22 @@ class TextProgress(ByteProgress):
         return f"{_megabytes(self.per_second(self.text_bytes))}/s, {documents:,.0f} documents/s"
 
 
+class CountProgress(ByteProgress):
+    """Show how many of ``total`` items are done, such as sequences that a model has run; ``unit`` names them."""
+
+    def __init__(self, label: str, total: int, unit: str, stream: TextIO | None = None):
+        super().__init__(label, total, stream)
+        self._unit = unit
+
+    def amount(self) -> str:
+        """Return the amount that is done, such as ``1,021 sequences``."""
+        return f"{self.consumed:,} {self._unit}"
+
+    def rates(self) -> str:
+        """Return the rate, such as ``12.5 sequences/s``."""
+        return f"{self.per_second(self.consumed):,.1f} {self._unit}/s"
+
+
 def _make_bar(stream: TextIO, total_known: bool) -> Progress:
     """Return a bar that has no thread, since processes that a job forks must not inherit a thread's locks."""
     from rich.console import Console

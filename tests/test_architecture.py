@@ -35,7 +35,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"kernels", "parallel", "data.inputs"},
     {"data.tokenizers"},
     {"data.sampling", "data.preprocessing"},
-    {"model"},
+    {"model", "data.tasks"},
     {"planning"},
     {"engine"},
     {"checkpoint"},

@@ -58,17 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(options.run, options.step, DTYPES.get(options.dtype), log=print_warning)
     limits = DemoLimits(options.max_tokens, options.max_new_tokens)
     server = DemoServer(run, options.host, options.port, limits, options.allow_host)
-    console = make_console()
     try:
         if not server.is_local:
             print_warning("every machine that reaches this one can use the demo: there is no password")
-        console.print(f"{options.run} at step {run.state.step:,}: {server.url}   (Ctrl-C ends it)", markup=False)
+        make_console().print(f"{options.run} at step {run.state.step:,}: {server.url}   (Ctrl-C ends it)", markup=False)
         if options.open:
             open_browser(server.url)
         server.serve_forever()
     except KeyboardInterrupt:  # the way to end it, and no failure
         server.stop()
-        console.print("stopped")
+        make_console().print("stopped")  # the other console may have been interrupted, and would print its line again
 
 
 def open_browser(url: str) -> None:

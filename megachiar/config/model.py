@@ -38,7 +38,7 @@ class RouterConfig(Section):
     """Operators of a routed layer, by rising spectral entropy: [dct, attention] or [dct, rbf, attention]."""
     tau: Threshold | None = None
     """threshold and hashed, two operators: threshold on H in [0, 1], attention where H > tau. One number, or one per
-    routed layer."""
+    routed layer. 0 sends every token to attention and 1 every token to DCT mixing, whatever its H."""
     tau_low: Threshold | None = None
     """threshold and hashed, three operators: threshold on H in [0, 1], DCT where H <= tau_low."""
     tau_high: Threshold | None = None
@@ -118,6 +118,9 @@ class ModelConfig(Section):
     """Added to the variance of a token's channels under the root of LayerNorm, in units of that variance."""
     initializer_std: PositiveFloat = 0.02
     """Standard deviation of linear and embedding weights at the start; biases start at 0."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor on the token embedding before layer 1; the tied head has none. With norm pre, 1 / initializer_std gives
+    the rows of chiar and of baseline about the same scale at the start."""
     dct: DctConfig = DctConfig()
     router: RouterConfig = RouterConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -146,9 +149,18 @@ class ModelConfig(Section):
 
     @property
     def expected_attention_share(self) -> float:
-        """Share of a routed layer's tokens that take attention: that of a random router, else a guess of one half."""
-        share = self.router.attention_share
-        return share if self.router.kind == "random" and share is not None else 0.5
+        """Share of a routed layer's tokens that take attention, as far as the config says it, else a guess of one half.
+
+        It is that of a random router; and all where every threshold is 0, none where every one is 1.
+        """
+        router = self.router
+        if router.kind == "random" and router.attention_share is not None:
+            return router.attention_share
+        bound = router.tau if len(router.operators) == 2 else router.tau_high
+        bounds = set(bound) if isinstance(bound, tuple) else {bound}
+        if not router.has_thresholds:
+            return 0.5
+        return 1.0 if bounds == {0.0} else 0.0 if bounds == {1.0} else 0.5
 
     def threshold(self, name: Literal["tau", "tau_low", "tau_high"], layer: int) -> float:
         """Return the threshold of the routed layer with index ``layer``, counted from 0 in the whole stack."""

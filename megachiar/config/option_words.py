@@ -30,6 +30,8 @@ OPTIONS = {
         "output_prefix": "use --output",
     },
     "evaluate": {"batch": "use --batch-size", "eval_batch_size": "use --batch-size"},
+    "routes": {"prompt": "use --text", "output": "use --html"},
+    "demo": {"share": "use --host 0.0.0.0", "server_port": "use --port", "server_name": "use --host"},
     "generate": {"max_length": "use --max-new-tokens", "n": "use --num-samples"},
 }
 """Command -> what other tools call its options, with what to do."""

@@ -83,6 +83,14 @@ class SelfAttention(nn.Module):
         branch_output = self.output(mixed.flatten(-2), counts_per_rank)
         return residual_norm(routed, branch_output, None if self.pre else self.norm)
 
+    def queries_and_keys(self, x: torch.Tensor, layout: BatchLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rotated queries and keys (B, h, S, c) of all rows ``x`` (m, d), for whoever looks at the weights."""
+        q, kv = self._project(x, x, None, layout)
+        cos, sin = (table[:, None] for table in self._table(layout, x))
+        q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos, sin)
+        k, _ = keys_and_values(kv, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
     def _attend_to_all(
         self,
         x: torch.Tensor,

@@ -23,13 +23,15 @@ from megachiar.topology import TensorParallelGroup
 class TiedEmbedding(nn.Module):
     """The embedding (V, d) of tokens, and logits or losses of hidden states with the same weight.
 
-    The ranks of a tensor-parallel group share the vocabulary: each has V / p rows of the weight.
+    The embedded rows are scaled by ``model.embedding_multiplier``; logits have the weight as it is. The ranks of a
+    tensor-parallel group share the vocabulary: each has V / p rows of the weight.
     """
 
     def __init__(self, config: ModelConfig, group: TensorParallelGroup):
         super().__init__()
         self.group = group
         self.dropout = config.dropout
+        self.multiplier = config.embedding_multiplier
         self.weight = nn.Parameter(torch.empty(config.vocab_size // group.size, config.hidden_size))
         sharded(self.weight, Shard(0), group)
         self.part = VocabularyShard(group, len(self.weight)) if group.size > 1 else None
@@ -67,6 +69,8 @@ class TiedEmbedding(nn.Module):
             elsewhere = (ids < 0) | (ids >= len(self.weight))
             rows = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)
             rows = reduce_or_scatter_output(rows, self.group)
+        if self.multiplier != 1:
+            rows = rows * self.multiplier
         keys = layout.dropout_keys if layout is not None else None
         if not (self.training and self.dropout and keys is not None):
             return rows

@@ -53,7 +53,12 @@ def build_layer(config: ModelConfig, index: int, group: TensorParallelGroup) -> 
 
 
 def run_layers(
-    layers: Sequence[nn.Module], x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, interval: int | None
+    layers: Sequence[nn.Module],
+    x: torch.Tensor,
+    layout: BatchLayout,
+    cache: DecodingCache | None,
+    interval: int | None,
+    routes: Routes | None = None,
 ) -> tuple[torch.Tensor, list[LayerOutput]]:
     """Run ``layers`` one after another.
 
@@ -65,16 +70,17 @@ def run_layers(
         interval: number of layers that are recomputed together in the backward pass; None keeps all activations. Of
             such a group only the input is kept. The second forward pass takes the same routes, and has the same
             dropout, since its masks are functions of keys.
+        routes: routes that layers take instead of deciding, see ``Routes``; None lets all routers decide.
 
     Returns:
         Hidden states (m, d) after the last layer, and the outputs of the layers without their hidden states.
     """
     if interval is None or not torch.is_grad_enabled():
-        return _run(layers, x, layout, cache, None)
+        return _run(layers, x, layout, cache, routes)
     outputs: list[LayerOutput] = []
     for start in range(0, len(layers), interval):
-        part, routes = layers[start : start + interval], Routes()
-        x, reported = checkpoint(_run, part, x, layout, cache, routes, use_reentrant=False, preserve_rng_state=False)
+        part, taken = layers[start : start + interval], Routes() if routes is None else routes
+        x, reported = checkpoint(_run, part, x, layout, cache, taken, use_reentrant=False, preserve_rng_state=False)
         outputs += reported
     return x, outputs
 

@@ -129,12 +129,15 @@ class Router(nn.Module):
     def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
         """Return operator 0 up to the first bound, and the last operator above the last bound.
 
-        A value at a bound takes the cheaper operator.
+        A value at a bound takes the cheaper operator. A bound of 0 holds no value back, and one of 1 lets none pass:
+        ``tau: 0`` is attention for every row, a constant one (H = 0) included.
         """
-        first, *others = self.bounds
-        operator = (value > first).long()
-        for bound in others:
-            operator += value > bound
+        operator = torch.zeros_like(value, dtype=torch.int64)
+        for bound in self.bounds:
+            if bound <= 0:
+                operator += 1
+            elif bound < 1:
+                operator += value > bound
         return operator
 
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:

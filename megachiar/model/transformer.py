@@ -19,6 +19,7 @@ from megachiar.model.classifier import build_heads, classifier_loss, pool, real_
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
 from megachiar.model.kv_cache import DecodingCache
+from megachiar.model.layer import Routes
 from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
@@ -86,6 +87,7 @@ class ChiarFormer(nn.Module):
         *,
         cache: DecodingCache | None = None,
         head: str | None = None,
+        routes: Routes | None = None,
     ) -> ModelOutput:
         """Compute losses against targets, or logits without them.
 
@@ -97,6 +99,8 @@ class ChiarFormer(nn.Module):
             cache: the caches of earlier positions; this pass adds its own. All positions of a sequence are of one
                 document then.
             head: the task whose classification head is asked; None for the language model.
+            routes: (B * T,) by the name of a layer, such as ``layers.1``: routes that the layer takes instead of those
+                of its router. A routed layer that is missing there decides, and writes its routes. None in training.
         """
         if sample_ids is None:
             sample_ids = torch.arange(len(tokens), device=tokens.device)
@@ -116,7 +120,7 @@ class ChiarFormer(nn.Module):
         )
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         interval = self.checkpoint_interval if self.training else None
-        x, outputs = run_layers(list(self.layers), x, layout, cache, interval)
+        x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
             cache.length += layout.length
         regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)

@@ -14,6 +14,7 @@ COMMANDS = {
     "megachiar.cli.generate": ["run", "--prompt", "a", "--max-new-tokens", "2"],
     "megachiar.cli.calibrate": ["run", "--data", "train", "--tokens", "64"],
     "megachiar.cli.flips": ["run", "--data", "train", "--sequences", "1"],
+    "megachiar.cli.analyze_routing": ["run", "--data", "train", "--sequences", "4", "--switches", "2"],
     "megachiar.cli.inspect": ["--config", "run.yaml", "--step", "2"],
     "megachiar.pretrain": ["--config", "run.yaml", "--dry-run"],
 }

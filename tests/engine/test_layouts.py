@@ -21,6 +21,7 @@ TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel
 RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
 OFFLOAD, REGULARISED = "parallel.offload_optimizer=true", "model.router.collapse_weight=0.05"
 DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
+SCALED = ["model.embedding_multiplier=50", "model.norm=pre"]
 RANDOM = ["model.router.kind=random", "model.router.tau=null", "model.router.attention_share=0.4"]
 HASHED = ["model.router.kind=hashed", "model.router.seed=3"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
@@ -63,6 +64,11 @@ DOCUMENT_LAYOUTS = {
     "documents: dp 2, ZeRO 2": (2, [*DOCUMENTS, ZERO + "2"]),
     "documents: tp 2, pp 2, sequence": (4, [*DOCUMENTS, TP + "2", PP + "2", SP]),
 }
+SCALED_LAYOUTS = {
+    "scaled embedding: tp 2, sequence": (2, [*SCALED, TP + "2", SP]),
+    "scaled embedding: pp 2": (2, [*SCALED, PP + "2"]),
+    "scaled embedding: dp 2, ZeRO 3": (2, [*SCALED, ZERO + "3"]),
+}
 # The controls. A coin is a function of numbers that every rank must know: of the sample, or of its documents.
 CONTROL_LAYOUTS = {
     "random: tp 2, sequence, recompute 1": (2, [*RANDOM, TP + "2", SP, RECOMPUTE + "1"]),
@@ -75,7 +81,7 @@ CONTROL_LAYOUTS = {
     "hashed: dp 2, ZeRO 2": (2, [*HASHED, ZERO + "2"]),
     "hashed: tp 2, pp 2, sequence": (4, [*HASHED, TP + "2", PP + "2", SP]),
 }
-EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | CONTROL_LAYOUTS
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -101,6 +107,7 @@ CHIAR_ONLY = {
     "bf16: pp 2, offload, micro-batch 4",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
     *REGULARISED_LAYOUTS,
+    *SCALED_LAYOUTS,
     *CONTROL_LAYOUTS,
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
@@ -122,6 +129,8 @@ FAST = {
     "regularised: dp 2, ZeRO 2",
     "documents: pp 2, recompute 2",
     "documents: tp 2, pp 2, sequence",
+    "scaled embedding: tp 2, sequence",
+    "scaled embedding: pp 2",
     "random: pp 2, recompute 1",
     "random: tp 2, pp 2, sequence, micro-batch 4",
     "random, documents: tp 2, pp 2, sequence",
@@ -141,6 +150,7 @@ REFERENCES = {
     SINGLE: [ZERO + "0"],
     f"regularised: {SINGLE}": [REGULARISED],
     f"documents: {SINGLE}": DOCUMENTS,
+    f"scaled embedding: {SINGLE}": SCALED,
     f"random: {SINGLE}": RANDOM,
     f"random, documents: {SINGLE}": [*RANDOM, *DOCUMENTS],
     f"hashed: {SINGLE}": HASHED,
@@ -281,6 +291,13 @@ def test_documents_move_the_run(runs):
     """Without this the comparisons of layouts with documents would prove nothing about documents."""
     with_documents = runs.recording(reference_of("documents: "))
     assert _deviation(runs.recording(SINGLE)["loss"][5:], with_documents["loss"][5:]) > 1e-4
+
+
+@for_kinds("chiar")
+def test_the_scale_of_the_embedding_moves_the_run(runs):
+    """Without this the comparisons of layouts with a scaled embedding would prove nothing about it."""
+    runs.train(1, {"pre": ["model.norm=pre"]})
+    assert _deviation(runs.recordings["pre"]["loss"], runs.recording(reference_of("scaled embedding: "))["loss"]) > 1e-3
 
 
 @for_kinds("chiar")

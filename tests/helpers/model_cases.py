@@ -36,6 +36,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}}
 VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}
+SCALED = {"embedding_multiplier": 5.0}
+VARIANTS |= {"embedding multiplier": SCALED, "baseline, embedding multiplier": SCALED | {"kind": "baseline"}}
 KEYS_OF_ROUTED = {"attention": {"keys": "routed"}}
 VARIANTS |= {
     f"{name}, keys of routed": {"router": ROUTERS[name]} | KEYS_OF_ROUTED

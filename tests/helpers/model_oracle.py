@@ -45,7 +45,7 @@ class Oracle:
     def __call__(self, tokens: Tensor) -> OracleResult:
         config = self.config
         result = OracleResult(torch.empty(0), torch.zeros((), dtype=torch.float64))
-        x = self.w["embedding.weight"][tokens]
+        x = self.w["embedding.weight"][tokens] * config.embedding_multiplier
         for index in range(config.num_layers):
             name = f"layers.{index}"
             if config.kind == "baseline" or index == config.num_layers - 1:

@@ -84,6 +84,9 @@ def test_keys_of_routed_tokens_alone(router, norm):
 OTHER_FIELDS = {
     "baseline post": {"kind": "baseline"},
     "baseline pre": {"kind": "baseline", "norm": "pre"},
+    "embedding multiplier": {"embedding_multiplier": 7.0},
+    "embedding multiplier pre": {"embedding_multiplier": 7.0, "norm": "pre"},
+    "baseline pre, embedding multiplier": {"embedding_multiplier": 0.5, "norm": "pre", "kind": "baseline"},
     "pool batch": {"meta_router": {"pool": "batch"}},
     "pool none": {"meta_router": {"pool": "none"}},
     "published gate": {"meta_router": {"init": "published"}},

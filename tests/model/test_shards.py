@@ -15,6 +15,7 @@ WORKER = WORKERS / "model_shards_worker.py"
 CASES = VARIANTS | {
     "baseline pre": {"kind": "baseline", "norm": "pre"},
     "pre": {"norm": "pre"},
+    "pre, embedding multiplier": {"norm": "pre", "embedding_multiplier": 5.0},
     "pool batch": {"meta_router": {"pool": "batch"}},
     "pool none": {"meta_router": {"pool": "none"}},
     "published gate": {"meta_router": {"init": "published"}},

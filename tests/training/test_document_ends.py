@@ -156,7 +156,7 @@ def test_a_masked_run_is_not_scored_on_documents_that_it_cannot_tell(folder):
         return forked_python(f"tools/{name}.py", folder / "run", *arguments)
 
     assert json.loads(tool("evaluate", "--data", folder / "same", "--json").stdout)["tokens"] > 0
-    for name in ("evaluate", "calibrate_tau", "routing_flips"):
+    for name in ("evaluate", "calibrate_tau", "routing_flips", "analyze_routing"):
         for dataset in ("none", "other", "megatron_none"):
             done = tool(name, "--data", folder / dataset)
             assert done.returncode == 2 and "Traceback" not in done.stderr

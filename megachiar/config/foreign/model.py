@@ -35,6 +35,29 @@ MODEL = (
     ),
     ForeignKey("init_method_std initializer_range", f"{MEGATRON}, {NEOX}, {HF}", "model.initializer_std"),
     ForeignKey(
+        "scale_emb mup_embedding_multiplier mup_embedding_mult embedding_multiplier_scale",
+        f"{HF}, {NEOX}, {MEGATRON}",
+        "model.embedding_multiplier",
+    ),
+    ForeignKey(
+        "scale_embeddings scale_embedding",
+        f"{LITGPT}, {HF}",
+        "model.embedding_multiplier",
+        "true is the root of the hidden size, false is 1",
+    ),
+    ForeignKey(
+        "embed_layernorm word_embeddings_layernorm layernorm_embedding",
+        f"Megatron-DeepSpeed, {HF}",
+        "",
+        "remove it: the embedding has no norm; `model.embedding_multiplier` scales its rows",
+    ),
+    ForeignKey(
+        "embedding_init_method_std",
+        MEGATRON,
+        "model.embedding_multiplier",
+        "that deviation divided by `model.initializer_std`: the tied weight itself keeps the scale of the head",
+    ),
+    ForeignKey(
         "layernorm_epsilon norm_eps layer_norm_epsilon layer_norm_eps rms_norm_eps rms_norm_epsilon scalenorm_epsilon",
         f"{MEGATRON}, {NEOX}, {LITGPT}, {HF}",
         "model.norm_epsilon",

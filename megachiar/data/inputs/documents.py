@@ -28,6 +28,7 @@ InvalidDocumentKind = Literal[
     "bad_label",
     "unknown_class",
     "bad_tokens",
+    "bad_image",
 ]
 
 EXAMPLES_PER_KIND = 3

@@ -178,12 +178,13 @@ def test_a_kept_copy_that_was_changed_or_is_lost_is_named(folder, run):
     assert "is no record of a tokenizer: kind" in tool("generate", run, "--prompt", "a", code=2)
 
 
-@pytest.mark.parametrize("name", ("evaluate", "calibrate_tau", "routing_flips"))
+@pytest.mark.parametrize("name", ("evaluate", "calibrate_tau", "routing_flips", "analyze_routing"))
 def test_a_dataset_of_another_tokenizer_is_not_measured(folder, run, name):
     for place in (folder / "run", run):
         refused = tool(name, place, "--data", folder / "alien", code=2)
         assert "alien.json: made with tokenizer" in refused and "the run's tokenizer" in refused
-        tool(name, place, "--data", folder / "valid")
+        if name != "analyze_routing":  # it needs more windows than this text has
+            tool(name, place, "--data", folder / "valid")
 
 
 def test_a_run_does_not_go_on_with_data_of_another_tokenizer(folder, run):
