@@ -257,7 +257,7 @@ def test_another_head_than_the_published_is_refused(file):
 
 def test_heads_of_a_mixed_run_are_left_out(tmp_path, capsys):
     run = imported(save(tmp_path / "run.pt", published_content("threshold")), *TAU)
-    task = {"kind": "classification", "classes": 3, "data": "x", "batch_size": 8}
+    task = {"kind": "classification", "classes": 3, "data": "x", "global_batch_size": 8}
     with_config(run, mixed={"group_size": 8, "tasks": {"imdb": task}})
     config, checkpoint = load_config(locate_checkpoint(run) / "config.yaml"), locate_checkpoint(run)
     heads = {name: torch.ones(shape) for name, shape in (("weight", (3, 16)), ("bias", (3,)))}
@@ -283,6 +283,7 @@ INEXPRESSIBLE = [
         "model.router.operators are ['dct', 'rbf', 'attention']",
     ),
     ("ffn_hidden_size", 48, "model.ffn_hidden_size is 48"),
+    ("embedding_multiplier", 50.0, "model.embedding_multiplier is 50.0 (it has no such setting)"),
     ("attention", {"keys": "routed"}, "model.attention.keys is routed"),
     ("meta_router", {"pool": "causal"}, "model.meta_router.pool is causal"),
 ]
