@@ -4,6 +4,7 @@ megachiar import chiar_threshold_dct_attn_wikitext103_350M_best.pt --output runs
   --tokenizer gpt2
 megachiar import baseline_wikitext103_350M_best.pt --output runs/published_baseline --tokenizer gpt2
 megachiar import chiar_v3_mixed_best.pt --output runs/mixed --calibrate data/wikitext-103/valid
+megachiar import chiar_threshold_dct_attn_lra_imdb_best.pt --output runs/imdb --tau 0.8935 0.8973
 
 The run has the published model's logits. `megachiar evaluate`, `generate` and `calibrate` read it, and
 checkpoint.load_from of another run starts from it. Optimizer state is not in such files. Nothing in a file is executed.
@@ -125,6 +126,10 @@ def print_report(report: ImportReport, written: bool, run: Path) -> None:
     if model["kind"] == "chiar":
         threshold = f", tau {router['tau']:g}" if router["kind"] == "threshold" else ""
         print(f"router: {router['kind']}{threshold}; gate of layer 1: {model['meta_router']['pool']}")
+    if report.task["kind"] == "classification":
+        print(f"classifier: {report.task['classes']} classes")
+    if report.accuracy is not None:
+        print(f"test accuracy as the file has it: {report.accuracy:.2f} %")
     if report.perplexity is not None:
         print(f"validation perplexity as the file has it: {report.perplexity:.2f}")
     for name in report.left_out:

@@ -18,6 +18,7 @@ import errno
 import os
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import torch
 from megachiar.data.storage.files import sync_folder, temporary_path
 from megachiar.data.storage.regular_file import check_regular
 from megachiar.errors import UserError, disk_error, disk_errors
+from megachiar.interop.published_names import BACKBONE
 
 _CODE = re.compile(r"GLOBAL ([\w.]+)")
 _REASON = re.compile(r"WeightsUnpickler error:\s*(.+)")
@@ -46,13 +48,20 @@ class PublishedFile:
         cfg: what the training script has set of its config; empty where it saves none.
         step: optimizer steps taken; 0 where the file does not say.
         perplexity: on the validation set; None where the file does not say.
+        accuracy: of a classifier on its test set, in percent; None where the file does not say.
     """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     cfg: dict[str, Any]
     step: int
-    perplexity: float | None
+    perplexity: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of embedding and layers."""
+        return BACKBONE if any(name.startswith(BACKBONE) for name in self.tensors) else ""
 
     def setting(self, name: str, *kinds: type) -> Any:
         """Return a value of ``cfg``; None where it has none.
@@ -87,9 +96,14 @@ def read_published(path: Path) -> PublishedFile:
     step = 0 if tensors is content else content.get("step", 0)
     if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
         raise UserError(path, f"is of step {step!r}, which is no number of steps", _ANOTHER)
-    said = content.get("val_ppl")
-    perplexity = float(said) if isinstance(said, float | int) and 1 <= said < float("inf") else None
-    return PublishedFile(path, dict(tensors), dict(cfg), step, perplexity)
+    perplexity = _number_between(content.get("val_ppl"), 1, sys.float_info.max)
+    accuracy = _number_between(content.get("test_acc"), 0, 100)
+    return PublishedFile(path, dict(tensors), dict(cfg), step, perplexity, accuracy)
+
+
+def _number_between(value: Any, least: float, most: float) -> float | None:
+    """Return a number that is one, and within its limits; else None."""
+    return float(value) if isinstance(value, float | int) and least <= value <= most else None
 
 
 def _load(path: Path) -> Any:

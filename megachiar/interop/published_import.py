@@ -30,7 +30,14 @@ from megachiar.data.tokenizers.recorded import keep_tokenizer
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError, disk_errors
 from megachiar.interop.published_file import PublishedFile, read_published
-from megachiar.interop.published_model import ImportOptions, convert, describe_model, left_out, missing_tau
+from megachiar.interop.published_model import (
+    ImportOptions,
+    convert,
+    describe_model,
+    describe_task,
+    left_out,
+    missing_tau,
+)
 from megachiar.model import ChiarFormer, build_model
 
 NOTE = "imported.json"
@@ -38,11 +45,18 @@ VALIDATION_SET = "published"
 """The name of the published code's validation loss in the record of the checkpoint."""
 _TRAINING: dict[str, Any] = {
     "data": {"train": [{"path": "data/wikitext-103/train"}]},
-    "optimizer": {"learning_rate": 1e-4},
+    "optimizer": {"learning_rate": 1e-4, "decay_all": True},
     "schedule": {"warmup_steps": 1000, "minimum_learning_rate": 1e-6},
     "training": {"global_batch_size": 128, "micro_batch_size": 8},
 }
-"""The published code's language model training, and where our pages put its data."""
+"""The published code's training of a language model, and where our pages put its data."""
+_OF_CLASSIFIERS: dict[str, Any] = {
+    "data": {"train": [{"path": "data/labelled/train"}]},
+    "optimizer": {"learning_rate": 5e-5, "decay_all": True},
+    "schedule": {"warmup_steps": 200, "minimum_learning_rate": 1e-6},
+    "training": {"global_batch_size": 8, "micro_batch_size": 8},
+}
+"""The published code's training of a classifier."""
 
 FindTau = Callable[[ChiarFormer], float]
 """Returns the threshold for a model, from its weights and a text."""
@@ -54,17 +68,20 @@ class ImportReport:
 
     Attributes:
         checkpoint: folder of the checkpoint that was written.
-        model: the section ``model`` of the config, as JSON has it.
+        model, task: these sections of the config, as JSON has them.
         parameters: how many numbers the model trains.
         perplexity: on the published code's validation set; None where the file does not say.
+        accuracy: of a classifier on the published code's test set, in percent; None where the file does not say.
         left_out: names of trained tensors of the file that were not imported.
         notes: what differs from the file or from what one may expect, as sentences.
     """
 
     checkpoint: str
     model: dict[str, Any]
+    task: dict[str, Any]
     parameters: int
     perplexity: float | None
+    accuracy: float | None
     left_out: list[str]
     notes: list[str]
 
@@ -120,8 +137,10 @@ def import_published(
     report = ImportReport(
         checkpoint=str(config.checkpoint_folder / f"step_{file.step:08d}"),
         model=config.model.model_dump(mode="json"),
+        task=config.task.model_dump(mode="json"),
         parameters=sum(tensor.numel() for tensor in weights.values()),
         perplexity=file.perplexity,
+        accuracy=file.accuracy,
         left_out=left_out(file),
         notes=_notes(file, options, config),
     )
@@ -156,9 +175,9 @@ def _config_and_weights(
         problem = "the router needs no threshold, or the file or --tau names one"
         raise UserError("--calibrate", problem, "leave it out")
     config = _config(file, run, section | {"router": router | {"tau": 0.5}} if lacks_tau else section, overrides)
-    weights = convert(file, config.model)
+    weights = convert(file, config)
     if lacks_tau and find_tau is not None:
-        model = build_model(config.model, seed=0)
+        model = build_model(config.model, seed=0, heads=config.heads)
         model.load_state_dict(weights)
         tau = find_tau(model.eval())
         config = _config(file, run, section | {"router": router | {"tau": tau}}, overrides)
@@ -166,8 +185,9 @@ def _config_and_weights(
 
 
 def _config(file: PublishedFile, run: Path, section: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
-    mapping = copy.deepcopy(_TRAINING)
-    mapping["model"] = section
+    task = describe_task(file)
+    mapping = copy.deepcopy(_OF_CLASSIFIERS if task else _TRAINING)
+    mapping |= {"model": section, "task": task}
     mapping["training"]["steps"] = max(file.step, 1)
     mapping["logging"] = {"folder": str(run)}
     trained = file.setting("max_seq_len", int)
@@ -179,7 +199,7 @@ def _config(file: PublishedFile, run: Path, section: dict[str, Any], overrides: 
 def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
-        if key.partition(".")[0] in ("model", "logging"):
+        if key.partition(".")[0] in ("model", "task", "mixed", "logging"):
             problem = "the file says what the model is, and --output where the run folder is"
             raise UserError(f"--set {override}", problem, "leave it out; `megachiar import --help` lists the options")
 
@@ -231,6 +251,8 @@ def _notes(file: PublishedFile, options: ImportOptions, config: RunConfig) -> li
         notes.append(f"cfg has layer_variant {file.cfg['layer_variant']!r}, which the published code never reads")
     if config.model.kind == "chiar" and config.model.meta_router.pool == "batch":
         notes.append("the gate of layer 1 averages over the batch: logits depend on the batch, and on later tokens")
+    if config.heads:
+        notes.append("what fills a sequence up counts as token 0, as in the published training (task.padding: counted)")
     if left_out(file):
         notes.append(
             "the classification heads of mixed training were left out: they read the mean of raw embeddings, "

@@ -16,17 +16,18 @@ from typing import Any, Literal
 
 import torch
 
-from megachiar.config import ModelConfig
+from megachiar.config import RunConfig
 from megachiar.errors import UserError
 from megachiar.interop.published_file import PublishedFile
 from megachiar.interop.published_names import (
+    CLASSIFIER,
     EMBEDDING,
     GATE,
     META_GATE,
     MIXED_HEAD,
-    TIED_HEAD,
     parameter_names,
     table_names,
+    tied_head,
 )
 from megachiar.interop.published_rotary import RotaryTables, read_rotary
 from megachiar.model import build_model
@@ -34,7 +35,7 @@ from megachiar.model import build_model
 PUBLISHED_DCT = {"gain": 2.0, "entropy_dc_weight": 2.0, "entropy_epsilon": 1e-8}
 """The published code's DCT and spectral entropy, as keys of ``model.dct``."""
 PUBLISHED_DROPOUT = 0.1
-_LAYER = re.compile(r"(layers|attns)\.(\d{1,9})\.")
+_LAYER = re.compile(r"(?:backbone\.)?(layers|attns)\.(\d{1,9})\.")
 _WHOLE = "give the whole file, as a training script of the published code wrote it"
 _TOLD = 4  # names that a message lists
 
@@ -76,7 +77,7 @@ def describe_model(file: PublishedFile, options: ImportOptions) -> dict[str, Any
         problem = f"is below the {vocabulary:,} rows of the embedding in {file.path}"
         raise UserError(f"--vocab-size {options.vocab_size}", problem, f"give at least {vocabulary}, or leave it out")
     dropout = file.setting("dropout", float, int)
-    gate = "batch" if META_GATE in file.tensors else "none"
+    gate = "batch" if f"{file.prefix}{META_GATE}" in file.tensors else "none"
     router = _find_router(file, options, layers) if kind == "chiar" else _refuse_router_options(options)
     base = rotary.base if rotary is not None else file.setting("rope_base", float, int)
     return {
@@ -94,34 +95,46 @@ def describe_model(file: PublishedFile, options: ImportOptions) -> dict[str, Any
     }
 
 
-def convert(file: PublishedFile, model: ModelConfig) -> dict[str, torch.Tensor]:
+def describe_task(file: PublishedFile) -> dict[str, Any]:
+    """Return the section ``task`` of a config for the model of ``file``; empty for a language model.
+
+    Raises:
+        UserError: the head of a classifier has no shape of one.
+    """
+    if not any(name.startswith(CLASSIFIER) for name in file.tensors):
+        return {}
+    name = f"{CLASSIFIER}3.weight"
+    weight = file.tensors.get(name)
+    if weight is None or weight.dim() != 2:
+        raise UserError(file.path, f"is a classifier without {name}, a matrix with a row for each class", _WHOLE)
+    return {"kind": "classification", "classes": len(weight), "head": "mlp", "padding": "counted"}
+
+
+def convert(file: PublishedFile, config: RunConfig) -> dict[str, torch.Tensor]:
     """Return the parameters of ``file`` by our names, fp32.
 
     Args:
         file: the checkpoint.
-        model: what ``describe_model`` has found in it.
+        config: of the run, with what ``describe_model`` and ``describe_task`` have found in it.
 
     Raises:
         UserError: a tensor is missing, belongs to no part of the model, has another shape, or is not finite; or the
             head is not tied to the embedding.
     """
-    rows = len(file.tensors[EMBEDDING])
-    unpadded = model.model_copy(update={"vocab_size": rows})
-    names = parameter_names(unpadded)
-    _check_tensors(file, unpadded)
+    rows = len(file.tensors[f"{file.prefix}{EMBEDDING}"])
+    _check_tensors(file, config, rows)
     weights: dict[str, torch.Tensor] = {}
-    for published, ours in names.items():
+    for published, ours in parameter_names(config).items():
         tensor = file.tensors[published].to(torch.float32)
         if not torch.isfinite(tensor).all():
             raise UserError(file.path, f"{published} is not finite", "use an earlier checkpoint of that training")
         third = len(tensor) // 3
         parts = (tensor,) if len(ours) == 1 else tensor.split([third, len(tensor) - third])
         weights |= dict(zip(ours, parts, strict=True))
-    if model.vocab_size > rows:
+    if config.model.vocab_size > rows:
         embedding = weights["embedding.weight"]
-        weights["embedding.weight"] = torch.cat(
-            [embedding, embedding.new_zeros(model.vocab_size - rows, model.hidden_size)]
-        )
+        padding = embedding.new_zeros(config.model.vocab_size - rows, config.model.hidden_size)
+        weights["embedding.weight"] = torch.cat([embedding, padding])
     return weights
 
 
@@ -146,11 +159,8 @@ def missing_tau(file: PublishedFile, hidden_size: int) -> UserError:
 
 def _find_kind(file: PublishedFile) -> Literal["chiar", "baseline"]:
     names = file.tensors.keys()
-    if any(name.startswith(("backbone.", "classifier.")) for name in names):
-        problem = "is a classifier (train_all.py --dataset lra_*), which cannot be imported yet"
-        raise UserError(file.path, problem, "import a language model, a baseline or a model of mixed training")
     layers = {match[1] for name in names if (match := _LAYER.match(name))}
-    if EMBEDDING not in names or len(layers) != 1:
+    if f"{file.prefix}{EMBEDDING}" not in names or len(layers) != 1:
         shown = _list_some(names)
         raise UserError(
             file.path,
@@ -161,7 +171,7 @@ def _find_kind(file: PublishedFile) -> Literal["chiar", "baseline"]:
 
 
 def _shape_of_embedding(file: PublishedFile) -> tuple[int, int]:
-    shape = file.tensors[EMBEDDING].shape
+    shape = file.tensors[f"{file.prefix}{EMBEDDING}"].shape
     if len(shape) != 2:
         raise UserError(file.path, f"{EMBEDDING} has shape {tuple(shape)}, and no rows of channels", _WHOLE)
     return shape[0], shape[1]
@@ -270,38 +280,38 @@ def _refuse_router_options(options: ImportOptions) -> dict[str, Any]:
     return {}
 
 
-def _check_tensors(file: PublishedFile, model: ModelConfig) -> None:
-    """Compare names and shapes of all tensors with those of ``model``."""
-    shapes = published_shapes(model)
-    tables = {name for layer in table_names(model) for name in layer}
+def _check_tensors(file: PublishedFile, config: RunConfig, rows: int) -> None:
+    """Compare names and shapes of all tensors with those of the model of ``config``, with ``rows`` in its embedding."""
+    model, embedding = config.model, f"{file.prefix}{EMBEDDING}"
+    shapes = published_shapes(config) | {embedding: (rows, model.hidden_size)}
+    tables = {name for layer in table_names(config) for name in layer}
     has_tables = any(name in file.tensors for name in tables)
     needed = [*shapes, *(sorted(tables) if has_tables else [])]
-    what = f"a {model.kind} model of {model.num_layers} layers"
+    what = f"a {model.kind} {'classifier' if config.heads else 'model'} of {model.num_layers} layers"
     if absent := [name for name in needed if name not in file.tensors]:
         raise UserError(file.path, f"lacks {len(absent)} tensors of {what}: {_list_some(absent)}", _WHOLE)
-    known = {*shapes, *tables, TIED_HEAD, *left_out(file)}
+    known = {*shapes, *tables, tied_head(config), *left_out(file)}
     if surplus := [name for name in file.tensors if name not in known]:
         problem = f"has {len(surplus)} tensors that {what} of the published code does not have: {_list_some(surplus)}"
         raise UserError(file.path, problem, "give a file that today's published code can load")
     for name, shape in shapes.items():
         found = tuple(file.tensors[name].shape)
         if found != shape:
-            problem = (
-                f"contradicts itself: {name} has shape {found}, where {what} with d {model.hidden_size} has {shape}"
-            )
-            raise UserError(file.path, problem, _WHOLE)
-    head = file.tensors.get(TIED_HEAD)
-    if head is not None and not torch.equal(head, file.tensors[EMBEDDING]):
-        problem = f"{TIED_HEAD} is not {EMBEDDING}: the head of the published model is tied to its embedding"
+            expected = f"where {what} with d {model.hidden_size} has {shape}"
+            raise UserError(file.path, f"contradicts itself: {name} has shape {found}, {expected}", _WHOLE)
+    head = file.tensors.get(tied_head(config) or "")
+    if head is not None and not torch.equal(head, file.tensors[embedding]):
+        problem = f"{tied_head(config)} is not {embedding}: the head of the published model is tied to its embedding"
         raise UserError(file.path, problem, _WHOLE)
 
 
-def published_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each published parameter of ``model``, by its published name."""
-    ours = {name: tuple(p.shape) for name, p in build_model(model, seed=0, device="meta").named_parameters()}
+def published_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each published parameter of the model of ``config``, by its published name."""
+    model = build_model(config.model, seed=0, device="meta", heads=config.heads)
+    ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return {
         name: (sum(ours[part][0] for part in parts), *ours[parts[0]][1:])
-        for name, parts in parameter_names(model).items()
+        for name, parts in parameter_names(config).items()
     }
 
 

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megachiar.config import RunConfig
 from megachiar.config.model import ModelConfig
+from megachiar.config.tasks import MAIN_TASK
 
+BACKBONE = "backbone."
+"""The beginning of the names of a CHIAR classifier's layers; those of other models have none."""
+CLASSIFIER = "classifier."
+"""The beginning of the names of a classifier's head, a hidden layer (0) and a linear one (3)."""
 EMBEDDING, TIED_HEAD = "token_emb.weight", "lm_head.weight"
 FILTER = "dct_mix.w"
 GATE = "router.gate_proj.weight"
@@ -23,8 +29,29 @@ Names = dict[str, tuple[str, ...]]
 """Published name -> the names of our parameters that it holds, in the order of its rows."""
 
 
-def parameter_names(model: ModelConfig) -> Names:
-    """Return the published names of all parameters of a model that the published code has."""
+def parameter_names(config: RunConfig) -> Names:
+    """Return the published names of the parameters of a run's model; heads of a mixed run have none."""
+    names = _names_of_layers(config.model)
+    if config.tasks[0].head is None:
+        return names
+    names = {f"{prefix_of(config)}{name}": ours for name, ours in names.items()}
+    head = f"classifiers.{MAIN_TASK}"
+    return names | _affine(f"{CLASSIFIER}0", f"{head}.hidden") | _affine(f"{CLASSIFIER}3", f"{head}.output")
+
+
+def prefix_of(config: RunConfig) -> str:
+    """Return what stands before the published names of embedding and layers."""
+    return BACKBONE if config.model.kind == "chiar" and config.tasks[0].head is not None else ""
+
+
+def tied_head(config: RunConfig) -> str | None:
+    """Return the published name of the head that is tied to the embedding; a classifying baseline has none."""
+    if config.model.kind == "baseline" and config.tasks[0].head is not None:
+        return None
+    return f"{prefix_of(config)}{TIED_HEAD}"
+
+
+def _names_of_layers(model: ModelConfig) -> Names:
     names = {EMBEDDING: ("embedding.weight",), **_affine("norm", "norm")}
     if model.kind == "chiar" and model.meta_router.pool != "none":
         names |= _affine("meta_router.gate_proj", "layers.0.meta_router.gate")
@@ -33,11 +60,12 @@ def parameter_names(model: ModelConfig) -> Names:
     return names
 
 
-def table_names(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
+def table_names(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     """Yield for each attention layer the names of its rotary tables: frequencies, cosines and sines."""
+    model, prefix = config.model, prefix_of(config)
     layers = range(model.num_layers) if model.kind == "baseline" else range(1, model.num_layers)
     for index in layers:
-        attention = f"attns.{index}" if model.kind == "baseline" else f"layers.{index}.attn"
+        attention = f"attns.{index}" if model.kind == "baseline" else f"{prefix}layers.{index}.attn"
         yield f"{attention}.{FREQUENCIES}", f"{attention}.{COSINES}", f"{attention}.{SINES}"
 
 

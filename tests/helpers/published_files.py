@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-STEP, PERPLEXITY = 700, 30.5
-KINDS = ("threshold", "soft", "hard", "no_gate", "baseline")
+STEP, PERPLEXITY, ACCURACY = 700, 30.5, 63.35
+LANGUAGE_MODELS = ("threshold", "soft", "hard", "no_gate", "baseline")
+CLASSIFIERS = ("classifier", "baseline_classifier")
+KINDS = (*LANGUAGE_MODELS, *CLASSIFIERS)
 TAU = ("--tau", "0.77", "0.79")
 
 
@@ -32,18 +34,21 @@ def recorded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def published_tensors(kind: str) -> dict[str, torch.Tensor]:
-    """Return the state dict of a published model: weights, rotary tables and the tied head."""
+    """Return the state dict of a published model: weights, rotary tables, and the tied head if it has one."""
     model = record()["models"][kind]
     tensors = {name: recorded_weight(name, tuple(shape)) for name, shape in model["shapes"].items()}
     tables = dict(zip(("inv_freq", "cos_cache", "sin_cache"), map(torch.tensor, record()["tables"]), strict=True))
     tensors |= {name: tables[name.rpartition(".")[2]].clone() for name in model["buffers"]}
-    return tensors | {"lm_head.weight": tensors["token_emb.weight"]}
+    if kind == "baseline_classifier":
+        return tensors
+    prefix = "backbone." if kind == "classifier" else ""
+    return tensors | {f"{prefix}lm_head.weight": tensors[f"{prefix}token_emb.weight"]}
 
 
 def published_settings(kind: str) -> dict[str, Any]:
     """Return ``cfg`` as the training script saves it: what it has set itself."""
     settings: dict[str, Any] = {"vocab_size": record()["sizes"]["vocab_size"]}
-    if kind == "baseline":
+    if kind.startswith("baseline"):
         return settings
     mode = kind if kind in ("soft", "hard") else "threshold"
     return settings | {"routing_mode": mode, "use_collapse_reg": False, "layer_variant": "dct_attn"}
@@ -51,7 +56,10 @@ def published_settings(kind: str) -> dict[str, Any]:
 
 def published_content(kind: str) -> dict[str, Any]:
     """Return what the training script saves."""
-    content = {"step": STEP, "model": published_tensors(kind), "val_ppl": PERPLEXITY}
+    content = {"step": STEP, "model": published_tensors(kind)}
+    if kind in CLASSIFIERS:
+        return content | {"test_acc": ACCURACY}
+    content["val_ppl"] = PERPLEXITY
     return content | {"cfg": published_settings(kind)}
 
 
@@ -62,9 +70,9 @@ def save(path: Path, content: Any) -> Path:
 
 def options_of(kind: str) -> tuple[str, ...]:
     """Return the options that an import of this kind needs."""
-    return TAU if kind in ("threshold", "no_gate") else ()
+    return TAU if kind in ("threshold", "no_gate", "classifier") else ()
 
 
 def published_logits(kind: str) -> torch.Tensor:
-    """Return the recorded logits (B, T, V), fp64."""
+    """Return the recorded logits, fp64: (B, T, V), or (B, C) of a classifier."""
     return torch.tensor(record()["models"][kind]["logits"], dtype=torch.float64)

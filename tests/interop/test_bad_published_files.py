@@ -85,9 +85,9 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: save(path, {"model": {"wte.weight": torch.ones(3, 3), "h.0.attn.weight": torch.ones(3)}}),
         "holds no model of the published code: it has no token_emb.weight with layers.* or attns.* but h.0.attn.weight",
     ),
-    "classifier": (
+    "a classifier without layers": (
         lambda path: save(path, {"model": {"backbone.token_emb.weight": torch.ones(3, 3)}}),
-        "is a classifier",
+        "holds no model of the published code",
     ),
 }
 
@@ -181,6 +181,23 @@ def test_tensors_that_make_no_model_are_refused(name, tmp_path):
     assert message in error.problem and error.where == str(tmp_path / "file.pt")
 
 
+HEADS = [
+    ({"classifier.3.weight": None}, "is a classifier without classifier.3.weight"),
+    ({"classifier.3.weight": torch.ones(5)}, "is a classifier without classifier.3.weight"),
+    ({"classifier.3.bias": torch.ones(4)}, "classifier.3.bias has shape (4,), where a baseline classifier"),
+    ({"classifier.0.weight": None}, "lacks 1 tensors of a baseline classifier of 4 layers: classifier.0.weight"),
+    ({"lm_head.weight": torch.ones(13, 16)}, "does not have: lm_head.weight"),
+    ({"classifier.3.weight": torch.ones(1, 16), "classifier.3.bias": torch.ones(1)}, "task.classes"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), HEADS)
+def test_heads_that_make_no_classifier_are_refused(tensors, message, tmp_path):
+    content = published_content("baseline_classifier")
+    changed(**tensors)(content["model"])
+    assert message in str(refused(save(tmp_path / "file.pt", content)))
+
+
 SETTINGS = [
     ({"d_model": 32}, "cfg has d_model 32, and the tensors are those of 16"),
     ({"n_heads": 4}, "cfg has n_heads 4, and the tensors are those of 2"),
@@ -222,6 +239,8 @@ OPTIONS = [
     ("threshold", (*TAU, "--vocab-size", 12), "is below the 13 rows"),
     ("threshold", (*TAU, "--set", "model.norm=pre"), "the file says what the model is"),
     ("threshold", (*TAU, "--set", "training.stops=3"), "training.stops"),
+    ("classifier", (*TAU, "--set", "task.classes=3"), "the file says what the model is"),
+    ("classifier", (), "does not say the threshold of its router"),
     ("threshold", (*TAU, "--tokenizer", "nowhere"), "there is no such tokenizer file or folder"),
     ("soft", TAU, "decide by gates, without a threshold"),
     ("soft", ("--router", "hard"), "is soft"),

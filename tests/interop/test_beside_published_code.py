@@ -23,7 +23,8 @@ from megachiar.model import ChiarFormer, build_model
 import_ = importlib.import_module("megachiar.cli.import_")
 
 TAU = ("--tau", "0.79", "0.80")
-KINDS = {"threshold": TAU, "soft": (), "hard": (), "baseline": (), "mixed": TAU}
+KINDS = {"threshold": TAU, "soft": (), "hard": (), "baseline": (), "mixed": TAU, "classifier": TAU}
+KINDS |= {"baseline_classifier": ()}
 
 
 def published_code(request: pytest.FixtureRequest, *words: object) -> None:
@@ -49,7 +50,7 @@ def compare(model: ChiarFormer, answers: dict[str, Any], dtype: torch.dtype) -> 
         if name.endswith(".router"):
             module.register_forward_hook(lambda _, x, decision, n=name: routes.update({n[:-7]: decision.operator}))
     with torch.no_grad():
-        logits = model(tokens).logits
+        logits = model(tokens, head="main" if model.heads else None).logits
     expected = answers["fp64" if dtype == torch.float64 else "fp32"]
     tolerance = 1e-9 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(logits, expected.to(dtype), rtol=0, atol=tolerance)

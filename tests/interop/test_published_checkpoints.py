@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from published_files import (
+    ACCURACY,
+    CLASSIFIERS,
     KINDS,
     PERPLEXITY,
     STEP,
@@ -28,10 +30,14 @@ from published_files import (
 )
 from support import rewrite_config
 
+from megachiar.checkpoint.format import read_state
 from megachiar.checkpoint.reading import locate_checkpoint, read_weights
+from megachiar.checkpoint.weights_alone import write_weights
 from megachiar.cli import export
+from megachiar.config import load_config
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
+from megachiar.interop import published_export
 
 import_ = importlib.import_module("megachiar.cli.import_")
 
@@ -64,7 +70,7 @@ def logits_and_routes(run: Path, dtype: torch.dtype) -> tuple[torch.Tensor, dict
                 lambda _, x, decision, n=name: routes.update({n[:-7]: decision.operator.view(tokens.shape).tolist()})
             )
     with torch.no_grad():
-        return model(tokens).logits, routes
+        return model(tokens, head="main" if model.heads else None).logits, routes
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
@@ -84,12 +90,15 @@ def test_an_exported_run_is_the_published_file_to_the_bit(kind, file):
     assert content["model"].keys() == expected.keys()
     for name, tensor in expected.items():
         assert content["model"][name].dtype == torch.float32 and torch.equal(content["model"][name], tensor), name
-    head = content["model"]["lm_head.weight"]
-    assert head.data_ptr() == content["model"]["token_emb.weight"].data_ptr(), "tied weights are stored once"
+    for name in ("lm_head.weight", "backbone.lm_head.weight"):
+        if name in expected:
+            embedding = content["model"][name.replace("lm_head", "token_emb")]
+            assert content["model"][name].data_ptr() == embedding.data_ptr(), "tied weights are stored once"
     sizes = {name: content["cfg"][name] for name in record()["sizes"]}
     assert sizes == record()["sizes"] and published_settings(kind).items() <= content["cfg"].items()
-    assert (content["step"], content["val_ppl"]) == (STEP, pytest.approx(PERPLEXITY))
-    if kind != "baseline":
+    assert content["step"] == STEP
+    assert content.get("val_ppl") == (None if kind in CLASSIFIERS else pytest.approx(PERPLEXITY))
+    if "baseline" not in kind:
         assert content["cfg"]["use_meta_router"] == (kind != "no_gate")
     if kind == "threshold":
         assert (content["cfg"]["tau_low"] + content["cfg"]["tau_high"]) / 2 == pytest.approx(0.78, abs=1e-15)
@@ -183,6 +192,26 @@ def test_a_learned_router_without_cfg_is_asked_for(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_is_a_classification_run_with_the_published_head(kind, file, capsys):
+    run = imported(file(kind), *options_of(kind))
+    config, _, state = load_for_inference(run)
+    head = (config.task.kind, config.task.classes, config.task.head, config.task.padding)
+    assert head == ("classification", 5, "mlp", "counted") and state.validation == {}
+    assert f"test accuracy as the file has it: {ACCURACY} %" in capsys.readouterr().out
+
+
+def test_shorter_sequences_of_a_classifier_are_filled_with_token_0(file):
+    """The published data has zeros there, and its classifiers read them like any token."""
+    _, model, _ = load_for_inference(imported(file("classifier"), *TAU), dtype=torch.float64)
+    tokens = torch.tensor(record()["tokens"])
+    tokens[:, 7:] = -1
+    with torch.no_grad():
+        short = model(tokens, head="main").logits
+        assert torch.equal(short, model(tokens.clamp_min(0), head="main").logits)
+    assert not torch.allclose(short, published_logits("classifier"))
+
+
 def test_padding_adds_rows_of_zeros_that_an_export_leaves_out(file):
     run = imported(file("threshold"), *TAU, "--vocab-size", 16)
     logits, routes = logits_and_routes(run, torch.float64)
@@ -194,11 +223,12 @@ def test_padding_adds_rows_of_zeros_that_an_export_leaves_out(file):
     assert content["cfg"]["vocab_size"] == 13
 
 
-def with_config(run: Path, **changes: Any) -> None:
-    """Change keys of the model in the config of a run's only checkpoint, whose record is written anew."""
+def with_config(run: Path, **sections: dict[str, Any]) -> None:
+    """Change keys of the config of a run's only checkpoint, whose record is written anew."""
     checkpoint = locate_checkpoint(run)
     config = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    config["model"].update(changes)
+    for section, changes in sections.items():
+        config[section].update(changes)
     rewrite_config(checkpoint, yaml.safe_dump(config))
 
 
@@ -206,7 +236,7 @@ def with_config(run: Path, **changes: Any) -> None:
 def test_another_gain_is_folded_into_the_filters_exactly(kind, file):
     run = imported(file(kind), *options_of(kind))
     dct = {"gain": 1.0, "entropy_dc_weight": 2.0, "entropy_epsilon": 1e-8}
-    with_config(run, dct=dct)
+    with_config(run, model={"dct": dct})
     logits, routes = logits_and_routes(run, torch.float64)
     content = exported(run)
     assert torch.equal(content["model"]["layers.1.dct_mix.w"] * 2, published_tensors(kind)["layers.1.dct_mix.w"])
@@ -214,6 +244,28 @@ def test_another_gain_is_folded_into_the_filters_exactly(kind, file):
     found = logits_and_routes(again, torch.float64)
     torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-12)
     assert found[1] == routes and not torch.allclose(logits, published_logits(kind))
+
+
+def test_another_head_than_the_published_is_refused(file):
+    run = imported(file("classifier"), *TAU)
+    with_config(run, task={"kind": "classification", "classes": 5, "head": "linear", "padding": "masked"})
+    with pytest.raises(
+        UserError, match=r"task.head is linear \(it has mlp\); task.padding is masked \(it has counted\)"
+    ):
+        exported(run)
+
+
+def test_heads_of_a_mixed_run_are_left_out(tmp_path, capsys):
+    run = imported(save(tmp_path / "run.pt", published_content("threshold")), *TAU)
+    task = {"kind": "classification", "classes": 3, "data": "x", "global_batch_size": 8}
+    with_config(run, mixed={"group_size": 8, "tasks": {"imdb": task}})
+    config, checkpoint = load_config(locate_checkpoint(run) / "config.yaml"), locate_checkpoint(run)
+    heads = {name: torch.ones(shape) for name, shape in (("weight", (3, 16)), ("bias", (3,)))}
+    weights = read_weights(checkpoint) | {f"classifiers.imdb.output.{name}": value for name, value in heads.items()}
+    state = read_state(checkpoint)
+    write_weights(config, weights, step=STEP, data=state.data, origin="mixed", validation={})
+    assert exported(run)["model"].keys() == published_tensors("threshold").keys()
+    assert "left out: the classification heads of imdb" in capsys.readouterr().out
 
 
 INEXPRESSIBLE = [
@@ -224,6 +276,14 @@ INEXPRESSIBLE = [
     ("dct", {"gain": 2.0, "entropy_dc_weight": 2.0}, "model.dct.entropy_epsilon is 0.0"),
     ("router", {"kind": "threshold", "tau": [0.7, 0.8]}, "model.router.tau has several values"),
     ("router", {"kind": "random", "attention_share": 0.5}, "model.router.kind is random"),
+    ("router", {"kind": "hashed", "tau": 0.78}, "model.router.kind is hashed"),
+    (
+        "router",
+        {"operators": ["dct", "rbf", "attention"], "tau_low": 0.7, "tau_high": 0.8},
+        "model.router.operators are ['dct', 'rbf', 'attention']",
+    ),
+    ("ffn_hidden_size", 48, "model.ffn_hidden_size is 48"),
+    ("embedding_multiplier", 50.0, "model.embedding_multiplier is 50.0 (it has no such setting)"),
     ("attention", {"keys": "routed"}, "model.attention.keys is routed"),
     ("meta_router", {"pool": "causal"}, "model.meta_router.pool is causal"),
 ]
@@ -232,7 +292,7 @@ INEXPRESSIBLE = [
 @pytest.mark.parametrize(("key", "value", "message"), INEXPRESSIBLE)
 def test_what_the_published_model_lacks_is_refused(key, value, message, file):
     run = imported(file("threshold"), *TAU)
-    with_config(run, **{key: value})
+    with_config(run, model={key: value})
     with pytest.raises(UserError) as caught:
         exported(run)
     assert message in caught.value.problem and caught.value.remedy
@@ -241,12 +301,24 @@ def test_what_the_published_model_lacks_is_refused(key, value, message, file):
 
 def test_all_that_is_lacking_is_one_message(file):
     run = imported(file("threshold"), *TAU)
-    with_config(run, norm="pre", norm_epsilon=1e-6)
+    with_config(run, model={"norm": "pre", "norm_epsilon": 1e-6})
     with pytest.raises(UserError, match=r"model.norm is pre .*; model.norm_epsilon is 1e-06"):
+        exported(run)
+
+
+def test_a_key_that_nobody_has_thought_of_is_refused(file, monkeypatch):
+    """A key that a later version adds has to have its default, until the export decides of it."""
+    run = imported(file("threshold"), *TAU)
+    decided = published_export._DECIDED - {"attention.rope_base"}
+    monkeypatch.setattr(published_export, "_DECIDED", decided)
+    exported(run)
+    run.with_name("threshold_exported.pt").unlink()
+    with_config(run, model={"attention": {"rope_base": 500.0}})
+    with pytest.raises(UserError, match=r"model.attention.rope_base is 500.0 \(it has no such setting\)"):
         exported(run)
 
 
 def test_several_thresholds_that_are_one_are_exported(file):
     run = imported(file("threshold"), *TAU)
-    with_config(run, router={"kind": "threshold", "tau": [0.78, 0.78]})
+    with_config(run, model={"router": {"kind": "threshold", "tau": [0.78, 0.78]}})
     assert exported(run)["cfg"]["tau_low"] == 0.78

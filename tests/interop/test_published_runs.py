@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from indexed_oracle import make_manifest
 from published_files import PERPLEXITY, STEP, TAU, options_of, published_content, published_tensors, save
 from support import forked_python, pretrain, python, write_config, write_tokens
 
 from megachiar.checkpoint.reading import locate_checkpoint, read_weights
 from megachiar.config import load_config
+from megachiar.data.sampling.examples import LabelledSource
+from megachiar.data.storage.labels import write_labels
 from megachiar.data.storage.reader import IndexedDataset
+from megachiar.data.storage.writer import IndexedDatasetBuilder
 from megachiar.errors import UserError
 from megachiar.inference.loading import load_for_inference
 from megachiar.training.metrics import read_metrics
@@ -35,13 +39,47 @@ def command(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs ``threshold`` and ``baseline`` whose embedding is padded to 16 rows, and the dataset ``train``."""
+    """Runs of some kinds whose embedding is padded to 16 rows, and the datasets ``train`` and ``examples``."""
     folder = tmp_path_factory.mktemp("imported")
     write_tokens(folder / "train", vocab_size=13)
-    for kind in ("threshold", "baseline"):
+    write_examples(folder / "examples", 24)
+    for kind in ("threshold", "baseline", "classifier"):
         file = save(folder / f"{kind}.pt", published_content(kind))
         command("import", file, "--output", folder / kind, "--vocab-size", 16, *options_of(kind))
     return folder
+
+
+def write_examples(prefix: Path, examples: int) -> None:
+    """Write labelled examples of 5 to 12 tokens in the 5 classes of the recorded classifiers."""
+    rng = np.random.default_rng(0)
+    with IndexedDatasetBuilder(prefix, np.uint16) as builder:
+        for _ in range(examples):
+            builder.add_document(rng.integers(0, 13, rng.integers(5, 13)).astype(np.uint16))
+    make_manifest(prefix, append_eod=False, vocab_size=13)
+    write_labels(prefix, rng.integers(0, 5, examples), tuple("abcde"))
+
+
+def published_classes(folder: Path, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens (B, 12) and labels (B,) of examples, filled up with token 0 as the published data is."""
+    source = LabelledSource(folder / "examples", 5)
+    rows = np.zeros((len(numbers), 13), np.int64)
+    for row, number in zip(rows, numbers, strict=True):
+        source.read_example(number, row)
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].clamp_min(0), rows[:, -1]
+
+
+def test_evaluate_reads_a_classifier(folder):
+    """All examples at once, since the gate averages over a batch."""
+    words = ("--data", folder / "examples", "--batch-size", 24, "--json")
+    found = json.loads(command("evaluate", folder / "classifier", *words))
+    tokens, labels = published_classes(folder, range(24))
+    _, model, _ = load_for_inference(folder / "classifier", dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(tokens, head="main").logits
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["examples"] == 24
+    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
 
 
 def test_evaluate_reads_it(folder):
@@ -98,10 +136,11 @@ def test_generate_continues_text_with_the_tokenizer_that_was_given(tmp_path):
 
 def further(folder: Path, kind: str, **parallel: Any) -> dict[str, Any]:
     """Return a config that trains an imported run further; its base is the imported run's own config."""
+    data = folder / ("examples" if kind == "classifier" else "train")
     return {
         "base": str(folder / kind / "config.yaml"),
         "model": {"dropout": 0.0},
-        "data": {"train": [{"path": str(folder / "train")}]},
+        "data": {"train": [{"path": str(data)}]},
         "parallel": parallel,
         "training": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "threads": 1},
         "checkpoint": {"load_from": str(folder / kind)},
@@ -114,6 +153,7 @@ LAYOUTS = [
     ("threshold", 2, {"tensor_size": 2, "sequence": True}),
     ("threshold", 2, {"pipeline_size": 2}),
     ("baseline", 2, {"zero_stage": 3}),
+    ("classifier", 2, {"tensor_size": 2}),
 ]
 
 
@@ -123,10 +163,13 @@ def test_another_run_starts_from_its_weights_in_any_layout(kind, ranks, parallel
     config = write_config(folder / "further.yaml", further(folder, kind, **parallel))
     output = pretrain(config, ranks=ranks)[0]
     assert f"weights from {folder / kind}" in output
-    tokens = torch.from_numpy(open_data(load_config(config)).training.batch(range(8)))
+    samples = torch.from_numpy(open_data(load_config(config)).training.batch(range(8)))
     _, model, _ = load_for_inference(folder / kind)
-    with torch.no_grad():  # the gate averages over a micro-batch
-        losses = [model(part[:, :-1], part[:, 1:]).loss.item() for part in tokens.split(2)]
+    losses = []
+    for part in samples.split(2):  # the gate averages over a micro-batch
+        targets, head = (part[:, -1], "main") if kind == "classifier" else (part[:, 1:], None)
+        with torch.no_grad():
+            losses.append(model(part[:, :-1], targets, head=head).loss.item())
     first = read_metrics(folder / f"further_{kind}", "train")[0]
     assert first["step"] == 1 and first["loss"] == pytest.approx(sum(losses) / 4, rel=2e-6)
 

@@ -136,7 +136,7 @@ def answers(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
 
     for name, module in model.named_modules():
         if type(module).__name__ == "SpectralRouter":
-            module.register_forward_hook(note(name.removesuffix(".router")))
+            module.register_forward_hook(note(name.removesuffix(".router").removeprefix("backbone.")))
     found["fp32"] = model(tokens)[0]
     model.double()
     use_exact_tables(model)
@@ -162,19 +162,22 @@ def some_tokens(vocabulary: int, sequences: int, length: int) -> torch.Tensor:
 def record() -> dict[str, Any]:
     """Return what models of recorded weights compute."""
     from config import Config
-    from model import CHIARFormer
+    from model import CHIARClassifier, CHIARFormer
     from train import BaselineTransformer
+    from train_all import BaselineClassifier
 
     sizes = {"vocab_size": 13, "d_model": 16, "n_heads": 2, "n_layers": 4, "max_seq_len": 12}
     tokens, models = some_tokens(13, 3, 12), {}
-    for kind in ("threshold", "soft", "hard", "no_gate", "baseline"):
+    make = {"baseline": BaselineTransformer, "baseline_classifier": lambda config: BaselineClassifier(config, 5)}
+    make |= {"classifier": lambda config: CHIARClassifier(config, 5)}
+    for kind in ("threshold", "soft", "hard", "no_gate", "baseline", "classifier", "baseline_classifier"):
         config = Config()
         config.tau_low, config.tau_high = 0.77, 0.79
         config.routing_mode = kind if kind in ("soft", "hard") else "threshold"
         config.use_meta_router = kind != "no_gate"
         for name, value in sizes.items():
             setattr(config, name, value)
-        model = BaselineTransformer(config) if kind == "baseline" else CHIARFormer(config)
+        model = make.get(kind, CHIARFormer)(config)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
