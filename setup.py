@@ -10,5 +10,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["megachiar", "megachiar.*"]), "megachiar.configs"],
     package_dir={"megachiar.configs": "configs"},
-    package_data={"megachiar": ["py.typed"], "megachiar.configs": ["*.yaml", "schema.json"]},
+    package_data={"megachiar": ["py.typed"], "megachiar.configs": ["*.yaml", "*/*.yaml", "schema.json"]},
 )
