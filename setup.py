@@ -12,7 +12,7 @@ setup(
     package_dir={"megachiar.configs": "configs"},
     package_data={
         "megachiar": ["py.typed"],
-        "megachiar.configs": ["*.yaml", "schema.json"],
+        "megachiar.configs": ["*.yaml", "*/*.yaml", "schema.json"],
         "megachiar.viewer": ["*.html", "*.css", "*.js"],
     },
 )

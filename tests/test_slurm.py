@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, process_environment
+import yaml
+from support import ROOT, process_environment, small_config, write_config, write_tokens
 from text_helpers import DOCUMENTS, numbered_documents, run_tool, train, write_jsonl
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -208,7 +209,7 @@ def test_a_signal_reaches_the_ranks(cluster, number, exit_code, said, requeued):
     assert ("scontrol requeue 4242" in cluster.calls.read_text()) == requeued
 
 
-@pytest.mark.parametrize("script", ["pretrain_400m.sh", "pretrain_400m_baseline.sh", "preprocess.sh"])
+@pytest.mark.parametrize("script", ["pretrain_400m.sh", "pretrain_400m_baseline.sh", "preprocess.sh", "sweep.sh"])
 def test_submitted_from_elsewhere_it_says_so(cluster, script):
     code, output, calls = cluster.run(script, SLURM_SUBMIT_DIR=str(cluster.folder / "spool"))
     assert code == 2, output
@@ -404,3 +405,83 @@ def test_bad_calls_are_refused(cluster, arguments, message):
     code, output, calls = cluster.run("preprocess.sh", *arguments)
     assert code == 2 and message in output, output
     assert "sbatch" not in calls
+
+
+SWEEP_PYTHON = """#!/bin/bash
+echo "python $*" >>"$CALLS"
+case "$*" in *--cell*) [ -z "$REFUSAL" ] || exit 2; echo "$CONFIG" ;; esac
+"""
+
+
+@pytest.fixture
+def cells(cluster) -> str:
+    """A list of two cells, and a Python that names the config of a cell."""
+    (cluster.folder / "venv" / "bin" / "python").write_text(SWEEP_PYTHON)
+    cluster.env["REFUSAL"] = ""
+    (cluster.folder / "cells").write_text("baseline/seed_1\nthreshold/seed_1\n")
+    return "cells"
+
+
+def test_a_task_of_a_sweep_trains_the_cell_of_its_number(cluster, cells):
+    code, output, calls = cluster.run("sweep.sh", "mine.yaml", cells, SLURM_ARRAY_TASK_ID="1", CONFIG="out/my 1.yaml")
+    assert code == 0 and "finished" in output, output
+    assert "python -m megachiar sweep mine.yaml --cell threshold/seed_1\n" in calls
+    assert "srun --cpus-per-task=3" in calls and "-m megachiar.pretrain --config out/my 1.yaml\n" in calls
+
+
+@pytest.mark.parametrize(
+    ("task", "env", "expected", "said"),
+    [
+        ("0", {"CONFIG": ""}, 0, ""),
+        ("0", {"CONFIG": "", "REFUSAL": "1"}, 2, ""),
+        ("2", {"CONFIG": "a.yaml"}, 2, "cells has no line 3"),
+    ],
+)
+def test_a_task_of_a_sweep_without_a_cell_to_train_starts_no_rank(cluster, cells, task, env, expected, said):
+    code, output, calls = cluster.run("sweep.sh", "mine.yaml", cells, SLURM_ARRAY_TASK_ID=task, **env)
+    assert code == expected and said in output and "srun" not in calls and "requeue" not in calls, output
+
+
+@pytest.fixture
+def sweep(cluster) -> Path:
+    """A sweep of which one variant is measured on another, beside its data."""
+    for name in ("train", "valid"):
+        write_tokens(cluster.folder / name)
+    write_config(cluster.folder / "base.yaml", small_config(cluster.folder))
+    variants = {"threshold": {"calibrate": {"run": "baseline"}}, "baseline": {"set": {"model.kind": "baseline"}}}
+    sweep = {"base": "base.yaml", "folder": "out", "seeds": [1, 2], "variants": variants, "slurm": "--gres=gpu:2 -t 9"}
+    (cluster.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return cluster.folder / "sweep.yaml"
+
+
+def queue(cluster: Cluster, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megachiar", "sweep", "sweep.yaml", "--slurm"]
+    done = subprocess.run(command, cwd=cluster.folder, env={**cluster.env, **env}, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_a_sweep_is_queued_as_arrays_that_wait_for_one_another(cluster, sweep):
+    done = queue(cluster)
+    assert done.returncode == 0, done.stderr
+    rest = "slurm/sweep.sh sweep.yaml out/slurm.cells"
+    assert [" ".join(call) for call in submitted(cluster.calls.read_text())] == [
+        f"--parsable --array=0,2 --gres=gpu:2 -t 9 {rest}",
+        f"--parsable --array=1,3 --gres=gpu:2 -t 9 --dependency=afterany:77 --kill-on-invalid-dep=yes {rest}",
+    ]
+    listed = (cluster.folder / "out" / "slurm.cells").read_text().split()
+    assert listed == ["baseline/seed_1", "threshold/seed_1", "baseline/seed_2", "threshold/seed_2"]
+    assert "job array 77 trains 2 cells (baseline/seed_1, baseline/seed_2)" in done.stderr
+    done = queue(cluster, QUEUED="77 PENDING")
+    assert done.returncode == 2 and "jobs 77,77 still work on it" in done.stderr
+    assert len(submitted(cluster.calls.read_text())) == 2
+
+
+def test_a_sweep_of_which_slurm_refuses_a_part_is_not_queued(cluster, sweep):
+    done = queue(cluster, REFUSED="afterany")
+    assert done.returncode == 2 and "failed: exit code 1" in done.stderr
+    assert cluster.calls.read_text().splitlines()[-1] == "scancel 77"
+    assert not (cluster.folder / "out" / "slurm.jobs").exists()
+    (cluster.folder / "slurm").unlink()
+    done = queue(cluster)
+    assert done.returncode == 2 and "holds no slurm/sweep.sh" in done.stderr

@@ -3,6 +3,7 @@
     megachiar config list
     megachiar config show tiny                # --whole: with its base and all defaults
     megachiar config init tiny                # writes tiny.yaml, and its base if it has one, into the current folder
+    megachiar config init sweeps/ablation     # writes sweeps/ablation.yaml
     megachiar config schema > schema.json     # beside the config, whose first line names it
 
 Paths in a config are relative to the folder that a command is started in.
@@ -15,6 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megachiar.errors import UserError
 from megachiar.options import CommandParser, Parser
 
 
@@ -40,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megachiar.config import load_config
     from megachiar.config.copies import copy_shipped_config
     from megachiar.config.schema import config_schema
-    from megachiar.config.shipped import shipped_config, shipped_configs, title_of
+    from megachiar.config.shipped import shipped_config, shipped_configs, shipped_sweeps, title_of
 
     if options.action == "list":
-        for name, path in shipped_configs().items():
-            print(f"{name:14} {title_of(path)}")
+        for name, path in {**shipped_configs(), **shipped_sweeps()}.items():
+            print(f"{name:26} {title_of(path)}")
     elif options.action == "show":
         path = shipped_config(options.name)
+        if options.whole and path in shipped_sweeps().values():
+            raise UserError(options.name, "is a sweep, not the config of one run", "leave --whole out")
         print(load_config(path).to_yaml() if options.whole else path.read_text(encoding="utf-8"), end="")
     elif options.action == "init":
         copy = copy_shipped_config(options.name, Path(), options.overwrite)
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{base}: {'kept, since it was there already' if base in copy.kept else 'copied as its base'}")
         if copy.path in copy.kept:
             print(f"{copy.path}: exists already and is what this command makes")
-        print(f"{copy.path}: see what it needs with `megachiar pretrain --config {copy.path} --dry-run`")
+        command = "sweep" if options.name.startswith("sweeps/") else "pretrain --config"
+        print(f"{copy.path}: see what it needs with `megachiar {command} {copy.path} --dry-run`")
     else:
         print(json.dumps(config_schema(), indent=1))

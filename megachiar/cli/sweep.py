@@ -128,7 +128,8 @@ def find_sweep(path: Path) -> Path:
     from megachiar.config.shipped import shipped_sweeps
 
     shipped = shipped_sweeps()
-    return shipped[path.name] if not path.exists() and str(path) in shipped else path
+    named = f"sweeps/{str(path).removeprefix('sweeps/').removesuffix('.yaml')}"
+    return shipped[named] if not path.exists() and named in shipped else path
 
 
 def print_cell(cell: Cell, console: Console) -> int:

@@ -1,4 +1,9 @@
-"""The configs that come with megachiar: ``configs/`` of a checkout, which a wheel holds as ``megachiar/configs/``."""
+"""The configs that come with megachiar: ``configs/`` of a checkout, which a wheel holds as ``megachiar/configs/``.
+
+configs/NAME.yaml               recommended
+configs/published/NAME.yaml     the published training as it was
+configs/sweeps/NAME.yaml        sweeps, each over one of the others
+"""
 
 from __future__ import annotations
 
@@ -17,22 +22,29 @@ def shipped_folder() -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the file of each shipped config by its name."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+    """Return the file of each shipped config by its name, such as ``400m`` and ``published/400m``."""
+    folder = shipped_folder()
+    paths = [*sorted(folder.glob("*.yaml")), *sorted((folder / "published").glob("*.yaml"))]
+    return {_name_of(path, folder): path for path in paths}
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """Return the file of each shipped sweep by its name."""
-    return {path.stem: path for path in sorted((shipped_folder() / "sweeps").glob("*.yaml"))}
+    """Return the file of each shipped sweep by its name, such as ``sweeps/ablation``."""
+    folder = shipped_folder()
+    return {_name_of(path, folder): path for path in sorted((folder / "sweeps").glob("*.yaml"))}
+
+
+def _name_of(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def shipped_config(name: str) -> Path:
-    """Return the file of the shipped config ``name``, which is given as ``tiny`` or ``tiny.yaml``.
+    """Return the file of the shipped config or sweep ``name``, which is given as ``tiny`` or ``tiny.yaml``.
 
     Raises:
-        UserError: there is no shipped config of this name.
+        UserError: there is none of this name.
     """
-    found = shipped_configs()
+    found = {**shipped_configs(), **shipped_sweeps()}
     name = name.removesuffix(".yaml")
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1)
@@ -43,5 +55,6 @@ def shipped_config(name: str) -> Path:
 
 def title_of(path: Path) -> str:
     """Return the first sentence of a config's comment, which describes the config."""
-    comment = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
+    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    comment = [line.lstrip("# ") for line in lines if "yaml-language-server" not in line]
     return " ".join(comment).split(". ")[0].split(": ")[0].rstrip(".")

@@ -20,7 +20,7 @@ from megachiar.checkout import checkout_commit
 from megachiar.cli import config, quickstart
 from megachiar.cli.main import COMMANDS, ELSEWHERE, main, module_of, nearest_command, start
 from megachiar.config import load_config
-from megachiar.config.shipped import shipped_configs
+from megachiar.config.shipped import shipped_configs, shipped_sweeps
 from megachiar.errors import UserError
 from megachiar.model.dtypes import DTYPES
 from megachiar.options import PRECISIONS
@@ -148,7 +148,8 @@ def test_a_damaged_checkout_has_no_commit(tmp_path):
 def test_every_shipped_config_is_listed_and_shown(capsys):
     config.main(["list"])
     listed = capsys.readouterr().out
-    assert re.findall(r"^(\w+) +\w.{15,}$", listed, re.M) == list(shipped_configs()) and len(shipped_configs()) == 6
+    names = [*shipped_configs(), *shipped_sweeps()]
+    assert re.findall(r"^([\w/-]+) +\w.{10,}$", listed, re.M) == names and len(names) > 12
     config.main(["show", "tiny"])
     assert capsys.readouterr().out == (ROOT / "configs" / "tiny.yaml").read_text()
 
@@ -214,6 +215,23 @@ def test_a_shipped_config_comes_with_its_base(tmp_path, monkeypatch, capsys):
     assert Path("400m.yaml").read_text() == own and load_config("400m_baseline.yaml").model.num_layers == 12
     config.main(["init", "400m_baseline", "--overwrite"])
     assert load_config("400m_baseline.yaml").model.num_layers == 28
+
+
+def test_a_config_of_a_folder_is_copied_to_that_folder(tmp_path, monkeypatch, capsys):
+    """Its base is the published one, though a recommended one of the same name is there."""
+    monkeypatch.chdir(tmp_path)
+    config.main(["init", "400m"])
+    config.main(["init", "published/400m_baseline"])
+    assert "published/400m.yaml: copied as its base" in capsys.readouterr().out
+    shipped = ROOT / "configs" / "published" / "400m_baseline.yaml"
+    assert load_config("published/400m_baseline.yaml") == load_config(shipped)
+    Path("mine.yaml").write_text("base: published/wikitext-2\n")
+    assert load_config("mine.yaml") == load_config(ROOT / "configs" / "published" / "wikitext-2.yaml")
+    config.main(["init", "sweeps/ablation"])
+    assert "see what it needs with `megachiar sweep sweeps/ablation.yaml --dry-run`" in capsys.readouterr().out
+    assert Path("sweeps/ablation.yaml").read_bytes() == (ROOT / "configs" / "sweeps" / "ablation.yaml").read_bytes()
+    with pytest.raises(UserError, match="is a sweep, not the config of one run"):
+        config.main(["show", "sweeps/ablation", "--whole"])
 
 
 def test_a_shipped_config_is_shown_as_its_file_or_whole(tmp_path, capsys):

@@ -44,7 +44,9 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel):
     page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megachiar" / "viewer").glob("page.*")}
     page |= {f"megachiar/viewer/{name}.js" for name in ("panels", "live")}
     assert len(page) == 6 and held == modules | {"megachiar/py.typed"} | page | set(shipped)
-    assert shipped == {f"megachiar/configs/{path.name}": path.read_bytes() for path in (ROOT / "configs").iterdir()}
+    configs = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in configs} == {"configs", "published", "sweeps"}
+    assert shipped == {f"megachiar/{path.relative_to(ROOT)}": path.read_bytes() for path in configs}
 
 
 def test_its_metadata_is_what_an_index_shows(wheel):

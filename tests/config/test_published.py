@@ -1,0 +1,70 @@
+"""``configs/published``: the published training as it was, as far as keys can state it.
+
+The numbers come from running the published code: ``count_parameters`` of its models, and its ``get_lr``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, process_environment, write_tokens
+
+from megachiar.config import RunConfig, load_config
+from megachiar.config.shipped import shipped_configs
+from megachiar.model import build_model
+from megachiar.training.schedule import learning_rate
+
+PUBLISHED = {name: path for name, path in shipped_configs().items() if name.startswith("published/")}
+PARAMETERS = {"400m": 400_043_009, "400m_baseline": 404_159_488, "17m": 15_764_225, "17m_baseline": 16_025_344}
+# get_lr(step, warmup=1000, total=18000, max_lr=1e-4), in which step counts the steps taken.
+PUBLISHED_RATES = {500: 5e-05, 999: 9.99e-05, 1000: 1e-4, 1001: 9.999999915476572e-05, 9000: 5.5067283793433455e-05}
+
+
+def load(name: str, *overrides: str) -> RunConfig:
+    return load_config(PUBLISHED[f"published/{name}"], overrides)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_they_have_the_published_number_of_parameters(name):
+    assert build_model(load(name).model, seed=0, device="meta").parameter_count() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("published/") for name in PUBLISHED])
+def test_each_states_what_the_published_code_does(name):
+    config = load(name)
+    model, optimizer, training = config.model, config.optimizer, config.training
+    assert (model.norm, model.dropout, model.max_sequence_length) == ("post", 0.1, 256)
+    assert (model.dct.gain, model.dct.entropy_dc_weight, model.dct.entropy_epsilon) == (2.0, 2.0, 1e-8)
+    assert (model.meta_router.pool, model.meta_router.init) == ("batch", "published")
+    assert optimizer.decay_all and (optimizer.weight_decay, optimizer.betas) == (0.01, (0.9, 0.95))
+    assert (training.global_batch_size, config.precision.compute) == (128, "fp16")
+    assert config.checkpoint.keep_best is None and list(config.data.test) == ["test"], "the last weights are tested"
+    assert str(config.logging.folder) == f"runs/published/{name}"
+
+
+def test_the_schedule_is_the_published_one_but_for_one_step_of_the_warm_up():
+    """Step N of a run is the published step N - 1 of the warm-up, whose first step has a learning rate of 0."""
+    config = load("400m", "training.epochs=null", "training.steps=18000")
+    for taken, rate in PUBLISHED_RATES.items():
+        ours = learning_rate(config, taken + 1)
+        if taken < config.schedule.warmup_steps:
+            assert learning_rate(config, taken) == pytest.approx(rate, rel=1e-12)
+            assert ours == pytest.approx(rate + 1e-7, rel=1e-9)
+        else:
+            assert ours == pytest.approx(rate, rel=1e-12)
+    assert learning_rate(config, 1) == pytest.approx(1e-7)
+
+
+def test_a_dry_run_takes_them_with_their_data(tmp_path):
+    for text in ("wikitext-103", "wikitext-2"):
+        (tmp_path / "data" / text).mkdir(parents=True)
+        for part in ("train", "valid", "test"):
+            write_tokens(tmp_path / "data" / text / part, documents=8, vocab_size=50257, seed=len(part))
+    for name, path in PUBLISHED.items():
+        command = [sys.executable, "-m", "megachiar", "pretrain", "--config", str(path), "--dry-run"]
+        env = process_environment(PYTHONPATH=str(ROOT))
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert "start: fresh" in done.stdout and "not checked" not in done.stdout
