@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from labelled import write_examples
 from support import ROOT, process_environment, write_tokens
 
 from megachiar.config import RunConfig, load_config
@@ -18,6 +19,7 @@ from megachiar.training.schedule import learning_rate
 
 PUBLISHED = {name: path for name, path in shipped_configs().items() if name.startswith("published/")}
 PARAMETERS = {"400m": 400_043_009, "400m_baseline": 404_159_488, "17m": 15_764_225, "17m_baseline": 16_025_344}
+PARAMETERS |= {"listops": 401_102_859, "imdb": 401_094_659, "mixed": 400_055_309}
 # get_lr(step, warmup=1000, total=18000, max_lr=1e-4), in which step counts the steps taken.
 PUBLISHED_RATES = {500: 5e-05, 999: 9.99e-05, 1000: 1e-4, 1001: 9.999999915476572e-05, 9000: 5.5067283793433455e-05}
 
@@ -28,7 +30,8 @@ def load(name: str, *overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_they_have_the_published_number_of_parameters(name):
-    assert build_model(load(name).model, seed=0, device="meta").parameter_count() == PARAMETERS[name]
+    config = load(name)
+    assert build_model(config.model, seed=0, device="meta", heads=config.heads).parameter_count() == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("published/") for name in PUBLISHED])
@@ -39,7 +42,8 @@ def test_each_states_what_the_published_code_does(name):
     assert (model.dct.gain, model.dct.entropy_dc_weight, model.dct.entropy_epsilon) == (2.0, 2.0, 1e-8)
     assert (model.meta_router.pool, model.meta_router.init) == ("batch", "published")
     assert optimizer.decay_all and (optimizer.weight_decay, optimizer.betas) == (0.01, (0.9, 0.95))
-    assert (training.global_batch_size, config.precision.compute) == (128, "fp16")
+    batch = 128 if config.task.kind == "language_model" else 8
+    assert (training.global_batch_size, config.precision.compute) == (batch, "fp16")
     assert config.checkpoint.keep_best is None and list(config.data.test) == ["test"], "the last weights are tested"
     assert str(config.logging.folder) == f"runs/published/{name}"
 
@@ -57,11 +61,27 @@ def test_the_schedule_is_the_published_one_but_for_one_step_of_the_warm_up():
     assert learning_rate(config, 1) == pytest.approx(1e-7)
 
 
+def test_classifications_and_mixed_training_are_the_published_ones():
+    """``train_cls`` warms up over a twentieth of its steps, at 5e-5; ``train_mixed`` draws for micro-batches of 8."""
+    for name, classes, examples in (("imdb", 2, 25_000), ("listops", 10, 96_000)):
+        config = load(name)
+        assert (config.task.classes, config.task.head, config.task.padding) == (classes, "mlp", "counted")
+        assert config.schedule.warmup_steps == examples // 8 * 4 // 20
+        assert (config.optimizer.learning_rate, config.training.epochs) == (5e-5, 4)
+    mixed = load("mixed").mixed
+    assert (mixed.probability, mixed.group_size) == (0.25, 8)
+    assert {(task.global_batch_size, task.weight, task.loss_weight) for task in mixed.tasks.values()} == {(8, 1, 1)}
+
+
 def test_a_dry_run_takes_them_with_their_data(tmp_path):
     for text in ("wikitext-103", "wikitext-2"):
         (tmp_path / "data" / text).mkdir(parents=True)
         for part in ("train", "valid", "test"):
             write_tokens(tmp_path / "data" / text / part, documents=8, vocab_size=50257, seed=len(part))
+    for text, classes in (("imdb", "01"), ("listops-flat", "0123456789")):
+        (tmp_path / "data" / text).mkdir(parents=True)
+        for part in ("train", "valid", "test"):
+            write_examples(tmp_path / "data" / text / part, classes=classes, vocab_size=50257, seed=len(part))
     for name, path in PUBLISHED.items():
         command = [sys.executable, "-m", "megachiar", "pretrain", "--config", str(path), "--dry-run"]
         env = process_environment(PYTHONPATH=str(ROOT))
