@@ -163,7 +163,8 @@ def help_of(*command: str) -> str:
 
 def argument_problems(command: str, arguments: list[str], program: str = "") -> Iterator[str]:
     """What is wrong with the arguments of a command; ``program`` is the file that it is started by, if any."""
-    words = (command, *arguments[:1]) if command == "config" and not program else (command,)
+    has_actions = command == "config" or (command == "corpus" and not "".join(arguments[:1]).startswith("-"))
+    words = (command, *arguments[:1]) if has_actions and not program else (command,)
     known = set(re.findall(r"--[\w-]+", help_of(*words)))
     if not known:
         yield f"there is no megachiar {' '.join(words)}"
