@@ -41,7 +41,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"checkpoint"},
     {"training"},
     {"inference", "analysis", "interop", "pretrain"},
-    {"viewer"},
+    {"viewer", "sweeps"},
     {"cli"},
     {"__main__"},
 )

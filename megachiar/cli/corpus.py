@@ -27,7 +27,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from megachiar.console import make_console
 from megachiar.data.inputs.documents import OnError
@@ -225,7 +225,7 @@ class Task(NamedTuple):
 
     what: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    make: Callable[[argparse.Namespace, InvalidDocumentLog], TaskReport]
+    make: Callable[[argparse.Namespace, Any], Any]
 
 
 TASKS = {
