@@ -65,7 +65,7 @@ class ReadOptions:
             return (self.token_key,)
         return (self.text_key,) if self.second_text_key is None else (self.text_key, self.second_text_key)
 
-    @property
+    @functools.cached_property
     def extra_keys(self) -> dict[str, str]:
         """Return the names and values of the keys that a document of one text without a label does not have."""
         keys = {"second_text_key": self.second_text_key, "token_key": self.token_key, "label_key": self.label_key}

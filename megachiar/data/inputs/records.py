@@ -20,6 +20,12 @@ def parse_record(where: str, record: Mapping[str, Any], options: ReadOptions) ->
         record: its values by key; of parquet the texts are bytes.
         options: which keys hold what.
     """
+    text = record.get(options.text_key)
+    if not options.extra_keys and isinstance(text, str) and text.strip():  # nearly every document of a corpus
+        try:
+            return Document(text, text.encode(), where)
+        except UnicodeEncodeError:
+            pass  # the reason is found below
     for key in options.content_keys:
         if key not in record:
             return InvalidDocument("missing_text", where, f"has no key {key!r}; keys are {_keys_of(record)}")
