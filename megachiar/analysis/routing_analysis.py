@@ -13,6 +13,7 @@ Shapes: R = routed layers, S = sequences, T = tokens of a sequence, V = vocabula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,13 @@ def sequences_to_run(text: Text, settings: Settings, layers: int, steps: int, is
         steps: checkpoints that are compared.
         is_soft: whether the router is soft, so that no route is changed.
     """
-    rerouted = 0 if is_soft else INTERVENTIONS * len(text.windows.inputs) + settings.switches * layers
-    return (2 + steps) * len(text.windows.inputs) + rerouted
+    sequences = len(text.windows.inputs)
+    total = (2 + steps) * sequences
+    if is_soft:
+        return total
+    switched = min(sequences, settings.switches)
+    batches = switched and math.ceil(settings.switches * layers / switched / max(1, settings.batch_size - 1))
+    return total + INTERVENTIONS * sequences + settings.switches * layers + switched * batches
 
 
 def analyze_routing(
