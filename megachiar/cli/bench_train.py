@@ -5,15 +5,21 @@
 
     megachiar bench-train --variant compiled training.compile=inductor
 
+    megachiar bench-train --variant published model.router.kind=hard model.router.tau=null \\
+      --variant dct_only model.router.kind=hard model.router.tau=null model.router.hard_gradient=dct_only
+
 A step is that of a run: forward, backward, AdamW. Each contender is a process of its own. They take turns, round by
-round, and wait for their turn without computing. Thresholds send ``--attention-share`` of each routed layer's tokens
-to attention in the first step; the share of the measured steps is printed. Two more numbers are printed: the peak
-memory of the process and, on a CPU, the peak of the tensors that a step makes. The former depends on holes in the heap.
+round, and wait for their turn without computing. Every router, of whatever kind, sends ``--attention-share`` of its
+tokens to attention in the first step: by its thresholds, or by numbers that are added to the gates of a hard router.
+With three operators the others share the rest. The share of the measured steps in routed layers is printed. Two more
+numbers are printed: the peak memory of the process and, on a CPU, the peak of the tensors that a step makes. The former
+depends on holes in the heap.
 
 ``--bound`` adds a contender that only repeats the matrix products and attention calls of a CHIAR-Former step, on the
 tensors that they had in it. This is the time of a step if everything else cost nothing. It works on CPUs.
 
-A variant is CHIAR-Former with keys of the config set, as by ``--set`` of ``megachiar pretrain``.
+A variant is CHIAR-Former with keys of the config set, as by ``--set`` of ``megachiar pretrain``. Each contender is
+compared with the baseline, with the variants and with the peers.
 
 A peer is a command that is started once. It reads the size of the model from the environment (BENCH_HIDDEN_SIZE,
 BENCH_LAYERS, BENCH_HEADS, BENCH_SEQUENCE_LENGTH, BENCH_BATCH, BENCH_VOCAB_SIZE, BENCH_THREADS) and builds the model.
@@ -27,6 +33,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import resource
 import shlex
@@ -102,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{shape}, vocabulary {options.vocab_size}; {machine(device)}")
     print("milliseconds a step: median (quartiles); speed-up over another contender in the same round\n")
     record = {"machine": machine(device), "options": vars(options) | {"json": str(options.json)}, "contenders": {}}
-    others = [*(f"baseline {p}" for p in options.precision), *(name for name, _ in options.peer)]
     for name, report in reports.items():
         spread = times.spread(name)
         line = f"{name:16} {spread.format(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
@@ -113,12 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             rate = products[product][1] / times.spread(product).median
             reached = report["flops"] / spread.median
             line += f"  {reached / 1e9:7.0f} GFLOP/s, {reached / rate:.0%} of the matrix product's"
-            line += f"  share {report['attention_share']:.2f}"
+            if report["routed_attention_share"] is not None:
+                line += f"  attention {report['routed_attention_share']:.2f} in routed layers"
             if "peak_bytes" in report:
                 line += f"  memory {report['peak_bytes'] / 2**20:.0f} MiB"
             if "step_bytes" in report:
                 line += f", tensors of a step {report['step_bytes'] / 2**20:.0f} MiB"
             entry["of_matrix_product"] = reached / rate
+        others = [*(f"baseline {p}" for p in options.precision), *peers]
+        others += [f"{variant} {name.split()[-1]}" for variant in variants if name not in peers]
         ratios = {other: times.speed_up(name, other) for other in others if other != name}
         print(line)
         for other, ratio in ratios.items():
@@ -205,11 +214,11 @@ def serve(options: argparse.Namespace) -> None:
     tokens = np.random.default_rng(0).integers(0, options.vocab_size, (options.batch, options.sequence_length + 1))
     if kind != BASELINE:
         calibrate(engine, torch.from_numpy(tokens[:, :-1]).to(device), options.attention_share)
-    shares: list[float] = []
+    shares: list[list[list[float]]] = []
 
     def step() -> None:
         result = engine.train_step([(0, tokens)], 1e-4)
-        shares.append(float(np.mean(result.attention_share)))
+        shares.append([result.attention_share, result.rbf_share])
 
     timed_step: Callable[[], None] = step
     if kind == BOUND:
@@ -220,9 +229,15 @@ def serve(options: argparse.Namespace) -> None:
         for _ in range(int(line)):
             timed_step()
         print(time.perf_counter() - start, flush=True)
-    share = float(np.mean(shares))
-    flops = training_flops_per_token(config.model, options.sequence_length, share) * tokens[:, 1:].size
-    report = {"flops": flops, "attention_share": share}
+    attention, rbf = np.mean(shares, 0)  # (layers,) each
+    flops = training_flops_per_token(config.model, options.sequence_length, attention.mean(), rbf.mean())
+    routed = [float(attention[index]) for index in config.model.routed_layers]
+    report = {
+        "flops": float(flops * tokens[:, 1:].size),
+        "attention_share": float(attention.mean()),
+        "rbf_share": float(rbf.mean()),
+        "routed_attention_share": sum(routed) / len(routed) if routed else None,
+    }
     if kind != BOUND:
         report["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
         if device.type == "cpu":
@@ -267,22 +282,45 @@ def config_of(options: argparse.Namespace, kind: str, precision: str) -> RunConf
 
 
 def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
-    """Set thresholds that send ``share`` of each routed layer's tokens of this batch to attention, layer by layer."""
+    """Let the routers send ``share`` of each routed layer's tokens of this batch to attention, layer by layer.
+
+    DCT and RBF mixing share the other tokens equally. A soft router has no share: every token takes all operators.
+    """
     import torch
 
-    from megachiar.kernels.spectral import spectral_entropy
     from megachiar.model.router import Router
 
-    def set_bound(router: Router, arguments: tuple) -> None:
-        entropy = spectral_entropy(arguments[0], router.dc_weight, router.epsilon)
-        router.bounds = (entropy.float().quantile(1 - share).item(),)
+    def set_share(router: Router, arguments: tuple) -> None:
+        decision, others = router.forward(*arguments), len(router.operators) - 1
+        if decision.score is not None:
+            below = [(1 - share) * (index + 1) / others for index in range(others)]
+            router.bounds = tuple(decision.score.float().quantile(part).item() for part in below)
+        elif decision.gates is not None and router.kind == "hard":
+            added = logits_for([(1 - share) / others] * others + [share], decision.gates.float().log())
+            router.gate.register_forward_hook(lambda _, __, logits: logits + added.to(logits.dtype))
 
     routers = [module for module in engine.deepspeed.module.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_pre_hook(set_bound) for router in routers]
+    hooks = [router.register_forward_pre_hook(set_share) for router in routers]
     with torch.no_grad():
         engine.deepspeed(tokens)
     for hook in hooks:
         hook.remove()
+
+
+def logits_for(shares: Sequence[float], logits: torch.Tensor) -> torch.Tensor:
+    """Return numbers (O,) which, added to ``logits`` (n, O), make each column the largest one in its share of the rows.
+
+    Each column is moved in turn until it has its share; with two columns the first turn is exact.
+    """
+    added = logits.new_zeros(logits.shape[1])
+    for _ in range(20):
+        for column, share in enumerate(shares[1:], 1):
+            moved = logits + added
+            others = moved.clone()
+            others[:, column] = -math.inf
+            lead = moved[:, column] - others.amax(1)
+            added[column] -= lead.quantile(1 - share)
+    return added
 
 
 def products_of(step: Callable[[], object]) -> Callable[[], None]:

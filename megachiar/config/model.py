@@ -76,10 +76,11 @@ class AttentionConfig(Section):
 
 
 class RbfConfig(Section):
-    features: Annotated[int, Field(gt=0, multiple_of=2)] = 64
-    """Random Fourier features phi(x) of a token: half cosines, half sines."""
+    features: PositiveInt = 64
+    """R, random frequencies: phi(x) of a token has 2R numbers, R cosines and R sines of x W / sqrt(R)."""
     gamma: PositiveFloat = 1.0
-    """Factor in the kernel exp(-gamma |x - y|^2): frequencies are drawn with variance 2 * gamma."""
+    """Factor in the kernel: phi(x) . phi(y) comes near R exp(-gamma |x - y|^2 / R). The frequencies W are drawn with
+    variance 2 * gamma, and divided by sqrt(R) as in the published code."""
 
 
 class MetaRouterConfig(Section):

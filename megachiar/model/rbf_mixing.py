@@ -1,10 +1,11 @@
 """The RBF mixing sub-layer, the paper's ablation: similarity in a space of random Fourier features.
 
-The features are ``phi(x) = [cos(x W), sin(x W)]`` with W drawn once. A token takes the softmax-weighted mean of ``phi``
-over itself and the tokens before it; the published code looks at later ones too. A linear map takes it back to d
-channels.
+The features are ``phi(x) = [cos(x W / sqrt(R)), sin(x W / sqrt(R))]`` with W drawn once. A token takes the
+softmax-weighted mean of ``phi`` over itself and the tokens before it; the published code looks at later ones too. A
+linear map takes it back to d channels.
 
-Shapes: m = this rank's rows, n = rows that are routed to RBF mixing, d = channels, R = features.
+Shapes: m = this rank's rows, n = rows that are routed to RBF mixing, d = channels, R = frequencies (``rbf.features``);
+phi has 2R numbers.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -251,7 +252,8 @@ class Trainer:
         values = self._measures(result, loader) | measures_of(straggler)
         if self.writer is not None:
             self.writer.write(step, "train", values)
-        self.display.line(_describe(step, self.config.steps, values, self.display.time_left(step)))
+        routed = self.config.model.routed_layers
+        self.display.line(_describe(step, self.config.steps, values, routed, self.display.time_left(step)))
         if line := self._straggler_log.line(straggler):
             self.display.line(f"[yellow]{escape(line)}[/]")
         self._seconds, self._steps = 0.0, 0
@@ -318,19 +320,18 @@ class Trainer:
             self.display.line(f"[yellow]{escape(line)}[/]")
 
 
-def _describe(step: int, steps: int, values: dict[str, Any], left: str) -> str:
-    """Return the line of the log for a step's metrics."""
-    routed = [h for h in values["entropy"] if h is not None and math.isfinite(h)]
+def _describe(step: int, steps: int, values: dict[str, Any], routed: range, left: str) -> str:
+    """Return the line of the log for a step's metrics. Share of attention and H are means over the routed layers."""
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",
         f"lr {values['learning_rate']:.2e}",
         f"grad {values['gradient_norm']:.3f}",
         f"{values['tokens_per_second']:,.0f} tok/s",
-        f"attention {sum(values['attention_share']) / len(values['attention_share']):.0%}",
     ]
     if routed:
-        parts.append(f"H {sum(routed) / len(routed):.4f}")
+        share, entropy = (statistics.fmean(values[name][i] for i in routed) for name in ("attention_share", "entropy"))
+        parts += [f"attention {share:.0%} in routed layers", f"H {entropy:.4f}"]
     if math.isfinite(values["gate"]):
         parts.append(f"g {values['gate']:.3f}")
     if values["model_flops_utilisation"]:

@@ -13,13 +13,15 @@ import scipy.fft
 import scipy.stats
 import torch
 import yaml
-from model_cases import THREE, small_model_config
+from model_cases import THREE, TWO, small_model_config
+from model_oracle import permutation
 from support import ROOT, forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.analysis.calibration import (
     Sample,
     calibrate_on_embedding,
     calibrate_on_layers,
+    config_for,
     correlation_within,
     distribution_distance,
     effective_size,
@@ -175,6 +177,38 @@ def test_three_operators_get_two_thresholds_and_equal_shares_below(tmp_path):
     assert one.router["tau_high"] == pytest.approx(one.places[0].measured.percentiles[67], abs=1e-6)
 
 
+@pytest.mark.parametrize("operators", (TWO, THREE))
+@pytest.mark.parametrize("own", ("threshold", "hashed"))
+def test_thresholds_for_a_hashed_router_give_its_shares(tmp_path, own, operators):
+    """A model with thresholds of one kind is measured for the other: its routers become those that are wanted."""
+    names = ("tau_low", "tau_high") if operators == THREE else ("tau",)
+    router = {"kind": own, "operators": operators, **dict(zip(names, (0.5, 0.9), strict=False))}
+    config = small_model_config(router=router, vocab_size=64)
+    dataset = ValidationSet(write_tokens(tmp_path / "valid"), 16)
+    wanted = config_for(config, "hashed", 7)
+    found = calibrate_on_layers(build_model(config, seed=0).eval(), dataset, 0.4, 32, wanted).router
+    assert (found["kind"], found["seed"], set(names) <= set(found)) == ("hashed", 7, True)
+    routed = build_model(config.model_copy(update={"router": type(config.router)(**found)}), seed=0).eval()
+    statistics = routed(torch.from_numpy(spread_windows(dataset, 32)[0])).statistics
+    assert statistics.attention_share[1:-1].tolist() == pytest.approx([0.4, 0.4], abs=0.02)
+    assert statistics.rbf_share[1:-1].tolist() == pytest.approx([0.3 * (operators == THREE)] * 2, abs=0.02)
+    other = calibrate_on_layers(build_model(config, seed=0).eval(), dataset, 0.4, 32, config_for(config, "hashed", 8))
+    assert other.router[names[-1]] != found[names[-1]], "another seed has other permutations"
+
+
+def test_a_hashed_router_gets_a_threshold_of_the_embedding_for_each_layer(tmp_path):
+    config = small_model_config(kind="baseline", router={}, vocab_size=64)  # such as the run that a tau is taken from
+    model = build_model(config, seed=0)
+    source = TokenSource(write_tokens(tmp_path / "train"))
+    found = calibrate_on_embedding(model, source, 10**9, config_for(config, "hashed", 3))
+    tokens = np.asarray(source.dataset.tokens).astype(np.int64)
+    for layer, place, tau in zip((1, 2), found.places, found.router["tau"], strict=True):
+        h = entropy_oracle(model.embedding.weight.detach().numpy()[:, permutation(3, layer, 32)])[tokens]
+        assert place.measured.mean == pytest.approx(h.mean(), abs=1e-5)
+        assert tau == pytest.approx(np.percentile(h, (33, 67), method="inverted_cdf").mean(), abs=1e-5)
+    assert len(calibrate_on_embedding(model, source, 10**9).places) == 1
+
+
 # The tool ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +264,17 @@ def test_taus_of_the_layers_give_the_attention_share_that_was_asked_for(run_fold
     assert above == pytest.approx([share, share], abs=0.02)
     if config.kind == "chiar":
         assert statistics.attention_share[1:3].tolist() == pytest.approx([share, share], abs=0.02)
+
+
+def test_the_tool_prints_the_router_of_the_control(run_folder):
+    done = forked_python(TOOL, run_folder, "--router", "hashed", "--seed", "4")
+    assert done.returncode == 0, done.stderr
+    router = yaml.safe_load(done.stdout[done.stdout.index("# under model.router") :])
+    assert (router["kind"], router["seed"], len(router["tau"])) == ("hashed", 4, 2)
+    assert "embedding, for layer 3" in done.stdout
+    assert "warning" not in done.stderr, "the control is meant to look like noise"
+    done = forked_python(TOOL, run_folder, "--seed", "4")
+    assert done.returncode == 2 and "no effect on thresholds of H itself" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import scipy.fft
 import scipy.stats
 import torch
 from model_cases import ROUTERS, lively_model, small_model_config, token_batch
+from model_oracle import permutation
 from support import forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.analysis.calibration import Windows
@@ -53,16 +54,19 @@ def test_thresholds_far_from_every_token_and_hashes_flip_nothing(router):
         assert layer.rounded == layer.whole == 0
 
 
-def test_flips_by_rounding_are_the_tokens_that_cross_the_threshold():
+@pytest.mark.parametrize("kind", ("threshold", "hashed"))
+def test_flips_by_rounding_are_the_tokens_that_cross_the_threshold(kind):
     """Compare with scipy in float64, on the hidden states that the fp32 model's routers read."""
-    model, found = flips_of({"tau": 0.85})
+    model, found = flips_of({"kind": kind, "tau": 0.85})
     rows: dict[int, torch.Tensor] = {}
     for index in (1, 2, 3):
         model.layers[index].router.register_forward_pre_hook(lambda _, args, i=index: rows.update({i: args[0]}))
     with torch.no_grad():
         model(token_batch(8, 17)[:, :-1])
     for layer in found:
-        exact, rounded = (entropy_oracle(r) for r in (rows[layer.layer - 1], rows[layer.layer - 1].bfloat16()))
+        order = permutation(0, layer.layer - 1, 64) if kind == "hashed" else list(range(64))
+        seen = rows[layer.layer - 1][:, order]
+        exact, rounded = (entropy_oracle(r) for r in (seen, seen.bfloat16()))
         assert layer.rounded == ((exact > 0.85) != (rounded > 0.85)).mean()
         assert layer.entropy_change == pytest.approx(np.abs(exact - rounded).mean(), rel=1e-2)
         assert layer.margin == pytest.approx(np.sort(np.abs(exact - 0.85))[63], abs=1e-6)

@@ -39,11 +39,16 @@ def make_run(folder: Path, **sections: dict) -> Path:
 
 TWO = {"training": {"micro_batch_size": 1}}  # two ranks accumulate over 2 micro-batches, as one process does
 BF16 = {"precision": {"compute": "bf16"}}
+RANDOM = {"model": {"router": {"kind": "random", "attention_share": 0.4}}}
+HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
     "two processes, ZeRO 1, bf16": (2, TWO | BF16),
     "two processes, ZeRO 2, bf16": (2, TWO | BF16 | {"parallel": {"zero_stage": 2}}),
     "two processes, ZeRO 3": (2, TWO | {"parallel": {"zero_stage": 3}}),
+    "one process, coins of documents": (1, RANDOM | {"data": {"document_mask": True, "document_end": 5}}),
+    "two processes, ZeRO 2, random router": (2, TWO | RANDOM | {"parallel": {"zero_stage": 2}}),
+    "one process, hashed router": (1, HASHED),
     "fp16 with dynamic loss scale": (
         1,
         {"precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3}},

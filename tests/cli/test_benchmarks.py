@@ -76,6 +76,38 @@ def test_training_steps_beside_a_peer(tmp_path, variant, override, more, precisi
     assert "of other" in done.stdout
 
 
+def test_kinds_of_routers_are_compared_at_one_share(tmp_path):
+    hard = ("model.router.kind=hard", "model.router.tau=null")
+    variants = {
+        "published": hard,
+        "dct_only": (*hard, "model.router.hard_gradient=dct_only"),
+        "hashed": ("model.router.kind=hashed",),
+    }
+    result = tmp_path / "result.json"
+    named = [word for name, sets in variants.items() for word in ("--variant", name, *sets)]
+    done = forked_python("tools/bench_train.py", *STEPS, *named, "--attention-share", "0.25", "--json", result)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(result.read_text())["contenders"]
+    for name in ("chiar fp32", *(f"{name} fp32" for name in variants)):
+        assert record[name]["routed_attention_share"] == pytest.approx(0.25, abs=0.08), name
+        assert record[name]["attention_share"] == pytest.approx((0 + 0.25 + 1) / 3, abs=0.03), name
+    published, dct_only = record["published fp32"], record["dct_only fp32"]
+    assert published["flops"] > dct_only["flops"] > record["chiar fp32"]["flops"]
+    assert record["hashed fp32"]["flops"] > record["chiar fp32"]["flops"]
+    ratio = [b / a for a, b in zip(published["seconds"], dct_only["seconds"], strict=True)]
+    assert published["speed_up"]["dct_only fp32"][0] == pytest.approx(sum(ratio) / 2)
+    assert "of published fp32" in done.stdout and "in routed layers" in done.stdout
+    assert record["baseline fp32"]["routed_attention_share"] is None
+
+
+@pytest.mark.parametrize("shares", ([0.7, 0.3], [0.5, 0.2, 0.3], [0.0, 1.0]))
+def test_numbers_are_added_to_logits_for_a_share(shares):
+    logits = torch.randn(4000, len(shares), generator=torch.Generator().manual_seed(0)) + torch.arange(len(shares))
+    largest = (logits + bench_train.logits_for(shares, logits)).argmax(1)
+    got = torch.bincount(largest, minlength=len(shares)) / len(logits)
+    assert got.tolist() == pytest.approx(shares, abs=0.002)
+
+
 def test_the_bound_of_a_step_is_its_products_alone():
     ones, product = torch.ones(4, 4), torch.empty(4, 4)
 

@@ -134,7 +134,7 @@ def test_every_problem_of_every_section_is_reported_at_once(tmp_path):
         "optimizer.lerning_rate",
         "logging.every",
     }
-    assert "'threshold', 'soft', 'hard' or 'random'" in found["model.router.kind"]
+    assert "'threshold', 'soft', 'hard', 'random' or 'hashed'" in found["model.router.kind"]
     assert "did you mean `learning_rate`?" in found["optimizer.lerning_rate"]
 
 
@@ -174,6 +174,20 @@ CROSS_CHECKS = [
     (["model.router.attention_share=0.5"], "model.router.attention_share", "has no effect"),
     (["model.router.operators=[attention,dct]"], "model.router.operators", "use"),
     (["model.router.kind=random", "model.router.tau=null"], "model.router.attention_share", "is missing"),
+    (["model.router.kind=hashed", "model.router.tau=null"], "model.router.tau", "is missing"),
+    (["model.router.kind=hashed", "model.router.attention_share=0.5"], "model.router.attention_share", "has no effect"),
+    (["model.router.kind=hashed", "model.router.tau=[0.5]"], "model.router.tau", "1 values for 2 routed layers"),
+    (
+        [
+            "model.router.kind=hashed",
+            "model.router.operators=[dct,rbf,attention]",
+            "model.router.tau=null",
+            "model.router.tau_low=0.9",
+            "model.router.tau_high=0.8",
+        ],
+        "model.router.tau_low",
+        "above tau_high",
+    ),
     (
         ["model.router.operators=[dct,rbf,attention]", "model.router.tau=null"],
         "model.router.tau_low",

@@ -162,6 +162,36 @@ def test_no_field_of_the_config_is_left_out_here():
     assert set(FIELDS) == all_fields(ModelConfig)
 
 
+def test_the_seed_changes_the_permutations_of_a_hashed_router():
+    before, after = ({"router": {"kind": "hashed", "tau": 0.79, "seed": seed}} for seed in (0, 1))
+    assert behaviour(small_model_config(**before)) != behaviour(small_model_config(**after))
+
+
+@pytest.mark.parametrize("features", (1, 3, 64))
+def test_rbf_features_are_so_many_cosines_and_so_many_sines(features):
+    """As the config says: 2R numbers, whose product comes near R exp(-gamma |x - y|^2 / R)."""
+    config = small_model_config(router=BOUNDS, rbf={"features": features, "gamma": 0.7})
+    model = build_model(config, seed=0, dtype=torch.float64)
+    mixing = model.layers[1].rbf
+    assert mixing.frequencies.shape == (32, features) and mixing.output.weight.shape == (32, 2 * features)
+    phi = mixing._features(torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    assert phi.shape == (5, 2 * features)
+    torch.testing.assert_close(phi.square().sum(1), torch.full((5,), float(features), dtype=torch.float64))
+    tokens = token_batch()
+    assert model(tokens[:, :-1], tokens[:, 1:]).loss.isfinite()
+
+
+def test_rbf_features_give_the_kernel_that_the_config_names():
+    gamma, features = 0.7, 2000
+    config = small_model_config(router=BOUNDS, rbf={"features": features, "gamma": gamma})
+    mixing = build_model(config, seed=0, dtype=torch.float64).layers[1].rbf
+    x, y = 6 * torch.randn(2, 40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kernel = torch.exp(-gamma * (x - y).square().sum(1) / features)
+    assert 0.2 < kernel.min() < kernel.max() < 0.8
+    products = (mixing._features(x) * mixing._features(y)).sum(1) / features
+    assert (products - kernel).abs().max() < 4.5 * (0.5 / features) ** 0.5
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_each_field_changes_what_the_model_does(field):
     before, after = (behaviour(small_model_config(**fields)) for fields in FIELDS[field])

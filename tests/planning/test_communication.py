@@ -13,7 +13,7 @@ from megachiar.planning.communication import TokenPayload, end_payloads, layer_p
 
 WORKER = WORKERS / "costs_worker.py"
 SP = "parallel.sequence=true"
-# A hash routes the same positions of every sequence to attention. Both ranks hold as many, so that nothing is padded.
+# The worker routes the same positions of every sequence to attention. Both ranks hold as many: nothing is padded.
 MODEL = {
     "num_layers": 6,
     "hidden_size": 64,

@@ -63,7 +63,8 @@ def counted_flops(config: ModelConfig, interval: int | None = None, preferred: i
             bias.data[preferred] = 100
     tokens = token_batch(SEQUENCES, LENGTH + 1, config.vocab_size)
     with Protocol() as counter:
-        output = model(tokens[:, :-1], tokens[:, 1:])
+        # One sample, as it were: a random router takes the same positions in all sequences, so that nothing is padded.
+        output = model(tokens[:, :-1], tokens[:, 1:], torch.zeros(SEQUENCES, dtype=torch.long))
         (output.loss + output.regulariser).backward()
     shares = (s.mean().item() for s in (output.statistics.attention_share, output.statistics.rbf_share))
     return counter.get_total_flops() / (SEQUENCES * LENGTH), *shares
@@ -88,6 +89,9 @@ COUNTED = {
     "hard dct only, all dct": {"router": {"kind": "hard", "hard_gradient": "dct_only"}},
     "hard dct only, all attention": {"router": {"kind": "hard", "hard_gradient": "dct_only"}, "norm": "pre"},
     "regularised": {"router": {"tau": 1.0, "collapse_weight": 0.1}},
+    "hashed, all dct": {"router": {"kind": "hashed", "tau": 1.0}},
+    "hashed, all attention": {"router": {"kind": "hashed", "tau": 0.0}, "norm": "pre"},
+    "hashed, regularised": {"router": {"kind": "hashed", "tau": 1.0, "collapse_weight": 0.1}},
     "pre": {"router": HALF, "norm": "pre"},
     "gate over the batch": {"router": HALF, "meta_router": {"pool": "batch"}},
     "no gate": {"router": HALF, "meta_router": {"pool": "none"}},
@@ -99,7 +103,7 @@ COUNTED = {
 @pytest.mark.parametrize("interval", (None, 2))
 @pytest.mark.parametrize("case", COUNTED)
 def test_flops_are_those_a_counter_sees(monkeypatch, case, interval):
-    """The random router takes the same positions in all sequences, so that nothing is padded; transforms are FFTs."""
+    """Transforms are FFTs."""
     monkeypatch.setattr("megachiar.kernels.dct.FFT_FROM", 0)
     config = wide_config(**COUNTED[case])
     counted, *shares = counted_flops(config, interval, preferred=int("all attention" in case))
@@ -193,6 +197,8 @@ MEMORY_CASES = {
     "hard three": {"router": ROUTERS["hard three"]},
     "hard dct only": {"router": ROUTERS["hard dct only"]},
     "regularised": {"router": {"tau": 0.82, "collapse_weight": 0.1}},
+    "hashed": {"router": {"kind": "hashed", "tau": 0.82}},
+    "hashed, regularised": {"router": {"kind": "hashed", "tau": 0.82, "collapse_weight": 0.1}},
     "gate over the batch": {"router": {"tau": 0.82}, "meta_router": {"pool": "batch"}},
     "no gate": {"router": {"tau": 0.82}, "meta_router": {"pool": "none"}},
     "pre": {"router": {"tau": 0.82}, "norm": "pre"},

@@ -46,7 +46,8 @@ def main() -> None:
 def measure(model: torch.nn.Module, vocab_size: int, length: int, sent: Counter[str]) -> dict:
     """Return payload bytes by pass and kind, kept values per token, and the share of tokens that took attention.
 
-    The kinds are those of ``watch_collectives``.
+    The kinds are those of ``watch_collectives``. All sequences have one sample id, so that a random router routes the
+    same positions of every sequence to attention.
     """
     tokens = torch.randint(vocab_size, (SEQUENCES, length + 1), generator=torch.Generator().manual_seed(0))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -60,7 +61,7 @@ def measure(model: torch.nn.Module, vocab_size: int, length: int, sent: Counter[
 
     sent.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(tokens[:, :-1], tokens[:, 1:])
+        result = model(tokens[:, :-1], tokens[:, 1:], torch.zeros(SEQUENCES, dtype=torch.long))
     forward = dict(sent)
     sent.clear()
     result.loss.backward()
