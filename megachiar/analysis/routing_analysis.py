@@ -8,12 +8,14 @@
 
 Everything is seeded, and memory holds one batch and one number a token and layer.
 
-Shapes: R = routed layers, S = sequences, T = tokens of a sequence, V = vocabulary, N = S * T tokens.
+Shapes: A = attention layers of a baseline, R = routed layers, S = sequences, T = tokens of a sequence, V = vocabulary,
+N = S * T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +116,13 @@ def sequences_to_run(text: Text, settings: Settings, layers: int, steps: int, is
         steps: checkpoints that are compared.
         is_soft: whether the router is soft, so that no route is changed.
     """
-    rerouted = 0 if is_soft else INTERVENTIONS * len(text.windows.inputs) + settings.switches * layers
-    return (2 + steps) * len(text.windows.inputs) + rerouted
+    sequences = len(text.windows.inputs)
+    total = (2 + steps) * sequences
+    if is_soft:
+        return total
+    switched = min(sequences, settings.switches)
+    batches = switched and math.ceil(settings.switches * layers / switched / max(1, settings.batch_size - 1))
+    return total + INTERVENTIONS * sequences + settings.switches * layers + switched * batches
 
 
 def analyze_routing(
@@ -124,7 +131,7 @@ def analyze_routing(
     settings: Settings,
     *,
     steps: Sequence[SavedStep] = (),
-    distances: Mapping[str, np.ndarray] | None = None,
+    distances: np.ndarray | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Finding]:
     """Return all findings about the routers of a model, by section and layer.
@@ -134,7 +141,8 @@ def analyze_routing(
         text: that is read.
         settings: of the analysis.
         steps: checkpoints of the run, oldest first, whose routes are compared; fewer than two for none.
-        distances: (S, T) mean attention distance of a baseline on the same tokens, by the name of its layers.
+        distances: (A, S, T) mean attention distance in each layer of a baseline on the same tokens. H of a routed layer
+            is compared with the mean of them and with the baseline's layer of the same number.
         advance: is told of sequences that have been run.
     """
     routed = collect_routes(model, text.windows, settings.batch_size, advance)
@@ -142,8 +150,11 @@ def analyze_routing(
     permuted = permute(text.windows, settings.batch_size, advance)
     found = _of_tokens(model, routed, permuted, text, settings)
     for place, index in enumerate(routed.layers):
-        if distances:
-            found += distance_findings(index + 1, routed.entropy[place], distances, routed.clusters, settings.seed)
+        if distances is not None:
+            beside = {"mean of its layers": distances.mean(0)}
+            if index < len(distances):
+                beside[f"its layer {index + 1}"] = distances[index]
+            found += distance_findings(index + 1, routed.entropy[place], beside, routed.clusters, settings.seed)
     found += _stability(steps, text, settings, advance)
     if model.config.router.kind != "soft":
         found += _worth(model, routed, text, settings, advance)

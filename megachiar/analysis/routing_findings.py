@@ -258,7 +258,7 @@ def distance_findings(
     Args:
         layer: its number, from 1.
         entropy: (S, T) H of this layer.
-        distances: (S, T) mean attention distance, by the name of the baseline's layers.
+        distances: (S, T) mean attention distance, by what it is the distance of.
         clusters: of the S * T tokens.
         seed: of the intervals.
     """
@@ -269,7 +269,7 @@ def distance_findings(
         verdict = sign_verdict(
             relation, "higher H, longer dependencies", "higher H, shorter dependencies", "no relation that is sure"
         )
-        measured = f"rank correlation of H with attention distance ({name})"
+        measured = f"rank correlation of H with a baseline's attention distance, {name}"
         found.append(of_estimate("distance", layer, measured, relation, verdict, chance=0.0))
     return found
 

@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(subject: Subject, text: Text, options: argparse.Namespace, left_out: list[str]) -> list[Finding]:
     """Return the findings about a model; what could not be measured is added to ``left_out``."""
+    from megachiar.analysis.attention_distance import attention_distances
     from megachiar.analysis.routing_analysis import Settings, analyze_routing, sequences_to_run
     from megachiar.progress import CountProgress
 
@@ -123,7 +124,7 @@ def measure(subject: Subject, text: Text, options: argparse.Namespace, left_out:
     with CountProgress("analysing", total + (baseline is not None) * len(text.windows.inputs), "sequences") as progress:
         distances = None
         if baseline is not None:
-            distances = measure_distances(baseline, text, settings.batch_size, progress.advance)
+            distances = attention_distances(baseline, text.windows, settings.batch_size, progress.advance)
         return analyze_routing(
             subject.model, text, settings, steps=steps, distances=distances, advance=progress.advance
         )
@@ -229,16 +230,6 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
         raise UserError(f"--baseline {run}", problem, "give a baseline of the run's sequence length")
     open_text_for_run(checkpoint, config, subject.data, length)
     return model
-
-
-def measure_distances(
-    baseline: ChiarFormer, text: Text, batch_size: int, advance: Callable[[int], None]
-) -> dict[str, np.ndarray]:
-    """Return the attention distances (S, T) of a baseline: the mean over its layers, and each layer's."""
-    from megachiar.analysis.attention_distance import attention_distances
-
-    found = attention_distances(baseline, text.windows, batch_size, advance)
-    return {"mean of all layers": found.mean(0)} | {f"layer {n}": part for n, part in enumerate(found, 1)}
 
 
 def write_files(record: dict[str, Any], json_file: str | None, csv_file: Path | None) -> None:

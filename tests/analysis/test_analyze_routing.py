@@ -87,6 +87,12 @@ def test_checkpoints_are_compared_in_order(record):
     assert steps == [f"routes kept from step {a} to {b}, beyond chance" for a, b in ((2, 4), (4, 6))]
 
 
+def test_h_is_compared_with_the_baselines_layer_of_the_same_number(record):
+    for layer in (2, 3):
+        names = [f["measure"] for f in record["findings"] if f["section"] == "distance" and f["layer"] == layer]
+        assert [name.rpartition(", ")[2] for name in names] == ["mean of its layers", f"its layer {layer}"]
+
+
 def test_the_csv_has_a_line_for_each_number(folder, record):
     lines = list(csv.DictReader((folder / "r.csv").open()))
     assert len(lines) == len(record["findings"])

@@ -22,6 +22,7 @@ from megachiar.analysis.routing_analysis import SavedStep, Settings, Text, analy
 from megachiar.analysis.routing_findings import (
     Finding,
     channel_findings,
+    distance_findings,
     entropy_findings,
     share_findings,
     stability_finding,
@@ -287,12 +288,11 @@ def test_a_relation_of_h_with_distance_is_found_and_that_of_a_hash_is_not():
     position = np.arange(T)  # later tokens look further, whatever H is
     spread = float(entropy.std())
     distances = {
-        "made of H": position + 10 * entropy / spread + rng.normal(0, 3, entropy.shape),
-        "made of other ids": position + 10 * rng.normal(size=VOCABULARY)[windows.inputs],
+        "of H": position + 10 * entropy / spread + rng.normal(0, 3, entropy.shape),
+        "of other ids": position + 10 * rng.normal(size=VOCABULARY)[windows.inputs],
     }
-    findings = report(model, windows, distances=distances)
-    made = pick(findings, "rank correlation of H with attention distance (made of H)")
-    other = pick(findings, "rank correlation of H with attention distance (made of other ids)")
+    clusters = Clusters(np.repeat(np.arange(48), T), windows.inputs.ravel())
+    made, other = distance_findings(2, entropy, distances, clusters, seed=0)
     assert made.value > 0.8 and "longer dependencies" in made.verdict
     assert other.low < 0 < other.high and "no relation" in other.verdict
 
