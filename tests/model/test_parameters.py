@@ -109,6 +109,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "norm": ({}, {"norm": "pre"}),
     "norm_epsilon": ({}, {"norm_epsilon": 1e-2}),
     "initializer_std": ({}, {"initializer_std": 0.1}),
+    "embedding_multiplier": ({}, {"embedding_multiplier": 3.0}),
     "dct.gain": ({}, {"dct": {"gain": 2.0}}),
     "dct.entropy_dc_weight": ({}, {"dct": {"entropy_dc_weight": 2.0}}),
     "dct.entropy_epsilon": ({}, {"dct": {"entropy_epsilon": 1e-3}}),
