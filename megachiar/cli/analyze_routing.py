@@ -134,7 +134,7 @@ def open_subject(run: Path, data: Path | None) -> Subject:
     """Load the model of a run in fp32.
 
     Raises:
-        UserError: there is no run, or it has no layer that routes.
+        UserError: there is no run, or it is a classification, or has no layer that routes.
     """
     from megachiar.analysis.routing_analysis import Subject
     from megachiar.checkpoint.reading import locate_checkpoint
@@ -144,6 +144,8 @@ def open_subject(run: Path, data: Path | None) -> Subject:
 
     checkpoint = locate_checkpoint(run, log=print_warning)
     config, model, state = load_model(checkpoint, default_device(), DTYPES["fp32"])
+    if config.tasks[0].head is not None:
+        raise UserError(run, "learns classes, and has no loss of a next token", "name a run of a language model")
     if not config.model.routed_layers:
         raise UserError(run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     validation = next(iter(dict(config.data.validation).values()), None)

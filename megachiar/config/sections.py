@@ -175,7 +175,8 @@ class TrainingConfig(Section):
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations on data.validation; null: only at the end."""
     evaluation_windows: PositiveInt | None = None
-    """Windows of sequence_length tokens read of each validation set during training; null: all."""
+    """Windows of sequence_length tokens, or labelled examples, that are read of each validation set during training;
+    null: all."""
     threads: PositiveInt | None = None
     """CPU threads of each rank; when not given, OMP_NUM_THREADS, else the cores shared out among ranks."""
     activation_checkpoint_interval: PositiveInt | None = None

@@ -79,6 +79,8 @@ def test_a_classification_is_learnt(data, tmp_path):
     shown = python("-m", "megachiar", "evaluate", tmp_path / "run", "--json").stdout
     assert json.loads(shown)["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert json.loads(shown)["accuracy"] == last["accuracy"]
+    refused = python("-m", "megachiar", "analyze-routing", tmp_path / "run")
+    assert refused.returncode == 2 and "learns classes" in refused.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
