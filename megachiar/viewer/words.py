@@ -28,8 +28,13 @@ def notes(record: dict[str, Any]) -> list[str]:
         )
     if record["router"] == "soft":
         found.append("A soft router computes all operators. Colours show the largest gate, and shares are mean gates.")
-    if record["router"] in ("random", "hashed"):
-        found.append(f"The {record['router']} router is a control: H decides nothing.")
+    if record["router"] == "random":
+        found.append("A random router is a control: it throws a coin for each token, and H decides nothing.")
+    if record["router"] == "hashed":
+        found.append(
+            "A hashed router is a control: it decides by H of the channels in another order. The H that is shown, of "
+            "the channels as they are, decides nothing."
+        )
     return found
 
 

@@ -128,7 +128,8 @@ def test_notes_say_what_a_reader_must_know(tmp_path):
     assert "windows of at most 16 tokens" in printed() and "fewer FLOPs in the operators" in printed()
     assert "largest gate" in printed(router=ROUTERS["soft"])
     assert "more FLOPs" in printed(router=ROUTERS["soft three"], num_layers=8)
-    assert "is a control: H decides nothing" in printed(router=ROUTERS["random"])
+    assert "is a control: it throws a coin" in printed(router=ROUTERS["random"])
+    assert "is a control: it decides by H of the channels in another order" in printed(router=ROUTERS["hashed"])
 
 
 @pytest.mark.parametrize(

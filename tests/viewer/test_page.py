@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "baseline": {"kind": "baseline"},
     **{
         name: {"router": ROUTERS[name]}
-        for name in ("threshold", "threshold three", "soft three", "hard", "random three")
+        for name in ("threshold", "threshold three", "soft three", "hard", "random three", "hashed three")
     },
 }
 HOSTILE = (
