@@ -165,7 +165,7 @@ def calibrate_on_layers(
         places.append(place)
         if isinstance(layer, RoutedLayer) and layer.router.has_thresholds:
             layer.router = Router(config, index, layer.router.group)
-            layer.router.bounds = place.bounds
+            layer.router.set_thresholds(place.bounds)
 
     windows = spread_windows(dataset, sequences)
     ids = windows.inputs.ravel()

@@ -119,7 +119,7 @@ def _margin(layer: RoutedLayer, entropy: torch.Tensor) -> torch.Tensor:
     """Return the distance of each entropy (tokens,) to the nearest threshold; nan if the layer has no threshold."""
     if not layer.router.has_thresholds:
         return torch.full_like(entropy, torch.nan)
-    return torch.stack([(entropy - bound).abs() for bound in layer.router.bounds]).amin(0)
+    return torch.stack([(entropy - bound).abs() for bound in layer.router.thresholds()]).amin(0)
 
 
 def _summary(index: int, parts: list[torch.Tensor]) -> LayerFlips:

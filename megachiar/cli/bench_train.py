@@ -294,7 +294,7 @@ def calibrate(engine: Engine, tokens: torch.Tensor, share: float) -> None:
         decision, others = router.forward(*arguments), len(router.operators) - 1
         if decision.score is not None:
             below = [(1 - share) * (index + 1) / others for index in range(others)]
-            router.bounds = tuple(decision.score.float().quantile(part).item() for part in below)
+            router.set_thresholds(tuple(decision.score.float().quantile(part).item() for part in below))
         elif router.kind == "hard":
             assert decision.gates is not None, "a hard router has gates"
             added = logits_for([(1 - share) / others] * others + [share], decision.gates.float().log())

@@ -29,11 +29,12 @@ class DctConfig(Section):
 class RouterConfig(Section):
     """Which operator each token of a routed layer takes."""
 
-    kind: Literal["threshold", "soft", "hard", "random", "hashed"] = "threshold"
+    kind: Literal["threshold", "soft", "hard", "random", "hashed", "learned"] = "threshold"
     """threshold: by spectral entropy H against tau. soft: softmax blend of all operators. hard: argmax with a
     straight-through gradient. random: control with a fixed share, a coin for each token: a hash of seed, layer, sample
     and position (with data.document_mask, of the document so far instead of the sample). hashed: control that decides
-    by the hidden state as threshold does, but by H of its channels in another order, fixed for each layer."""
+    by the hidden state as threshold does, but by H of its channels in another order, fixed for each layer. learned: by
+    what attention is worth to the token, as a linear head predicts it from the hidden state and H."""
     operators: Annotated[tuple[Operator, ...], Field(strict=False)] = ("dct", "attention")
     """Operators of a routed layer, by rising spectral entropy: [dct, attention] or [dct, rbf, attention]."""
     tau: Threshold | None = None
@@ -47,8 +48,16 @@ class RouterConfig(Section):
     """random: share of tokens sent to attention, which a run comes as near to as independent coins do."""
     rbf_share: Share | None = None
     """random with three operators: share of tokens sent to RBF mixing."""
+    target_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """learned, and threshold or hashed with two operators: share of tokens of each routed layer that take attention. A
+    threshold of the layer's own follows, step by step, what the router compares, and is saved with the weights. With
+    threshold and hashed tau is then where it starts, and may be left out."""
+    explore: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
+    """learned: share of tokens for which training computes both operators, to measure what attention is worth there. A
+    hash of seed, layer, sample and position chooses them."""
     seed: int = 0
-    """random: seed of the coins. hashed: seed of the permutations. The run's training.seed changes neither."""
+    """random: seed of the coins. hashed: seed of the permutations. learned: seed of the tokens that are explored. The
+    run's training.seed changes none of them."""
     hard_gradient: Literal["published", "dct_only"] = "published"
     """hard: the operators whose results the gradient of the gates knows. published: all of them for every token, which
     costs attention for the tokens that take DCT mixing. dct_only: the operator that a token takes, and DCT mixing.
@@ -143,17 +152,20 @@ class ModelConfig(Section):
         return range(1, self.num_layers - 1) if self.kind == "chiar" else range(0)
 
     @property
-    def draws_routes(self) -> bool:
-        """Whether any layer draws its routes at random, by keys that the layout of a micro-batch has to hold."""
-        return self.router.kind == "random" and len(self.routed_layers) > 0
+    def draws_tokens(self) -> bool:
+        """Whether any layer draws routes, or tokens to explore, by keys that the layout of a micro-batch has to hold."""
+        return self.router.kind in ("random", "learned") and len(self.routed_layers) > 0
 
     @property
     def expected_attention_share(self) -> float:
         """Share of a routed layer's tokens that take attention, as far as the config says it, else a guess of one half.
 
-        It is that of a random router; and all where every threshold is 0, none where every one is 1.
+        It is that of a random router, or the one that a running threshold holds; and all where every threshold is 0,
+        none where every one is 1.
         """
         router = self.router
+        if router.target_share is not None:
+            return router.target_share
         if router.kind == "random" and router.attention_share is not None:
             return router.attention_share
         bound = router.tau if len(router.operators) == 2 else router.tau_high

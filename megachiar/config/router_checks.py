@@ -25,12 +25,15 @@ def router(model: ModelConfig) -> Iterator[Problem]:
         needed = ["tau_low", "tau_high"] if three else ["tau"]
     elif r.kind == "random":
         needed = ["attention_share", "rbf_share"] if three else ["attention_share"]
-    for name in ("tau", "tau_low", "tau_high", "attention_share", "rbf_share"):
+    elif r.kind == "learned":
+        needed = ["target_share"]
+    holds_share = r.has_thresholds and not three
+    for name in ("tau", "tau_low", "tau_high", "attention_share", "rbf_share", "target_share"):
         given = getattr(r, name) is not None
         what = f"kind {r.kind} with operators {list(r.operators)}"
-        if name in needed and not given:
+        if name in needed and not given and not (name == "tau" and r.target_share is not None):
             yield Problem(f"model.router.{name}", f"is missing: {what} needs it", f"set {name}")
-        elif given and name not in needed:
+        elif given and name not in needed and not (name == "target_share" and holds_share):
             yield Problem(f"model.router.{name}", f"has no effect: {what} does not read it", "remove it")
     wrong_lists = list(_threshold_lists(model))
     yield from wrong_lists
@@ -44,12 +47,23 @@ def router(model: ModelConfig) -> Iterator[Problem]:
                 break
     if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
         yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
-    if r.kind == "random" and r.collapse_weight:
+    if r.collapse_weight and (r.kind in ("random", "learned") or r.target_share is not None):
+        why = "a random router has nothing to regularise" if r.kind == "random" else "target_share holds the shares"
+        yield Problem("model.router.collapse_weight", f"is {r.collapse_weight}: {why}", "set it to 0")
+    if r.kind == "learned" and three:
         yield Problem(
-            "model.router.collapse_weight",
-            f"is {r.collapse_weight}: a random router has nothing to regularise",
-            "set it to 0",
+            "model.router.operators",
+            f"is {list(r.operators)}: a learned router chooses between two operators",
+            "set it to [dct, attention]",
         )
+    if r.kind == "learned" and model.attention.keys == "routed":
+        yield Problem(
+            "model.attention.keys",
+            "is routed: a learned router knows what a token's own attention is worth, not what its keys are to others",
+            "set it to all",
+        )
+    if r.kind != "learned" and r.explore != type(r).model_fields["explore"].default:
+        yield Problem("model.router.explore", f"has no effect: kind {r.kind} explores nothing", "remove it")
     if r.kind == "hard" and r.hard_gradient == "published" and model.attention.keys == "routed":
         yield Problem(
             "model.router.hard_gradient",

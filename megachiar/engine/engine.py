@@ -18,6 +18,7 @@ from megachiar.engine import deepspeed_patches
 from megachiar.engine.micro_batches import MicroStep, main_steps, on_device
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
+from megachiar.engine.running_routers import value_layers
 from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
@@ -176,6 +177,8 @@ class Engine:
         self.replica.step(on_device(micro_batches, steps, self.config.tasks, self.device), steps)
         result = self.replica.gate.finish()
         self.skipped_steps += result.skipped
+        if not result.skipped:
+            self.replica.routers.follow(result.attention_share, result.values)
         return result
 
     def _agree(self, skipped: bool, stop: bool, accept: Callable[[StepResult], bool]) -> StepResult:
@@ -186,8 +189,9 @@ class Engine:
         vector = flatten_step(
             self.replica.measure(), skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage
         )
-        auxiliary = list(self.config.mixed.tasks)
-        result = unflatten_step(self.mean_over_world(vector), self.config.model.num_layers, auxiliary)
+        auxiliary, layers = list(self.config.mixed.tasks), self.config.model.num_layers
+        of_values = len(value_layers(self.config.model))
+        result = unflatten_step(self.mean_over_world(vector), layers, auxiliary, of_values)
         return result if result.skipped or accept(result) else replace(result, skipped=True)
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray, first_window: int = 0) -> tuple[float, int]:

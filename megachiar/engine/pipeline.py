@@ -24,6 +24,7 @@ from megachiar.engine.initialize import initialize
 from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import MicroBatchQueue, StageEmbedding, StageNorm, StagePart, pipeline_parts
+from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model.classifier import classifier_loss
@@ -87,6 +88,7 @@ class PipelineReplica:
             compile_parts(stage, config.training.compile)
         built = build_optimizer(stage, config.optimizer)
         self.gate = StepGate(built.optimizer)
+        self.routers = RunningRouters(stage, config.model)
         self.optimizer_implementation = built.implementation
         self.deepspeed = initialize(config, stage, built.optimizer)
         self._parts = [module for module in stage.modules() if isinstance(module, StagePart)]
@@ -109,6 +111,7 @@ class PipelineReplica:
         scale = deepspeed_patches.loss_scale(self.deepspeed) / self.deepspeed.gradient_accumulation_steps()
         for part in self._parts:
             part.regulariser_scale = scale
+        self.routers.begin_step(scale)
         self._fill_queues(plan)
         deepspeed_patches.set_micro_batches(self.deepspeed, len(plan))
         self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in micro_batches)
@@ -116,8 +119,12 @@ class PipelineReplica:
     def measure(self) -> RankMetrics:
         """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""
         norm = deepspeed_patches.gradient_norm(self.deepspeed)
-        auxiliary = self._auxiliary_metrics()
-        return RankMetrics(forward=self._forward_metrics().tolist(), auxiliary=auxiliary, gradient_norm=norm)
+        return RankMetrics(
+            forward=self._forward_metrics().tolist(),
+            auxiliary=self._auxiliary_metrics(),
+            values=self.routers.measure(),
+            gradient_norm=norm,
+        )
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
         """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.

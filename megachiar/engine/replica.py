@@ -14,6 +14,7 @@ from megachiar.engine import deepspeed_patches
 from megachiar.engine.initialize import initialize
 from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
+from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model import build_model
@@ -39,6 +40,7 @@ class Replica:
             compile_parts(model, config.training.compile)
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
+        self.routers = RunningRouters(model, config.model)
         self.optimizer_implementation = built.implementation
         mpu = ModelParallelUnit(topology) if topology.tensor.size > 1 else None
         self.deepspeed = initialize(config, model, built.optimizer, mpu)
@@ -68,6 +70,8 @@ class Replica:
         self._forward.clear()
         for kept in (*self._losses, *self._gates):
             kept.clear()
+        accumulated = self.deepspeed.gradient_accumulation_steps()
+        self.routers.begin_step(deepspeed_patches.loss_scale(self.deepspeed) / accumulated)
         last = len(plan) - 1
         for number, (micro_step, batch) in enumerate(zip(plan, micro_batches, strict=True)):
             if self.config.mixed.tasks:  # a step has as many micro-batches as its draws make
@@ -98,6 +102,7 @@ class Replica:
         return RankMetrics(
             forward=torch.stack(self._forward).mean(0).tolist(),
             auxiliary=flatten_auxiliary(self._losses, self._gates),
+            values=self.routers.measure(),
             gradient_norm=norm,
         )
 

@@ -1,11 +1,12 @@
 """The numbers that a training step reports, and the one vector in which they are summed over the ranks.
 
-    index   0      1             2 ... 4L + 1             3A values         last but two    last but one   last
-    value   loss   regulariser   statistics, L values     auxiliary tasks   gradient norm   skipped        stop
-            `-- means over the main micro-batches ---'    `-- sums ---'
+    index   0      1             2 ... 4L + 1           3A values         3V values        and three more
+    value   loss   regulariser   statistics, L values   auxiliary tasks   explored tokens  gradient norm, skipped, stop
+            `-- means over the main micro-batches --'   `------- sums --------'
 
 L is the number of layers, and the statistics come in the order of ``RoutingStatistics``. Of each of the A auxiliary
-tasks of a mixed run there are three sums over the micro-batches of the step: of losses, of gates, and their number.
+tasks of a mixed run there are three sums over the micro-batches of the step: of losses, of gates, and their number. Of
+each of the V layers with a learned router there are the ``ValueSums`` of the tokens that were explored.
 Every rank makes such a vector. The engine averages them over replicas and tensor-parallel ranks, and adds up the
 pipeline stages. A value that several stages know is therefore given by one of them, and the others give 0.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megachiar.engine.running_routers import ValueSums
 from megachiar.model import RoutingStatistics
 
 STATISTICS = RoutingStatistics._fields
@@ -54,6 +56,7 @@ class StepResult:
         attention_share, rbf_share, entropy: one value per layer; entropy is nan where a layer does not route.
         gate: mean g of the MetaRouter; nan without one.
         tasks: the auxiliary tasks that the step had a batch of, by name.
+        values: what was measured in each layer with a learned router, in the order of the layers.
     """
 
     loss: float
@@ -66,6 +69,7 @@ class StepResult:
     entropy: list[float]
     gate: float
     tasks: dict[str, TaskResult] = field(default_factory=dict)
+    values: list[ValueSums] = field(default_factory=list)
 
     @property
     def is_finite(self) -> bool:
@@ -83,11 +87,13 @@ class RankMetrics:
         auxiliary: the 3A values of the auxiliary tasks.
         gradient_norm: global L2 norm of the gradients before clipping, over all ranks; below 0, inf or nan where a
             gradient is not finite.
+        values: the 3V sums of explored tokens.
     """
 
     forward: list[float]
     auxiliary: list[float]
     gradient_norm: float
+    values: list[float] = field(default_factory=list)
 
     @property
     def has_finite_gradients(self) -> bool:
@@ -128,19 +134,22 @@ def flatten_step(metrics: RankMetrics, *, skipped: bool, stop: bool, is_last_sta
     norm = metrics.gradient_norm if is_last_stage else 0.0
     if not metrics.has_finite_gradients:
         norm = math.inf
-    return [*metrics.forward, *metrics.auxiliary, norm, float(skipped), float(stop)]
+    return [*metrics.forward, *metrics.auxiliary, *metrics.values, norm, float(skipped), float(stop)]
 
 
-def unflatten_step(values: list[float], layers: int, auxiliary: Sequence[str] = ()) -> StepResult:
+def unflatten_step(
+    values: list[float], layers: int, auxiliary: Sequence[str] = (), value_layers: int = 0
+) -> StepResult:
     """Return the result of a step from the averaged vector of a model of ``layers`` layers.
 
-    ``auxiliary`` are the names of the auxiliary tasks.
+    ``auxiliary`` are the names of the auxiliary tasks, and ``value_layers`` is V.
 
     A step whose loss, regulariser or gradients are not finite on any rank is a skipped one.
     """
     loss, regulariser, *rest = values
     statistics = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(STATISTICS)}
-    *of_tasks, gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
+    *sums, gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
+    of_tasks, of_values = sums[: 3 * len(auxiliary)], sums[3 * len(auxiliary) :]
     tasks = {
         name: TaskResult(loss=of_tasks[3 * i] / count, gate=of_tasks[3 * i + 1] / count, batches=count)
         for i, name in enumerate(auxiliary)
@@ -157,5 +166,6 @@ def unflatten_step(values: list[float], layers: int, auxiliary: Sequence[str] = 
         entropy=statistics["entropy"],
         gate=statistics["gate"][0],
         tasks=tasks,
+        values=[ValueSums(*of_values[3 * i : 3 * i + 3]) for i in range(value_layers)],
     )
     return result if result.is_finite else replace(result, skipped=True)

@@ -140,7 +140,7 @@ def white_noise_entropy(d: int) -> tuple[float, float]:
     Power fractions of white noise follow a Dirichlet(1/2, ..., 1/2) distribution, hence the digamma functions. A
     threshold near this mean routes like a coin unless the embedding's spectra differ from noise.
     """
-    half = torch.tensor([d / 2 + 1, 1.5], dtype=torch.float64)
+    half = torch.tensor([d / 2 + 1, 1.5], dtype=torch.float64, device="cpu")
     digamma, trigamma = torch.digamma(half), torch.polygamma(1, half)
     mean = (digamma[0] - digamma[1]) / math.log(d)
     variance = (1.5 / (d / 2 + 1) * trigamma[1] - trigamma[0]) / math.log(d) ** 2

@@ -155,7 +155,7 @@ def lay_out(
     if document_end is not None and cache is None:
         assert tokens is not None, "documents are found by their tokens"
         layout = layout._replace(document_starts=find_document_starts(tokens, document_end))
-    if not config.draws_routes:
+    if not config.draws_tokens:
         return layout
     positions, seed = layout.positions(sample_ids.device), config.router.seed
     if document_end is None:

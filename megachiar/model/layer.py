@@ -4,6 +4,9 @@ A routed layer permutes its rows into operator order, lets each operator compute
 
     x (m, d) --router--> attention rows | rbf rows | dct rows --operators--> (m, d) --feed-forward--> (m, d)
 
+In training a learned router has both operators computed for some of the tokens. These are dispatched to attention, take
+DCT mixing too, and go on with the result of their own route.
+
 Shapes: N = rows of the micro-batch, m = this rank's rows (N, or N / p with sequence parallelism), n = rows of one
 operator, d = channels, O = operators of the layer.
 """
@@ -24,6 +27,7 @@ from megachiar.model.dct_mixing import DctMixing
 from megachiar.model.dispatch import DispatchPlan, OperatorTokens, join_tokens, plan_dispatch, synchronize_routes
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.kv_cache import DecodingCache
+from megachiar.model.learned_router import learn_values
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
@@ -171,13 +175,10 @@ class RoutedLayer(nn.Module):
         Returns:
             Hidden states (m, d), and the fraction (O,) of this rank's rows that each operator took.
         """
-        operator = routes.get(self.name) if routes is not None else None
-        if operator is None:
-            operator = synchronize_routes(decision.operator, layout)
-            if routes is not None:
-                routes[self.name] = operator
+        operator, explored = self._decided(decision, layout, routes)
         self.last_routes = operator
-        plan = plan_dispatch(operator, len(self.names), layout)
+        dispatched = operator if explored is None else operator.masked_fill(explored, self.names.index("attention"))
+        plan = plan_dispatch(dispatched, len(self.names), layout)
         parts = permute(x, plan.permutation, plan.local_counts)
         results = [
             self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, cache)
@@ -186,16 +187,43 @@ class RoutedLayer(nn.Module):
         y = unpermute(results, plan.permutation)
         if decision.gates is not None and decision.gates.requires_grad:
             y = self._with_gradient_of_gates(y, x, operator[layout.local_slice], plan, decision, layout)
-        operator_fractions = self._fractions(operator[layout.local_slice], plan, layout)
+        if explored is not None:
+            y = self._with_measured_values(y, x, operator[layout.local_slice], explored, decision, layout)
+        counts = plan.local_counts if explored is None else None
+        operator_fractions = self._fractions(operator[layout.local_slice], counts, layout)
         return self.feed_forward(y, layout.dropout_keys), operator_fractions
 
-    def _fractions(self, operator: torch.Tensor, plan: DispatchPlan, layout: BatchLayout) -> torch.Tensor:
-        """Return the fraction (O,) of this rank's rows that each operator took; ``operator`` (m,) are their routes."""
-        if layout.row_weights is not None:
+    def _decided(
+        self, decision: RoutingDecision, layout: BatchLayout, routes: Routes | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the routes (N,) of all rows, and which rows (N,) are explored; None where none is."""
+        name = f"{self.name}.explored"
+        if routes is not None and self.name in routes:
+            return routes[self.name], routes.get(name)
+        if decision.explored is None:
+            operator, explored = synchronize_routes(decision.operator, layout), None
+        else:
+            both = synchronize_routes(decision.operator + len(self.names) * decision.explored, layout)
+            operator, explored = both % len(self.names), both >= len(self.names)
+        if routes is not None:
+            routes[self.name] = operator
+            if explored is not None:
+                routes[name] = explored
+        return operator, explored
+
+    def _fractions(self, operator: torch.Tensor, counts: list[int] | None, layout: BatchLayout) -> torch.Tensor:
+        """Return the fraction (O,) of this rank's rows that each operator took.
+
+        Args:
+            operator: (m,) their routes.
+            counts: how many rows took each operator, last operator first; None where they were not counted.
+            layout: the layout of the micro-batch.
+        """
+        if layout.row_weights is not None or counts is None:
             numbers = torch.arange(len(self.names), device=operator.device)
             return layout.mean_of_rows((operator[:, None] == numbers).float())
         # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
-        shares = (size / len(operator) for size in reversed(plan.local_counts))
+        shares = (size / len(operator) for size in reversed(counts))
         return torch.stack([torch.full((), share, dtype=torch.float32, device=operator.device) for share in shares])
 
     def _with_gradient_of_gates(
@@ -236,6 +264,41 @@ class RoutedLayer(nn.Module):
             gate = change[:, index].index_select(0, tokens.local_indices)
             y = y.index_add(0, tokens.local_indices, gate[:, None] * result)
         return y
+
+    def _with_measured_values(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        operator: torch.Tensor,
+        explored: torch.Tensor,
+        decision: RoutingDecision,
+        layout: BatchLayout,
+    ) -> torch.Tensor:
+        """Give explored rows the result of their own route, and let its gradient teach the router.
+
+        Args:
+            y: results (m, d) of this rank's rows, in which explored rows have that of attention.
+            x: the rows (m, d).
+            operator: (m,) int64, the operator that each row takes.
+            explored: (N,) bool, of all rows.
+            decision: has the predictions (m,).
+            layout: the layout of the micro-batch.
+        """
+        assert decision.prediction is not None, "a learned router predicts"
+        assert self.router.value_head is not None, "a learned router has a head"
+        indices = torch.nonzero(explored[layout.local_slice]).flatten()
+        spectrum = decision.spectrum.index_select(0, indices) if decision.spectrum is not None else None
+        mixed = self.dct(x.index_select(0, indices), spectrum)
+        attended = y.index_select(0, indices)
+        attends = operator.index_select(0, indices) == self.names.index("attention")
+        taken = learn_values(
+            self.router.value_head,
+            torch.where(attends[:, None], attended, mixed),
+            (attended - mixed).detach(),
+            decision.prediction.index_select(0, indices),
+            layout.num_rows,
+        )
+        return y.index_copy(0, indices, taken)
 
     def _blend(
         self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, cache: DecodingCache | None

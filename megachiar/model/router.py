@@ -15,15 +15,17 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import GOLDEN, mix64, uniform_hash, wrap64
-from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy
+from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy, white_noise_entropy
 from megachiar.kernels.tables import cached_table
 from megachiar.model.batch_layout import BatchLayout
+from megachiar.model.learned_router import ValueHead
+from megachiar.model.running_number import RunningNumber
 from megachiar.parallel.collectives import reduce_from_tp_group
 from megachiar.parallel.linear import ReplicatedLinear
 from megachiar.topology import TensorParallelGroup
 
-LAYER, CHANNEL = 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
-"""Odd factors of layers and of permutations in the hashes below, unlike those of dropout."""
+LAYER, CHANNEL, EXPLORE = 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03
+"""Odd factors of layers, permutations and explored tokens in the hashes below, unlike those of dropout."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class RoutingDecision:
         operator: (m,) int64, index of the operator that each row takes.
         entropy: (m,) spectral entropy H of the rows themselves, without gradient, whatever the router decides by.
         score: (m,) the number that the bounds divide, without gradient: H (threshold), H of the permuted rows (hashed),
-            a uniform random number (random); None where gates decide.
+            a uniform random number (random), the scaled prediction (learned); None where gates decide.
         spectrum: (m, P) packed DCT of the rows, without gradient, where DCT mixing can use it; else None.
         gates: (m, O) softmax weights of soft and hard routers, with gradient; else None.
         utilisation: (O,) mean use of each operator with a gradient, for the collapse regulariser; None without it.
+        prediction: (m,) predicted value of attention with a gradient (learned); else None.
+        explored: (m,) bool, the rows whose value is to be measured; None where nothing is learned from this pass.
     """
 
     operator: torch.Tensor
@@ -46,13 +50,21 @@ class RoutingDecision:
     spectrum: torch.Tensor | None
     gates: torch.Tensor | None
     utilisation: torch.Tensor | None
+    prediction: torch.Tensor | None = None
+    explored: torch.Tensor | None = None
 
 
 class Router(nn.Module):
-    """A router that decides by spectral entropy (threshold), by a learned gate (soft, hard), or blindly, as a control.
+    """A router that decides by spectral entropy (threshold), by a gate (soft, hard), by a prediction of what attention
+    is worth (learned), or blindly, as a control.
 
     The controls: a random router throws a coin for each token. A hashed router decides by H as a threshold router does,
     but of rows whose channels are in another order. Equal rows then take one route, as they do by H.
+
+    Attributes:
+        running_threshold: the threshold that holds ``router.target_share``; None where thresholds are fixed.
+        threshold_unit: scale of the scores, in which the running threshold moves.
+        value_head: predicts what attention is worth (learned); else None.
     """
 
     def __init__(self, config: ModelConfig, layer: int, group: TensorParallelGroup):
@@ -71,6 +83,13 @@ class Router(nn.Module):
         self.temperature = router.collapse_temperature
         self.has_thresholds = router.has_thresholds
         self.bounds = self._bounds(config, layer)
+        self.explore = router.explore
+        self.explore_key = wrap64((layer + 1) * EXPLORE)
+        self.value_head = ValueHead(config.hidden_size, group) if self.kind == "learned" else None
+        self.running_threshold: RunningNumber | None = None
+        self.threshold_unit = 1.0
+        if router.target_share is not None:
+            self._hold_share(config, layer)
         if self.kind in ("soft", "hard"):
             self.gate = ReplicatedLinear(config.hidden_size + 1, len(self.operators), group)
 
@@ -79,6 +98,8 @@ class Router(nn.Module):
         """Return the increasing bounds between the operators, which ``RoutingDecision.score`` is compared with."""
         router = config.router
         three = len(router.operators) == 3
+        if router.target_share is not None:
+            return ()
         if router.has_thresholds:
             return tuple(config.threshold(n, layer) for n in (("tau_low", "tau_high") if three else ("tau",)))
         if router.kind == "random":
@@ -90,18 +111,45 @@ class Router(nn.Module):
             return below - router.rbf_share, below
         return ()
 
+    def _hold_share(self, config: ModelConfig, layer: int) -> None:
+        """Make the running threshold, which starts at tau or, without one, at H of white noise or at 0."""
+        start = 0.0
+        if self.kind != "learned":
+            start, self.threshold_unit = white_noise_entropy(config.hidden_size)
+            if config.router.tau is not None:
+                start = config.threshold("tau", layer)
+        self.running_threshold = RunningNumber(start)
+
+    def thresholds(self) -> tuple[float, ...]:
+        """Return the increasing numbers that ``RoutingDecision.score`` is compared with now."""
+        return self.bounds if self.running_threshold is None else (self.running_threshold.value.item(),)
+
+    def set_thresholds(self, bounds: tuple[float, ...]) -> None:
+        """Compare the score with other numbers from now on."""
+        if self.running_threshold is None:
+            self.bounds = bounds
+        else:
+            self.running_threshold.value.fill_(bounds[0])
+
     def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:
         """Decide about this rank's rows ``x`` (m, d)."""
         spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
-        score = gates = utilisation = None
+        score = gates = utilisation = prediction = explored = None
         if self.kind in ("soft", "hard"):
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
             gates = F.softmax(self.gate(torch.cat([x, feature], -1)).to(entropy.dtype), -1)
             operator = gates.argmax(-1)
             utilisation = layout.mean_of_rows(gates) if self.regularised else None
+        elif self.value_head is not None:
+            prediction, score = self.value_head(x, entropy)
+            operator = self._by_thresholds(score)
+            if prediction.requires_grad and layout.route_keys is not None:
+                explored = uniform_hash(layout.route_keys + self.explore_key) < self.explore
+                if layout.row_weights is not None:  # padding has nothing to tell
+                    explored = explored & (layout.row_weights[:, 0] > 0)
         else:
             score = self._score(x, entropy, layout)
-            operator = self._by_bounds(score)
+            operator = self._by_thresholds(score)
             if self.regularised:
                 seen = seen_channels(self.config, self.layer, x)
                 utilisation = self._soft_thresholds(self._differentiable_entropy(seen), layout)
@@ -114,6 +162,8 @@ class Router(nn.Module):
             spectrum=spectrum,
             gates=gates,
             utilisation=utilisation,
+            prediction=prediction,
+            explored=explored,
         )
 
     def _score(self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
@@ -126,12 +176,14 @@ class Router(nn.Module):
             return spectrum_and_entropy(seen, self.dc_weight, self.epsilon)[1]
         return entropy
 
-    def _by_bounds(self, value: torch.Tensor) -> torch.Tensor:
+    def _by_thresholds(self, value: torch.Tensor) -> torch.Tensor:
         """Return operator 0 up to the first bound, and the last operator above the last bound.
 
         A value at a bound takes the cheaper operator. A bound of 0 holds no value back, and one of 1 lets none pass:
         ``tau: 0`` is attention for every row, a constant one (H = 0) included.
         """
+        if self.running_threshold is not None:
+            return (value > self.running_threshold.value).long()
         operator = torch.zeros_like(value, dtype=torch.int64)
         for bound in self.bounds:
             if bound <= 0:

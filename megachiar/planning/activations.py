@@ -69,6 +69,10 @@ def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActiv
     if kind == "hard":  # results of the operators, taken and not taken, for the gradient of the gates
         results = attention_share if config.router.hard_gradient == "dct_only" else len(config.router.operators) - 1
         rows += (1 + results) * d
+    if kind == "learned":  # features of the head; of explored rows both results, their difference and what goes on
+        explored = config.router.explore
+        queries += explored * (1 - queries)
+        rows += d + explored * 4 * d
     if "rbf" in config.router.operators:
         rows += 3 * features + mixed * 4 * features
     if config.attention.keys == "routed":

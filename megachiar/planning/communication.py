@@ -72,6 +72,8 @@ def layer_payload(config: ModelConfig, index: int, attention_share: float, seque
     if index not in config.routed_layers or config.router.kind == "soft":
         return dense + dense + _rbf_payload(config, index, sequence)
     f = attention_share
+    if config.router.kind == "learned":  # explored tokens take attention, too
+        f += config.router.explore * (1 - f)
     if config.attention.keys == "routed":
         operator = TokenPayload(2 * f * d, (3 if sequence else 2) * f * d, 1)
     else:

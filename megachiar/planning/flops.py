@@ -15,6 +15,8 @@ takes, whatever algorithm computes it.
     RBF features    one                                              one: their frequencies are not trained
     gates of a      in training, the operators that a token did      nothing more
     hard router     not take, see router.hard_gradient
+    learned router  the prediction; in training both operators       of the prediction: its weight's
+                    for the tokens that are explored
 
 These are model FLOPs, the usual measure to compare runs. The scores, which a kernel computes again in the backward
 pass, are not counted again. The forward pass of recomputed layers is counted on request.
@@ -43,7 +45,7 @@ class TokenFlops:
         products: the part of ``attention`` that multiplies queries with keys and scores with values.
         spectral: transforms, for routing and for DCT mixing.
         rbf: features, products and projection of RBF mixing.
-        gates: gates of soft and hard routers and of the MetaRouter.
+        gates: gates of soft and hard routers and of the MetaRouter, and predictions of learned routers.
         feed_forward: feed-forward sub-layers.
         head: logits.
     """
@@ -127,6 +129,9 @@ def layer_flops_per_token(
     has_rbf = is_routed and "rbf" in router.operators
     has_gate = is_routed and router.kind in ("soft", "hard")
     shares = _operator_shares(config, index, attention_share, rbf_share)
+    is_learned = is_routed and router.kind == "learned"
+    if is_learned and (training or backward):
+        shares = {name: share + router.explore * (1 - share) for name, share in shares.items()} | {"rbf": 0.0}
     passes = 2 if backward else 1
 
     key_share = shares["attention"] if is_routed and config.attention.keys == "routed" else float(not is_dct_layer)
@@ -154,13 +159,14 @@ def layer_flops_per_token(
             rbf += has_rbf * ((1 - shares["rbf"]) * rbf_mixing + 2 * d * features)
 
     gates = has_gate * 2 * (d + 1) * len(router.operators)
+    prediction = is_learned * 2 * (d + 1)  # in either pass: it has no gradient of its input
     gates += is_dct_layer * (config.meta_router.pool == "causal") * 2 * d
     return TokenFlops(
         attention=projections + products,
         products=products,
         spectral=transforms * transform_flops(d),
         rbf=rbf,
-        gates=passes * gates,
+        gates=passes * gates + prediction,
         feed_forward=passes * 4 * d * config.ffn_size,
         head=0.0,
     )

@@ -38,7 +38,7 @@ from megachiar.training.schedule import learning_rate
 from megachiar.training.step_batches import StepBatches
 from megachiar.training.step_times import StragglerLog, measures_of
 from megachiar.training.supervision import Supervision
-from megachiar.training.task_means import TaskMeans
+from megachiar.training.task_means import TaskMeans, ValueMeans
 from megachiar.training.throughput import Throughput
 from megachiar.training.validation import Validation
 
@@ -90,6 +90,7 @@ class Trainer:
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._straggler_log = StragglerLog()
         self._task_means = TaskMeans()
+        self._value_means = ValueMeans(self.config.model)
         self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
         self._throughput = Throughput(self.config, engine.topology, peak_flops(engine.device))
@@ -183,6 +184,7 @@ class Trainer:
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
         self._task_means.add({} if result.skipped else result.tasks)
+        self._value_means.add([] if result.skipped else result.values)
         if result.skipped:
             self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
             self._record_skipped(step, result, rate)
@@ -220,6 +222,7 @@ class Trainer:
         self._skipped = []
         self._throughput.reset()
         self._task_means = TaskMeans()
+        self._value_means = ValueMeans(self.config.model)
         self.comparison.begin_anew()
         if self.writer is not None:
             self.writer.rewind(state.step)
@@ -278,6 +281,7 @@ class Trainer:
             "entropy": result.entropy,
             "gate": result.gate,
             **self._task_means.take(),
+            **self._value_means.take(),
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
 

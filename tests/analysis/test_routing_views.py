@@ -98,7 +98,7 @@ def test_routes_of_permuted_channels_are_those_of_a_model_with_permuted_rows():
     for place, order in enumerate(permute.orders):
         power = scipy.fft.dct(rows[:, order.numpy()], norm="ortho") ** 2
         h = scipy.stats.entropy(power, axis=-1) / math.log(rows.shape[1])
-        assert (found[0, place].ravel() == (h > model.layers[1].router.bounds[0])).all()
+        assert (found[0, place].ravel() == (h > model.layers[1].router.thresholds()[0])).all()
 
 
 def test_a_random_router_does_not_see_the_channels_and_a_hash_sees_nothing_else():

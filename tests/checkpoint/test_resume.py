@@ -41,6 +41,7 @@ TWO = {"training": {"micro_batch_size": 1}}  # two ranks accumulate over 2 micro
 BF16 = {"precision": {"compute": "bf16"}}
 RANDOM = {"model": {"router": {"kind": "random", "attention_share": 0.4}}}
 HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
+LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3}}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
     "two processes, ZeRO 1, bf16": (2, TWO | BF16),
@@ -49,6 +50,8 @@ LAYOUTS = {
     "one process, coins of documents": (1, RANDOM | {"data": {"document_mask": True, "document_end": 5}}),
     "two processes, ZeRO 2, random router": (2, TWO | RANDOM | {"parallel": {"zero_stage": 2}}),
     "one process, hashed router": (1, HASHED),
+    "one process, learned router": (1, LEARNED),
+    "two processes, ZeRO 3, learned router, bf16": (2, TWO | LEARNED | BF16 | {"parallel": {"zero_stage": 3}}),
     "fp16 with dynamic loss scale": (
         1,
         {"precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3}},
@@ -76,6 +79,20 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, name):
         resumed = losses(folder)
         assert sorted(resumed) == list(range(stopped_at + 1, STEPS + 1))
         assert resumed == {step: whole[step] for step in resumed}
+
+
+def test_a_run_with_learned_routers_goes_on_under_another_layout(tmp_path):
+    """Its thresholds and its scale of values go with it: the run with two stages continues as one process does."""
+    config = make_run(tmp_path, **LEARNED)
+    pretrain(config)
+    whole = losses(tmp_path / "run")
+    folder = tmp_path / "resumed"
+    (folder / "checkpoints").mkdir(parents=True)
+    name = checkpoint_name(6)
+    shutil.copytree(tmp_path / "run" / "checkpoints" / name, folder / "checkpoints" / name)
+    pretrain(config, f"logging.folder={folder}", "parallel.pipeline_size=2", ranks=2)
+    for step, numbers in losses(folder).items():
+        assert numbers == pytest.approx(whole[step], rel=1e-5), step
 
 
 def test_a_signal_saves_and_stops_and_the_history_has_no_seam(tmp_path):

@@ -24,6 +24,9 @@ DOCUMENTS = ["data.document_mask=true", "data.document_end=5"]
 SCALED = ["model.embedding_multiplier=50", "model.norm=pre"]
 RANDOM = ["model.router.kind=random", "model.router.tau=null", "model.router.attention_share=0.4"]
 HASHED = ["model.router.kind=hashed", "model.router.seed=3"]
+LEARNED = ["model.router.kind=learned", "model.router.tau=null", "model.router.target_share=0.4"]
+LEARNED += ["model.router.explore=0.3"]
+HELD = ["model.router.target_share=0.3"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
@@ -81,7 +84,20 @@ CONTROL_LAYOUTS = {
     "hashed: dp 2, ZeRO 2": (2, [*HASHED, ZERO + "2"]),
     "hashed: tp 2, pp 2, sequence": (4, [*HASHED, TP + "2", PP + "2", SP]),
 }
-EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS
+# Thresholds that follow the share of attention, and heads that measure what attention is worth.
+RUNNING_LAYOUTS = {
+    "learned: 1 process, micro-batch 8, recompute 2": (1, [*LEARNED, MICRO + "8", RECOMPUTE + "2"]),
+    "learned: tp 2, sequence, recompute 1": (2, [*LEARNED, TP + "2", SP, RECOMPUTE + "1"]),
+    "learned: tp 2": (2, [*LEARNED, TP + "2"]),
+    "learned: pp 2, recompute 1": (2, [*LEARNED, PP + "2", RECOMPUTE + "1"]),
+    "learned: dp 2, ZeRO 0": (2, [*LEARNED, ZERO + "0"]),
+    "learned: dp 2, ZeRO 3": (2, [*LEARNED, ZERO + "3"]),
+    "learned: tp 2, pp 2, sequence, micro-batch 4": (4, [*LEARNED, TP + "2", PP + "2", SP, MICRO + "4"]),
+    "learned, documents: dp 2, ZeRO 2": (2, [*LEARNED, *DOCUMENTS, ZERO + "2"]),
+    "held share: pp 2": (2, [*HELD, PP + "2"]),
+    "held share: dp 2, ZeRO 2": (2, [*HELD, ZERO + "2"]),
+}
+EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS | RUNNING_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -109,6 +125,7 @@ CHIAR_ONLY = {
     *REGULARISED_LAYOUTS,
     *SCALED_LAYOUTS,
     *CONTROL_LAYOUTS,
+    *RUNNING_LAYOUTS,
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name),
 }
@@ -136,6 +153,10 @@ FAST = {
     "random, documents: tp 2, pp 2, sequence",
     "hashed: dp 2, ZeRO 2",
     "hashed: tp 2, pp 2, sequence",
+    "learned: pp 2, recompute 1",
+    "learned: dp 2, ZeRO 3",
+    "learned: tp 2, pp 2, sequence, micro-batch 4",
+    "held share: dp 2, ZeRO 2",
     "bf16: tp 2, sequence, micro-batch 4",
     "bf16: pp 2, bf16 gradients",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
@@ -154,6 +175,9 @@ REFERENCES = {
     f"random: {SINGLE}": RANDOM,
     f"random, documents: {SINGLE}": [*RANDOM, *DOCUMENTS],
     f"hashed: {SINGLE}": HASHED,
+    f"learned: {SINGLE}": LEARNED,
+    f"learned, documents: {SINGLE}": [*LEARNED, *DOCUMENTS],
+    f"held share: {SINGLE}": HELD,
     f"bf16: {SINGLE}": [BF16],
     f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
 }
@@ -271,6 +295,8 @@ def test_the_loss_does_not_depend_on_the_layout(runs, name):
     assert other["evaluation"] == pytest.approx(single["evaluation"], rel=2e-6), message
     for key in ("attention_share", "entropy", "gate"):
         np.testing.assert_allclose(other[key], single[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    for key in (key for key in single if key.startswith("running ")):
+        np.testing.assert_allclose(other[key], single[key], rtol=2e-5, atol=2e-6, err_msg=key)
     if name in REGULARISED_LAYOUTS:
         assert _deviation(single["regulariser"], other["regulariser"]) <= 2e-6
 
@@ -298,6 +324,17 @@ def test_the_scale_of_the_embedding_moves_the_run(runs):
     """Without this the comparisons of layouts with a scaled embedding would prove nothing about it."""
     runs.train(1, {"pre": ["model.norm=pre"]})
     assert _deviation(runs.recordings["pre"]["loss"], runs.recording(reference_of("scaled embedding: "))["loss"]) > 1e-3
+
+
+@for_kinds("chiar")
+def test_thresholds_and_heads_move(runs):
+    """Without this the comparisons of layouts with running thresholds would prove nothing about them."""
+    for kind, numbers in (("learned", 4), ("held share", 2)):
+        recording = runs.recording(f"{kind}: {SINGLE}")
+        ends = {key: value.item() for key, value in recording.items() if key.startswith("running ")}
+        assert len(ends) == numbers and all(end not in (0.0, np.float32(0.79)) for end in ends.values()), ends
+    head = runs.recording(f"learned: {SINGLE}")["parameter layers.1.router.value_head.bias"]
+    assert head.item() != 0
 
 
 @for_kinds("chiar")

@@ -33,6 +33,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "hashed": {"kind": "hashed", "tau": MIDDLE, "seed": 5},
     "hashed three": {"kind": "hashed", "operators": THREE, "tau_low": LOW, "tau_high": HIGH},
     "hashed regularised": {"kind": "hashed", "tau": (0.77, 0.81), "collapse_weight": 0.3},
+    "threshold of a share": {"tau": (0.78, 0.8), "target_share": 0.4},
+    "learned": {"kind": "learned", "target_share": 0.4, "explore": 0.3},
+    "learned all explored": {"kind": "learned", "target_share": 0.4, "explore": 1.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {"baseline": {"kind": "baseline"}}
 VARIANTS |= {name: {"router": router} for name, router in ROUTERS.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.fft
+import scipy.special
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +74,8 @@ class Oracle:
         elif router.kind in ("threshold", "hashed"):
             decides = self.seen_entropy(x, index)
             operator = sum((decides > bound).long() for bound in self.bounds(index))
+        elif router.kind == "learned":  # whose threshold is 0 at the start
+            operator = (self.predicted_order(x, entropy, name) > 0).long()
         else:
             below = 1 - router.attention_share
             bounds = [below - router.rbf_share, below] if "rbf" in router.operators else [below]
@@ -101,6 +104,17 @@ class Oracle:
         names = ("tau",) if len(router.operators) == 2 else ("tau_low", "tau_high")
         values = [getattr(router, n) for n in names]
         return [v[index - 1] if isinstance(v, tuple) else v for v in values]
+
+    def predicted_order(self, x: Tensor, entropy: Tensor, name: str) -> Tensor:
+        """Return numbers (B, T) in the order of what a learned router predicts."""
+        d = x.shape[-1]
+        mean = (scipy.special.psi(d / 2 + 1) - scipy.special.psi(1.5)) / math.log(d)
+        spread = 1.5 / (d / 2 + 1) * scipy.special.polygamma(1, 1.5) - scipy.special.polygamma(1, d / 2 + 1)
+        centred = x - x.mean(-1, keepdim=True)
+        rows = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+        surprise = (entropy - mean) / (math.sqrt(spread) / math.log(d))
+        weight = self.w[f"{name}.router.value_head.weight"][0]
+        return (rows @ weight[:-1] + surprise * weight[-1]).detach()
 
     def seen_entropy(self, x: Tensor, index: int) -> Tensor:
         """Return H (B, T) as a threshold or hashed router compares it with its thresholds."""

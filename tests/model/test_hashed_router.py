@@ -67,7 +67,7 @@ def test_it_routes_smooth_rows_as_a_coin_would():
     for kind in ("threshold", "hashed"):
         router = Router(small_model_config(hidden_size=d, router={"kind": kind, "tau": 0.5}), 1, SINGLE_RANK)
         score = router(rows, None).score
-        router.bounds = (score.median().item(),)
+        router.set_thresholds((score.median().item(),))
         agreement[kind] = (router(rows, None).operator.bool() != smooth).double().mean().item()
     assert agreement["threshold"] > 0.99
     assert agreement["hashed"] == pytest.approx(0.5, abs=0.05)

@@ -94,6 +94,7 @@ def test_the_published_gate_starts_in_the_middle():
 HARD_THREE = {"kind": "hard", "operators": THREE}
 RANDOM = {"kind": "random", "attention_share": 0.4}
 RANDOM_THREE = {"kind": "random", "operators": THREE, "attention_share": 0.3, "rbf_share": 0.2}
+LEARNED = {"kind": "learned", "target_share": 0.4}
 BOUNDS = {"operators": THREE, "tau_low": 0.77, "tau_high": 0.82}
 REGULARISED = {"tau": 0.79, "collapse_weight": 0.1}
 # field -> two configs that differ in it alone
@@ -124,6 +125,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "router.tau_high": ({"router": BOUNDS}, {"router": BOUNDS | {"tau_high": 0.85}}),
     "router.attention_share": ({"router": RANDOM}, {"router": RANDOM | {"attention_share": 0.8}}),
     "router.rbf_share": ({"router": RANDOM_THREE}, {"router": RANDOM_THREE | {"rbf_share": 0.6}}),
+    "router.target_share": ({}, {"router": {"tau": 0.79, "target_share": 0.5}}),
+    "router.explore": ({"router": LEARNED}, {"router": LEARNED | {"explore": 0.2}}),
     "router.seed": ({"router": RANDOM}, {"router": RANDOM | {"seed": 1}}),
     "router.collapse_weight": ({}, {"router": REGULARISED}),
     "router.collapse_temperature": ({"router": REGULARISED}, {"router": REGULARISED | {"collapse_temperature": 0.1}}),

@@ -91,6 +91,7 @@ def train(
         "routes": taken,
         "margin": margin,
         **{f"parameter {name}": value for name, value in gather_parameters(engine, topology).items()},
+        **{f"running {name}": value for name, value in gather_running_numbers(engine).items()},
     }
 
 
@@ -129,7 +130,7 @@ class Routes:
                 return None
             tokens = self._tokens(seen, arguments[1])
             step, seen = seen // self.accumulation, seen + 1
-            self.margin[step, index, tokens] = (decision.score.float() - router.bounds[0]).abs()
+            self.margin[step, index, tokens] = (decision.score.float() - router.thresholds()[0]).abs()
             if self.replay is None:
                 self.taken[step, index, tokens] = decision.operator
                 return None
@@ -151,6 +152,18 @@ class Routes:
         recorded: list = [None] * self.topology.world_size
         dist.all_gather_object(recorded, (self.taken, self.margin))
         return np.max([taken for taken, _ in recorded], axis=0), np.max([margin for _, margin in recorded], axis=0)
+
+
+def gather_running_numbers(engine: Engine) -> dict[str, np.ndarray]:
+    """Return what routers carry from step to step by name, gathered from all ranks, of which none may differ."""
+    local = {name: value.numpy().copy() for name, value in engine.named_buffers() if ".router." in name}
+    recorded: list = [None] * engine.topology.world_size
+    dist.all_gather_object(recorded, local)
+    found: dict[str, np.ndarray] = {}
+    for of_rank in recorded:
+        for name, value in of_rank.items():
+            assert np.array_equal(found.setdefault(name, value), value), name
+    return found
 
 
 def gather_parameters(engine: Engine, topology: Topology) -> dict[str, np.ndarray]:
