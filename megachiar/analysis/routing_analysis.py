@@ -3,7 +3,7 @@
     routes, H, losses of a text    against white noise, against permuted channels, against features of the tokens
     other checkpoints of the run   whether tokens keep their routes
     a baseline                     whether H follows how far back attention looks
-    single tokens switched         what a route is worth, and the router's regret
+    single tokens switched         what a route is worth, the router's regret, and that of what else might predict it
     all tokens rerouted            what all routes together are worth
 
 Everything is seeded, and memory holds one batch and one number a token and layer.
@@ -36,8 +36,9 @@ from megachiar.analysis.routing_findings import (
     share_findings,
     stability_finding,
 )
-from megachiar.analysis.routing_worth import intervention_findings, value_findings
+from megachiar.analysis.routing_worth import intervention_findings, predictor_findings, value_findings
 from megachiar.analysis.token_features import frequency_classes, position_classes, quantile_classes
+from megachiar.analysis.value_predictors import collect_inputs
 from megachiar.config import RunConfig
 from megachiar.model import ChiarFormer
 
@@ -122,7 +123,8 @@ def sequences_to_run(text: Text, settings: Settings, layers: int, steps: int, is
         return total
     switched = min(sequences, settings.switches)
     batches = switched and math.ceil(settings.switches * layers / switched / max(1, settings.batch_size - 1))
-    return total + INTERVENTIONS * sequences + settings.switches * layers + switched * batches
+    predicted = sequences if settings.switches else 0
+    return total + predicted + INTERVENTIONS * sequences + settings.switches * layers + switched * batches
 
 
 def analyze_routing(
@@ -227,10 +229,19 @@ def _worth(
         is_threshold = model.config.router.kind == "threshold"
         for of_layer in values:
             found += value_findings(of_layer, attention, routed.ids, is_threshold, settings.seed)
+        if knows_both_results(model):
+            inputs = collect_inputs(model, text.windows, settings.batch_size, tokens, settings.seed, advance)
+            for of_layer, of_inputs in zip(values, inputs, strict=True):
+                found += predictor_findings(of_layer, of_inputs, attention, routed.ids, settings.seed)
     changes = measure_interventions(
         model, routed, text.windows, seed=settings.seed, batch_size=settings.batch_size, advance=advance
     )
     return found + intervention_findings(changes)
+
+
+def knows_both_results(model: ChiarFormer) -> bool:
+    """Return whether a token's results of both operators depend on no other token's route in the same layer."""
+    return model.config.attention.keys == "all"
 
 
 def verdicts(findings: Sequence[Finding]) -> dict[int, str]:

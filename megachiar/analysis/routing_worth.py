@@ -13,6 +13,7 @@ from megachiar.analysis.regret import regret, regret_of_scores
 from megachiar.analysis.resampling import Clusters, Estimate, estimate, weighted_mean
 from megachiar.analysis.route_value import RouteValues
 from megachiar.analysis.routing_findings import Finding, of_estimate, rank_correlation, sign_verdict
+from megachiar.analysis.value_predictors import PredictorInputs, predictions
 
 
 def value_findings(
@@ -74,6 +75,57 @@ def value_findings(
     by_entropy = estimate(lambda weights: regret_of_scores(value, values.entropy, share, weights), clusters, seed)
     name, verdict = "regret of a threshold on H, at this share", regret_verdict(by_entropy, len(value))
     return [*found, of_estimate("value", layer, name, by_entropy, verdict, chance=1.0)]
+
+
+def predictor_findings(
+    values: RouteValues, inputs: PredictorInputs, attention: int, ids: np.ndarray, seed: int
+) -> list[Finding]:
+    """Say of each predictor how far a router by it would be from the best choice, at the share of the run's router.
+
+    Args:
+        values: of the routes that were switched in the layer.
+        inputs: what is known about the tokens there.
+        attention: number of the operator attention.
+        ids: (S, T) token ids.
+        seed: of the intervals and of ties.
+    """
+    layer, value = values.layer + 1, values.value
+    tokens = np.stack([values.sequence, values.position], 1)
+    clusters = Clusters(sequence=values.sequence, token=ids[values.sequence, values.position])
+    share = float((values.operator == attention).mean())
+    share = share if 0 < share < 1 else 0.5
+    relation = rank_correlation(inputs.values[values.sequence, values.position], value, clusters, seed)
+    found = [
+        of_estimate(
+            "predictors",
+            layer,
+            "rank correlation of values to first order with those of switches",
+            relation,
+            sign_verdict(relation, "what predictors are fitted to says something", "the fit misleads"),
+            chance=0.0,
+        )
+    ]
+    ties = np.random.default_rng([seed, values.layer]).random(len(value))
+    for name, predicted in predictions(inputs, ids, tokens).items():
+        scores = np.lexsort((ties, predicted)).argsort()
+        regret_there = estimate(
+            lambda weights, scores=scores: regret_of_scores(value, scores, share, weights),  # type: ignore[misc]
+            clusters,
+            seed,
+        )
+        verdict = regret_verdict(regret_there, len(value))
+        found.append(
+            of_estimate(
+                "predictors",
+                layer,
+                f"regret of a router by {name}",
+                regret_there,
+                verdict,
+                chance=1.0,
+                details={"share": share},
+            )
+        )
+    return found
 
 
 def _right_choices(layer: int, values: RouteValues, attends: np.ndarray, clusters: Clusters, seed: int) -> Finding:

@@ -37,6 +37,7 @@ SECTIONS = {
     "distance": "How far back a baseline's attention looks",
     "stability": "Do tokens keep their routes? (0 chance, 1 all)",
     "value": "What a single route is worth: loss with DCT mixing minus loss with attention, nats",
+    "predictors": "What would predict it: the regret of a router by each (0 the oracle, 1 a coin)",
     "other routes": "Loss with other routes minus loss with its own, nats a token",
 }
 COLUMNS = ("section", "layer", "measure", "value", "low", "high", "chance", "chance_low", "chance_high", "verdict")
@@ -117,6 +118,8 @@ def measure(subject: Subject, text: Text, options: argparse.Namespace, left_out:
     baseline = open_baseline(options.baseline, subject, text) if options.baseline else None
     if baseline is None:
         left_out.append("attention distances, which need --baseline RUN")
+    if subject.config.model.attention.keys == "routed":
+        left_out.append("predictors of values: with attention.keys routed a token's keys depend on its route, too")
     if router.kind == "soft":
         left_out.append("values of routes: a soft router gives every token all operators")
     layers = len(subject.config.model.routed_layers)

@@ -153,7 +153,7 @@ class ModelConfig(Section):
 
     @property
     def draws_tokens(self) -> bool:
-        """Whether any layer draws routes, or tokens to explore, by keys that the layout of a micro-batch has to hold."""
+        """Whether a layer draws routes, or tokens to explore, by keys that the layout of a micro-batch has to hold."""
         return self.router.kind in ("random", "learned") and len(self.routed_layers) > 0
 
     @property

@@ -37,12 +37,12 @@ class ValueSums(NamedTuple):
     Attributes:
         squares: of the measured values, in units of the loss, squared.
         errors: of the squared errors of the predictions, in the same units.
-        count: number of explored tokens.
+        tokens: number of explored tokens.
     """
 
     squares: float = 0.0
     errors: float = 0.0
-    count: float = 0.0
+    tokens: float = 0.0
 
     @property
     def explained(self) -> float:
@@ -99,5 +99,5 @@ class RunningRouters:
             surplus = (attention_share[router.layer] - target) / (4 * target * (1 - target))
             router.running_threshold.value.add_(THRESHOLD_RATE * router.threshold_unit * surplus)
             sums = by_layer.get(router.layer, ValueSums())
-            if router.value_head is not None and sums.count > 0:
-                router.value_head.follow(sums.squares / sums.count, MEAN_SQUARE_RATE)
+            if router.value_head is not None and sums.tokens > 0:
+                router.value_head.follow(sums.squares / sums.tokens, MEAN_SQUARE_RATE)

@@ -28,4 +28,4 @@ class RunningNumber(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RunningNumber:
         """Apply a conversion of the whole model: it moves the number, and leaves its type."""
-        return super()._apply(lambda value: value.to(fn(value).device), recurse)  # type: ignore[no-any-return]
+        return super()._apply(lambda value: value.to(fn(value).device), recurse)

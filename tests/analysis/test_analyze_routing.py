@@ -56,7 +56,7 @@ def pick(record: dict, section: str, layer: int | None, measure: str) -> dict:
 
 
 def test_every_question_is_answered_for_every_layer(record):
-    sections = ("shares", "entropy", "channels", "information", "loss", "distance", "stability", "value")
+    sections = ("shares", "entropy", "channels", "information", "loss", "distance", "stability", "value", "predictors")
     for layer in (2, 3):
         assert [f["section"] for f in record["findings"] if f["layer"] == layer and f["verdict"]]
         assert {f["section"] for f in record["findings"] if f["layer"] == layer} == set(sections)

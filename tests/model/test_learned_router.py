@@ -1,4 +1,4 @@
-"""The learned router measures what attention is worth: against finite differences, and against routes really switched."""
+"""The learned router measures what attention is worth, held against finite differences, and learns where it helps."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_it_learns_to_attend_where_attention_helps(seed):
 
 @pytest.mark.parametrize("kind", ["threshold", "hashed", "learned"])
 def test_a_running_threshold_finds_the_share(kind):
-    """Of a stream of rows smoother than white noise: after 60 steps, within three deviations of the mean of 20 steps."""
+    """Of a stream of rows smoother than white noise: after 60 steps, the mean of 20 is within three deviations."""
     config = small_model_config(router={"kind": kind, "target_share": 0.2})
     model = build_model(config, seed=0)
     running, generator = RunningRouters(model, config), torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ EXPECTED_USE = {  # which operators take tokens
 
 
 # Soft and hard routers compute attention for tokens that give no keys then, and the config refuses it.
-WITH_ROUTED_KEYS = [name for name in ROUTERS if name.partition(" ")[0] not in ("soft", "hard", "learned")] + ["hard dct only"]
+WITH_ROUTED_KEYS = [name for name in ROUTERS if not name.startswith(("soft", "hard", "learned"))] + ["hard dct only"]
 
 
 def compare(config: ModelConfig, tokens: torch.Tensor) -> tuple[OracleResult, RoutingStatistics]:
