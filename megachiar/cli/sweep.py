@@ -5,7 +5,8 @@
     megachiar sweep mine.yaml                       # one cell after another; started again it goes on
     megachiar sweep mine.yaml --status
     megachiar sweep mine.yaml --table --json
-    megachiar sweep mine.yaml --collect docs/findings
+    megachiar sweep mine.yaml --collect findings
+    megachiar sweep mine.yaml --from findings       # go on, perhaps on another machine, where those results end
     megachiar sweep mine.yaml --slurm               # a Slurm array, a task for each cell
 
 Exit codes: 0, every cell is finished; 1, a cell failed, and the others went on; 2, one message says what to correct;
@@ -50,16 +51,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rerun-changed", action="store_true", help="train cells anew whose config has changed; old runs are renamed"
     )
-    parser.add_argument("--from", type=Path, metavar="FOLDER", dest="collected", help="--table: of collected results")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        metavar="FOLDER",
+        dest="collected",
+        help="cells whose results were collected there, perhaps on another machine, count as finished",
+    )
     parser.add_argument("--json", action="store_true", help="--table and --status: print one JSON object")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    if options.collected is not None and not options.table:
-        raise UserError("--from", "has no effect without --table", "add --table or remove it")
-
     from megachiar.config.sweep import load_sweep
     from megachiar.launch import quiet_deepspeed
 
@@ -67,14 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = load_sweep(find_sweep(options.sweep))
 
     from megachiar.sweeps.cells import cell_named, cells_of
-    from megachiar.sweeps.collect import collect, collected_results, finished_results
+    from megachiar.sweeps.collect import collect, collected_results, finished_results, restore
     from megachiar.sweeps.status import status_of
 
     console, cells = make_console(), cells_of(sweep, options.only)
     if options.cell is not None:
         return print_cell(cell_named(sweep, options.cell), console)
-    if options.collected is not None:
+    if options.collected is not None and options.table:
         return print_table(sweep, collected_results(cells, options.collected), options.json)
+    if options.collected is not None:
+        for cell in restore(cells, options.collected):
+            console.print(f"{cell.name}: its result is taken from {options.collected}", markup=False)
     statuses = [status_of(cell) for cell in cells]
     if options.table:
         return print_table(sweep, finished_results(statuses), options.json)

@@ -43,6 +43,10 @@ class Measured(BaseModel):
     keys: dict[str, Any]
     like_noise: list[str] = []
 
+    def is_of(self, cell: Cell) -> bool:
+        """Return whether this is what the sweep's file asks for now."""
+        return self.request == _request(cell)
+
 
 def read_measured(cell: Cell, sources: Mapping[str, str]) -> Measured | None:
     """Return what was measured for a cell; None if nothing was, or if it was asked for or measured otherwise.
@@ -54,9 +58,18 @@ def read_measured(cell: Cell, sources: Mapping[str, str]) -> Measured | None:
     Raises:
         UserError: the record is damaged or cannot be read.
     """
-    path = cell.file(SUFFIX)
+    record = read_measured_file(cell.file(SUFFIX))
+    return record if record is not None and record.is_of(cell) and record.sources == dict(sources) else None
+
+
+def read_measured_file(path: Path) -> Measured | None:
+    """Return the record in a file; None if there is no file.
+
+    Raises:
+        UserError: the record is damaged or cannot be read.
+    """
     try:
-        record = Measured.model_validate(parse_sealed(read_regular(path)))
+        return Measured.model_validate(parse_sealed(read_regular(path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -64,7 +77,6 @@ def read_measured(cell: Cell, sources: Mapping[str, str]) -> Measured | None:
     except (ValidationError, ValueError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(path, f"is damaged: {problem}", "remove it: it is then measured again") from error
-    return record if record.request == _request(cell) and record.sources == dict(sources) else None
 
 
 def measure(cell: Cell, results: Mapping[str, RunResult]) -> Measured:

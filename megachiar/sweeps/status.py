@@ -104,6 +104,11 @@ def _differing_keys(held: RunConfig, wanted: RunConfig) -> list[str]:
     return [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
 
 
+def is_new(cell: Cell) -> bool:
+    """Return whether nothing of a cell's run is there yet."""
+    return not cell.run.exists()
+
+
 def _holds_a_run(cell: Cell) -> bool:
     return (cell.run / "results.json").exists() or bool(complete_checkpoints(cell.run / "checkpoints"))
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from megachiar.config import load_config
 from megachiar.config.model import ModelConfig
+from megachiar.engine.running_routers import RunningRouters, ValueSums, value_layers
 from megachiar.inference.generation import generate
 from megachiar.model import build_model
 
@@ -125,7 +126,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "router.tau_high": ({"router": BOUNDS}, {"router": BOUNDS | {"tau_high": 0.85}}),
     "router.attention_share": ({"router": RANDOM}, {"router": RANDOM | {"attention_share": 0.8}}),
     "router.rbf_share": ({"router": RANDOM_THREE}, {"router": RANDOM_THREE | {"rbf_share": 0.6}}),
-    "router.target_share": ({}, {"router": {"tau": 0.79, "target_share": 0.5}}),
+    "router.target_share": ({"router": LEARNED}, {"router": LEARNED | {"target_share": 0.8}}),
     "router.explore": ({"router": LEARNED}, {"router": LEARNED | {"explore": 0.2}}),
     "router.seed": ({"router": RANDOM}, {"router": RANDOM | {"seed": 1}}),
     "router.collapse_weight": ({}, {"router": REGULARISED}),
@@ -148,7 +149,7 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def behaviour(config: ModelConfig) -> list[float]:
-    """Loss, regulariser and gradients of a training pass, size, and what is generated."""
+    """Loss, regulariser and gradients of a training pass, size, running numbers after it, and what is generated."""
     model = build_model(config, seed=3)
     tokens = token_batch(3, 13)
     torch.manual_seed(0)
@@ -156,10 +157,13 @@ def behaviour(config: ModelConfig) -> list[float]:
     (output.loss + output.regulariser).backward()
     norms = [parameter.grad.norm().item() for parameter in model.parameters()]
     lively = lively_model(config).eval()
+    sums = [ValueSums(1.0, 1.0, 1.0)] * len(value_layers(config))
+    RunningRouters(model, config).follow(output.statistics.attention_share.tolist(), sums)
+    running = [buffer.item() for name, buffer in model.named_buffers() if ".router." in name]
     output_of_lively = lively(tokens[:, :-1], tokens[:, 1:])
     new = [] if config.meta_router.pool == "batch" else generate(lively, tokens[0].tolist(), 8)
     losses = [output.loss, output.regulariser, output_of_lively.loss, output_of_lively.regulariser]
-    return [*(value.item() for value in losses), model.parameter_count(), *norms, *new]
+    return [*(value.item() for value in losses), model.parameter_count(), *norms, *running, *new]
 
 
 def test_no_field_of_the_config_is_left_out_here():

@@ -177,6 +177,28 @@ def test_results_are_collected_without_weights(swept, tmp_path):
     assert json.loads(there) == json.loads(collected)
 
 
+def test_a_sweep_goes_on_from_results_that_were_collected(swept, tmp_path):
+    """Another machine has results and no run. Where a threshold is missing its baseline is needed again."""
+    path, _ = swept
+    assert forked_python("-m", "megachiar", "sweep", path, "--collect", tmp_path / "found").returncode == 0
+    for name in ("sweep.yaml", "base.yaml"):
+        text = (path.parent / name).read_text()
+        (tmp_path / name).write_text(text.replace(str(path.parent / "out"), str(tmp_path / "out")))
+    for file in (tmp_path / "found" / "sweep" / "threshold").glob("seed_2*"):
+        file.unlink()
+    shown = forked_python("-m", "megachiar", "sweep", tmp_path / "sweep.yaml", "--from", tmp_path / "found", "--status")
+    assert shown.returncode == 0 and shown.stderr.count("its result is taken from") == 2, shown.stderr
+    wanted = {"baseline/seed_1": "finished", "threshold/seed_1": "finished", "refused/seed_1": "new"}
+    wanted |= {"baseline/seed_2": "new", "threshold/seed_2": "waiting", "refused/seed_2": "new"}
+    assert states(tmp_path / "sweep.yaml") == wanted
+    shutil.copytree(path.parent / "out" / "baseline" / "seed_2", tmp_path / "out" / "baseline" / "seed_2")
+    assert states(tmp_path / "sweep.yaml")["threshold/seed_2"] == "new"
+    change(tmp_path / "sweep.yaml", "threshold", set={"optimizer.learning_rate": 0.1})
+    shutil.rmtree(tmp_path / "out")
+    shown = forked_python("-m", "megachiar", "sweep", tmp_path / "sweep.yaml", "--from", tmp_path / "found", "--status")
+    assert shown.stderr.count("its result is taken from") == 0, "a result of another config is none"
+
+
 @pytest.fixture
 def changeable(swept, tmp_path) -> Path:
     """A copy of the sweep whose file may be changed; its datasets stay where they are."""
