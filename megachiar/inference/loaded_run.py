@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.data.sampling.document_end import why_unmasked
 from megachiar.data.sampling.examples import ExampleSet, LabelledSource
-from megachiar.data.storage.files import manifest_path
+from megachiar.data.storage.files import bin_path, manifest_path
 from megachiar.errors import UserError
 from megachiar.inference.generation import stream
 from megachiar.kernels.ignored_target import IGNORED_TARGET
@@ -96,7 +97,28 @@ def open_for_run(
         return open_text_for_run(checkpoint, config, prefix, sequence_length)
     source = LabelledSource(prefix, head.classes, config.model.vocab_size)
     check_readable(checkpoint, config, source)
+    check_classes(checkpoint, config, source, task)
     return ExampleSet(source, sequence_length or config.sequence_length, task)
+
+
+def check_classes(checkpoint: Path, config: RunConfig, source: LabelledSource, task: int) -> None:
+    """Check that a class has the number that it had in the data which the run has learned from.
+
+    Records of earlier versions have no names of classes: nothing is checked then.
+
+    Raises:
+        UserError: the dataset names other classes, or the same ones in another order.
+    """
+    state, name = read_state(checkpoint), config.tasks[task].name
+    learned = state.data.sources[0] if task == 0 else state.validation_data.get(f"mixed.tasks.{name}")
+    if learned is None or learned.classes is None or learned.classes == tuple(source.classes):
+        return
+    raise UserError(
+        bin_path(source.prefix),
+        f"has the classes {', '.join(source.classes)}, but {checkpoint} has learned {', '.join(learned.classes)} in "
+        "this order",
+        f"preprocess it with `--classes-from {learned.path}`, or with --classes in that order",
+    )
 
 
 def open_text_for_run(

@@ -242,6 +242,7 @@ def record_of(source: TokenSource) -> SourceRecord:
         path=str(source.prefix),
         tokens=source.tokens.size,
         examples=source.examples if isinstance(source, LabelledSource) else None,
+        classes=tuple(source.classes) if isinstance(source, LabelledSource) else None,
         checksum=source.manifest.content if source.manifest else None,
         sampled=None if source.manifest else source.sampled_digest(),
     )

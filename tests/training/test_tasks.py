@@ -171,6 +171,26 @@ def test_classes_in_another_order_are_refused(data, tmp_path):
         open_data(parse_config(config, "test"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_refuses_classes_in_another_order(data, tmp_path, kind):
+    """With as many classes in another order every measure would be of wrong answers, and the exit code 0."""
+    from indexed_oracle import make_manifest
+
+    from megachiar.data.storage.labels import write_labels
+
+    pretrain(write_config(tmp_path / "config.yaml", KINDS[kind](data, tmp_path, steps=1)))
+    prefix = write_examples(tmp_path / "turned", 20, vocab_size=16)
+    make_manifest(prefix, append_eod=False, vocab_size=16)
+    task = ["--task", "strides"] if kind == "mixed" else []
+    for classes, code in ((CLASSES, 0), (CLASSES[::-1], 2), (("slow", "fast", "other"), 2)):
+        write_labels(prefix, np.zeros(20, np.int32), classes)
+        done = python("-m", "megachiar", "evaluate", tmp_path / "run", "--data", prefix, *task)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        if code:
+            assert f"has the classes {', '.join(classes)}" in " ".join(done.stderr.split())
+            assert f"--classes-from {data / 'examples'}" in done.stderr.replace("\n", "")
+
+
 def test_an_epoch_reads_every_example_once(data, tmp_path):
     config = parse_config(classification(data, tmp_path), "test")
     stream = open_data(config).training

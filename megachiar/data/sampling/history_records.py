@@ -24,6 +24,8 @@ class SourceRecord(Record):
         path: where it was last read.
         tokens: how many are read of it.
         examples: how many examples are read of a labelled dataset; None of one without labels.
+        classes: names of the classes of a labelled dataset, in their order; None of one without labels, and in records
+            of earlier versions.
         checksum: ``Manifest.content``; None without a manifest.
         sampled: digests of a few blocks of its files, where there is no manifest; None in records of earlier versions.
     """
@@ -33,6 +35,7 @@ class SourceRecord(Record):
     checksum: str | None
     sampled: str | None = None
     examples: int | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def units(self) -> int:
@@ -42,6 +45,8 @@ class SourceRecord(Record):
     def same_data(self, other: SourceRecord) -> bool:
         """Return whether both have the same content, wherever it is stored."""
         unknown = self.sampled is None or other.sampled is None
+        if None not in (self.classes, other.classes) and self.classes != other.classes:
+            return False
         return (self.tokens, self.checksum, self.examples) == (other.tokens, other.checksum, other.examples) and (
             unknown or self.sampled == other.sampled
         )
