@@ -34,6 +34,7 @@ from pydantic_core import from_json
 
 from megachiar import __version__
 from megachiar.checkpoint.sealing import SEAL, seal_fits, seal_json, sealed_json
+from megachiar.config.tasks import MAIN_TASK
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.data.storage.files import write_atomically
@@ -137,6 +138,13 @@ class CheckpointState(BaseModel):
     def has_moments(self) -> bool:
         """Whether AdamW's moments were saved; imported weights have none."""
         return any(name.startswith(MOMENTS_PREFIX) for name in self.tensor_files)
+
+    def classes_of(self, head: str) -> tuple[str, ...] | None:
+        """Return the names of the classes that a classification head has learned; None where they are not recorded."""
+        if head == MAIN_TASK:
+            return self.data.sources[0].classes
+        record = self.validation_data.get(f"mixed.tasks.{head}")
+        return None if record is None else record.classes
 
     def to_json(self) -> bytes:
         """Return the content of ``state.json``, with its seal."""

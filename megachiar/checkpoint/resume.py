@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState
+from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
 from megachiar.checkpoint.reading import open_tensors
 from megachiar.config import load_config
 from megachiar.engine.deepspeed_patches import set_loss_scale_state
@@ -28,21 +29,36 @@ def resume(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
         set_loss_scale_state(engine.deepspeed, state.loss_scale)
 
 
-def load_weights(engine: Engine, checkpoint: Path) -> list[str]:
+def load_weights(
+    engine: Engine, checkpoint: Path, classes: Mapping[str, tuple[str, ...] | None] | None = None
+) -> list[str]:
     """Load the weights alone into ``engine``, for a new run; every rank calls this function.
 
     ``read_compatible`` has found the checkpoint to hold the engine's model. Its classification heads may be others:
     heads of the run that it does not have, or has for other classes, keep their initial weights.
 
+    Args:
+        engine: of the new run.
+        checkpoint: to load.
+        classes: names of the classes of each of the run's heads, in their order; None where they are known to be those
+            of the checkpoint.
+
     Returns:
         The names of these heads.
     """
     reader = open_tensors(checkpoint)
-    saved = load_config(checkpoint / CONFIG_FILE).heads
+    saved, state = load_config(checkpoint / CONFIG_FILE).heads, read_state(checkpoint)
     new = [
         name
         for name, head in engine.config.heads.items()
-        if (then := saved.get(name)) is None or (then.classes, then.kind) != (head.classes, head.kind)
+        if (then := saved.get(name)) is None
+        or (then.classes, then.kind) != (head.classes, head.kind)
+        or _differ(state.classes_of(name), (classes or {}).get(name))
     ]
     set_weights(engine, reader.for_rank(engine.topology.tensor), without=tuple(f"classifiers.{name}." for name in new))
     return new
+
+
+def _differ(then: tuple[str, ...] | None, now: tuple[str, ...] | None) -> bool:
+    """Return whether names of classes are known to differ."""
+    return then is not None and now is not None and then != now

@@ -109,15 +109,14 @@ def check_classes(checkpoint: Path, config: RunConfig, source: LabelledSource, t
     Raises:
         UserError: the dataset names other classes, or the same ones in another order.
     """
-    state, name = read_state(checkpoint), config.tasks[task].name
-    learned = state.data.sources[0] if task == 0 else state.validation_data.get(f"mixed.tasks.{name}")
-    if learned is None or learned.classes is None or learned.classes == tuple(source.classes):
+    learned = read_state(checkpoint).classes_of(config.tasks[task].name)
+    if learned is None or learned == tuple(source.classes):
         return
+    names = ",".join(learned)
     raise UserError(
         bin_path(source.prefix),
-        f"has the classes {', '.join(source.classes)}, but {checkpoint} has learned {', '.join(learned.classes)} in "
-        "this order",
-        f"preprocess it with `--classes-from {learned.path}`, or with --classes in that order",
+        f"has the classes {', '.join(source.classes)}, but {checkpoint} has learned {', '.join(learned)} in this order",
+        f"preprocess it with `--classes-from` the run's training data, or with `--classes {names}`",
     )
 
 

@@ -22,7 +22,7 @@ def restore(engine: Engine, run: Continuation, log: Callable[[str], None]) -> No
     if run.start.path is None or run.state is None:
         return
     if run.start.kind == "weights":
-        for name in load_weights(engine, run.start.path):
+        for name in load_weights(engine, run.start.path, run.data.classes()):
             log(f"classification head {name} starts with initial weights: the checkpoint has none like it")
     else:
         resume(engine, run.start.path, run.state)

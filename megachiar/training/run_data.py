@@ -10,6 +10,7 @@ from megachiar.checkpoint.compatibility import check_data
 from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length, samples_of_epochs
+from megachiar.config.tasks import MAIN_TASK
 from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.examples import (
     SAMPLE_LENGTH,
@@ -64,6 +65,11 @@ class RunData:
             *(dataset.source for dataset in held_out),
             *(task.source for task in self.auxiliary),
         ]
+
+    def classes(self) -> dict[str, tuple[str, ...] | None]:
+        """Return the names of the classes of each classification, in their order, by the name of its head."""
+        sources = {MAIN_TASK: self.training.sources[0]} | {task.name: task.source for task in self.auxiliary}
+        return {name: record_of(source).classes for name, source in sources.items()}
 
     def validation_records(self) -> dict[str, SourceRecord]:
         """Return what each validation set holds, by name, and the data of each auxiliary task, by the task's key."""

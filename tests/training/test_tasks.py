@@ -131,6 +131,27 @@ def test_fine_tuning_starts_from_the_weights_of_a_language_model(data, tmp_path)
     assert all(before[name] == after[name] for name in common)
 
 
+def test_a_head_for_classes_in_another_order_is_not_taken_over(data, tmp_path):
+    from indexed_oracle import make_manifest
+
+    from megachiar.data.storage.labels import write_labels
+
+    pretrain(write_config(tmp_path / "config.yaml", classification(data, tmp_path)), "training.steps=2")
+    prefix = write_examples(tmp_path / "turned", 20, vocab_size=16)
+    make_manifest(prefix, append_eod=False, vocab_size=16)
+    started = []
+    for classes in (CLASSES, CLASSES[::-1]):
+        write_labels(prefix, np.arange(20, dtype=np.int32) % 3, classes)
+        run = tmp_path / classes[0]
+        run.mkdir()
+        config = classification(data, run)
+        config["data"] = {"train": [{"path": str(prefix)}]}
+        config["checkpoint"] = {"load_from": str(tmp_path / "run")}
+        (log,) = pretrain(write_config(run / "config.yaml", config), "training.steps=1")
+        started.append("classification head main starts with initial weights" in log)
+    assert started == [False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,7 +209,7 @@ def test_evaluate_refuses_classes_in_another_order(data, tmp_path, kind):
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         if code:
             assert f"has the classes {', '.join(classes)}" in " ".join(done.stderr.split())
-            assert f"--classes-from {data / 'examples'}" in done.stderr.replace("\n", "")
+            assert f"--classes {','.join(CLASSES)}" in done.stderr
 
 
 def test_an_epoch_reads_every_example_once(data, tmp_path):
