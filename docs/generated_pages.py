@@ -1,8 +1,9 @@
 """Write the pages that follow from the code: the config reference, and the list of all error messages.
 
-    python docs/generated_pages.py    writes docs/configuration.md, which is committed, and docs/generated/messages.md
+    python docs/generated_pages.py    writes docs/configuration.md, which is committed, and docs/generated/messages.md,
+                                      and fills the tables of docs/findings.md
 
-The site's build writes the second one. A test fails where docs/configuration.md is not what this would write.
+The site's build writes messages.md. A test fails where one of the others is not what this would write.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from findings_tables import PAGE, filled
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -243,6 +245,7 @@ def write_messages() -> None:
 
 def main() -> None:
     (DOCS / "configuration.md").write_text(configuration(), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     write_messages()
 
 

@@ -12,6 +12,7 @@ from support import ROOT
 from megachiar.config import RunConfig
 
 sys.path.insert(0, str(ROOT / "docs"))
+import findings_tables
 import generated_pages
 
 DOCS = ROOT / "docs"
@@ -23,6 +24,11 @@ SHORTEST_FRAGMENT = 4  # letters of a message that are looked for
 def test_the_config_reference_is_that_of_the_types():
     written = (DOCS / "configuration.md").read_text()
     assert written == generated_pages.configuration(), "python docs/generated_pages.py writes it anew"
+
+
+def test_the_tables_of_findings_are_those_of_the_recorded_numbers():
+    written = findings_tables.PAGE.read_text()
+    assert written == findings_tables.filled(written), "python docs/generated_pages.py fills them anew"
 
 
 def keys(name: str = "") -> set[str]:

@@ -1,0 +1,104 @@
+"""Fill the tables of docs/findings.md from the small files below docs/findings/, which sweeps and analyses have written.
+
+    python docs/generated_pages.py         fills them; a test fails where the page has other numbers
+
+A table stands between two comments of the page:
+
+    <!-- sweep: ablation, test.test.loss -->     variants of a sweep by one measure
+    <!-- routing: ablation -->                   what `megachiar analyze-routing` says of the runs of a sweep
+    <!-- end -->
+
+    docs/findings/SWEEP/table.json               of `megachiar sweep SWEEP --collect docs/findings`
+    docs/findings/SWEEP/VARIANT/seed_N.routing.csv   of `megachiar analyze-routing RUN --csv FILE`
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "findings"
+PAGE = FOLDER.with_suffix(".md")
+MARKED = re.compile(r"(<!-- (sweep|routing): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+REGRET = "regret (0 the oracle, 1 a coin)"
+NOISE = "distance of H from white noise"
+
+
+def filled(text: str, folder: Path = FOLDER) -> str:
+    """Return the page with its tables as the files below ``folder`` have them."""
+
+    def table(match: re.Match[str]) -> str:
+        begin, kind, words, end = match.groups()
+        name, *rest = [word.strip() for word in words.split(",")]
+        lines = sweep_table(folder / name, rest[0]) if kind == "sweep" else routing_table(folder / name)
+        return "\n".join([begin, *lines, "", end])
+
+    return MARKED.sub(table, text)
+
+
+def sweep_table(folder: Path, measure: str) -> Iterator[str]:
+    """Yield the lines of a table with a row for each variant: mean, spread, and the difference from the reference."""
+    table = json.loads((folder / "table.json").read_text())
+    rows = {(row["variant"], row["measure"]): row for row in table["rows"]}
+    yield f"| variant | seeds | attention | {measure} | minus {table['reference']} [95 %] |"
+    yield "|---|---|---|---|---|"
+    for variant in table["finished"]:
+        row, share = rows.get((variant, measure)), rows.get((variant, "attention_share"))
+        if row is None:
+            continue
+        attention = "" if share is None else f"{share['mean']:.0%}"
+        yield f"| {variant} | {len(row['values'])} | {attention} | {_spread(row)} | {_difference(row['difference'])} |"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{found['mean']:+.4f}"
+    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
+def routing_table(folder: Path) -> Iterator[str]:
+    """Yield the lines of a table with a row for each variant and layer: H beside noise, and regrets, over seeds.
+
+    A regret is the mean over the seeds; behind it stands how many of them have it below 1 beyond their interval.
+    """
+    found: dict[tuple[str, int], dict[str, list[dict[str, str]]]] = {}
+    for path in sorted(folder.glob("*/seed_*.routing.csv")):
+        for line in csv.DictReader(path.read_text().splitlines()):
+            if line["layer"]:
+                measures = found.setdefault((path.parent.name, int(line["layer"])), {})
+                measures.setdefault(line["measure"], []).append(line)
+    predictors = list(dict.fromkeys(name for row in found.values() for name in row if name.startswith(_BY)))
+    yield "| variant | layer | H from noise | its own regret | " + " | ".join(p.removeprefix(_BY) for p in predictors) + " |"
+    yield "|---|---|---|---|" + "---|" * len(predictors)
+    for (variant, layer), measures in found.items():
+        distance = _mean(measures.get(NOISE, []))
+        cells = [_regret(measures.get(name, [])) for name in (REGRET, *predictors)]
+        yield f"| {variant} | {layer} | {distance:.3f} | " + " | ".join(cells) + " |"
+
+
+_BY = "regret of a router by "
+
+
+def _mean(lines: list[dict[str, str]]) -> float:
+    values = [float(line["value"]) for line in lines if line["value"]]
+    return statistics.fmean(values) if values else math.nan
+
+
+def _regret(lines: list[dict[str, str]]) -> str:
+    known = [line for line in lines if line["value"]]
+    if not known:
+        return ""
+    sure = sum(float(line["high"]) < 1 for line in known if line["high"])
+    return f"{_mean(known):.2f} ({sure} of {len(known)})"
