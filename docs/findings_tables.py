@@ -1,4 +1,4 @@
-"""Fill the tables of docs/findings.md from the small files below docs/findings/, which sweeps and analyses have written.
+"""Fill the tables of docs/findings.md from the small files below docs/findings/ that sweeps and analyses have written.
 
     python docs/generated_pages.py         fills them; a test fails where the page has other numbers
 
@@ -80,7 +80,8 @@ def routing_table(folder: Path) -> Iterator[str]:
                 measures = found.setdefault((path.parent.name, int(line["layer"])), {})
                 measures.setdefault(line["measure"], []).append(line)
     predictors = list(dict.fromkeys(name for row in found.values() for name in row if name.startswith(_BY)))
-    yield "| variant | layer | H from noise | its own regret | " + " | ".join(p.removeprefix(_BY) for p in predictors) + " |"
+    names = [name.removeprefix(_BY) for name in predictors]
+    yield f"| variant | layer | H from noise | its own regret | {' | '.join(names)} |"
     yield "|---|---|---|---|" + "---|" * len(predictors)
     for (variant, layer), measures in found.items():
         distance = _mean(measures.get(NOISE, []))

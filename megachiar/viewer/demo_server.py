@@ -290,7 +290,6 @@ def demo_pages(run: OpenRun, limits: DemoLimits) -> DemoPages:
         "examples": [{"title": name, "text": text} for name, text in EXAMPLES.items()],
         "defaults": {"max_new_tokens": min(60, limits.most_new_tokens), "temperature": 0.8, "seed": 0},
         "most_new_tokens": limits.most_new_tokens,
-        "cannot_continue": run.why_no_generation(),
         "marker": MARKER,
     }
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"

@@ -15,7 +15,6 @@ function complain(error) {
 function busy(abort) {
   running = abort;
   $("route").disabled = $("continue").disabled = abort !== null;
-  if (live.cannot_continue) $("continue").disabled = true;
   $("stop").hidden = abort === null;
 }
 
@@ -137,10 +136,6 @@ function startLive() {
   $("continue").addEventListener("click", continueText);
   $("stop").addEventListener("click", stop);
   $("save-html").addEventListener("click", savePage);
-  if (live.cannot_continue) {
-    $("continue").disabled = true;
-    $("continue").title = live.cannot_continue;
-  }
   $("input").value = live.examples[0].text;
   showRoutes();
 }

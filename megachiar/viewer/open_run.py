@@ -67,12 +67,6 @@ class OpenRun:
         """Return the record of a text: the header and what ``TextRoutes.as_dict`` returns."""
         return {**self.header(), **routes.as_dict(self.config.model)}
 
-    def why_no_generation(self) -> str | None:
-        """Return why the model cannot continue a text; None if it can."""
-        if self.config.model.kind == "chiar" and self.config.model.meta_router.pool == "batch":
-            return "model.meta_router.pool is batch: the gate depends on tokens that are not generated yet"
-        return None
-
     def encode(self, text: str, where: str) -> list[int]:
         """Return the tokens of ``text``.
 
@@ -108,7 +102,7 @@ class OpenRun:
             the model read it, and ``{"record": ...}`` of all of it.
 
         Raises:
-            UserError: the prompt is empty and no token ends a document, or the model cannot generate.
+            UserError: the prompt is empty and no token ends a document.
         """
         start = list(self.sampler.start(prompt))
         before = self.routes(start)

@@ -28,7 +28,15 @@ from megachiar.viewer.open_run import open_run
 def demo(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Start the command; yield its process, and the host and the port of the URL that it prints."""
     command = [sys.executable, "-m", "megachiar", "demo", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, env=process_environment(), stderr=subprocess.PIPE, text=True)
+    # A process that was started in the background ignores Ctrl-C, and so would its children.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=process_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for _ in range(2):  # a warning may come first
             line = process.stderr.readline()

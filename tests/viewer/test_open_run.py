@@ -133,10 +133,13 @@ def test_threads_get_the_same_as_one_after_another(run):
     assert [together[seed] for seed in range(3)] == alone
 
 
-def test_a_gate_over_the_batch_shows_routes_and_says_why_it_continues_nothing(folder):
+def test_a_gate_over_the_batch_reads_the_text_anew_for_each_token(folder):
     run = open_run(make_run(folder, name="batch", meta_router={"pool": "batch"}), log=silent)
-    tokens = run.encode(TEXT, "--text")
-    assert len(run.record(run.routes(tokens))["tokens"]) == len(tokens)
-    assert "meta_router.pool is batch" in run.why_no_generation()
-    with pytest.raises(UserError, match="tokens that are not generated yet"):
-        continued(run, tokens, 3)
+    prompt = run.encode("the quick", "--text")
+    drawn = run.sampler("the quick", 6, **SAMPLING)[1]
+    record = continued(run, prompt, 6)[-1]["record"]
+    assert ids_of(record) == [*prompt, *drawn] and len(drawn) == 6
+    for count, shown in enumerate(record["tokens"][len(prompt) :], len(prompt) + 1):
+        then = run.record(run.routes(ids_of(record)[:count]))["tokens"][-1]
+        assert shown["operator"] == then["operator"]
+        assert shown["entropy"] == pytest.approx(then["entropy"], abs=1e-6)
