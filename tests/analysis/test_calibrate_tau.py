@@ -123,14 +123,17 @@ def zipf_dataset(folder: Path, tokens: int = 20_000, vocab_size: int = 2_000) ->
     return ValidationSet(folder / "zipf", 64)
 
 
-@pytest.mark.parametrize("place", ("embedding", "layers"))
-def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "models"),
+    [("embedding", 100), ("layers", 15), pytest.param("layers", 100, marks=pytest.mark.slow)],
+)
+def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models(tmp_path, place, models):
     """Few of the tokens of a text are independent: one frequent word decides for a tenth of them."""
     dataset = zipf_dataset(tmp_path)
     config = small_model_config(vocab_size=2_000, hidden_size=64, num_attention_heads=2, max_sequence_length=64)
     generator, verdicts = torch.Generator(), []
     model = build_model(config, seed=0).eval()
-    for seed in range(100):
+    for seed in range(models):
         white = torch.randn(2_000, 64, generator=generator.manual_seed(seed))
         smooth = white + 0.3 * white.cumsum(-1)
         for weight in (white, smooth):
@@ -141,7 +144,8 @@ def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models(tmp_path
             else:
                 measured = calibrate_on_layers(model, dataset, 0.5, 40).places[0]
             verdicts.append(measured.like_noise)
-    assert sum(verdicts[::2]) >= 95 and sum(verdicts[1::2]) <= 5
+    assert sum(verdicts[::2]) >= 0.95 * models - 1 and sum(verdicts[1::2]) <= 0.05 * models
+    assert models < 100 or sum(verdicts[::2]) >= 95
 
 
 @pytest.mark.parametrize(("within", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1), (1e3, 0.0)])

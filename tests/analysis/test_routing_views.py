@@ -128,11 +128,12 @@ def test_routes_that_read_the_numbers_of_a_row_in_any_order_agree():
 # Models made to be known ---------------------------------------------------------------------------------------------
 
 
-def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models():
+@pytest.mark.parametrize("models", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models(models):
     windows, model = zipf_windows(32), model_of_width(router={"tau": 0.82})
     clusters = Clusters(np.repeat(np.arange(32), T), windows.inputs.ravel())
     noise, called = noise_entropies(model.config), []
-    for seed in range(100):
+    for seed in range(models):
         white = white_rows(seed)
         for rows in (white, white + 0.3 * white.cumsum(-1)):
             with torch.no_grad():
@@ -140,7 +141,8 @@ def test_white_noise_is_told_from_smooth_embeddings_in_95_of_100_models():
             routed = collect_routes(model, windows, batch_size=64)
             found = entropy_findings(2, routed.entropy[0].ravel(), noise, clusters)
             called.append("like white noise" in found[0].verdict and "unlike" not in found[0].verdict)
-    assert sum(called[::2]) >= 95 and sum(called[1::2]) <= 5
+    assert sum(called[::2]) >= 0.95 * models - 1 and sum(called[1::2]) <= 0.05 * models
+    assert models < 100 or sum(called[::2]) >= 95
 
 
 def test_routes_that_are_a_function_of_the_token_id_are_called_one():

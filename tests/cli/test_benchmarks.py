@@ -76,6 +76,7 @@ def test_training_steps_beside_a_peer(tmp_path, variant, override, more, precisi
     assert "of other" in done.stdout
 
 
+@pytest.mark.slow
 def test_kinds_of_routers_are_compared_at_one_share(tmp_path):
     hard = ("model.router.kind=hard", "model.router.tau=null")
     variants = {
@@ -205,6 +206,7 @@ def test_reading_samples_and_a_peer_that_is_none(tmp_path):
     assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_many_tiny_files_beside_one(tmp_path):
     pytest.importorskip("gigatoken")
     result = tmp_path / "result.json"

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp 2, pp 2, sequence": (4, [TP + "2", PP + "2", SP]),
     "tp 2, dp 2, ZeRO 3": (4, [TP + "2", ZERO + "3"]),
 }
-SLOW = {"tp 2, pp 2, sequence", "tp 2, dp 2, ZeRO 3"}
+SLOW = {"tp 2", "dp 2, ZeRO 0", "dp 2, ZeRO 1, micro-batch 4", "tp 2, pp 2, sequence", "tp 2, dp 2, ZeRO 3"}
 TASKS = ("classification", "mixed")
 CASES = [
     pytest.param(task, name, marks=[pytest.mark.slow] if name in SLOW else [], id=f"{task}-{name}")
@@ -39,14 +39,21 @@ CASES = [
     for name in LAYOUTS
     if name != SINGLE
 ]
+LEARNED = {"kind": "learned", "target_share": 0.4, "explore": 0.3}
+CASES += [
+    ("classification, learned", "tp 2, sequence"),
+    ("mixed, learned", "tp 2, sequence"),
+    ("mixed, learned", "pp 2, recompute 1, micro-batch 4"),
+    ("mixed, learned", "dp 2, ZeRO 2"),
+]
 
 
 def config_of(task: str, folder: Path) -> dict:
     """Return the config of a run that learns a classification, or a language model and two other tasks."""
-    router = {"kind": "random", "attention_share": 0.5}  # no rounding can change a route
+    router = LEARNED if "learned" in task else {"kind": "random", "attention_share": 0.5}  # no rounding changes a coin
     model = {"dropout": 0.1, "num_attention_heads": 4, "router": router}
     training = {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "threads": 1}
-    if task == "classification":
+    if task.startswith("classification"):
         data = {
             "train": [{"path": str(folder / "examples")}],
             "validation": {"valid": str(folder / "held_out")},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from labelled import CLASSES, write_examples
-from support import checkpoint_tensors, pretrain, python, small_config, write_config, write_tokens
+from support import checkpoint_tensors, forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.config.load import parse_config
 from megachiar.errors import UserError
@@ -76,10 +76,10 @@ def test_a_classification_is_learnt(data, tmp_path):
     assert last["macro_f1"] > 0.9
     assert last["examples"] == 61
     assert records(tmp_path, "train")[-1]["tokens"] is None
-    shown = python("-m", "megachiar", "evaluate", tmp_path / "run", "--json").stdout
+    shown = forked_python("-m", "megachiar", "evaluate", tmp_path / "run", "--json").stdout
     assert json.loads(shown)["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert json.loads(shown)["accuracy"] == last["accuracy"]
-    refused = python("-m", "megachiar", "analyze-routing", tmp_path / "run")
+    refused = forked_python("-m", "megachiar", "analyze-routing", tmp_path / "run")
     assert refused.returncode == 2 and "learns classes" in refused.stderr
 
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(data, tmp_path, kind, ranks)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_can_be_repeated(data, tmp_path, kind):
     pretrain(write_config(tmp_path / "config.yaml", KINDS[kind](data, tmp_path)), "checkpoint.every=3")
-    shown = python("-m", "megachiar", "replay", tmp_path / "run", "--step", "5", "--json")
+    shown = forked_python("-m", "megachiar", "replay", tmp_path / "run", "--step", "5", "--json")
     assert shown.returncode == 0, shown.stdout
     repeated = json.loads(shown.stdout)
     recorded = records(tmp_path, "train")[4]
@@ -205,7 +205,7 @@ def test_evaluate_refuses_classes_in_another_order(data, tmp_path, kind):
     task = ["--task", "strides"] if kind == "mixed" else []
     for classes, code in ((CLASSES, 0), (CLASSES[::-1], 2), (("slow", "fast", "other"), 2)):
         write_labels(prefix, np.zeros(20, np.int32), classes)
-        done = python("-m", "megachiar", "evaluate", tmp_path / "run", "--data", prefix, *task)
+        done = forked_python("-m", "megachiar", "evaluate", tmp_path / "run", "--data", prefix, *task)
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         if code:
             assert f"has the classes {', '.join(classes)}" in " ".join(done.stderr.split())
@@ -304,5 +304,5 @@ def test_a_part_of_a_labelled_dataset_is_read(data, tmp_path):
     (train,) = json.loads((tmp_path / "run" / "results.json").read_text())["train"]
     assert train["examples"] == 20
     assert train["tokens"] == stream.labelled[0].dataset.token_of_document(20)
-    shown = python("-m", "megachiar", "replay", tmp_path / "run", "--step", "5", "--json")
+    shown = forked_python("-m", "megachiar", "replay", tmp_path / "run", "--step", "5", "--json")
     assert json.loads(shown.stdout)["loss"] == pytest.approx(records(tmp_path, "train")[4]["loss"], rel=1e-6)
