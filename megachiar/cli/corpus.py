@@ -230,14 +230,14 @@ def make_cifar(options: argparse.Namespace, log: InvalidDocumentLog) -> TaskRepo
 def add_long_range(parser: argparse.ArgumentParser, *others: tuple[str, int, str]) -> None:
     """Add the options that the long-range tasks share, and ``others``: name, default and meaning of a number."""
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the examples (default: %(default)s)")
-    add_counts(parser, 64_000, 500, 2_000)
+    add_counts(parser, 40_000, 500, 2_000)
     shared = (("--length", 128, "tokens of an example"), ("--fillers", 16, "different fillers"))
     for option, default, what in (*shared, *others):
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
 
 
 def add_recall(parser: argparse.ArgumentParser) -> None:
-    pairs = ("--pairs", 8, "pairs of an example; each is asked for once")
+    pairs = ("--pairs", 16, "the most different keys of an example")
     add_long_range(parser, pairs, ("--keys", 32, "different keys"), ("--values", 32, "different values"))
 
 

@@ -75,7 +75,7 @@ class LongRangeSettings:
     """
 
     seed: int
-    train: int = 64_000
+    train: int = 40_000
     valid: int = 500
     test: int = 2_000
     length: int = 128

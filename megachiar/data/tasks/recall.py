@@ -1,11 +1,14 @@
-"""Generate associative recall: pairs of a key and a value among fillers, and later each key again with its value.
+"""Generate associative recall: keys among fillers, each followed by its value, and again whenever it comes back.
 
-    .3 k7 v2 .0 k1 v9 .5 k1 v9 .1 k7 v2
+    .3 k7 v2 k1 v9 .5 k1 v9 .1 k7 v2
 
-The second ``v9`` and the second ``v2`` are the answers. The distance goes from an answer back to the value that it
-repeats: 3 tokens and 8 tokens. Keys of an example differ, so that each has one value. Distances are drawn so that each
-octave is about as frequent. The task is the classical test of what a sequence model remembers (Arora et al., Zoology,
-arXiv:2312.04927).
+The second ``v9`` and the second ``v2`` are the answers: their keys stood before them with these values. The distance
+goes from an answer back to the last value of its key: 3 tokens and 8 tokens. A key keeps its value in an example.
+
+How many keys an example has is drawn so that each octave is about as frequent, and each pair is one of them at random.
+So some examples repeat one pair over and over, from which a model learns to copy, and others ask for what is far back.
+Where every pair was asked for once alone, no model learned to look further than 8 tokens back in 4 million tokens. The
+task is the classical test of what a sequence model remembers (Arora et al., Zoology, arXiv:2312.04927).
 """
 
 from __future__ import annotations
@@ -29,10 +32,9 @@ from megachiar.data.tasks.long_range import (
     some_of,
 )
 from megachiar.data.tasks.task_corpus import Example
-from megachiar.errors import UserError
 
-PLACES = 8  # tokens of an example for each pair, of which pair and query fill 4
-TRIES = 100  # to place a pair and its query, after which another example is drawn
+FILLER_SHARE = 0.25
+"""Probability that a filler comes next, and no pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,11 @@ class RecallSettings(LongRangeSettings):
     """Say which examples of associative recall are drawn.
 
     Attributes:
-        pairs: of an example; each is asked for once.
-        keys, values: how many different keys and values there are.
+        pairs: the most different keys of an example.
+        keys, values: how many different keys and values there are in all examples.
     """
 
-    pairs: int = 8
+    pairs: int = 16
     keys: int = 32
     values: int = 32
 
@@ -53,36 +55,28 @@ def recall(settings: RecallSettings) -> Iterator[Example]:
     """Yield the examples of all parts.
 
     Raises:
-        UserError: a number is out of range, the pairs do not fit, or there are too few different examples.
+        UserError: a number is out of range, or there are too few different examples.
     """
-    symbols = MOST_SYMBOLS
-    check_numbers(
-        settings,
-        [("keys", 1, symbols), ("values", 2, symbols), ("pairs", 1, settings.keys)],
-    )
-    if settings.length < PLACES * settings.pairs:
-        problem = f"{settings.length} tokens: {settings.pairs} pairs and their queries fill more than half"
-        raise UserError("--length", problem, f"give {PLACES * settings.pairs} or more, or fewer --pairs")
+    symbols = [("keys", 1, MOST_SYMBOLS), ("values", 2, MOST_SYMBOLS), ("pairs", 1, settings.keys)]
+    check_numbers(settings, [("length", 8, None), *symbols])
     return draw_examples("recall", settings, lambda rng: draw_recall(rng, settings))
 
 
 def draw_recall(rng: random.Random, settings: RecallSettings) -> Drawn | None:
-    """Return an example; None if its pairs found no place."""
-    tokens = draw_fillers(rng, settings, settings.length)
-    free = [True] * settings.length
+    """Return an example; None if no key comes back."""
+    keys = some_of(rng, FIRST_KEY, settings.keys, log_uniform(rng, 1, settings.pairs))
+    values = [FIRST_VALUE + below(rng, settings.values) for _ in keys]
+    tokens: list[int] = []
     answers = []
-    for key in some_of(rng, FIRST_KEY, settings.keys, settings.pairs):
-        value = FIRST_VALUE + below(rng, settings.values)
-        for _ in range(TRIES):
-            distance = log_uniform(rng, 2, settings.length - 2)
-            pair = below(rng, settings.length - 1 - distance)
-            query = pair + distance
-            cells = (pair, pair + 1, query, query + 1)
-            if all(free[cell] for cell in cells):
-                break
-        else:
-            return None
-        for cell, token in zip(cells, (key, value, key, value), strict=True):
-            tokens[cell], free[cell] = token, False
-        answers.append(Answer(query + 1, distance))
-    return Drawn(tokens, sorted(answers))
+    last: dict[int, int] = {}  # key -> where its value stood
+    while len(tokens) < settings.length:
+        if len(tokens) == settings.length - 1 or rng.random() < FILLER_SHARE:
+            tokens += draw_fillers(rng, settings, 1)
+            continue
+        number = below(rng, len(keys))
+        tokens += [keys[number], values[number]]
+        position = len(tokens) - 1
+        if number in last:
+            answers.append(Answer(position, position - last[number]))
+        last[number] = position
+    return Drawn(tokens, answers) if answers else None

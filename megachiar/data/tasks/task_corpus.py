@@ -33,7 +33,7 @@ class TaskReport(NamedTuple):
     """Describe the corpus of a task.
 
     Attributes:
-        counts: part -> label, or number of answers -> number of examples.
+        counts: part -> label, or ``with answers`` -> number of examples.
         existed: whether the corpus existed already, made by the same call, so that nothing was done.
     """
 
@@ -104,14 +104,14 @@ def write_task(
 def _counted(
     examples: Iterable[Example], counts: Mapping[str, Counter[str]], progress: ExampleProgress
 ) -> Iterator[Example]:
-    """Yield ``examples`` and count their labels, or how many have so many answers.
+    """Yield ``examples`` and count their labels.
 
     Raises:
         UserError: a part has no example.
     """
     number = 0
     for number, (part, record) in enumerate(examples, 1):
-        counts[part][_counted_as(record)] += 1
+        counts[part][str(record.get("label", "with answers"))] += 1
         if number % COUNTED_TOGETHER == 0:
             progress.advance(COUNTED_TOGETHER)
         yield part, record
@@ -119,14 +119,6 @@ def _counted(
     for part, labels in counts.items():
         if not labels:
             raise UserError(f"{part}.jsonl", f"got none of {number:,} examples", "give more examples")
-
-
-def _counted_as(record: Mapping[str, Any]) -> str:
-    """Return the label of an example, or how many answers it has."""
-    if "label" in record:
-        return str(record["label"])
-    answers = len(record["answers"])
-    return "1 answer" if answers == 1 else f"{answers} answers"
 
 
 def _digest_of(inputs: Iterable[Path]) -> str:
