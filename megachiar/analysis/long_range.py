@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,6 +124,30 @@ class PositionLoss:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
         return asdict(self)
+
+
+class Measured(NamedTuple):
+    """What was measured of a run on a dataset.
+
+    Attributes:
+        checkpoint, step: of the run.
+        data: the dataset.
+        total: accuracy of all answers, or by position the loss of all tokens.
+        parts: by octave.
+    """
+
+    checkpoint: Path
+    step: int
+    data: Path
+    total: Accuracy | float
+    parts: Sequence[Accuracy] | Sequence[PositionLoss]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values as ``--json`` prints them."""
+        whole = {"loss": self.total} if isinstance(self.total, float) else self.total.as_dict()
+        by = "positions" if isinstance(self.total, float) else "distances"
+        head = {"checkpoint": str(self.checkpoint), "step": self.step, "data": str(self.data)}
+        return {**head, **whole, by: [part.as_dict() for part in self.parts]}
 
 
 def measure_answers(

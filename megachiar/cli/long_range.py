@@ -15,39 +15,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
 from megachiar.options import PRECISIONS, CommandParser, OptionError, add_json_option, number
 
 if TYPE_CHECKING:
-    from megachiar.analysis.long_range import Accuracy, PositionLoss
+    from megachiar.analysis.long_range import Accuracy, Measured, PositionLoss
     from megachiar.inference.language_model import LanguageModel
-
-
-class Measured(NamedTuple):
-    """What was measured of a run on a dataset.
-
-    Attributes:
-        checkpoint, step: of the run.
-        data: the dataset.
-        total: accuracy of all answers, or by position the loss of all tokens.
-        parts: by octave.
-    """
-
-    checkpoint: Path
-    step: int
-    data: Path
-    total: Accuracy | float
-    parts: Sequence[Accuracy] | Sequence[PositionLoss]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the values as ``--json`` prints them."""
-        whole = {"loss": self.total} if isinstance(self.total, float) else self.total.as_dict()
-        by = "positions" if isinstance(self.total, float) else "distances"
-        head = {"checkpoint": str(self.checkpoint), "step": self.step, "data": str(self.data)}
-        return {**head, **whole, by: [part.as_dict() for part in self.parts]}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +84,7 @@ def measure_run(run: Path, options: argparse.Namespace) -> list[Measured]:
 
 def by_distance(model: LanguageModel, data: Path, options: argparse.Namespace) -> Measured:
     """Return the accuracy of a run on a dataset by distance."""
-    from megachiar.analysis.long_range import accuracy_by_distance, accuracy_of, measure_answers
+    from megachiar.analysis.long_range import Measured, accuracy_by_distance, accuracy_of, measure_answers
     from megachiar.data.tasks.answered import AnsweredSet
     from megachiar.progress import CountProgress
 
@@ -122,7 +98,7 @@ def by_distance(model: LanguageModel, data: Path, options: argparse.Namespace) -
 
 def by_position(model: LanguageModel, data: Path, options: argparse.Namespace) -> Measured:
     """Return the loss of a run on a text by position."""
-    from megachiar.analysis.long_range import loss_by_position, mean_loss
+    from megachiar.analysis.long_range import Measured, loss_by_position, mean_loss
     from megachiar.progress import CountProgress
 
     length, longest = options.sequence_length, model.config.model.max_sequence_length
