@@ -7,8 +7,7 @@ goes from an answer back to the last value of its key: 3 tokens and 8 tokens. A 
 
 How many keys an example has is drawn so that each octave is about as frequent, and each pair is one of them at random.
 So some examples repeat one pair over and over, from which a model learns to copy, and others ask for what is far back.
-Where every pair was asked for once alone, no model learned to look further than 8 tokens back in 4 million tokens. The
-task is the classical test of what a sequence model remembers (Arora et al., Zoology, arXiv:2312.04927).
+The task is the classical test of what a sequence model remembers (Arora et al., Zoology, arXiv:2312.04927).
 """
 
 from __future__ import annotations
