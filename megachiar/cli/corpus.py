@@ -17,6 +17,13 @@ Examples with labels, for classification (`megachiar corpus TASK --help` has the
     megachiar corpus pathfinder --from lra_release/pathfinder32 --output data/pathfinder
     megachiar corpus cifar10 --from cifar-10-batches-bin --output data/cifar10
 
+Texts that ask for what is far back, for `megachiar long-range`:
+
+    megachiar corpus recall --seed 1 --output data/recall                 # keys and values
+    megachiar corpus copy --seed 1 --output data/copy                     # a string, a gap, the string again
+    megachiar corpus needle --seed 1 --output data/needle                 # a fact in filler text
+    megachiar corpus listops-distance --seed 1 --output data/far-lists    # lists with one argument that decides
+
 A command that was done before does nothing.
 """
 
@@ -220,8 +227,60 @@ def make_cifar(options: argparse.Namespace, log: InvalidDocumentLog) -> TaskRepo
     )
 
 
+def add_long_range(parser: argparse.ArgumentParser, *others: tuple[str, int, str]) -> None:
+    """Add the options that the long-range tasks share, and ``others``: name, default and meaning of a number."""
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the examples (default: %(default)s)")
+    add_counts(parser, 40_000, 500, 2_000)
+    shared = (("--length", 128, "tokens of an example"), ("--fillers", 16, "different fillers"))
+    for option, default, what in (*shared, *others):
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+
+
+def add_recall(parser: argparse.ArgumentParser) -> None:
+    pairs = ("--pairs", 16, "the most different keys of an example")
+    add_long_range(parser, pairs, ("--keys", 32, "different keys"), ("--values", 32, "different values"))
+
+
+def add_copy(parser: argparse.ArgumentParser) -> None:
+    add_long_range(parser, ("--string", 8, "tokens of the string"), ("--values", 32, "different tokens in strings"))
+
+
+def add_needle(parser: argparse.ArgumentParser) -> None:
+    facts = ("--facts", 4, "facts of an example, of which one is asked for")
+    add_long_range(parser, facts, ("--keys", 32, "different keys"), ("--values", 32, "different values"))
+    depth = "where that fact stands: 0 at the beginning, 1 right before the question (default: at any distance)"
+    parser.add_argument("--depth", type=number(float, least=0, most=1), metavar="SHARE", help=depth)
+
+
+def add_far_lists(parser: argparse.ArgumentParser) -> None:
+    add_long_range(parser, ("--max-depth", 4, "the deepest level of a list, that of the outermost one being 1"))
+
+
+def long_range_maker(name: str) -> Callable[[argparse.Namespace, InvalidDocumentLog], TaskReport]:
+    """Return what makes the corpus of a long-range task, whose settings are its options."""
+
+    def make(options: argparse.Namespace, log: InvalidDocumentLog) -> TaskReport:
+        from dataclasses import asdict, fields
+
+        from megachiar.data.tasks.long_range_tasks import LONG_RANGE_TASKS
+        from megachiar.data.tasks.task_corpus import write_task
+
+        settings_type, make_examples = LONG_RANGE_TASKS[name]
+        settings = settings_type(**{field.name: getattr(options, field.name) for field in fields(settings_type)})
+        examples = make_examples(settings)  # checks the settings, before a corpus of the same options is looked for
+        return write_task(
+            lambda: examples,
+            options.output,
+            {"source": name, **asdict(settings)},
+            total=sum(settings.counts.values()),
+            overwrite=options.overwrite,
+        )
+
+    return make
+
+
 class Task(NamedTuple):
-    """A corpus with labels: what it is, its options, and what makes it."""
+    """A corpus of examples: what it is, its options, and what makes it."""
 
     what: str
     add_options: Callable[[argparse.ArgumentParser], None]
@@ -237,6 +296,20 @@ TASKS = {
         "Write Pathfinder's images, each as a sequence of gray pixels.", add_pathfinder, make_pathfinder
     ),
     "cifar10": Task("Write the images of CIFAR-10, each as a sequence of gray pixels.", add_cifar, make_cifar),
+    "recall": Task(
+        "Generate associative recall: keys that are asked for their values.", add_recall, long_range_maker("recall")
+    ),
+    "copy": Task("Generate copying: a string, a gap, and the string again.", add_copy, long_range_maker("copy")),
+    "needle": Task(
+        "Generate needle retrieval: a fact in filler text, and a question after it.",
+        add_needle,
+        long_range_maker("needle"),
+    ),
+    "listops-distance": Task(
+        "Generate nested lists in which one argument decides, far from its operator.",
+        add_far_lists,
+        long_range_maker("listops-distance"),
+    ),
 }
 
 

@@ -37,6 +37,7 @@ GROUPS = {
     "Trained models": {
         "checkpoint": "list, verify, show, compare and remove checkpoints",
         "evaluate": "measure perplexity and bits per byte on a dataset",
+        "long-range": "measure answers by distance, and the loss by position",
         "generate": "sample text",
         "routes": "show which operator each token of a text takes",
         "demo": "show routes live in a browser",

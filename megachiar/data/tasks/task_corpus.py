@@ -1,7 +1,8 @@
-"""Write the corpus of a classification task: ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` with labels.
+"""Write the corpus of a task: ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl``.
 
 Each line holds an example: ``text``, or ``text1`` and ``text2``, or ready-made ``tokens``; its ``label``; and what else
-tells where it is from. ``megachiar preprocess --label-key label`` makes labelled datasets of them.
+tells where it is from. ``megachiar preprocess --label-key label`` makes labelled datasets of them. The long-range tasks
+have ``answers`` in place of a label, and are read as text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TaskReport(NamedTuple):
     """Describe the corpus of a task.
 
     Attributes:
-        counts: part -> label -> number of examples.
+        counts: part -> label, or ``with answers`` -> number of examples.
         existed: whether the corpus existed already, made by the same call, so that nothing was done.
     """
 
@@ -110,7 +111,7 @@ def _counted(
     """
     number = 0
     for number, (part, record) in enumerate(examples, 1):
-        counts[part][str(record["label"])] += 1
+        counts[part][str(record.get("label", "with answers"))] += 1
         if number % COUNTED_TOGETHER == 0:
             progress.advance(COUNTED_TOGETHER)
         yield part, record
