@@ -133,7 +133,9 @@ def forward_flops_of_attention(config: ModelConfig, sequence_length: int) -> Tok
 
 
 def _sum_of(layers: Sequence[TokenFlops]) -> TokenFlops:
-    return TokenFlops(**{field.name: sum(getattr(layer, field.name) for layer in layers) for field in fields(TokenFlops)})
+    return TokenFlops(
+        **{field.name: sum(getattr(layer, field.name) for layer in layers) for field in fields(TokenFlops)}
+    )
 
 
 def layer_flops_per_token(

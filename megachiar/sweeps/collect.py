@@ -41,7 +41,7 @@ def collect(sweep: Sweep, statuses: Sequence[CellStatus], folder: Path) -> list[
     target = folder / sweep.path.stem
     written = []
     for cell in (status.cell for status in statuses if status.result is not None):
-        copy = _collected(target, cell)
+        copy = collected_path(target, cell)
         pairs = [(result_path(cell.run), copy), (cell.file(SUFFIX), copy.with_name(f"seed_{cell.seed}{SUFFIX}"))]
         for source, path in pairs:
             if source.exists():
@@ -64,11 +64,12 @@ def collected_results(cells: Sequence[Cell], folder: Path) -> Results:
     """
     found: dict[str, dict[int, RunResult]] = {}
     for cell in cells:
-        result = read_result_file(_collected(folder / cell.sweep.path.stem, cell))
+        result = read_result_file(collected_path(folder / cell.sweep.path.stem, cell))
         if result is not None:
             found.setdefault(cell.variant.name, {})[cell.seed] = result
     return found
 
 
-def _collected(folder: Path, cell: Cell) -> Path:
+def collected_path(folder: Path, cell: Cell) -> Path:
+    """Return the copy of the result of a cell below the folder of its sweep."""
     return folder / cell.variant.name / f"seed_{cell.seed}.json"
