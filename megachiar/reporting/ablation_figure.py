@@ -39,10 +39,10 @@ def draw_ablation(ablation: Ablation) -> Figure:
         _name_rows(values, variants)
         for axes in (values, differences):
             axes.locator_params(axis="x", nbins=6)
+            axes.grid(False, axis="y")
     return figure
 
 
 def _name_rows(axes: Axes, variants: list[str]) -> None:
     axes.set_yticks(range(len(variants)), [shortened(variant, 32) for variant in variants])
     axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.grid(False, axis="y")

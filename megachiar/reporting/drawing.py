@@ -19,7 +19,7 @@ __all__ = ["Axes", "Figure", "Picture", "check_matplotlib", "draw", "legend_belo
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a66f00", "#7b3294", "#4d4d4d")
 """Colours that colour-blind readers can tell apart."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-"""Kinds of lines, the next one where the colours begin again."""
+"""Kinds of lines, in turn: where two curves are equal, both can be seen."""
 _DPI = 160
 _LONGEST_LABEL = 44  # letters
 _STYLE = {
@@ -103,7 +103,8 @@ def new_figure(rows: int, columns: int, width: float, height: float, **settings:
 
 def style_of(place: int) -> dict[str, Any]:
     """Return colour and kind of the line of the series number ``place``."""
-    kind = DASHES[place // len(COLOURS) % len(DASHES)]
+    # A pair comes again after 8 colours with 4 kinds of lines only where the kinds move on with each round of colours.
+    kind = DASHES[(place + place // len(COLOURS)) % len(DASHES)]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": kind}
 
 

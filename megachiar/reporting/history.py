@@ -57,22 +57,22 @@ def one_history(records: Sequence[Record]) -> list[Record]:
     """Return the records without those of steps that a later start has repeated."""
     kept: list[Record] = []
     for record in records:
-        step, kind = record["step"], record["kind"]
-        is_repeated = any(old["kind"] == kind for old in _records_at(kept, step))
-        while kept and (kept[-1]["step"] > step or (is_repeated and kept[-1]["step"] == step)):
+        while kept and kept[-1]["step"] > record["step"]:
             kept.pop()
+        if (place := _place_of(kept, record)) is not None:
+            del kept[place:]
         kept.append(record)
     return kept
 
 
-def _records_at(records: Sequence[Record], step: int) -> list[Record]:
-    """Return the last records, as far as they are of ``step``."""
-    found = []
-    for record in reversed(records):
-        if record["step"] != step:
-            break
-        found.append(record)
-    return found
+def _place_of(records: Sequence[Record], wanted: Record) -> int | None:
+    """Return the place of the last record that is of the step and kind of ``wanted``; None if there is none."""
+    for place in range(len(records) - 1, -1, -1):
+        if records[place]["step"] != wanted["step"]:
+            return None
+        if records[place]["kind"] == wanted["kind"]:
+            return place
+    return None
 
 
 def curve(records: Sequence[Record], kind: str, value: str) -> Curve:

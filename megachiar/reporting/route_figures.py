@@ -32,7 +32,8 @@ def draw_heatmap(label: str, routes: TextRoutes) -> Figure:
     above.set_title(f"Operators: {shortened(label, 60)}")
     shares = operator_shares(trace)[[n for n, routed in enumerate(trace.routed) if routed]].mean(0)
     names = [
-        f"{NAMES[name]}, {share:.0%} in routed layers" for name, share in zip(trace.operators, shares, strict=True)
+        f"{NAMES[name]}, {100 * share:.0f} % in routed layers"
+        for name, share in zip(trace.operators, shares, strict=True)
     ]
     figure.legend(handles=patches(names, colours), loc="outside upper right", ncols=len(names))
     picture = below.imshow(entropy, cmap="viridis", **edges)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from labelled import write_examples
 from support import pretrain, small_config, write_config
 from text_helpers import DOCUMENTS, numbered_documents, run_tool, train, write_jsonl
 
@@ -70,10 +70,18 @@ def _train(
 def _write_data(folder: Path) -> None:
     """Write two texts, one of them named as WikiText-2 is, and one labelled dataset, each in three parts."""
     tokenizer = train(folder, "sentencepiece", VOCABULARY)
-    for number, part in enumerate(("train", "valid", "test")):
-        corpus = write_jsonl(folder / f"{part}.jsonl", numbered_documents(40 if part == "train" else 6) + DOCUMENTS)
-        for name in ("wikitext-2", "again"):
-            prefix = ["--append-eod", "--workers", 1, "--output-prefix", folder / f"{name}_{part}"]
-            done = run_tool("preprocess_data", "--input", corpus, "--tokenizer", tokenizer, *prefix)
+    for part in ("train", "valid", "test"):
+        texts = numbered_documents(40 if part == "train" else 6) + DOCUMENTS[:2]
+        corpus = write_jsonl(folder / f"{part}.jsonl", texts)
+        labelled = folder / f"labelled_{part}.jsonl"
+        rows = [json.dumps({"text": text, "label": number % 3}) for number, text in enumerate(texts)]
+        labelled.write_text("\n".join(rows) + "\n")
+        common = ["--tokenizer", tokenizer, "--workers", 1, "--output-prefix"]
+        kinds = ["--input", labelled, "--label-key", "label", "--classes", "0,1,2", *common, folder / f"kinds_{part}"]
+        for arguments in (
+            ["--input", corpus, "--append-eod", *common, folder / f"wikitext-2_{part}"],
+            ["--input", corpus, "--append-eod", *common, folder / f"again_{part}"],
+            kinds,
+        ):
+            done = run_tool("preprocess_data", *arguments)
             assert done.returncode == 0, done.stderr
-        write_examples(folder / f"kinds_{part}", 24, seed=number, vocab_size=VOCABULARY, longest=24)
