@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from megachiar.reporting.drawing import legend_below, new_figure, shortened, style_of, thousands, whole_numbers
+from megachiar.reporting.drawing import (
+    colour_bar,
+    colours_between,
+    legend_below,
+    new_figure,
+    shortened,
+    style_of,
+    thousands,
+    whole_numbers,
+)
 from megachiar.reporting.history import Curve, against_tokens, curve, layer_curves
 from megachiar.reporting.reported_run import ReportedRun
 
@@ -16,8 +25,7 @@ if TYPE_CHECKING:
 
 _BINS = 40  # of the gate's histogram
 _LAYERS_WITH_NAMES = 8  # more are shown by a bar of colours
-Curves = Mapping[str, Curve]
-"""By the label of the run."""
+_FEW = 30  # points, which are marked
 
 
 class Panel:
@@ -65,8 +73,7 @@ def draw_panels(rows: Sequence[Sequence[Panel]], runs: Sequence[ReportedRun], y:
             for run in runs:
                 if (found := panel.curves.get(run.label)) is not None:
                     style = styles[run.name.variant]
-                    marker = {"marker": "o", "markersize": 3} if len(found.x) < 30 else {}
-                    axes.plot(found.x, found.y, **style, **marker)
+                    axes.plot(found.x, found.y, **style, **marks(found.x))
                     shown[run.name.variant] = style
             _finish(axes, panel, y)
     legend_below(figure, list(shown), list(shown.values()))
@@ -95,43 +102,50 @@ def learning_rates(runs: Sequence[ReportedRun]) -> list[list[Panel]]:
     return [[panel]] if panel.curves else []
 
 
-def gates(runs: Sequence[ReportedRun]) -> dict[str, Curve]:
-    """Return the gate g of the MetaRouter by run, and of a mixed run by task too."""
-    found = {}
+class GateCurve(NamedTuple):
+    """The gate g of a run, or of one task of a mixed run.
+
+    Attributes:
+        name: in the legend: that of the variant, and of a mixed run's task.
+        curve: of finite values.
+    """
+
+    name: str
+    curve: Curve
+
+
+def gates(runs: Sequence[ReportedRun]) -> list[GateCurve]:
+    """Return the gate of the MetaRouter of each run that has logged one, and of a mixed run by task."""
+    found = []
     for run in runs:
-        names = [("gate", run.label)]
+        names = {"gate": run.name.variant}
         if run.config is not None and run.config.mixed.tasks:
-            main = "main task"
-            names = [("gate", f"{run.label}, {main}")]
-            names += [(f"{task}/gate", f"{run.label}, {task}") for task in run.config.mixed.tasks]
-        for key, label in names:
+            names = {"gate": f"{run.name.variant}, main task"}
+            names |= {f"{task}/gate": f"{run.name.variant}, {task}" for task in run.config.mixed.tasks}
+        for key, name in names.items():
             points = curve(run.records, "train", key)
             known = [place for place, value in enumerate(points.y) if np.isfinite(value)]
             if known:
-                found[label] = Curve([points.x[place] for place in known], [points.y[place] for place in known])
+                finite = Curve([points.x[place] for place in known], [points.y[place] for place in known])
+                found.append(GateCurve(name, finite))
     return found
 
 
-def draw_gates(curves: Curves) -> Figure:
+def draw_gates(curves: Sequence[GateCurve]) -> Figure:
     """Draw gates over steps, and beside them how often each value was logged."""
-    figure, ((over_steps, counts),) = new_figure(1, 2, 8.6, 3.6, sharey=True, gridspec_kw={"width_ratios": [3, 1]})
-    values = np.concatenate([found.y for found in curves.values()])
+    settings = {"sharey": True, "gridspec_kw": {"width_ratios": [3, 1]}}
+    figure, ((over_steps, counts),) = new_figure(1, 2, 8.6, 3.6, **settings)
+    values = np.concatenate([found.curve.y for found in curves])
     margin = max(0.02, 0.08 * float(values.max() - values.min()))
-    low, high = max(0.0, float(values.min()) - margin), min(1.0, float(values.max()) + margin)
-    for place, found in enumerate(curves.values()):
-        style = style_of(place)
-        marker = {"marker": "o", "markersize": 3} if len(found.x) < 30 else {}
-        over_steps.plot(found.x, found.y, **style, **marker)
-        counts.hist(
-            found.y,
-            bins=_BINS,
-            range=(low, high),
-            orientation="horizontal",
-            histtype="stepfilled",
-            alpha=0.35,
-            color=style["color"],
-        )
-    over_steps.set_ylim(low, high)
+    limits = (max(0.0, float(values.min()) - margin), min(1.0, float(values.max()) + margin))
+    styles = {name: style_of(place) for place, name in enumerate(dict.fromkeys(found.name for found in curves))}
+    for name, (x, y) in curves:
+        over_steps.plot(x, y, **styles[name], **marks(x))
+    for name, style in styles.items():
+        of_name = [value for found in curves if found.name == name for value in found.curve.y]
+        bars = {"bins": _BINS, "range": limits, "orientation": "horizontal", "histtype": "stepfilled", "alpha": 0.35}
+        counts.hist(of_name, color=style["color"], **bars)
+    over_steps.set_ylim(*limits)
     over_steps.set_title("Gate of the MetaRouter")
     over_steps.set_xlabel("step")
     over_steps.set_ylabel("mean g (1: DCT mixing, 0: bypass)")
@@ -139,8 +153,13 @@ def draw_gates(curves: Curves) -> Figure:
     counts.set_xlabel("records")
     for axis in (over_steps.xaxis, counts.xaxis):
         whole_numbers(axis)
-    legend_below(figure, list(curves), [style_of(place) for place in range(len(curves))])
+    legend_below(figure, list(styles), list(styles.values()))
     return figure
+
+
+def marks(x: Sequence[float]) -> dict[str, Any]:
+    """Return the settings that mark the points of a curve of few points."""
+    return {"marker": "o", "markersize": 3} if len(x) < _FEW else {}
 
 
 def routed_shares(run: ReportedRun) -> dict[int, Curve]:
@@ -153,13 +172,10 @@ def routed_shares(run: ReportedRun) -> dict[int, Curve]:
 
 def draw_shares(label: str, shares: Mapping[int, Curve]) -> Figure:
     """Draw the attention share of each routed layer over steps: dark lines are early layers."""
-    from megachiar.reporting.drawing import colour_bar, colours_between
-
     figure, ((axes,),) = new_figure(1, 1, 6.4, 3.4)
     colours = colours_between(len(shares))
     for (layer, found), colour in zip(shares.items(), colours, strict=True):
-        marker = {"marker": "o", "markersize": 3} if len(found.x) < 30 else {}
-        axes.plot(found.x, found.y, color=colour, label=f"layer {layer}", **marker)
+        axes.plot(found.x, found.y, color=colour, label=f"layer {layer}", **marks(found.x))
     axes.set_ylim(-0.03, 1.03)
     axes.set_title(f"Attention share: {shortened(label, 60)}")
     axes.set_xlabel("step")
