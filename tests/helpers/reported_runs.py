@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from support import pretrain, small_config, write_config
-from text_helpers import DOCUMENTS, numbered_documents, run_tool, train, write_jsonl
+from text_helpers import DOCUMENTS, numbered_documents, train, write_jsonl
+
+from megachiar.cli import preprocess
 
 VOCABULARY = 400
 STEPS = 6
@@ -26,8 +28,8 @@ def make_runs(folder: Path) -> None:
     for seed in (1, 2):
         _train(folder, f"baseline/seed_{seed}", seed, kind="baseline")
         _train(folder, f"threshold/seed_{seed}", seed)
-    tasks = {name: task | {"data": str(folder / f"{name}_train")} for name, task in TASKS.items()}
-    tasks["kinds"]["validation"] = str(folder / "kinds_valid")
+    of_kinds = {"data": str(folder / "kinds_train"), "validation": str(folder / "kinds_valid")}
+    tasks = {"kinds": TASKS["kinds"] | of_kinds, "again": TASKS["again"] | {"data": str(folder / "wikitext-2_valid")}}
     mixed = {"probability": 0.9, "group_size": 4, "tasks": tasks}
     _train(folder, "a/run", 1, sections={"mixed": mixed}, operators=["dct", "rbf", "attention"], bounds=(0.5, 0.8))
     task = {"kind": "classification", "classes": 3}
@@ -78,10 +80,6 @@ def _write_data(folder: Path) -> None:
         labelled.write_text("\n".join(rows) + "\n")
         common = ["--tokenizer", tokenizer, "--workers", 1, "--output-prefix"]
         kinds = ["--input", labelled, "--label-key", "label", "--classes", "0,1,2", *common, folder / f"kinds_{part}"]
-        for arguments in (
-            ["--input", corpus, "--append-eod", *common, folder / f"wikitext-2_{part}"],
-            ["--input", corpus, "--append-eod", *common, folder / f"again_{part}"],
-            kinds,
-        ):
-            done = run_tool("preprocess_data", *arguments)
-            assert done.returncode == 0, done.stderr
+        text = ["--input", corpus, "--append-eod", *common, folder / f"wikitext-2_{part}"]
+        for arguments in (text, kinds):
+            preprocess.main([str(argument) for argument in arguments])
