@@ -14,6 +14,8 @@ from megachiar.viewer.page import source_of
 
 _UNSHOWN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # no characters of HTML
 
+_SCALE = 0.75  # pixels of a page for one of a figure, so that all figures have letters of one size
+
 
 def report_page(tables: Sequence[Table], pictures: Sequence[Picture], notes: Sequence[str]) -> str:
     """Return the page.
@@ -74,10 +76,12 @@ def _table(table: Table) -> str:
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
+    width = round(_SCALE * int.from_bytes(picture.png[16:20], "big"))  # as the first chunk of a PNG file has it
     note = f'<p class="note">{shown(picture.note)}</p>' if picture.note else ""
     return (
         f'<section id="fig-{picture.name}"><h2>{shown(picture.title)}</h2>{note}\n'
-        f'<div class="wide"><img alt="{shown(picture.title)}" src="data:image/png;base64,{data}"></div></section>'
+        f'<div class="wide"><img alt="{shown(picture.title)}" width="{width}" src="data:image/png;base64,{data}"></div>'
+        "</section>"
     )
 
 

@@ -119,7 +119,7 @@ def _draw_ablation(ablation: Ablation) -> Picture:
     note = (
         f"Bars at the left: standard deviation over seeds. At the right: paired differences from {ablation.reference}."
     )
-    return draw("ablation", "Ablation", note, lambda: ablation_figure.draw_ablation(ablation))
+    return draw("ablation", "Variants and their differences", note, lambda: ablation_figure.draw_ablation(ablation))
 
 
 def _draw_curves(runs: Sequence[ReportedRun], notes: Notes) -> list[Picture]:
