@@ -138,7 +138,7 @@ def continuations_table(looks: Looks, settings: LookSettings) -> Table:
     how = "the likeliest token each" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
     if settings.temperature:
         how += f", seed {settings.seed}"
-    note = f"At most {settings.max_new_tokens} new tokens, {how}. Where a run ends the text at once, or adds white space alone, the cell says (nothing)."
+    note = f"At most {settings.max_new_tokens} new tokens, {how}. (nothing): no text came, or white space alone."
     return Table("continuations", "Continuations of prompts", ("prompt", *labels), rows, columns, note)
 
 
