@@ -42,6 +42,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"training"},
     {"inference", "analysis", "interop", "pretrain"},
     {"viewer", "sweeps"},
+    {"reporting"},
     {"cli"},
     {"__main__"},
 )

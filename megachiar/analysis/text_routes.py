@@ -22,7 +22,7 @@ from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.kernels.spectral import white_noise_entropy
 from megachiar.model import ChiarFormer
-from megachiar.planning.flops import layer_flops_per_token
+from megachiar.planning.flops import forward_flops_of_attention, forward_flops_of_shares
 
 
 class Window(NamedTuple):
@@ -263,17 +263,10 @@ def flops_saved(routes: TextRoutes, config: ModelConfig) -> dict[str, float]:
     """
     length = min(len(routes.tokens), config.max_sequence_length)
     shares = [_named(routes.trace.operators, row) for row in operator_shares(routes.trace)]
-    layers = [
-        layer_flops_per_token(config, index, length, share["attention"], share.get("rbf", 0.0))
-        for index, share in enumerate(shares)
-    ]
-    baseline = config.model_copy(update={"kind": "baseline"})
-    dense = [layer_flops_per_token(baseline, index, length, 1.0) for index in range(config.num_layers)]
-    head = 2 * config.hidden_size * config.vocab_size
-    return {
-        "operators": 1 - sum(layer.operators for layer in layers) / sum(layer.operators for layer in dense),
-        "model": 1 - (head + sum(layer.total for layer in layers)) / (head + sum(layer.total for layer in dense)),
-    }
+    attention, rbf = [share["attention"] for share in shares], [share.get("rbf", 0.0) for share in shares]
+    routed = forward_flops_of_shares(config, length, attention, rbf)
+    dense = forward_flops_of_attention(config, length)
+    return {"operators": 1 - routed.operators / dense.operators, "model": 1 - routed.total / dense.total}
 
 
 def noise_of(config: ModelConfig) -> dict[str, float]:

@@ -43,6 +43,7 @@ GROUPS = {
         "demo": "show routes live in a browser",
         "calibrate": "find thresholds for the router",
         "bigram": "measure the perplexity of a bigram model, to compare with",
+        "report": "make tables and figures of runs, and one HTML page",
         "analyze-routing": "say whether the router knows anything, with error bars",
         "flips": "count the tokens that 16 bits route otherwise than fp32",
         "import": "make a run of a checkpoint of the published code",

@@ -64,6 +64,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
+    from megachiar.config.shipped import find_sweep
     from megachiar.config.sweep import load_sweep
     from megachiar.launch import quiet_deepspeed
 
@@ -128,15 +129,6 @@ def train(
         print_table(sweep, results, as_json=False)
         console.print(f"the whole table: {' and '.join(map(str, written))}", markup=False)
     return code
-
-
-def find_sweep(path: Path) -> Path:
-    """Return the file of a sweep that is given by its path, or by the name of a shipped one."""
-    from megachiar.config.shipped import shipped_sweeps
-
-    shipped = shipped_sweeps()
-    named = f"sweeps/{str(path).removeprefix('sweeps/').removesuffix('.yaml')}"
-    return shipped[named] if not path.exists() and named in shipped else path
 
 
 def print_cell(cell: Cell, console: Console) -> int:

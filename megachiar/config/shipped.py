@@ -34,6 +34,13 @@ def shipped_sweeps() -> dict[str, Path]:
     return {_name_of(path, folder): path for path in sorted((folder / "sweeps").glob("*.yaml"))}
 
 
+def find_sweep(path: Path) -> Path:
+    """Return the file of a sweep that is given by its path, or by the name of a shipped one."""
+    shipped = shipped_sweeps()
+    named = f"sweeps/{str(path).removeprefix('sweeps/').removesuffix('.yaml')}"
+    return shipped[named] if not path.exists() and named in shipped else path
+
+
 def _name_of(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 

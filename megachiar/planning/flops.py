@@ -31,6 +31,7 @@ H is the spectral entropy, d the number of channels. A soft router computes ever
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from megachiar.config.model import ModelConfig
@@ -105,8 +106,38 @@ def forward_flops_per_token(
         )
         for index in range(config.num_layers)
     ]
-    sums = {field.name: sum(getattr(layer, field.name) for layer in layers) for field in fields(TokenFlops)}
-    return replace(TokenFlops(**sums), head=(4 if backward else 2) * config.hidden_size * config.vocab_size)
+    return replace(_sum_of(layers), head=(4 if backward else 2) * config.hidden_size * config.vocab_size)
+
+
+def forward_flops_of_shares(
+    config: ModelConfig, sequence_length: int, attention_shares: Sequence[float], rbf_shares: Sequence[float]
+) -> TokenFlops:
+    """Return the FLOPs of one token's forward pass where the shares of each layer are known.
+
+    Args:
+        config: config of the model.
+        sequence_length: tokens of the sequence.
+        attention_shares: share of each layer's tokens that take attention; that of a fixed layer is not read.
+        rbf_shares: the same of RBF mixing.
+    """
+    layers = [
+        layer_flops_per_token(config, index, sequence_length, attention, rbf)
+        for index, (attention, rbf) in enumerate(zip(attention_shares, rbf_shares, strict=True))
+    ]
+    return replace(_sum_of(layers), head=2 * config.hidden_size * config.vocab_size)
+
+
+def forward_flops_of_attention(config: ModelConfig, sequence_length: int) -> TokenFlops:
+    """Return the FLOPs of one token's forward pass if every token of every layer took attention, without a router."""
+    everywhere = config.model_copy(update={"kind": "baseline"})
+    ones, zeros = [1.0] * config.num_layers, [0.0] * config.num_layers
+    return forward_flops_of_shares(everywhere, sequence_length, ones, zeros)
+
+
+def _sum_of(layers: Sequence[TokenFlops]) -> TokenFlops:
+    return TokenFlops(
+        **{field.name: sum(getattr(layer, field.name) for layer in layers) for field in fields(TokenFlops)}
+    )
 
 
 def layer_flops_per_token(

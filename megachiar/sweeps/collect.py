@@ -42,7 +42,7 @@ def collect(sweep: Sweep, statuses: Sequence[CellStatus], folder: Path) -> list[
     target = folder / sweep.path.stem
     written = []
     for cell in (status.cell for status in statuses if status.result is not None):
-        copy = _collected(target, cell)
+        copy = collected_path(target, cell)
         pairs = [(result_path(cell.run), copy), (cell.file(SUFFIX), _measured_copy(copy, cell))]
         written += [target for source, target in pairs if _copy_if_there(source, target)]
     results = finished_results(statuses)
@@ -72,7 +72,7 @@ def restore(cells: Sequence[Cell], folder: Path) -> list[Cell]:
                 found.pop(source.name, None)
     restored = [cell for cell in found.values() if is_new(cell)]
     for cell in restored:
-        copy = _collected(folder / cell.sweep.path.stem, cell)
+        copy = collected_path(folder / cell.sweep.path.stem, cell)
         _copy_if_there(_measured_copy(copy, cell), cell.file(SUFFIX))
         _copy_if_there(copy, result_path(cell.run))
     return restored
@@ -90,7 +90,7 @@ def _copy_if_there(source: Path, target: Path) -> bool:
 
 def _fits(cell: Cell, folder: Path) -> bool:
     """Return whether the collected result of a cell is there, and of the config that the cell has."""
-    copy = _collected(folder / cell.sweep.path.stem, cell)
+    copy = collected_path(folder / cell.sweep.path.stem, cell)
     result, measured = read_result_file(copy), None
     if result is None:
         return False
@@ -109,13 +109,14 @@ def collected_results(cells: Sequence[Cell], folder: Path) -> Results:
     """
     found: dict[str, dict[int, RunResult]] = {}
     for cell in cells:
-        result = read_result_file(_collected(folder / cell.sweep.path.stem, cell))
+        result = read_result_file(collected_path(folder / cell.sweep.path.stem, cell))
         if result is not None:
             found.setdefault(cell.variant.name, {})[cell.seed] = result
     return found
 
 
-def _collected(folder: Path, cell: Cell) -> Path:
+def collected_path(folder: Path, cell: Cell) -> Path:
+    """Return the copy of the result of a cell below the folder of its sweep."""
     return folder / cell.variant.name / f"seed_{cell.seed}.json"
 
 

@@ -172,8 +172,20 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read.
     """
-    records = (_parse(line) for line in _lines(folder / "metrics.jsonl"))
-    return [record for record in records if record is not None and kind in (None, record["kind"])]
+    return [record for record in read_all_lines(folder)[0] if kind in (None, record["kind"])]
+
+
+def read_all_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the records of a run's ``metrics.jsonl``, and the numbers from 1 of the lines that hold none.
+
+    A last line that was cut by a kill, or that is being written, is neither.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    records = [_parse(line) for line in _lines(folder / "metrics.jsonl")]
+    damaged = [number for number, record in enumerate(records[:-1], 1) if record is None]
+    return [record for record in records if record is not None], damaged
 
 
 def _lines(path: Path) -> list[bytes]:
