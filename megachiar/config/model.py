@@ -52,6 +52,9 @@ class RouterConfig(Section):
     """learned, and threshold or hashed with two operators: share of tokens of each routed layer that take attention. A
     threshold of the layer's own follows, step by step, what the router compares, and is saved with the weights. With
     threshold and hashed tau is then where it starts, and may be left out."""
+    anneal_steps: Annotated[int, Field(ge=0)] = 0
+    """target_share: steps over which the share of attention falls in equal parts from all tokens to target_share. What
+    only attention can learn is then learned before tokens are kept from it. 0 starts with target_share."""
     explore: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
     """learned: share of tokens for which training computes both operators, to measure what attention is worth there. A
     hash of seed, layer, sample and position chooses them."""

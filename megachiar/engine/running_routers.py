@@ -27,6 +27,9 @@ For scores that are normal with a deviation of one unit, the distance to the wan
 in each step, whatever the wanted share.
 """
 
+LEAST_SPREAD = 0.2
+"""Least of 4 p (1 - p) for a wanted share p: near 0 and 1 a threshold would jump."""
+
 MEAN_SQUARE_RATE = 0.02
 """Weight of a step's values in the running mean of their squares: it remembers some 50 steps."""
 
@@ -96,8 +99,16 @@ class RunningRouters:
         target, by_layer = self._config.router.target_share, dict(zip(value_layers(self._config), values, strict=True))
         for router in self._routers:
             assert target is not None and router.running_threshold is not None
-            surplus = (attention_share[router.layer] - target) / (4 * target * (1 - target))
+            wanted = self._wanted(router, target)
+            surplus = (attention_share[router.layer] - wanted) / (4 * wanted * (1 - wanted)).clamp_min(LEAST_SPREAD)
             router.running_threshold.value.add_(THRESHOLD_RATE * router.threshold_unit * surplus)
             sums = by_layer.get(router.layer, ValueSums())
             if router.value_head is not None and sums.tokens > 0:
                 router.value_head.follow(sums.squares / sums.tokens, MEAN_SQUARE_RATE)
+
+    def _wanted(self, router: Router, target: float) -> torch.Tensor:
+        """Return the share (1,) that the next step is to have, which falls to ``target`` while a router is annealed."""
+        if router.annealed_steps is None:
+            return torch.full((1,), target, device=router.running_threshold.value.device)  # type: ignore[union-attr]
+        steps = router.annealed_steps.value.add_(1)
+        return 1 - (1 - target) * (steps / self._config.router.anneal_steps).clamp_max(1)

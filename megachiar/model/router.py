@@ -26,6 +26,8 @@ from megachiar.topology import TensorParallelGroup
 
 LAYER, CHANNEL, EXPLORE = 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03
 """Odd factors of layers, permutations and explored tokens in the hashes below, unlike those of dropout."""
+BELOW_ALL = 6.0
+"""How far below its usual start a threshold starts that lets all tokens pass, in units of the scores."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Router(nn.Module):
     Attributes:
         running_threshold: the threshold that holds ``router.target_share``; None where thresholds are fixed.
         threshold_unit: scale of the scores, in which the running threshold moves.
+        annealed_steps: steps that the running threshold has followed; None without ``router.anneal_steps``.
         value_head: predicts what attention is worth (learned); else None.
     """
 
@@ -88,6 +91,7 @@ class Router(nn.Module):
         self.value_head = ValueHead(config.hidden_size, group) if self.kind == "learned" else None
         self.running_threshold: RunningNumber | None = None
         self.threshold_unit = 1.0
+        self.annealed_steps = RunningNumber(0.0) if router.anneal_steps else None
         if router.target_share is not None:
             self._hold_share(config, layer)
         if self.kind in ("soft", "hard"):
@@ -118,6 +122,8 @@ class Router(nn.Module):
             start, self.threshold_unit = white_noise_entropy(config.hidden_size)
             if config.router.tau is not None:
                 start = config.threshold("tau", layer)
+        if self.annealed_steps is not None:
+            start -= BELOW_ALL * self.threshold_unit
         self.running_threshold = RunningNumber(start)
 
     def thresholds(self) -> tuple[float, ...]:

@@ -222,6 +222,22 @@ def test_a_running_threshold_finds_the_share(kind):
     assert np.mean(shares[60:]) == pytest.approx(0.2, abs=3 * (0.16 / 256 / 20) ** 0.5 + 0.01)
 
 
+@pytest.mark.parametrize("kind", ["threshold", "learned"])
+def test_an_annealed_share_falls_from_all_tokens_to_its_target(kind):
+    config = small_model_config(router={"kind": kind, "target_share": 0.3, "anneal_steps": 200})
+    model = build_model(config, seed=0)
+    running, generator = RunningRouters(model, config), torch.Generator().manual_seed(0)
+    router, shares = layer_of(model, 1).router, []
+    for _ in range(280):
+        with torch.no_grad():
+            decision = router(torch.randn(256, 32, generator=generator), BatchLayout(16, 16))
+        shares.append((decision.operator == 1).double().mean().item())
+        running.follow([0.0, shares[-1], shares[-1], 1.0], [ValueSums()] * 2 if kind == "learned" else [])
+    assert shares[0] == 1.0
+    for middle, wanted in ((50, 0.825), (100, 0.65), (150, 0.475), (240, 0.3), (270, 0.3)):
+        assert np.mean(shares[middle - 8 : middle + 8]) == pytest.approx(wanted, abs=0.05), middle
+
+
 def test_the_running_numbers_stay_exact_in_16_bits():
     model = build_model(small_model_config(router=LEARNED), seed=0)
     threshold = layer_of(model, 1).router.running_threshold

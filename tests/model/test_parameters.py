@@ -127,6 +127,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "router.attention_share": ({"router": RANDOM}, {"router": RANDOM | {"attention_share": 0.8}}),
     "router.rbf_share": ({"router": RANDOM_THREE}, {"router": RANDOM_THREE | {"rbf_share": 0.6}}),
     "router.target_share": ({"router": LEARNED}, {"router": LEARNED | {"target_share": 0.8}}),
+    "router.anneal_steps": ({"router": LEARNED}, {"router": LEARNED | {"anneal_steps": 4}}),
     "router.explore": ({"router": LEARNED}, {"router": LEARNED | {"explore": 0.2}}),
     "router.seed": ({"router": RANDOM}, {"router": RANDOM | {"seed": 1}}),
     "router.collapse_weight": ({}, {"router": REGULARISED}),
