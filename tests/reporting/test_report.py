@@ -108,6 +108,7 @@ def test_the_ablation_pairs_seeds(runs, whole):
     differences = [losses[f"threshold/seed_{seed}"] - losses[f"baseline/seed_{seed}"] for seed in (1, 2)]
     assert float(found["threshold"]["test_loss_difference_mean"]) == pytest.approx(sum(differences) / 2)
     assert found["baseline"]["seeds"] == "2" and found["a/run"]["seeds"] == "1"
+    assert "b/run" not in found, "a loss of examples is no loss of tokens"
     assert float(found["baseline"]["test_loss_least"]) == min(losses["baseline/seed_1"], losses["baseline/seed_2"])
 
 
@@ -207,7 +208,7 @@ def test_damage_is_said_and_the_rest_is_shown(runs, tmp_path, capsys):
     lines[1] = "{torn"
     (run / "metrics.jsonl").write_text("\n".join([*lines, *map(json.dumps, again)]) + '\n{"step": 9, "ki')
     (run / "results.json").write_text("{}")
-    shutil.rmtree(run / "tokenizer")
+    (run / "tokenizer" / "tokenizer.model").write_bytes(b"another one")
     report.main([str(run), "--output", str(tmp_path / "r"), "--no-figures"])
     printed = capsys.readouterr().err
     for expected in (
