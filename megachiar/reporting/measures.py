@@ -79,6 +79,7 @@ def router_of(run: ReportedRun) -> str | None:
 
 def shares_of_layers(run: ReportedRun) -> tuple[list[float] | None, list[float] | None]:
     """Return each layer's share of tokens that took attention and RBF mixing, means over the last tenth of the run."""
+    shares: list[float] | None
     if run.result is not None and run.result.attention_share_of_layers is not None:
         shares, first = run.result.attention_share_of_layers, run.result.shares_from_step
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.reporting.measures import MEASURES, Values
-from megachiar.reporting.table import Column, Table, decimal, percent, short, text, whole
+from megachiar.reporting.table import Column, Row, Table, decimal, percent, short, text, whole
 
 _WIKITEXT_2 = re.compile(r"wikitext[-_ ]?2(?![0-9])", re.I)
 _MAIN_KEYS = (
@@ -62,7 +62,7 @@ def main_table(numbers: Sequence[Values]) -> Table:
     return Table("main", "Main results", _MAIN_KEYS, numbers, columns, note)
 
 
-def _progress(row: Values) -> str:
+def _progress(row: Row) -> str:
     if row.get("step") is None:
         return ""
     whole_run = row.get("steps")
@@ -125,5 +125,5 @@ def _who(rows: Sequence[Values]) -> list[Column]:
     return [*columns, whole("step", "step")]
 
 
-def _data(row: Values) -> str:
+def _data(row: Row) -> str:
     return "" if row.get("data") is None else "/".join(Path(row["data"]).parts[-2:])
