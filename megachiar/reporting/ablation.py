@@ -87,11 +87,28 @@ def compare(numbers: Sequence[Values], reference: str | None, notes: Notes) -> A
     if reference is not None and reference not in by_variant:
         known = ", ".join(by_variant) or "none"
         raise UserError(f"--reference {reference}", "no finished run is of this variant", f"variants: {known}")
-    if len(by_variant) < 2:
+    if not by_variant:
         return None
     first = reference or next(iter(by_variant))
+    by_variant = _comparable(by_variant, first, notes)
+    if len(by_variant) < 2:
+        return None
     effects = {name: _effects(rows, by_variant[first], name == first) for name, rows in by_variant.items()}
     return Ablation(first, effects)
+
+
+def _comparable(by_variant: Mapping[str, dict[int, Values]], first: str, notes: Notes) -> dict[str, dict[int, Values]]:
+    """Return the variants whose runs have the task of the first one and were measured on the same data."""
+    wanted = next(iter(by_variant[first].values())).get("measured_on")
+    kept: dict[str, dict[int, Values]] = {}
+    for variant, rows in by_variant.items():
+        for seed, row in rows.items():
+            if row.get("measured_on") == wanted:
+                kept.setdefault(variant, {})[seed] = row
+            else:
+                problem = f"has another task or other validation or test data than {first}: its loss does not compare"
+                notes.add(f"{row['run']}, ablation", problem)
+    return kept
 
 
 def _effects(rows: Mapping[int, Values], reference: Mapping[int, Values], is_reference: bool) -> dict[str, Effect]:

@@ -22,7 +22,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Kinds of lines, in turn: where two curves are equal, both can be seen."""
 _DPI = 160
 _LONGEST_LABEL = 44  # letters
-_STYLE: dict[Any, Any] = {
+_STYLE: Any = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "font.family": "DejaVu Sans",

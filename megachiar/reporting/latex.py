@@ -68,6 +68,7 @@ _ACCENTS = {
     "\u0327": "c",
 }
 _WIDEST_TEXT_CM = 14  # that columns of long texts share
+_WIDEST_COLUMN_CM = 6
 
 
 def escaped(content: str) -> str:
@@ -90,7 +91,7 @@ def as_latex(table: Table) -> str:
     """Return a table environment, to be read by ``\\input`` in a document that uses booktabs."""
     columns, rows = table.shown()
     long = [column.is_text and max(len(row[n]) for row in rows) > 40 for n, column in enumerate(columns)]
-    width = _WIDEST_TEXT_CM / max(1, sum(long))
+    width = min(_WIDEST_TEXT_CM / max(1, sum(long)), _WIDEST_COLUMN_CM)
     layout = "".join(
         f"p{{{width:.1f}cm}}" if is_long else "l" if column.is_text else "r"
         for column, is_long in zip(columns, long, strict=True)

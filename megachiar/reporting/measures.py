@@ -33,6 +33,7 @@ def numbers_of(run: ReportedRun) -> Values:
         **held_out(run),
         "attention_share": attention_share(run, shares),
         **flops_of(run, shares, rbf),
+        "measured_on": measured_on(run),
         "training_seconds": run.result.training_seconds if run.result is not None else training_seconds(run.train),
         "commit": None if run.result is None else run.result.commit or run.result.created_by,
     }
@@ -52,6 +53,16 @@ def held_out(run: ReportedRun) -> Values:
         for name in run.main_tests[:1]:
             found |= {"test_set": name, "test_step": run.result.best.step, **measured(run.result.test[name], "test_")}
     return found
+
+
+def measured_on(run: ReportedRun) -> Any:
+    """Return what two runs must share for their losses to be compared: the task, and the content of the sets."""
+    if run.result is None:
+        return None
+    sets = [run.result.validation_data.get(name) for name in run.main_sets[:1]]
+    sets += [run.result.test_data.get(name) for name in run.main_tests[:1]]
+    contents = [(found.checksum, found.tokens, found.examples) for found in sets if found is not None]
+    return run.classifies, contents
 
 
 def measured(measures: Measures, prefix: str = "") -> Values:

@@ -138,6 +138,16 @@ def _texts(table: Table, row: int) -> tuple[list[str], list[str]]:
     return [column.heading for column in columns], rows[row]
 
 
+def test_runs_on_other_data_are_not_compared():
+    rows = [numbers("a", 1, 1.0, measured_on="x"), numbers("b", 1, 2.0, measured_on="y")]
+    rows += [numbers("c", 1, 3.0, measured_on="x")]
+    notes = Notes()
+    assert list(compare(rows, None, notes).effects) == ["a", "c"]
+    (line,) = notes.lines
+    assert line.startswith("b/seed_1, ablation: has another task or other validation or test data than a")
+    assert compare(rows, "b", Notes()) is None
+
+
 def test_a_reference_is_named_or_refused():
     rows = [numbers("a", 1, 1.0), numbers("b", 1, 2.0)]
     assert compare(rows, "b", Notes()).effects["a"]["test_loss"].difference.mean == -1.0
