@@ -41,7 +41,7 @@ TWO = {"training": {"micro_batch_size": 1}}  # two ranks accumulate over 2 micro
 BF16 = {"precision": {"compute": "bf16"}}
 RANDOM = {"model": {"router": {"kind": "random", "attention_share": 0.4}}}
 HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
-LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3}}}
+LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3, "anneal_steps": 6}}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
     "two processes, ZeRO 1, bf16": (2, TWO | BF16),
