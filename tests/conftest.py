@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 LONGEST = (
+    "test_readme.py",
     "engine/test_layouts.py",
     "kernels/test_triton.py",
-    "test_readme.py",
+    "model/test_training.py",
     "sweeps/test_sweep.py",
     "training/test_tasks.py",
     "engine/test_tasks.py",
@@ -32,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-kills", type=int, default=50, help="kills of the slow test_soak.py, over all its layouts")
     parser.addoption("--published-code", type=Path, help="folder CHIAR-former of the published code, to compare with")
     parser.addoption("--soak-seed", type=int, default=None, help="seed of its moments and victims, to repeat them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores out among the workers: threads that wait for one another's cores take several times as long."""
+    if workers := getattr(config, "workerinput", None):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers["workercount"]))
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -53,13 +53,13 @@ def test_an_evaluation_is_broken_off_and_made_up_for(config, name):
         "mark = pathlib.Path(sys.argv.pop())\n"
         "from megachiar.engine import engine\n"
         "score, count = engine.Engine.evaluate, 0\n"
-        "def scoring(self, inputs, targets):\n"
+        "def scoring(*arguments):\n"
         "    global count\n"
         "    count += 1\n"
         "    if count == 3:\n"
         "        mark.touch()\n"
         "    time.sleep(2)\n"
-        "    return score(self, inputs, targets)\n"
+        "    return score(*arguments)\n"
         "engine.Engine.evaluate = scoring\n" + MAIN
     )
     processes = start_ranks(2, program, "--config", config, mark)
