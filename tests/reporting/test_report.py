@@ -224,6 +224,21 @@ def test_damage_is_said_and_the_rest_is_shown(runs, tmp_path, capsys):
     assert float(row["validation_loss"]) == 7.0, "the newest measurement"
 
 
+def test_a_run_that_trains_shows_its_newest_measurement(runs, tmp_path, capsys):
+    run = tmp_path / "trains"
+    shutil.copytree(runs / "threshold" / "seed_1", run)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 5]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    report.main([str(run), "--output", str(tmp_path / "r"), "--no-figures", "--no-models"])
+    (row,) = rows(tmp_path / "r" / "tables" / "main.csv")
+    (newest,) = [r for r in records(tmp_path, "trains") if r["kind"] == "evaluation/valid" and r["step"] == 4]
+    assert (row["step"], row["steps"], row["finished"], row["validation_step"]) == ("5", "6", "False", "4")
+    assert float(row["validation_loss"]) == newest["loss"] and row["test_loss"] == "" and row["flops_per_token"]
+    assert "5 of 6" in (tmp_path / "r" / "report.html").read_text()
+
+
 def test_a_run_without_checkpoints_or_config_has_what_its_result_says(runs, tmp_path, capsys):
     run = tmp_path / "bare"
     run.mkdir()
