@@ -82,7 +82,7 @@ class TrainingSettings:
     found: list[FoundFiles] = field(default_factory=list)
 
     @property
-    def library(self) -> str:
+    def loaded_by(self) -> str:
         """Return the kind of the tokenizer as ``load_tokenizer`` names it."""
         return "sentencepiece" if self.kind == "sentencepiece" else "huggingface"
 
@@ -152,7 +152,7 @@ def train_tokenizer(settings: TrainingSettings, stream: TextIO | None = None) ->
         content = train(settings, sample)
     write_atomically(settings.output, content)
     report = TrainingReport(
-        tokenizer=load_tokenizer(settings.output, settings.library),
+        tokenizer=load_tokenizer(settings.output, settings.loaded_by),
         used_documents=len(sample),
         used_bytes=sum(len(text.encode()) for text in sample),
         read_documents=progress.documents,
@@ -183,7 +183,7 @@ def _existing(settings: TrainingSettings, stream: TextIO | None) -> TrainingRepo
         problem = f"exists already, and not as this command makes it: {difference}"
         raise UserError(settings.output, problem, "choose another --output, or pass --overwrite") from None
     log = InvalidDocumentLog("skip", Counter(report.pop("skipped")))
-    return TrainingReport(load_tokenizer(settings.output, settings.library), **report, log=log, existed=True)
+    return TrainingReport(load_tokenizer(settings.output, settings.loaded_by), **report, log=log, existed=True)
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
