@@ -38,6 +38,7 @@ class RouteTrace:
         token_losses: (B, T) fp32 or fp64, cross-entropy in nats against the targets, 0 where there is none; None where
             the pass had no targets.
         is_soft: whether the router is soft, so that ``gates`` say how much of each operator a token took.
+        bounds: of each layer, the thresholds that its router compares H with; none where something else decides.
     """
 
     operators: tuple[str, ...]
@@ -48,6 +49,7 @@ class RouteTrace:
     meta_gate: torch.Tensor | None
     token_losses: torch.Tensor | None
     is_soft: bool = False
+    bounds: tuple[tuple[float, ...], ...] = ()
 
     def tokens(self, chosen: slice) -> RouteTrace:
         """Return the routes of the tokens at the positions ``chosen`` of each sequence."""
@@ -105,6 +107,7 @@ class _Pass:
     def __init__(self, model: ChiarFormer):
         self.config = model.config
         self.operators = model.config.router.operators
+        self.layers = model.layers
         self.routed = tuple(isinstance(layer, RoutedLayer) for layer in model.layers)
         self.operator: dict[int, torch.Tensor] = {}
         self.entropy: dict[int, torch.Tensor] = {}
@@ -157,6 +160,13 @@ class _Pass:
             meta_gate=None if self.meta_gate is None else self.meta_gate.reshape(tokens.shape),
             token_losses=output.token_losses,
             is_soft=any(self.routed) and self.config.router.kind == "soft",
+            bounds=tuple(map(_bounds_of, self.layers)),
         )
         self.operator, self.entropy, self.gates, self.meta_gate = {}, {}, {}, None
         return trace
+
+
+def _bounds_of(layer: nn.Module) -> tuple[float, ...]:
+    """Return the thresholds that a layer compares H of its rows with."""
+    decides_by_entropy = isinstance(layer, RoutedLayer) and layer.router.kind == "threshold"
+    return layer.router.thresholds() if decides_by_entropy else ()  # type: ignore[union-attr,operator]

@@ -70,7 +70,7 @@ class TextRoutes:
             "prompt_tokens": self.prompt_tokens,
             "windows": [window._asdict() for window in self.windows],
             "noise": noise_of(config),
-            "layers": describe_layers(self, config),
+            "layers": describe_layers(self),
             "classes": describe_classes(self),
             "flops_saved": flops_saved(self, config),
             "mean_loss": float(np.nanmean(self.losses)) if np.isfinite(self.losses).any() else None,
@@ -185,28 +185,20 @@ def operator_shares(trace: RouteTrace, chosen: np.ndarray | None = None) -> np.n
     return used[:, chosen if chosen is not None else slice(None)].mean(1)
 
 
-def describe_layers(routes: TextRoutes, config: ModelConfig) -> list[dict[str, Any]]:
+def describe_layers(routes: TextRoutes) -> list[dict[str, Any]]:
     """Return a record for each layer: whether it routes, its bounds, the shares of its operators, and its entropies."""
     shares, entropy = operator_shares(routes.trace), routes.trace.entropy[:, 0].double().numpy()
     return [
         {
             "layer": index + 1,
             "routed": routed,
-            "bounds": list(_bounds(config, index)) if routed else [],
+            "bounds": list(routes.trace.bounds[index]),
             "shares": _named(routes.trace.operators, shares[index]),
             "entropy_mean": _number(entropy[index].mean()),
             "entropy_deviation": _number(entropy[index].std()),
         }
         for index, routed in enumerate(routes.trace.routed)
     ]
-
-
-def _bounds(config: ModelConfig, index: int) -> Iterator[float]:
-    """Yield the thresholds on H of a routed layer; a router of another kind has none."""
-    if config.router.kind == "threshold":
-        three = len(config.router.operators) == 3
-        for name in ("tau_low", "tau_high") if three else ("tau",):
-            yield config.threshold(name, index)
 
 
 def describe_classes(routes: TextRoutes) -> list[dict[str, Any]]:

@@ -14,7 +14,9 @@ from megachiar.topology import LaunchError
 # These model keys may differ between a checkpoint and the run that loads it: they change no weight's meaning.
 _FREE_MODEL_KEYS = {"dropout", "max_sequence_length", "initializer_std"}
 _FREE_ROUTER_KEYS = {"tau", "tau_low", "tau_high", "attention_share", "rbf_share", "seed"}
-_FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature"}
+_FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature", "explore"}
+# Of these only whether they are set: a checkpoint then holds what follows them, and another value goes on from there.
+_FOLLOWED_ROUTER_KEYS = ("target_share", "anneal_steps")
 
 
 def read_compatible(checkpoint: Path, wanted: ModelConfig, is_own: bool) -> CheckpointState:
@@ -85,6 +87,8 @@ def _binding_keys(model: ModelConfig) -> dict[str, Any]:
     for key, value in model.model_dump(mode="json").items():
         if isinstance(value, dict):
             free = _FREE_ROUTER_KEYS if key == "router" else {"init"} if key == "meta_router" else set()
+            if key == "router":
+                value = value | {name: "set" if value[name] else "not set" for name in _FOLLOWED_ROUTER_KEYS}
             flat.update({f"{key}.{name}": v for name, v in value.items() if name not in free})
         elif key not in _FREE_MODEL_KEYS | set(flat):
             flat[key] = value

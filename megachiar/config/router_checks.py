@@ -47,6 +47,13 @@ def router(model: ModelConfig) -> Iterator[Problem]:
                 break
     if r.kind == "random" and three and (total := (r.attention_share or 0) + (r.rbf_share or 0)) > 1:
         yield Problem("model.router.rbf_share", f"attention_share + rbf_share is {total}, above 1", "lower one")
+    yield from _combinations(model)
+
+
+def _combinations(model: ModelConfig) -> Iterator[Problem]:
+    """Check that the other keys are of use to the kind of router, and that the kind can do what they ask."""
+    r = model.router
+    three = len(r.operators) == 3
     if r.collapse_weight and (r.kind in ("random", "learned") or r.target_share is not None):
         why = "a random router has nothing to regularise" if r.kind == "random" else "target_share holds the shares"
         yield Problem("model.router.collapse_weight", f"is {r.collapse_weight}: {why}", "set it to 0")

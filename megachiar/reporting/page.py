@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from megachiar.reporting.drawing import Picture
 from megachiar.reporting.table import Table
-from megachiar.viewer.page import source_of
+from megachiar.viewer.page import base_style, source_of
 
 _UNSHOWN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # no characters of HTML
 
@@ -25,7 +25,7 @@ def report_page(tables: Sequence[Table], pictures: Sequence[Picture], notes: Seq
         pictures: in order.
         notes: what is left out.
     """
-    style = (files("megachiar.reporting") / "page.css").read_text("utf-8")
+    style = base_style() + (files("megachiar.reporting") / "page.css").read_text("utf-8")
     policy = f"default-src 'none'; img-src data:; style-src {source_of(style)}; base-uri 'none'; form-action 'none'"
     links = [(table.name, table.title) for table in tables] + [(f"fig-{p.name}", p.title) for p in pictures]
     links += [("left-out", "Left out")] if notes else []

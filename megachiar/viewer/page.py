@@ -99,9 +99,14 @@ def assets() -> dict[str, str]:
     scripts = "\n".join((folder / name).read_text("utf-8") for name in ("page.js", "panels.js", "live.js"))
     return {
         "page": (folder / "page.html").read_text("utf-8"),
-        "style": (folder / "page.css").read_text("utf-8"),
+        "style": base_style() + (folder / "page.css").read_text("utf-8"),
         "script": f'"use strict";\n(() => {{\n{scripts}}})();',
     }
+
+
+def base_style() -> str:
+    """Return the style that all pages of the project share: colours in light and dark, letters, the body."""
+    return (files("megachiar.viewer") / "base.css").read_text("utf-8")
 
 
 def source_of(content: str) -> str:

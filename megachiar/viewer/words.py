@@ -35,6 +35,10 @@ def notes(record: dict[str, Any]) -> list[str]:
             "A hashed router is a control: it decides by H of the channels in another order. The H that is shown, of "
             "the channels as they are, decides nothing."
         )
+    if record["router"] == "learned":
+        found.append(
+            "A learned router predicts what attention is worth to a token from its hidden state, of which H is a part."
+        )
     return found
 
 

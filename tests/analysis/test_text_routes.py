@@ -13,6 +13,7 @@ from routed_runs import TEXT, VOCABULARY, described_routes, record_of
 
 from megachiar.analysis.route_trace import trace_routes
 from megachiar.analysis.text_routes import noise_of, text_routes, windows_of
+from megachiar.viewer.words import how_it_routes, with_words
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,29 @@ def test_shares_of_a_soft_router_are_its_mean_gates(folder):
         assert record["layers"][index]["shares"] == pytest.approx(dict(zip(THREE, mean, strict=True)))
     assert record["layers"][0]["shares"] == {"dct": 1, "rbf": 0, "attention": 0}
     assert record["tokens"][0]["gates"][0] is record["tokens"][0]["gates"][3] is None
+
+
+@pytest.mark.parametrize("tau", [None, (0.78, 0.8)])
+def test_a_running_threshold_is_shown_where_it_is_now(folder, tau):
+    """Not where it started: tokens are divided by the number that is shown."""
+    router = {"tau": tau, "target_share": 0.4}
+    model = lively_model(small_model_config(vocab_size=VOCABULARY, router=router), dtype=torch.float32).eval()
+    for layer, bound in ((1, 0.75), (2, 0.81)):
+        model.layers[layer].router.set_thresholds((bound,))
+    _, config, tokenizer = described_routes(folder, router=router)
+    record = text_routes(model, tokenizer, [int(token) for token in tokenizer.encode(TEXT)]).as_dict(config)
+    assert [layer["bounds"] for layer in record["layers"]] == [[], [0.75], [pytest.approx(0.81)], []]
+    taken = {token["operator"][1] for token in record["tokens"]}
+    assert taken == {0, 1}
+    assert all((token["entropy"][1] > 0.75) == (token["operator"][1] == 1) for token in record["tokens"])
+    assert "threshold 0.7500" in how_it_routes(record, record["layers"][1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_router_is_put_in_words(folder, variant):
+    routes, config, _ = described_routes(folder, **VARIANTS[variant])
+    record = record_of(routes, config)
+    assert all(layer["how"] for layer in with_words(record)["layers"])
 
 
 def test_bounds_are_those_of_each_layer(folder):

@@ -164,6 +164,8 @@ def test_digits_after_a_zero_are_quoted_as_they_are_written():
             load_config(TINY, [override])
 
 
+SHARE = ["model.router.tau=null", "model.router.target_share=0.5"]
+LEARNED = ["model.router.kind=learned", *SHARE]
 # (overrides, key of the problem, part of its message)
 CROSS_CHECKS = [
     (["model.hidden_size=255"], "model.num_attention_heads", "set hidden_size to 248 or 256"),
@@ -219,6 +221,16 @@ CROSS_CHECKS = [
         "model.router.hard_gradient",
         "the attention of tokens that give no keys",
     ),
+    (["model.router.kind=learned", "model.router.tau=null"], "model.router.target_share", "is missing"),
+    ([*LEARNED, "model.router.tau=0.5"], "model.router.tau", "does not read it"),
+    ([*LEARNED, "model.attention.keys=routed"], "model.attention.keys", "what its keys are to others"),
+    ([*LEARNED, "model.router.operators=[dct,rbf,attention]"], "model.router.operators", "two operators"),
+    ([*LEARNED, "model.router.collapse_weight=0.1"], "model.router.collapse_weight", "holds the shares"),
+    (["model.router.target_share=0.5", "model.router.collapse_weight=0.1"], "model.router.collapse_weight", "holds"),
+    (["model.router.kind=hard", *SHARE], "model.router.target_share", "does not read it"),
+    (["model.router.explore=0.2"], "model.router.explore", "explores nothing"),
+    (["model.router.anneal_steps=9"], "model.router.anneal_steps", "without target_share"),
+    ([*LEARNED, "model.router.target_share=1.0"], "model.router.target_share", "less than 1"),
     (["model.router.hard_gradient=dct_only"], "model.router.hard_gradient", "and this is threshold with"),
     (
         ["model.router.tau=null", "model.router.kind=soft", "model.attention.keys=routed"],
