@@ -5,11 +5,14 @@
 A table stands between two comments of the page:
 
     <!-- sweep: ablation, test.test.loss -->     variants of a sweep by one measure
+    <!-- sweep: controls, test.test.loss, ablation -->    the same; attention is worth what it is in the sweep ablation
     <!-- routing: ablation -->                   what `megachiar analyze-routing` says of the runs of a sweep
+    <!-- distance: long_range -->                what `megachiar long-range` says of them
     <!-- end -->
 
-    docs/findings/SWEEP/table.json               of `megachiar sweep SWEEP --collect docs/findings`
-    docs/findings/SWEEP/VARIANT/seed_N.routing.csv   of `megachiar analyze-routing RUN --csv FILE`
+    docs/findings/SWEEP/table.json                      of `megachiar sweep SWEEP --collect docs/findings`
+    docs/findings/SWEEP/VARIANT/seed_N.routing.csv      of `megachiar analyze-routing RUN --csv FILE`
+    docs/findings/SWEEP/VARIANT/seed_N.distance.json    of `megachiar long-range RUN --data DATA --json`
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "findings"
 PAGE = FOLDER.with_suffix(".md")
-MARKED = re.compile(r"(<!-- (sweep|routing): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- (sweep|routing|distance): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 REGRET = "regret (0 the oracle, 1 a coin)"
 NOISE = "distance of H from white noise"
 
@@ -36,24 +39,47 @@ def filled(text: str, folder: Path = FOLDER) -> str:
     def table(match: re.Match[str]) -> str:
         begin, kind, words, end = match.groups()
         name, *rest = [word.strip() for word in words.split(",")]
-        lines = sweep_table(folder / name, rest[0]) if kind == "sweep" else routing_table(folder / name)
+        if kind == "sweep":
+            lines = sweep_table(folder / name, rest[0], folder / (rest[1] if len(rest) > 1 else name))
+        else:
+            lines = (routing_table if kind == "routing" else distance_table)(folder / name)
         return "\n".join([begin, *lines, "", end])
 
     return MARKED.sub(table, text)
 
 
-def sweep_table(folder: Path, measure: str) -> Iterator[str]:
-    """Yield the lines of a table with a row for each variant: mean, spread, and the difference from the reference."""
-    table = json.loads((folder / "table.json").read_text())
-    rows = {(row["variant"], row["measure"]): row for row in table["rows"]}
-    yield f"| variant | seeds | attention | {measure} | minus {table['reference']} [95 %] |"
-    yield "|---|---|---|---|---|"
+def sweep_table(folder: Path, measure: str, ends: Path) -> Iterator[str]:
+    """Yield the lines of a table with a row for each variant: mean, spread, and the difference from the reference.
+
+    What a variant keeps of attention's worth is (loss of tau_1 - its loss) / (loss of tau_1 - loss of tau_0), over the
+    seeds that all three have; ``ends`` is the folder of the sweep that has these two.
+    """
+    table, rows = _rows(folder)
+    worth = [_rows(ends)[1][variant, measure]["values"] for variant in ("tau_1", "tau_0")]
+    yield f"| variant | seeds | attention | {measure} | minus {table['reference']} [95 %] | kept of attention's worth |"
+    yield "|---|---|---|---|---|---|"
     for variant in table["finished"]:
         row, share = rows.get((variant, measure)), rows.get((variant, "attention_share"))
         if row is None:
             continue
         attention = "" if share is None else f"{share['mean']:.0%}"
-        yield f"| {variant} | {len(row['values'])} | {attention} | {_spread(row)} | {_difference(row['difference'])} |"
+        numbers = f"{len(row['values'])} | {attention} | {_spread(row)} | {_difference(row['difference'])}"
+        yield f"| {variant} | {numbers} | {_kept(row['values'], *worth)} |"
+
+
+def _rows(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
+    """Return the table of a sweep, and its rows by variant and measure."""
+    table = json.loads((folder / "table.json").read_text())
+    return table, {(row["variant"], row["measure"]): row for row in table["rows"]}
+
+
+def _kept(losses: dict[str, float], without: dict[str, float], everywhere: dict[str, float]) -> str:
+    seeds = [seed for seed in losses if seed in without and seed in everywhere]
+    if not seeds:
+        return ""
+    mean = [statistics.fmean(values[seed] for seed in seeds) for values in (losses, without, everywhere)]
+    kept = (mean[1] - mean[0]) / (mean[1] - mean[2])
+    return f"{kept:.0%}" if -1 <= kept <= 2 else ""  # a variant of another norm has another scale
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -87,6 +113,20 @@ def routing_table(folder: Path) -> Iterator[str]:
         distance = _mean(measures.get(NOISE, []))
         cells = [_regret(measures.get(name, [])) for name in (REGRET, *predictors)]
         yield f"| {variant} | {layer} | {distance:.3f} | " + " | ".join(cells) + " |"
+
+
+def distance_table(folder: Path) -> Iterator[str]:
+    """Yield the lines of a table with a row for each variant: right answers by distance, the mean over its seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*/seed_*.distance.json")):
+        found.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+    names = [f"{each['least']}-{each['most']}" for each in next(iter(found.values()))[0]["distances"]]
+    yield f"| variant | seeds | {' | '.join(names)} | all |"
+    yield "|---|---|" + "---|" * (len(names) + 1)
+    for variant, records in found.items():
+        columns = zip(*([*record["distances"], record] for record in records), strict=True)
+        cells = [f"{statistics.fmean(each['accuracy'] for each in column):.1%}" for column in columns]
+        yield f"| {variant} | {len(records)} | {' | '.join(cells)} |"
 
 
 _BY = "regret of a router by "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 
@@ -29,6 +30,36 @@ def test_the_config_reference_is_that_of_the_types():
 def test_the_tables_of_findings_are_those_of_the_recorded_numbers():
     written = findings_tables.PAGE.read_text()
     assert written == findings_tables.filled(written), "python docs/generated_pages.py fills them anew"
+
+
+def test_tables_of_findings_are_filled_from_the_files(tmp_path):
+    losses = {"tau_1": 4.0, "tau_0": 3.0, "half": 3.25, "other": 9.0}
+    rows = [
+        {
+            "variant": name,
+            "measure": "loss",
+            "values": {"1": loss},
+            "mean": loss,
+            "deviation": None,
+            "difference": None,
+        }
+        for name, loss in losses.items()
+    ]
+    (tmp_path / "few").mkdir()
+    table = {"reference": "tau_0", "finished": {name: [1] for name in losses}, "rows": rows}
+    (tmp_path / "few" / "table.json").write_text(json.dumps(table))
+    (tmp_path / "far" / "near").mkdir(parents=True)
+    for seed, accuracy in ((1, 0.5), (2, 0.75)):
+        of_distance = {"least": 2, "most": 3, "accuracy": accuracy}
+        record = {"distances": [of_distance], "accuracy": accuracy / 5}
+        (tmp_path / "far" / "near" / f"seed_{seed}.distance.json").write_text(json.dumps(record))
+    page = "a\n<!-- sweep: few, loss -->\nold\n<!-- end -->\nb\n<!-- distance: far -->\n<!-- end -->\n"
+    text = findings_tables.filled(page, tmp_path)
+    assert "old" not in text and text.startswith("a\n") and text == findings_tables.filled(text, tmp_path)
+    lines = text.splitlines()
+    kept = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in lines if line[:1] == "|"}
+    assert [kept[name] for name in losses] == ["0%", "100%", "75%", ""]
+    assert "| near | 2 | 62.5% | 12.5% |" in lines
 
 
 def keys(name: str = "") -> set[str]:
