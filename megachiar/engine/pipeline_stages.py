@@ -137,16 +137,16 @@ class StagePart(nn.Module):
             regulariser = total_regulariser(outputs, x.device)
             if any(output.regulariser is not None for output in outputs):
                 x = _AttachLoss.apply(x, regulariser, self.regulariser_scale)
-            self._reports.append((regulariser.detach(), torch.stack(statistics(outputs))))
+            self._reports.append((regulariser.detach(), statistics(outputs, layout).summable()))
         elif self.training and "0" in self.layers:
-            self._gates[micro_step.task - 1].append(statistics(outputs).gate[0])
+            self._gates[micro_step.task - 1].append(statistics(outputs, layout).gate[0])
         return StageInputs(x, sequence_ids)
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean over the main task's micro-batches since the last call of what the layers reported.
 
         Returns:
-            The regulariser () and the statistics (4, layers of this part), in the order of ``RoutingStatistics``.
+            The regulariser () and the statistics (5, layers of this part) as ``RoutingStatistics.summable`` has them.
         """
         regularisers, reports = zip(*self._reports, strict=True)
         self._reports.clear()

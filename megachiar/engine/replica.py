@@ -90,7 +90,7 @@ class Replica:
         name = self.config.tasks[micro_step.task].name if head is not None else None
         output = self.deepspeed(batch.inputs, batch.targets, batch.sample_ids, head=name)
         if micro_step.task == 0:
-            self._forward.append(flatten_forward(output.loss, output.regulariser, output.statistics))
+            self._forward.append(flatten_forward(output.loss, output.regulariser, output.statistics.summable()))
             return output.loss + output.regulariser
         self._losses[micro_step.task - 1].append(output.loss.detach())
         self._gates[micro_step.task - 1].append(output.statistics.gate[0])

@@ -1,12 +1,13 @@
 """The numbers that a training step reports, and the one vector in which they are summed over the ranks.
 
-    index   0      1             2 ... 4L + 1           3A values         3V values        and three more
+    index   0      1             2 ... 5L + 1           3A values         3V values        and three more
     value   loss   regulariser   statistics, L values   auxiliary tasks   explored tokens  gradient norm, skipped, stop
             `-- means over the main micro-batches --'   `------- sums --------'
 
-L is the number of layers, and the statistics come in the order of ``RoutingStatistics``. Of each of the A auxiliary
-tasks of a mixed run there are three sums over the micro-batches of the step: of losses, of gates, and their number. Of
-each of the V layers with a learned router there are the ``ValueSums`` of the tokens that were explored.
+L is the number of layers. The statistics come in the order of ``RoutingStatistics``. The last of them, the share of
+rows that are no padding, weights the others, which are therefore means over all real rows of the step. Of each of the A
+auxiliary tasks of a mixed run there are three sums over the micro-batches of the step: of losses, of gates, and their
+number. Of each of the V layers with a learned router there are the ``ValueSums`` of the tokens that were explored.
 Every rank makes such a vector. The engine averages them over replicas and tensor-parallel ranks, and adds up the
 pipeline stages. A value that several stages know is therefore given by one of them, and the others give 0.
 """
@@ -83,7 +84,7 @@ class RankMetrics:
     """What one rank measured in a step.
 
     Attributes:
-        forward: the first 2 + 4L values of the vector; 0 for what other pipeline stages know.
+        forward: the first 2 + 5L values of the vector; 0 for what other pipeline stages know.
         auxiliary: the 3A values of the auxiliary tasks.
         gradient_norm: global L2 norm of the gradients before clipping, over all ranks; below 0, inf or nan where a
             gradient is not finite.
@@ -104,8 +105,8 @@ class RankMetrics:
 def flatten_forward(loss: torch.Tensor, regulariser: torch.Tensor, statistics: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the values of a forward pass as one float64 vector (2 + 4L,) on the model's device.
 
-    One vector is read from the device once. ``loss`` and ``regulariser`` are scalars; ``statistics`` are four tensors
-    (L,).
+    One vector is read from the device once. ``loss`` and ``regulariser`` are scalars; ``statistics`` are five tensors
+    (L,) as ``RoutingStatistics.summable`` has them.
     """
     return torch.cat([part.detach().double().reshape(-1) for part in (loss, regulariser, *statistics)])
 
@@ -147,7 +148,9 @@ def unflatten_step(
     A step whose loss, regulariser or gradients are not finite on any rank is a skipped one.
     """
     loss, regulariser, *rest = values
-    statistics = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(STATISTICS)}
+    *weighted, real_shares = (rest[i * layers : (i + 1) * layers] for i in range(len(STATISTICS)))
+    means = ([value / share for value, share in zip(values, real_shares, strict=True)] for values in weighted)
+    statistics = dict(zip(STATISTICS, means, strict=False))
     *sums, gradient_norm, skipped, stop = rest[len(STATISTICS) * layers :]
     of_tasks, of_values = sums[: 3 * len(auxiliary)], sums[3 * len(auxiliary) :]
     tasks = {

@@ -32,12 +32,22 @@ class RoutingStatistics(NamedTuple):
         attention_share, rbf_share: the share of tokens that took the operator.
         entropy: the mean spectral entropy H; nan where a layer does not route.
         gate: the mean gate g of the MetaRouter; nan where a layer has none.
+        real_share: the share of the micro-batch's rows that are no padding, the same in all layers.
     """
 
     attention_share: torch.Tensor
     rbf_share: torch.Tensor
     entropy: torch.Tensor
     gate: torch.Tensor
+    real_share: torch.Tensor
+
+    def summable(self) -> torch.Tensor:
+        """Return (5, layers) fp64 whose sums over micro-batches and ranks give the means over all real rows.
+
+        The statistics are weighted by the share of real rows, which comes last as it is.
+        """
+        *means, real_share = (statistic.double() for statistic in self)
+        return torch.stack([*(mean * real_share for mean in means), real_share])
 
 
 def build_layer(config: ModelConfig, index: int, group: TensorParallelGroup) -> nn.Module:
@@ -106,8 +116,20 @@ def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> t
     return functools.reduce(torch.add, added) if added else torch.zeros((), dtype=torch.float32, device=device)
 
 
-def statistics(outputs: Sequence[LayerOutput]) -> RoutingStatistics:
-    """Collect the statistics of all layers."""
+def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout) -> RoutingStatistics:
+    """Collect the statistics of all layers for a micro-batch of ``layout``."""
+
+    def collect(name: str) -> torch.Tensor:
+        return torch.stack([getattr(output, name) for output in outputs]).detach().float()
+
+    attention_share = collect("attention_share")
+    real_share = torch.ones_like(attention_share)
+    if layout.lengths is not None:
+        real_share = real_share * (layout.lengths.sum() / layout.num_rows)
     return RoutingStatistics(
-        *(torch.stack([getattr(o, name) for o in outputs]).detach().float() for name in RoutingStatistics._fields)
+        attention_share=attention_share,
+        rbf_share=collect("rbf_share"),
+        entropy=collect("entropy"),
+        gate=collect("gate"),
+        real_share=real_share,
     )

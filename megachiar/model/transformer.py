@@ -123,7 +123,7 @@ class ChiarFormer(nn.Module):
         x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
             cache.length += layout.length
-        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs)
+        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs, layout)
         x = self.norm(x)
         if self.training:
             x = touch_unused(self.classifiers, head, x)

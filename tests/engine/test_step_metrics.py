@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megachiar.engine.step_metrics import (
@@ -22,7 +23,11 @@ STATISTICS_OF_LAYERS = RoutingStatistics(
     rbf_share=torch.tensor([0.5, 0.125, 0.0]),
     entropy=torch.tensor([2.0, 0.75, 3.0]),
     gate=torch.tensor([0.375, 5.0, 6.0]),
+    real_share=torch.ones(3),
 )
+NOTHING_MEASURED = [*[0.0] * (2 + (len(STATISTICS) - 1) * LAYERS), *[1.0] * LAYERS]
+"""A vector of zeros without padding."""
+
 EXPECTED = StepResult(
     loss=4.5,
     regulariser=-0.5,
@@ -37,7 +42,7 @@ EXPECTED = StepResult(
 
 
 def test_each_number_comes_back_under_its_name():
-    forward = flatten_forward(torch.tensor(4.5), torch.tensor(-0.5), STATISTICS_OF_LAYERS)
+    forward = flatten_forward(torch.tensor(4.5), torch.tensor(-0.5), STATISTICS_OF_LAYERS.summable())
     assert forward.dtype == torch.float64 and forward.shape == (2 + len(STATISTICS) * LAYERS,)
     metrics = RankMetrics(forward=forward.tolist(), auxiliary=[], gradient_norm=7.0)
     assert unflatten_step(flatten_step(metrics, skipped=False, stop=True, is_last_stage=True), LAYERS) == EXPECTED
@@ -45,7 +50,7 @@ def test_each_number_comes_back_under_its_name():
 
 def test_two_stages_add_up_to_the_whole_model():
     """The first stage has layers 0 and 1, the second has layer 2 and the loss; both know the gradient norm."""
-    first, second = (torch.stack(STATISTICS_OF_LAYERS) for _ in range(2))
+    first, second = (STATISTICS_OF_LAYERS.summable() for _ in range(2))
     first[:, 2], second[:, :2] = 0, 0
     forwards = [
         flatten_forward(torch.zeros(()), torch.tensor(-0.25), first),
@@ -59,7 +64,7 @@ def test_two_stages_add_up_to_the_whole_model():
 
 
 def test_an_overflow_on_any_rank_is_a_skipped_step():
-    metrics = RankMetrics(forward=[0.0] * (2 + len(STATISTICS) * LAYERS), auxiliary=[], gradient_norm=float("inf"))
+    metrics = RankMetrics(forward=NOTHING_MEASURED, auxiliary=[], gradient_norm=float("inf"))
     result = unflatten_step(flatten_step(metrics, skipped=True, stop=False, is_last_stage=True), LAYERS)
     assert result.skipped and not result.stop and result.gradient_norm == float("inf")
 
@@ -74,7 +79,7 @@ def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batch
     second = [flatten_auxiliary([scalars(*losses), []], [[], []]) for losses in ((1.0, 2.0), (3.0, 6.0))]
     vectors = [
         flatten_step(
-            RankMetrics([0.0] * (2 + len(STATISTICS) * LAYERS), values, 7.0),
+            RankMetrics(NOTHING_MEASURED, values, 7.0),
             skipped=False,
             stop=False,
             is_last_stage=values in second,
@@ -88,6 +93,22 @@ def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batch
 
 
 def test_a_loss_of_a_task_that_is_not_finite_is_a_skipped_step():
-    forward = [0.0] * (2 + len(STATISTICS) * LAYERS)
+    forward = NOTHING_MEASURED
     metrics = RankMetrics(forward, [float("nan"), 0.5, 1.0], 7.0)
     assert unflatten_step(flatten_step(metrics, skipped=False, stop=False, is_last_stage=True), LAYERS, ["a"]).skipped
+
+
+def test_statistics_are_means_over_real_rows():
+    """Two micro-batches: all rows of the first are real, and a quarter of the second's."""
+    second = RoutingStatistics(*(2 * value for value in STATISTICS_OF_LAYERS[:-1]), real_share=torch.full((3,), 0.25))
+    forwards = [
+        flatten_forward(torch.ones(()), torch.zeros(()), each.summable()) for each in (STATISTICS_OF_LAYERS, second)
+    ]
+    vector = flatten_step(
+        RankMetrics(torch.stack(forwards).mean(0).tolist(), [], 7.0), skipped=False, stop=False, is_last_stage=True
+    )
+    result = unflatten_step(vector, LAYERS)
+    for name in ("attention_share", "rbf_share", "entropy"):
+        expected = [value * (1 + 2 * 0.25) / 1.25 for value in getattr(EXPECTED, name)]
+        assert getattr(result, name) == pytest.approx(expected)
+    assert result.gate == pytest.approx(EXPECTED.gate * 1.2)
