@@ -31,6 +31,7 @@ from megachiar.config import RunConfig
 from megachiar.config.model import ModelConfig
 from megachiar.model.dtypes import DTYPES
 from megachiar.planning.partition import Stage
+from megachiar.planning.step_tokens import micro_batches_of_replica, step_tokens
 
 
 @dataclass(frozen=True)
@@ -127,23 +128,20 @@ def rank_communication(config: RunConfig, data_size: int, stage: Stage, paramete
     )
 
 
-def _tokens(config: RunConfig, data_size: int) -> int:
-    """Return the number of tokens that each replica computes in a step."""
-    return config.training.global_batch_size // data_size * config.sequence_length
-
-
 def _tensor_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
     """Return the bytes that the collectives of the tensor-parallel group send, those of recomputed layers included."""
     model, parallel = config.model, config.parallel
     width = DTYPES[config.precision.compute].itemsize
     layers = [layer_payload(model, index, model.expected_attention_share, parallel.sequence) for index in stage.layers]
     embedding, head = end_payloads(model, parallel.sequence)
-    payloads = layers + [embedding] * stage.is_first + [head] * stage.is_last
+    payloads = layers + [embedding] * stage.is_first
     recomputed = 0.0
     if config.training.activation_checkpoint_interval is not None:
         recomputed = sum(layer.forward for layer in layers) * width
     per_token = sum(payload.bytes(width) for payload in payloads) + recomputed
-    return per_token * _tokens(config, data_size) * (parallel.tensor_size - 1) / parallel.tensor_size
+    tokens = step_tokens(config)
+    sent = per_token * tokens.total + head.bytes(width) * tokens.predicting * stage.is_last
+    return sent / data_size * (parallel.tensor_size - 1) / parallel.tensor_size
 
 
 def _pipeline_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
@@ -151,7 +149,7 @@ def _pipeline_bytes(config: RunConfig, data_size: int, stage: Stage) -> float:
     parallel = config.parallel
     neighbours = (not stage.is_first) + (not stage.is_last)
     width = DTYPES[config.precision.compute].itemsize
-    values = neighbours * _tokens(config, data_size) * config.model.hidden_size
+    values = neighbours * step_tokens(config).total / data_size * config.model.hidden_size
     return values * width / (parallel.tensor_size if parallel.sequence else 1)
 
 
@@ -161,9 +159,9 @@ def _data_bytes(config: RunConfig, data_size: int, parameters: int) -> float:
     ZeRO 1 reduces gradients once per step and ZeRO 2 and 3 once per micro-batch. ZeRO 1 and 2 gather new weights once
     per step, ZeRO 3 gathers weights twice per micro-batch. The all-reduce of ZeRO 0 counts as both.
     """
-    training, zero_stage = config.training, config.parallel.zero_stage
+    zero_stage = config.parallel.zero_stage
     width = DTYPES[config.precision.compute].itemsize
-    micro_batches = training.global_batch_size // (data_size * training.micro_batch_size)
+    micro_batches = micro_batches_of_replica(config, data_size)
     gradient_width = DTYPES[config.precision.gradient_accumulation].itemsize if zero_stage == 1 else width
     if zero_stage == 3:
         payload = parameters * width * 3 * micro_batches

@@ -10,6 +10,7 @@ from itertools import product
 from megachiar.config import ConfigError, RunConfig, parse_config
 from megachiar.errors import UserError
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
+from megachiar.planning.step_tokens import micro_batches_of_replica
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _estimate_step_time(
     The slowest stage counts. No communication is assumed to overlap with arithmetic.
     """
     parallel, training = config.parallel, config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
+    micro_batches = micro_batches_of_replica(config, data_size)
     arithmetic = max(stage.flops for stage in stages) / machine.flops
     is_replicated_in_node = parallel.tensor_size * data_size <= machine.gpus_per_node
     data_bandwidth = machine.node_bandwidth if is_replicated_in_node else machine.network_bandwidth

@@ -8,6 +8,7 @@ from math import prod
 import torch
 
 from megachiar.config import RunConfig
+from megachiar.model.classifier import build_heads
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.layer_stack import build_layer
 from megachiar.model.norm import RowNorm
@@ -15,6 +16,7 @@ from megachiar.planning.communication import RankCommunication, rank_communicati
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.planning.memory import RankMemory, rank_memory
 from megachiar.planning.partition import Stage, cut_into_stages
+from megachiar.planning.step_tokens import step_tokens
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
@@ -65,7 +67,7 @@ def _plan_stage(config: RunConfig, data_size: int, stage: Stage, layer_parameter
     if stage.is_first or stage.is_last:
         parameters += _embedding_parameters(config)
     if stage.is_last:
-        parameters += _norm_parameters(config)
+        parameters += _norm_parameters(config) + _classifier_parameters(config)
     return RankPlan(
         layers=stage.layers,
         parameters=parameters,
@@ -84,11 +86,12 @@ def _rank_flops(config: RunConfig, data_size: int, stage: Stage) -> float:
         for b in (False, True)
     )
     forward_passes = 1 if config.training.activation_checkpoint_interval is None else 2
-    per_token = forward_passes * forward + backward
+    tokens = step_tokens(config)
+    flops = (forward_passes * forward + backward) * tokens.total
     if stage.is_last:
-        per_token += sum(forward_flops_per_token(model, length, share, backward=b).head for b in (False, True))
-    tokens = config.training.global_batch_size // data_size * length
-    return per_token * tokens / config.parallel.tensor_size
+        head = sum(forward_flops_per_token(model, length, share, backward=b).head for b in (False, True))
+        flops += head * tokens.predicting
+    return flops / data_size / config.parallel.tensor_size
 
 
 def _layer_parameters(config: RunConfig) -> list[int]:
@@ -112,6 +115,13 @@ def _norm_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
         norm = RowNorm(config.model.hidden_size, config.model.norm_epsilon, SINGLE_RANK)
     return sum(parameter.numel() for parameter in norm.parameters())
+
+
+def _classifier_parameters(config: RunConfig) -> int:
+    """Return the number of parameters of the classification heads, which every tensor-parallel rank holds whole."""
+    with torch.device("meta"):
+        heads = build_heads(config.model, config.heads)
+    return sum(parameter.numel() for parameter in heads.parameters())
 
 
 def _embedding_parameters(config: RunConfig) -> int:

@@ -18,11 +18,13 @@ from rich.table import Table
 
 from megachiar.checkpoint.compatibility import read_compatible
 from megachiar.config import RunConfig
+from megachiar.config.model import ModelConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import idx_path
 from megachiar.model import build_model
 from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
+from megachiar.planning.step_tokens import step_tokens
 from megachiar.topology import data_parallel_size
 from megachiar.training.continuation import (
     check_moments,
@@ -65,12 +67,8 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.sequence_length
     share = config.model.expected_attention_share
-    has_head = config.tasks[0].head is None
-    per_token = training_flops_per_token(
-        config.model, config.sequence_length, _mean_share(config, share), predicts_tokens=has_head
-    )
-    dense = config.model.model_copy(update={"kind": "baseline"})
-    baseline = training_flops_per_token(dense, config.sequence_length, 1.0, predicts_tokens=has_head)
+    flops = _step_flops(config, config.model, _mean_share(config, share))
+    baseline = _step_flops(config, config.model.model_copy(update={"kind": "baseline"}), 1.0)
     rows = " with sequence parallelism" if parallel.sequence else ""
     layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size}{rows} x dp {data_size} = {ranks} ranks"
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
@@ -79,9 +77,29 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
         ("layout", f"{layout}, ZeRO {parallel.zero_stage}, {config.precision.compute}"),
         ("tokens a step", f"{tokens:,} ({accumulation} micro-batches of {training.micro_batch_size} on each replica)"),
         ("tokens in all", _length(config, tokens)),
-        ("FLOPs a step", f"{per_token * tokens:.3e} at attention share {share:.2f} of routed layers"),
-        ("  against all attention", f"{per_token / baseline:.1%} of {baseline * tokens:.3e}"),
+        *_tokens_of_other_tasks(config),
+        ("FLOPs a step", f"{flops:.3e} at attention share {share:.2f} of routed layers"),
+        ("  against all attention", f"{flops / baseline:.1%} of {baseline:.3e}"),
     ]
+
+
+def _tokens_of_other_tasks(config: RunConfig) -> list[tuple[str, str]]:
+    """Return the row about the other tasks of a mixed run; none for other runs."""
+    if not config.mixed.tasks:
+        return []
+    main = config.training.global_batch_size * config.sequence_length
+    expected = step_tokens(config).total - main
+    return [("  of other tasks", f"{expected:,.0f} on average, of {', '.join(config.mixed.tasks)}")]
+
+
+def _step_flops(config: RunConfig, model: ModelConfig, attention_share: float) -> float:
+    """Return the FLOPs of a step of ``model``, all tasks of the run included."""
+    tokens = step_tokens(config)
+    return sum(
+        count * training_flops_per_token(model, config.sequence_length, attention_share, predicts_tokens=predicts)
+        for count, predicts in ((tokens.predicting, True), (tokens.classifying, False))
+        if count
+    )
 
 
 def _length(config: RunConfig, tokens_of_a_step: int) -> str:
