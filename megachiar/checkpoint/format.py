@@ -74,6 +74,9 @@ class RecentSteps(BaseModel):
 NO_STEPS = RecentSteps()
 
 
+_SINCE_VERSION_4 = {"checksums", "validation", "validation_data", "auxiliary_samples", "went_back_to", "recent"}
+
+
 class CheckpointState(BaseModel):
     """The record of a checkpoint, which ``state.json`` holds.
 
@@ -91,6 +94,8 @@ class CheckpointState(BaseModel):
             evaluation off; its result is added when the run goes on.
         validation_data: what these sets held, by name, and the training sets of auxiliary tasks, by their key in the
             config; empty in checkpoints before this field.
+        auxiliary_samples: samples of each auxiliary task of a mixed run that were read, by name; empty in checkpoints
+            before this field.
         went_back_to: the step that ``checkpoint.resume`` named in the run that wrote the checkpoint; None if it named
             none.
         files: size in bytes of each file of the folder but ``state.json``, by name.
@@ -110,6 +115,7 @@ class CheckpointState(BaseModel):
     layout: str
     validation: dict[str, float] = {}
     validation_data: dict[str, SourceRecord] = {}
+    auxiliary_samples: dict[str, int] = {}
     went_back_to: int | None = None
     files: dict[str, int]
     checksums: dict[str, str] | None = None
@@ -122,7 +128,7 @@ class CheckpointState(BaseModel):
                 raise ValueError(f"files lists {name!r}, which is no file of the folder beside {STATE_FILE}")
         if CONFIG_FILE not in self.files or not self.tensor_files:
             raise ValueError(f"files lists no {CONFIG_FILE} or no weights")
-        newer = self.model_fields_set & {"checksums", "validation", "validation_data", "went_back_to", "recent"}
+        newer = self.model_fields_set & _SINCE_VERSION_4
         if self.format_version == 3 and newer:
             raise ValueError(f"format_version 3 has no {', '.join(sorted(newer))}")
         if self.format_version > 3 and set(self.checksums or {}) != set(self.files):

@@ -75,6 +75,7 @@ class CheckpointSaver:
         data: DataHistory,
         validation: Mapping[str, float],
         recent: RecentSteps = NO_STEPS,
+        auxiliary_samples: Mapping[str, int] | None = None,
         *,
         must_succeed: bool,
     ) -> None:
@@ -85,6 +86,7 @@ class CheckpointSaver:
             data: what the run has read so far.
             validation: loss in nats a token on validation sets after this step, by name.
             recent: what the run compares its next steps with.
+            auxiliary_samples: samples that each auxiliary task has read, by name; None where there is none.
             must_succeed: wait until the checkpoint is written, and raise a failure whatever ``on_failure`` says, since
                 the run ends after it.
 
@@ -93,7 +95,16 @@ class CheckpointSaver:
         """
         self.wait()
         began = time.perf_counter()
-        snapshot = take_snapshot(self._engine, step, data, validation, recent, self.memory, self._validation_data)
+        snapshot = take_snapshot(
+            self._engine,
+            step,
+            data,
+            validation,
+            recent=recent,
+            memory=self.memory,
+            validation_data=self._validation_data,
+            auxiliary_samples=auxiliary_samples,
+        )
         self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began, self._spared)
         if must_succeed or not self._config.asynchronous:
             self._save.run()

@@ -60,6 +60,7 @@ def take_snapshot(
     recent: RecentSteps = NO_STEPS,
     memory: HostMemory | None = None,
     validation_data: Mapping[str, SourceRecord] | None = None,
+    auxiliary_samples: Mapping[str, int] | None = None,
 ) -> Snapshot:
     """Gather weights and optimizer state, and copy this rank's share; every rank calls this function.
 
@@ -71,6 +72,7 @@ def take_snapshot(
         recent: what the run compares its next steps with.
         memory: takes the copies, and must not be in use by another snapshot; None for new memory.
         validation_data: what the validation sets of the run hold, by name.
+        auxiliary_samples: samples that each auxiliary task has read, by name; None where there is none.
     """
     from megachiar.engine.deepspeed_patches import loss_scale_state
     from megachiar.engine.gathered_state import gather_state
@@ -93,6 +95,7 @@ def take_snapshot(
         "layout": engine.topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
         "validation": dict(validation),
         "validation_data": dict(validation_data or {}),
+        "auxiliary_samples": dict(auxiliary_samples or {}),
         "went_back_to": resume if isinstance(resume, int) else None,
     }
     return Snapshot(step, config, fields, shards)

@@ -58,8 +58,9 @@ def _auxiliary_task(name: str, task: AuxiliaryTaskConfig, data: DataConfig) -> I
     if not _TASK_NAME.fullmatch(name) or name == MAIN_TASK:
         taken = " (main is the task of data.train)" if name == MAIN_TASK else ""
         yield Problem(key, f"cannot be the name of a task{taken}", "use letters, digits, - and _")
-    if name in data.validation and task.validation is not None:
-        yield Problem(f"{key}.validation", f"data.validation has a set named {name} as well", "rename one of the two")
+    for kind, sets, of_task in (("validation", data.validation, task.validation), ("test", data.test, task.test)):
+        if name in sets and of_task is not None:
+            yield Problem(f"{key}.{kind}", f"data.{kind} has a set named {name} as well", "rename one of the two")
     if task.kind == "classification":
         if task.classes is None:
             yield Problem(f"{key}.classes", "is missing: a classification task needs it", "set the number of classes")

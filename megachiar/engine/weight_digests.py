@@ -54,16 +54,17 @@ def held_tensors(engine: Engine) -> Iterator[HeldTensor]:
     for name, parameter in engine.named_parameters():
         shard = deepspeed_patches.own_shard(parameter, engine.topology.data_rank)
         value = parameter.detach() if shard is None else shard
-        yield HeldTensor(name, value, Sharing(shard is None, shard_of(parameter) is None, _is_tied(name)))
+        yield HeldTensor(name, value, Sharing(shard is None, shard_of(parameter) is None, _is_tied(name, engine)))
     for name, buffer in engine.named_buffers():
-        yield HeldTensor(name, buffer, Sharing(True, True, _is_tied(name)))
+        yield HeldTensor(name, buffer, Sharing(True, True, _is_tied(name, engine)))
     for module in engine.deepspeed.module.modules():
         if isinstance(module, RoutedLayer) and module.last_routes is not None:
             yield HeldTensor(f"routes of {module.name}", module.last_routes, Sharing(False, True, False))
 
 
-def _is_tied(name: str) -> bool:
-    return name.startswith("embedding.")
+def _is_tied(name: str, engine: Engine) -> bool:
+    """Return whether both ends of a pipeline hold the tensor: the embedding, which is a language model's head too."""
+    return name.startswith("embedding.") and engine.config.tasks[0].head is None
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Open the data of the auxiliary tasks of mixed training.
 
 A task reads its dataset in an order of its own, keyed by the run's seed and the number of the task. How far it has read
-follows from the draws (``mixing.py``), so that a checkpoint records nothing but what the dataset holds.
+follows from the draws (``mixing.py``) since the run started. Checkpoints record it, since the draws may change.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megachiar.config import RunConfig
 from megachiar.config.tasks import AuxiliaryTaskConfig
@@ -23,6 +24,21 @@ from megachiar.data.storage.files import bin_path
 
 _FIRST_NUMBER = 1 << 20
 """Added to a task's number in the keys of its order: no source of ``data.train`` has such a number."""
+
+
+class TasksRead(NamedTuple):
+    """How far the auxiliary tasks had read their data where a run started or went on.
+
+    Attributes:
+        position: samples of the main task that were read up to there.
+        samples: samples of each auxiliary task, in the order of the config; none for a new run.
+    """
+
+    position: int = 0
+    samples: tuple[int, ...] = ()
+
+
+NOTHING_READ = TasksRead()
 
 
 @dataclass(frozen=True)

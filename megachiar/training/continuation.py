@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megachiar.checkpoint.compatibility import (
@@ -18,8 +18,10 @@ from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
 from megachiar.data.sampling.history_records import Change
 from megachiar.topology import LaunchError
+from megachiar.training.auxiliary_data import NOTHING_READ, TasksRead
 from megachiar.training.document_ends import describe_document_ends, with_document_end
 from megachiar.training.epochs import resolve_epochs
+from megachiar.training.mixing import samples_of_tasks
 from megachiar.training.run_data import (
     RunData,
     check_max_epochs,
@@ -151,6 +153,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)
     check_auxiliary_data(path, state, config, data)
+    check_draws(path, load_config(path / CONFIG_FILE), config)
     warnings += describe_other_validation(state, data)
     rollbacks = start.rollback.rollbacks if start.rollback is not None else 0
     if rollbacks:
@@ -167,7 +170,10 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
             recent=state.recent,
             rollbacks=rollbacks,
         ),
-        data.continue_from(state.data, state.step, start.history_after_rollback),
+        replace(
+            data.continue_from(state.data, state.step, start.history_after_rollback),
+            tasks_read=tasks_read(path, state, config),
+        ),
         summary=f"{what} {path} ({state.layout}): step {state.step}, {state.samples:,} samples",
         warnings=warnings,
     )
@@ -212,6 +218,39 @@ def check_auxiliary_data(checkpoint: Path, state: CheckpointState, config: RunCo
                 f"was {then.path} with other content when it was saved: {now[key].path} would be read from its middle",
                 "set it back, or set data.on_change to continue",
             )
+
+
+_DRAWS = ("probability", "group_size", "seed")
+_DRAWS_OF_TASK = ("weight", "global_batch_size")
+
+
+def check_draws(checkpoint: Path, saved: RunConfig, config: RunConfig) -> None:
+    """Check that a mixed run draws the batches of other tasks as up to a checkpoint, unless ``data.on_change`` allows.
+
+    Raises:
+        LaunchError: a key of the draws differs.
+    """
+    if config.data.on_change != "refuse" or not config.mixed.tasks:
+        return
+    values = [(f"mixed.{key}", getattr(saved.mixed, key), getattr(config.mixed, key)) for key in _DRAWS]
+    for name, task in config.mixed.tasks.items():
+        before = saved.mixed.tasks[name]  # the tasks are the same
+        values += [(f"mixed.tasks.{name}.{key}", getattr(before, key), getattr(task, key)) for key in _DRAWS_OF_TASK]
+    for key, then, now in values:
+        if then != now:
+            raise LaunchError(
+                f"{checkpoint}: {key}",
+                f"was {then} when it was saved and is {now} now: other batches would join the steps",
+                "set it back, or set data.on_change to continue: every task then continues from where it is",
+            )
+
+
+def tasks_read(checkpoint: Path, state: CheckpointState, config: RunConfig) -> TasksRead:
+    """Return how far the auxiliary tasks of ``config`` had read their data when ``checkpoint`` was saved."""
+    read = state.auxiliary_samples
+    if not read:  # checkpoints of earlier versions, whose runs never changed the draws
+        read = samples_of_tasks(load_config(checkpoint / CONFIG_FILE), NOTHING_READ, state.samples)
+    return TasksRead(state.samples, tuple(read[name] for name in config.mixed.tasks))
 
 
 def describe_other_validation(state: CheckpointState, data: RunData) -> list[str]:

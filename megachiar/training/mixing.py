@@ -8,7 +8,8 @@ another task, whose mean loss is added to the group's:
     step      1                              |    2
 
 Whether and which is a function of the seed and the number of the group alone. It is the same in every layout, wherever
-a run is continued, and whatever the batch size becomes.
+a run is continued, and whatever the batch size becomes. Where a run that goes on draws otherwise (``data.on_change:
+continue``), each task goes on from where it is in its data.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from megachiar.config import RunConfig
 from megachiar.engine.micro_batches import MicroStep, main_steps
 from megachiar.kernels.hash import GOLDEN, uniform_hash
+from megachiar.training.auxiliary_data import NOTHING_READ, TasksRead
 
 _COUNTED_TOGETHER = 1 << 20
 _KEY = 0x6D69786564  # "mixed": no other use of the hash has the same keys
@@ -31,11 +33,13 @@ class Mixing:
     Args:
         config: of the run.
         data_size: number of data-parallel ranks.
+        read: how far the tasks had read their data when the run went on with these draws.
     """
 
-    def __init__(self, config: RunConfig, data_size: int):
+    def __init__(self, config: RunConfig, data_size: int, read: TasksRead = NOTHING_READ):
         mixed, training = config.mixed, config.training
         self._tasks = list(mixed.tasks.values())
+        self._read = read
         self._group_size = mixed.group_size or training.global_batch_size
         self._groups = training.global_batch_size // self._group_size
         self._samples_at_once = training.micro_batch_size * data_size
@@ -67,13 +71,17 @@ class Mixing:
         return plan
 
     def samples_before(self, position: int) -> list[int]:
-        """Return how many samples of each task were drawn by the groups that begin before ``position``."""
+        """Return how many samples of each task the run has read before ``position`` of the main task."""
         counts = np.zeros(len(self._tasks) + 1, np.int64)
-        groups = -(-position // self._group_size)
-        for first in range(0, groups, _COUNTED_TOGETHER) if self._tasks else ():
-            drawn = self.draws(first, min(first + _COUNTED_TOGETHER, groups))
+        begin, end = (-(-p // self._group_size) for p in (self._read.position, position))
+        for first in range(begin, end, _COUNTED_TOGETHER) if self._tasks else ():
+            drawn = self.draws(first, min(first + _COUNTED_TOGETHER, end))
             counts += np.bincount(drawn, minlength=len(counts))
-        return [int(count) * task.global_batch_size for count, task in zip(counts[1:], self._tasks, strict=True)]
+        before = self._read.samples or [0] * len(self._tasks)
+        return [
+            earlier + int(count) * task.global_batch_size
+            for earlier, count, task in zip(before, counts[1:], self._tasks, strict=True)
+        ]
 
     def _draws_of(self, positions: range) -> NDArray[np.int64]:
         """Return the draws of the groups that begin at ``positions``."""
@@ -83,3 +91,9 @@ class Mixing:
     def _micro_steps(self, task: int) -> int:
         """Return the micro-batches that each replica computes of a batch of ``task``."""
         return self._tasks[task - 1].global_batch_size // self._samples_at_once
+
+
+def samples_of_tasks(config: RunConfig, read: TasksRead, position: int) -> dict[str, int]:
+    """Return how many samples of each auxiliary task a run has read before ``position`` of the main task, by name."""
+    mixing = Mixing(config, data_size=1, read=read)
+    return dict(zip(config.mixed.tasks, mixing.samples_before(position), strict=True))

@@ -132,7 +132,7 @@ class _Samples:
         self.data = data
         self.tasks = config.tasks
         self.micro_batch_size = config.training.micro_batch_size
-        self._mixing = Mixing(config, data_size=1)
+        self._mixing = Mixing(config, data_size=1, read=data.tasks_read)
         self._order: OrderRecord | None = None
         self._stream: SampleStream | MegatronStream = data.training
 

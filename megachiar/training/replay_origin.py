@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megachiar.checkpoint.format import (
@@ -253,6 +253,7 @@ def _continued(run: Path, complete: Sequence[Path], data: RunData, origin: Conti
     """Return the data of a step after the newest checkpoint, as a run reads it that continues from there."""
     if not complete:
         return origin.data
+    data = replace(data, tasks_read=origin.data.tasks_read)
     newest, rollback = read_state(complete[-1]), read_rollback(run, complete[-1])
     return data.continue_from(newest.data, newest.step, rollback.data if rollback is not None else None)
 

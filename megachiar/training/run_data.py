@@ -28,7 +28,7 @@ from megachiar.data.storage.manifest import TokenizerRecord, check_same_tokenize
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.errors import UserError
 from megachiar.topology import LaunchError
-from megachiar.training.auxiliary_data import AuxiliaryTask, open_auxiliary_tasks
+from megachiar.training.auxiliary_data import NOTHING_READ, AuxiliaryTask, TasksRead, open_auxiliary_tasks
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
@@ -47,6 +47,7 @@ class RunData:
         history: what the run has read and reads next, as checkpoints record it.
         tokenizer: of the datasets; None where neither config nor manifest names one that is still there.
         auxiliary: the other tasks of mixed training, in the order of the config.
+        tasks_read: how far these had read their data where the run started or went on.
     """
 
     training: SampleStream | MegatronStream
@@ -55,6 +56,7 @@ class RunData:
     history: DataHistory
     tokenizer: Tokenizer | None
     auxiliary: tuple[AuxiliaryTask, ...] = ()
+    tasks_read: TasksRead = NOTHING_READ
 
     @property
     def sources(self) -> list[TokenSource]:
@@ -332,11 +334,20 @@ def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
 
 def describe_seen_sets(data: RunData) -> list[str]:
     """Return a line for the log for each set that measures nothing new: it is also trained on, or chosen by."""
-    validation = {f"data.validation.{name}": dataset.source for name, dataset in data.validation.items()}
-    test = {f"data.test.{name}": dataset.source for name, dataset in data.test.items()}
+    validation, test = (
+        {
+            f"mixed.tasks.{name}.{kind}" if name in of_tasks else f"data.{kind}.{name}": dataset.source
+            for name, dataset in sets.items()
+        }
+        for kind, sets, of_tasks in (
+            ("validation", data.validation, [task.name for task in data.auxiliary if task.validation is not None]),
+            ("test", data.test, [task.name for task in data.auxiliary if task.test is not None]),
+        )
+    )
+    trained = [*data.training.sources, *(task.source for task in data.auxiliary)]
     lines = []
     for key, source in {**validation, **test}.items():
-        twins = [other.prefix for other in data.training.sources if _hold_the_same(other, source)]
+        twins = [other.prefix for other in trained if _hold_the_same(other, source)]
         lines += [f"{key} holds the same tokens as {twin}, which is trained on" for twin in twins]
     for key, source in test.items():
         sets = [other for other, known in validation.items() if _hold_the_same(known, source)]

@@ -29,7 +29,7 @@ class StepBatches:
 
     def __init__(self, config: RunConfig, topology: Topology, data: RunData, position: int, *, pin_memory: bool):
         training, size = config.training, topology.data_size
-        self._mixing = Mixing(config, size)
+        self._mixing = Mixing(config, size, data.tasks_read)
         self._global_batch_size = training.global_batch_size
         self._offset = topology.data_rank * training.micro_batch_size
         self._exit = ExitStack()

@@ -29,6 +29,7 @@ from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
+from megachiar.training.mixing import samples_of_tasks
 from megachiar.training.peaks import peak_flops
 from megachiar.training.recorded_steps import SKIPPED
 from megachiar.training.rollback import roll_back
@@ -302,7 +303,14 @@ class Trainer:
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)
-        self.saver.save(step, self.data.history, losses, self.bad_steps.recent, must_succeed=stop or last)
+        self.saver.save(
+            step,
+            self.data.history,
+            losses,
+            recent=self.bad_steps.recent,
+            auxiliary_samples=samples_of_tasks(self.config, self.data.tasks_read, self.progress.samples),
+            must_succeed=stop or last,
+        )
 
     def _add_to_checkpoint(self, step: int, name: str, loss: float) -> None:
         """Add the loss of an evaluation that a stop had put off to the checkpoint, which was saved before it."""

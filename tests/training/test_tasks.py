@@ -11,9 +11,11 @@ import pytest
 from labelled import CLASSES, write_examples
 from support import checkpoint_tensors, forked_python, pretrain, small_config, write_config, write_tokens
 
+from megachiar.checkpoint.format import read_state
 from megachiar.config.load import parse_config
 from megachiar.errors import UserError
 from megachiar.training.classification import evaluate_examples, summarise_confusion
+from megachiar.training.metrics import read_metrics
 from megachiar.training.run_data import open_data
 
 MODEL = {"dropout": 0.1}
@@ -176,6 +178,54 @@ def test_other_data_of_a_task_is_refused_or_told(data, tmp_path):
     assert "mixed.tasks.strides.data" in log
     (log,) = pretrain(tmp_path / "config.yaml", other, "data.on_change=continue")
     assert re.search(r"mixed\.tasks\.strides holds other data", log)
+
+
+@pytest.mark.parametrize("layout", ["parallel.pipeline_size=2", "parallel.tensor_size=2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_share_a_model_hold_the_same(data, tmp_path, kind, layout):
+    """Ranks are compared before the first step and before each save, and a difference ends the run."""
+    config = write_config(tmp_path / "config.yaml", KINDS[kind](data, tmp_path, steps=2))
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(config, f"logging.folder={one}")
+    pretrain(config, layout, f"logging.folder={two}", ranks=2)
+    losses = [[record["loss"] for record in read_metrics(run, "train")] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_other_draws_are_refused_or_each_task_goes_on_from_where_it_is(data, tmp_path):
+    config = mixed(data, tmp_path)
+    pretrain(write_config(tmp_path / "config.yaml", config), "training.steps=4")
+    folder = tmp_path / "run/checkpoints"
+    before = read_state(folder / "step_00000004").auxiliary_samples
+    assert sum(before.values()) > 0
+    for change in ("mixed.probability=1.0", "mixed.seed=5", "mixed.tasks.strides.global_batch_size=16"):
+        (log,) = pretrain(tmp_path / "config.yaml", change, codes=[2])
+        assert change.partition("=")[0] in log and "other batches would join the steps" in " ".join(log.split())
+    changes = ["mixed.probability=1.0", "mixed.seed=5", "mixed.tasks.strides.global_batch_size=16"]
+    pretrain(tmp_path / "config.yaml", *changes, "data.on_change=continue")
+    after = read_state(folder / "step_00000008").auxiliary_samples
+    batches = (after["strides"] - before["strides"]) / 16, (after["other"] - before["other"]) / 8
+    assert sum(batches) == 4 * 2, "each of the two groups of a step has drawn a batch"
+    assert all(count == int(count) >= 1 for count in batches)
+
+
+def test_a_set_that_a_task_trains_on_is_told(data, tmp_path):
+    config = mixed(data, tmp_path, steps=1)
+    config["data"]["test"] = {"seen": str(data / "other")}
+    config["mixed"]["tasks"]["strides"]["test"] = str(data / "examples")
+    (log,) = pretrain(write_config(tmp_path / "config.yaml", config))
+    told = " ".join(log.split())
+    assert f"data.test.seen holds the same tokens as {data / 'other'}, which is trained on" in told
+    assert f"mixed.tasks.strides.test holds the same tokens as {data / 'examples'}, which is trained on" in told
+
+
+@pytest.mark.parametrize("kind", ["validation", "test"])
+def test_two_sets_of_one_name_are_refused(data, tmp_path, kind):
+    config = mixed(data, tmp_path)
+    config["data"][kind] = {"strides": str(data / "valid")}
+    config["mixed"]["tasks"]["strides"][kind] = str(data / "held_out")
+    with pytest.raises(UserError, match=f"data.{kind} has a set named strides as well"):
+        parse_config(config, "test")
 
 
 def test_classes_in_another_order_are_refused(data, tmp_path):
