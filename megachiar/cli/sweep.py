@@ -72,18 +72,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = load_sweep(find_sweep(options.sweep))
 
     from megachiar.sweeps.cells import cell_named, cells_of
-    from megachiar.sweeps.collect import collect, collected_results, finished_results, restore
+    from megachiar.sweeps.collect import collect, collected_status, finished_results, restorable, restore
     from megachiar.sweeps.status import status_of
 
     console, cells = make_console(), cells_of(sweep, options.only)
     if options.cell is not None:
         return print_cell(cell_named(sweep, options.cell), console)
-    if options.collected is not None and options.table:
-        return print_table(sweep, collected_results(cells, options.collected), options.json)
-    if options.collected is not None:
-        for cell in restore(cells, options.collected):
-            console.print(f"{cell.name}: its result is taken from {options.collected}", markup=False)
-    statuses = [status_of(cell) for cell in cells]
+    elsewhere: dict[str, CellStatus] = {}
+    if (folder := options.collected) is not None:
+        statuses = [collected_status(cell, folder) for cell in cells]
+        for status in statuses:
+            if status.state == "changed":
+                message = f"{status.cell.name}: its result in {folder} is left out: {status.detail}"
+                console.print(message, style="yellow", markup=False)
+        if options.table:
+            return print_table(sweep, finished_results(statuses), options.json)
+        elsewhere = restorable(cells, folder)
+        if not (options.status or options.dry_run):
+            restore(elsewhere, folder)
+        for name in elsewhere:
+            console.print(f"{name}: its result is taken from {folder}", markup=False)
+    statuses = [status_of(cell, elsewhere) for cell in cells]
     if options.table:
         return print_table(sweep, finished_results(statuses), options.json)
     if options.collect is not None:

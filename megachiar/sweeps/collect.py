@@ -7,7 +7,7 @@ COLLECTED/SWEEP/sweep.yaml, table.json, table.csv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megachiar.config.identity import config_digest
@@ -15,10 +15,11 @@ from megachiar.config.sweep import Sweep
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import disk_errors
+from megachiar.sweeps.cell_data import other_data
 from megachiar.sweeps.cells import Cell
 from megachiar.sweeps.measured import SUFFIX, read_measured_file
 from megachiar.sweeps.status import CellStatus, is_new
-from megachiar.sweeps.table import Results, rows_of, write_tables
+from megachiar.sweeps.table import rows_of, write_tables
 from megachiar.training.run_result import RunResult, read_result_file, result_path
 
 SWEEP_FILE = "sweep.yaml"
@@ -52,30 +53,47 @@ def collect(sweep: Sweep, statuses: Sequence[CellStatus], folder: Path) -> list[
     return [*written, target / SWEEP_FILE, *write_tables(target, sweep, results, rows_of(sweep, results))]
 
 
-def restore(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """Put collected results into the run folders of new cells, so that these count as finished; return the cells.
+def restorable(cells: Sequence[Cell], folder: Path) -> dict[str, CellStatus]:
+    """Return the new cells that are finished by collected results, by name.
 
-    A result is left where it is if it is of another config than the cell's, or if another cell has still to be measured
-    on the run, whose checkpoints were not collected.
+    A result does not count if it is of another config or other data than the cell's, or if another cell has still to be
+    measured on the run, whose checkpoints were not collected.
 
     Args:
         cells: of a sweep, sources before the cells that wait for them.
         folder: that ``collect`` has written to, here or on another machine.
 
     Raises:
-        UserError: a copy is damaged, or a file cannot be read or written.
+        UserError: a copy is damaged, or a file cannot be read.
     """
-    found = {cell.name: cell for cell in cells if _fits(cell, folder)}
+    found = fitting(cells, folder)
     for cell in reversed(cells):
         if cell.name not in found and read_measured_file(cell.file(SUFFIX)) is None:
             for source in cell.sources:
                 found.pop(source.name, None)
-    restored = [cell for cell in found.values() if is_new(cell)]
-    for cell in restored:
+    return {name: status for name, status in found.items() if is_new(status.cell)}
+
+
+def restore(statuses: Mapping[str, CellStatus], folder: Path) -> None:
+    """Put collected results into the run folders of the cells that ``restorable`` returns.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    for cell in (status.cell for status in statuses.values()):
         copy = collected_path(folder / cell.sweep.path.stem, cell)
         _copy_if_there(_measured_copy(copy, cell), cell.file(SUFFIX))
         _copy_if_there(copy, result_path(cell.run))
-    return restored
+
+
+def fitting(cells: Sequence[Cell], folder: Path) -> dict[str, CellStatus]:
+    """Return the cells whose collected results are of the config and the data that the cells have, by name.
+
+    Raises:
+        UserError: a copy is damaged, or a file cannot be read.
+    """
+    statuses = (collected_status(cell, folder) for cell in cells)
+    return {status.cell.name: status for status in statuses if status.state == "finished"}
 
 
 def _copy_if_there(source: Path, target: Path) -> bool:
@@ -88,31 +106,27 @@ def _copy_if_there(source: Path, target: Path) -> bool:
     return True
 
 
-def _fits(cell: Cell, folder: Path) -> bool:
-    """Return whether the collected result of a cell is there, and of the config that the cell has."""
+def collected_status(cell: Cell, folder: Path) -> CellStatus:
+    """Return how far a cell is by its collected result alone: new without one, changed if it is another cell's now.
+
+    Raises:
+        UserError: the copy is damaged, or a file cannot be read.
+    """
     copy = collected_path(folder / cell.sweep.path.stem, cell)
-    result, measured = read_result_file(copy), None
+    result, keys = read_result_file(copy), None
     if result is None:
-        return False
+        return CellStatus(cell, "new")
     if cell.sources:
         measured = read_measured_file(_measured_copy(copy, cell))
         if measured is None or not measured.is_of(cell):
-            return False
-    return result.config_digest == config_digest(cell.config(measured.keys if measured is not None else None))
-
-
-def collected_results(cells: Sequence[Cell], folder: Path) -> Results:
-    """Return the results that ``collect`` has copied to ``folder``, by variant and seed.
-
-    Raises:
-        UserError: a copy is damaged or cannot be read.
-    """
-    found: dict[str, dict[int, RunResult]] = {}
-    for cell in cells:
-        result = read_result_file(collected_path(folder / cell.sweep.path.stem, cell))
-        if result is not None:
-            found.setdefault(cell.variant.name, {})[cell.seed] = result
-    return found
+            return CellStatus(cell, "changed", "what was measured for it was asked for or measured otherwise")
+        keys = measured.keys
+    config = cell.config(keys)
+    if result.config_digest != config_digest(config):
+        return CellStatus(cell, "changed", "has another config", config)
+    if (path := other_data(result, config)) is not None:
+        return CellStatus(cell, "changed", f"was trained or measured on another dataset {path}", config)
+    return CellStatus(cell, "finished", f"its result is in {folder}", config, result)
 
 
 def collected_path(folder: Path, cell: Cell) -> Path:

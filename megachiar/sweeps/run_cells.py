@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.markup import escape
 
@@ -29,11 +30,13 @@ from megachiar.data.storage.files import sync_folder, write_atomically
 from megachiar.errors import EXIT_STOPPED, UserError, disk_errors
 from megachiar.sweeps.cells import Cell, cells_of
 from megachiar.sweeps.measured import measure
-from megachiar.sweeps.status import CellStatus, forget_failure, record_failure, status_of
+from megachiar.sweeps.status import CellStatus, forget_failure, record_failure, running_process, status_of
 from megachiar.training.continuation import open_run
 
 EXIT_FAILED = 1
+Outcome = Literal["finished", "running elsewhere", "failed", "stopped"]
 _LAST_LINES = 12  # of a log, which are shown where a run failed
+_LOOK_EVERY_S = 2.0  # at cells that another process trains
 Log = Callable[[str], None]
 """Prints a line, in rich's markup."""
 
@@ -161,36 +164,59 @@ class SweepRunner:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self, cells: Sequence[Cell]) -> int:
-        """Train what is not finished of ``cells``; return 0, 1 if a cell failed, or 75 after a stop."""
-        failed = 0
-        for number, cell in enumerate(cells, 1):
-            head = f"[{number}/{len(cells)}] {cell.name}"
-            status = status_of(cell)
-            if status.state == "finished":
-                self._log(f"{escape(head)}: finished already")
-            elif status.state in ("running", "waiting", "changed"):
-                self._log(f"[yellow]{escape(head)}: left out: {status.state}, {escape(status.detail)}[/]")
-                failed += 1
-            else:
-                code = self._train(cell, head)
-                if code == EXIT_STOPPED:
-                    return code
-                failed += code != 0
-            if self._sweep.config.remove_checkpoints:
-                remove_needless_checkpoints(self._sweep)
-            if self.stopped_by is not None and number < len(cells):
-                self._log(f"stopped by a signal ({self.stopped_by})")
-                return EXIT_STOPPED
+        """Train what is not finished of ``cells``; return 0, 1 if a cell failed, or 75 after a stop.
+
+        Cells that another process trains, such as another start of the sweep, are waited for.
+        """
+        numbered, failed = [(f"[{number}/{len(cells)}] {cell.name}", cell) for number, cell in enumerate(cells, 1)], 0
+        while numbered:
+            later = []
+            for head, cell in numbered:
+                if self.stopped_by is not None:
+                    self._log(f"stopped by a signal ({self.stopped_by})")
+                    return EXIT_STOPPED
+                outcome = self._run_cell(cell, head)
+                if outcome == "stopped":
+                    return EXIT_STOPPED
+                if outcome == "running elsewhere":
+                    later.append((head, cell))
+                failed += outcome == "failed"
+                if self._sweep.config.remove_checkpoints:
+                    remove_needless_checkpoints(self._sweep)
+            numbered = later
+            self._wait_for_others(later)
         return EXIT_FAILED if failed else 0
 
-    def _train(self, cell: Cell, head: str) -> int:
-        """Train one cell; return the exit code of its run, 75 where the sweep has to stop."""
+    def _run_cell(self, cell: Cell, head: str) -> Outcome:
+        """Train a cell if it is not finished."""
+        status = status_of(cell)
+        if status.state == "finished":
+            self._log(f"{escape(head)}: finished already")
+            return "finished"
+        if status.state == "running" or (status.state == "waiting" and any(map(running_process, cell.sources))):
+            self._log(f"{escape(head)}: {status.state}, {escape(status.detail)}: it is looked at again at the end")
+            return "running elsewhere"
+        if status.state in ("waiting", "changed"):
+            self._log(f"[yellow]{escape(head)}: left out: {status.state}, {escape(status.detail)}[/]")
+            return "failed"
+        return self._train(cell, head)
+
+    def _wait_for_others(self, cells: Sequence[tuple[str, Cell]]) -> None:
+        """Wait until one of the cells is not trained by another process any more, or a signal comes."""
+        while cells and self.stopped_by is None:
+            busy = (running_process(one) for _, cell in cells for one in (cell, *cell.sources))
+            if not any(busy) or any(status_of(cell).state not in ("running", "waiting") for _, cell in cells):
+                return
+            time.sleep(_LOOK_EVERY_S)
+
+    def _train(self, cell: Cell, head: str) -> Outcome:
+        """Train one cell."""
         try:
             config = prepare(cell, self._log)
         except UserError as error:
             self._log(f"[bold red]{escape(head)}: {escape(str(error))}[/]")
             record_failure(cell, 2)
-            return 2
+            return "failed"
         log = cell.file(".log")
         self._log(f"[bold]{escape(head)}[/]  {escape(str(log))}")
         forget_failure(cell)
@@ -199,15 +225,19 @@ class SweepRunner:
         took = f"{time.monotonic() - began:,.0f} s"
         if code == EXIT_STOPPED or (code != 0 and self.stopped_by is not None):
             self._log(f"{escape(head)}: stopped after {took}; the sweep goes on from there when it is started again")
-            return EXIT_STOPPED
-        if code == 0 and status_of(cell).state == "finished":
-            self._log(f"{escape(head)}: finished in {took}")
-            return 0
+            return "stopped"
+        state = status_of(cell).state
+        if state == "finished":
+            self._log(f"{escape(head)}: finished in {took}" if code == 0 else f"{escape(head)}: another process did it")
+            return "finished"
+        if state == "running":  # it began a moment before, and the run here found its lock
+            self._log(f"{escape(head)}: another process trains it: it is looked at again at the end")
+            return "running elsewhere"
         self._log(f"[bold red]{escape(head)}: failed with exit code {code} after {took}; its log ends with[/]")
         for line in _last_lines(log):
             self._log(f"  {escape(line)}")
         record_failure(cell, code or EXIT_FAILED)
-        return code or EXIT_FAILED
+        return "failed"
 
     def _start(self, command: Sequence[str], log: Path) -> int:
         """Run a command to its end, with its output in ``log``; return its exit code, 128 + N after signal N."""

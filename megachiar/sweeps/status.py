@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from megachiar.checkpoint.format import CONFIG_FILE, complete_checkpoints, read_state
@@ -13,6 +15,7 @@ from megachiar.config.identity import config_digest, deciding_keys
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError
+from megachiar.sweeps.cell_data import other_data
 from megachiar.sweeps.cells import Cell
 from megachiar.sweeps.measured import read_measured
 from megachiar.training.run_lock import DEAD_AFTER_S, read_locks
@@ -31,8 +34,8 @@ class CellStatus:
     Attributes:
         cell: it.
         state: finished: its result is there. running: a process holds its run folder. changed: the run folder holds a
-            run of another config. waiting: another cell must be finished first. failed: its last run ended with an
-            error. stopped: there are checkpoints, and steps are left. new: nothing is there.
+            run of another config, or on other data. waiting: another cell must be finished first. failed: its last run
+            ended with an error. stopped: there are checkpoints, and steps are left. new: nothing is there.
         detail: the rest in words; may be empty.
         config: of its run; None as long as something has to be measured for it.
         result: of its run; None unless it is finished.
@@ -45,13 +48,22 @@ class CellStatus:
     result: RunResult | None = None
 
 
-def status_of(cell: Cell) -> CellStatus:
+NOTHING_KNOWN: Mapping[str, CellStatus] = MappingProxyType({})
+
+
+def status_of(cell: Cell, known: Mapping[str, CellStatus] = NOTHING_KNOWN) -> CellStatus:
     """Return how far a cell is.
+
+    Args:
+        cell: of a sweep.
+        known: the answer for cells whose results lie elsewhere, by name.
 
     Raises:
         UserError: its config has problems, or its files cannot be read.
     """
-    before = [status_of(source) for source in cell.sources]
+    if cell.name in known:
+        return known[cell.name]
+    before = [status_of(source, known) for source in cell.sources]
     late = [status.cell.name for status in before if status.state != "finished"]
     measured = None
     if before:
@@ -80,6 +92,8 @@ def _from_files(cell: Cell, config: RunConfig) -> CellStatus:
     except UserError:  # the run measures itself anew
         result = None
     if result is not None and result.config_digest == config_digest(config):
+        if (path := other_data(result, config)) is not None:
+            return CellStatus(cell, "changed", f"was trained or measured on another dataset {path}", config)
         return CellStatus(cell, "finished", "", config, result)
     checkpoints = complete_checkpoints(cell.run / "checkpoints")
     if checkpoints:

@@ -14,6 +14,7 @@ from megachiar import __version__
 from megachiar.config.sweep import Sweep
 from megachiar.data.storage.files import write_atomically
 from megachiar.errors import UserError
+from megachiar.sweeps.cell_data import check_same_data
 from megachiar.sweeps.statistics import CONFIDENCE, Difference, Spread, paired_difference, spread
 from megachiar.training.run_result import RunResult
 
@@ -59,8 +60,9 @@ def rows_of(sweep: Sweep, results: Results) -> list[Row]:
     """Return the rows of all measures that the finished cells have, measure by measure.
 
     Raises:
-        UserError: ``measures`` of the sweep names one that no finished cell has.
+        UserError: ``measures`` of the sweep names one that no finished cell has, or cells were measured on unlike data.
     """
+    check_same_data(results)
     numbers = {
         variant: {seed: numbers_of(result) for seed, result in results[variant].items()}
         for variant in sweep.variants

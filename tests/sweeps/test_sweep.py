@@ -21,9 +21,12 @@ from megachiar.analysis.calibration import calibrate_on_embedding
 from megachiar.config import load_config
 from megachiar.config.sweep import load_sweep
 from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.inference.loading import load_model
+from megachiar.sweeps.cell_data import check_same_data
 from megachiar.sweeps.cells import cell_named, cells_of
+from megachiar.sweeps.collect import restorable, restore
 from megachiar.sweeps.measured import measure, read_measured
 from megachiar.sweeps.run_cells import refuse_changed, remove_needless_checkpoints, set_run_aside
 from megachiar.sweeps.status import status_of
@@ -186,8 +189,13 @@ def test_a_sweep_goes_on_from_results_that_were_collected(swept, tmp_path):
         (tmp_path / name).write_text(text.replace(str(path.parent / "out"), str(tmp_path / "out")))
     for file in (tmp_path / "found" / "sweep" / "threshold").glob("seed_2*"):
         file.unlink()
-    shown = forked_python("-m", "megachiar", "sweep", tmp_path / "sweep.yaml", "--from", tmp_path / "found", "--status")
+    found = ["sweep", tmp_path / "sweep.yaml", "--from", tmp_path / "found"]
+    shown = forked_python("-m", "megachiar", *found, "--status", "--json")
     assert shown.returncode == 0 and shown.stderr.count("its result is taken from") == 2, shown.stderr
+    assert not (tmp_path / "out").exists(), "a look writes nothing"
+    told = {name: status["state"] for name, status in json.loads(shown.stdout).items()}
+    restore(restorable(cells_of(load_sweep(tmp_path / "sweep.yaml")), tmp_path / "found"), tmp_path / "found")
+    assert told == states(tmp_path / "sweep.yaml")
     wanted = {"baseline/seed_1": "finished", "threshold/seed_1": "finished", "refused/seed_1": "new"}
     wanted |= {"baseline/seed_2": "new", "threshold/seed_2": "waiting", "refused/seed_2": "new"}
     assert states(tmp_path / "sweep.yaml") == wanted
@@ -197,6 +205,63 @@ def test_a_sweep_goes_on_from_results_that_were_collected(swept, tmp_path):
     shutil.rmtree(tmp_path / "out")
     shown = forked_python("-m", "megachiar", "sweep", tmp_path / "sweep.yaml", "--from", tmp_path / "found", "--status")
     assert shown.stderr.count("its result is taken from") == 0, "a result of another config is none"
+    assert "threshold/seed_1: its result in" in shown.stderr and "is left out: has another config" in shown.stderr
+    table = forked_python("-m", "megachiar", *found, "--table", "--json")
+    assert set(json.loads(table.stdout)["finished"]) == {"baseline"}, table.stderr
+    assert "is left out: has another config" in table.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_results_of_another_text_do_not_count(swept, tmp_path, name):
+    """The config of a cell has only the path of a text, which may be written anew: no two texts are one mean."""
+    path, folder = swept[0], swept[0].parent
+    assert forked_python("-m", "megachiar", "sweep", path, "--collect", tmp_path / "found").returncode == 0
+    kept = {file: file.read_bytes() for file in folder.glob(f"{name}.*")}
+    try:
+        for file in kept:
+            file.unlink()
+        write_tokens(folder / name, seed=7, documents=6)
+        detail = f"was trained or measured on another dataset {folder / name}"
+        statuses = {status.cell.name: status for status in map(status_of, cells_of(load_sweep(path)))}
+        assert (statuses["baseline/seed_1"].state, statuses["baseline/seed_1"].detail) == ("changed", detail)
+        table = forked_python("-m", "megachiar", "sweep", path, "--from", tmp_path / "found", "--table")
+        assert table.returncode == 2 and table.stderr.count("is left out: was trained or measured") == 4
+    finally:
+        for file in folder.glob(f"{name}.*"):
+            file.unlink()
+        for file, content in kept.items():
+            file.write_bytes(content)
+    assert states(path)["baseline/seed_1"] == "finished"
+
+
+def test_a_table_refuses_results_of_two_texts_under_one_path(swept):
+    """Results of another machine, whose data are not here, are compared with one another."""
+    results = {seed: read_result(swept[0].parent / f"out/baseline/seed_{seed}") for seed in (1, 2)}
+    check_same_data({"baseline": results})
+    one, other = (
+        result.model_copy(update={"test_data": {"held": record_with(result.test_data["held"], f"{seed}")}})
+        for seed, result in results.items()
+    )
+    with pytest.raises(UserError, match=r"held another text for baseline/seed_2 than for baseline/seed_1"):
+        check_same_data({"baseline": {1: one, 2: other}})
+
+
+def record_with(record: SourceRecord, checksum: str) -> SourceRecord:
+    return record.model_copy(update={"checksum": checksum})
+
+
+def test_two_starts_share_the_cells(tmp_path):
+    path = write_sweep(tmp_path)
+    sweep = yaml.safe_load(path.read_text())
+    sweep["variants"] = {"baseline": VARIANTS["baseline"], "threshold": VARIANTS["threshold"]}
+    path.write_text(yaml.safe_dump(sweep | {"set": {"training.steps": 20}}, sort_keys=False))
+    both = [start(path), start(path)]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert set(states(path).values()) == {"finished"}
+    assert not list((tmp_path / "out").rglob("*.failed.json"))
+    for cell in ("baseline/seed_1", "threshold/seed_2"):
+        assert [r["step"] for r in read_metrics(tmp_path / "out" / cell, "train")] == list(range(1, 21))
 
 
 @pytest.fixture
