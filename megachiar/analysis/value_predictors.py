@@ -142,15 +142,22 @@ class _Watch:
         """Return [LN(x); H] (N, d + 1)."""
         return torch.cat([F.layer_norm(self.x, self.x.shape[1:]), self.entropy[:, None].to(self.x.dtype)], 1)
 
+    def starts(self, shape: torch.Size) -> torch.Tensor:
+        """Return the first position (B, T) of each token's document; 0 where a sequence is one document."""
+        if self.layout.document_starts is not None:
+            return self.layout.document_starts
+        return torch.zeros(shape, dtype=torch.int64, device=self.x.device)
+
     def numbers(self, shape: torch.Size) -> dict[str, np.ndarray]:
         """Return the values, and the predictors that are one number a token, each (B, T)."""
         assert self.gradient is not None, "the backward pass is over"
-        x = self.x.view(*shape, -1)
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        x, starts = self.x.view(*shape, -1), self.starts(shape)
+        is_first = torch.arange(shape[1], device=x.device) == starts
+        before = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(is_first[..., None], 0)
         found = {
             "value": -(self.gradient * self.difference).sum(-1),
             ENTROPY: self.entropy,
-            TIME_ENTROPY: time_entropy(x, WINDOW),
+            TIME_ENTROPY: time_entropy(x, WINDOW, starts),
             NORM: x.norm(dim=-1),
             CHANGE: (x - before).norm(dim=-1),
             **({FOCUS: self.focus} if self.focus is not None else {}),
@@ -185,30 +192,46 @@ def _see_attention(later: _Watch, module: nn.Module, arguments: tuple) -> None:
     assert isinstance(module, SelfAttention)
     with torch.no_grad():
         q, k = module.queries_and_keys(arguments[0].detach(), arguments[3])
-        later.focus = torch.stack([attention_entropy(q[b], k[b]) for b in range(len(q))])
+        starts = arguments[3].document_starts
+        later.focus = torch.stack(
+            [attention_entropy(q[b], k[b], None if starts is None else starts[b]) for b in range(len(q))]
+        )
 
 
-def attention_entropy(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def attention_entropy(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
     """Return the entropy (T,) of the weights of each query, the mean over the heads, as a part of its largest value.
 
+    The first query of a document has one key, and an entropy of 0.
+
     Args:
-        q, k: (h, T, c), rotated queries and keys of a sequence. The first query has one key, and an entropy of 0.
+        q, k: (h, T, c), rotated queries and keys of a sequence.
+        starts: (T,) first position of each token's document; None where attention crosses documents.
     """
     length = q.shape[1]
     place = torch.arange(length, device=q.device)
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(place > place[:, None], -torch.inf)
+    first = torch.zeros_like(place) if starts is None else starts
+    hidden = (place > place[:, None]) | (place < first[:, None])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(0)
-    return entropy / (place + 1).to(entropy.dtype).log().clamp_min(math.log(2))
+    return entropy / (place - first + 1).to(entropy.dtype).log().clamp_min(math.log(2))
 
 
-def time_entropy(x: torch.Tensor, window: int) -> torch.Tensor:
+def time_entropy(x: torch.Tensor, window: int, starts: torch.Tensor | None = None) -> torch.Tensor:
     """Return the spectral entropy (B, T) along time of rows ``x`` (B, T, d), in [0, 1].
 
     The spectrum of a token is that of the last ``window`` rows up to its own: a DCT along time of each channel, and the
-    power of the channels together. At the start of a sequence the first row is repeated.
+    power of the channels together. At the start of a document the first row is repeated.
+
+    Args:
+        x: the rows.
+        window: rows of a spectrum.
+        starts: (B, T) first position of each token's document; None where a sequence is one.
     """
-    padded = torch.cat([x[:, :1].expand(-1, window - 1, -1), x], 1)
-    rows = padded.unfold(1, window, 1)  # (B, T, d, window)
+    length = x.shape[1]
+    first = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device) if starts is None else starts
+    places = torch.arange(length, device=x.device)[:, None] + torch.arange(1 - window, 1, device=x.device)
+    places = torch.maximum(places, first[..., None])  # (B, T, window)
+    rows = x[torch.arange(len(x), device=x.device)[:, None, None], places].mT  # (B, T, d, window)
     place = torch.arange(window, device=x.device, dtype=x.dtype)
     basis = torch.cos(math.pi / window * (place[None] + 0.5) * place[:, None]) * math.sqrt(2 / window)
     basis[0] *= math.sqrt(0.5)

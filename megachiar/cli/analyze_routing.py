@@ -257,6 +257,7 @@ def write_files(record: dict[str, Any], json_file: str | None, csv_file: Path | 
 
 def print_report(findings: Sequence[Finding], sentences: dict[int, str], left_out: Sequence[str], title: str) -> None:
     """Print a table for each section, a sentence for each layer, and what was not measured."""
+    from rich.markup import escape
     from rich.table import Table
 
     console = make_console(sys.stdout)
@@ -271,11 +272,11 @@ def print_report(findings: Sequence[Finding], sentences: dict[int, str], left_ou
         for finding in of_section:
             table.add_row(
                 "all" if finding.layer is None else str(finding.layer),
-                finding.measure,
+                escape(finding.measure),
                 _number(finding.value),
                 _interval(finding.low, finding.high),
                 f"{_number(finding.chance)} {_interval(finding.chance_low, finding.chance_high)}".strip(),
-                finding.verdict,
+                escape(finding.verdict),
             )
         console.print(table)
     console.print("In short", style="bold")

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_checkpoints(options: argparse.Namespace) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from megachiar.checkpoint.inspection import checkpoints_at, summarise
@@ -91,7 +92,7 @@ def list_checkpoints(options: argparse.Namespace) -> None:
         written = f"{summary.written:%Y-%m-%d %H:%M:%S}" if summary.written else "-"
         size = "-" if summary.size is None else f"{summary.size / 2**20:,.1f}"
         step = "-" if summary.step is None else f"{summary.step:,}"
-        table.add_row(step, written, size, summary.layout or "-", summary.problem or "complete")
+        table.add_row(step, written, size, escape(summary.layout or "-"), escape(summary.problem or "complete"))
     make_console(sys.stdout).print(table)
 
 

@@ -89,6 +89,7 @@ def sequence_length(wanted: int | None, trained: int, longest: int) -> int:
 
 def print_tables(checkpoint: Path, results: dict[str, Evaluation | Classification]) -> None:
     """Print a line for each dataset, with a dash for a measure that its manifest does not allow."""
+    from rich.markup import escape
     from rich.table import Table
 
     from megachiar.training.evaluation import Evaluation
@@ -103,9 +104,9 @@ def print_tables(checkpoint: Path, results: dict[str, Evaluation | Classificatio
         if isinstance(r, Evaluation):
             word = f"{r.word_ppl:.2f}" if r.word_ppl else "-"
             bits = f"{r.bits_per_byte:.4f}" if r.bits_per_byte else "-"
-            texts.add_row(name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.token_ppl:.2f}", word, bits)
+            texts.add_row(escape(name), f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.token_ppl:.2f}", word, bits)
         else:
-            labelled.add_row(name, f"{r.examples:,}", f"{r.loss:.4f}", f"{r.accuracy:.2%}", f"{r.macro_f1:.4f}")
+            labelled.add_row(escape(name), f"{r.examples:,}", f"{r.loss:.4f}", f"{r.accuracy:.2%}", f"{r.macro_f1:.4f}")
     for table in (texts, labelled):
         if table.row_count:
             make_console(sys.stdout).print(table)

@@ -113,6 +113,7 @@ def by_position(model: LanguageModel, data: Path, options: argparse.Namespace) -
 
 def print_table(results: Sequence[Measured]) -> None:
     """Print what was measured on one dataset: one run with all numbers, or several runs beside each other."""
+    from rich.markup import escape
     from rich.table import Table
 
     from megachiar.analysis.long_range import Accuracy
@@ -121,7 +122,7 @@ def print_table(results: Sequence[Measured]) -> None:
     is_accuracy = isinstance(first.total, Accuracy)
     what = "accuracy by distance" if is_accuracy else "loss by position"
     if len(results) == 1:
-        table = Table(title=f"{first.checkpoint} on {first.data}", title_justify="left")
+        table = Table(title=escape(f"{first.checkpoint} on {first.data}"), title_justify="left")
         names = ("distance", "answers", "accuracy", "95 %", "loss", "error")
         for name in names if is_accuracy else ("position", "tokens", "loss", "error"):
             table.add_column(name, justify="right")
@@ -130,7 +131,7 @@ def print_table(results: Sequence[Measured]) -> None:
         table.add_section()
         table.add_row(*(row_of(first.total, "all") if isinstance(first.total, Accuracy) else _total(first)))
     else:
-        table = Table("run", title=f"{what}, {first.data}", title_justify="left")
+        table = Table("run", title=escape(f"{what}, {first.data}"), title_justify="left")
         octaves = sorted({(part.least, part.most) for result in results for part in result.parts})
         for least, most in octaves:
             table.add_column(_octave(least, most), justify="right")
@@ -141,7 +142,7 @@ def print_table(results: Sequence[Measured]) -> None:
             run = (
                 result.checkpoint.parent.parent if result.checkpoint.parent.name == "checkpoints" else result.checkpoint
             )
-            table.add_row(str(run), *(shown.get(octave, "") for octave in octaves), total)
+            table.add_row(escape(str(run)), *(shown.get(octave, "") for octave in octaves), total)
     make_console(sys.stdout).print(table)
 
 

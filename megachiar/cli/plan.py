@@ -162,12 +162,13 @@ def add_failure_options(parser: CommandParser) -> None:
 
 def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
     """Return a table of layouts, in their order, with memory and time of a step of each."""
+    from rich.markup import escape
     from rich.table import Table
 
     from megachiar.training.dry_run import gib
 
     table = Table(
-        title=f"{config.logging.folder}: {config.precision.compute}, batch {config.training.global_batch_size}"
+        title=escape(f"{config.logging.folder}: {config.precision.compute}, batch {config.training.global_batch_size}")
     )
     for name in ("pp", "tp", "dp", "sequence", "ZeRO", "micro-batch", "recompute", "memory a GPU", "step"):
         table.add_column(name, justify="right")

@@ -10,7 +10,7 @@ from megachiar.reporting.notes import Notes
 from megachiar.reporting.reported_run import ReportedRun, check_run, read_collected, read_run
 from megachiar.reporting.run_names import name_runs
 from megachiar.sweeps.cells import Cell, cells_of
-from megachiar.sweeps.collect import collected_path
+from megachiar.sweeps.collect import collected_path, collected_status
 
 
 def read_runs(folders: Sequence[Path], sweep: Sweep | None, collected: Path | None, notes: Notes) -> list[ReportedRun]:
@@ -59,8 +59,12 @@ def _cells(sweep: Sweep, collected: Path | None, notes: Notes) -> list[tuple[Cel
         if collected is None:
             place, has_begun = cell.run, (cell.run / "metrics.jsonl").exists() or (cell.run / "results.json").exists()
         else:
-            file = collected_path(collected / sweep.path.stem, cell)
-            place, has_begun = file.with_suffix(""), file.exists()
+            status = collected_status(cell, collected)
+            place = collected_path(collected / sweep.path.stem, cell).with_suffix("")
+            has_begun = status.state == "finished"
+            if status.state == "changed":
+                notes.add(cell.name, f"its result in {collected} is left out: {status.detail}")
+                continue
         if has_begun:
             found.append((cell, place))
         missing += not has_begun

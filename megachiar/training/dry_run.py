@@ -54,9 +54,9 @@ def print_plan(config: RunConfig, world_size: int | None) -> None:
     sys.stdout.write(config.to_yaml())
     sys.stdout.flush()
     console = Console(width=110)
-    table = Table(title=f"plan of {config.logging.folder}", show_header=False, title_justify="left")
+    table = Table(title=escape(f"plan of {config.logging.folder}"), show_header=False, title_justify="left")
     for name, value in _rows(config, ranks, data_size):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     console.print(_ranks_table(plan_ranks(config, data_size)))
     for note in notes:

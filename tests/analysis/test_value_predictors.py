@@ -199,3 +199,26 @@ def test_only_so_many_rows_are_kept(monkeypatch):
     assert 6 <= len(first.tokens) <= 8 and first.tokens[[0, -1]].tolist() == wanted.tolist()
     np.testing.assert_array_equal(first.tokens, second.tokens)
     np.testing.assert_allclose(first.rows, second.rows, atol=1e-6)
+
+
+def test_predictors_keep_to_documents():
+    """With a mask over documents what a predictor says of a document is what it says of the document alone."""
+    model = lively_model(small_model_config(router=ROUTERS["threshold"])).eval()
+    model.document_end = END
+    document = token_batch(1, 8)[0].masked_fill(token_batch(1, 8)[0] == END, 5)
+    other = token_batch(2, 6).masked_fill(token_batch(2, 6) == END, 5)
+    both = torch.stack([torch.cat([first[:5], torch.tensor([END]), document]) for first in other])
+    alone = collect(model, document[None])
+    for place, of_layer in enumerate(collect(model, both)):
+        for name in (TIME_ENTROPY, CHANGE, ENTROPY, *([FOCUS] if place else [])):
+            for row in of_layer.numbers[name]:
+                np.testing.assert_allclose(row[6:], alone[place].numbers[name][0], rtol=1e-7, atol=1e-12, err_msg=name)
+        assert place == 0 or of_layer.numbers[FOCUS][0, 6] == 0
+
+
+END = 1
+
+
+def collect(model, tokens: torch.Tensor) -> list[PredictorInputs]:
+    windows = Windows(tokens[:, :-1].numpy(), tokens[:, 1:].numpy(), np.arange(len(tokens)))
+    return collect_inputs(model, windows, batch_size=2, wanted=np.array([[0, 3]]), seed=0)
