@@ -19,21 +19,37 @@ _FREE_ROUTER_KEYS |= {"collapse_weight", "collapse_temperature", "explore"}
 _FOLLOWED_ROUTER_KEYS = ("target_share", "anneal_steps")
 
 
-def read_compatible(checkpoint: Path, wanted: ModelConfig, is_own: bool) -> CheckpointState:
+def read_compatible(
+    checkpoint: Path, wanted: ModelConfig, is_own: bool, *, weights_only: bool = False
+) -> CheckpointState:
     """Return the record of a checkpoint whose weights the model ``wanted`` can load.
 
     Args:
         checkpoint: that is to be loaded.
         wanted: the model of the run that loads it.
         is_own: whether the checkpoint lies in the folder of that run; else ``checkpoint.load_from`` names it.
+        weights_only: whether a new run takes the weights alone. It may hold a share of attention, or anneal its
+            routers, where the run of the checkpoint did not, or the other way round.
 
     Raises:
         UserError: the checkpoint is damaged.
         LaunchError: it holds another model.
     """
     state = read_state(checkpoint)
-    check_same_model(checkpoint, load_config(checkpoint / CONFIG_FILE).model, wanted, is_own)
+    saved = load_config(checkpoint / CONFIG_FILE).model
+    if weights_only:
+        saved, wanted = _without_running_numbers(saved), _without_running_numbers(wanted)
+    check_same_model(checkpoint, saved, wanted, is_own)
     return state
+
+
+def _without_running_numbers(model: ModelConfig) -> ModelConfig:
+    """Return the model whose routers follow no share, if a fixed threshold can take the place of one that moves."""
+    if model.router.kind == "learned":
+        router = model.router.model_copy(update={"anneal_steps": 0})
+    else:
+        router = model.router.model_copy(update={"target_share": None, "anneal_steps": 0})
+    return model.model_copy(update={"router": router})
 
 
 def check_same_model(checkpoint: Path, saved: ModelConfig, wanted: ModelConfig, is_own: bool) -> None:

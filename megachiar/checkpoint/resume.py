@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, read_state
@@ -32,16 +32,18 @@ def resume(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
 def load_weights(
     engine: Engine, checkpoint: Path, classes: Mapping[str, tuple[str, ...] | None] | None = None
 ) -> list[str]:
-    """Load the weights alone into ``engine``, for a new run; every rank calls this function.
+    """Load the weights alone into ``engine``, for a new run or a test; every rank calls this function.
 
     ``read_compatible`` has found the checkpoint to hold the engine's model. Its classification heads may be others:
-    heads of the run that it does not have, or has for other classes, keep their initial weights.
+    heads of the run that it does not have, or has for other classes, keep their initial weights. A new run that anneals
+    its routers begins at attention for all tokens, whatever threshold the checkpoint has; and a running threshold that
+    the checkpoint does not have starts as in any new run.
 
     Args:
         engine: of the new run.
         checkpoint: to load.
-        classes: names of the classes of each of the run's heads, in their order; None where they are known to be those
-            of the checkpoint.
+        classes: names of the classes of each of the new run's heads, in their order; None for a test of the run that
+            wrote the checkpoint.
 
     Returns:
         The names of these heads.
@@ -55,8 +57,19 @@ def load_weights(
         or (then.classes, then.kind) != (head.classes, head.kind)
         or _differ(state.classes_of(name), (classes or {}).get(name))
     ]
-    set_weights(engine, reader.for_rank(engine.topology.tensor), without=tuple(f"classifiers.{name}." for name in new))
+    without = [f"classifiers.{name}." for name in new]
+    if classes is not None:
+        without += _starts_anew(engine, reader.names())
+    set_weights(engine, reader.for_rank(engine.topology.tensor), without=tuple(without))
     return new
+
+
+def _starts_anew(engine: Engine, saved: Collection[str]) -> list[str]:
+    """Return the running numbers of routers that a new run starts anew; ``saved`` are the names in its checkpoint."""
+    running = [name for name, _ in engine.named_buffers() if ".router." in name]
+    if engine.config.model.router.anneal_steps:
+        return [name for name in running if name.endswith((".annealed_steps.value", ".running_threshold.value"))]
+    return [name for name in running if name not in saved]
 
 
 def _differ(then: tuple[str, ...] | None, now: tuple[str, ...] | None) -> bool:

@@ -69,10 +69,9 @@ def _combinations(model: ModelConfig) -> Iterator[Problem]:
             "is routed: a learned router knows what a token's own attention is worth, not what its keys are to others",
             "set it to all",
         )
-    if r.anneal_steps and r.target_share is None:
-        yield Problem(
-            "model.router.anneal_steps", "has no effect without target_share", "set target_share or remove it"
-        )
+    if r.anneal_steps and r.target_share is None and (r.kind != "random" or three):
+        remedy = "remove it" if r.kind == "random" else "set target_share or remove it"
+        yield Problem("model.router.anneal_steps", "has no effect without target_share", remedy)
     if r.kind != "learned" and r.explore != type(r).model_fields["explore"].default:
         yield Problem("model.router.explore", f"has no effect: kind {r.kind} explores nothing", "remove it")
     if r.kind == "hard" and r.hard_gradient == "published" and model.attention.keys == "routed":

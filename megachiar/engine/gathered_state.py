@@ -66,7 +66,7 @@ def gather_state(engine: Engine) -> Iterator[GatheredTensor]:
 def set_weights(engine: Engine, read: ReadTensor, without: tuple[str, ...] = ()) -> None:
     """Set the weights of the model, the master weights and the buffers to what ``read`` returns for their names.
 
-    Weights whose names begin with one of ``without`` stay as they are.
+    Weights and buffers whose names begin with one of ``without`` stay as they are.
     """
     for name, parameter in engine.named_parameters():
         if name.startswith(without):
@@ -75,7 +75,8 @@ def set_weights(engine: Engine, read: ReadTensor, without: tuple[str, ...] = ())
         _set_model_weight(parameter, value)
         _set_optimizer_tensor(engine, parameter, None, value)
     for name, buffer in engine.named_buffers():
-        buffer.copy_(read(name, None))
+        if not name.startswith(without):
+            buffer.copy_(read(name, None))
 
 
 def set_moments(engine: Engine, read: ReadTensor, steps: int) -> None:

@@ -96,10 +96,14 @@ class RunningRouters:
             attention_share: of every layer in this step, over all ranks.
             values: over all ranks, for each layer of ``value_layers``.
         """
-        target, by_layer = self._config.router.target_share, dict(zip(value_layers(self._config), values, strict=True))
+        of_config, by_layer = self._config.router, dict(zip(value_layers(self._config), values, strict=True))
+        target = of_config.target_share if of_config.kind != "random" else of_config.attention_share
         for router in self._routers:
             assert target is not None and router.running_threshold is not None
             wanted = self._wanted(router, target)
+            if of_config.kind == "random":  # its score is uniform in [0, 1), whatever the tokens are
+                router.running_threshold.value.copy_(1 - wanted)
+                continue
             surplus = (attention_share[router.layer] - wanted) / (4 * wanted * (1 - wanted)).clamp_min(LEAST_SPREAD)
             router.running_threshold.value.add_(THRESHOLD_RATE * router.threshold_unit * surplus)
             sums = by_layer.get(router.layer, ValueSums())

@@ -64,7 +64,8 @@ class Router(nn.Module):
     but of rows whose channels are in another order. Equal rows then take one route, as they do by H.
 
     Attributes:
-        running_threshold: the threshold that holds ``router.target_share``; None where thresholds are fixed.
+        running_threshold: the threshold that holds ``router.target_share``, or that a random router's share falls by;
+            None where thresholds are fixed.
         threshold_unit: scale of the scores, in which the running threshold moves.
         annealed_steps: steps that the running threshold has followed; None without ``router.anneal_steps``.
         value_head: predicts what attention is worth (learned); else None.
@@ -94,6 +95,8 @@ class Router(nn.Module):
         self.annealed_steps = RunningNumber(0.0) if router.anneal_steps else None
         if router.target_share is not None:
             self._hold_share(config, layer)
+        elif self.annealed_steps is not None:  # a coin that always falls on attention at first
+            self.running_threshold = RunningNumber(-1.0)
         if self.kind in ("soft", "hard"):
             self.gate = ReplicatedLinear(config.hidden_size + 1, len(self.operators), group)
 

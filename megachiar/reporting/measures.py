@@ -78,17 +78,22 @@ def router_of(run: ReportedRun) -> str | None:
 
 
 def shares_of_layers(run: ReportedRun) -> tuple[list[float] | None, list[float] | None]:
-    """Return each layer's share of tokens that took attention and RBF mixing, means over the last tenth of the run."""
+    """Return each layer's share of tokens that took attention and RBF mixing as the tested checkpoint was reached.
+
+    A run without a result has those of its last records.
+    """
     shares: list[float] | None
+    last = run.result.best.step if run.result is not None else max((r["step"] for r in run.train), default=0)
     if run.result is not None and run.result.attention_share_of_layers is not None:
         shares, first = run.result.attention_share_of_layers, run.result.shares_from_step
     else:
-        shares, first = attention_shares(run.train)
+        shares, first = attention_shares(run.train, last)
     if shares is None:
         return None, None
     if run.config is None or "rbf" not in run.config.model.router.operators:
         return shares, [0.0] * len(shares) if run.config is not None else None
-    rows = [r["rbf_share"] for r in run.train if r.get("rbf_share") and (first is None or r["step"] >= first)]
+    steps = range(first or 0, last + 1)
+    rows = [r["rbf_share"] for r in run.train if r.get("rbf_share") and r["step"] in steps]
     rows = [row for row in rows if len(row) == len(shares)]
     return shares, [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
 

@@ -142,7 +142,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
     path = start.path
     if path is None:
         return Continuation(start, None, Progress(), data, "fresh", [])
-    state = read_compatible(path, config.model, start.is_own)
+    state = read_compatible(path, config.model, start.is_own, weights_only=start.kind == "weights")
     if start.kind == "weights":
         summary = f"weights from {path}; optimizer, schedule and data start anew"
         warnings = describe_other_tokenizer(path, data.tokenizer_record)

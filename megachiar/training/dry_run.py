@@ -181,7 +181,7 @@ def _check(config: RunConfig) -> tuple[RunConfig, list[str]]:
     check_resume(config, start)
     if missing:
         if start.path is not None:
-            state = read_compatible(start.path, config.model, start.is_own)
+            state = read_compatible(start.path, config.model, start.is_own, weights_only=start.kind == "weights")
             if start.continues_from is not None:
                 check_moments(start, state)
             if config.training.steps is not None:

@@ -43,7 +43,7 @@ from megachiar.training.start import broadcast_from_rank_0, check_whole
 from megachiar.training.supervision import Supervision
 from megachiar.training.validation import evaluate_set
 
-_OF_RECORDS = 0.1  # share of a run's records, its last ones, that attention shares are means of
+_OF_RECORDS = 0.1  # share of a run's records, up to the tested step, that attention shares are means of
 
 
 def has_result(config: RunConfig, data: RunData) -> bool:
@@ -154,7 +154,7 @@ class FinalEvaluation:
         config, data, steps = self._config, self._data, self._progress.step
         records = _records_of(config.logging.folder)
         train = [record for record in records if record["kind"] == "train"]
-        layers, first = attention_shares(train)
+        layers, first = attention_shares(train, chosen.best.step)
         routed = [layers[layer] for layer in config.model.routed_layers] if layers else []
         return RunResult(
             commit=own_commit(),
@@ -253,10 +253,20 @@ def training_seconds(train: list[dict[str, Any]]) -> float | None:
     return seconds if train else None
 
 
-def attention_shares(train: list[dict[str, Any]]) -> tuple[list[float] | None, int | None]:
-    """Return the mean attention share of each layer over the last tenth of the records, and the step of the first."""
-    kept = [record for record in train if record.get("attention_share")]
-    kept = kept[-max(1, math.ceil(_OF_RECORDS * len(kept))) :]
+def attention_shares(train: list[dict[str, Any]], step: int) -> tuple[list[float] | None, int | None]:
+    """Return the mean attention share of each layer where the weights of ``step`` were reached.
+
+    Args:
+        train: the run's records of kind ``train``.
+        step: of the checkpoint that is tested. A router that learns or is annealed has other shares at other steps.
+
+    Returns:
+        The mean over a tenth of the run's records, the last ones up to ``step``, and the step of the first of them.
+        None where the run has no such records.
+    """
+    recorded = [record for record in train if record.get("attention_share")]
+    count = max(1, math.ceil(_OF_RECORDS * len(recorded)))
+    kept = [record for record in recorded if record["step"] <= step][-count:]
     if not kept:
         return None, None
     columns = zip(*(record["attention_share"] for record in kept), strict=True)

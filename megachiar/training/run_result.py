@@ -76,9 +76,11 @@ class RunResult(_Record):
         tokens: tokens of these samples; None of a classification, whose samples have any number of tokens.
         training_seconds: seconds that its steps took, over all its starts, without evaluation and saving. Steps whose
             time no record tells count at the rate of the next one. None without records.
-        attention_share: share of tokens that took attention, mean over the routed layers; None without such layers.
+        attention_share: share of training tokens that took attention as the tested checkpoint was reached, mean over
+            the routed layers; None without such layers.
         attention_share_of_layers: the same of each layer, fixed ones included.
-        shares_from_step: first step of the records that these shares are means of, the last tenth of the run's.
+        shares_from_step: first step of the records that these shares are means of: a tenth of the run's, the last ones
+            up to the step of ``best``.
         keep_best: ``checkpoint.keep_best``, which was asked for.
         best: the checkpoint that was tested.
         validation: measures of each validation set by name.

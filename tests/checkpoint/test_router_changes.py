@@ -12,6 +12,7 @@ from megachiar.checkpoint.compatibility import check_same_model
 from megachiar.errors import UserError
 from megachiar.training.metrics import read_metrics
 
+STEPS = 8
 LEARNED = {"kind": "learned", "target_share": 0.4}
 HELD = {"tau": 0.79, "target_share": 0.4}
 ALLOWED: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -52,3 +53,33 @@ def test_a_run_goes_on_towards_another_share(tmp_path):
     assert early == pytest.approx(0.3, abs=0.12) and late == pytest.approx(0.8, abs=0.12)
     (refused,) = pretrain(tmp_path / "config.yaml", "training.steps=91", "model.router.target_share=null", codes=(2,))
     assert "model.router.target_share is 'set' in the checkpoint" in " ".join(refused.split())
+
+
+@pytest.mark.parametrize("router", [{"kind": "learned", "explore": 0.5}, {"tau": 0.79}])
+def test_a_new_run_of_the_weights_anneals_anew(tmp_path, router):
+    """Its first steps send all tokens to attention, though the threshold of the checkpoint lets few pass."""
+    write_tokens(tmp_path / "train")
+    write_tokens(tmp_path / "valid", seed=1, documents=4)
+    config = small_config(tmp_path)
+    config["model"]["router"] = {**router, "target_share": 0.2, "anneal_steps": 3}
+    pretrain(write_config(tmp_path / "config.yaml", config), "training.steps=60")
+    held = read_metrics(tmp_path / "run", "train")[-1]["attention_share"][1:3]
+    assert sum(held) / 2 < 0.6
+    new = ["checkpoint.load_from=" + str(tmp_path / "run"), f"training.steps={STEPS}", "optimizer.learning_rate=1e-30"]
+    pretrain(tmp_path / "config.yaml", *new, f"logging.folder={tmp_path / 'anew'}", "model.router.anneal_steps=400")
+    shares = [record["attention_share"][1:3] for record in read_metrics(tmp_path / "anew", "train")]
+    assert shares == [[1.0, 1.0]] * STEPS
+    pretrain(tmp_path / "config.yaml", *new, f"logging.folder={tmp_path / 'held'}", "model.router.anneal_steps=0")
+    first = read_metrics(tmp_path / "held", "train")[0]["attention_share"][1:3]
+    assert sum(first) / 2 == pytest.approx(sum(held) / 2, abs=0.15), "without annealing the threshold is taken over"
+
+
+def test_weights_of_a_fixed_threshold_start_a_running_one(tmp_path):
+    write_tokens(tmp_path / "train")
+    write_tokens(tmp_path / "valid", seed=1, documents=4)
+    config = small_config(tmp_path)
+    config["model"]["router"] = {"tau": 0.79}
+    pretrain(write_config(tmp_path / "config.yaml", config), "training.steps=2")
+    new = [f"checkpoint.load_from={tmp_path / 'run'}", f"logging.folder={tmp_path / 'new'}", "training.steps=2"]
+    pretrain(tmp_path / "config.yaml", *new, "model.router.target_share=0.4")
+    assert len(read_metrics(tmp_path / "new", "train")) == 2

@@ -238,6 +238,23 @@ def test_an_annealed_share_falls_from_all_tokens_to_its_target(kind):
         assert np.mean(shares[middle - 8 : middle + 8]) == pytest.approx(wanted, abs=0.05), middle
 
 
+def test_the_share_of_a_coin_falls_on_a_line():
+    """A coin's share is known: it follows no lag, and after the last step it is the coin of attention_share."""
+    config = small_model_config(router={"kind": "random", "attention_share": 0.3, "anneal_steps": 20})
+    model = build_model(config, seed=0)
+    plain = build_model(small_model_config(router={"kind": "random", "attention_share": 0.3}), seed=0)
+    running, router, shares = RunningRouters(model, config), layer_of(model, 1).router, []
+    keys = torch.arange(20_000) * 0x9E3779B97F4A7C15 % 2**62
+    x, layout = torch.zeros(20_000, 32), BatchLayout(1, 20_000)._replace(route_keys=keys)
+    for _ in range(25):
+        shares.append((router(x, layout).operator == 1).double().mean().item())
+        running.follow([0.0, 0.0, 0.0, 1.0], [])
+    assert shares[0] == 1.0
+    assert shares[1:] == pytest.approx([max(0.3, 1 - 0.7 * step / 20) for step in range(1, 25)], abs=0.015)
+    expected = layer_of(plain, 1).router(x, layout).operator
+    assert (router(x, layout).operator == expected).double().mean() > 0.9999
+
+
 def test_the_running_numbers_stay_exact_in_16_bits():
     model = build_model(small_model_config(router=LEARNED), seed=0)
     threshold = layer_of(model, 1).router.running_threshold

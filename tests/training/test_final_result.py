@@ -242,6 +242,7 @@ def test_seconds_and_shares_are_those_of_the_records():
     assert training_seconds([]) is None
     records = [{"samples": 20, "samples_per_second": 10.0}, {"samples": 50, "samples_per_second": 5.0}]
     assert training_seconds(records) == pytest.approx(8.0)
-    assert attention_shares([]) == (None, None)
+    assert attention_shares([], 8) == (None, None)
     shares = [{"step": n, "attention_share": [0.0, n / 100, 1.0]} for n in range(1, 12)]
-    assert attention_shares(shares) == ([0.0, pytest.approx(0.105), 1.0], 10)
+    assert attention_shares(shares, 11) == ([0.0, pytest.approx(0.105), 1.0], 10)
+    assert attention_shares(shares, 7) == ([0.0, pytest.approx(0.065), 1.0], 6), "the tested step is an earlier one"
