@@ -17,7 +17,11 @@ from PIL import Image
 from reported_runs import STEPS, make_runs
 
 from megachiar.cli import report
+from megachiar.config.identity import config_digest
+from megachiar.config.sweep import load_sweep
 from megachiar.errors import UserError
+from megachiar.sweeps.cells import cell_named
+from megachiar.training.run_result import read_result
 
 NAMES = ("baseline/seed_1", "baseline/seed_2", "threshold/seed_1", "threshold/seed_2", "a/run", "b/run")
 PROMPT = "Document 1: the <b>quick</b> & 100 % brown_fox"
@@ -291,23 +295,35 @@ def write_sweep(runs: Path, folder: Path) -> Path:
     return path
 
 
+def collect_as_cell(runs: Path, sweep: Path, name: str, folder: Path) -> None:
+    """Write the result of a run as that of the cell ``name``, with the config that this cell has."""
+    held = read_result(runs / name)
+    assert held is not None
+    digest = config_digest(cell_named(load_sweep(sweep), name).config())
+    copy = folder / "sweep" / f"{name}.json"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(held.model_copy(update={"config_digest": digest}).to_json())
+
+
 def test_a_sweep_is_shown_by_its_cells_and_by_its_collected_results(runs, tmp_path, capsys):
     sweep = write_sweep(runs, tmp_path)
     report.main(["--sweep", str(sweep), "--output", str(tmp_path / "cells"), "--no-figures"])
     assert "2 of 6 cells have not begun" in capsys.readouterr().err
-    for variant in ("baseline", "threshold"):
-        for seed in (1, 2):
-            copy = tmp_path / "findings" / "sweep" / variant / f"seed_{seed}.json"
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(runs / variant / f"seed_{seed}" / "results.json", copy)
-    collected = ["--from", str(tmp_path / "findings"), "--output", str(tmp_path / "copies")]
-    report.main(["--sweep", str(sweep), *collected, "--no-figures"])
+    for name in NAMES[:4]:
+        collect_as_cell(runs, sweep, name, tmp_path / "findings")
+    collected = ["--sweep", str(sweep), "--from", str(tmp_path / "findings"), "--no-figures"]
+    report.main([*collected, "--output", str(tmp_path / "copies")])
     for name in ("cells", "copies"):
         found = rows(tmp_path / name / "tables" / "ablation.csv")
         assert [row["variant"] for row in found] == ["baseline", "threshold"]
         assert found[1]["test_loss_difference_mean"] == "" and float(found[0]["test_loss_difference_mean"])
     one, other = (rows(tmp_path / name / "tables" / "ablation.csv") for name in ("cells", "copies"))
     assert [row["test_loss_mean"] for row in one] == [row["test_loss_mean"] for row in other]
+    shutil.copy(runs / "baseline/seed_1/results.json", tmp_path / "findings/sweep/baseline/seed_1.json")
+    capsys.readouterr()
+    report.main([*collected, "--output", str(tmp_path / "changed")])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "baseline/seed_1: its result in" in told and "is left out: has another config" in told
 
 
 def test_a_named_cell_is_shown_once(runs, tmp_path):
