@@ -56,3 +56,8 @@ def test_one_of_another_version_is_not_taken(path):
 
 def test_one_can_be_skipped(path):
     assert listed(PATH=path, SKIP=THIS)[THIS].endswith("left out as asked")
+
+
+def test_several_can_be_skipped(path):
+    lines = listed(PATH=path, SKIP=f"{OTHER} {THIS}")
+    assert [version for version, line in lines.items() if line.endswith("left out as asked")] == sorted([THIS, OTHER])
