@@ -52,19 +52,32 @@ def sweep_table(folder: Path, measure: str, ends: Path) -> Iterator[str]:
     """Yield the lines of a table with a row for each variant: mean, spread, and the difference from the reference.
 
     What a variant keeps of attention's worth is (loss of tau_1 - its loss) / (loss of tau_1 - loss of tau_0), over the
-    seeds that all three have; ``ends`` is the folder of the sweep that has these two.
+    seeds that all three have: of their mean losses, and the least and the most of one seed. ``ends`` is the folder of
+    the sweep that has these two.
     """
     table, rows = _rows(folder)
     worth = [_rows(ends)[1][variant, measure]["values"] for variant in ("tau_1", "tau_0")]
-    yield f"| variant | seeds | attention | {measure} | minus {table['reference']} [95 %] | kept of attention's worth |"
+    yield (
+        f"| variant | seeds | attention in each routed layer | {measure} | minus {table['reference']} [95 %] "
+        "| kept of attention's worth |"
+    )
     yield "|---|---|---|---|---|---|"
     for variant in table["finished"]:
-        row, share = rows.get((variant, measure)), rows.get((variant, "attention_share"))
+        row = rows.get((variant, measure))
         if row is None:
             continue
-        attention = "" if share is None else f"{share['mean']:.0%}"
-        numbers = f"{len(row['values'])} | {attention} | {_spread(row)} | {_difference(row['difference'])}"
+        shares = _shares(folder / variant, list(row["values"]))
+        numbers = f"{len(row['values'])} | {shares} | {_spread(row)} | {_difference(row['difference'])}"
         yield f"| {variant} | {numbers} | {_kept(row['values'], *worth)} |"
+
+
+def _shares(folder: Path, seeds: list[str]) -> str:
+    """Return the attention share of each routed layer of a variant, the mean over its seeds."""
+    results = [json.loads((folder / f"seed_{seed}.json").read_text()) for seed in seeds]
+    if any(result["attention_share"] is None for result in results):
+        return ""
+    layers = zip(*(result["attention_share_of_layers"][1:-1] for result in results), strict=True)
+    return ", ".join(f"{statistics.fmean(shares):.0%}" for shares in layers)
 
 
 def _rows(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
@@ -79,7 +92,10 @@ def _kept(losses: dict[str, float], without: dict[str, float], everywhere: dict[
         return ""
     mean = [statistics.fmean(values[seed] for seed in seeds) for values in (losses, without, everywhere)]
     kept = (mean[1] - mean[0]) / (mean[1] - mean[2])
-    return f"{kept:.0%}" if -1 <= kept <= 2 else ""  # a variant of another norm has another scale
+    if not -1 <= kept <= 2:
+        return ""  # a variant of another norm has another scale
+    each = [(without[seed] - losses[seed]) / (without[seed] - everywhere[seed]) for seed in seeds]
+    return f"{kept:.0%}" + (f" ({min(each):.0%} to {max(each):.0%})" if len(each) > 1 else "")
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -116,7 +132,10 @@ def routing_table(folder: Path) -> Iterator[str]:
 
 
 def distance_table(folder: Path) -> Iterator[str]:
-    """Yield the lines of a table with a row for each variant: right answers by distance, the mean over its seeds."""
+    """Yield the lines of a table with a row for each variant: right answers by distance, the mean over its seeds.
+
+    Behind that of all distances stand the least and the most of one seed.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/seed_*.distance.json")):
         found.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
@@ -126,6 +145,9 @@ def distance_table(folder: Path) -> Iterator[str]:
     for variant, records in found.items():
         columns = zip(*([*record["distances"], record] for record in records), strict=True)
         cells = [f"{statistics.fmean(each['accuracy'] for each in column):.1%}" for column in columns]
+        accuracies = [record["accuracy"] for record in records]
+        if len(records) > 1:
+            cells[-1] += f" ({min(accuracies):.1%} to {max(accuracies):.1%})"
         yield f"| {variant} | {len(records)} | {' | '.join(cells)} |"
 
 
