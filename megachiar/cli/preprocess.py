@@ -52,15 +52,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("preprocess", __doc__)
     add_input_options(parser)
     add = parser.add_argument
-    add("--tokenizer", type=Path, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
+    add(
+        "--tokenizer",
+        type=Path,
+        help="*.model, tokenizer.json, a folder with a tokenizer's files, or hf:NAME or hf:NAME@REVISION on the "
+        "Hugging Face hub, which is fetched into its cache",
+    )
     add(
         "--tokenizer-kind",
         choices=get_args(TokenizerKind),
         default="auto",
         help="library of the tokenizer (default: by its files)",
     )
-    add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
+    add("--eod-token", help="token that ends a document (default: eos_token of tokenizer_config.json, or the own one)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--bos-token", help="token of --prepend-bos (default: bos_token of tokenizer_config.json, or the own one)")
+    add("--prepend-bos", action="store_true", help="begin each document with the beginning-of-document token")
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
     add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
     add(
@@ -132,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megachiar.data.preprocessing.example_checks import classes_of
     from megachiar.data.preprocessing.settings import PreprocessSettings
     from megachiar.data.preprocessing.split import Split
+    from megachiar.data.tokenizers.hub import local_tokenizer
 
     inputs = named_inputs(arguments)
     classes = arguments.classes if arguments.classes_from is None else tuple(classes_of(arguments.classes_from))
@@ -144,9 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = PreprocessSettings(
         sources=inputs.sources,
         found=inputs.found,
-        tokenizer=arguments.tokenizer,
+        tokenizer=None if arguments.tokenizer is None else local_tokenizer(arguments.tokenizer),
         tokenizer_kind=arguments.tokenizer_kind,
         eod_token=arguments.eod_token,
+        prepend_bos=arguments.prepend_bos,
+        bos_token=arguments.bos_token,
         output_prefix=arguments.output_prefix,
         read=read,
         append_eod=arguments.append_eod,

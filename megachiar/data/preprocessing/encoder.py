@@ -181,9 +181,10 @@ class ChunkEncoder:
         return self._settings.split.part_of(document.utf8 if tokens is None else np.array(tokens, "<i4").tobytes())
 
     def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int, labels: list[str]) -> EncodedPart:
-        """Join the ids of the documents of one part, with their end-of-document tokens."""
+        """Join the ids of the documents of one part, with the tokens at the edges of documents."""
         room = int(self._settings.append_eod)
-        lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
+        before = int(self._tokenizer.bos_id is not None)
+        lengths = np.array([before + len(ids) + room for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
         types = {ids.dtype if isinstance(ids, np.ndarray) else np.dtype(np.int64) for ids in encoded}
         tokens = np.empty(lengths.sum(), np.result_type(np.uint8, *types))
@@ -191,6 +192,8 @@ class ChunkEncoder:
             tokens[end - room - len(ids) : end - room] = ids
         if self._settings.append_eod:
             tokens[ends - 1] = self._tokenizer.eod_id
+        if self._tokenizer.bos_id is not None:
+            tokens[ends - lengths] = self._tokenizer.bos_id
         unknown, eod = self._tokenizer.unknown_id, self._tokenizer.eod_id
         unknown_tokens = 0 if unknown in (None, eod) else int(np.count_nonzero(tokens == unknown))
         narrowed = narrow(tokens, self._dtype, self._tokenizer.path)

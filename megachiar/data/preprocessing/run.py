@@ -27,7 +27,7 @@ from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.journal import Journal, OutputState, Stage
 from megachiar.data.preprocessing.ordered_pool import ordered_map
 from megachiar.data.preprocessing.output import Output, make_manifest
-from megachiar.data.preprocessing.report import Report, describe_document_end
+from megachiar.data.preprocessing.report import Report, describe_document_beginning, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, shuffled_order, unshuffled
 from megachiar.data.storage.files import (
@@ -105,6 +105,7 @@ class PreprocessRun:
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
                 source_records=self.journal.sources,
+                document_beginning=describe_document_beginning(self.tokenizer),
                 document_end=describe_document_end(self.tokenizer, self.settings),
                 unknown_id=self.tokenizer.unknown_id,
                 unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),

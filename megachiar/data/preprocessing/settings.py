@@ -21,7 +21,8 @@ class PreprocessSettings:
 
     Attributes:
         sources: the inputs of the corpus, in order.
-        tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``; of ready-made ids all are None.
+        tokenizer, tokenizer_kind, eod_token, prepend_bos, bos_token: the arguments of ``load_tokenizer``; of
+            ready-made ids none is given.
         vocab_size: the largest ready-made id that can occur, plus one; None for text.
         classes: the names of the classes of labelled documents; None takes those of the inputs, sorted.
         max_text_tokens: how many tokens of each text or list of ids are kept; None keeps all.
@@ -45,6 +46,8 @@ class PreprocessSettings:
     output_prefix: Path
     tokenizer_kind: TokenizerKind = "auto"
     eod_token: str | None = None
+    prepend_bos: bool = False
+    bos_token: str | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     append_eod: bool = False
     split: Split | None = None
@@ -75,7 +78,13 @@ class PreprocessSettings:
         if self.tokenizer is None:
             assert self.vocab_size is not None, "ready-made ids have a size of the vocabulary"
             return ReadyMadeIds(self.vocab_size)
-        return load_tokenizer(self.tokenizer, self.tokenizer_kind, self.eod_token)
+        return load_tokenizer(
+            self.tokenizer,
+            self.tokenizer_kind,
+            self.eod_token,
+            prepend_bos=self.prepend_bos,
+            bos_token=self.bos_token,
+        )
 
     @property
     def prefixes(self) -> list[Path]:
@@ -94,6 +103,8 @@ class PreprocessSettings:
         }
         if self.classes is not None:
             options["classes"] = json.dumps(self.classes, ensure_ascii=False)
+        if self.prepend_bos:
+            options["prepend_bos"] = self.bos_token or "the tokenizer's own"
         if self.max_text_tokens is not None:
             options["max_text_tokens"] = str(self.max_text_tokens)
         return options

@@ -50,6 +50,8 @@ class TokenizerRecord:
         fingerprint: ``"sha256:..."`` of the content of its vocabulary files.
         vocab_size: the largest id that can occur, plus one.
         eod_id: the id that ends a document; None if the tokenizer has none.
+        bos_id: the id that each document begins with; None if documents begin with their text.
+        hub: ``hf:NAME@COMMIT`` of a tokenizer that was fetched from the Hugging Face hub; None for local files.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
@@ -59,9 +61,23 @@ class TokenizerRecord:
     fingerprint: str
     vocab_size: int
     eod_id: int | None = None
+    bos_id: int | None = None
+    hub: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least(self, vocab_size=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON can represent them; what earlier versions did not have is there where it is set."""
+        optional = {key: value for key, value in (("bos_id", self.bos_id), ("hub", self.hub)) if value is not None}
+        return {
+            "kind": self.kind,
+            "file": self.file,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            **optional,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +195,8 @@ class Manifest:
         return _digest_of([*self.checksums.bin, *self.checksums.idx, *labels])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as JSON can represent them; without labels they are those of versions without labels."""
-        values = asdict(self)
+        """Return the values as JSON can represent them; what earlier versions did not have is there where it is set."""
+        values = {**asdict(self), "tokenizer": self.tokenizer.to_dict()}
         if self.labels is None:
             del values["labels"]
         return values

@@ -25,6 +25,8 @@ class ReadyMadeIds:
         self.path = Path("none")
         self.vocab_size = vocab_size
         self.eod_id: int | None = None
+        self.eod_named_by = ""
+        self.bos_id: int | None = None
         self.unknown_id: int | None = None
         self.fingerprint = f"sha256:{hashlib.sha256(f'ready-made ids below {vocab_size}'.encode()).hexdigest()}"
         self.controls: dict[int, str] = {}
