@@ -111,6 +111,7 @@ class ChunkEncoder:
             if isinstance(ids, InvalidDocument):
                 log.add(ids)
             else:
+                log.replaced += item.replaced
                 members[self._part_of(item)].append((item, ids))
         return [
             (

@@ -60,8 +60,8 @@ def check_examples(settings: PreprocessSettings) -> None:
             raise UserError(where, problem, remedy)
     _check_values(settings)
     text = next((source for source in settings.sources if source.format == "txt"), None)
-    if read.extra_keys and text is not None:
-        option = f"--{next(iter(read.extra_keys)).replace('_', '-')}"
+    if not read.is_one_text and text is not None:
+        option = f"--{next(iter(read.extra_keys), 'text-key').replace('_', '-')}"
         raise UserError(text.name, f"is text, which has no keys, but {option} names one", "give jsonl or parquet")
 
 

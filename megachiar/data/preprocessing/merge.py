@@ -370,6 +370,7 @@ def _merged_values(manifests: Sequence[Manifest], shuffle_seed: int | None) -> d
         "text_bytes": sum(manifest.text_bytes for manifest in manifests),
         "words": sum(manifest.words for manifest in manifests),
         "skipped": dict(skipped),
+        "replaced": sum(manifest.replaced for manifest in manifests),
         "shuffle_seed": shuffle_seed,
         "options": options if all(manifest.options == options for manifest in manifests) else {},
         "sources": [source for manifest in manifests for source in manifest.sources],

@@ -54,8 +54,9 @@ class Report:
     @classmethod
     def of_existing(cls, manifests: dict[Path, Manifest]) -> Report:
         """Report on datasets that existed already."""
-        skipped = next(iter(manifests.values())).skipped
-        return cls(manifests, InvalidDocumentLog("skip", Counter(skipped)), existed=True)
+        made = next(iter(manifests.values()))
+        log = InvalidDocumentLog("skip", Counter(made.skipped), replaced=made.replaced)
+        return cls(manifests, log, existed=True)
 
     def lines(self) -> Iterator[str]:
         """Yield the report as text, line by line."""
@@ -69,6 +70,8 @@ class Report:
             if made.labels is not None:
                 yield f"{prefix}.labels.npy: {read_labels(prefix, made, made.documents).describe()}"
         yield from filter(None, (self.document_beginning, self.document_end))
+        if self.log.replaced:
+            yield f"documents in which bytes that are not UTF-8 were replaced: {self.log.replaced:,}"
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.log.counts.items())) or "none"
         if self.existed:
             yield f"skipped documents: {left_out}"

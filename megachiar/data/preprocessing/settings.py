@@ -101,6 +101,10 @@ class PreprocessSettings:
             "split": "" if self.split is None else self.split.text,
             **self.read.extra_keys,
         }
+        if self.read.more_text_keys:
+            options["more_text_keys"] = json.dumps(self.read.more_text_keys, ensure_ascii=False)
+        if self.read.replace_bad_bytes:
+            options["on_error"] = "replace"
         if self.classes is not None:
             options["classes"] = json.dumps(self.classes, ensure_ascii=False)
         if self.prepend_bos:

@@ -122,9 +122,7 @@ def _snapshot(path: str, name: str, revision: str, files: Sequence[str]) -> Path
     except errors.RevisionNotFoundError as error:
         problem = f"the repository {name!r} has no revision {revision!r}"
         raise UserError(path, problem, "name a branch, a tag or a whole commit of 40 digits") from error
-    except (
-        Exception
-    ) as error:  # no network, a proxy, a full disk: the library raises those of httpx, requests and the system
+    except Exception as error:  # no network, a proxy, a full disk: each version of the library raises others
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         problem = f"cannot be fetched, and is not in the cache: {reason}"
         raise UserError(path, problem, f"check the network; without one, {HOW_TO_GO_OFFLINE}") from error
