@@ -18,9 +18,10 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.tokenizers.choices import Engine
 from megachiar.data.tokenizers.control_guard import ControlTokenError
+from megachiar.data.tokenizers.control_text import ControlTextTokenizer
 from megachiar.data.tokenizers.fast import FastTokenizer
 from megachiar.data.tokenizers.pieces import with_piece_cache
-from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer
+from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, TokenIds, Tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # whether a byte of ASCII is in a word
@@ -62,6 +63,11 @@ class EncodedGroup(NamedTuple):
     consumed: int
 
 
+def with_controls(settings: PreprocessSettings, plain: Tokenizer, reference: ReferenceTokenizer) -> Tokenizer:
+    """Return the tokenizer that encodes: ``plain``, or one that takes control strings in texts for control tokens."""
+    return ControlTextTokenizer(plain, reference) if settings.allow_control_tokens else plain
+
+
 class ChunkEncoder:
     """Encode a ``ChunkGroup`` into an ``EncodedGroup`` when it is called.
 
@@ -90,7 +96,8 @@ class ChunkEncoder:
         tokenizer = settings.load_tokenizer()
         if tokenizer.fingerprint != fingerprint:
             raise UserError(tokenizer.path, "was changed during the run", "start again and leave it alone")
-        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer))
+        plain = FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer)
+        return cls(settings, with_controls(settings, plain, tokenizer))
 
     def __call__(self, group: ChunkGroup) -> EncodedGroup:
         log = InvalidDocumentLog(self._settings.on_error)

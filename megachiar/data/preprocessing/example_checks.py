@@ -39,6 +39,7 @@ def check_examples(settings: PreprocessSettings) -> None:
             "does not go with --token-key",
             "join the ids of both texts",
         ),
+        (ids and settings.allow_control_tokens, "--allow-control-tokens", "is for text", "leave it out"),
         (ids and settings.prepend_bos, "--prepend-bos", "is a token of --tokenizer", "leave it out"),
         (
             settings.bos_token is not None and not settings.prepend_bos,

@@ -22,7 +22,7 @@ from megachiar.data.inputs.parsing import parse_chunk
 from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.classes import ClassTable
-from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
+from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup, with_controls
 from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.journal import Journal, OutputState, Stage
 from megachiar.data.preprocessing.ordered_pool import ordered_map
@@ -207,7 +207,8 @@ class PreprocessRun:
         self.engine = engine
         make_encoder: Callable[[], ChunkEncoder]
         if settings.fork or settings.workers == 1:
-            make_encoder = functools.partial(ChunkEncoder, settings, engine.tokenizer)
+            encodes = with_controls(settings, engine.tokenizer, self.tokenizer)
+            make_encoder = functools.partial(ChunkEncoder, settings, encodes)
         else:
             make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, engine.kind)
         return ordered_map(

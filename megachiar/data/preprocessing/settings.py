@@ -25,6 +25,7 @@ class PreprocessSettings:
             ready-made ids none is given.
         vocab_size: the largest ready-made id that can occur, plus one; None for text.
         classes: the names of the classes of labelled documents; None takes those of the inputs, sorted.
+        allow_control_tokens: whether a control string in a text, such as ``<|endoftext|>``, stands for the token.
         max_text_tokens: how many tokens of each text or list of ids are kept; None keeps all.
         engine: the encoder, see ``choose_engine``.
         output_prefix: the dataset's path without suffix; with ``split``, the parts are ``PREFIX_name``.
@@ -63,6 +64,7 @@ class PreprocessSettings:
     vocab_size: int | None = None
     classes: tuple[str, ...] | None = None
     max_text_tokens: int | None = None
+    allow_control_tokens: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -107,6 +109,8 @@ class PreprocessSettings:
             options["on_error"] = "replace"
         if self.classes is not None:
             options["classes"] = json.dumps(self.classes, ensure_ascii=False)
+        if self.allow_control_tokens:
+            options["allow_control_tokens"] = "true"
         if self.prepend_bos:
             options["prepend_bos"] = self.bos_token or "the tokenizer's own"
         if self.max_text_tokens is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megachiar.data.tokenizers.control_guard import ControlGuard
+from megachiar.data.tokenizers.control_guard import ControlGuard, any_of
 from megachiar.data.tokenizers.edge_tokens import BOS_STRINGS, EOD_STRINGS, EdgeToken, EdgeTokens, first_special
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD, parse_merges, parse_vocabulary
 from megachiar.data.tokenizers.unsupported import refuse_unsupported
@@ -107,6 +108,19 @@ class HuggingFaceTokenizer:
     def definition(self) -> str:
         """Return a ``tokenizer.json`` of the tokenizer as it encodes here."""
         return self._tokenizer.to_str()
+
+    def control_pattern(self) -> re.Pattern[str]:
+        added = [token for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        if self._tokenizer.normalizer is not None and any(token.normalized for token in added):
+            return re.compile("")  # the library looks for these in the normalized text: other strings may become one
+        return any_of(token.content for token in added)
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._encode_plain([text])[0]
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)

@@ -40,6 +40,12 @@ class ReadyMadeIds:
     def definition(self) -> NoReturn:
         raise AssertionError("ready-made ids have no definition")
 
+    def control_pattern(self) -> NoReturn:
+        raise AssertionError("ready-made ids have no control strings")
+
+    def encode_with_controls(self, text: str) -> NoReturn:
+        raise AssertionError("ready-made ids are made of no text")
+
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(map(str, ids))
 

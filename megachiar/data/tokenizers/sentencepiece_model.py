@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from megachiar.data.tokenizers.control_guard import ControlGuard
+from megachiar.data.tokenizers.control_guard import ControlGuard, any_of
 from megachiar.data.tokenizers.edge_tokens import EdgeTokens
 from megachiar.data.tokenizers.unsupported import refuse_unsupported
 from megachiar.data.tokenizers.vocabulary_files import fingerprint, read_file, vocabulary_files
@@ -72,6 +73,19 @@ class SentencePieceTokenizer:
     def definition(self) -> bytes:
         """Return the content of the model's file."""
         return self._model
+
+    def control_pattern(self) -> re.Pattern[str]:
+        return any_of(self.controls.values())
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Return the ids of the control tokens, and of each stretch of text between them as it is encoded by itself."""
+        by_string = {string: index for index, string in self.controls.items()}
+        ids: list[int] = []
+        at = 0
+        for match in self.control_pattern().finditer(text):
+            ids += [*self._processor.encode(text[at : match.start()]), by_string[match[0]]]
+            at = match.end()
+        return [*ids, *self._processor.encode(text[at:])]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])

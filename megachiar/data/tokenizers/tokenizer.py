@@ -3,6 +3,7 @@
 The libraries (``sentencepiece``, ``tokenizers``) are the reference: token ids are theirs, with one exception that holds
 for all tokenizers. Text stays text: a control string that occurs in a document (``<s>``, ``<|endoftext|>``) is encoded
 as the characters it is made of. It never becomes a control id, or a web page could end a document or start a chat turn.
+``encode_with_controls`` is for texts that hold them on purpose.
 
 Nothing is added to the ids of a text (no BOS, no EOS) and nothing is cut off, whatever the tokenizer's own file asks
 for.
@@ -14,10 +15,12 @@ for.
     fast.py                   gigatoken, proved equal to a reference   pieces.py          a reference with a cache
     unsupported.py            files that are no usable tokenizer       recorded.py        the tokenizer of a dataset
     edge_tokens.py            what begins and ends a document          hub.py             tokenizers on the hub
+    control_text.py           control tokens in text, where allowed
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +89,14 @@ class ReferenceTokenizer(Tokenizer, Protocol):
 
     def definition(self) -> str | bytes:
         """Return the SentencePiece model or tokenizer.json that another library can build the same tokenizer from."""
+        ...
+
+    def control_pattern(self) -> re.Pattern[str]:
+        """Return an expression that matches in each text that may hold the string of a control token."""
+        ...
+
+    def encode_with_controls(self, text: str) -> TokenIds:
+        """Return the ids of a text in which the strings of control tokens stand for these tokens."""
         ...
 
 
