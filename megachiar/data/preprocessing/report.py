@@ -14,6 +14,7 @@ from megachiar.data.preprocessing.existing import SAME
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.labels import read_labels
 from megachiar.data.storage.manifest import Manifest
+from megachiar.data.tokenizers.edge_tokens import SETTINGS_FILE
 from megachiar.data.tokenizers.ready_made import READY_MADE
 from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, Tokenizer
 
@@ -120,5 +121,5 @@ def describe_document_end(tokenizer: ReferenceTokenizer, settings: PreprocessSet
 
 
 def _named_by(tokenizer: ReferenceTokenizer) -> str:
-    """Return text such as ``, eos_token of tokenizer_config.json``; nothing where the token is the tokenizer's own."""
-    return f", {tokenizer.eod_named_by}" if tokenizer.eod_named_by else ""
+    """Return text such as ``, eos_token of tokenizer_config.json``; nothing where user or tokenizer name the token."""
+    return f", {tokenizer.eod_named_by}" if tokenizer.eod_named_by.endswith(SETTINGS_FILE) else ""
