@@ -81,7 +81,7 @@ check_call() {
     done
     [ "${#files[@]}" -ge "$shards" ] ||
         fail "${#files[@]} files for $shards shards: use at most as many shards as files"
-    [ -e "$tokenizer" ] || fail "$tokenizer: no such tokenizer"
+    [ -e "$tokenizer" ] || [[ $tokenizer = hf:* ]] || fail "$tokenizer: no such tokenizer"
     for part in "${parts[@]}"; do
         for suffix in bin idx json; do
             file="$output$part.$suffix"

@@ -34,10 +34,9 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megachiar.console import make_console
-from megachiar.data.inputs.documents import OnError
 from megachiar.data.preprocessing.choices import WIKITEXT
 from megachiar.options import CommandParser, OptionError, number
 
@@ -75,7 +74,7 @@ def add_folder(parser: argparse.ArgumentParser, what: str, *, required: bool) ->
     """Add the options of a task that is read from local files."""
     parser.add_argument("--from", dest="folder", type=Path, required=required, metavar="FOLDER", help=what)
     how = "what cannot be used is left out and counted, or ends the command (default: %(default)s)"
-    parser.add_argument("--on-error", choices=get_args(OnError), default="refuse", help=how)
+    parser.add_argument("--on-error", choices=("skip", "refuse"), default="refuse", help=how)
 
 
 def add_listops(parser: argparse.ArgumentParser) -> None:

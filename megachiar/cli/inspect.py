@@ -168,6 +168,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         tokenizer = manifest["tokenizer"]
         print_tokenizer(manifest, tokenizer)
         print(f"end of document {tokenizer['eod_id'] if manifest['append_eod'] else 'not appended'}")
+        if "bos_id" in tokenizer:
+            print(f"begins with     {tokenizer['bos_id']}")
         print(f"skipped         {manifest['skipped'] or 'nothing'}")
         print(f"made by         {manifest['created_by']} from {len(manifest['sources']):,} files")
     print(f"in order        {', '.join(summary['verified'])}")
@@ -192,6 +194,8 @@ def print_tokenizer(manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -
     print(f"text            {manifest['text_bytes']:,} bytes, {manifest['words']:,} words")
     print(f"tokenizer       {tokenizer['kind']} {tokenizer['file']}, {tokenizer['vocab_size']:,} ids")
     print(f"                {tokenizer['fingerprint']}")
+    if "hub" in tokenizer:
+        print(f"                {tokenizer['hub']}")
 
 
 def print_text(shown: Mapping[str, Any]) -> None:

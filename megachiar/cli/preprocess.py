@@ -3,10 +3,10 @@
     megachiar preprocess --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model \\
         --output-prefix data/corpus --append-eod --split train=98,valid=1,test=1
 
-Input may be jsonl, txt (both also .gz, .zst, .xz, .bz2) and parquet: files, quoted globs, folders, or - for standard
-input. The output does not depend on --workers, nor on interruptions. After a failure, run the same command again: it
-goes on with the first file that is missing. After a success it does nothing. Exit code 2 means a problem that you can
-mend; no dataset was written then.
+Input may be jsonl, arrays of json, csv, txt (all also .gz, .zst, .xz, .bz2), parquet and Arrow: files, quoted globs,
+folders (also those of the library `datasets`), or - for standard input. The output does not depend on --workers, nor
+on interruptions. After a failure, run the same command again: it goes on with the first file that is missing. After a
+success it does nothing. Exit code 2 means a problem that you can mend; no dataset was written then.
 
 Labels make a dataset for classification, a document for each example:
 
@@ -52,15 +52,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("preprocess", __doc__)
     add_input_options(parser)
     add = parser.add_argument
-    add("--tokenizer", type=Path, help="*.model, tokenizer.json, or a folder with a tokenizer's files")
+    add(
+        "--tokenizer",
+        type=Path,
+        help="*.model, tokenizer.json, a folder with a tokenizer's files, or hf:NAME or hf:NAME@REVISION on the "
+        "Hugging Face hub, which is fetched into its cache",
+    )
     add(
         "--tokenizer-kind",
         choices=get_args(TokenizerKind),
         default="auto",
         help="library of the tokenizer (default: by its files)",
     )
-    add("--eod-token", help="token that ends a document (default: the tokenizer's own)")
+    add("--eod-token", help="token that ends a document (default: eos_token of tokenizer_config.json, or the own one)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--bos-token", help="token of --prepend-bos (default: bos_token of tokenizer_config.json, or the own one)")
+    add("--prepend-bos", action="store_true", help="begin each document with the beginning-of-document token")
+    add(
+        "--allow-control-tokens",
+        action="store_true",
+        help="a control string in a text, such as <|im_start|>, becomes the token (default: it stays text)",
+    )
     add("--output-prefix", type=Path, required=True, help="path of the dataset without suffix")
     add("--split", help="parts by hash of the document, such as train=98,valid=1,test=1")
     add(
@@ -132,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megachiar.data.preprocessing.example_checks import classes_of
     from megachiar.data.preprocessing.settings import PreprocessSettings
     from megachiar.data.preprocessing.split import Split
+    from megachiar.data.tokenizers.hub import local_tokenizer
 
     inputs = named_inputs(arguments)
     classes = arguments.classes if arguments.classes_from is None else tuple(classes_of(arguments.classes_from))
@@ -144,9 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = PreprocessSettings(
         sources=inputs.sources,
         found=inputs.found,
-        tokenizer=arguments.tokenizer,
+        tokenizer=None if arguments.tokenizer is None else local_tokenizer(arguments.tokenizer),
         tokenizer_kind=arguments.tokenizer_kind,
         eod_token=arguments.eod_token,
+        prepend_bos=arguments.prepend_bos,
+        allow_control_tokens=arguments.allow_control_tokens,
+        bos_token=arguments.bos_token,
         output_prefix=arguments.output_prefix,
         read=read,
         append_eod=arguments.append_eod,

@@ -57,8 +57,8 @@ class DataConfig(Section):
     sequence_length: PositiveInt | None = None
     """Tokens of a training sample; model.max_sequence_length when not given."""
     tokenizer: ConfigPath | None = None
-    """Tokenizer file or folder; when not given, the one that the first manifest of a source names. That manifest also
-    gives its kind and the token that ends a document."""
+    """Tokenizer file or folder, or hf:NAME@REVISION on the Hugging Face hub; when not given, the one that the first
+    manifest of a source names. That manifest also gives its kind and the tokens that begin and end a document."""
     document_mask: bool = False
     """Let no token attend to another document, though a sample holds the ends and beginnings of several."""
     document_end: NonNegativeInt | None = None

@@ -174,9 +174,13 @@ class TextSampler:
     def start(self, prompt: Sequence[int]) -> Sequence[int]:
         """Return the ids that the model reads first: those of ``prompt``, or the end of a document before a new one.
 
+        Where the documents of the run's data begin with a token, so does the text.
+
         Raises:
             UserError: the prompt is empty and nothing names the token that ends a document.
         """
+        if self.tokenizer.bos_id is not None:
+            return [self.tokenizer.bos_id, *prompt]
         if prompt:
             return prompt
         if self.end is None:

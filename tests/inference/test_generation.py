@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from model_cases import VARIANTS, lively_model, small_model_config
+from text_helpers import train
 
+from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
 from megachiar.inference.generation import generate, sample
+from megachiar.inference.loaded_run import TextSampler
 from megachiar.model.kv_cache import DecodingCache
 
 
@@ -140,3 +143,13 @@ def test_a_gate_over_the_batch_refuses_a_cache():
     model = lively_model(small_model_config(meta_router={"pool": "batch"})).eval()
     with pytest.raises(UserError, match=r"model.meta_router.pool.*batch"):
         model(torch.tensor([[1]]), cache=DecodingCache())
+
+
+def test_a_text_begins_as_the_documents_of_the_data(tmp_path):
+    """Where documents begin with a token, a prompt is read after it, and an empty one is that token alone."""
+    sampler = object.__new__(TextSampler)  # without a model: only the first ids are asked for
+    sampler.tokenizer, sampler.end = load_tokenizer(train(tmp_path, "sentencepiece"), prepend_bos=True), 2
+    begin = sampler.tokenizer.bos_id
+    assert begin == 1 and sampler.start([7, 8]) == [begin, 7, 8] and sampler.start([]) == [begin]
+    sampler.tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    assert sampler.start([7, 8]) == [7, 8] and sampler.start([]) == [2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from megachiar.data.inputs import remote
 from megachiar.data.inputs.documents import ReadOptions
 from megachiar.data.inputs.folder_files import FoundFiles, folder_files
 from megachiar.data.inputs.folder_walk import LeftOut, walk
-from megachiar.data.inputs.source import STANDARD_INPUT, Source, make_source, split_format
+from megachiar.data.inputs.source import COLUMNAR, STANDARD_INPUT, Source, make_source, split_format
 from megachiar.errors import UserError, disk_errors
 
 
@@ -31,7 +31,7 @@ def find_sources(patterns: Iterable[str | Path], format: str | None = None) -> l
 
 
 def find_inputs(
-    patterns: Iterable[str | Path], format: str | None = None, text_key: str = ReadOptions().text_key
+    patterns: Iterable[str | Path], format: str | None = None, text_keys: Sequence[str] = ReadOptions().text_keys
 ) -> Inputs:
     """Find the inputs named by ``patterns``, in their order; the files of a glob or folder are sorted by name.
 
@@ -39,7 +39,7 @@ def find_inputs(
         patterns: files, globs (``**`` too), folders or ``-`` for standard input.
         format: one of FORMATS, for all inputs and all files of a folder; None goes by the suffix of each file, and
             takes standard input for jsonl.
-        text_key: the key of the text; a ``.json`` file of a folder is data only if it has this key.
+        text_keys: the keys of the text; a ``.json`` file of a folder is data only if it has one of them.
 
     Raises:
         UserError: nothing matches, a suffix is not known, a file is named twice, or a folder holds text data that
@@ -47,7 +47,7 @@ def find_inputs(
     """
     inputs = Inputs()
     for pattern in map(str, patterns):
-        found = _expand(pattern, format, text_key)
+        found = _expand(pattern, format, text_keys)
         inputs.sources += found.sources
         if found.left_out or os.path.isdir(pattern):
             inputs.found.append(found)
@@ -75,19 +75,19 @@ def same_file(path: Path, sources: Iterable[Source]) -> bool:
     return False
 
 
-def _expand(pattern: str, format: str | None, text_key: str) -> FoundFiles:
+def _expand(pattern: str, format: str | None, text_keys: Sequence[str]) -> FoundFiles:
     """Find the files that one pattern names."""
     path = Path(pattern)
     if remote.is_url(pattern):
         return FoundFiles(pattern, list(_remote_sources(pattern, format)))
     if pattern == STANDARD_INPUT:
         kind, compression = split_format(format or "jsonl")
-        if kind == "parquet":
-            raise UserError("standard input", "parquet is read from its end, which a pipe has not", "give the file")
+        if kind in COLUMNAR:
+            raise UserError("standard input", f"{kind} is read from its end, which a pipe has not", "give the file")
         return FoundFiles(pattern, [Source(None, kind, compression)])
     with disk_errors(pattern, "read"):
         if path.is_dir():
-            return folder_files(path, format, text_key)
+            return folder_files(path, format, text_keys)
         if path.exists():
             return FoundFiles(pattern, [make_source(path, format)])
         return _glob_files(pattern, format)

@@ -33,8 +33,11 @@ def add_input_options(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--format", choices=FORMATS, help="format of all inputs (default: by suffix, and jsonl for standard input)")
     add(
         "--text-key",
-        default=DEFAULTS.text_key,
-        help="JSON key or parquet column of the text (default: %(default)s)",
+        nargs="+",
+        default=[DEFAULTS.text_key],
+        metavar="KEY",
+        help="key or column of the text; a.b is b of the object a; several are joined by an empty line (default: "
+        f"{DEFAULTS.text_key})",
     )
     add(
         "--txt-documents",
@@ -52,7 +55,8 @@ def add_input_options(parser: argparse.ArgumentParser, *, required: bool = True)
         "--on-error",
         choices=get_args(OnError),
         default="refuse",
-        help="a broken or empty document is left out and counted, or ends the run (default: %(default)s)",
+        help="a broken or empty document is left out and counted (skip), or ends the run (refuse); replace: as skip, "
+        "but bytes that are not UTF-8 become U+FFFD (default: %(default)s)",
     )
 
 
@@ -62,7 +66,8 @@ def named_inputs(arguments: argparse.Namespace) -> Inputs:
 
     if arguments.input is None:
         return Inputs()
-    return find_inputs(arguments.input, arguments.format, getattr(arguments, "token_key", None) or arguments.text_key)
+    token_key = getattr(arguments, "token_key", None)
+    return find_inputs(arguments.input, arguments.format, arguments.text_key if token_key is None else [token_key])
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
@@ -73,4 +78,11 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """
     if arguments.max_document_mib < 1:
         raise UserError("--max-document-mib", f"{arguments.max_document_mib} MiB", "use at least 1")
-    return ReadOptions(arguments.text_key, arguments.txt_documents, arguments.max_document_mib << 20)
+    first, *more = arguments.text_key
+    return ReadOptions(
+        first,
+        arguments.txt_documents,
+        arguments.max_document_mib << 20,
+        more_text_keys=tuple(more),
+        replace_bad_bytes=arguments.on_error == "replace",
+    )

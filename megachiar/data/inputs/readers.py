@@ -11,6 +11,9 @@ Reading has two halves, so that one process can do the cheap half and many proce
     compression.py      blocks of a file's text      documents.py        chunks, valid and invalid documents
     parsing.py          documents out of chunks      records.py          texts, ids and label of one record
     text_reader.py      text and JSON lines          parquet_reader.py   parquet
+    json_array.py       one array of JSON            arrow_reader.py     Arrow
+    csv_reader.py       comma-separated values       columns.py          rows of parquet and Arrow
+    keys.py             a value by its key           dataset_folder.py   folders that `datasets` wrote
     remote.py           inputs at URLs               chunk_groups.py     chunks of many small files together
     source_reading.py   a checksum made on the way   pipe.py             named pipes
 
@@ -21,9 +24,11 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from megachiar.data.inputs.arrow_reader import arrow_chunks
+from megachiar.data.inputs.compression import OnContent
 from megachiar.data.inputs.documents import (
     Chunk,
     Document,
@@ -55,7 +60,13 @@ def read_chunks(
     for source in sources:
         with _reading(source):
             on_content = None if recorder is None else recorder.begin(source).add
-            yield from (parquet_chunks if source.format == "parquet" else text_chunks)(source, options, on_content)
+            yield from chunk_reader(source)(source, options, on_content)
+
+
+def chunk_reader(source: Source) -> Callable[[Source, ReadOptions, OnContent | None], Iterator[Chunk]]:
+    """Return the function that yields the chunks of a source of this format."""
+    readers = {"parquet": parquet_chunks, "arrow": arrow_chunks}
+    return readers.get(source.format, text_chunks)
 
 
 def read_documents(
@@ -77,6 +88,7 @@ def read_documents(
             if isinstance(item, InvalidDocument):
                 log.add(item)
             else:
+                log.replaced += item.replaced
                 yield item
 
 

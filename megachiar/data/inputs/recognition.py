@@ -179,18 +179,14 @@ def refuse_what_is_no_text(source: Source, head: bytes) -> None:
 
 
 def refuse_other_json(source: Source, head: bytes) -> None:
-    """Refuse JSON that does not have one object on each line.
+    """Refuse JSON that is neither an array nor has one object on each line.
 
     Raises:
         UserError: the message names the command that converts it.
     """
-    layout = json_layout(head)
-    if layout == "array":
-        problem, program = "is one JSON array, not an object a line", "jq -c '.[]'"
-    elif layout == "pretty-printed":
-        problem, program = "is pretty-printed JSON, objects of several lines each, not an object a line", "jq -c ."
-    else:
+    if json_layout(head) != "pretty-printed":
         return
+    problem, program = "is pretty-printed JSON, objects of several lines each, not an object a line", "jq -c ."
     raise UserError(source.name, problem, f"convert it: `{converting(source, program, '.lines.jsonl')}`")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megachiar.data.inputs.documents import Document, InvalidDocument, InvalidDocumentKind, ReadOptions
+from megachiar.data.inputs.keys import MISSING, find_value
 
+BETWEEN_TEXTS = "\n\n"  # of several keys that are joined
 MOST_KEYS = 8  # of a record that a message names
 LARGEST_ID = 2**31 - 1  # that a dataset holds
 SHOWN = 40  # characters of a value in a message
@@ -21,18 +23,19 @@ def parse_record(where: str, record: Mapping[str, Any], options: ReadOptions) ->
         options: which keys hold what.
     """
     text = record.get(options.text_key)
-    if not options.extra_keys and isinstance(text, str) and text.strip():  # nearly every document of a corpus
+    if options.is_one_text and isinstance(text, str) and text.strip():  # nearly every document of a corpus
         try:
             return Document(text, text.encode(), where)
         except UnicodeEncodeError:
             pass  # the reason is found below
-    for key in options.content_keys:
-        if key not in record:
+    values = {key: find_value(record, key) for key in options.content_keys}
+    for key, value in values.items():
+        if value is MISSING:
             return InvalidDocument("missing_text", where, f"has no key {key!r}; keys are {_keys_of(record)}")
     if options.token_key is not None:
-        document = _of_ids(where, options.token_key, record[options.token_key])
+        document = _of_ids(where, options.token_key, values[options.token_key])
     else:
-        document = _of_texts(where, record, options.content_keys)
+        document = _of_texts(where, values, options)
     if options.label_key is None or isinstance(document, InvalidDocument):
         return document
     return _with_label(document, record, options.label_key)
@@ -50,36 +53,77 @@ def _keys_of(record: Mapping[str, Any]) -> str:
     return ", ".join(list(record)[:MOST_KEYS]).encode(errors="backslashreplace").decode() or "none at all"
 
 
-def _of_texts(where: str, record: Mapping[str, Any], keys: Sequence[str]) -> Document | InvalidDocument:
-    """Return the document of one text or two."""
+def _of_texts(where: str, values: Mapping[str, Any], options: ReadOptions) -> Document | InvalidDocument:
+    """Return the document of one text or two; the first one may be joined from those of several keys."""
     texts: list[str] = []
     encoded: list[bytes] = []
-    for key in keys:
-        which = f"{key!r} " if len(keys) > 1 else ""
-        text = _text_of(where, key, record[key], which)
-        if isinstance(text, InvalidDocument):
-            return text
-        try:
-            encoded.append(text.encode())
-        except UnicodeEncodeError as error:  # JSON may hold characters that UTF-8 cannot encode
-            code = ord(text[error.start])
-            problem = f"{which}character {error.start} is half of a surrogate pair (\\u{code:04x})"
-            return InvalidDocument("invalid_utf8", where, problem)
-        texts.append(text)
-    return Document("\n".join(texts), b"\n".join(encoded), where, tuple(texts) if len(texts) > 1 else ())
+    replaced = False
+    second = () if options.second_text_key is None else (options.second_text_key,)
+    for keys in filter(None, (options.text_keys, second)):
+        which = f"{keys[0]!r} " if second else ""
+        read = _joined(where, {key: values[key] for key in keys}, which, options)
+        if isinstance(read, InvalidDocument):
+            return read
+        texts.append(read.text)
+        encoded.append(read.utf8)
+        replaced = replaced or read.replaced
+    together = tuple(texts) if len(texts) > 1 else ()
+    return Document("\n".join(texts), b"\n".join(encoded), where, together, replaced=replaced)
 
 
-def _text_of(where: str, key: str, value: Any, which: str) -> str | InvalidDocument:
-    """Return the text of one key, which is not empty; ``which`` names the key where there are two."""
+def _joined(where: str, values: Mapping[str, Any], which: str, options: ReadOptions) -> Document | InvalidDocument:
+    """Return the text of the values of some keys, joined by empty lines; null and empty ones are left out of several.
+
+    Args:
+        where: the record's place, for a message.
+        values: key -> value.
+        which: names the text where a document has two.
+        options: whether bytes that are not UTF-8 are replaced.
+    """
+    found: list[Document] = []
+    for key, value in values.items():
+        if value is None and len(values) > 1:
+            continue
+        name = f"{key!r} " if len(values) > 1 else which
+        read = _text_of(where, key, value, name, replace=options.replace_bad_bytes)
+        if isinstance(read, InvalidDocument):
+            return read
+        if read.text.strip():
+            found.append(read)
+    if not found:
+        return InvalidDocument("empty", where, f"{which}is empty")
+    if len(found) == 1:
+        return found[0]
+    replaced = any(part.replaced for part in found)
+    return Document(
+        BETWEEN_TEXTS.join(part.text for part in found),
+        BETWEEN_TEXTS.encode().join(part.utf8 for part in found),
+        where,
+        replaced=replaced,
+    )
+
+
+def _text_of(where: str, key: str, value: Any, which: str, *, replace: bool) -> Document | InvalidDocument:
+    """Return the text of one key, which may be empty; ``which`` names the key where there are several."""
+    replaced = False
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            problem = f"{which}byte 0x{value[error.start]:02x} is not valid UTF-8"
-            return InvalidDocument("invalid_utf8", where, problem)
+            if not replace:
+                problem = f"{which}byte 0x{value[error.start]:02x} is not valid UTF-8"
+                return InvalidDocument("invalid_utf8", where, problem)
+            value, replaced = value.decode(errors="replace"), True
     if not isinstance(value, str):
         return InvalidDocument("not_a_string", where, f"{key!r} is a JSON {json_type(value)}, not a string")
-    return value if value.strip() else InvalidDocument("empty", where, f"{which}is empty")
+    try:
+        return Document(value, value.encode(), where, replaced=replaced)
+    except UnicodeEncodeError as error:  # JSON may hold characters that UTF-8 cannot encode
+        if not replace:
+            problem = f"{which}character {error.start} is half of a surrogate pair (\\u{ord(value[error.start]):04x})"
+            return InvalidDocument("invalid_utf8", where, problem)
+    value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return Document(value, value.encode(), where, replaced=True)
 
 
 def _of_ids(where: str, key: str, value: Any) -> Document | InvalidDocument:
@@ -101,10 +145,9 @@ def _of_ids(where: str, key: str, value: Any) -> Document | InvalidDocument:
 
 def _with_label(document: Document, record: Mapping[str, Any], key: str) -> Document | InvalidDocument:
     """Return ``document`` with the label of its record."""
-    where = document.where
-    if key not in record:
+    where, label = document.where, find_value(record, key)
+    if label is MISSING:
         return InvalidDocument("missing_label", where, f"has no label: no key {key!r}; keys are {_keys_of(record)}")
-    label = record[key]
     if isinstance(label, bytes):
         label = label.decode(errors="backslashreplace")
     if type(label) is int and abs(label) <= LARGEST_ID:

@@ -14,7 +14,7 @@ from megachiar.data.inputs import remote
 from megachiar.data.storage.identity import file_identity, printable
 from megachiar.errors import UserError, disk_error, disk_errors
 
-Format = Literal["jsonl", "txt", "parquet"]
+Format = Literal["jsonl", "txt", "csv", "parquet", "arrow"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]
 
 STANDARD_INPUT = "-"
@@ -25,14 +25,19 @@ SUFFIXES: dict[str, Format] = {
     ".json": "jsonl",
     ".txt": "txt",
     ".text": "txt",
+    ".csv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
+COLUMNAR: tuple[Format, ...] = ("parquet", "arrow")
+"""Formats that are read column by column, and have a compression of their own."""
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
-_TEXT_FORMATS: tuple[Format, ...] = ("jsonl", "txt")
+_TEXT_FORMATS: dict[str, Format] = {"jsonl": "jsonl", "json": "jsonl", "txt": "txt", "csv": "csv"}
 _ENDINGS: dict[str, Compression] = {"": "", **COMPRESSIONS}
 FORMATS: dict[str, tuple[Format, Compression]] = {
-    **{f"{kind}{ending}": (kind, what) for kind in _TEXT_FORMATS for ending, what in _ENDINGS.items()},
-    "parquet": ("parquet", ""),
+    **{f"{name}{ending}": (kind, what) for name, kind in _TEXT_FORMATS.items() for ending, what in _ENDINGS.items()},
+    **{kind: (kind, "") for kind in COLUMNAR},
 }
 """Value of ``--format`` -> format and compression."""
 
@@ -151,7 +156,7 @@ def _format_by_suffixes(last_two: tuple[str, ...]) -> tuple[Format, Compression]
     *inner, last = ["", *(f".{suffix}" for suffix in last_two)]
     compression = COMPRESSIONS.get(last, "")
     kind = SUFFIXES.get(inner[-1] if compression and inner else last)
-    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+    return None if kind is None or (kind in COLUMNAR and compression) else (kind, compression)
 
 
 def split_format(format: str) -> tuple[Format, Compression]:

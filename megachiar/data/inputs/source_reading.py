@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
-from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.source import COLUMNAR, Source
 
 
 class SourceReading:
@@ -20,7 +20,7 @@ class SourceReading:
         self._crc = self._bytes = 0
 
     def add(self, content: bytes) -> None:
-        """Take in the next bytes: bytes of the file, or of parquet a row of the text column."""
+        """Take in the next bytes: bytes of the file, or of parquet and Arrow a row of the columns that are read."""
         self._crc = zlib.crc32(content, self._crc)
         self._bytes += len(content)
 
@@ -32,7 +32,7 @@ class SourceReading:
     def record(self) -> list[Any]:
         """Return [name, bytes, times, checksum] of a source that was read to its end."""
         name, size, times = self._identity
-        known = self._source.format == "parquet" and size is not None  # the added bytes are a part of the file
+        known = self._source.format in COLUMNAR and size is not None  # the added bytes are a part of the file
         return [name, size if known else self._bytes, times, self.checksum]
 
 

@@ -1,4 +1,4 @@
-"""Cut text files and JSON lines into chunks of whole documents."""
+"""Cut text files and JSON lines into chunks of whole documents, and hand other formats of text to their readers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megachiar.data.inputs.compression import READ_BYTES, OnContent, text_blocks
+from megachiar.data.inputs.csv_reader import csv_chunks
 from megachiar.data.inputs.documents import Chunk, ReadOptions
-from megachiar.data.inputs.recognition import HEAD_BYTES, refuse_what_is_no_text
+from megachiar.data.inputs.json_array import array_chunks
+from megachiar.data.inputs.recognition import HEAD_BYTES, json_layout, refuse_what_is_no_text
 from megachiar.data.inputs.source import Source
-from megachiar.errors import UserError
+from megachiar.data.inputs.text_errors import too_large
 
 
 def text_chunks(source: Source, options: ReadOptions, on_content: OnContent | None = None) -> Iterator[Chunk]:
-    """Yield the chunks of a source of text or JSON lines.
+    """Yield the chunks of a source of text, JSON or comma-separated values.
 
     Args:
         source: the source to read.
@@ -25,12 +27,20 @@ def text_chunks(source: Source, options: ReadOptions, on_content: OnContent | No
     Raises:
         UserError: the source holds something else, or a document above ``options.max_document_bytes``.
     """
-    if source.format == "txt" and options.txt_documents == "file":
-        yield _whole_file(source, options, on_content)
+    mark, blocks = _open_text(source, on_content)
+    if source.format == "csv":
+        yield from csv_chunks(source, mark, blocks, options)
     elif source.format == "jsonl":
-        yield from _line_chunks(source, "jsonl", options, on_content)
-    elif options.txt_documents != "file":
-        yield from _line_chunks(source, options.txt_documents, options, on_content)
+        head, size = next(blocks)
+        blocks = itertools.chain([(head, size)], blocks)
+        if json_layout(head) == "array":
+            yield from array_chunks(source, mark, blocks, options)
+        else:
+            yield from _line_chunks(source, "jsonl", mark, blocks, options)
+    elif options.txt_documents == "file":
+        yield _whole_file(source, mark, blocks, options)
+    else:
+        yield from _line_chunks(source, options.txt_documents, mark, blocks, options)
 
 
 def first_bytes(source: Source, least: int) -> bytes:
@@ -60,10 +70,9 @@ def _open_text(source: Source, on_content: OnContent | None) -> tuple[int, Itera
     return mark, itertools.chain([(head[mark:], consumed)], blocks)
 
 
-def _whole_file(source: Source, options: ReadOptions, on_content: OnContent | None) -> Chunk:
-    """Read a file that is one document."""
+def _whole_file(source: Source, mark: int, blocks: Iterator[tuple[bytes, int]], options: ReadOptions) -> Chunk:
+    """Read a file that is one document; ``mark`` is where its text begins."""
     parts, total, consumed = [], 0, 0
-    mark, blocks = _open_text(source, on_content)
     for block, size in blocks:
         parts.append(block)
         total, consumed = total + len(block), consumed + size
@@ -82,12 +91,12 @@ def _whole_file(source: Source, options: ReadOptions, on_content: OnContent | No
 def _line_chunks(
     source: Source,
     layout: Literal["jsonl", "line", "blank-line"],
+    offset: int,
+    blocks: Iterator[tuple[bytes, int]],
     options: ReadOptions,
-    on_content: OnContent | None,
 ) -> Iterator[Chunk]:
-    """Cut a source of lines or paragraphs into chunks of whole ones."""
+    """Cut a source of lines or paragraphs, whose text begins at ``offset``, into chunks of whole ones."""
     last_cut = _last_paragraph_end if layout == "blank-line" else _last_line_end
-    offset, blocks = _open_text(source, on_content)
     buffer, searched, consumed, line = bytearray(), 0, 0, 1
 
     def chunk(data: bytes) -> Chunk:
@@ -128,12 +137,3 @@ def _last_paragraph_end(buffer: bytearray, searched: int) -> int:
             return end + 1
         end = start
     return 0
-
-
-def too_large(source: Source, what: str, size: int, options: ReadOptions, remedy: str) -> UserError:
-    """Return the error for a document that is too large for memory."""
-    return UserError(
-        source.name,
-        f"the {what} has {size >> 20} MiB or more; documents may have {options.max_document_bytes >> 20} MiB",
-        f"{remedy}raise --max-document-mib",
-    )

@@ -18,9 +18,10 @@ from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.storage.index_format import dtype_for_vocabulary
 from megachiar.data.tokenizers.choices import Engine
 from megachiar.data.tokenizers.control_guard import ControlTokenError
+from megachiar.data.tokenizers.control_text import ControlTextTokenizer
 from megachiar.data.tokenizers.fast import FastTokenizer
 from megachiar.data.tokenizers.pieces import with_piece_cache
-from megachiar.data.tokenizers.tokenizer import TokenIds, Tokenizer
+from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, TokenIds, Tokenizer
 from megachiar.errors import UserError
 
 IN_WORD = bytes(not chr(code).isspace() for code in range(128)) + bytes(128)  # whether a byte of ASCII is in a word
@@ -62,6 +63,11 @@ class EncodedGroup(NamedTuple):
     consumed: int
 
 
+def with_controls(settings: PreprocessSettings, plain: Tokenizer, reference: ReferenceTokenizer) -> Tokenizer:
+    """Return the tokenizer that encodes: ``plain``, or one that takes control strings in texts for control tokens."""
+    return ControlTextTokenizer(plain, reference) if settings.allow_control_tokens else plain
+
+
 class ChunkEncoder:
     """Encode a ``ChunkGroup`` into an ``EncodedGroup`` when it is called.
 
@@ -90,7 +96,8 @@ class ChunkEncoder:
         tokenizer = settings.load_tokenizer()
         if tokenizer.fingerprint != fingerprint:
             raise UserError(tokenizer.path, "was changed during the run", "start again and leave it alone")
-        return cls(settings, FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer))
+        plain = FastTokenizer(tokenizer) if engine == "fast" else with_piece_cache(tokenizer)
+        return cls(settings, with_controls(settings, plain, tokenizer))
 
     def __call__(self, group: ChunkGroup) -> EncodedGroup:
         log = InvalidDocumentLog(self._settings.on_error)
@@ -111,6 +118,7 @@ class ChunkEncoder:
             if isinstance(ids, InvalidDocument):
                 log.add(ids)
             else:
+                log.replaced += item.replaced
                 members[self._part_of(item)].append((item, ids))
         return [
             (
@@ -181,9 +189,10 @@ class ChunkEncoder:
         return self._settings.split.part_of(document.utf8 if tokens is None else np.array(tokens, "<i4").tobytes())
 
     def _encoded_part(self, encoded: list[TokenIds], text_bytes: int, words: int, labels: list[str]) -> EncodedPart:
-        """Join the ids of the documents of one part, with their end-of-document tokens."""
+        """Join the ids of the documents of one part, with the tokens at the edges of documents."""
         room = int(self._settings.append_eod)
-        lengths = np.array([len(ids) + room for ids in encoded], dtype=np.int64)
+        before = int(self._tokenizer.bos_id is not None)
+        lengths = np.array([before + len(ids) + room for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
         types = {ids.dtype if isinstance(ids, np.ndarray) else np.dtype(np.int64) for ids in encoded}
         tokens = np.empty(lengths.sum(), np.result_type(np.uint8, *types))
@@ -191,6 +200,8 @@ class ChunkEncoder:
             tokens[end - room - len(ids) : end - room] = ids
         if self._settings.append_eod:
             tokens[ends - 1] = self._tokenizer.eod_id
+        if self._tokenizer.bos_id is not None:
+            tokens[ends - lengths] = self._tokenizer.bos_id
         unknown, eod = self._tokenizer.unknown_id, self._tokenizer.eod_id
         unknown_tokens = 0 if unknown in (None, eod) else int(np.count_nonzero(tokens == unknown))
         narrowed = narrow(tokens, self._dtype, self._tokenizer.path)

@@ -39,6 +39,15 @@ def check_examples(settings: PreprocessSettings) -> None:
             "does not go with --token-key",
             "join the ids of both texts",
         ),
+        (ids and settings.allow_control_tokens, "--allow-control-tokens", "is for text", "leave it out"),
+        (ids and settings.prepend_bos, "--prepend-bos", "is a token of --tokenizer", "leave it out"),
+        (
+            settings.bos_token is not None and not settings.prepend_bos,
+            "--bos-token",
+            "names a token that no document gets",
+            "pass --prepend-bos too",
+        ),
+        (settings.labelled and settings.prepend_bos, labels, "does not go with --prepend-bos", "leave that out"),
         (settings.labelled and settings.append_eod, labels, "does not go with --append-eod", "leave --append-eod out"),
         (
             not settings.labelled and settings.classes is not None,
@@ -52,8 +61,8 @@ def check_examples(settings: PreprocessSettings) -> None:
             raise UserError(where, problem, remedy)
     _check_values(settings)
     text = next((source for source in settings.sources if source.format == "txt"), None)
-    if read.extra_keys and text is not None:
-        option = f"--{next(iter(read.extra_keys)).replace('_', '-')}"
+    if not read.is_one_text and text is not None:
+        option = f"--{next(iter(read.extra_keys), 'text-key').replace('_', '-')}"
         raise UserError(text.name, f"is text, which has no keys, but {option} names one", "give jsonl or parquet")
 
 
@@ -67,8 +76,8 @@ def _check_values(settings: PreprocessSettings) -> None:
         raise UserError("--classes", problem, "name each class once, like --classes negative,positive")
 
 
-def check_token_between(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    """Check that the tokenizer has the token that ends a document, or stands between two texts, if one is asked for.
+def check_edge_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+    """Check that the tokenizer has the tokens that begin or end a document, or stand between two texts, if asked for.
 
     Raises:
         UserError: it has none.
@@ -77,6 +86,9 @@ def check_token_between(settings: PreprocessSettings, tokenizer: Tokenizer) -> N
     if (settings.append_eod or settings.read.second_text_key is not None) and tokenizer.eod_id is None:
         problem = f"has no end-of-document token, but {asking} asks for one"
         raise UserError(tokenizer.path, problem, "name it with --eod-token")
+    if settings.prepend_bos and tokenizer.bos_id is None:
+        problem = "has no beginning-of-document token, but --prepend-bos asks for one"
+        raise UserError(tokenizer.path, problem, "name it with --bos-token")
 
 
 def check_known_classes(settings: PreprocessSettings) -> None:

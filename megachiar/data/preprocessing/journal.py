@@ -181,6 +181,7 @@ class Journal:
             "outputs": [output.as_dict(first) for output, first in zip(outputs, known, strict=True)],
             "skipped": dict(log.counts),
             "examples": log.examples,
+            **({"replaced": log.replaced} if log.replaced else {}),
         }
         if new := classes[len(self.classes) :]:
             line["classes"] = list(new)
@@ -280,7 +281,10 @@ class Journal:
         ]
         self.classes += line.get("classes", [])
         self.log = InvalidDocumentLog(
-            "skip", Counter(line["skipped"]), [InvalidDocument(*example) for example in line["examples"]]
+            "skip",
+            Counter(line["skipped"]),
+            [InvalidDocument(*example) for example in line["examples"]],
+            line.get("replaced", 0),
         )
 
 

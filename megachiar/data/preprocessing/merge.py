@@ -221,12 +221,12 @@ def _read_manifests(datasets: Sequence[IndexedDataset], allow_missing: bool) -> 
     check_same_tokenizer([(dataset.prefix, manifest) for dataset, manifest in zip(datasets, manifests, strict=True)])
     known = [(d.prefix, m) for d, m in zip(datasets, manifests, strict=True) if m is not None]
     for prefix, manifest in known[1:]:
-        _check_same_eod(prefix, manifest, *known[0])
+        _check_same_edges(prefix, manifest, *known[0])
     return manifests
 
 
-def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first: Manifest) -> None:
-    """Check that the documents of two datasets end alike."""
+def _check_same_edges(prefix: Path, manifest: Manifest, first_prefix: Path, first: Manifest) -> None:
+    """Check that the documents of two datasets begin and end alike."""
     if manifest.append_eod != first.append_eod:
         raise UserError(
             manifest_path(prefix),
@@ -239,6 +239,17 @@ def _check_same_eod(prefix: Path, manifest: Manifest, first_prefix: Path, first:
             f"documents end with id {manifest.tokenizer.eod_id}, but with {first.tokenizer.eod_id} in {first_prefix}",
             "preprocess both with the same --eod-token",
         )
+    if manifest.tokenizer.bos_id != first.tokenizer.bos_id:
+        raise UserError(
+            manifest_path(prefix),
+            f"documents begin with {_beginning(manifest)}, but with {_beginning(first)} in {first_prefix}",
+            "preprocess both with or both without --prepend-bos, and with the same --bos-token",
+        )
+
+
+def _beginning(manifest: Manifest) -> str:
+    """Say what the documents of a dataset begin with."""
+    return "their text" if manifest.tokenizer.bos_id is None else f"id {manifest.tokenizer.bos_id}"
 
 
 def _read_labels(
@@ -359,6 +370,7 @@ def _merged_values(manifests: Sequence[Manifest], shuffle_seed: int | None) -> d
         "text_bytes": sum(manifest.text_bytes for manifest in manifests),
         "words": sum(manifest.words for manifest in manifests),
         "skipped": dict(skipped),
+        "replaced": sum(manifest.replaced for manifest in manifests),
         "shuffle_seed": shuffle_seed,
         "options": options if all(manifest.options == options for manifest in manifests) else {},
         "sources": [source for manifest in manifests for source in manifest.sources],

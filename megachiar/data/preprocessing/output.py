@@ -140,6 +140,7 @@ def make_manifest(
         text_bytes=output.text_bytes,
         words=output.words,
         skipped=dict(sorted(log.counts.items())),
+        replaced=log.replaced,
         largest_token_id=builder.largest_token_id,
         checksums=builder.checksums,
         shuffle_seed=settings.shuffle_seed,

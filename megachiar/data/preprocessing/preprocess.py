@@ -19,7 +19,7 @@ from typing import TextIO
 
 from megachiar.data.inputs.find_inputs import same_file
 from megachiar.data.preprocessing.encoder import encode_without_threads
-from megachiar.data.preprocessing.example_checks import check_examples, check_token_between
+from megachiar.data.preprocessing.example_checks import check_edge_tokens, check_examples
 from megachiar.data.preprocessing.existing import OutputDiffers, find_existing
 from megachiar.data.preprocessing.journal import Journal
 from megachiar.data.preprocessing.report import Report
@@ -56,7 +56,7 @@ def _preprocess(settings: PreprocessSettings, stream: TextIO) -> Report:
         print(line, file=stream)
     check_examples(settings)
     tokenizer = settings.load_tokenizer()
-    check_token_between(settings, tokenizer)
+    check_edge_tokens(settings, tokenizer)
     if not journal_path(settings).exists():
         if (existing := existing_report(settings, tokenizer, stream)) is not None:
             return existing
@@ -78,6 +78,7 @@ def open_journal(settings: PreprocessSettings, tokenizer: Tokenizer, stream: Tex
     options = {
         "tokenizer": tokenizer.fingerprint,
         "end_of_document": tokenizer.eod_id if settings.append_eod else None,
+        **({} if tokenizer.bos_id is None else {"beginning_of_document": tokenizer.bos_id}),
         "shuffle_seed": settings.shuffle_seed,
         **settings.determining_options,
     }

@@ -22,12 +22,12 @@ from megachiar.data.inputs.parsing import parse_chunk
 from megachiar.data.inputs.source import Source, no_document
 from megachiar.data.inputs.source_reading import SourceRecorder
 from megachiar.data.preprocessing.classes import ClassTable
-from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup
+from megachiar.data.preprocessing.encoder import ChunkEncoder, EncodedGroup, with_controls
 from megachiar.data.preprocessing.input_note import write_input_note
 from megachiar.data.preprocessing.journal import Journal, OutputState, Stage
 from megachiar.data.preprocessing.ordered_pool import ordered_map
 from megachiar.data.preprocessing.output import Output, make_manifest
-from megachiar.data.preprocessing.report import Report, describe_document_end
+from megachiar.data.preprocessing.report import Report, describe_document_beginning, describe_document_end
 from megachiar.data.preprocessing.settings import PreprocessSettings
 from megachiar.data.preprocessing.shuffle import shuffle_documents, shuffled_order, unshuffled
 from megachiar.data.storage.files import (
@@ -105,6 +105,7 @@ class PreprocessRun:
                 rate=progress.per_second(progress.text_bytes) / MEGA,
                 found=self.settings.found,
                 source_records=self.journal.sources,
+                document_beginning=describe_document_beginning(self.tokenizer),
                 document_end=describe_document_end(self.tokenizer, self.settings),
                 unknown_id=self.tokenizer.unknown_id,
                 unknown_tokens=dict(zip(self.settings.prefixes, unknown, strict=True)),
@@ -206,7 +207,8 @@ class PreprocessRun:
         self.engine = engine
         make_encoder: Callable[[], ChunkEncoder]
         if settings.fork or settings.workers == 1:
-            make_encoder = functools.partial(ChunkEncoder, settings, engine.tokenizer)
+            encodes = with_controls(settings, engine.tokenizer, self.tokenizer)
+            make_encoder = functools.partial(ChunkEncoder, settings, encodes)
         else:
             make_encoder = functools.partial(ChunkEncoder.load, settings, self.tokenizer.fingerprint, engine.kind)
         return ordered_map(

@@ -21,9 +21,11 @@ class PreprocessSettings:
 
     Attributes:
         sources: the inputs of the corpus, in order.
-        tokenizer, tokenizer_kind, eod_token: the arguments of ``load_tokenizer``; of ready-made ids all are None.
+        tokenizer, tokenizer_kind, eod_token, prepend_bos, bos_token: the arguments of ``load_tokenizer``; of
+            ready-made ids none is given.
         vocab_size: the largest ready-made id that can occur, plus one; None for text.
         classes: the names of the classes of labelled documents; None takes those of the inputs, sorted.
+        allow_control_tokens: whether a control string in a text, such as ``<|endoftext|>``, stands for the token.
         max_text_tokens: how many tokens of each text or list of ids are kept; None keeps all.
         engine: the encoder, see ``choose_engine``.
         output_prefix: the dataset's path without suffix; with ``split``, the parts are ``PREFIX_name``.
@@ -45,6 +47,8 @@ class PreprocessSettings:
     output_prefix: Path
     tokenizer_kind: TokenizerKind = "auto"
     eod_token: str | None = None
+    prepend_bos: bool = False
+    bos_token: str | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     append_eod: bool = False
     split: Split | None = None
@@ -60,6 +64,7 @@ class PreprocessSettings:
     vocab_size: int | None = None
     classes: tuple[str, ...] | None = None
     max_text_tokens: int | None = None
+    allow_control_tokens: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -75,7 +80,13 @@ class PreprocessSettings:
         if self.tokenizer is None:
             assert self.vocab_size is not None, "ready-made ids have a size of the vocabulary"
             return ReadyMadeIds(self.vocab_size)
-        return load_tokenizer(self.tokenizer, self.tokenizer_kind, self.eod_token)
+        return load_tokenizer(
+            self.tokenizer,
+            self.tokenizer_kind,
+            self.eod_token,
+            prepend_bos=self.prepend_bos,
+            bos_token=self.bos_token,
+        )
 
     @property
     def prefixes(self) -> list[Path]:
@@ -92,8 +103,16 @@ class PreprocessSettings:
             "split": "" if self.split is None else self.split.text,
             **self.read.extra_keys,
         }
+        if self.read.more_text_keys:
+            options["more_text_keys"] = json.dumps(self.read.more_text_keys, ensure_ascii=False)
+        if self.read.replace_bad_bytes:
+            options["on_error"] = "replace"
         if self.classes is not None:
             options["classes"] = json.dumps(self.classes, ensure_ascii=False)
+        if self.allow_control_tokens:
+            options["allow_control_tokens"] = "true"
+        if self.prepend_bos:
+            options["prepend_bos"] = self.bos_token or "the tokenizer's own"
         if self.max_text_tokens is not None:
             options["max_text_tokens"] = str(self.max_text_tokens)
         return options

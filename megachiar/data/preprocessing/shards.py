@@ -105,7 +105,7 @@ def _make_shard(settings: PreprocessSettings, shard: PreprocessSettings, stream:
     for prefix in shard.prefixes:
         remove_dataset(prefix)
     report = preprocess(shard, stream)
-    log = {"skipped": dict(report.log.counts), "examples": report.log.examples}
+    log = {"skipped": dict(report.log.counts), "examples": report.log.examples, "replaced": report.log.replaced}
     unknown = [report.unknown_tokens[prefix] for prefix in shard.prefixes]
     identity = [*_options(shard), report.source_records]
     whole = {"identity": identity, **log, "unknown_tokens": unknown}
@@ -223,7 +223,7 @@ def _merged_log(records: list[dict[str, Any]]) -> InvalidDocumentLog:
     log = InvalidDocumentLog("skip")
     for record in records:
         examples = [InvalidDocument(*example) for example in record["examples"]]
-        log.merge(InvalidDocumentLog("skip", Counter(record["skipped"]), examples))
+        log.merge(InvalidDocumentLog("skip", Counter(record["skipped"]), examples, record.get("replaced", 0)))
     return log
 
 

@@ -5,8 +5,8 @@ and times are the recorded ones is taken as unchanged. One with other times is r
 changes its times and not its text. Records of earlier versions have no checksum; there the time of the content decides.
 
 The checksum is a CRC-32, the fastest that Python has. With the size it notices every accidental change, and it need not
-resist an attack. It covers the bytes on the disk, and of parquet, which is read here and there, the rows of the columns
-that are read.
+resist an attack. It covers the bytes on the disk, and of parquet and Arrow, which are read here and there, the rows of
+the columns that are read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TextIO
 
 from megachiar.data.inputs.compression import raw_blocks
 from megachiar.data.inputs.documents import ReadOptions
-from megachiar.data.inputs.parquet_reader import parquet_chunks
-from megachiar.data.inputs.source import Source
+from megachiar.data.inputs.readers import chunk_reader
+from megachiar.data.inputs.source import COLUMNAR, Source
 from megachiar.data.inputs.source_reading import SourceReading
 from megachiar.data.preprocessing.input_note import ENTRIES
 from megachiar.errors import disk_errors
@@ -84,9 +84,9 @@ def _checksum(source: Source, read: ReadOptions, identity: str) -> str:
     """Return the checksum of a source; one that is asked for again, with the same ``identity``, is not read again."""
     reading = SourceReading(source)
     with disk_errors(source.name, "read"):
-        if source.format == "parquet":
+        if source.format in COLUMNAR:
             options = replace(read, max_document_bytes=source.size or 1 << 62)
-            for _ in parquet_chunks(source, options, reading.add):
+            for _ in chunk_reader(source)(source, options, reading.add):
                 pass
         else:
             for block in raw_blocks(source):

@@ -94,6 +94,7 @@ class TrainingSettings:
             "kind": self.kind,
             "algorithm": self.algorithm,
             "text_key": self.read.text_key,
+            **({"more_text_keys": list(self.read.more_text_keys)} if self.read.more_text_keys else {}),
             "txt_documents": self.read.txt_documents,
             "max_text_bytes": self.max_text_bytes,
             "on_error": self.on_error,

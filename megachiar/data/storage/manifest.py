@@ -31,6 +31,7 @@ from megachiar.data.storage.files import (
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.regular_file import check_regular, read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, pretty_sealed
+from megachiar.data.storage.tokenizer_record import TokenizerRecord
 from megachiar.errors import UserError, disk_errors
 
 FORMAT_VERSION: Final = 2
@@ -38,30 +39,6 @@ VERIFYING_THREADS = 4
 LABELS_HEADER_BYTES: Final = 128  # of PREFIX.labels.npy, see ``labels.py``
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STRICT = {"extra": "forbid"}  # for pydantic: a key that is not known is refused
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRecord:
-    """Describe the tokenizer that a dataset was made with.
-
-    Attributes:
-        kind: ``sentencepiece``, ``huggingface`` or ``gpt2``.
-        file: where it was found when the dataset was made: absolute, or relative to the manifest's folder.
-        fingerprint: ``"sha256:..."`` of the content of its vocabulary files.
-        vocab_size: the largest id that can occur, plus one.
-        eod_id: the id that ends a document; None if the tokenizer has none.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    kind: str
-    file: str
-    fingerprint: str
-    vocab_size: int
-    eod_id: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_at_least(self, vocab_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +107,7 @@ class Manifest:
         text_bytes: UTF-8 bytes of the documents' text: the denominator of bits per byte.
         words: whitespace-separated words of the text: the denominator of word perplexity.
         skipped: reason -> number of documents left out by the whole run, whichever part of a split this dataset is.
+        replaced: number of documents, likewise, in which bytes that are not UTF-8 were replaced.
         largest_token_id: the largest id that occurs.
         checksums: of both files, block by block.
         shuffle_seed: the seed that documents were shuffled by; None if they are in the order of the sources.
@@ -153,6 +131,7 @@ class Manifest:
     text_bytes: int
     words: int
     skipped: dict[str, int] = field(default_factory=dict)
+    replaced: int = 0
     largest_token_id: int
     checksums: Checksums
     shuffle_seed: int | None = None
@@ -179,10 +158,12 @@ class Manifest:
         return _digest_of([*self.checksums.bin, *self.checksums.idx, *labels])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as JSON can represent them; without labels they are those of versions without labels."""
-        values = asdict(self)
+        """Return the values as JSON can represent them; what earlier versions did not have is there where it is set."""
+        values = {**asdict(self), "tokenizer": self.tokenizer.to_dict()}
         if self.labels is None:
             del values["labels"]
+        if not self.replaced:
+            del values["replaced"]
         return values
 
     def to_json(self) -> bytes:

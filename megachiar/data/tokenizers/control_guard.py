@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megachiar.errors import UserError
@@ -12,6 +12,12 @@ from megachiar.errors import UserError
 
 class ControlTokenError(UserError):
     """A tokenizer makes a control token of ordinary text, so that this text cannot be encoded."""
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Return an expression that matches each of ``strings``, the longer ones first; nothing where there are none."""
+    longest_first = sorted(filter(None, strings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
 
 
 class ControlGuard:
@@ -30,8 +36,7 @@ class ControlGuard:
         self._path = path
         self._controls = controls
         self._encode_plain = encode_plain
-        longest_first = sorted(filter(None, controls.values()), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+        self._pattern = any_of(controls.values())
 
     def clean(self, text: str, ids: list[int]) -> list[int]:
         """Return ``ids`` of ``text`` if they hold no control id, else the ids of the text cut inside control strings.

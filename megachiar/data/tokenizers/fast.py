@@ -72,6 +72,7 @@ class FastTokenizer:
         self.fingerprint = reference.fingerprint
         self.vocab_size = reference.vocab_size
         self.eod_id = reference.eod_id
+        self.bos_id = reference.bos_id
         self.unknown_id = reference.unknown_id
         self.controls = reference.controls
         self.name = f"gigatoken {gigatoken.__version__}" if hasattr(gigatoken, "__version__") else "gigatoken"

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megachiar.data.tokenizers.control_guard import ControlGuard
+from megachiar.data.tokenizers.control_guard import ControlGuard, any_of
+from megachiar.data.tokenizers.edge_tokens import BOS_STRINGS, EOD_STRINGS, EdgeToken, EdgeTokens, first_special
 from megachiar.data.tokenizers.gpt2_files import GPT2_EOD, parse_merges, parse_vocabulary
 from megachiar.data.tokenizers.unsupported import refuse_unsupported
-from megachiar.data.tokenizers.vocabulary_files import find_token, fingerprint, read_file, vocabulary_files
+from megachiar.data.tokenizers.vocabulary_files import fingerprint, read_file, vocabulary_files
 from megachiar.errors import UserError
-
-# The end-of-document token of a tokenizer.json is the first of these that it has; any other is named by ``eod_token``.
-HUGGINGFACE_EOD = (
-    "<|endoftext|>",
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<|eos|>",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-    "[SEP]",
-)
 
 
 class HuggingFaceTokenizer:
@@ -37,13 +27,14 @@ class HuggingFaceTokenizer:
         path: the file or folder it was loaded from, for errors.
         tokenizer: a ``tokenizers.Tokenizer``, which this object owns from now on.
         contents: the contents of its files.
-        eod_token: the token that ends a document, as a string or an id; None takes the first of ``HUGGINGFACE_EOD``.
+        edges: the tokens at the edges of documents; where nobody names one, it is the first of ``EOD_STRINGS`` or
+            ``BOS_STRINGS`` that the vocabulary has.
 
     Raises:
-        UserError: the vocabulary is empty, lacks ``eod_token``, or would lose bytes of the text.
+        UserError: the vocabulary is empty, lacks a token that is named, or would lose bytes of the text.
     """
 
-    def __init__(self, kind: str, path: Path, tokenizer: Any, contents: list[bytes], eod_token: str | int | None):
+    def __init__(self, kind: str, path: Path, tokenizer: Any, contents: list[bytes], edges: EdgeTokens):
         self.kind = kind
         self.path = path
         self._tokenizer = tokenizer
@@ -53,7 +44,14 @@ class HuggingFaceTokenizer:
             raise UserError(path, "the vocabulary is empty", "give a trained tokenizer")
         self.vocab_size: int = max(vocabulary.values()) + 1
         _check_loses_no_bytes(path, tokenizer, vocabulary)
-        self.eod_id = self._choose_eod(eod_token, vocabulary)
+        special_strings = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.eod_id = edges.eod.find(path, vocabulary, "end")
+        if self.eod_id is None:
+            self.eod_id = first_special(EOD_STRINGS, special_strings, vocabulary)
+        self.eod_named_by = edges.eod.named_by
+        self.bos_id = None if edges.bos is None else edges.bos.find(path, vocabulary, "beginning")
+        if edges.bos is not None and self.bos_id is None:
+            self.bos_id = first_special(BOS_STRINGS, special_strings, vocabulary)
         self._make_plain()
         self.uses_gpt2_words = _uses_gpt2_words(tokenizer)
         self.unknown_id = _unknown_id(tokenizer.model, vocabulary)  # it may stand for any character
@@ -63,7 +61,7 @@ class HuggingFaceTokenizer:
         self._guard = ControlGuard(path, self.controls, self._encode_plain)
 
     @classmethod
-    def load(cls, path: Path, eod_token: str | int | None) -> HuggingFaceTokenizer:
+    def load(cls, path: Path, edges: EdgeTokens) -> HuggingFaceTokenizer:
         """Load a ``tokenizer.json``, or the one in the folder ``path``."""
         import tokenizers
 
@@ -76,10 +74,10 @@ class HuggingFaceTokenizer:
             raise UserError(
                 file, f"is not a Hugging Face tokenizer: {error}", "give the tokenizer.json its trainer wrote"
             ) from error
-        return cls("huggingface", file, tokenizer, [content], eod_token)
+        return cls("huggingface", file, tokenizer, [content], edges)
 
     @classmethod
-    def load_gpt2(cls, path: Path, eod_token: str | int | None) -> HuggingFaceTokenizer:
+    def load_gpt2(cls, path: Path, edges: EdgeTokens) -> HuggingFaceTokenizer:
         """Load GPT-2's vocabulary and merges from the folder ``path``, or from the folder of the file ``path``."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -95,9 +93,11 @@ class HuggingFaceTokenizer:
             ) from error
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
-        if eod_token is None and GPT2_EOD in vocabulary:
-            eod_token = GPT2_EOD
-        return cls("gpt2", vocabulary_file.parent, tokenizer, contents, eod_token)
+        if GPT2_EOD in vocabulary:
+            own = EdgeToken(GPT2_EOD)  # the files do not say that it is a special token
+            bos = own if edges.bos is not None and edges.bos.token is None else edges.bos
+            edges = EdgeTokens(own if edges.eod.token is None else edges.eod, bos)
+        return cls("gpt2", vocabulary_file.parent, tokenizer, contents, edges)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -109,6 +109,19 @@ class HuggingFaceTokenizer:
         """Return a ``tokenizer.json`` of the tokenizer as it encodes here."""
         return self._tokenizer.to_str()
 
+    def control_pattern(self) -> re.Pattern[str]:
+        added = [token for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        if self._tokenizer.normalizer is not None and any(token.normalized for token in added):
+            return re.compile("")  # the library looks for these in the normalized text: other strings may become one
+        return any_of(token.content for token in added)
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._encode_plain([text])[0]
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
 
@@ -118,12 +131,6 @@ class HuggingFaceTokenizer:
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _choose_eod(self, eod_token: str | int | None, vocabulary: dict[str, int]) -> int | None:
-        if eod_token is not None:
-            return find_token(self.path, eod_token, vocabulary)
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        return next((vocabulary[token] for token in HUGGINGFACE_EOD if token in special), None)
-
     def _make_plain(self) -> None:
         """Turn off the settings of a tokenizer file that would add, drop or change tokens of a document."""
         from tokenizers import AddedToken
@@ -132,9 +139,10 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None) is not None:
             self._tokenizer.model.dropout = None  # BPE dropout draws: the same text would give other ids each time
-        if self.eod_id is not None:
-            eod = AddedToken(self._tokenizer.id_to_token(self.eod_id), special=True, normalized=False)
-            self._tokenizer.add_special_tokens([eod])
+        for index in dict.fromkeys((self.eod_id, self.bos_id)):
+            if index is not None:
+                edge = AddedToken(self._tokenizer.id_to_token(index), special=True, normalized=False)
+                self._tokenizer.add_special_tokens([edge])
         self._tokenizer.encode_special_tokens = True  # the library's name for encoding them as ordinary text
 
 

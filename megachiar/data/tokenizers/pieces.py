@@ -57,6 +57,7 @@ class PieceTokenizer:
         self.fingerprint = reference.fingerprint
         self.vocab_size = reference.vocab_size
         self.eod_id = reference.eod_id
+        self.bos_id = reference.bos_id
         self.controls = reference.controls
         self.unknown_id = reference.unknown_id
         self._cache: dict[str, bytes] = {}  # piece -> its ids as int32

@@ -25,6 +25,8 @@ class ReadyMadeIds:
         self.path = Path("none")
         self.vocab_size = vocab_size
         self.eod_id: int | None = None
+        self.eod_named_by = ""
+        self.bos_id: int | None = None
         self.unknown_id: int | None = None
         self.fingerprint = f"sha256:{hashlib.sha256(f'ready-made ids below {vocab_size}'.encode()).hexdigest()}"
         self.controls: dict[int, str] = {}
@@ -37,6 +39,12 @@ class ReadyMadeIds:
 
     def definition(self) -> NoReturn:
         raise AssertionError("ready-made ids have no definition")
+
+    def control_pattern(self) -> NoReturn:
+        raise AssertionError("ready-made ids have no control strings")
+
+    def encode_with_controls(self, text: str) -> NoReturn:
+        raise AssertionError("ready-made ids are made of no text")
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(map(str, ids))

@@ -1,6 +1,6 @@
 """Load the tokenizer that made a dataset as its manifest records it; a run folder keeps a copy with the same record.
 
-    PREFIX.json                 "tokenizer": {kind, file, fingerprint, vocab_size, eod_id}
+    PREFIX.json                 "tokenizer": {kind, file, fingerprint, vocab_size, eod_id, bos_id, hub}
     RUN/tokenizer/              a copy of its files
     RUN/tokenizer_record.json   the same record; ``file`` is relative to RUN
 
@@ -14,7 +14,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megachiar.data.storage.identity import printable
 from megachiar.data.storage.manifest import Manifest, TokenizerRecord
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, with_seal
+from megachiar.data.tokenizers.hub import cached_tokenizer, hub_origin, local_tokenizer
 from megachiar.data.tokenizers.ready_made import READY_MADE
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.data.tokenizers.vocabulary_files import tokenizer_fingerprint, vocabulary_files
@@ -33,7 +34,8 @@ KEPT_FOLDER, KEPT_RECORD = "tokenizer", "tokenizer_record.json"
 
 def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
     """Return the record of ``tokenizer`` for a file in ``folder``, relative to it where both may move together."""
-    file, folder = tokenizer.path.resolve(), folder.resolve()
+    hub = hub_origin(tokenizer.path)
+    file, folder = tokenizer.path.resolve() if hub is None else tokenizer.path.absolute(), folder.resolve()
     if tokenizer.kind == READY_MADE:
         file = tokenizer.path
     return TokenizerRecord(
@@ -42,16 +44,18 @@ def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerRecord:
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
+        bos_id=tokenizer.bos_id,
+        hub=hub,
     )
 
 
 def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokenizer:
-    """Load the tokenizer at ``path`` with the kind and the end-of-document token of ``record``.
+    """Load the tokenizer at ``path`` with the kind and the tokens at the edges of documents of ``record``.
 
     A record without an end-of-document token takes the tokenizer's own, if it has one.
 
     Args:
-        path: a file or folder.
+        path: a file or folder, or a name on the hub.
         record: of a manifest or a run folder.
         where: the file that holds the record, to be named in an error.
 
@@ -60,6 +64,7 @@ def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokeni
     """
     if record.kind == READY_MADE:
         raise UserError(where, f"no tokenizer made these ids, but {path} is given", "leave the tokenizer out")
+    path = local_tokenizer(path)
     if not path.exists():
         return load_tokenizer(path)  # which says so
     made_with = f"made with the {record.kind} tokenizer {record.file} ({record.fingerprint})"
@@ -71,16 +76,23 @@ def load_as_recorded(path: Path, record: TokenizerRecord, where: Path) -> Tokeni
         raise UserError(where, problem, remedy) from None
     if found != record.fingerprint:
         raise UserError(where, f"{made_with}, but the one given has {found} ({path})", remedy)
-    return load_tokenizer(path, record.kind, record.eod_id)
+    return load_tokenizer(
+        path, record.kind, record.eod_id, prepend_bos=record.bos_id is not None, bos_token=record.bos_id
+    )
 
 
 def find_recorded(prefix: Path | str, manifest: Manifest) -> Path | None:
-    """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere."""
+    """Return where the tokenizer of dataset ``prefix`` is: where the manifest says, or beside it; None if nowhere.
+
+    One of the hub may also be in the hub's cache of this machine. It is not fetched here.
+    """
     if manifest.tokenizer.kind == READY_MADE:
         return None
     folder, recorded = manifest_path(prefix).parent, Path(manifest.tokenizer.file)
     candidates = (folder / recorded, folder / recorded.name)  # an absolute path stays as it is
-    return next((path for path in candidates if os.path.exists(path)), None)  # unlike Path.exists, it takes any name
+    found = next((path for path in candidates if os.path.exists(path)), None)  # unlike Path.exists, it takes any name
+    hub = manifest.tokenizer.hub
+    return cached_tokenizer(hub) if found is None and hub is not None else found
 
 
 def manifest_of_tokenizer(datasets: Iterable[tuple[Path, Manifest | None]]) -> tuple[Path, Manifest] | None:
@@ -99,7 +111,7 @@ def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
     Raises:
         UserError: the disk is full or read-only.
     """
-    source = tokenizer.path.resolve()
+    source = tokenizer.path.resolve() if hub_origin(tokenizer.path) is None else tokenizer.path.absolute()
     kept = run / KEPT_FOLDER / printable(source.name)
     with disk_errors(kept):
         for file in vocabulary_files(source, tokenizer.kind):
@@ -122,7 +134,7 @@ def keep_record(record: TokenizerRecord, run: Path) -> None:
 
 def _write_record(record: TokenizerRecord, run: Path) -> None:
     kept = replace(record, file=f"{KEPT_FOLDER}/{Path(record.file).name}")
-    content = json.dumps(with_seal(asdict(kept)), indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps(with_seal(kept.to_dict()), indent=2, ensure_ascii=False) + "\n"
     write_atomically(run / KEPT_RECORD, content.encode())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from megachiar.data.tokenizers.control_guard import ControlGuard
+from megachiar.data.tokenizers.control_guard import ControlGuard, any_of
+from megachiar.data.tokenizers.edge_tokens import EdgeTokens
 from megachiar.data.tokenizers.unsupported import refuse_unsupported
-from megachiar.data.tokenizers.vocabulary_files import find_token, fingerprint, read_file, vocabulary_files
+from megachiar.data.tokenizers.vocabulary_files import fingerprint, read_file, vocabulary_files
 from megachiar.errors import UserError
 
 
@@ -19,13 +21,13 @@ class SentencePieceTokenizer:
     Args:
         path: the model's file, for errors.
         model: the content of that file.
-        eod_token: the token that ends a document, as a string or an id; None takes the model's EOS.
+        edges: the tokens at the edges of documents; where nobody names one, it is the model's EOS or BOS.
 
     Raises:
-        UserError: ``model`` is not a SentencePiece model, or ``eod_token`` is not in its vocabulary.
+        UserError: ``model`` is not a SentencePiece model, or a token that is named is not in its vocabulary.
     """
 
-    def __init__(self, path: Path, model: bytes, eod_token: str | int | None = None):
+    def __init__(self, path: Path, model: bytes, edges: EdgeTokens):
         import sentencepiece
 
         try:
@@ -44,18 +46,23 @@ class SentencePieceTokenizer:
         self.path = path
         self.fingerprint = fingerprint([model])
         self.vocab_size: int = len(pieces)
-        self.eod_id = self._choose_eod(eod_token)
+        by_piece = {piece: index for index, piece in enumerate(pieces)}
+        self.eod_id = _known(edges.eod.find(path, by_piece, "end"), self._processor.eos_id())
+        self.eod_named_by = edges.eod.named_by
+        self.bos_id = None
+        if edges.bos is not None:
+            self.bos_id = _known(edges.bos.find(path, by_piece, "beginning"), self._processor.bos_id())
         self.unknown_id: int | None = unknown if (unknown := self._processor.unk_id()) >= 0 else None
-        ordinary = self._ordinary_eod()
+        ordinary = self._ordinary_edges()
         self._guard = ControlGuard(path, ordinary, self._encode_plain)
         self.controls = ordinary | {i: piece for i, piece in enumerate(pieces) if self._processor.is_control(i)}
         self._model = model
 
     @classmethod
-    def load(cls, path: Path, eod_token: str | int | None) -> SentencePieceTokenizer:
+    def load(cls, path: Path, edges: EdgeTokens) -> SentencePieceTokenizer:
         """Load a ``.model`` file, or the one in the folder ``path``."""
         (file,) = vocabulary_files(path, "sentencepiece")
-        return cls(file, read_file(file), eod_token)
+        return cls(file, read_file(file), edges)
 
     def encode(self, text: str) -> list[int]:
         return self._guard.clean(text, self._processor.encode(text))
@@ -67,26 +74,37 @@ class SentencePieceTokenizer:
         """Return the content of the model's file."""
         return self._model
 
+    def control_pattern(self) -> re.Pattern[str]:
+        return any_of(self.controls.values())
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Return the ids of the control tokens, and of each stretch of text between them as it is encoded by itself."""
+        by_string = {string: index for index, string in self.controls.items()}
+        ids: list[int] = []
+        at = 0
+        for match in self.control_pattern().finditer(text):
+            ids += [*self._processor.encode(text[at : match.start()]), by_string[match[0]]]
+            at = match.end()
+        return [*ids, *self._processor.encode(text[at:])]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
 
     def known_ids(self) -> range:
         return range(self.vocab_size)
 
-    def _choose_eod(self, eod_token: str | int | None) -> int | None:
-        if eod_token is None:
-            return eos if (eos := self._processor.eos_id()) >= 0 else None
-        pieces = {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
-        return find_token(self.path, eod_token, pieces)
-
-    def _ordinary_eod(self) -> dict[int, str]:
-        """Return id and string of the end-of-document token if it is an ordinary or user-defined piece, else nothing.
+    def _ordinary_edges(self) -> dict[int, str]:
+        """Return id and string of the tokens at the edges of documents that are ordinary or user-defined pieces.
 
         The library itself never gives a piece of type CONTROL, but it gives these.
         """
-        if self.eod_id is None or self._processor.is_control(self.eod_id):
-            return {}
-        return {self.eod_id: self._processor.id_to_piece(self.eod_id)}
+        edges = [index for index in (self.eod_id, self.bos_id) if index is not None]
+        return {index: self._processor.id_to_piece(index) for index in edges if not self._processor.is_control(index)}
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts, num_threads=1)
+
+
+def _known(named: int | None, own: int) -> int | None:
+    """Return the id that is named, or else the model's own, which is negative where it has none."""
+    return named if named is not None else own if own >= 0 else None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import shlex
 from pathlib import Path
 from typing import get_args
 
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.tokenizers.choices import TokenizerKind
+from megachiar.data.tokenizers.hub import HUB_PREFIX, NAME
 from megachiar.data.tokenizers.unsupported import find_unsupported_file, refuse_unsupported
 from megachiar.errors import UserError
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def vocabulary_files(path: Path, kind: str) -> list[Path]:
@@ -42,13 +40,10 @@ def tokenizer_fingerprint(path: Path, kind: str) -> str:
 
 def _how_to_get(path: Path) -> str:
     """Return the remedy for a ``path`` that does not exist and may be meant as a name on Hugging Face's hub."""
-    name, expected = str(path), "check the path: a tokenizer is a local file or folder, and none is fetched"
-    if _HUB_NAME.fullmatch(name) is None or path.suffix in (".model", ".json"):
+    name, expected = str(path), "check the path of the file or folder"
+    if NAME.fullmatch(name) is None or path.suffix in (".model", ".json"):
         return expected
-    fetch = f"hf download {name} --include {shlex.quote('*token*')} --local-dir {name}"
-    return (
-        f"{expected}; if this is a name on the Hugging Face hub, `{fetch}` (package huggingface_hub) makes the folder"
-    )
+    return f"{expected}; if this is a name on the Hugging Face hub, write {HUB_PREFIX}{name}, which fetches it"
 
 
 def resolve_kind(path: Path, kind: str) -> str:
@@ -97,22 +92,6 @@ def fingerprint(contents: list[bytes]) -> str:
     digests = [hashlib.sha256(content) for content in contents]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digest.digest() for digest in digests))
     return f"sha256:{whole.hexdigest()}"
-
-
-def find_token(path: Path, token: str | int, vocabulary: dict[str, int]) -> int:
-    """Return the id of ``token``, which is a string or an id itself.
-
-    Raises:
-        UserError: ``vocabulary`` does not have it.
-    """
-    is_there = token in vocabulary if isinstance(token, str) else token in vocabulary.values()
-    if not is_there:
-        raise UserError(
-            path,
-            f"the end-of-document token {token!r} is not in the vocabulary",
-            "name a token that the vocabulary has",
-        )
-    return vocabulary[token] if isinstance(token, str) else token
 
 
 def _kind_by_names(path: Path) -> str:

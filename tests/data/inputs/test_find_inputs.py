@@ -162,7 +162,7 @@ def test_json_files_of_a_folder_are_read_where_they_hold_the_text(tmp_path):
     (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "x" * 100_000}).encode())
     assert names(find_sources([tmp_path])) == ["a.json", "b.json.gz", "f.json"]
     assert "6 left out, .json without 'text' in it: c.json, d.json, e.json, ... vocab.json" in told(tmp_path)
-    assert "(1 jsonl): c.json" in told(tmp_path, text_key="body")
+    assert "(1 jsonl): c.json" in told(tmp_path, text_keys=["body"])
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -180,10 +180,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123
         ("a.md.gz", gzip.compress(b"x", mtime=0), "its name does not tell what .gz holds", "--format"),
         ("a.txt.part", b"x", ".part after a suffix of text", "--format"),
         ("a.jsonl-00000-of-00008", LINE.encode(), "JSON, suffix .jsonl-00000-of-00008", "--format"),
-        ("a.csv", b"x", ".csv is not read", "make jsonl"),
+        ("a.tsv", b"x", ".tsv is not read", "make jsonl"),
         ("a.warc.gz", b"x", ".warc.gz is not read", "make jsonl"),
         ("a.tar.gz", b"x", ".tar.gz is not read", "make jsonl"),
-        ("a.json", b'[{"text": "a"},\n{"text": "b"}]', "is one JSON array", "jq -c '.[]'"),
         ("a.json", b'{\n  "text": "a"\n}\n', "is pretty-printed JSON", "jq -c ."),
         ("a.json.gz", b'{"text": "a"}\n', "is not gzip data, but plain text", "take .gz off its name"),
         ("a.json", LFS.encode(), "is a pointer of git-LFS", "git lfs pull"),

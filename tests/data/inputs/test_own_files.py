@@ -85,7 +85,7 @@ def test_a_manifest_is_no_data_whatever_the_key_of_the_text(tmp_path):
     assert run_tool("preprocess_data", "--input", tmp_path / "training.jsonl", *output).returncode == 0
     write_jsonl(tmp_path / "training.jsonl", ["x"], key="dtype")
     assert json.loads((tmp_path / "out.json").read_text())["dtype"] == "uint16"
-    inputs = find_inputs([tmp_path], text_key="dtype")
+    inputs = find_inputs([tmp_path], text_keys=["dtype"])
     assert read_names(inputs, tmp_path) == ["training.jsonl"]
     assert reasons(inputs)["out.json"] == "part of a tokenized dataset"
 

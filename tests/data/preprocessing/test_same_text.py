@@ -123,7 +123,7 @@ def test_each_input_is_read_once_and_only_a_touched_one_again(tokenizer, corpus,
 
     monkeypatch.setattr(compression, "raw_blocks", note(compression.raw_blocks))
     monkeypatch.setattr(source_records, "raw_blocks", note(source_records.raw_blocks))
-    monkeypatch.setattr(parquet_reader, "_row_chunks", note(parquet_reader._row_chunks))
+    monkeypatch.setattr(parquet_reader, "chunks_of_batches", note(parquet_reader.chunks_of_batches))
     quietly(settings_of(tokenizer, corpus))
     assert sorted(read) == [path.name for path in corpus]
     read.clear()

@@ -286,8 +286,8 @@ def test_a_name_that_is_no_path_is_told_how_to_become_one(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="there is no such tokenizer file or folder") as caught:
         load_tokenizer(name)
     is_name = name in ("gpt2", "meta-llama/Llama-3.2-1B")
-    fetch = f"hf download {name} --include '*token*' --local-dir {name}"
-    assert "a local file or folder" in caught.value.remedy and (fetch in caught.value.remedy) == is_name
+    fetch = f"write hf:{name}, which fetches it"
+    assert "check the path" in caught.value.remedy and (fetch in caught.value.remedy) == is_name
 
 
 @pytest.mark.parametrize("name", ["broken.model", "broken.json"])
