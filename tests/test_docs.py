@@ -38,15 +38,21 @@ def test_tables_of_findings_are_filled_from_the_files(tmp_path):
         {
             "variant": name,
             "measure": "loss",
-            "values": {"1": loss},
+            "values": {"1": loss - 0.125 * (name == "half"), "2": loss + 0.125 * (name == "half")},
             "mean": loss,
-            "deviation": None,
+            "deviation": 0.125,
             "difference": None,
         }
         for name, loss in losses.items()
     ]
-    (tmp_path / "few").mkdir()
-    table = {"reference": "tau_0", "finished": {name: [1] for name in losses}, "rows": rows}
+    table = {"reference": "tau_0", "finished": {name: [1, 2] for name in losses}, "rows": rows}
+    for name in losses:
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for seed in (1, 2):
+            share = None if name == "other" else seed / 4
+            of_layers = None if share is None else [0.0, 0.0, seed / 2, 1.0]
+            result = {"attention_share": share, "attention_share_of_layers": of_layers}
+            (tmp_path / "few" / name / f"seed_{seed}.json").write_text(json.dumps(result))
     (tmp_path / "few" / "table.json").write_text(json.dumps(table))
     (tmp_path / "far" / "near").mkdir(parents=True)
     for seed, accuracy in ((1, 0.5), (2, 0.75)):
@@ -58,8 +64,10 @@ def test_tables_of_findings_are_filled_from_the_files(tmp_path):
     assert "old" not in text and text.startswith("a\n") and text == findings_tables.filled(text, tmp_path)
     lines = text.splitlines()
     kept = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in lines if line[:1] == "|"}
-    assert [kept[name] for name in losses] == ["0%", "100%", "75%", ""]
-    assert "| near | 2 | 62.5% | 12.5% |" in lines
+    assert [kept[name] for name in losses] == ["0% (0% to 0%)", "100% (100% to 100%)", "75% (62% to 88%)", ""]
+    assert "| half | 2 | 0%, 75% | 3.2500 ± 0.1250 |  | 75% (62% to 88%) |" in lines
+    assert "| other | 2 |  | 9.0000 ± 0.1250 |  |  |" in lines
+    assert "| near | 2 | 62.5% | 12.5% (10.0% to 15.0%) |" in lines
 
 
 def keys(name: str = "") -> set[str]:

@@ -162,7 +162,7 @@ def test_the_end_of_document_token_can_be_named(models):
         vocabulary_token = "a"
         tokenizer = load_tokenizer(models[kind], eod_token=vocabulary_token)
         assert tokenizer.decode([tokenizer.eod_id]) in ("", "a")
-        with pytest.raises(UserError, match="'nowhere' is not in the vocabulary"):
+        with pytest.raises(UserError, match=r"'nowhere' \(--eod-token\) is not in the vocabulary"):
             load_tokenizer(models[kind], eod_token="nowhere")
 
 
@@ -276,7 +276,7 @@ def test_a_byte_level_vocabulary_without_all_bytes_is_refused(models, tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.model", "missing.json", "folder/missing"])
 def test_a_missing_file_is_named(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name}: there is no such tokenizer file or folder\n.*local file or folder"):
+    with pytest.raises(UserError, match=f"{name}: there is no such tokenizer file or folder\n.*path of the file"):
         load_tokenizer(tmp_path / name)
 
 
