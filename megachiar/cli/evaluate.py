@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Evaluation | Classification] = {}
     for name, (prefix, of_task) in datasets.items():
         dataset = open_for_run(checkpoint, config, prefix, length, of_task)
+        if isinstance(dataset, ExampleSet) and (cut := dataset.source.describe_cut(length, "the sequence length")):
+            print_warning(f"{name}: {cut}")
         with Progress(console=make_console(), transient=True) as bar:
             task = bar.add_task(name, total=dataset.windows)
             advance = partial(bar.advance, task)

@@ -19,15 +19,12 @@ from megachiar.config.run_length import asked_length
 from megachiar.data.sampling.history_records import Change
 from megachiar.topology import LaunchError
 from megachiar.training.auxiliary_data import NOTHING_READ, TasksRead
-from megachiar.training.document_ends import describe_document_ends, with_document_end
+from megachiar.training.document_ends import with_document_end
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.mixing import samples_of_tasks
 from megachiar.training.run_data import (
     RunData,
     check_max_epochs,
-    describe_repeated_sources,
-    describe_seen_sets,
-    describe_source_usage,
     open_data,
 )
 from megachiar.training.run_tokenizer import check_kept_tokenizer, describe_other_tokenizer
@@ -259,12 +256,6 @@ def describe_other_validation(state: CheckpointState, data: RunData) -> list[str
     changed = [name for name, then in state.validation_data.items() if name in now and not now[name].same_data(then)]
     keys = [name if name.startswith("mixed.") else f"data.validation.{name}" for name in changed]
     return [f"{key} holds other data than up to here: losses on it from here on are no sequel" for key in keys]
-
-
-def describe_data(config: RunConfig, data: RunData) -> list[str]:
-    """Return what the log says of the data: how often each source is read, and what may surprise."""
-    surprises = [*describe_repeated_sources(data), *describe_document_ends(data), *describe_seen_sets(data)]
-    return [*describe_source_usage(config, data), *surprises]
 
 
 def describe_finished(config: RunConfig, progress: Progress) -> str | None:

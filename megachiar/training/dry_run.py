@@ -30,10 +30,10 @@ from megachiar.training.continuation import (
     check_moments,
     check_steps_left,
     continue_run,
-    describe_data,
     describe_finished,
     open_run,
 )
+from megachiar.training.describe_data import describe_data
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.start import check_resume, find_start
 

@@ -24,7 +24,8 @@ from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
 from megachiar.training.communication_time import measure_communication
 from megachiar.training.compare_setups import compare_setups
-from megachiar.training.continuation import Progress, continue_run, describe_data, describe_finished, open_run
+from megachiar.training.continuation import Progress, continue_run, describe_finished, open_run
+from megachiar.training.describe_data import describe_data
 from megachiar.training.display import Display
 from megachiar.training.final_evaluation import FinalEvaluation, has_result
 from megachiar.training.metrics import MetricsWriter

@@ -11,7 +11,7 @@ from megachiar.checkpoint.format import read_state
 from megachiar.config import RunConfig
 from megachiar.config.run_length import asked_length, samples_of_epochs
 from megachiar.config.tasks import MAIN_TASK
-from megachiar.data.sampling.dataset import SampleStream, SourceUse, TokenSource, ValidationSet, open_sources
+from megachiar.data.sampling.dataset import SampleStream, TokenSource, ValidationSet, open_sources
 from megachiar.data.sampling.examples import (
     SAMPLE_LENGTH,
     ExampleSet,
@@ -32,8 +32,6 @@ from megachiar.training.auxiliary_data import NOTHING_READ, AuxiliaryTask, Tasks
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.run_tokenizer import find_tokenizer, record_of_data
 from megachiar.training.start import find_start
-
-EPOCHS_WORTH_REPORTING = 4
 
 
 @dataclass(frozen=True)
@@ -313,65 +311,3 @@ def check_max_epochs(config: RunConfig, data: RunData) -> None:
                 f"than data.max_epochs {limit:g}",
                 f"give it at most {limit / use.epochs:.3f} of its share, add text, or train for fewer steps",
             )
-
-
-def source_usage(config: RunConfig, data: RunData) -> list[SourceUse]:
-    """Return what the whole run, to its last step, takes from each of its current sources."""
-    return data.training.describe(data.history.samples_before(config.steps))
-
-
-def describe_source_usage(config: RunConfig, data: RunData) -> list[str]:
-    """Return a line for the log for each source; it warns of a source that the run repeats too often."""
-    lines = []
-    for use in source_usage(config, data):
-        line = f"{use.prefix}: {use.tokens:,} tokens, {use.share:.1%} of samples, {use.epochs:.2f} epochs"
-        is_text = config.tasks[0].head is None
-        if is_text and config.data.max_epochs is None and use.epochs > EPOCHS_WORTH_REPORTING:
-            line += " (small for its weight: repeated text teaches ever less)"
-        lines.append(line)
-    return lines
-
-
-def describe_seen_sets(data: RunData) -> list[str]:
-    """Return a line for the log for each set that measures nothing new: it is also trained on, or chosen by."""
-    validation, test = (
-        {
-            f"mixed.tasks.{name}.{kind}" if name in of_tasks else f"data.{kind}.{name}": dataset.source
-            for name, dataset in sets.items()
-        }
-        for kind, sets, of_tasks in (
-            ("validation", data.validation, [task.name for task in data.auxiliary if task.validation is not None]),
-            ("test", data.test, [task.name for task in data.auxiliary if task.test is not None]),
-        )
-    )
-    trained = [*data.training.sources, *(task.source for task in data.auxiliary)]
-    lines = []
-    for key, source in {**validation, **test}.items():
-        twins = [other.prefix for other in trained if _hold_the_same(other, source)]
-        lines += [f"{key} holds the same tokens as {twin}, which is trained on" for twin in twins]
-    for key, source in test.items():
-        sets = [other for other, known in validation.items() if _hold_the_same(known, source)]
-        lines += [f"{key} holds the same tokens as {twin}: the run is chosen by what tests it" for twin in sets]
-    return lines
-
-
-def describe_repeated_sources(data: RunData) -> list[str]:
-    """Return a line for the log for each training source that holds the same tokens as one before it."""
-    lines, sources = [], data.training.sources
-    for number, source in enumerate(sources):
-        twin = next((earlier for earlier in sources[:number] if _hold_the_same(source, earlier)), None)
-        if twin is not None:
-            lines.append(
-                f"data.train: {source.prefix} holds the same tokens as {twin.prefix}, so that they count double: list "
-                "them once, with the sum of the weights, if that is not what you want"
-            )
-    return lines
-
-
-def _hold_the_same(one: TokenSource, other: TokenSource) -> bool:
-    """Return whether two datasets are one file under two names, or copies by what their manifests record."""
-    if bin_path(one.prefix).samefile(bin_path(other.prefix)):
-        return True
-    if one.manifest is None or other.manifest is None:
-        return False
-    return one.manifest.content == other.manifest.content

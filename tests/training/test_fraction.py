@@ -12,10 +12,11 @@ from support import pretrain, small_config, write_config, write_tokens
 from megachiar.config import ConfigError, load_config
 from megachiar.data.storage.reader import IndexedDataset
 from megachiar.data.storage.writer import IndexedDatasetBuilder
+from megachiar.training.describe_data import source_usage
 from megachiar.training.epochs import resolve_epochs
 from megachiar.training.metrics import read_metrics
 from megachiar.training.moved_data import with_data_of_step
-from megachiar.training.run_data import open_data, source_usage
+from megachiar.training.run_data import open_data
 
 FRACTION = 0.3
 

@@ -11,13 +11,8 @@ from support import small_config, write_config, write_tokens
 
 from megachiar.config import load_config
 from megachiar.topology import LaunchError
-from megachiar.training.run_data import (
-    check_max_epochs,
-    describe_repeated_sources,
-    describe_seen_sets,
-    describe_source_usage,
-    open_data,
-)
+from megachiar.training.describe_data import describe_repeated_sources, describe_seen_sets, describe_source_usage
+from megachiar.training.run_data import check_max_epochs, open_data
 
 
 @pytest.fixture

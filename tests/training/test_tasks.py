@@ -13,6 +13,7 @@ from support import checkpoint_tensors, forked_python, pretrain, small_config, w
 
 from megachiar.checkpoint.format import read_state
 from megachiar.config.load import parse_config
+from megachiar.data.storage.reader import IndexedDataset
 from megachiar.errors import UserError
 from megachiar.training.classification import evaluate_examples, summarise_confusion
 from megachiar.training.metrics import read_metrics
@@ -30,6 +31,7 @@ def data(tmp_path_factory) -> Path:
     write_tokens(folder / "other", seed=2, documents=8)
     write_examples(folder / "examples", 200, vocab_size=16, longest=24)
     write_examples(folder / "held_out", 61, seed=1, vocab_size=16, longest=24)
+    write_examples(folder / "unseen", 40, seed=2, vocab_size=16, longest=24)
     return folder
 
 
@@ -288,6 +290,33 @@ def test_samples_are_cut_and_padded(data, tmp_path):
         tokens = source.dataset.document(location.token)[:10]
         assert row[:-1].tolist() == [*tokens.tolist(), *[-1] * (10 - len(tokens))]
         assert row[-1] == source.labels[location.token]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_that_are_cut_are_told(data, tmp_path, kind):
+    """Training, its dry run and evaluate tell them of every labelled set; where none is cut nothing is told."""
+    config = KINDS[kind](data, tmp_path, steps=1)
+    if kind == "mixed":
+        config["mixed"]["tasks"]["strides"]["test"] = str(data / "unseen")
+        keys = [f"mixed.tasks.strides.{name}" for name in ("data", "validation", "test")]
+    else:
+        config["data"]["test"] = {"last": str(data / "unseen")}
+        keys = [f"data.train {data / 'examples'}", "data.validation.valid", "data.test.last"]
+    path = write_config(tmp_path / "config.yaml", config)
+    assert "are longer than" not in forked_python("-m", "megachiar", "pretrain", "--config", path, "--dry-run").stdout
+    short = "data.sequence_length=10"
+    (log,) = pretrain(path, short)
+    planned = forked_python("-m", "megachiar", "pretrain", "--config", path, "--dry-run", "--set", short).stdout
+    for key, name in zip(keys, ("examples", "held_out", "unseen"), strict=True):
+        lengths = np.array(IndexedDataset(data / name).lengths)
+        cut = lengths[lengths > 10]
+        share = (cut - 10).sum() / cut.sum()
+        said = f"{len(cut)} of {len(lengths)} examples are longer than"
+        told = f"{key}: {said} data.sequence_length 10 and lose {share:.1%} of their tokens"
+        assert told in " ".join(log.split()) and told in " ".join(planned.split())
+        if name == "held_out":
+            shown = forked_python("-m", "megachiar", "evaluate", tmp_path / "run", "--json")
+            assert f"{said} the sequence length 10" in " ".join(shown.stderr.split()) and json.loads(shown.stdout)
 
 
 def test_measures_of_a_confusion_matrix():

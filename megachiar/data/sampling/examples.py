@@ -80,9 +80,22 @@ class LabelledSource(TokenSource):
         """What an order of its samples counts: the examples that are read, and one more for the last one's target."""
         return self.examples + SAMPLE_LENGTH
 
-    def cut(self, sequence_length: int) -> int:
-        """Return how many examples have more than ``sequence_length`` tokens."""
-        return int((np.diff(self._starts) > sequence_length).sum())
+    def describe_cut(self, sequence_length: int, key: str) -> str | None:
+        """Return in words how much of the examples ``sequence_length`` tokens leave out; None where all are whole.
+
+        Args:
+            sequence_length: the first tokens of an example that a model reads.
+            key: the setting that gives this number.
+        """
+        lengths = np.diff(self._starts)
+        cut = lengths[lengths > sequence_length]
+        if not cut.size:
+            return None
+        share = 1 - sequence_length * cut.size / int(cut.sum())
+        return (
+            f"{cut.size:,} of {self.examples:,} examples are longer than {key} {sequence_length:,} and lose "
+            f"{share:.1%} of their tokens, on which the class may depend: the longest has {self.longest:,} tokens"
+        )
 
     def read_example(self, number: int, out: NDArray[Any]) -> None:
         """Fill ``out``, int64 (T + 1,), with the first T tokens of an example, padding, and its label.
