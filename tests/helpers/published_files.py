@@ -18,6 +18,7 @@ STEP, PERPLEXITY, ACCURACY = 700, 30.5, 63.35
 LANGUAGE_MODELS = ("threshold", "soft", "hard", "no_gate", "baseline")
 CLASSIFIERS = ("classifier", "baseline_classifier")
 KINDS = (*LANGUAGE_MODELS, *CLASSIFIERS)
+LONG_KINDS = ("threshold", "baseline")
 TAU = ("--tau", "0.77", "0.79")
 
 
@@ -31,6 +32,26 @@ def recorded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return legacy random numbers, which never change, as fp32 weights of a given name."""
     generator = np.random.RandomState(zlib.crc32(name.encode()))
     return torch.from_numpy(generator.standard_normal(shape) * 0.3).float()
+
+
+@functools.cache
+def long_record() -> dict[str, Any]:
+    """Return what the published code computes in fp64 with ``long_weight``, for sequences of 256 tokens."""
+    return json.loads((Path(__file__).parents[1] / "fixtures" / "published_long_sequences.json").read_text())
+
+
+def long_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return fp32 weights of a given name with deviation 0.1, around 1 where the model starts with ones."""
+    starts_with_ones = len(shape) == 1 and not name.endswith("bias")
+    return recorded_weight(name, shape) / 3 + float(starts_with_ones)
+
+
+def long_content(kind: str) -> dict[str, Any]:
+    """Return a checkpoint of ``long_weight`` without rotary tables: ``cfg`` has the sizes."""
+    weights = {name: long_weight(name, tuple(shape)) for name, shape in long_record()["models"][kind]["shapes"].items()}
+    weights["lm_head.weight"] = weights["token_emb.weight"]
+    mode = {} if kind == "baseline" else {"routing_mode": kind}
+    return {"step": STEP, "model": weights, "val_ppl": PERPLEXITY, "cfg": long_record()["sizes"] | mode}
 
 
 def published_tensors(kind: str) -> dict[str, torch.Tensor]:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from published_files import long_record
 from support import WORKERS, python, rewrite_config
 
 from megachiar.checkpoint.reading import locate_checkpoint
@@ -27,12 +29,14 @@ KINDS = {"threshold": TAU, "soft": (), "hard": (), "baseline": (), "mixed": TAU,
 KINDS |= {"baseline_classifier": ()}
 
 
-def published_code(request: pytest.FixtureRequest, *words: object) -> None:
+def published_code(request: pytest.FixtureRequest, *words: object) -> str:
+    """Run the worker on the published code and return what it prints."""
     code = request.config.getoption("--published-code")
     if code is None:
         pytest.skip("--published-code names no folder")
     done = python(WORKERS / "published_code_worker.py", code.resolve(), *map(str, words), timeout=600)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,19 @@ def test_what_its_scripts_save_is_imported_and_what_we_export_is_loaded(kind, tr
     published_code(request, "answer", file, tmp_path / "answers")
     again = torch.load(tmp_path / "answers")
     assert torch.equal(again["fp64"], answers["fp64"]) and torch.equal(again["fp32"], answers["fp32"])
+
+
+def test_the_record_of_long_sequences_is_what_it_computes(request):
+    """Sequences of 256 tokens and weights of deviation 0.1, which test_published_checkpoints.py compares with ours."""
+    found, recorded = json.loads(published_code(request, "record-long")), long_record()
+    for kind, model in recorded["models"].items():
+        now = found["models"][kind]
+        assert now["routes"] == model["routes"] and now["shapes"] == model["shapes"]
+        for name, tolerance in (("fp64", 1e-9), ("fp64, tables of fp32", 1e-6)):
+            now_logits, then = (
+                torch.tensor(logits[name], dtype=torch.float64) for logits in (now["logits"], model["logits"])
+            )
+            torch.testing.assert_close(now_logits, then, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("changes", [{}, {"dct": {"gain": 1.0, "entropy_dc_weight": 2.0, "entropy_epsilon": 1e-8}}])

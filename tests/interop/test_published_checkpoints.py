@@ -17,9 +17,12 @@ from published_files import (
     ACCURACY,
     CLASSIFIERS,
     KINDS,
+    LONG_KINDS,
     PERPLEXITY,
     STEP,
     TAU,
+    long_content,
+    long_record,
     options_of,
     published_content,
     published_logits,
@@ -61,9 +64,10 @@ def file(tmp_path) -> Any:
     return lambda kind: save(tmp_path / f"{kind}.pt", published_content(kind))
 
 
-def logits_and_routes(run: Path, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, list]]:
+def logits_and_routes(run: Path, dtype: torch.dtype, ids: list | None = None) -> tuple[torch.Tensor, dict[str, list]]:
+    """Return logits and routes of ``ids``, or of the recorded tokens."""
     _, model, _ = load_for_inference(run, dtype=dtype)
-    tokens, routes = torch.tensor(record()["tokens"]), {}
+    tokens, routes = torch.tensor(record()["tokens"] if ids is None else ids), {}
     for name, module in model.named_modules():
         if name.endswith(".router"):
             module.register_forward_hook(
@@ -81,6 +85,24 @@ def test_an_imported_model_has_the_published_logits_and_routes(kind, dtype, tole
     torch.testing.assert_close(logits.double(), published_logits(kind), rtol=0, atol=tolerance)
     assert routes == expected["routes"]
     assert all(0 < torch.tensor(part).double().mean() < 1 for part in list(routes.values())[:1])
+
+
+@pytest.mark.parametrize("kind", LONG_KINDS)
+def test_sequences_of_the_published_length_have_the_published_logits(kind, tmp_path):
+    """In fp64 that holds with rotary tables of fp64: the published code has fp32 ones, and those alone differ."""
+    run, every = imported(save(tmp_path / "long.pt", long_content(kind)), *options_of(kind)), long_record()["every"]
+    expected = long_record()["models"][kind]
+    exact, as_published = (
+        torch.tensor(expected["logits"][name], dtype=torch.float64) for name in ("fp64", "fp64, tables of fp32")
+    )
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        logits, routes = logits_and_routes(run, dtype, long_record()["tokens"])
+        shown = logits[:, every - 1 :: every].double()
+        torch.testing.assert_close(shown, exact, rtol=0, atol=tolerance)
+        if dtype == torch.float64:
+            assert 1e-9 < (shown - as_published).abs().max() < 1e-6
+        found = {name: [row[every - 1 :: every] for row in rows] for name, rows in routes.items()}
+        assert found == expected["routes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

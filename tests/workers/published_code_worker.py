@@ -3,6 +3,7 @@
 published_code_worker.py CODE train OUT          its scripts train tiny models of every kind: OUT/KIND.pt
 published_code_worker.py CODE answer FILE OUT    FILE is loaded as its demo does; the logits go to OUT
 published_code_worker.py CODE record             prints tests/fixtures/published_checkpoints.json
+published_code_worker.py CODE record-long        prints tests/fixtures/published_long_sequences.json
 
 Nothing is fetched: the modules that its scripts import for that are replaced by empty ones.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_files import recorded_weight
+from published_files import LONG_KINDS, long_weight, recorded_weight
 from torch.utils.data import TensorDataset
 
 TOKENS = 40
@@ -128,7 +129,10 @@ def load(file: Path, **defaults: Any) -> torch.nn.Module:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
-    """Return logits of both types and the routes of the layers that route."""
+    """Return logits of both types and the routes of the layers that route.
+
+    In fp64 they are computed twice: with the rotary tables of 32 bits that ``double`` leaves, and with those of fp64.
+    """
     found: dict[str, Any] = {"tokens": tokens, "routes": {}}
 
     def note(name: str) -> Any:
@@ -139,6 +143,7 @@ def answers(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
             module.register_forward_hook(note(name.removesuffix(".router").removeprefix("backbone.")))
     found["fp32"] = model(tokens)[0]
     model.double()
+    found["fp64, tables of fp32"] = model(tokens)[0]
     use_exact_tables(model)
     found["fp64"] = model(tokens)[0]
     return found
@@ -194,6 +199,32 @@ def record() -> dict[str, Any]:
     return {"sizes": sizes, "tau": [0.77, 0.79], "tokens": tokens.tolist(), "tables": tables, "models": models}
 
 
+def record_long() -> dict[str, Any]:
+    """Return what models of ``long_weight`` compute for sequences of the published length, at every 32nd token."""
+    from config import Config
+    from model import CHIARFormer
+    from train import BaselineTransformer
+
+    sizes = {"vocab_size": 13, "d_model": 32, "n_heads": 2, "n_layers": 4, "max_seq_len": 256}
+    tokens, models, shown = some_tokens(13, 2, 256), {}, slice(31, None, 32)
+    for kind in LONG_KINDS:
+        config = Config()
+        config.tau_low, config.tau_high, config.routing_mode = 0.77, 0.79, "threshold"
+        for name, value in sizes.items():
+            setattr(config, name, value)
+        model = BaselineTransformer(config) if kind == "baseline" else CHIARFormer(config)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(long_weight(name, tuple(parameter.shape)))
+        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+        found = answers(model.eval(), tokens)
+        logits = {name: found[name][:, shown].tolist() for name in ("fp64", "fp64, tables of fp32")}
+        routes = {name: operators[:, shown].tolist() for name, operators in found["routes"].items()}
+        models[kind] = {"shapes": shapes, "logits": logits, "routes": routes}
+    return {"sizes": sizes, "tau": [0.77, 0.79], "every": 32, "tokens": tokens.tolist(), "models": models}
+
+
 def main(code: str, action: str, *paths: str) -> None:
     prepare(Path(code))
     if action == "train":
@@ -204,7 +235,7 @@ def main(code: str, action: str, *paths: str) -> None:
         model = load(Path(paths[0]))
         torch.save(answers(model, some_tokens(TOKENS, 3, LENGTH)), paths[1])
     else:
-        print(json.dumps(record(), separators=(",", ":")))
+        print(json.dumps(record_long() if action == "record-long" else record(), separators=(",", ":")))
 
 
 def known_of(file: Path) -> dict[str, Any]:
