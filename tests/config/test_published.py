@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from labelled import write_examples
+from page_commands import page_commands
 from support import ROOT, process_environment, write_tokens
 
 from megachiar.config import RunConfig, load_config
@@ -73,15 +74,65 @@ def test_classifications_and_mixed_training_are_the_published_ones():
     assert {(task.global_batch_size, task.weight, task.loss_weight) for task in mixed.tasks.values()} == {(8, 1, 1)}
 
 
+def test_the_page_makes_all_their_data_without_tokens_that_end_documents():
+    """``data/wikitext.py`` joins the lines of the text and adds no token; ``data/lra.py`` cuts reviews to 256."""
+    made = {}
+    for command in page_commands("reproducing.md", "## Data"):
+        if "--output-prefix" in command:
+            made[command.split("--output-prefix ")[1].split()[0]] = command
+    for name in PUBLISHED:
+        config = load(name.removeprefix("published/"))
+        tasks = [path for task in config.mixed.tasks.values() for path in (task.data, task.validation, task.test)]
+        for prefix in filter(None, (*config.data.prefixes, *tasks)):
+            assert "--append-eod" not in made[str(prefix)]
+            assert ("--max-text-tokens 256" in made[str(prefix)]) == ("imdb" in str(prefix))
+
+
+# count_parameters of the published models with --small; those of lra_imdb and lra_listops with --baseline as well.
+SMALL = {"wikitext-2": 15_764_225, "imdb": 15_830_531, "listops": 15_832_587, "mixed": 15_767_309}
+SMALL_BASELINES = {"wikitext-2": 16_025_344, "imdb": 16_091_650, "listops": 16_093_706}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_commands_for_small_models_are_the_published_ones(name):
+    """They state what ``SmallConfig`` does for ``train_all.py --small``."""
+    commands = page_commands("reproducing.md", "### The small models of `train_all.py`")
+    (command,) = (each for each in commands if f"configs/published/{name}.yaml" in each)
+    overrides = command.split("--set ")[1].split()
+    small = load(name, *overrides)
+    assert (small.model.num_layers, small.model.hidden_size, small.model.num_attention_heads) == (4, 256, 4)
+    assert small.model.router.tau == (0.8935 + 0.8973) / 2
+    assert str(small.logging.folder) == f"runs/published/{name}_small"
+    assert build_model(small.model, seed=0, device="meta", heads=small.heads).parameter_count() == SMALL[name]
+    if name in SMALL_BASELINES:
+        baseline = load(name, *overrides, "model.kind=baseline")
+        count = build_model(baseline.model, seed=0, device="meta", heads=baseline.heads).parameter_count()
+        assert count == SMALL_BASELINES[name]
+    training = small.training
+    if small.task.kind == "classification":
+        batch, plain = max(8, 32 // 4), load(name)
+        assert (training, small.schedule) == (plain.training, plain.schedule)
+        assert training.global_batch_size == batch
+    else:
+        assert (training.global_batch_size, training.epochs, training.evaluate_every) == (32 * 4, 10, 500)
+        assert small.schedule.warmup_steps == 500
+    if name == "mixed":
+        sizes = {task: of.global_batch_size for task, of in small.mixed.tasks.items()}
+        assert (small.mixed.group_size, sizes) == (32, {"wikitext-2": 32, "imdb": 8, "listops": 8})
+
+
 def test_a_dry_run_takes_them_with_their_data(tmp_path):
+    data = tmp_path / "data" / "published"
     for text in ("wikitext-103", "wikitext-2"):
-        (tmp_path / "data" / text).mkdir(parents=True)
+        (data / text).mkdir(parents=True)
         for part in ("train", "valid", "test"):
-            write_tokens(tmp_path / "data" / text / part, documents=8, vocab_size=50257, seed=len(part))
-    for text, classes in (("imdb", "01"), ("listops-flat", "0123456789")):
-        (tmp_path / "data" / text).mkdir(parents=True)
+            write_tokens(data / text / part, documents=8, vocab_size=50257, seed=len(part))
+    for text, classes in (("imdb", "01"), ("listops", "0123456789")):
+        (tmp_path / "data" / "published" / text).mkdir(parents=True)
         for part in ("train", "valid", "test"):
-            write_examples(tmp_path / "data" / text / part, classes=classes, vocab_size=50257, seed=len(part))
+            write_examples(
+                tmp_path / "data" / "published" / text / part, classes=classes, vocab_size=50257, seed=len(part)
+            )
     for name, path in PUBLISHED.items():
         command = [sys.executable, "-m", "megachiar", "pretrain", "--config", str(path), "--dry-run"]
         env = process_environment(PYTHONPATH=str(ROOT))

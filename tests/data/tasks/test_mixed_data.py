@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from page_commands import page_commands
 from support import ROOT, process_environment
 
 from megachiar.data.storage.labels import read_labels
@@ -30,26 +30,7 @@ SHRUNKEN = [
 
 
 def commands() -> list[str]:
-    """Return the lines of the page's block, each command in one line, with its loops."""
-    section = (ROOT / "docs" / "tasks.md").read_text().split("### The data of configs/400m_mixed.yaml")[1]
-    (block,) = re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S)
-    return block.replace("\\\n", " ").splitlines()
-
-
-def expanded(lines: list[str]) -> list[str]:
-    """Return the commands of lines of bash with nested loops, with the values of their variables."""
-    found, names = [""], []
-    for line in map(str.strip, lines):
-        if loop := re.fullmatch(r"for (\w+) in (.*); do", line):
-            names.append((loop[1], loop[2].split()))
-        elif line == "done":
-            names.pop()
-        else:
-            variants = [line]
-            for name, values in names:
-                variants = [text.replace(f"${name}", value) for text in variants for value in values]
-            found += dict.fromkeys(variants)
-    return found[1:]
+    return page_commands("tasks.md", "### The data of configs/400m_mixed.yaml")
 
 
 def write_texts(folder: Path) -> None:
@@ -81,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
         folder,
         ["tokenizer", "--input", "data/wikitext-103/train.jsonl", "--vocab-size", "280", "--output", "gpt2.json"],
     )
-    for command in expanded(commands()):
+    for command in commands():
         words = command.split()
         if words[0] != "megachiar" or words[1:3] == ["corpus", "--source"] or words[1] == "pretrain":
             continue
