@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.routed_tokens import batches
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer
 from megachiar.model.attention import SelfAttention
 from megachiar.model.batch_layout import BatchLayout

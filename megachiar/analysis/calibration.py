@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from megachiar.analysis.windows import counts_of_examples, spread_windows, token_counts, tokens_that_count
 from megachiar.config import ModelConfig
-from megachiar.data.sampling.dataset import TokenSource, ValidationSet, token_blocks
+from megachiar.data.sampling.dataset import TokenSource, ValidationSet
+from megachiar.data.sampling.examples import ExampleSet
 from megachiar.kernels.spectral import spectral_entropy, white_noise_entropy
 from megachiar.model import ChiarFormer
 from megachiar.model.layer import RoutedLayer
@@ -24,6 +26,8 @@ from megachiar.model.router import Router, seen_channels
 
 PERCENTILES = (5, 33, 50, 67, 95)
 NOISE_SAMPLES = 50_000
+DIGITS = 6
+"""Entropies that are equal when rounded to so many decimal places are on one side of a threshold."""
 LIKE_NOISE = 0.1
 """A distribution with a smaller Kolmogorov-Smirnov distance to noise counts as noise: no threshold on H would tell the
 two apart in more than 55% of cases."""
@@ -52,6 +56,7 @@ class Measurement:
         noise_distance: largest difference (Kolmogorov-Smirnov) between their distribution function and white noise's.
         like_noise: whether that difference may be chance, or is too small to route by.
         bounds: thresholds between the operators, one fewer than there are operators.
+        attention_share: share of the tokens that take attention by these thresholds; None without thresholds.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Measurement:
     noise_distance: float
     like_noise: bool
     bounds: tuple[float, ...]
+    attention_share: float | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def config_for(config: ModelConfig, kind: str | None = None, seed: int | None = 
 
 
 def calibrate_on_embedding(
-    model: ChiarFormer, source: TokenSource, tokens: int, wanted: ModelConfig | None = None
+    model: ChiarFormer, source: TokenSource | ExampleSet, tokens: int, wanted: ModelConfig | None = None
 ) -> Calibration:
     """Choose thresholds from the embeddings of a text's tokens: one for all layers, as the paper does.
 
@@ -106,12 +112,15 @@ def calibrate_on_embedding(
 
     Args:
         model: any model; only its embedding is used.
-        source: the text.
+        source: the text, or the examples of a classification.
         tokens: at most so many tokens are read, in blocks spread over the text.
         wanted: config of the router that the thresholds are for, from ``config_for``; None takes the model's.
     """
     config = wanted or config_for(model.config)
-    counts = token_counts(source, config.vocab_size, tokens)
+    if isinstance(source, ExampleSet):
+        counts = counts_of_examples(model, source, tokens)
+    else:
+        counts = token_counts(source, config.vocab_size, tokens)
     rows = torch.from_numpy(counts.nonzero()[0])
     noise = noise_entropies(config)
     is_hashed = config.router.kind == "hashed"
@@ -130,7 +139,7 @@ def calibrate_on_embedding(
 
 def calibrate_on_layers(
     model: ChiarFormer,
-    dataset: ValidationSet,
+    dataset: ValidationSet | ExampleSet,
     attention_share: float,
     sequences: int,
     wanted: ModelConfig | None = None,
@@ -138,16 +147,17 @@ def calibrate_on_layers(
     """Choose one threshold for each of the layers 2..L-1 from the hidden states that enter it.
 
     The layers are measured in order, and each routes by its new threshold before the next one is measured. With all new
-    thresholds the model sends ``attention_share`` of the sample to attention in every layer. The model keeps the new
+    thresholds the model sends ``attention_share`` of the sample to attention in every layer, or as near as tokens of
+    equal H allow. The model keeps the new
     thresholds, and the routers of ``wanted``. A model that does not route by thresholds (a baseline) is measured as it
     is.
 
     Args:
         model: in evaluation mode, on any device.
-        dataset: the text.
+        dataset: the text, or the examples of a classification, whose padding is left out unless its task counts it.
         attention_share: share of tokens that take attention in each layer, from 0 to 1. With three operators DCT and
             RBF mixing share the other tokens equally.
-        sequences: number of windows that are measured, spread over the text, in one forward pass.
+        sequences: number of windows or examples that are measured, spread over the dataset, in one forward pass.
         wanted: config of the routers that the thresholds are for, from ``config_for``; None takes the model's.
     """
     config = wanted or config_for(model.config)
@@ -158,7 +168,7 @@ def calibrate_on_layers(
 
     def measure_layer(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         index = len(places) + 1
-        values = entropies(config, index, inputs[0])
+        values = entropies(config, index, inputs[0][rows])
         sample, independent = Sample(values), effective_size(counts, correlation_within(values, ids))
         bounds = tuple(sample.threshold(share) for share in shares)
         place = measure(f"layer {index + 1}", sample, independent, noise, bounds)
@@ -168,13 +178,14 @@ def calibrate_on_layers(
             layer.router.set_thresholds(place.bounds)
 
     windows = spread_windows(dataset, sequences)
-    ids = windows.inputs.ravel()
+    device = next(model.parameters()).device
+    tokens, is_counted = tokens_that_count(model, windows)
+    ids, rows = tokens[is_counted], torch.from_numpy(is_counted).to(device)
     counts = np.bincount(ids)
     hooks = [layer.register_forward_pre_hook(measure_layer) for layer in model.layers[1:-1]]
     try:
-        device = next(model.parameters()).device
         with torch.inference_mode():  # targets are given, so that the logits of all tokens never exist at once
-            model(*(torch.from_numpy(part).to(device) for part in windows))
+            model(*(torch.from_numpy(part).to(device) for part in windows), head=windows.head)
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,15 +209,21 @@ class Sample:
         return float(self.values[min(index, len(self.values) - 1)])
 
     def threshold(self, share: float) -> float:
-        """Return a bound that ``share`` of all numbers do not exceed, half-way to the next larger number.
+        """Return the bound that ``share`` of all numbers do not exceed, as nearly as equal numbers allow.
 
-        The numbers are in [0, 1]; a share of 0 or 1 is returned as the bound itself.
+        It lies half-way between two numbers in [0, 1] that differ when rounded to ``DIGITS``. A share of 0 or 1 is
+        returned as the bound itself.
         """
         if not 0 < share < 1:
             return float(share)
-        below = self.quantile(share)
-        index = int(np.searchsorted(self.values, below, side="right"))
-        return (below + float(self.values[min(index, len(self.values) - 1)])) / 2
+        rounded = self.values.round(DIGITS)
+        wanted = share * self.size
+        index = min(int(np.searchsorted(self._up_to, wanted)), len(rounded) - 1)
+        sides = [int(np.searchsorted(rounded, rounded[index], side)) for side in ("left", "right")]
+        before, after = (int(self._up_to[side - 1]) if side else 0 for side in sides)
+        side = sides[0] if wanted - before < after - wanted else sides[1]
+        below = rounded[side - 1] if side else 0.0
+        return float(below + rounded[min(side, len(rounded) - 1)]) / 2
 
     def share_up_to(self, bounds: np.ndarray) -> np.ndarray:
         """Return for each of ``bounds`` the share of all numbers that do not exceed it, float64."""
@@ -259,10 +276,10 @@ def measure(name: str, sample: Sample, independent: float, noise: Sample, bounds
         sample: the entropies.
         independent: effective size of the sample.
         noise: entropies of white noise.
-        bounds: thresholds between the operators.
+        bounds: thresholds between the operators; none where nothing is to be routed by them.
     """
     distance = distribution_distance(sample, noise)
-    rounded = tuple(round(bound, 6) for bound in bounds)
+    rounded = tuple(round(bound, DIGITS + 1) for bound in bounds)
     return Measurement(
         name=name,
         tokens=sample.size,
@@ -271,6 +288,7 @@ def measure(name: str, sample: Sample, independent: float, noise: Sample, bounds
         noise_distance=distance,
         like_noise=distance < max(LIKE_NOISE, CHANCE / independent**0.5),
         bounds=rounded,
+        attention_share=1 - float(sample.share_up_to(np.array(rounded[-1:]))[0]) if rounded else None,
     )
 
 
@@ -315,38 +333,3 @@ def router_settings(config: ModelConfig, bounds: list[tuple[float, ...]]) -> dic
     kind = config.router.kind
     seed = {"seed": config.router.seed} if kind == "hashed" else {}
     return {"kind": kind, **seed, "operators": list(config.router.operators), **values}
-
-
-def token_counts(source: TokenSource, vocab_size: int, tokens: int) -> np.ndarray:
-    """Return how often each id occurs among ``tokens`` tokens of a text, or in all of it, int64 (vocab_size,)."""
-    counts = np.zeros(vocab_size, np.int64)
-    for block in token_blocks(source, tokens):
-        counts += np.bincount(block, minlength=vocab_size)
-    return counts
-
-
-class Windows(NamedTuple):
-    """Windows of a text, as a model takes them.
-
-    Attributes:
-        inputs, targets: int64 (n, T).
-        numbers: of the windows in their set, int64 (n,); they key random routes.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    numbers: np.ndarray
-
-
-def spread_windows(dataset: ValidationSet, sequences: int) -> Windows:
-    """Return full windows spread evenly over the text, at most ``sequences`` of them.
-
-    A text shorter than one window is returned whole, as one short window.
-    """
-    full = dataset.targets // dataset.sequence_length
-    if full == 0:
-        inputs, targets = dataset.batch(0, 1)
-        return Windows(inputs[:, : dataset.targets], targets[:, : dataset.targets], np.zeros(1, np.int64))
-    numbers = np.unique(np.linspace(0, full - 1, min(sequences, full)).astype(np.int64))
-    inputs, targets = zip(*(dataset.batch(window, window + 1) for window in numbers.tolist()), strict=True)
-    return Windows(np.concatenate(inputs), np.concatenate(targets), numbers)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from megachiar.analysis.calibration import Windows
+from megachiar.analysis.windows import Windows, tokens_that_count
 from megachiar.model import ChiarFormer
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import RoutedLayer
@@ -53,7 +53,7 @@ def routing_flips(model: ChiarFormer, dtype: torch.dtype, windows: Windows, batc
     Args:
         model: fp32, in evaluation mode.
         dtype: of 16 bits.
-        windows: of a text.
+        windows: of a text, or examples, of which padding is left out unless their task counts it.
         batch_size: number of windows in a forward pass.
 
     Returns:
@@ -64,16 +64,19 @@ def routing_flips(model: ChiarFormer, dtype: torch.dtype, windows: Windows, batc
     layers, other_layers = _routed_layers(model), _routed_layers(other)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
     for start in range(0, len(windows.inputs), batch_size):
-        batch = [torch.from_numpy(part[start : start + batch_size]).to(device) for part in windows]
+        part = Windows(*(values[start : start + batch_size] for values in windows))
+        batch = [torch.from_numpy(values).to(device) for values in part]
+        counted = torch.from_numpy(tokens_that_count(model, part)[1]).to(device)
         with _decisions(model) as exact, _decisions(other) as whole:
-            model(*batch)
-            other(*batch)
+            model(*batch, head=windows.head)
+            other(*batch, head=windows.head)
         for index, (rows, layout, decision) in exact.items():
             rounded = other_layers[index].router(rows.to(dtype), layout)
             changes = (one.operator != decision.operator for one in (rounded, whole[index].decision))
             entropy = _entropy(layers[index], decision)
             change = (_entropy(layers[index], rounded) - entropy).abs()
-            seen.setdefault(index, []).append((*changes, change, _margin(layers[index], entropy)))
+            numbers = (*changes, change, _margin(layers[index], entropy))
+            seen.setdefault(index, []).append(tuple(values[counted] for values in numbers))
     return [_summary(index, [torch.cat(part) for part in zip(*parts, strict=True)]) for index, parts in seen.items()]
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import UNKNOWN, Estimate
 from megachiar.analysis.routed_tokens import batches
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import RoutedLayer

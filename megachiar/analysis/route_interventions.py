@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import Estimate, estimate, weighted_mean
 from megachiar.analysis.route_value import check_switchable, routed_layers
 from megachiar.analysis.routed_tokens import RoutedTokens, batches
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer
 
 COINS = 3

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.resampling import Clusters
 from megachiar.analysis.route_trace import record_routes
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megachiar.analysis.calibration import Windows, noise_entropies
+from megachiar.analysis.calibration import noise_entropies
 from megachiar.analysis.permuted_channels import ChannelPermutations
 from megachiar.analysis.route_interventions import COINS, measure_interventions
 from megachiar.analysis.route_value import choose_tokens, route_values
@@ -39,6 +39,7 @@ from megachiar.analysis.routing_findings import (
 from megachiar.analysis.routing_worth import intervention_findings, predictor_findings, value_findings
 from megachiar.analysis.token_features import frequency_classes, position_classes, quantile_classes
 from megachiar.analysis.value_predictors import collect_inputs
+from megachiar.analysis.windows import Windows
 from megachiar.config import RunConfig
 from megachiar.model import ChiarFormer
 

@@ -13,14 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megachiar.analysis.calibration import (
-    CHANCE,
-    LIKE_NOISE,
-    Sample,
-    correlation_within,
-    effective_size,
-    measure,
-)
+from megachiar.analysis.calibration import CHANCE, LIKE_NOISE, Sample, correlation_within, effective_size, measure
 from megachiar.analysis.information import route_information
 from megachiar.analysis.permuted_channels import agreement_over_permutations
 from megachiar.analysis.resampling import UNKNOWN, Clusters, Estimate, correlation, estimate, ranks, weighted_mean

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.routed_tokens import batches
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer
 from megachiar.model.attention import SelfAttention
 from megachiar.model.dispatch import OperatorTokens

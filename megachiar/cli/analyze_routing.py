@@ -162,8 +162,8 @@ def read_text(subject: Subject, sequences: int, left_out: list[str]) -> Text:
     Raises:
         UserError: the dataset is of another tokenizer, or shorter than ``LEAST_SEQUENCES`` windows.
     """
-    from megachiar.analysis.calibration import spread_windows, token_counts
     from megachiar.analysis.routing_analysis import Text
+    from megachiar.analysis.windows import spread_windows, token_counts
     from megachiar.inference.loaded_run import open_text_for_run
 
     dataset = open_text_for_run(subject.checkpoint, subject.config, subject.data)
@@ -218,7 +218,7 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
     """Load the baseline whose attention distances are compared with H.
 
     Raises:
-        UserError: it routes, reads shorter sequences, or was trained with another tokenizer.
+        UserError: it routes, learns classes, reads shorter sequences, or was trained with another tokenizer.
     """
     from megachiar.checkpoint.reading import locate_checkpoint
     from megachiar.inference.loaded_run import default_device, open_text_for_run
@@ -229,6 +229,8 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
     config, model, _ = load_model(checkpoint, default_device(), DTYPES["fp32"])
     if config.model.kind != "baseline":
         raise UserError(f"--baseline {run}", f"is a {config.model.kind} model", "give a run with model.kind: baseline")
+    if config.tasks[0].head is not None:
+        raise UserError(f"--baseline {run}", "learns classes, and reads no windows of a text", "name a language model")
     length, longest = text.windows.inputs.shape[1], config.model.max_sequence_length
     if length > longest:
         problem = f"reads at most {longest:,} tokens, and the windows have {length:,}"

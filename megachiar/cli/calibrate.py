@@ -5,6 +5,7 @@ megachiar calibrate runs/400m_baseline --where layers      # a tau for each rout
 megachiar calibrate runs/tiny --where layers --attention-share 0.25 --data data/shakespeare/valid --json
 megachiar calibrate runs/tiny --where layers --router hashed --seed 1   # for the control with permuted channels
 
+Of a classification it reads labelled examples as training does: cut to the sequence length, their padding left out.
 A threshold belongs to one width of the model and one checkpoint. Paste the printed lines under model.router.
 """
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from megachiar.analysis.calibration import Calibration
     from megachiar.config import ModelConfig
 
+SHARE_MISSED = 0.01  # of the tokens of a layer: larger differences from the share that was asked for are told
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("calibrate", __doc__)
@@ -36,7 +39,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="layers: share of tokens for attention (default 0.5)",
     )
     parser.add_argument(
-        "--sequences", type=number(int, least=1), default=64, help="layers: windows that are measured (default 64)"
+        "--sequences",
+        type=number(int, least=1),
+        default=64,
+        help="layers: windows or examples that are measured (default 64)",
     )
     parser.add_argument(
         "--tokens", type=number(int, least=1), default=10_000_000, help="embedding: tokens that are read (default 10 M)"
@@ -57,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers, config_for
     from megachiar.checkpoint.reading import locate_checkpoint
-    from megachiar.data.sampling.dataset import TokenSource
-    from megachiar.inference.loaded_run import check_readable, default_device, open_text_for_run
+    from megachiar.inference.loaded_run import default_device, open_for_run, open_tokens_for_run
     from megachiar.inference.loading import load_model
 
     checkpoint = locate_checkpoint(options.run, log=print_warning)
@@ -68,13 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.seed is not None and wanted.router.kind != "hashed":
         raise UserError("--seed", "has no effect on thresholds of H itself", "add --router hashed or remove it")
     data = options.data or config.data.train[0].path
+    share = 0.5 if options.attention_share is None else options.attention_share
     if options.where == "embedding":
-        source = TokenSource(data, config.model.vocab_size)
-        check_readable(checkpoint, config, source)
+        source = open_tokens_for_run(checkpoint, config, data)
         found = calibrate_on_embedding(model, source, options.tokens, wanted)
     else:
-        dataset = open_text_for_run(checkpoint, config, data)
-        share = 0.5 if options.attention_share is None else options.attention_share
+        dataset = open_for_run(checkpoint, config, data)
         found = calibrate_on_layers(model, dataset, share, options.sequences, wanted)
     if options.json:
         print(json.dumps({"run": str(options.run), "step": state.step, "data": str(data), **found.as_dict()}))
@@ -82,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table(found, f"spectral entropy H, {options.run} at step {state.step:,}, {data}")
         print_router(found)
     warn(found)
+    if options.where == "layers":
+        warn_of_ties(found, share)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -147,4 +153,16 @@ def warn(found: Calibration) -> None:
         make_console().print(
             f"[bold yellow]warning:[/] H is distributed like that of white noise at {', '.join(names)}. A threshold "
             "there routes at random. Compare with router.kind hashed and random at the same share."
+        )
+
+
+def warn_of_ties(found: Calibration, share: float) -> None:
+    """Warn on standard error where no threshold gives the attention share, since many tokens have the same H."""
+    given = {place.name: place.attention_share for place in found.places if place.attention_share is not None}
+    missed = {name: each for name, each in given.items() if abs(each - share) > SHARE_MISSED}
+    if missed:
+        shares = ", ".join(f"{name} {each:.1%}" for name, each in missed.items())
+        make_console().print(
+            f"[bold yellow]warning:[/] the thresholds nearest to an attention share of {share:.1%} give other shares: "
+            f"{shares}. Many tokens have the same H there, as with a small vocabulary, and no threshold divides them."
         )

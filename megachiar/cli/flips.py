@@ -43,10 +43,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
 
-    from megachiar.analysis.calibration import spread_windows
     from megachiar.analysis.flips import routing_flips
+    from megachiar.analysis.windows import spread_windows
     from megachiar.checkpoint.reading import locate_checkpoint
-    from megachiar.inference.loaded_run import default_device, open_text_for_run
+    from megachiar.inference.loaded_run import default_device, open_for_run
     from megachiar.inference.loading import load_model
     from megachiar.model.dtypes import DTYPES
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not config.model.routed_layers:
         raise UserError(options.run, "has no layer that routes", "name a run of a CHIAR model of 3 layers or more")
     data = options.data or config.data.train[0].path
-    dataset = open_text_for_run(checkpoint, config, data)
+    dataset = open_for_run(checkpoint, config, data)
     windows = spread_windows(dataset, options.sequences)
     found = routing_flips(model, DTYPES[options.precision], windows, config.training.micro_batch_size)
     if options.json:

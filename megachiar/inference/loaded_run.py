@@ -92,13 +92,34 @@ def open_for_run(
     Raises:
         UserError: as ``ValidationSet``, ``LabelledSource`` and ``check_readable``.
     """
-    head = config.tasks[task].head
-    if head is None:
+    if config.tasks[task].head is None:
         return open_text_for_run(checkpoint, config, prefix, sequence_length)
+    return _open_examples(checkpoint, config, prefix, sequence_length, task)
+
+
+def _open_examples(
+    checkpoint: Path, config: RunConfig, prefix: Path | str, sequence_length: int | None = None, task: int = 0
+) -> ExampleSet:
+    """Open a labelled dataset for a task that is a classification, see ``open_for_run``."""
+    head = config.tasks[task].head
+    assert head is not None, "the task is a classification"
     source = LabelledSource(prefix, head.classes, config.model.vocab_size)
     check_readable(checkpoint, config, source)
     check_classes(checkpoint, config, source, task)
     return ExampleSet(source, sequence_length or config.sequence_length, task)
+
+
+def open_tokens_for_run(checkpoint: Path, config: RunConfig, prefix: Path | str) -> TokenSource | ExampleSet:
+    """Open a dataset whose tokens are counted: a text of any length, or the examples of a classification.
+
+    Raises:
+        UserError: as ``open_for_run``.
+    """
+    if config.tasks[0].head is not None:
+        return _open_examples(checkpoint, config, prefix)
+    source = TokenSource(prefix, config.model.vocab_size)
+    check_readable(checkpoint, config, source)
+    return source
 
 
 def check_classes(checkpoint: Path, config: RunConfig, source: LabelledSource, task: int) -> None:

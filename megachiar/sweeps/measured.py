@@ -121,8 +121,7 @@ def _request(cell: Cell) -> dict[str, Any]:
 def _calibrate(cell: Cell, source: Cell, request: CalibrateConfig, step: int) -> tuple[dict[str, Any], list[str]]:
     """Return thresholds for the router of ``cell`` by name, and the places at which H is like noise."""
     from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
-    from megachiar.data.sampling.dataset import TokenSource
-    from megachiar.inference.loaded_run import check_readable, open_text_for_run
+    from megachiar.inference.loaded_run import open_for_run, open_tokens_for_run
     from megachiar.inference.loading import load_model
 
     checkpoint = _checkpoint_of(source, step)
@@ -133,12 +132,11 @@ def _calibrate(cell: Cell, source: Cell, request: CalibrateConfig, step: int) ->
     model.config = model.config.model_copy(update={"router": router, "dct": wanted.dct})
     data = request.data or config.data.train[0].path
     if request.where == "embedding":
-        text = TokenSource(data, config.model.vocab_size)
-        check_readable(checkpoint, config, text)
+        text = open_tokens_for_run(checkpoint, config, data)
         found = calibrate_on_embedding(model, text, request.tokens)
     else:
         share = 0.5 if request.attention_share is None else request.attention_share
-        found = calibrate_on_layers(model, open_text_for_run(checkpoint, config, data), share, request.sequences)
+        found = calibrate_on_layers(model, open_for_run(checkpoint, config, data), share, request.sequences)
     thresholds = {name: value for name, value in found.router.items() if name.startswith("tau")}
     return thresholds, [place.name for place in found.places if place.like_noise]
 

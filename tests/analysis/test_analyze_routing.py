@@ -9,9 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from labelled import write_examples
 from support import forked_python, pretrain, replace_in_config, small_config, write_config, write_tokens
 
-from megachiar.analysis.calibration import calibrate_on_layers, spread_windows
+from megachiar.analysis.calibration import calibrate_on_layers
+from megachiar.analysis.windows import spread_windows
 from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.data.sampling.dataset import ValidationSet
 from megachiar.inference.loading import load_for_inference
@@ -141,6 +143,20 @@ def test_what_cannot_be_measured_is_one_message(folder, arguments, problem):
     done = analyse(*places, *FEW, "--switches", 0, "--checkpoints", 0, code=2)
     text = " ".join(done.stderr.split())
     assert problem in text and text.count("error:") == 1
+
+
+def test_a_baseline_that_learns_classes_is_refused(folder, tmp_path):
+    """It has seen examples, and no windows of a text whose attention distances could be compared."""
+    config = small_config(
+        tmp_path,
+        model={"kind": "baseline"},
+        data={"train": [{"path": str(write_examples(tmp_path / "examples", 20))}], "validation": {}},
+        task={"kind": "classification", "classes": 3},
+        training={"steps": 1, "global_batch_size": 4, "micro_batch_size": 4},
+    )
+    pretrain(write_config(tmp_path / "config.yaml", config))
+    done = analyse(folder / "chiar", *FEW, "--baseline", tmp_path / "run", code=2)
+    assert "learns classes" in " ".join(done.stderr.split())
 
 
 def test_a_baseline_of_shorter_sequences_is_refused(folder, tmp_path):

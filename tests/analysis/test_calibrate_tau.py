@@ -25,9 +25,8 @@ from megachiar.analysis.calibration import (
     correlation_within,
     distribution_distance,
     effective_size,
-    spread_windows,
-    token_counts,
 )
+from megachiar.analysis.windows import spread_windows, token_counts
 from megachiar.checkpoint.format import complete_checkpoints
 from megachiar.checkpoint.reading import read_weights
 from megachiar.config import load_config

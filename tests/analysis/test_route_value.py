@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from model_cases import KEYS_OF_ROUTED, ROUTERS, lively_model, small_model_config, token_batch
 from model_oracle import Oracle
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.route_interventions import intervention_routes, measure_interventions
 from megachiar.analysis.route_value import choose_tokens, route_values
 from megachiar.analysis.routed_tokens import collect_routes
+from megachiar.analysis.windows import Windows
 from megachiar.errors import UserError
 
 

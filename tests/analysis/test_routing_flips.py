@@ -13,8 +13,8 @@ from model_cases import ROUTERS, lively_model, small_model_config, token_batch
 from model_oracle import permutation
 from support import forked_python, pretrain, small_config, write_config, write_tokens
 
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.flips import routing_flips
+from megachiar.analysis.windows import Windows
 from megachiar.kernels.spectral import spectrum_and_entropy
 
 TOOL = "tools/routing_flips.py"

@@ -13,7 +13,7 @@ import torch
 from model_cases import ROUTERS, THREE, lively_model, small_model_config, token_batch
 
 from megachiar.analysis.attention_distance import attention_distances, mean_distance
-from megachiar.analysis.calibration import Windows, noise_entropies
+from megachiar.analysis.calibration import noise_entropies
 from megachiar.analysis.permuted_channels import ChannelPermutations, agreement_over_permutations
 from megachiar.analysis.resampling import Clusters
 from megachiar.analysis.route_value import choose_tokens, route_values
@@ -36,6 +36,7 @@ from megachiar.analysis.token_features import (
     word_class,
 )
 from megachiar.analysis.token_texts import TokenText
+from megachiar.analysis.windows import Windows
 from megachiar.model import ChiarFormer, build_model
 
 VOCABULARY, D, T = 400, 64, 32

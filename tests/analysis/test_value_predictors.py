@@ -14,7 +14,6 @@ from model_cases import ROUTERS, lively_model, small_model_config, token_batch
 from model_oracle import Oracle
 
 from megachiar.analysis import value_predictors
-from megachiar.analysis.calibration import Windows
 from megachiar.analysis.routed_tokens import collect_routes
 from megachiar.analysis.value_predictors import (
     CHANGE,
@@ -33,6 +32,7 @@ from megachiar.analysis.value_predictors import (
     ridge,
     time_entropy,
 )
+from megachiar.analysis.windows import Windows
 
 
 class BlendedOracle(Oracle):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from model_cases import lively_model, small_model_config, token_batch
 
-from megachiar.analysis.calibration import spread_windows
+from megachiar.analysis.windows import spread_windows
 from megachiar.data.sampling.dataset import ValidationSet
 from megachiar.inference.generation import generate
 from megachiar.inference.loaded_run import model_score
