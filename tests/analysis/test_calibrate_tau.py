@@ -69,6 +69,14 @@ def test_a_threshold_leaves_the_share_not_above_it(share):
     assert (values <= Sample(values).threshold(share)).mean() == pytest.approx(share, abs=1e-9)
 
 
+def test_a_threshold_between_equal_numbers_is_the_nearest():
+    """Of 100 numbers 30 are equal, but for rounding: those that lie nearer to the share are on its side."""
+    noise = 1e-8 * np.random.default_rng(2).uniform(-1, 1, 30)
+    values = np.concatenate([np.linspace(0.1, 0.2, 40), 0.5 + noise, np.linspace(0.7, 0.8, 30)])
+    for share, left in ((0.45, 0.4), (0.6, 0.7), (0.3, 0.3), (0.9, 0.9)):
+        assert (values <= Sample(values).threshold(share)).mean() == pytest.approx(left, abs=1e-9)
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The commands of docs/tasks.md make the data of configs/400m_mixed.yaml, which takes them whole.
+"""The commands of docs/ make the data of configs/400m_mixed.yaml and configs/published, which take them whole.
 
 Small stand-ins take the place of what needs a network: GPT-2's tokenizer, WikiText and the reviews.
 """
@@ -55,21 +55,21 @@ def write_texts(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder in which the commands of the page have been run."""
+    """A folder in which the commands of both pages have been run."""
     folder = tmp_path_factory.mktemp("mixed")
     write_texts(folder)
     run(
         folder,
         ["tokenizer", "--input", "data/wikitext-103/train.jsonl", "--vocab-size", "280", "--output", "gpt2.json"],
     )
-    for command in commands():
+    for command in (*commands(), *page_commands("reproducing.md", "## Data")):
         words = command.split()
         if words[0] != "megachiar" or words[1:3] == ["corpus", "--source"] or words[1] == "pretrain":
             continue
-        words = [word if word != "gpt2" else "gpt2.json" for word in words[1:]]
+        words = [word if word != "hf:openai-community/gpt2" else "gpt2.json" for word in words[1:]]
         if words[:2] == ["corpus", "imdb"]:
             words += ["--from", "aclImdb"]
-        if words[:2] == ["corpus", "listops"]:
+        if words[:2] in (["corpus", "listops"], ["corpus", "listops-flat"]):
             words += ["--train", "80", "--valid", "20", "--test", "20"]
         run(folder, words)
     return folder
@@ -103,3 +103,9 @@ def test_the_config_takes_the_data_whole_and_trains_on_them(folder):
     records = [json.loads(line) for line in (folder / "runs" / "400m_mixed" / "metrics.jsonl").read_text().splitlines()]
     kinds = {record["kind"] for record in records}
     assert {"train", "evaluation/imdb", "evaluation/listops", "evaluation/wikitext-2"} <= kinds
+
+
+@pytest.mark.parametrize("name", ["mixed", "imdb", "listops", "wikitext-2", "400m"])
+def test_the_published_configs_take_their_data_whole(name, folder):
+    said = run(folder, ["pretrain", "--config", str(ROOT / "configs" / "published" / f"{name}.yaml"), "--dry-run"])
+    assert "are longer than" not in said and "not on this machine" not in said
