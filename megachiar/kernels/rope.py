@@ -74,6 +74,13 @@ def _split_and_rotated(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
     return _rotated(keys, cos, sin, back=False), values
 
 
+def rotate_keys(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the keys within ``kv``, without gradient, and return it; the arguments are ``keys_and_values``'s."""
+    keys, _ = _split_and_rotated(kv, cos, sin)
+    kv.select(-3, 0).copy_(keys)
+    return kv
+
+
 class _KeysAndValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kv, cos, sin):

@@ -12,7 +12,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.attention_options import AttentionOptions
-from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate, rotate_keys
 from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
@@ -101,21 +101,23 @@ class SelfAttention(nn.Module):
         """Let the routed rows attend to all rows of their sequence: (n, h, c)."""
         q, kv = self._project(x, routed, indices, layout)
         cos, sin = self._table(layout, x)
-        k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos, sin))  # (B, h, S, c)
         if cache is not None:
-            cache.append(k, v)
-        elif indices is None:
+            cache.append(rotate_keys(kv, cos, sin))
+            rows = layout.routed_rows(layout.all_indices(x.device) if indices is None else indices)
+            return cache.attend(rotate(q, *self._table_of(rows, layout, x)), rows)
+        k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos, sin))  # (B, h, S, c)
+        if indices is None:
             q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos, sin).transpose(1, 2)
             return causal_attention(q, k, v, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
-        rows = layout.routed_rows(layout.all_indices(x.device) if indices is None else indices)
+        rows = layout.routed_rows(indices)
         q = rotate(q, *self._table_of(rows, layout, x))
-        return cache.attend(q, rows) if cache else routed_attention(q, k, v, rows, self._options(layout, indices))
+        return routed_attention(q, k, v, rows, self._options(layout, indices))
 
     def _keep(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache) -> None:
         """Keep keys and values of all rows, of which none attends. There is one rank."""
         kv = self.key_value(self.norm(x) if self.pre else x)
         kv = kv.view(layout.sequences, layout.length, 2, self.heads, self.head_size)
-        cache.append(*(y.transpose(1, 2) for y in keys_and_values(kv, *self._table(layout, x))))
+        cache.append(rotate_keys(kv, *self._table(layout, x)))
 
     def _attend_to_routed(
         self, routed: torch.Tensor, operator_tokens: OperatorTokens, layout: BatchLayout, cache: LayerCache | None
@@ -129,11 +131,11 @@ class SelfAttention(nn.Module):
             q, kv = self.query(normed), self.key_value(normed)
         cos, sin = self._table_of(rows, layout, routed)
         q = rotate(q.unflatten(-1, (self.heads, self.head_size)), cos, sin)
-        k, v = keys_and_values(kv.unflatten(-1, (2, self.heads, self.head_size)), cos, sin)
-        if cache is None:
-            return routed_self_attention(q, k, v, rows, self._options(layout, rows.indices))
-        cache.append_routed(k, v, rows)
-        return cache.attend(q, rows, keys_are_routed=True)
+        kv = kv.unflatten(-1, (2, self.heads, self.head_size))
+        if cache is not None:
+            cache.append_routed(rotate_keys(kv, cos, sin), rows)
+            return cache.attend(q, rows, keys_are_routed=True)
+        return routed_self_attention(q, *keys_and_values(kv, cos, sin), rows, self._options(layout, rows.indices))
 
     @property
     def first_head(self) -> int:

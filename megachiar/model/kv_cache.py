@@ -36,44 +36,34 @@ class KeyValueBuffer:
 
     def __init__(self) -> None:
         self.count = 0
-        self._keys: torch.Tensor | None = None  # (1, h, capacity, c)
-        self._values: torch.Tensor | None = None  # the same, or the same tensor
+        self._numbers: torch.Tensor | None = None  # (2, 1, h, capacity, c)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add entries (h, new, c). Where ``values`` is ``keys``, both are stored once."""
-        new = keys.shape[1]
-        if self._keys is None or self._values is None or self.count + new > self._keys.shape[2]:
-            self._grow(keys, values is keys, self.count + new)
-        assert self._keys is not None and self._values is not None
-        self._keys.narrow(2, self.count, new).copy_(keys)
-        if self._values is not self._keys:
-            self._values.narrow(2, self.count, new).copy_(values)
-        self.count += new
+    def append(self, entries: torch.Tensor) -> None:
+        """Add keys and values (2, 1, h, new, c); or (1, 1, h, new, c), where the keys are the values too."""
+        end = self.count + entries.shape[3]
+        if self._numbers is None or end > self._numbers.shape[3]:
+            self._numbers = self._larger(entries, end)
+        self._numbers.narrow(3, self.count, entries.shape[3]).copy_(entries)
+        self.count = end
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values (1, h, T, c), at least one of them, as views."""
-        assert self._keys is not None and self._values is not None, "a buffer is read after something was written"
-        return self._keys.narrow(2, 0, self.count), self._values.narrow(2, 0, self.count)
+        assert self._numbers is not None, "a buffer is read after something was written"
+        parts = self._numbers.narrow(3, 0, self.count).unbind()
+        return parts[0], parts[-1]
 
     @property
     def num_bytes(self) -> int:
         """The bytes that it takes, its room included."""
-        kept = {id(part): part.nbytes for part in (self._keys, self._values) if part is not None}
-        return sum(kept.values())
+        return 0 if self._numbers is None else self._numbers.nbytes
 
-    def _grow(self, like: torch.Tensor, are_shared: bool, count: int) -> None:
-        """Make room for ``count`` entries and some more, of the shape and type of ``like`` (h, new, c)."""
-        heads, _, channels = like.shape
-        capacity = count + max(LEAST_ROOM, count // ROOM)
-
-        def larger(old: torch.Tensor | None) -> torch.Tensor:
-            buffer = like.new_empty(1, heads, capacity, channels)
-            if old is not None:
-                buffer.narrow(2, 0, self.count).copy_(old.narrow(2, 0, self.count))
-            return buffer
-
-        self._keys = larger(self._keys)
-        self._values = self._keys if are_shared else larger(self._values)
+    def _larger(self, like: torch.Tensor, count: int) -> torch.Tensor:
+        """Return a buffer that holds what this one does, with room for ``count`` entries like ``like`` and some more."""
+        kinds, one, heads, _, channels = like.shape
+        numbers = like.new_empty(kinds, one, heads, count + max(LEAST_ROOM, count // ROOM), channels)
+        if self._numbers is not None:
+            numbers.narrow(3, 0, self.count).copy_(self._numbers.narrow(3, 0, self.count))
+        return numbers
 
 
 class SequenceCache:
@@ -105,17 +95,18 @@ class LayerCache:
     def __init__(self, buffers: Sequence[KeyValueBuffer]):
         self._buffers = buffers
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add keys and values (B, h, S, c) of all rows of the pass."""
-        for buffer, of_keys, of_values in zip(self._buffers, keys, values if values is not keys else keys, strict=True):
-            buffer.append(of_keys, of_values if values is not keys else of_keys)
+    def append(self, entries: torch.Tensor) -> None:
+        """Add keys and values (B, S, 2, h, c) of all rows; or (B, S, 1, h, c), where the keys are the values too."""
+        of_sequences = entries.permute(0, 2, 3, 1, 4).unsqueeze(2).unbind()  # (2, 1, h, S, c)
+        for buffer, of_sequence in zip(self._buffers, of_sequences, strict=True):
+            buffer.append(of_sequence)
 
-    def append_routed(self, keys: torch.Tensor, values: torch.Tensor, rows: RoutedRows) -> None:
-        """Add keys and values (n, h, c) of the routed rows alone."""
-        counts = rows.counts()
-        for buffer, of_keys, of_values in zip(self._buffers, keys.split(counts), values.split(counts), strict=True):
-            if len(of_keys):
-                buffer.append(of_keys.transpose(0, 1), of_values.transpose(0, 1))
+    def append_routed(self, entries: torch.Tensor, rows: RoutedRows) -> None:
+        """Add keys and values (n, 2, h, c) of the routed rows alone."""
+        parts = entries.permute(1, 2, 0, 3).unsqueeze(1).split(rows.counts(), 3)  # (2, 1, h, new, c)
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            if part.shape[3]:
+                buffer.append(part)
 
     def attend(
         self, q: torch.Tensor, rows: RoutedRows, *, keys_are_routed: bool = False, scale: float | None = None
@@ -131,17 +122,18 @@ class LayerCache:
         Returns:
             (n, h, c).
         """
-        options, counts = AttentionOptions(scale=scale), rows.counts()
-        mixed = []
-        for number, (buffer, queries) in enumerate(zip(self._buffers, q.split(counts), strict=True)):
-            if not len(queries):
+        options, counts, mixed = AttentionOptions(scale=scale), rows.counts(), []
+        parts = q.transpose(0, 1)[None].split(counts, 2)  # (1, h, queries of the sequence, c)
+        for number, (buffer, queries) in enumerate(zip(self._buffers, parts, strict=True)):
+            if counts[number] == 0:
                 continue
             keys, values = buffer.entries()
-            if rows.length == 1 or keys_are_routed:  # the entries of these queries are the newest ones
-                of_sequence = causal_attention(queries.transpose(0, 1)[None], keys, values, options)
-                mixed.append(of_sequence[0].transpose(0, 1))
+            if keys_are_routed or counts[number] == rows.length:  # the entries of these queries are the newest ones
+                of_sequence = causal_attention(queries, keys, values, options)[0].transpose(0, 1)
             else:
-                mixed.append(routed_attention(queries, keys, values, rows.of_sequence(number, counts), options))
+                queries = queries[0].transpose(0, 1)
+                of_sequence = routed_attention(queries, keys, values, rows.of_sequence(number, counts), options)
+            mixed.append(of_sequence)
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed) if mixed else q
 
 

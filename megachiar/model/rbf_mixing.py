@@ -72,7 +72,7 @@ class RbfMixing(nn.Module):
         whole = all_gather_rows(phi, self.group) if self.group.shards_rows else phi
         keys = whole.view(layout.sequences, 1, layout.length, -1)
         if cache is not None:
-            cache.append(keys, keys)
+            cache.append(keys[:, 0, :, None, None])
         rows = operator_tokens.local_indices + layout.local_slice.start
         dropout = None
         if self.training and self.dropout and layout.dropout_keys is not None:
