@@ -45,7 +45,7 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Sampling()  # noqa: RUF009  # a tuple, which nobody can change
     end: int | None = None
     sample_id: int = 0
     top_logprobs: int | None = None

@@ -27,6 +27,7 @@ from megachiar.parallel.linear import (
 from megachiar.parallel.rows import IndexedRows
 from megachiar.topology import TensorParallelGroup
 
+
 class SelfAttention(nn.Module):
     """The sub-layer ``LN_attn(x + attention(x))`` (norm: post) or ``x + attention(LN_attn(x))`` (norm: pre)."""
 
@@ -179,9 +180,7 @@ class SelfAttention(nn.Module):
         positions, shape = layout.cached_positions.flatten(), (layout.sequences, layout.length, 1, -1)
         return cos.index_select(0, positions).view(shape), sin.index_select(0, positions).view(shape)
 
-    def _table_of(
-        self, rows: RoutedRows, layout: BatchLayout, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table_of(self, rows: RoutedRows, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin (n, 1, c) of the positions of routed rows."""
         cos, sin = self._whole_table(layout, x)
         if layout.cached_positions is None:

@@ -157,7 +157,9 @@ def lay_out(
     """
     cached_positions = None
     if cache is not None:
-        assert max(cache.lengths) + length <= config.max_sequence_length, "whoever decodes keeps to the longest sequence"
+        assert max(cache.lengths) + length <= config.max_sequence_length, (
+            "whoever decodes keeps within the longest sequence"
+        )
         cached_positions = _positions_behind(cache, length, sample_ids.device)
     layout = BatchLayout(len(sample_ids), length, group=group, cached_positions=cached_positions)
     layout = layout.with_lengths(lengths)

@@ -58,7 +58,7 @@ class KeyValueBuffer:
         return 0 if self._numbers is None else self._numbers.nbytes
 
     def _larger(self, like: torch.Tensor, count: int) -> torch.Tensor:
-        """Return a buffer that holds what this one does, with room for ``count`` entries like ``like`` and some more."""
+        """Return a buffer with what this one holds, and room for ``count`` entries like ``like`` and some more."""
         kinds, one, heads, _, channels = like.shape
         numbers = like.new_empty(kinds, one, heads, count + max(LEAST_ROOM, count // ROOM), channels)
         if self._numbers is not None:
