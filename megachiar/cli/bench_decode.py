@@ -5,7 +5,7 @@
 
 The model attends in half of its routed rows, and keeps keys of these alone. It is compared with
 
-    full pass a token     itself without a cache, as the published code generates
+    full pass a token     itself without a cache, with logits of all positions, as the published code generates
     cache, dense          the attention-only baseline in the same engine
     transformers, dense   a GPT-NeoX of the same shapes in transformers' generate(), where that is installed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,10 +106,10 @@ def seconds_a_step(model: ChiarFormer, prompts: list[list[int]], tokens: int, cl
 
 @torch.inference_mode()
 def seconds_of_full_pass(model: ChiarFormer, prompts: list[list[int]], clock: Clock) -> float:
-    """Return the seconds of one pass over all tokens, of which the last logits are taken, as without a cache."""
+    """Return the seconds of one pass over all tokens, with all their logits, of which the last are taken."""
     tokens = torch.tensor(prompts)
     start = clock()
-    model(tokens, last_logits=True).logits[:, -1].argmax(-1)
+    model(tokens).logits[:, -1].argmax(-1)
     return clock() - start
 
 
@@ -119,11 +120,11 @@ def dense_peer(options: argparse.Namespace, dtype: torch.dtype) -> Any:
         UserError: transformers is not installed.
     """
     try:
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        transformers: Any = importlib.import_module("transformers")  # its types differ from version to version
     except ImportError:
         remedy = "pip install 'megachiar[hf]', or give --without-transformers"
         raise UserError("transformers", "is not installed", remedy) from None
-    config = GPTNeoXConfig(
+    config = transformers.GPTNeoXConfig(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,
         num_hidden_layers=options.layers,
@@ -134,7 +135,7 @@ def dense_peer(options: argparse.Namespace, dtype: torch.dtype) -> Any:
         use_parallel_residual=False,
         tie_word_embeddings=True,
     )
-    peer = GPTNeoXForCausalLM(config).to(dtype).eval()
+    peer = transformers.GPTNeoXForCausalLM(config).to(dtype).eval()
     peer.generation_config.eos_token_id = None
     peer.generation_config.pad_token_id = 0
     return peer

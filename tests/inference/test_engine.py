@@ -82,7 +82,9 @@ def test_a_batch_of_different_lengths_equals_single_texts(case, temperature):
     model = case_model(case)
     requests = [
         Request(prompt, count, Sampling(temperature, top_k=20, top_p=0.9, seed=n), sample_id=n)
-        for n, (prompt, count) in enumerate(zip(prompts_of([3, 20, 1, 7, 7, 12, 2]), [30, 5, 18, 9, 1, 14, 0], strict=True))
+        for n, (prompt, count) in enumerate(
+            zip(prompts_of([3, 20, 1, 7, 7, 12, 2]), [30, 5, 18, 9, 1, 14, 0], strict=True)
+        )
     ]
     engine = Engine(model, most_running=3)
     generations = [engine.add(request) for request in requests]
