@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -16,6 +17,9 @@ import pytest
 from routed_runs import make_run
 from support import ROOT
 
+from megachiar.cli.main import main
+from megachiar.errors import UserError
+
 COMMAND = [sys.executable, "-m", "megachiar"]
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
 
@@ -25,33 +29,38 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("commands"))
 
 
-def command(*arguments, typed: str = "", code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([*COMMAND, *map(str, arguments)], input=typed, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture
+def command(run, capsys, monkeypatch):
+    """Run a command in this process: what it prints on standard output, after what is typed."""
+
+    def call(name: str, *arguments: object, typed: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert main([name, *map(str, arguments)]) in (None, 0)
+        return capsys.readouterr().out
+
+    return call
 
 
-def generated(run, prompt: str) -> str:
-    (line,) = command("generate", run, "--json", "--prompt", prompt, *GREEDY).stdout.splitlines()
-    return json.loads(line)["text"]
+@pytest.fixture
+def generated(run, command):
+    """Return a prompt with the text that ``generate --json`` puts behind it."""
+    return lambda prompt: json.loads(command("generate", run, "--json", "--prompt", prompt, *GREEDY))["text"]
 
 
-def test_generate_streams_the_text_that_json_has(run):
-    whole = generated(run, "the quick")
-    assert command("generate", run, "--prompt", "the quick", *GREEDY).stdout == whole + "\n"
-    two = command("generate", run, "--prompt", "the quick", *GREEDY, "--num-samples", 2).stdout
+def test_generate_streams_the_text_that_json_has(run, command, generated):
+    whole = generated("the quick")
+    assert command("generate", run, "--prompt", "the quick", *GREEDY) == whole + "\n"
+    two = command("generate", run, "--prompt", "the quick", *GREEDY, "--num-samples", 2)
     assert two == f"{whole}\n\n{whole}\n"
 
 
-def test_chat_goes_on_from_each_line_and_begins_anew(run):
-    first = generated(run, "the quick")
-    second = generated(run, first + "\nbrown")
-    third = generated(run, "lazy")
-    typed = "the quick\nbrown\n/new\nlazy\n/quit\nnever read\n"
-    done = command("chat", run, *GREEDY, typed=typed)
+def test_chat_goes_on_from_each_line_and_begins_anew(run, command, generated):
+    first = generated("the quick")
+    second, third = generated(first + "\nbrown"), generated("lazy")
     expected = [first[len("the quick") :], second[len(first + "\nbrown") :], third[len("lazy") :]]
-    assert done.stdout == "".join(f"{text}\n" for text in expected)
-    assert command("chat", run, *GREEDY, typed="the quick").stdout == expected[0] + "\n"
+    typed = "the quick\nbrown\n/new\nlazy\n/quit\nnever read\n"
+    assert command("chat", run, *GREEDY, typed=typed) == "".join(f"{text}\n" for text in expected)
+    assert command("chat", run, *GREEDY, typed="the quick") == expected[0] + "\n"
 
 
 def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
@@ -86,7 +95,7 @@ def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
         os.close(master)
 
 
-def test_serve_answers_until_ctrl_c(run):
+def test_serve_answers_until_ctrl_c(run, generated):
     process = subprocess.Popen(
         [*COMMAND, "serve", str(run), "--port", "0"],
         stderr=subprocess.PIPE,
@@ -101,15 +110,24 @@ def test_serve_answers_until_ctrl_c(run):
         assert found, line
         client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0, timeout=120)
         answer = client.completions.create(model="run", prompt="the quick", max_tokens=12, temperature=0)
-        assert "the quick" + answer.choices[0].text == generated(run, "the quick")
+        assert "the quick" + answer.choices[0].text == generated("the quick")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
         process.kill()
 
 
-def test_what_cannot_be_served_is_said_in_one_message(run, tmp_path):
-    assert "no such" in command("serve", tmp_path / "none", code=2).stderr
-    refused = command("serve", run, "--host", "no.such.host.invalid", code=2).stderr
-    assert "--host" in refused and "Traceback" not in refused
-    assert "Traceback" not in command("chat", tmp_path, code=2).stderr
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (("serve", "nowhere"), "nowhere"),
+        (("chat", "nowhere"), "nowhere"),
+        (("serve", "RUN", "--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
+        (("serve", "RUN", "--port", "70000"), "--port"),
+        (("chat", "RUN", "--step", "77"), "77"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_message(run, arguments, where):
+    with pytest.raises(UserError) as refused:
+        main([str(run) if word == "RUN" else word for word in arguments])
+    assert where in str(refused.value) and refused.value.remedy
