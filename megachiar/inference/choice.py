@@ -40,7 +40,7 @@ class Choice:
     def __init__(self, index: int, prompt: Sequence[int], request: CompletionRequest, tokenizer: Tokenizer):
         self.index, self._prompt, self._request, self._tokenizer = index, prompt, request, tokenizer
         self._stream = TextStream(tokenizer, prompt, request.stops)
-        self._prompt_texts = [text.control or text.text for text in token_texts(tokenizer, prompt)]
+        self._prompt_texts = [text.text for text in token_texts(tokenizer, prompt)]
         self._begins = True
         self._scores: list[TokenScore] = []
         self._sent = 0

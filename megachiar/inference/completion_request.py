@@ -162,6 +162,7 @@ def _read_prompt(prompt: Any, tokenizer: Tokenizer, end: int | None, most: int) 
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UserError("prompt", "has half a surrogate pair, which is no character", "send whole characters")
         ids = [int(token) for token in tokenizer.encode(prompt)]
+        ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]  # as documents of the data begin
     elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
         ids = prompt
         unknown = next(iter(set(ids) - set(tokenizer.known_ids())), None)

@@ -178,10 +178,11 @@ class TextSampler:
 
         Arguments and errors are those of ``__call__``.
         """
-        ids = self.start([int(token) for token in self.tokenizer.encode(prompt)])
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
+        start = self.start(ids)
         yield self.tokenizer.decode(ids)
         text = TextStream(self.tokenizer, ids)
-        for token in self.stream(ids, max_new_tokens, **sampling):
+        for token in self.stream(start, max_new_tokens, **sampling):
             yield text.read(token)
         yield text.finish()
 
