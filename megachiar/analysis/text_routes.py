@@ -16,8 +16,9 @@ import torch
 
 from megachiar.analysis.calibration import describe_noise, noise_entropies
 from megachiar.analysis.route_trace import RouteTrace, trace_routes
-from megachiar.analysis.token_texts import CLASSES, TokenText, token_classes, token_texts
+from megachiar.analysis.token_texts import CLASSES, token_classes
 from megachiar.config import ModelConfig
+from megachiar.data.tokenizers.token_reader import TokenText, token_texts
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.kernels.spectral import white_noise_entropy

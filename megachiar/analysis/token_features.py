@@ -9,7 +9,8 @@ import unicodedata
 
 import numpy as np
 
-from megachiar.analysis.token_texts import TokenText, token_classes, token_texts
+from megachiar.analysis.token_texts import token_classes
+from megachiar.data.tokenizers.token_reader import TokenText, token_texts
 from megachiar.data.tokenizers.tokenizer import Tokenizer
 
 BINS = 8

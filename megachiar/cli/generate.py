@@ -1,4 +1,4 @@
-"""Sample text from a run.
+"""Sample text from a run, and show it as it comes.
 
 megachiar generate runs/tiny --prompt "To be, or"
 megachiar generate runs/tiny --prompt "To be, or" --temperature 0.7 --top-p 0.9 --max-new-tokens 300 --seed 1
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
 
     from megachiar.checkpoint.reading import locate_checkpoint
+    from megachiar.inference.engine import why_uncached
     from megachiar.inference.loaded_run import TextSampler, default_device
     from megachiar.inference.loading import load_model
 
@@ -59,16 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, _ = load_model(checkpoint, default_device())
     sampler = TextSampler(checkpoint, config, model)
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    if (reason := why_uncached(model)) is not None:
+        print_warning(reason)
     for sample in range(options.num_samples):
-        text, new = sampler(
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed + sample,
-        )
+        sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        sampling["seed"] = options.seed + sample
         if options.json:
+            text, new = sampler(prompt, options.max_new_tokens, **sampling)
             print(json.dumps({"prompt": prompt, "seed": options.seed + sample, "text": text, "new_tokens": len(new)}))
-        else:
-            print(text + ("\n" if sample + 1 < options.num_samples else ""))
+            continue
+        for piece in sampler.pieces(prompt, options.max_new_tokens, **sampling):
+            print(piece, end="", flush=True)
+        print("\n" if sample + 1 < options.num_samples else "")

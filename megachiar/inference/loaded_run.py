@@ -17,6 +17,7 @@ from megachiar.data.sampling.examples import ExampleSet, LabelledSource
 from megachiar.data.storage.files import bin_path, manifest_path
 from megachiar.errors import UserError
 from megachiar.inference.generation import stream
+from megachiar.inference.text_stream import TextStream
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 from megachiar.model import ChiarFormer
 from megachiar.training.classification import Classify
@@ -159,6 +160,7 @@ class TextSampler:
     Attributes:
         tokenizer: of the run.
         end: id that ends a text, and that replaces an empty prompt; None if nothing names such a token.
+        known: ids that the tokenizer has, bool (V,).
 
     Raises:
         UserError: the run is no language model, or its tokenizer is missing or was replaced by another one.
@@ -171,8 +173,8 @@ class TextSampler:
         # A run with data.document_mask has in its config which token ends a document for the model.
         self.end = self.tokenizer.eod_id if config.document_end is None else config.document_end
         self._model = model
-        self._known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
-        self._known[list(self.tokenizer.known_ids())] = True
+        self.known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
+        self.known[list(self.tokenizer.known_ids())] = True
 
     def __call__(self, prompt: str, max_new_tokens: int, **sampling: Any) -> tuple[str, list[int]]:
         """Continue ``prompt``.
@@ -192,6 +194,19 @@ class TextSampler:
         new = list(self.stream(self.start(ids), max_new_tokens, **sampling))
         return self.tokenizer.decode([*ids, *new]), new
 
+    def pieces(self, prompt: str, max_new_tokens: int, **sampling: Any) -> Iterator[str]:
+        """Yield ``prompt`` and then its continuation, piece by piece; joined they are the text of ``__call__``.
+
+        Arguments and errors are those of ``__call__``.
+        """
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
+        start = self.start(ids)
+        yield self.tokenizer.decode(ids)
+        text = TextStream(self.tokenizer, ids)
+        for token in self.stream(start, max_new_tokens, **sampling):
+            yield text.read(token)
+        yield text.finish()
+
     def start(self, prompt: Sequence[int]) -> Sequence[int]:
         """Return the ids that the model reads first: those of ``prompt``, or the end of a document before a new one.
 
@@ -210,7 +225,7 @@ class TextSampler:
 
     def stream(self, start: Sequence[int], max_new_tokens: int, **sampling: Any) -> Iterator[int]:
         """Continue ``start``, at least one id, and yield each new id as soon as it is drawn; see ``generate``."""
-        return stream(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self._known, **sampling)
+        return stream(self._model, start, max_new_tokens, eod_id=self.end, known_ids=self.known, **sampling)
 
 
 def model_score(model: ChiarFormer, device: torch.device) -> Score:

@@ -202,6 +202,8 @@ def routed_self_attention(
 def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Compute ``causal_attention`` without dropout and documents."""
     queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:  # the newest position sees every key
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     positions = torch.arange(keys, device=q.device)

@@ -51,21 +51,3 @@ def masked_sdpa(
             F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end], attn_mask=seen, scale=scale)
         )
     return torch.cat(outputs, 2)
-
-
-def cached_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor
-) -> torch.Tensor:
-    """Compute attention of queries to cached keys up to their own position, wherever the keys stand.
-
-    Args:
-        q: (B, h, S, c).
-        k, v: (B, h, T, c).
-        positions: (B, S) int64, of the queries.
-        key_positions: (B, T) int64, of the keys, in any order.
-
-    Returns:
-        (B, h, S, c). A query that sees no key gets the mean of the values.
-    """
-    mask = key_positions[:, None, None, :] <= positions[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~mask.any(-1, keepdim=True))

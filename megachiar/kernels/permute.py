@@ -25,12 +25,14 @@ def permute(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) ->
     Returns:
         One tensor a part. Each has a storage of its own: keeping one does not keep the others.
     """
+    if not torch.is_grad_enabled():
+        return _permuted(x, permutation, sizes)
     return _Permute.apply(x, permutation, tuple(sizes))
 
 
 def unpermute(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:
     """Invert ``permute``: put the rows of ``parts`` back into their first order, (N, d)."""
-    return _Unpermute.apply(permutation, *parts)
+    return _Unpermute.apply(permutation, *parts) if torch.is_grad_enabled() else _unpermuted(parts, permutation)
 
 
 class _Permute(torch.autograd.Function):
@@ -61,7 +63,7 @@ class _Unpermute(torch.autograd.Function):
 
 def _permuted(x: torch.Tensor, permutation: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Compute ``permute`` without gradient."""
-    return tuple(x.index_select(0, part) for part in permutation.split(sizes))
+    return tuple(x.index_select(0, part) for part in permutation.split(list(sizes)))
 
 
 def _unpermuted(parts: Sequence[torch.Tensor], permutation: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     ``cos`` and ``sin`` are rows of ``rotary_table`` that broadcast against ``x``. They get no gradient.
     """
+    if not torch.is_grad_enabled():  # autograd's wrapper takes longer than a small rotation
+        return _rotated(x, cos, sin, back=False)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -61,17 +63,29 @@ def keys_and_values(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     Returns:
         Rotated keys and values, both (..., h, c).
     """
-    return _KeysAndValues.apply(kv, cos, sin)
+    return _split_and_rotated(kv, cos, sin) if not torch.is_grad_enabled() else _KeysAndValues.apply(kv, cos, sin)
+
+
+def _split_and_rotated(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``keys_and_values`` without gradient."""
+    keys, values = kv.unbind(-3)
+    if _by_triton(keys, cos):
+        return triton_rope.rotated(keys, cos, sin, out=keys), values
+    return _rotated(keys, cos, sin, back=False), values
+
+
+def rotate_keys(kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the keys within ``kv``, without gradient, and return it; the arguments are ``keys_and_values``'s."""
+    keys, _ = _split_and_rotated(kv, cos, sin)
+    kv.select(-3, 0).copy_(keys)
+    return kv
 
 
 class _KeysAndValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kv, cos, sin):
         ctx.save_for_backward(cos, sin)
-        keys, values = kv.detach().unbind(-3)
-        if _by_triton(keys, cos):
-            return triton_rope.rotated(keys, cos, sin, out=keys), values
-        return _rotated(keys, cos, sin, back=False), values
+        return _split_and_rotated(kv.detach(), cos, sin)
 
     @staticmethod
     @once_differentiable

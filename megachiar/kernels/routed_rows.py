@@ -5,6 +5,7 @@ Shapes: B = sequences, S = rows (queries) of a sequence, n = routed rows, h = he
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,21 @@ class RoutedRows(NamedTuple):
     def position(self) -> torch.Tensor:
         """The position (n,) of each routed row among the S rows of its sequence."""
         return self.indices % self.length
+
+    def counts(self) -> list[int]:
+        """Return B numbers on the host: how many rows of each sequence are routed."""
+        if self.are_all:
+            return [self.length] * self.sequences
+        if self.sequences == 1:
+            return [len(self.indices)]
+        starts = self.starts()
+        return [end - start for start, end in pairwise(starts)]
+
+    def of_sequence(self, number: int, counts: list[int]) -> RoutedRows:
+        """Return the routed rows of one sequence, as those of a pass that has no other; ``counts`` are its own."""
+        start = sum(counts[:number])
+        indices = self.indices[start : start + counts[number]]
+        return RoutedRows(indices - number * self.length, 1, self.length)
 
     def starts(self) -> list[int]:
         """Return B + 1 numbers on the host: how many routed rows come before each sequence, and n."""

@@ -12,9 +12,8 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.attention_options import AttentionOptions
-from megachiar.kernels.masked_sdpa import cached_attention
-from megachiar.kernels.rope import keys_and_values, rotary_table, rotate
-from megachiar.kernels.routed_rows import Packing
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate, rotate_keys
+from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
 from megachiar.model.kv_cache import LayerCache
@@ -27,9 +26,6 @@ from megachiar.parallel.linear import (
 )
 from megachiar.parallel.rows import IndexedRows
 from megachiar.topology import TensorParallelGroup
-
-NEVER_SEEN = 2**62
-"""Position of a key that is padding: behind every query."""
 
 
 class SelfAttention(nn.Module):
@@ -73,6 +69,10 @@ class SelfAttention(nn.Module):
         Returns:
             The sub-layer's result for the routed rows, residual and norm included, in the shape of ``routed``.
         """
+        if cache is not None and len(routed) == 0 and self.group.size == 1:
+            if not self.keys_are_routed:
+                self._keep(x, layout, cache)
+            return routed
         if operator_tokens is None:
             mixed = self._attend_to_all(x, routed, None, layout, cache)
         elif self.keys_are_routed:
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
     def queries_and_keys(self, x: torch.Tensor, layout: BatchLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rotated queries and keys (B, h, S, c) of all rows ``x`` (m, d), for whoever looks at the weights."""
         q, kv = self._project(x, x, None, layout)
-        cos, sin = (table[:, None] for table in self._table(layout, x))
+        cos, sin = self._table(layout, x)
         q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos, sin)
         k, _ = keys_and_values(kv, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
@@ -102,17 +102,23 @@ class SelfAttention(nn.Module):
         """Let the routed rows attend to all rows of their sequence: (n, h, c)."""
         q, kv = self._project(x, routed, indices, layout)
         cos, sin = self._table(layout, x)
-        k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos[:, None], sin[:, None]))  # (B, h, S, c)
         if cache is not None:
-            k, v = cache.extend(k, v)
-        options = self._options(layout, indices)
+            cache.append(rotate_keys(kv, cos, sin))
+            rows = layout.routed_rows(layout.all_indices(x.device) if indices is None else indices)
+            return cache.attend(rotate(q, *self._table_of(rows, layout, x)), rows)
+        k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos, sin))  # (B, h, S, c)
         if indices is None:
-            q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos[:, None], sin[:, None]).transpose(1, 2)
-            return causal_attention(q, k, v, options).transpose(1, 2).flatten(0, 1)
+            q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos, sin).transpose(1, 2)
+            return causal_attention(q, k, v, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
         rows = layout.routed_rows(indices)
-        position = rows.position
-        q = rotate(q, cos[position][:, None], sin[position][:, None])
-        return routed_attention(q, k, v, rows, options)
+        q = rotate(q, *self._table_of(rows, layout, x))
+        return routed_attention(q, k, v, rows, self._options(layout, indices))
+
+    def _keep(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache) -> None:
+        """Keep keys and values of all rows, of which none attends. There is one rank."""
+        kv = self.key_value(self.norm(x) if self.pre else x)
+        kv = kv.view(layout.sequences, layout.length, 2, self.heads, self.head_size)
+        cache.append(rotate_keys(kv, *self._table(layout, x)))
 
     def _attend_to_routed(
         self, routed: torch.Tensor, operator_tokens: OperatorTokens, layout: BatchLayout, cache: LayerCache | None
@@ -124,18 +130,13 @@ class SelfAttention(nn.Module):
             q, kv = query_key_value_of_routed(normed, operator_tokens.counts_per_rank, self.query, self.key_value)
         else:
             q, kv = self.query(normed), self.key_value(normed)
-        position = rows.position
-        cos, sin = (table[position][:, None] for table in self._table(layout, routed))
+        cos, sin = self._table_of(rows, layout, routed)
         q = rotate(q.unflatten(-1, (self.heads, self.head_size)), cos, sin)
-        k, v = keys_and_values(kv.unflatten(-1, (2, self.heads, self.head_size)), cos, sin)
-        if cache is None:
-            return routed_self_attention(q, k, v, rows, self._options(layout, rows.indices))
-        if len(rows.indices) == 0:  # no query, and no key for the cache
-            return q
-        packing, position = Packing(rows), position + layout.cache_length
-        q, k, v = (packing.pack_heads(y) for y in (q, k, v))
-        k, v, key_positions = cache.extend_at(k, v, packing.pack(position, padding=NEVER_SEEN))
-        return packing.unpack_heads(cached_attention(q, k, v, packing.pack(position), key_positions))
+        kv = kv.unflatten(-1, (2, self.heads, self.head_size))
+        if cache is not None:
+            cache.append_routed(rotate_keys(kv, cos, sin), rows)
+            return cache.attend(q, rows, keys_are_routed=True)
+        return routed_self_attention(q, *keys_and_values(kv, cos, sin), rows, self._options(layout, rows.indices))
 
     @property
     def first_head(self) -> int:
@@ -172,7 +173,22 @@ class SelfAttention(nn.Module):
         )
 
     def _table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin (S, c) of this pass's positions."""
-        end = layout.cache_length + layout.length
-        cos, sin = rotary_table(max(self.longest, end), self.head_size, self.rope_base, x.device, x.dtype)
-        return cos[layout.cache_length : end], sin[layout.cache_length : end]
+        """Return cos and sin of this pass's positions: (S, 1, c), or (B, S, 1, c) behind a cache."""
+        cos, sin = self._whole_table(layout, x)
+        if layout.cached_positions is None:
+            return cos[: layout.length, None], sin[: layout.length, None]
+        positions, shape = layout.cached_positions.flatten(), (layout.sequences, layout.length, 1, -1)
+        return cos.index_select(0, positions).view(shape), sin.index_select(0, positions).view(shape)
+
+    def _table_of(self, rows: RoutedRows, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin (n, 1, c) of the positions of routed rows."""
+        cos, sin = self._whole_table(layout, x)
+        if layout.cached_positions is None:
+            positions = rows.position
+        else:
+            positions = layout.cached_positions.flatten()
+            positions = positions if rows.are_all else positions.index_select(0, rows.indices)
+        return cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+
+    def _whole_table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotary_table(max(self.longest, layout.length), self.head_size, self.rope_base, x.device, x.dtype)

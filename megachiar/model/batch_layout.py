@@ -31,14 +31,15 @@ class DropoutKeys(NamedTuple):
 
 
 class BatchLayout(NamedTuple):
-    """Row ``b * length + t`` is the token at position ``cache_length + t`` of sequence ``b``.
+    """Row ``b * length + t`` is token ``t`` of this pass in sequence ``b``.
+
+    It is at position ``t`` of the sequence, or behind the positions that a decoding cache holds of it.
 
     With sequence parallelism each rank of the tensor-parallel group has a block of N / p consecutive rows.
 
     Attributes:
         sequences: B.
         length: T, tokens of each sequence in this pass.
-        cache_length: number of earlier positions that a decoding cache holds.
         group: the ranks that share the layers, and with sequence parallelism the rows.
         dropout_keys: the keys of the rows' dropout masks; None where there is no dropout.
         document_starts: (B, T) int64, first position of each token's document; None where each sequence is one
@@ -46,17 +47,18 @@ class BatchLayout(NamedTuple):
         lengths: (B,) int64, how many tokens of each sequence are real, before its padding; None where all are.
         row_weights: (m, 1) fp32 of this rank's rows, with which ``mean_of_rows`` leaves out padding; None where there
             is none.
+        cached_positions: (B, T) int64, the positions of the tokens behind a decoding cache; None without one.
         route_keys: (N / p,) int64, what a random router draws the routes of this rank's rows by; None where none draws.
     """
 
     sequences: int
     length: int
-    cache_length: int = 0
     group: TensorParallelGroup = SINGLE_RANK
     dropout_keys: DropoutKeys | None = None
     document_starts: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    cached_positions: torch.Tensor | None = None
     route_keys: torch.Tensor | None = None
 
     @property
@@ -73,13 +75,15 @@ class BatchLayout(NamedTuple):
         return slice(self.group.rank * block, (self.group.rank + 1) * block)
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """Return the positions (T,) of this pass's tokens within their sequences."""
-        return torch.arange(self.cache_length, self.cache_length + self.length, device=device)
+        """Return the positions of this pass's tokens within their sequences: (T,), or (B, T) behind a cache."""
+        return torch.arange(self.length, device=device) if self.cached_positions is None else self.cached_positions
 
     def local_positions(self, device: torch.device) -> torch.Tensor:
         """Return the position of each of this rank's rows within its sequence."""
         local = self.local_slice
-        return self.cache_length + torch.arange(local.start, local.stop, device=device) % self.length
+        if self.cached_positions is not None:
+            return self.cached_positions.flatten()[local]
+        return torch.arange(local.start, local.stop, device=device) % self.length
 
     def local_sequences(self, device: torch.device) -> torch.Tensor:
         """Return the number of the sequence of each of this rank's rows."""
@@ -104,6 +108,10 @@ class BatchLayout(NamedTuple):
             return values.mean(0)
         weights = self.row_weights.to(values.dtype)
         return (weights * values.reshape(len(values), -1)).sum(0).reshape(values.shape[1:])
+
+    def all_indices(self, device: torch.device) -> torch.Tensor:
+        """Return the indices (N,) of all rows."""
+        return torch.arange(self.num_rows, device=device)
 
     def routed_rows(self, indices: torch.Tensor) -> RoutedRows:
         """Return the rows at ``indices`` (n,) among all N in the form that attention takes."""
@@ -143,12 +151,17 @@ def lay_out(
         document_end: token that ends a document; None where each sequence is one document.
         dropout_seed: seed of the run; None in evaluation, which drops nothing.
         group: the ranks that share the layers.
-        cache: of earlier positions, whose hash of the document this pass extends. All positions of a sequence are of
-            one document then.
+        cache: of earlier positions, whose hashes of the documents this pass extends. All positions of a sequence are
+            of one document then.
         lengths: (B,) int64, how many tokens of each sequence are no padding; None where all are.
     """
-    positions_before = cache.length if cache is not None else 0
-    layout = BatchLayout(sequences=len(sample_ids), length=length, cache_length=positions_before, group=group)
+    cached_positions = None
+    if cache is not None:
+        assert max(cache.lengths) + length <= config.max_sequence_length, (
+            "whoever decodes keeps within the longest sequence"
+        )
+        cached_positions = _positions_behind(cache, length, sample_ids.device)
+    layout = BatchLayout(len(sample_ids), length, group=group, cached_positions=cached_positions)
     layout = layout.with_lengths(lengths)
     if dropout_seed is not None and config.dropout:
         layout = layout.with_dropout_keys(dropout_seed, sample_ids)
@@ -163,11 +176,16 @@ def lay_out(
     else:
         assert tokens is not None, "documents are known by their tokens"
         starts = layout.document_starts if layout.document_starts is not None else torch.zeros_like(tokens)
-        prefixes = hash_prefixes(tokens, starts, positions, cache.prefix if cache is not None else None)
+        prefixes = hash_prefixes(tokens, starts, positions, cache.prefixes if cache is not None else None)
         if cache is not None:
-            cache.prefix = prefixes[:, -1]
+            cache.set_prefixes(prefixes[:, -1])
         keys = keys_of_documents(seed, prefixes)
     return layout._replace(route_keys=keys.flatten()[layout.local_slice])
+
+
+def _positions_behind(cache: DecodingCache, length: int, device: torch.device) -> torch.Tensor:
+    """Return the positions (B, T) of the next ``length`` tokens of the sequences of ``cache``."""
+    return torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(length, device=device)
 
 
 def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:

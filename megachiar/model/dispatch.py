@@ -45,6 +45,10 @@ class DispatchPlan:
     local_counts: list[int]
 
 
+FEW_ROWS = 64
+"""Rows that a CPU sorts faster in a list than in tensors: those of a step of decoding."""
+
+
 def join_tokens(parts: list[OperatorTokens]) -> OperatorTokens:
     """Return the tokens of several operators together."""
     if len(parts) == 1:
@@ -71,15 +75,27 @@ def synchronize_routes(operator: torch.Tensor, layout: BatchLayout) -> torch.Ten
     return broadcast_from_first_rank(routes, layout.group).long()
 
 
+def _found_on_host(operator: torch.Tensor, operators: int) -> list[torch.Tensor]:
+    """Return the indices of the rows of each operator, the last operator's first, from routes (N,) on the CPU."""
+    found: list[list[int]] = [[] for _ in range(operators)]
+    for row, o in enumerate(operator.tolist()):
+        found[operators - 1 - o].append(row)
+    return [torch.tensor(rows, dtype=torch.int64) for rows in found]
+
+
 def plan_dispatch(operator: torch.Tensor, operators: int, layout: BatchLayout) -> DispatchPlan:
     """Plan the dispatch from the routes (N,) int64 of all rows to operators 0 to ``operators - 1``.
 
     The host waits here for the number of rows that each operator has, once a layer.
     """
     if not layout.group.shards_rows:
-        found = [torch.nonzero(operator == o).flatten() for o in reversed(range(operators))]
+        if operator.device.type == "cpu" and len(operator) <= FEW_ROWS:
+            found = _found_on_host(operator, operators)
+        else:
+            found = [torch.nonzero(operator == o).flatten() for o in reversed(range(operators))]
+        of_all = [indices for indices in found if len(indices) == len(operator)]
         return DispatchPlan(
-            permutation=torch.cat(found),
+            permutation=of_all[0] if of_all else torch.cat(found),
             operators=[OperatorTokens(indices, None, indices) for indices in found],
             local_counts=[len(indices) for indices in found],
         )

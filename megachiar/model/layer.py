@@ -53,6 +53,12 @@ class LayerOutput(NamedTuple):
     entropy: torch.Tensor
     gate: torch.Tensor
 
+    @classmethod
+    def unmeasured(cls, hidden_states: torch.Tensor) -> LayerOutput:
+        """Return the result of a pass behind a cache, which measures nothing: its statistics are empty, (0,)."""
+        empty = hidden_states.new_empty(0)
+        return cls(hidden_states, None, attention_share=empty, rbf_share=empty, entropy=empty, gate=empty)
+
 
 Routes = dict[str, torch.Tensor]
 """The routes (N,) of all rows by the name of the layer. A layer that finds its routes there takes them instead of
@@ -88,20 +94,21 @@ class FixedLayer(nn.Module):
         else:
             y = self.operator(x)
         hidden_states = self.feed_forward(y, layout.dropout_keys)
+        gate = None
+        if self.meta_router is not None:
+            gate = self.meta_router(x, layout, cache)
+            hidden_states = gate * hidden_states + (1 - gate) * x
+        if cache is not None:
+            return LayerOutput.unmeasured(hidden_states)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
-        mean_gate = nan
-        if self.meta_router is not None:
-            gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
-            hidden_states = gate * hidden_states + (1 - gate) * x
-            mean_gate = _mean_gate(gate.detach().float(), layout)
         return LayerOutput(
             hidden_states=hidden_states,
             regulariser=None,
             attention_share=share,
             rbf_share=zero,
             entropy=nan,
-            gate=mean_gate,
+            gate=nan if gate is None else _mean_gate(gate.detach().float(), layout),
         )
 
 
@@ -143,11 +150,13 @@ class RoutedLayer(nn.Module):
             routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
         """
         decision = self.router(x, layout)
+        if cache is not None:
+            return LayerOutput.unmeasured(self._decode(x, decision, layout, cache, routes))
         if self.router.kind == "soft":
-            hidden_states = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
+            hidden_states = self.feed_forward(self._blend(x, decision, layout, None), layout.dropout_keys)
             operator_fractions = layout.mean_of_rows(decision.gates.detach())
         else:
-            hidden_states, operator_fractions = self._route(x, decision, layout, cache, routes)
+            hidden_states, operator_fractions = self._route(x, decision, layout, routes)
         share = dict(zip(self.names, operator_fractions.float(), strict=True))
         regulariser = None
         if decision.utilisation is not None:
@@ -162,13 +171,31 @@ class RoutedLayer(nn.Module):
             gate=torch.full_like(zero, torch.nan),
         )
 
-    def _route(
+    def _decode(
         self,
         x: torch.Tensor,
         decision: RoutingDecision,
         layout: BatchLayout,
-        cache: DecodingCache | None,
+        cache: DecodingCache,
         routes: Routes | None,
+    ) -> torch.Tensor:
+        """Compute hidden states (m, d) behind a cache, without gradient and without what is only for the log."""
+        if self.router.kind == "soft":
+            return self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
+        operator, _ = self._decided(decision, layout, routes)
+        self.last_routes = operator
+        plan = plan_dispatch(operator, len(self.names), layout)
+        counts, is_alike = plan.local_counts, len(x) in plan.local_counts  # as the row of a single sequence is
+        parts = [x[:count] for count in counts] if is_alike else permute(x, plan.permutation, counts)
+        results = [
+            self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, cache)
+            for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
+        ]
+        y = results[counts.index(len(x))] if is_alike else unpermute(results, plan.permutation)
+        return self.feed_forward(y, layout.dropout_keys)
+
+    def _route(
+        self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, routes: Routes | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute both sub-layers, each row through its own operator.
 
@@ -181,7 +208,7 @@ class RoutedLayer(nn.Module):
         plan = plan_dispatch(dispatched, len(self.names), layout)
         parts = permute(x, plan.permutation, plan.local_counts)
         results = [
-            self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, cache)
+            self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, None)
             for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
         y = unpermute(results, plan.permutation)
@@ -305,7 +332,7 @@ class RoutedLayer(nn.Module):
     ) -> torch.Tensor:
         """Compute the sub-layer of a soft router: every operator for every row, weighted by the gates."""
         everything = OperatorTokens(
-            indices=torch.arange(layout.num_rows, device=x.device),
+            indices=layout.all_indices(x.device),
             counts_per_rank=None,
             local_indices=torch.arange(len(x), device=x.device),
         )
@@ -327,8 +354,10 @@ class RoutedLayer(nn.Module):
     ) -> torch.Tensor:
         """Compute operator ``name`` for its rows. It runs even without rows: all ranks must gather and reduce alike."""
         if name == "dct":
-            return self.dct(
-                routed, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
-            )
+            if cache is not None and len(routed) == 0:  # nothing is communicated, and nothing kept
+                return routed
+            if spectrum is not None and len(routed) < len(spectrum):
+                spectrum = spectrum.index_select(0, operator_tokens.local_indices)
+            return self.dct(routed, spectrum)
         operator = self.attention if name == "attention" else self.rbf
         return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))

@@ -117,7 +117,12 @@ def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> t
 
 
 def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout) -> RoutingStatistics:
-    """Collect the statistics of all layers for a micro-batch of ``layout``."""
+    """Collect the statistics of all layers for a micro-batch of ``layout``.
+
+    A pass behind a cache measures nothing: each statistic of it is empty, (0,).
+    """
+    if layout.cached_positions is not None:
+        return RoutingStatistics(*[torch.empty(0, device=layout.cached_positions.device)] * 5)
 
     def collect(name: str) -> torch.Tensor:
         return torch.stack([getattr(output, name) for output in outputs]).detach().float()

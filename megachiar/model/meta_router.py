@@ -14,7 +14,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.errors import UserError
 from megachiar.model.batch_layout import BatchLayout
-from megachiar.model.kv_cache import LayerCache
+from megachiar.model.kv_cache import DecodingCache
 from megachiar.parallel.collectives import all_gather_rows
 from megachiar.parallel.linear import ReplicatedLinear
 from megachiar.topology import TensorParallelGroup
@@ -35,7 +35,7 @@ class MetaRouter(nn.Module):
         self.group = group
         self.gate = ReplicatedLinear(config.hidden_size, 1, group)
 
-    def forward(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None) -> torch.Tensor:
         """Compute the gate (m, 1) of this rank's rows ``x`` (m, d), or (1, 1) for all of them with ``pool: batch``.
 
         Raises:
@@ -45,7 +45,7 @@ class MetaRouter(nn.Module):
         mean = self._of_batch(wide, layout, cache) if self.pool == "batch" else self._of_prefix(wide, layout, cache)
         return torch.sigmoid(self.gate(mean.to(x.dtype)))
 
-    def _of_batch(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
+    def _of_batch(self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None) -> torch.Tensor:
         """Compute the mean (1, d) of all rows of the micro-batch but padding."""
         if cache is not None:
             raise UserError(
@@ -61,15 +61,16 @@ class MetaRouter(nn.Module):
             total = all_gather_rows(total, self.group).sum(0, keepdim=True)
         return total / layout.num_rows
 
-    def _of_prefix(self, x: torch.Tensor, layout: BatchLayout, cache: LayerCache | None) -> torch.Tensor:
+    def _of_prefix(self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None) -> torch.Tensor:
         """Compute the mean (m, d) of the tokens up to each row in its sequence or document."""
         if self.group.shards_rows:
             total = self._sharded_prefix_sum(x, layout)
         else:
             total = x.view(layout.sequences, layout.length, -1).cumsum(1)
             if cache is not None:
-                total = total if cache.total is None else total + cache.total[:, None]
-                cache.total = total[:, -1]
+                before = cache.totals
+                total = total if before is None else total + before[:, None]
+                cache.set_totals(total[:, -1])
             total = total.flatten(0, 1)
         position = layout.local_positions(x.device)
         if layout.document_starts is None:

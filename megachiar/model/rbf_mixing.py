@@ -71,16 +71,18 @@ class RbfMixing(nn.Module):
         phi = self._features(self.norm(x) if self.pre else x)  # (m, 2R)
         whole = all_gather_rows(phi, self.group) if self.group.shards_rows else phi
         keys = whole.view(layout.sequences, 1, layout.length, -1)
-        values = keys
         if cache is not None:
-            keys, values = cache.extend(keys, values)
+            cache.append(keys[:, 0, :, None, None])
         rows = operator_tokens.local_indices + layout.local_slice.start
         dropout = None
         if self.training and self.dropout and layout.dropout_keys is not None:
             dropout = dropout_of(self.dropout, layout.dropout_keys.all_rows.index_select(0, rows), self.layer, 1)
         queries = phi.index_select(0, operator_tokens.local_indices)[:, None]
-        options = AttentionOptions(dropout=dropout, scale=1.0, document_starts=layout.document_starts_of(rows))
-        mixed = routed_attention(queries, keys, values, layout.routed_rows(rows), options)
+        if cache is not None:
+            mixed = cache.attend(queries, layout.routed_rows(rows), scale=1.0)
+        else:
+            options = AttentionOptions(dropout=dropout, scale=1.0, document_starts=layout.document_starts_of(rows))
+            mixed = routed_attention(queries, keys, keys, layout.routed_rows(rows), options)
         return residual_norm(routed, self.output(mixed.squeeze(1)), None if self.pre else self.norm)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:

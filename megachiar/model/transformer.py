@@ -34,7 +34,7 @@ class ModelOutput(NamedTuple):
         regulariser: scalar to add to the loss for training; 0 where there is none.
         token_losses: (B, T) fp32 without gradient, 0 where the target is -100, or (B,) with a classification head; None
             without targets.
-        logits: (B, T, V), None with targets; (B, C) with a classification head.
+        logits: (B, T, V), or (B, 1, V) with ``last_logits``; None with targets; (B, C) with a classification head.
         statistics: of the routers.
     """
 
@@ -88,6 +88,7 @@ class ChiarFormer(nn.Module):
         cache: DecodingCache | None = None,
         head: str | None = None,
         routes: Routes | None = None,
+        last_logits: bool = False,
     ) -> ModelOutput:
         """Compute losses against targets, or logits without them.
 
@@ -101,6 +102,7 @@ class ChiarFormer(nn.Module):
             head: the task whose classification head is asked; None for the language model.
             routes: (B * T,) by the name of a layer, such as ``layers.1``: routes that the layer takes instead of those
                 of its router. A routed layer that is missing there decides, and writes its routes. None in training.
+            last_logits: whether only the logits of the last position of each sequence are wanted, as (B, 1, V).
         """
         if sample_ids is None:
             sample_ids = torch.arange(len(tokens), device=tokens.device)
@@ -122,7 +124,7 @@ class ChiarFormer(nn.Module):
         interval = self.checkpoint_interval if self.training else None
         x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
-            cache.length += layout.length
+            cache.advance(layout.length)
         regulariser, report = total_regulariser(outputs, x.device), statistics(outputs, layout)
         x = self.norm(x)
         if self.training:
@@ -138,11 +140,13 @@ class ChiarFormer(nn.Module):
                 statistics=report,
             )
         if targets is None:
+            if last_logits and not self.group.shards_rows:
+                x = x.unflatten(0, tokens.shape)[:, -1]
             return ModelOutput(
                 loss=None,
                 regulariser=regulariser,
                 token_losses=None,
-                logits=self.embedding(x).view(*tokens.shape, -1),
+                logits=self.embedding(x).unflatten(0, (len(tokens), -1)),
                 statistics=report,
             )
         result = self.embedding(x, targets.flatten())

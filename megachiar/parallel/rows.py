@@ -44,7 +44,7 @@ def linear_of_rows(
     Returns:
         (n, o).
     """
-    if indexed is None and not _rounded(x):
+    if (indexed is None or not torch.is_grad_enabled()) and not _rounded(x):
         return F.linear(x, weight, bias)
     source, indices = (None, None) if indexed is None else (indexed.source.detach(), indexed.indices)
     return _Linear.apply(x, weight, bias, source, indices)

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from megachiar.errors import UserError
+from megachiar.request_fields import Setting, read_number
 from megachiar.viewer.open_run import OpenRun
 
 
@@ -19,15 +20,6 @@ class DemoLimits(NamedTuple):
 
     most_tokens: int = 5000
     most_new_tokens: int = 2000
-
-
-class _Setting(NamedTuple):
-    """A number that a request may hold: its default, whether it is whole, and its limits, both allowed."""
-
-    default: float | None
-    is_whole: bool
-    least: float
-    most: float
 
 
 def read_text(run: OpenRun, body: dict[str, Any], limits: DemoLimits, *, may_be_empty: bool = False) -> list[int]:
@@ -74,27 +66,10 @@ def read_sampling(body: dict[str, Any], limits: DemoLimits) -> dict[str, Any]:
         UserError: one of them is no number, or not within its limits.
     """
     settings = {
-        "max_new_tokens": _Setting(60, True, 1, limits.most_new_tokens),
-        "temperature": _Setting(0.8, False, 0, math.inf),
-        "top_k": _Setting(None, True, 1, math.inf),
-        "top_p": _Setting(None, False, math.ulp(0), 1),
-        "seed": _Setting(0, True, 0, 2**62),
+        "max_new_tokens": Setting(60, True, 1, limits.most_new_tokens),
+        "temperature": Setting(0.8, False, 0, math.inf),
+        "top_k": Setting(None, True, 1, math.inf),
+        "top_p": Setting(None, False, math.ulp(0), 1),
+        "seed": Setting(0, True, 0, 2**62),
     }
-    return {name: _number(name, body.get(name), setting) for name, setting in settings.items()}
-
-
-def _number(name: str, value: Any, setting: _Setting) -> float | int | None:
-    if value is None:
-        return setting.default
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (setting.is_whole and value != int(value)):
-        raise UserError(name, f"{value!r:.50} is no {'whole ' if setting.is_whole else ''}number", "give one")
-    if not setting.least <= value <= setting.most:
-        limits = "above 0 and at most 1" if name == "top_p" else _limits(setting)
-        raise UserError(name, f"{value} is not {limits}", "give another one")
-    return int(value) if setting.is_whole else float(value)
-
-
-def _limits(setting: _Setting) -> str:
-    least = f"at least {setting.least:,}"
-    return least if math.isinf(setting.most) else f"{least} and at most {setting.most:,}"
+    return {name: read_number(name, body.get(name), setting) for name, setting in settings.items()}

@@ -21,10 +21,11 @@ from megachiar.analysis.text_routes import (
     on_cpu,
     text_routes,
 )
-from megachiar.analysis.token_texts import TokenReader, TokenText, token_classes
+from megachiar.analysis.token_texts import token_classes
 from megachiar.checkpoint.format import CheckpointState
 from megachiar.checkpoint.reading import Log, locate_step
 from megachiar.config import RunConfig
+from megachiar.data.tokenizers.token_reader import TokenReader, TokenText
 from megachiar.errors import UserError
 from megachiar.inference.loaded_run import TextSampler, default_device
 from megachiar.inference.loading import load_model

@@ -35,8 +35,8 @@ from megachiar.analysis.token_features import (
     quantile_classes,
     word_class,
 )
-from megachiar.analysis.token_texts import TokenText
 from megachiar.analysis.windows import Windows
+from megachiar.data.tokenizers.token_reader import TokenText
 from megachiar.model import ChiarFormer, build_model
 
 VOCABULARY, D, T = 400, 64, 32

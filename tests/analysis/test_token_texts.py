@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from text_helpers import DOCUMENTS, numbered_documents, train
 
-from megachiar.analysis.token_texts import CLASSES, TokenReader, TokenText, token_classes, token_texts
+from megachiar.analysis.token_texts import CLASSES, token_classes
+from megachiar.data.tokenizers.token_reader import TokenReader, TokenText, token_texts
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -234,3 +234,24 @@ def test_saving_is_timed_and_its_folder_removed(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         bench_checkpoint.main(["--folder", str(tmp_path)])
     assert result.exists(), "a folder that was there is left alone"
+
+
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
+def test_decoding_is_timed_beside_a_full_pass_and_the_cache_is_counted(tmp_path, precision):
+    sizes = (*SMALL, "--layers", "4", "--vocab-size", "64", "--context", "64", "--tokens", "3", "--batch", "1", "2")
+    more = ("--precision", precision, "--without-transformers", "--cpu-time", "--json", tmp_path / "result.json")
+    done = forked_python("-m", "megachiar", "bench-decode", *sizes, *more)
+    assert "full pass a token" in done.stdout and "of it" in done.stdout
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert set(record["batches"]) == {"1", "2"}
+    for batch in record["batches"].values():
+        assert set(batch["seconds"]) == {"cache", "full pass a token", "cache, dense"}
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in batch["seconds"].values())
+    assert 0 < record["cache_bytes"]["ratio"] < 1
+
+
+def test_decoding_is_timed_beside_transformers():
+    pytest.importorskip("transformers")
+    sizes = (*SMALL, "--layers", "3", "--vocab-size", "64", "--context", "16", "--tokens", "3", "--batch", "2")
+    done = python("-m", "megachiar", "bench-decode", *sizes)
+    assert "cache over transformers, dense" in done.stdout

@@ -11,9 +11,10 @@ from text_helpers import train
 
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError
-from megachiar.inference.generation import generate, sample
+from megachiar.inference.generation import generate
 from megachiar.inference.loaded_run import TextSampler
-from megachiar.model.kv_cache import DecodingCache
+from megachiar.inference.sampling import sample
+from megachiar.model.kv_cache import DecodingCache, SequenceCache
 
 
 def draws(logits: list[float], count: int = 4000, **settings) -> torch.Tensor:
@@ -142,7 +143,7 @@ def test_a_gate_over_the_batch_has_the_whole_text_read_for_each_token():
 def test_a_gate_over_the_batch_refuses_a_cache():
     model = lively_model(small_model_config(meta_router={"pool": "batch"})).eval()
     with pytest.raises(UserError, match=r"model.meta_router.pool.*batch"):
-        model(torch.tensor([[1]]), cache=DecodingCache())
+        model(torch.tensor([[1]]), cache=DecodingCache([SequenceCache()]))
 
 
 def test_a_text_begins_as_the_documents_of_the_data(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_cases import VARIANTS, lively_model, small_model_config, token_batch
 
-from megachiar.model import DecodingCache
+from megachiar.model.kv_cache import DecodingCache, SequenceCache
 
 CASES = [(name, "causal") for name in VARIANTS] + [("threshold", "none"), ("soft three", "none")]
 
@@ -59,7 +59,7 @@ def test_a_sequence_has_the_same_logits_alone_and_in_any_batch(variant, pool):
 @torch.no_grad()
 def test_cached_decoding_gives_the_logits_of_a_full_forward_pass(variant, pool, parts):
     model, tokens = case_model(variant, pool), token_batch(3, 12)
-    cache = DecodingCache()
+    cache = DecodingCache([SequenceCache() for _ in tokens])
     pieces = [model(part, cache=cache).logits for part in tokens.split(parts, 1)]
-    assert cache.length == 12
+    assert cache.lengths == (12, 12, 12)
     torch.testing.assert_close(torch.cat(pieces, 1), model(tokens).logits, rtol=0, atol=1e-10)

@@ -12,7 +12,8 @@ from support import pretrain, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
 from megachiar.errors import UserError
-from megachiar.inference.generation import generate, last_document
+from megachiar.inference.engine import last_document
+from megachiar.inference.generation import generate
 from megachiar.model.batch_layout import find_document_starts
 
 END = 3

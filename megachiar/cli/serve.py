@@ -1,0 +1,67 @@
+"""Serve a run by OpenAI's completions protocol, for any client of it.
+
+megachiar serve runs/tiny                              # then use the base URL that it prints
+megachiar serve runs/tiny --step 300 --port 8900 --max-running 16
+megachiar serve runs/tiny --host 0.0.0.0               # for other machines too: there is no password
+
+Ctrl-C ends it. It serves /v1/completions, /v1/models and /health.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megachiar.console import make_console, print_warning
+from megachiar.options import PRECISIONS, CommandParser, add_run_argument, add_step_option, number
+
+PORT = 8000
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("serve", __doc__)
+    add_run_argument(parser)
+    add_step_option(parser)
+    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument(
+        "--port",
+        type=number(int, least=0, most=65535),
+        default=PORT,
+        help=f"port to listen at; 0 takes a free one (default {PORT})",
+    )
+    parser.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other names by which clients reach the server, such as that of a proxy",
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="name for clients (default: that of the run folder)")
+    parser.add_argument(
+        "--max-running", type=number(int, least=1), default=8, help="texts that are continued at a time (default 8)"
+    )
+    parser.add_argument(
+        "--max-waiting", type=number(int, least=0), default=64, help="texts that may wait for a place (default 64)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=number(int, least=1), default=2048, help="most new tokens of a text (default 2048)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
+
+    from megachiar.inference.open_server import open_server
+
+    server = open_server(options, log=print_warning)
+    try:
+        if not server.is_local:
+            print_warning("every machine that reaches this one can use the server: there is no password")
+        line = f"{server.model.name}: {server.url}v1   (Ctrl-C ends it)"
+        make_console().print(line, markup=False)
+        server.serve_forever()
+    except KeyboardInterrupt:  # the way to end it, and no failure
+        server.stop()
+        make_console().print("stopped")
