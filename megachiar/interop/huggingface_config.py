@@ -81,7 +81,7 @@ def describe_export(
         "dtype": "float32",
         "tie_word_embeddings": True,
         "use_cache": True,
-        **_model_settings(config.model, running),
+        **model_settings(config.model, running),
         "document_end": config.document_end if not is_classifier else None,
     }
     if task.head is not None:
@@ -97,7 +97,7 @@ def describe_export(
     return content | {"megachiar": _for_an_import(config, task, state, running)}
 
 
-def _model_settings(model: ModelConfig, running: Mapping[str, float]) -> dict[str, Any]:
+def model_settings(model: ModelConfig, running: Mapping[str, float]) -> dict[str, Any]:
     router = model.router
     return {
         "kind": model.kind,

@@ -17,7 +17,8 @@ from megachiar.config.load import parse_with_overrides
 from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.data.tokenizers.recorded import keep_tokenizer
-from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer, load_tokenizer
+from megachiar.data.tokenizers.tokenizer import load_tokenizer
+from megachiar.model import build_model
 
 VOCABULARY = 400
 STEP = 7
@@ -61,24 +62,19 @@ def run_config(folder: Path, *, document_mask: bool = False, **sections: Any) ->
 
 def write_run(
     folder: Path,
-    tokenizer: ReferenceTokenizer | Path | None = None,
+    tokenizer: Path | None = None,
     classes: tuple[str, ...] | None = None,
     validation: dict[str, float] | None = None,
     **sections: Any,
 ) -> Path:
     """Write a run folder with one checkpoint of lively weights, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = run_config(folder, **sections)
-    model = lively_model(config.model, dtype=torch.float32)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generator = torch.Generator().manual_seed(1)
-    from megachiar.model import build_model
-
-    whole = build_model(config.model, seed=3, heads=config.heads)
-    for name, tensor in whole.state_dict().items():
-        if name not in weights:
-            weights[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
-        if name.endswith("running_threshold.value"):
-            weights[name] = weights[name] * 0.999
+    weights = dict(build_model(config.model, seed=3, heads=config.heads).state_dict())
+    weights |= lively_model(config.model, dtype=torch.float32).state_dict()
+    for number, name in enumerate(weights):
+        if name.endswith("running_threshold.value"):  # of each layer its own, as training leaves them
+            weights[name] = weights[name] + 1e-3 * number
     source = SourceRecord(path=str(folder / "train"), tokens=12345, checksum=None, classes=classes)
     history = DataHistory.initial(
         [(source, 1.0)],
@@ -88,8 +84,7 @@ def write_run(
         order=config.sample_order,
     )
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        keep_tokenizer(loaded, folder)
+        keep_tokenizer(load_tokenizer(tokenizer), folder)
     (folder / "config.yaml").write_text(config.to_yaml())
     write_weights(config, weights, step=STEP, data=history, origin="a test", validation=validation or {"valid": 3.25})
     return folder
