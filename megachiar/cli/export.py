@@ -27,11 +27,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("hf", "published"), required=True, help="hf: for transformers; or published")
     parser.add_argument("--output", type=Path, metavar="DIR", help="hf: the folder to make")
     parser.add_argument("--task", metavar="NAME", help="hf: the task of a mixed run (default: the main one)")
-    parser.add_argument("--license", metavar="NAME", help="hf: license of the model card, such as mit (default: unknown)")
+    parser.add_argument("--license", metavar="NAME", help="hf: license of the card, such as mit (default: unknown)")
     parser.add_argument("--no-tokenizer", action="store_true", help="hf: write no tokenizer files")
     parser.add_argument("--overwrite", action="store_true", help="hf: replace another export in DIR")
     parser.add_argument(
-        "--shard-size", type=number(float, above=0), metavar="GIB", help="hf: largest file of weights in GiB (default 4)"
+        "--shard-size",
+        type=number(float, above=0),
+        metavar="GIB",
+        help="hf: largest file of weights (default 4)",
     )
     parser.add_argument(
         "--vocab-size",

@@ -28,7 +28,7 @@ def result_of(checkpoint: Path, state: CheckpointState) -> RunResult | None:
     return result if result is not None and result.best.step == state.step else None
 
 
-def write_card(
+def describe_model_card(
     config: RunConfig,
     task: RunTask,
     state: CheckpointState,

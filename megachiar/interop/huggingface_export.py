@@ -29,7 +29,7 @@ from megachiar.config.tasks import RunTask
 from megachiar.data.storage.files import sync_folder
 from megachiar.data.tokenizers.tokenizer import ReferenceTokenizer
 from megachiar.errors import UserError, disk_errors
-from megachiar.interop.huggingface_card import DEFAULT_LICENSE, result_of, write_card
+from megachiar.interop.huggingface_card import DEFAULT_LICENSE, describe_model_card, result_of
 from megachiar.interop.huggingface_check import check_classifier, check_language_model, make_examples, quietly
 from megachiar.interop.huggingface_config import MODEL_FILE, check_exportable, describe_export, task_of
 from megachiar.interop.huggingface_library import import_transformers
@@ -108,68 +108,104 @@ def export_huggingface(
     if _is_there(folder, origin, options.replace):
         return None
     with _published_when_whole(folder) as partial:
-        content = describe_export(config, task, state, read_running(checkpoint))
-        content["megachiar"]["origin"] = origin
-        return _write(transformers, checkpoint, partial, folder.name, config, state, task, tokenizer, content, options)
+        export = _Export(checkpoint, partial, folder.name, config, state, task, tokenizer)
+        export.write_model(origin, options.shard_bytes)
+        with quietly(transformers):
+            export.write_tokenizer(transformers)
+            difference = export.check(transformers)
+        return export.write_card(difference, options.license_name)
 
 
-def _write(
-    transformers: Any,
-    checkpoint: Path,
-    partial: Path,
-    name: str,
-    config: RunConfig,
-    state: CheckpointState,
-    task: RunTask,
-    tokenizer: ReferenceTokenizer | None,
-    content: dict[str, Any],
-    options: HuggingFaceOptions,
-) -> HuggingFaceReport:
-    """Write all files of an export to ``partial``, check them, and write the card last."""
-    end, model = end_of(config, tokenizer), config.model
-    known = torch.ones(model.vocab_size, dtype=torch.bool)
-    if tokenizer is not None:
-        known[:] = False
-        known[list(tokenizer.known_ids())] = True
-    content |= {"eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
-    _write_json(partial / CONFIG_NAME, content)
-    shutil.copyfile(Path(__file__).with_name(MODEL_FILE), partial / MODEL_FILE)
-    if task.head is None:
-        _write_json(partial / "generation_config.json", _generation(end, known))
-    left_out = export_weights(checkpoint, config, task, partial, options.shard_bytes)
-    notes = list(_notes(config, task, tokenizer, left_out))
-    length = config.sequence_length if task.head is not None else model.max_sequence_length
-    examples = make_examples(config, known, end, length)
-    with quietly(transformers):
+class _Export:
+    """An export that is being written.
+
+    Attributes:
+        left_out: names of parameters that are not exported.
+        notes: what differs from the run.
+
+    Args:
+        checkpoint: that is exported.
+        folder: where it is written to.
+        name: of the folder in the end.
+        config: of the run.
+        state: of the checkpoint.
+        task: that is exported.
+        tokenizer: of the run; None to write none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        folder: Path,
+        name: str,
+        config: RunConfig,
+        state: CheckpointState,
+        task: RunTask,
+        tokenizer: ReferenceTokenizer | None,
+    ):
+        self._checkpoint, self._folder, self._name = checkpoint, folder, name
+        self._config, self._state, self._task, self._tokenizer = config, state, task, tokenizer
+        self._end = end_of(config, tokenizer)
+        self._longest = config.sequence_length if task.head is not None else config.model.max_sequence_length
+        self._known = torch.ones(config.model.vocab_size, dtype=torch.bool)
         if tokenizer is not None:
-            is_classifier = task.head is not None
-            export_tokenizer(tokenizer, partial, end=end, longest=length, is_classifier=is_classifier)
-            notes += check_tokenizer(transformers, tokenizer, partial, end)
-        if task.head is None:
-            difference = check_language_model(transformers, partial, checkpoint, examples)
-        else:
-            difference = check_classifier(transformers, partial, checkpoint, task, examples, length)
-    parameters = build_model(model, seed=0, device="meta", heads=config.heads).parameter_count()
-    card = write_card(
-        config,
-        task,
-        state,
-        name=name,
-        parameters=parameters,
-        license_name=options.license_name,
-        result=result_of(checkpoint, state),
-        notes=notes,
-    )
-    (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    return HuggingFaceReport(
-        folder=str(partial.with_name(name)),
-        step=state.step,
-        task=task.name,
-        parameters=parameters,
-        largest_difference=difference,
-        left_out=left_out,
-        notes=notes,
-    )
+            self._known[:] = False
+            self._known[list(tokenizer.known_ids())] = True
+        self.left_out: list[str] = []
+        self.notes: list[str] = []
+
+    def write_model(self, origin: dict[str, Any], shard_bytes: int) -> None:
+        """Write settings, code and weights; ``origin`` says what the export is made of."""
+        content = describe_export(self._config, self._task, self._state, read_running(self._checkpoint))
+        content["megachiar"]["origin"] = origin
+        content |= {"eos_token_id": self._end, "pad_token_id": self._end, "bos_token_id": None}
+        _write_json(self._folder / CONFIG_NAME, content)
+        shutil.copyfile(Path(__file__).with_name(MODEL_FILE), self._folder / MODEL_FILE)
+        if self._task.head is None:
+            _write_json(self._folder / "generation_config.json", _generation(self._end, self._known))
+        self.left_out = export_weights(self._checkpoint, self._config, self._task, self._folder, shard_bytes)
+        self.notes += _notes(self._config, self._task, self._tokenizer, self.left_out)
+
+    def write_tokenizer(self, transformers: Any) -> None:
+        """Write the files of the tokenizer, if there is one, and compare its ids with the run's."""
+        if self._tokenizer is None:
+            return
+        is_classifier = self._task.head is not None
+        export_tokenizer(
+            self._tokenizer, self._folder, end=self._end, longest=self._longest, is_classifier=is_classifier
+        )
+        self.notes += check_tokenizer(transformers, self._tokenizer, self._folder, self._end)
+
+    def check(self, transformers: Any) -> float:
+        """Compare the model with the run's, and return the largest difference of logits."""
+        examples = make_examples(self._config, self._known, self._end, self._longest)
+        if self._task.head is None:
+            return check_language_model(transformers, self._folder, self._checkpoint, examples)
+        return check_classifier(transformers, self._folder, self._checkpoint, self._task, examples, self._longest)
+
+    def write_card(self, difference: float, license_name: str) -> HuggingFaceReport:
+        """Write the model card, and return the report."""
+        model = build_model(self._config.model, seed=0, device="meta", heads=self._config.heads)
+        card = describe_model_card(
+            self._config,
+            self._task,
+            self._state,
+            name=self._name,
+            parameters=model.parameter_count(),
+            license_name=license_name,
+            result=result_of(self._checkpoint, self._state),
+            notes=self.notes,
+        )
+        (self._folder / CARD_NAME).write_text(card, encoding="utf-8")
+        return HuggingFaceReport(
+            folder=str(self._folder.with_name(self._name)),
+            step=self._state.step,
+            task=self._task.name,
+            parameters=model.parameter_count(),
+            largest_difference=difference,
+            left_out=self.left_out,
+            notes=self.notes,
+        )
 
 
 def _generation(end: int | None, known: torch.Tensor) -> dict[str, Any]:

@@ -13,8 +13,8 @@ What the cache of ``generate`` holds, for every position of each sequence, in th
                                     features of RBF mixing, and 1 for a token that gives a key (``keys: routed``)
     first layer of a baseline       the same, and 1 for padding, 2 for a token, 3 for the token that ends a document
 
-Shapes: B = sequences, S = tokens of this pass, T = tokens of the cache and of this pass, N = B * S rows, n = rows of one
-operator, d = channels, h = heads, c = channels of a head, O = operators, R = frequencies of RBF mixing.
+Shapes: B = sequences, S = tokens of this pass, T = tokens of the cache and of this pass, N = B * S rows, n = rows of
+one operator, d = channels, h = heads, c = channels of a head, O = operators, R = frequencies of RBF mixing.
 """
 
 from __future__ import annotations
@@ -282,9 +282,7 @@ def attend(
     if mask is not None:  # padding sees nothing: it gets the mean of the values, which nobody reads
         mask = mask | ~mask.any(-1, keepdim=True)
     is_causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, scale=scale
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, scale=scale)
 
 
 class Remembered(NamedTuple):
@@ -854,7 +852,7 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if self.config.padding == "counted":
             longest = max(self.config.classified_length or 0, input_ids.shape[1])
-            first = real.long().argsort(1, descending=True, stable=True)  # real tokens before padding
+            first = real.long().argsort(dim=1, descending=True, stable=True)  # real tokens before padding
             input_ids = F.pad((input_ids * real).gather(1, first), (0, longest - input_ids.shape[1]))
             real = torch.ones_like(input_ids, dtype=torch.bool)
         output = self.model(

@@ -6,6 +6,7 @@ export --to hf`` has written. Text stays text: a control string in it, such as `
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -61,7 +62,7 @@ class ChiarTokenizer(PreTrainedTokenizer):
         if self._guarded_tokens.isdisjoint(pieces):
             return pieces
         cuts = [0, *(match.start() + 1 for match in self._pattern.finditer(text)), len(text)]
-        parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
+        parts = [text[start:end] for start, end in itertools.pairwise(cuts) if start < end]
         return [piece for part in parts for piece in self._processor.encode(part, out_type=str)]
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:

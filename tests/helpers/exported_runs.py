@@ -88,5 +88,3 @@ def write_run(
     (folder / "config.yaml").write_text(config.to_yaml())
     write_weights(config, weights, step=STEP, data=history, origin="a test", validation=validation or {"valid": 3.25})
     return folder
-
-

@@ -17,6 +17,7 @@ modeling = pytest.importorskip("megachiar.interop.modeling_chiar")
 
 END = 3
 PROMPTS = ([5, 9, 3, 11, 7, 2], [8, 1], [30])
+SOME = ("threshold", "soft three", "random", "learned", "baseline", "threshold, keys of routed")
 ROUTED_AS_GIVEN = ("soft", "soft three", "threshold all dct", "threshold all attention", "random", "random three")
 
 
@@ -121,7 +122,7 @@ def test_bf16_is_within_rounding(name, norm):
     assert same.float().mean() > (0.99 if name in ROUTED_AS_GIVEN or name == "baseline" else 0.7), difference
 
 
-@pytest.mark.parametrize("name", ["threshold", "soft three", "random", "learned", "baseline", "threshold, keys of routed"])
+@pytest.mark.parametrize("name", SOME)
 def test_beam_search_and_sampling_run_with_both_caches(name):
     _, theirs = both(name, "post", torch.float32)
     beams = {"num_beams": 3, "num_return_sequences": 2}
