@@ -38,6 +38,7 @@ from megachiar.interop.huggingface_weights import SHARD_BYTES, export_weights, r
 from megachiar.model import build_model
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
+MODEL_SOURCE = Path(__file__).with_name(MODEL_FILE)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class _Export:
         content["megachiar"]["origin"] = origin
         content |= {"eos_token_id": self._end, "pad_token_id": self._end, "bos_token_id": None}
         _write_json(self._folder / CONFIG_NAME, content)
-        shutil.copyfile(Path(__file__).with_name(MODEL_FILE), self._folder / MODEL_FILE)
+        shutil.copyfile(MODEL_SOURCE, self._folder / MODEL_FILE)
         if self._task.head is None:
             _write_json(self._folder / "generation_config.json", _generation(self._end, self._known))
         self.left_out = export_weights(self._checkpoint, self._config, self._task, self._folder, shard_bytes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import importlib
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 import torch
 from exported_runs import library, write_run
 from safetensors.torch import load_file, save_file
-from support import forked_python
+from support import forked_python, python
 
 from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.errors import UserError
@@ -60,42 +60,42 @@ ALTERED = {
     "the scale of attention": ("dropout_p=dropout, scale=scale", "dropout_p=dropout, scale=0.1"),
     "the other operator": ("route += score > bound", "route += score <= bound"),
     "a mask without padding": ("is_real = attention_mask[:, -length:].bool()", "pass"),
-    "positions in the cache": ("position=(is_real.cumsum(1) - 1)", "position=(is_real.cumsum(1) - 1 + past)"),
+    "positions in the cache": (
+        "self.position[:, self.past :].flatten()",
+        "self.position[:, self.past :].flatten() // 2",
+    ),
+    "what the cache keeps": (
+        "return keys[:, :, :end], values[:, :, :end]",
+        "return keys[:, :, :end], keys[:, :, :end]",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", ALTERED)
 def test_a_model_that_computes_something_else_is_not_exported(what, run, tmp_path, monkeypatch):
     """Every alteration is seen, whether in one pass, in a batch or with a cache; the folder does not appear."""
-    copyfile, (old, new) = shutil.copyfile, ALTERED[what]
-
-    def altered(source, target):
-        copyfile(source, target)
-        text = Path(target).read_text()
-        assert old in text
-        Path(target).write_text(text.replace(old, new))
-
-    monkeypatch.setattr(huggingface_export.shutil, "copyfile", altered)
-    with pytest.raises(UserError, match="the exported model is not the run's: (logits|greedy decoding)"):
+    (old, new), source = ALTERED[what], tmp_path / "altered.py"
+    text = huggingface_export.MODEL_SOURCE.read_text()
+    assert old in text
+    source.write_text(text.replace(old, new))
+    monkeypatch.setattr(huggingface_export, "MODEL_SOURCE", source)
+    with pytest.raises(UserError, match=r"the exported model is not the run's: (logits|greedy decoding)"):
         export_huggingface(locate_checkpoint(run), tmp_path / "out", HuggingFaceOptions())
-    assert left_in(tmp_path) == []
+    assert left_in(tmp_path) == ["altered.py"]
 
 
 def test_a_missing_library_is_one_message(run, tmp_path, monkeypatch):
-    own_import = builtins.__import__
+    words = [str(run), "--to", "hf", "--output", str(tmp_path / "out")]
 
-    def without(name, *rest, **more):
-        if name == "transformers":
-            raise ImportError("No module named 'transformers'")
-        return own_import(name, *rest, **more)
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=r"--to hf: needs the package transformers(.|\n)*pip install 'megachiar\[hf\]'"):
-        export.main([str(run), "--to", "hf", "--output", str(tmp_path / "out")])
-    monkeypatch.undo()
-    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+        export.main(words)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.40.1")
     with pytest.raises(UserError, match=r"needs transformers 4\.56 or newer, not 4\.40\.1"):
-        export.main([str(run), "--to", "hf", "--output", str(tmp_path / "out")])
+        export.main(words)
     assert left_in(tmp_path) == []
 
 
@@ -120,7 +120,7 @@ def test_an_option_of_the_other_form_is_refused(words, message, run):
 def test_another_export_is_replaced_only_when_that_is_asked_for(run, copy, tmp_path):
     checkpoint = locate_checkpoint(run)
     assert export_huggingface(checkpoint, copy, HuggingFaceOptions()) is None
-    with pytest.raises(UserError, match="is another export(.|\n)*--overwrite"):
+    with pytest.raises(UserError, match=r"is another export(.|\n)*--overwrite"):
         export_huggingface(checkpoint, copy, HuggingFaceOptions(license_name="mit"))
     assert "license: unknown" in (copy / "README.md").read_text()
     assert export_huggingface(checkpoint, copy, HuggingFaceOptions(license_name="mit", replace=True)) is not None
@@ -203,6 +203,6 @@ def test_a_full_disk_leaves_no_folder(run, tmp_path):
         "from megachiar.cli.main import start\n"
         "start()\n"
     )
-    done = forked_python("-c", limited, "export", str(run), "--to", "hf", "--output", str(tmp_path / "out"))
+    done = python("-c", limited, "export", str(run), "--to", "hf", "--output", str(tmp_path / "out"))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "cannot write: File too large" in done.stderr and left_in(tmp_path) == []
