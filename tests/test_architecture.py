@@ -40,9 +40,9 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"engine"},
     {"checkpoint"},
     {"training"},
-    {"inference", "analysis", "interop"},
-    {"viewer", "sweeps", "pretrain"},
-    {"reporting"},
+    {"inference", "analysis"},
+    {"viewer", "sweeps", "interop"},
+    {"reporting", "pretrain"},
     {"cli"},
     {"__main__"},
 )

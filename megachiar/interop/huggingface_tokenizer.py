@@ -99,7 +99,7 @@ def _token(tokenizer: ReferenceTokenizer, index: int | None) -> str | None:
         return tokenizer.piece(index)
     import tokenizers
 
-    return tokenizers.Tokenizer.from_str(tokenizer.definition()).id_to_token(index)
+    return tokenizers.Tokenizer.from_str(str(tokenizer.definition())).id_to_token(index)
 
 
 def check_tokenizer(transformers: Any, tokenizer: ReferenceTokenizer, folder: Path, end: int | None) -> list[str]:

@@ -72,7 +72,7 @@ def export_weights(
     exported = exported_names(list(shapes), task)
     ours = {theirs: name for name, theirs in exported.items()}
     parts = _parts({exported[name]: shape for name, shape in shapes.items() if name in exported}, shard_bytes)
-    where = {}
+    where: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else WEIGHTS_FILE
         where |= dict.fromkeys(part, file)

@@ -371,6 +371,8 @@ class DctMixing(nn.Module):
 class RbfMixing(nn.Module):
     """The mean of random Fourier features of earlier tokens, weighted by their similarity (the paper's ablation)."""
 
+    frequencies: torch.Tensor
+
     def __init__(self, config: ChiarConfig):
         super().__init__()
         self.config = config
@@ -522,7 +524,7 @@ class FixedLayer(nn.Module):
         self.config, self.index = config, index
         self.is_dct = config.kind == "chiar" and index == 0
         self.meta_router = MetaRouter(config) if self.is_dct and config.gate != "none" else None
-        self.operator = DctMixing(config) if self.is_dct else Attention(config)
+        self.operator: Any = DctMixing(config) if self.is_dct else Attention(config)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: torch.Tensor, layout: Layout, cache: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -688,7 +690,7 @@ class ChiarModel(ChiarPreTrainedModel):
         """Return the embedding, whose weight is the head's too."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.embedding = value
 
