@@ -42,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="published: leave out the rows of the embedding after so many (default: none)",
     )
     add_json_option(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # FILE may stand after --to, apart from RUN
     check_options(options)
     return options
 

@@ -90,7 +90,9 @@ def import_folder(options: argparse.Namespace) -> None:
     Raises:
         UserError: an option is given that only a checkpoint of the published code takes, or the folder is no export.
     """
-    from megachiar.interop.huggingface_import import import_huggingface
+    from megachiar.interop.huggingface_import import check_is_export, import_huggingface
+
+    check_is_export(options.file)
 
     names = ("tau", "calibrate", "router", "heads", "sequence_length", "vocab_size")
     for name in names:

@@ -43,6 +43,17 @@ _ANOTHER = "give a folder that `megachiar export --to hf` has written, or one fi
 _SECTIONS = ("model", "task", "data", "precision", "optimizer", "schedule", "training", "running")
 
 
+def check_is_export(folder: Path) -> None:
+    """Check that ``folder`` may be an export.
+
+    Raises:
+        UserError: it has no settings, or the system refuses to look at it.
+    """
+    with disk_errors(folder, "read"):
+        if not (folder / CONFIG_NAME).exists():
+            raise UserError(folder, f"it is a folder without {CONFIG_NAME}, and no export", _ANOTHER)
+
+
 def import_huggingface(
     folder: Path, run: Path, *, tokenizer: Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[ImportReport, bool]:

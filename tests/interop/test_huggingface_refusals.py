@@ -149,7 +149,7 @@ def change_weights(folder: Path, change) -> None:
 
 
 DAMAGE = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "it is a folder without config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "holds broken JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "of type 'gpt2'"),
