@@ -72,9 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.stop_after(config.training.stop_after)
     launch.configure_torch(config.training.threads)
 
+    from megachiar.interop.finished_run import check_export, export_finished
     from megachiar.training.run import pretrain
 
-    return pretrain(config, topology, signals, make_console())
+    check_export(config)
+    console = make_console()
+    code = pretrain(config, topology, signals, console)
+    if code == 0 and topology.is_main:
+        export_finished(config, console.print)
+    return code
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"engine"},
     {"checkpoint"},
     {"training"},
-    {"inference", "analysis", "interop", "pretrain"},
-    {"viewer", "sweeps"},
-    {"reporting"},
+    {"inference", "analysis"},
+    {"viewer", "sweeps", "interop"},
+    {"reporting", "pretrain"},
     {"cli"},
     {"__main__"},
 )

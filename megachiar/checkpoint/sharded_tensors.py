@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,22 +133,36 @@ class ShardWriter:
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> FileRecord:
-    """Write fp32 tensors of the CPU to a safetensors file: length of the header, header in JSON, tensors.
+    """Write fp32 tensors of the CPU to a safetensors file, see ``stream_safetensors``."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return stream_safetensors(path, shapes, tensors.__getitem__, metadata)
+
+
+def stream_safetensors(
+    path: Path, shapes: Mapping[str, torch.Size], read: Callable[[str], torch.Tensor], metadata: dict[str, str]
+) -> FileRecord:
+    """Write a safetensors file: length of the header, header in JSON, tensors. Only one tensor is needed at a time.
+
+    Args:
+        path: of the file.
+        shapes: of the tensors by name.
+        read: returns a tensor by name, fp32 on the CPU.
+        metadata: of the header.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for name, tensor in sorted(tensors.items()):
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, shape in sorted(shapes.items()):
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with ChecksummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in sorted(tensors.items()):
-            file.write(as_bytes(tensor.numpy().reshape(-1)))
+        for name in sorted(shapes):
+            file.write(as_bytes(read(name).numpy().reshape(-1)))
     return file.record
 
 

@@ -1,13 +1,15 @@
-"""Make a run folder of a checkpoint that the published CHIAR-Former code has written.
+"""Make a run folder of a checkpoint of the published CHIAR-Former code, or of an export for transformers.
 
+megachiar import exports/tiny --output runs/tiny_again
 megachiar import chiar_threshold_dct_attn_wikitext103_350M_best.pt --output runs/published --tau 0.8935 0.8973 \\
   --tokenizer gpt2
 megachiar import baseline_wikitext103_350M_best.pt --output runs/published_baseline --tokenizer gpt2
 megachiar import chiar_v3_mixed_best.pt --output runs/mixed --calibrate data/wikitext-103/valid
 megachiar import chiar_threshold_dct_attn_lra_imdb_best.pt --output runs/imdb --tau 0.8935 0.8973
 
-The run has the published model's logits. `megachiar evaluate`, `generate` and `calibrate` read it, and
-checkpoint.load_from of another run starts from it. Optimizer state is not in such files. Nothing in a file is executed.
+The run has the model's logits; from an export it has the weights bit for bit. `megachiar evaluate`, `generate` and
+`calibrate` read it, and checkpoint.load_from of another run starts from it. Optimizer state is not in such files.
+Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_json_option, add_set_option, number
 
 if TYPE_CHECKING:
-    from megachiar.interop.published_import import FindTau, ImportReport
+    from megachiar.interop.imported_run import ImportReport
+    from megachiar.interop.published_import import FindTau
 
 TOKENS = 10_000_000
 """Tokens that ``--calibrate`` reads at most, as ``megachiar calibrate`` does."""
@@ -31,7 +34,7 @@ TOKENS = 10_000_000
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("import", __doc__)
-    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of the published code (*.pt)")
+    parser.add_argument("file", type=Path, metavar="FILE", help="published checkpoint (*.pt), or folder of an export")
     parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run folder to make")
     parser.add_argument(
         "--tau",
@@ -61,6 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+    if options.file.is_dir():
+        import_folder(options)
+        return
     tau = middle(options.tau, options.calibrate)
 
     from megachiar.interop.published_import import import_published
@@ -75,6 +81,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibration=options.calibrate,
         find_tau=calibrator(options.calibrate) if options.calibrate is not None else None,
     )
+    show(options, report, written)
+
+
+def import_folder(options: argparse.Namespace) -> None:
+    """Import an export for transformers.
+
+    Raises:
+        UserError: an option is given that only a checkpoint of the published code takes, or the folder is no export.
+    """
+    from megachiar.interop.huggingface_import import check_is_export, import_huggingface
+
+    check_is_export(options.file)
+
+    names = ("tau", "calibrate", "router", "heads", "sequence_length", "vocab_size")
+    for name in names:
+        if getattr(options, name) is not None:
+            problem = f"is for a checkpoint of the published code, and {options.file} is a folder"
+            raise UserError(f"--{name.replace('_', '-')}", problem, "leave it out: an export says it")
+    report, written = import_huggingface(
+        options.file, options.output, tokenizer=options.tokenizer, overrides=options.overrides
+    )
+    show(options, report, written)
+
+
+def show(options: argparse.Namespace, report: ImportReport, written: bool) -> None:
+    """Print the report, as JSON if that is asked for."""
     if options.json:
         print(json.dumps({"written": written, **report.__dict__}))
     else:
@@ -124,7 +156,7 @@ def print_report(report: ImportReport, written: bool, run: Path) -> None:
     sizes = f"{model['num_layers']} layers, d {model['hidden_size']:,}, {heads}, {length}, {model['vocab_size']:,} ids"
     print(f"{model['kind']}: {sizes}, {report.parameters:,} parameters")
     if model["kind"] == "chiar":
-        threshold = f", tau {router['tau']:g}" if router["kind"] == "threshold" else ""
+        threshold = f", tau {router['tau']:g}" if isinstance(router["tau"], float) else ""
         print(f"router: {router['kind']}{threshold}; gate of layer 1: {model['meta_router']['pool']}")
     if report.task["kind"] == "classification":
         print(f"classifier: {report.task['classes']} classes")

@@ -265,6 +265,23 @@ def best_checkpoint(
         )
 
 
+def exporting(checkpoint: CheckpointConfig, model: ModelConfig) -> Iterator[Problem]:
+    """Check that there is a best checkpoint to export, and that the exported model can be what this one is."""
+    if checkpoint.export_hf == "best" and checkpoint.keep_best is None:
+        yield Problem(
+            "checkpoint.export_hf",
+            "is best without checkpoint.keep_best",
+            "name the validation set there, or set it to last",
+        )
+    if checkpoint.export_hf is not None and model.kind == "chiar" and model.meta_router.pool == "batch":
+        yield Problem(
+            "checkpoint.export_hf",
+            f"is {checkpoint.export_hf}, but model.meta_router.pool is batch: its gate averages over later tokens and "
+            "other sequences, so that nothing can be generated token by token",
+            "set it to null, or meta_router.pool to causal or none",
+        )
+
+
 def loading(checkpoint: CheckpointConfig) -> Iterator[Problem]:
     """Check that ``checkpoint.load: all`` comes with ``checkpoint.load_from``."""
     if checkpoint.load == "all" and checkpoint.load_from is None:
@@ -338,6 +355,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     fractions,
     test_sets,
     best_checkpoint,
+    exporting,
     loading,
     rollback,
     documents,

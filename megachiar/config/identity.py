@@ -14,7 +14,7 @@ from megachiar.config.run import RunConfig, flatten
 from megachiar.config.run_length import LENGTHS, asked_length
 
 _OF_NO_RESULT = {
-    "checkpoint": {"every", "keep", "keep_every", "asynchronous", "on_failure", "resume"},
+    "checkpoint": {"every", "keep", "keep_every", "asynchronous", "on_failure", "resume", "export_hf"},
     "data": {"document_end", "max_epochs", "on_change", "prefetch", "tokenizer", "verify"},
     "logging": {"folder", "every", "tensorboard"},
     "optimizer": {"implementation"},

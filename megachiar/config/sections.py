@@ -217,6 +217,9 @@ class CheckpointConfig(Section):
     """auto: go on from the newest whole checkpoint of the run folder if there is one. never: refuse a run folder that
     has one. A number: go back to the checkpoint of this step; later ones are set aside. A run that has saved since
     goes on from its newest, so that it can be started again with the same number."""
+    export_hf: Literal["last", "best"] | None = None
+    """Export for transformers that a finished run writes to RUN/hf, as `megachiar export --to hf` does. last: of
+    its last checkpoint. best: of the one that keep_best chooses. null: none. It needs the package transformers."""
     load_from: ConfigPath | None = None
     """Checkpoint to start from, or a run folder, for its newest checkpoint. A run with checkpoints of its own continues
     from those."""

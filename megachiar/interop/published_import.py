@@ -1,9 +1,7 @@
 """Import a published checkpoint: write a run folder that evaluates, generates, and starts further training.
 
-RUN/imported.json       what was imported, and with which options; written first
-RUN/config.yaml         the model, with the published code's training as far as the file does not say
-RUN/tokenizer/          if a tokenizer is given
-RUN/checkpoints/        one checkpoint of the weights; written last
+``imported_run.py`` has the files of the folder. Its config has the published code's training as far as the file does
+not say.
 """
 
 from __future__ import annotations
@@ -11,24 +9,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megachiar.checkpoint.format import CONFIG_FILE, complete_checkpoints
-from megachiar.checkpoint.weights_alone import write_weights
 from megachiar.config import RunConfig
 from megachiar.config.load import parse_with_overrides
-from megachiar.data.preprocessing.existing import OutputDiffers, read_note, write_note
-from megachiar.data.sampling.history import DataHistory
 from megachiar.data.sampling.history_records import SourceRecord
-from megachiar.data.storage.files import block_checksums, temporary_path, write_atomically
+from megachiar.data.storage.files import block_checksums
 from megachiar.data.storage.regular_file import check_regular
-from megachiar.data.tokenizers.recorded import keep_tokenizer
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.errors import UserError, disk_errors
+from megachiar.interop.imported_run import (
+    ImportedRun,
+    ImportReport,
+    check_overrides,
+    check_tokenizer_fits,
+    earlier_report,
+    write_run,
+)
 from megachiar.interop.published_file import PublishedFile, read_published
 from megachiar.interop.published_model import (
     ImportOptions,
@@ -40,7 +41,6 @@ from megachiar.interop.published_model import (
 )
 from megachiar.model import ChiarFormer, build_model
 
-NOTE = "imported.json"
 VALIDATION_SET = "published"
 """The name of the published code's validation loss in the record of the checkpoint."""
 _TRAINING: dict[str, Any] = {
@@ -60,30 +60,6 @@ _OF_CLASSIFIERS: dict[str, Any] = {
 
 FindTau = Callable[[ChiarFormer], float]
 """Returns the threshold for a model, from its weights and a text."""
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What was imported.
-
-    Attributes:
-        checkpoint: folder of the checkpoint that was written.
-        model, task: these sections of the config, as JSON has them.
-        parameters: how many numbers the model trains.
-        perplexity: on the published code's validation set; None where the file does not say.
-        accuracy: of a classifier on the published code's test set, in percent; None where the file does not say.
-        left_out: names of trained tensors of the file that were not imported.
-        notes: what differs from the file or from what one may expect, as sentences.
-    """
-
-    checkpoint: str
-    model: dict[str, Any]
-    task: dict[str, Any]
-    parameters: int
-    perplexity: float | None
-    accuracy: float | None
-    left_out: list[str]
-    notes: list[str]
 
 
 def import_published(
@@ -113,7 +89,7 @@ def import_published(
     Raises:
         UserError: the file, the options or the run folder do not allow the import.
     """
-    _check_overrides(overrides)
+    check_overrides(overrides, "file")
     found_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     with disk_errors(path, "read"):
         check_regular(path)
@@ -124,18 +100,23 @@ def import_published(
         "overrides": list(overrides),
         "calibration": calibration,
     }
-    if (before := _earlier_report(run, requested)) is not None:
+    if (before := earlier_report(run, requested)) is not None:
         return before, False
     file = read_published(path)
     section = describe_model(file, options)
     config, weights = _config_and_weights(file, run, section, overrides, find_tau)
-    if found_tokenizer is not None and found_tokenizer.vocab_size > config.model.vocab_size:
-        problem = (
-            f"has {found_tokenizer.vocab_size:,} ids, and the embedding of {path} {config.model.vocab_size:,} rows"
-        )
-        raise UserError(f"--tokenizer {tokenizer}", problem, "give the tokenizer that the model was trained with")
+    check_tokenizer_fits(found_tokenizer, config, path)
+    imported = ImportedRun(
+        config=config,
+        weights=weights,
+        step=file.step,
+        validation={VALIDATION_SET: math.log(file.perplexity)} if file.perplexity is not None else {},
+        source=SourceRecord(path="the data of the published training", tokens=0, checksum=None),
+        origin=f"imported from {path.name}",
+        tokenizer=found_tokenizer,
+    )
     report = ImportReport(
-        checkpoint=str(config.checkpoint_folder / f"step_{file.step:08d}"),
+        checkpoint=str(imported.checkpoint),
         model=config.model.model_dump(mode="json"),
         task=config.task.model_dump(mode="json"),
         parameters=sum(tensor.numel() for tensor in weights.values()),
@@ -144,18 +125,7 @@ def import_published(
         left_out=left_out(file),
         notes=_notes(file, options, config),
     )
-    write_note(run / NOTE, requested, [], asdict(report))
-    if found_tokenizer is not None:
-        keep_tokenizer(found_tokenizer, run)
-    write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
-    write_weights(
-        config,
-        weights,
-        step=file.step,
-        data=_history(config),
-        origin=f"imported from {path.name}",
-        validation={VALIDATION_SET: math.log(file.perplexity)} if file.perplexity is not None else {},
-    )
+    write_run(run, imported, requested, report)
     return report, True
 
 
@@ -194,49 +164,6 @@ def _config(file: PublishedFile, run: Path, section: dict[str, Any], overrides: 
     if trained is not None and trained < section["max_sequence_length"]:
         mapping["data"]["sequence_length"] = trained
     return parse_with_overrides(mapping, overrides, str(file.path))
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key.partition(".")[0] in ("model", "task", "mixed", "logging"):
-            problem = "the file says what the model is, and --output where the run folder is"
-            raise UserError(f"--set {override}", problem, "leave it out; `megachiar import --help` lists the options")
-
-
-def _earlier_report(run: Path, requested: dict[str, Any]) -> ImportReport | None:
-    """Return the report of the same import that ``run`` holds already; None if it is to be made, or finished.
-
-    Raises:
-        UserError: ``run`` holds something else.
-    """
-    note = run / NOTE
-    with disk_errors(run, "read"):
-        if not run.exists():
-            return None
-        others = {path.name for path in run.iterdir()} - {NOTE, temporary_path(note).name}
-    remedy = "name another folder with --output"
-    if not note.exists():
-        if others:
-            raise UserError(run, f"holds {min(others)}: it is no folder of an import", remedy)
-        return None
-    try:
-        report = ImportReport(**read_note(note, requested, []))
-    except (OutputDiffers, TypeError) as why:
-        raise UserError(run, f"holds another import: {why}", remedy) from None
-    return report if complete_checkpoints(run / "checkpoints") else None
-
-
-def _history(config: RunConfig) -> DataHistory:
-    """Return a history of data that nobody has: as many samples a step as the published code's, of unknown sources."""
-    unknown = SourceRecord(path="the data of the published training", tokens=0, checksum=None)
-    return DataHistory.initial(
-        [(unknown, 1.0)],
-        sequence_length=config.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.training.seed,
-        order=config.sample_order,
-    )
 
 
 def _notes(file: PublishedFile, options: ImportOptions, config: RunConfig) -> list[str]:

@@ -62,7 +62,7 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "old pickle with code": (lambda path: path.write_bytes(pickle.dumps(Code(), 2)), "reading it would run code"),
     "new pickle with code": (lambda path: path.write_bytes(pickle.dumps(Code(), 5)), "is no checkpoint that torch can"),
     "whole model": (lambda path: save(path, torch.nn.Linear(2, 2)), "reading it would run code"),
-    "folder": (lambda path: path.mkdir(), "it is a folder, not a regular file"),
+    "folder": (lambda path: path.mkdir(), "it is a folder without config.json"),
     "fifo": (lambda path: os.mkfifo(path), "it is a fifo, not a regular file"),
     "nothing": (lambda path: None, "No such file"),
     "a tensor": (lambda path: save(path, torch.ones(3)), "holds a Tensor, and no model"),

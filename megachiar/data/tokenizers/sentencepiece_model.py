@@ -18,6 +18,9 @@ class SentencePieceTokenizer:
 
     ``eod_id`` is the model's EOS unless another token is named.
 
+    Attributes:
+        guarded: strings that the library would take for control tokens: a text is cut inside them.
+
     Args:
         path: the model's file, for errors.
         model: the content of that file.
@@ -54,6 +57,7 @@ class SentencePieceTokenizer:
             self.bos_id = _known(edges.bos.find(path, by_piece, "beginning"), self._processor.bos_id())
         self.unknown_id: int | None = unknown if (unknown := self._processor.unk_id()) >= 0 else None
         ordinary = self._ordinary_edges()
+        self.guarded = frozenset(ordinary.values())
         self._guard = ControlGuard(path, ordinary, self._encode_plain)
         self.controls = ordinary | {i: piece for i, piece in enumerate(pieces) if self._processor.is_control(i)}
         self._model = model
@@ -89,6 +93,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
+
+    def piece(self, index: int) -> str:
+        """Return the string of an id."""
+        return self._processor.id_to_piece(index)
 
     def known_ids(self) -> range:
         return range(self.vocab_size)
