@@ -25,6 +25,7 @@ from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import MicroBatchQueue, StageEmbedding, StageNorm, StagePart, pipeline_parts
 from megachiar.engine.running_routers import RunningRouters
+from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model.classifier import classifier_loss
@@ -79,8 +80,9 @@ class StageModule(deepspeed_patches.BoundedPipeline):
 class PipelineReplica:
     """One pipeline stage of the model, with the same methods as ``Replica``."""
 
-    def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device, clock: StepClock):
         self.config = config
+        self.clock = clock
         self.topology = topology
         self.device = device
         stage = _build_stage(config, topology)
@@ -114,7 +116,8 @@ class PipelineReplica:
         self.routers.begin_step(scale)
         self._fill_queues(plan)
         deepspeed_patches.set_micro_batches(self.deepspeed, len(plan))
-        self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in micro_batches)
+        read = self.clock.reading(micro_batches)
+        self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in read)
 
     def measure(self) -> RankMetrics:
         """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""
