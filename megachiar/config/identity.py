@@ -20,6 +20,7 @@ _OF_NO_RESULT = {
     "optimizer": {"implementation"},
     "parallel": {"pipeline_size", "tensor_size", "data_size", "sequence", "zero_stage", "offload_optimizer"},
     "precision": {"kernels"},
+    "profiling": {"steps", "ranks", "memory"},
     "reliability": {"check_every"},
     "training": {"activation_checkpoint_interval", "communication_timeout_s", "compile", "stop_after", "threads"},
 }

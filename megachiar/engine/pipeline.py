@@ -30,6 +30,7 @@ from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model.classifier import classifier_loss
 from megachiar.model.compiled import compile_parts
+from megachiar.phases import phase
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
 
@@ -46,7 +47,11 @@ class StageModule(deepspeed_patches.BoundedPipeline):
     def __init__(self, parts: list, bounds: list[int], topology: Any, tasks: Sequence[RunTask]):
         self.losses: list[list[torch.Tensor]] = [[] for _ in tasks]
         self.queue = MicroBatchQueue(tasks)
-        super().__init__(parts, bounds, topology, self.loss)
+        super().__init__(parts, bounds, topology, self._named_loss)
+
+    def _named_loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        with phase("loss"):
+            return self.loss(outputs, targets)
 
     def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """Return the weighted mean loss in training. In evaluation, return the sum of losses and predicted classes.

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from megachiar import phases
+
 PHASES = ("data", "forward", "backward", "optimizer")
 COMMUNICATION = "communication"
 Item = TypeVar("Item")
@@ -51,7 +53,8 @@ class StepClock:
     def phase(self, name: str) -> Iterator[None]:
         """Measure what this context does, without its communication, as a part of phase ``name``."""
         began, communication = time.perf_counter(), self._sums[COMMUNICATION]
-        yield
+        with phases.phase(name):
+            yield
         inside = self._sums[COMMUNICATION] - communication
         self._sums[name] += time.perf_counter() - began - inside
 
@@ -131,7 +134,8 @@ class EventClock(StepClock):
         """Put events around what this context starts."""
         start = self._recorded()
         self._phase = name
-        yield
+        with phases.phase(name):
+            yield
         self._phase = None
         self._spans.append(_Span(name, start, self._recorded()))
 

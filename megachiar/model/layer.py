@@ -31,6 +31,7 @@ from megachiar.model.learned_router import learn_values
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
+from megachiar.phases import phase
 from megachiar.topology import TensorParallelGroup
 
 
@@ -83,16 +84,19 @@ class FixedLayer(nn.Module):
             cache: of earlier positions; None in training.
             routes: not used: all rows take one operator.
         """
-        if self.is_attention:
-            y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
-        else:
-            y = self.operator(x)
-        hidden_states = self.feed_forward(y, layout.dropout_keys)
+        with phase("attention" if self.is_attention else "dct"):
+            if self.is_attention:
+                y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
+            else:
+                y = self.operator(x)
+        with phase("feed-forward"):
+            hidden_states = self.feed_forward(y, layout.dropout_keys)
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
         mean_gate = nan
         if self.meta_router is not None:
-            gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
+            with phase("route"):
+                gate = self.meta_router(x, layout, cache and cache.layer(f"{self.name}.meta_router"))
             hidden_states = gate * hidden_states + (1 - gate) * x
             mean_gate = _mean_gate(gate.detach().float(), layout)
         return LayerOutput(
@@ -142,9 +146,10 @@ class RoutedLayer(nn.Module):
             cache: of earlier positions; None in training.
             routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
         """
-        decision = self.router(x, layout)
+        with phase("route"):
+            decision = self.router(x, layout)
         if self.router.kind == "soft":
-            hidden_states = self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
+            hidden_states = self._feed_forward(self._blend(x, decision, layout, cache), layout)
             operator_fractions = layout.mean_of_rows(decision.gates.detach())
         else:
             hidden_states, operator_fractions = self._route(x, decision, layout, cache, routes)
@@ -175,23 +180,30 @@ class RoutedLayer(nn.Module):
         Returns:
             Hidden states (m, d), and the fraction (O,) of this rank's rows that each operator took.
         """
-        operator, explored = self._decided(decision, layout, routes)
-        self.last_routes = operator
-        dispatched = operator if explored is None else operator.masked_fill(explored, self.names.index("attention"))
-        plan = plan_dispatch(dispatched, len(self.names), layout)
-        parts = permute(x, plan.permutation, plan.local_counts)
+        with phase("route"):
+            operator, explored = self._decided(decision, layout, routes)
+            self.last_routes = operator
+            dispatched = operator if explored is None else operator.masked_fill(explored, self.names.index("attention"))
+            plan = plan_dispatch(dispatched, len(self.names), layout)
+            parts = permute(x, plan.permutation, plan.local_counts)
         results = [
             self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, cache)
             for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
-        y = unpermute(results, plan.permutation)
+        with phase("route"):
+            y = unpermute(results, plan.permutation)
         if decision.gates is not None and decision.gates.requires_grad:
             y = self._with_gradient_of_gates(y, x, operator[layout.local_slice], plan, decision, layout)
         if explored is not None:
             y = self._with_measured_values(y, x, operator[layout.local_slice], explored, decision, layout)
         counts = plan.local_counts if explored is None else None
         operator_fractions = self._fractions(operator[layout.local_slice], counts, layout)
-        return self.feed_forward(y, layout.dropout_keys), operator_fractions
+        return self._feed_forward(y, layout), operator_fractions
+
+    def _feed_forward(self, x: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Run the feed-forward sub-layer for rows (m, d)."""
+        with phase("feed-forward"):
+            return self.feed_forward(x, layout.dropout_keys)
 
     def _decided(
         self, decision: RoutingDecision, layout: BatchLayout, routes: Routes | None
@@ -326,9 +338,10 @@ class RoutedLayer(nn.Module):
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Compute operator ``name`` for its rows. It runs even without rows: all ranks must gather and reduce alike."""
-        if name == "dct":
-            return self.dct(
-                routed, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
-            )
-        operator = self.attention if name == "attention" else self.rbf
-        return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))
+        with phase(name):
+            if name == "dct":
+                return self.dct(
+                    routed, spectrum.index_select(0, operator_tokens.local_indices) if spectrum is not None else None
+                )
+            operator = self.attention if name == "attention" else self.rbf
+            return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))

@@ -30,6 +30,7 @@ from megachiar.training.final_evaluation import FinalEvaluation, has_result
 from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
+from megachiar.training.profiling import check_profiling
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
 from megachiar.training.run_lock import hold_run_folder
@@ -62,6 +63,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
         if topology.is_main:
             check_packages(config)
         config, data = open_run(config)
+        check_profiling(config, topology)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
     folder, activity = config.logging.folder, Activity()

@@ -17,6 +17,7 @@ from megachiar.engine.engine import Engine
 from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.phases import phase
 from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
@@ -27,6 +28,7 @@ from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
 from megachiar.training.metrics import MetricsWriter
 from megachiar.training.mixing import samples_of_tasks
+from megachiar.training.profiling import Profiler
 from megachiar.training.recorded_steps import SKIPPED
 from megachiar.training.rollback import roll_back
 from megachiar.training.rollback_record import write_rollback
@@ -85,6 +87,7 @@ class Trainer:
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
+        self.profiler = Profiler(self.config, engine.topology.rank, engine.device, display.line)
         self.log = StepLog(engine, writer, display, supervision.watch, progress.spent)
 
     def run(self, owed: Sequence[str] = ()) -> int:
@@ -116,6 +119,7 @@ class Trainer:
             return self._stopped()
         while self.progress.step < self.config.steps:
             self.comparison.run_if_due(self.progress.step)
+            self.profiler.begin_step(self.progress.step + 1)
             result, bad = self._timed_step(batches)
             if bad is not None and bad.action == "roll back":
                 return None
@@ -125,7 +129,9 @@ class Trainer:
             stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
             self.saver.poll()
             self._save_if_due(stop)
+            self.profiler.end_step(self.progress.step)
             if stop:
+                self.profiler.close(self.progress.step)
                 return self._stopped()
         return 0
 
@@ -268,15 +274,16 @@ class Trainer:
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)
-        self.saver.save(
-            step,
-            self.data.history,
-            losses,
-            recent=self.bad_steps.recent,
-            auxiliary_samples=samples_of_tasks(self.config, self.data.tasks_read, self.progress.samples),
-            spent=self.log.spent,
-            must_succeed=stop or last,
-        )
+        with phase("save"):
+            self.saver.save(
+                step,
+                self.data.history,
+                losses,
+                recent=self.bad_steps.recent,
+                auxiliary_samples=samples_of_tasks(self.config, self.data.tasks_read, self.progress.samples),
+                spent=self.log.spent,
+                must_succeed=stop or last,
+            )
 
     def _add_to_checkpoint(self, step: int, name: str, loss: float) -> None:
         """Add the loss of an evaluation that a stop had put off to the checkpoint, which was saved before it."""
