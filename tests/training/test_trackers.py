@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,29 @@ def test_wandb_keeps_an_offline_run_over_a_resume(tmp_path, monkeypatch):
     assert values == SHARES and bins == [0.5, 1.5, 2.5, 3.5, 4.5]
 
 
+def test_every_key_reaches_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from megachiar.training.trackers.wandb_tracker import WandbTracker
+
+    asked: list[dict[str, Any]] = []
+
+    def init(**keys: Any) -> SimpleNamespace:
+        asked.append(keys)
+        return SimpleNamespace(define_metric=lambda name, step_metric: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "login", lambda prompt=True: not prompt)
+    keys = {"project": "p", "entity": "e", "name": "n", "group": "g", "tags": ("t",)}
+    WandbTracker(WandbConfig(**keys), tracked(tmp_path / "run"))
+    assert {key: asked[0][key] for key in keys} == {**keys, "tags": ["t"]}
+    assert asked[0]["mode"] == "online" and asked[0]["dir"] == str(tmp_path / "run")
+    WandbTracker(WandbConfig(), tracked(tmp_path / "run"))
+    assert asked[1]["id"] == asked[0]["id"] and asked[1]["name"] == "run" and asked[1]["project"] == "megachiar"
+    monkeypatch.setattr(wandb, "login", lambda prompt=True: prompt)
+    with pytest.raises(RuntimeError, match="no API key"):
+        WandbTracker(WandbConfig(), tracked(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("store", ["database", "files"])
 def test_mlflow_keeps_a_run_over_a_resume(tmp_path, monkeypatch, store):
     pytest.importorskip("mlflow")
@@ -172,6 +196,9 @@ def test_mlflow_keeps_a_run_over_a_resume(tmp_path, monkeypatch, store):
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
     assert run.data.params["model.num_layers"] == "4" and len(run.data.params["long"]) == 500
+    RunIds(tmp_path / "run", pytest.fail).keep("mlflow", "0" * 32)  # a run that somebody has removed for good
+    MlflowTracker(MlflowConfig(tracking_uri=uri, experiment="e", name="again"), tracked(tmp_path / "run")).close()
+    assert len(client.search_runs([run.info.experiment_id])) == 2
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 1), (2, 2), (3, 3)]
 
 

@@ -31,15 +31,26 @@ class MlflowTracker:
         self._metric = Metric
         self._client = MlflowClient(tracking_uri=config.tracking_uri or f"sqlite:///{run.folder.resolve()}/mlflow.db")
         known = run.ids.get("mlflow")
-        if known is not None:
+        if known is not None and self._goes_on(known):
             self._id = known
-            self._client.update_run(known, status="RUNNING")
             return
         found = self._client.get_experiment_by_name(config.experiment)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(config.experiment)
         self._id = self._client.create_run(experiment, run_name=config.name or run.name).info.run_id
         self._log_config(run)
         run.ids.keep("mlflow", self._id)
+
+    def _goes_on(self, known: str) -> bool:
+        """Mark a run as running again; return whether MLflow has it still."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(known, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def _log_config(self, run: TrackedRun) -> None:
         from mlflow.entities import Param

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
+from collections.abc import Callable
 
 from megachiar.config.trackers import WandbConfig
 from megachiar.training.trackers.points import Point
@@ -22,6 +24,8 @@ class WandbTracker:
     def __init__(self, config: WandbConfig, run: TrackedRun):
         import wandb
 
+        if config.mode == "online":
+            _check_key(wandb.login)
         self._histogram = wandb.Histogram
         known = run.ids.get("wandb")
         name = known or uuid.uuid4().hex[:8]
@@ -36,7 +40,7 @@ class WandbTracker:
             resume="allow",
             dir=str(run.folder),
             config=run.config,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, login_timeout=1.0),
         )
         self._run.define_metric("*", step_metric="step")
         run.ids.keep("wandb", name)
@@ -52,3 +56,15 @@ class WandbTracker:
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
+
+
+def _check_key(login: Callable[..., bool]) -> None:
+    """Check that there is a key, without asking at the terminal: a run has nobody who answers.
+
+    Versions of wandb that cannot be told so ask for a second, see ``login_timeout``.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if "prompt" in inspect.signature(login).parameters and not login(prompt=False):
+        raise RuntimeError("there is no API key: run `wandb login`, or set logging.wandb.mode to offline")
