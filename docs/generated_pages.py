@@ -135,7 +135,7 @@ def row(name: str, field: Any) -> Key:
     """Return a key's line of its section's table."""
     if field.default is PydanticUndefined:
         default = "**required**"
-    elif section_of(field.annotation) is not None:
+    elif section_of(field.annotation) is not None and field.default is not None:
         default = ""
     else:
         default = f"`{show(field.default)}`"

@@ -6,6 +6,8 @@ needs no lock: the watch may read a value that is a moment old.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -33,6 +35,7 @@ class Activity:
         steps: steps that this process has trained.
         step_seconds: seconds that they took.
         waited_seconds: seconds of them that this rank spent in calls that wait for other ranks.
+        communicating: makes a context around each such call, for a clock that splits the time of steps.
     """
 
     def __init__(self) -> None:
@@ -44,6 +47,7 @@ class Activity:
         self.steps = 0
         self.step_seconds = 0.0
         self.waited_seconds = 0.0
+        self.communicating: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._waited = 0.0
         self._waited_before_step = 0.0
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megachiar"
 TOOLS = ROOT / "tools"
 
 FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
-    {"__init__", "checkout", "errors", "last_words", "log_streams", "printed_messages", "process_identity"},
+    {"__init__", "checkout", "errors", "last_words", "log_streams", "phases", "printed_messages", "process_identity"},
     {
         "activity",
         "config",
@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "data.storage": {"__init__"},
     "data.inputs": {"data.storage"},
     "data.tokenizers": {"data.storage", "data.inputs", "process_memory"},
-    "model": {"config", "topology", "parallel", "kernels"},
+    "model": {"config", "topology", "parallel", "kernels", "phases"},
 }
 MAY_IMPORT_DEEPSPEED = {"engine"}
 

@@ -60,6 +60,8 @@ class RecentSteps(BaseModel):
         skipped_in_a_row: how many steps up to the checkpoint were left out, one after another.
         skipped_since_record: how many steps were left out that no record of the metrics up to the checkpoint counts.
         spikes_since_record: how many steps were spikes that no record of the metrics up to the checkpoint counts.
+        taken_since_record: how many steps were taken that no record of the metrics up to the checkpoint averages.
+        loss_since_record: sum of their losses, in nats a token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,12 +71,37 @@ class RecentSteps(BaseModel):
     skipped_in_a_row: int = Field(default=0, ge=0)
     skipped_since_record: int = Field(default=0, ge=0)
     spikes_since_record: int = Field(default=0, ge=0)
+    taken_since_record: int = Field(default=0, ge=0)
+    loss_since_record: float = 0.0
 
 
 NO_STEPS = RecentSteps()
 
 
-_SINCE_VERSION_4 = {"checksums", "validation", "validation_data", "auxiliary_samples", "went_back_to", "recent"}
+class Spent(BaseModel):
+    """What a run has spent, in all its starts and with the steps that it rolled back; charts have it as their axis.
+
+    Attributes:
+        seconds: from the first step on, with evaluations and saves, but without what a kill took back.
+        flops: model FLOPs of the steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    flops: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+NOTHING_SPENT = Spent()
+_SINCE_VERSION_4 = {
+    "checksums",
+    "validation",
+    "validation_data",
+    "auxiliary_samples",
+    "went_back_to",
+    "recent",
+    "spent",
+}
 
 
 class CheckpointState(BaseModel):
@@ -89,6 +116,7 @@ class CheckpointState(BaseModel):
         optimizer_steps: steps that changed the weights; steps that were skipped are not counted.
         loss_scale: fp16 loss scale with its counters; None for other dtypes.
         recent: what the run compares its next steps with; empty in checkpoints before this field.
+        spent: what the run has spent up to the checkpoint; nothing in checkpoints before this field.
         layout: layout of the run that wrote the files, as text for people.
         validation: loss in nats a token on validation sets that was measured after this step, by name. A stop puts an
             evaluation off; its result is added when the run goes on.
@@ -112,6 +140,7 @@ class CheckpointState(BaseModel):
     optimizer_steps: int = Field(ge=0)
     loss_scale: dict[str, float] | None
     recent: RecentSteps = NO_STEPS
+    spent: Spent = NOTHING_SPENT
     layout: str
     validation: dict[str, float] = {}
     validation_data: dict[str, SourceRecord] = {}

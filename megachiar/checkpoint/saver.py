@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.markup import escape
 
-from megachiar.checkpoint.format import NO_STEPS, RecentSteps
+from megachiar.checkpoint.format import NO_STEPS, NOTHING_SPENT, RecentSteps, Spent
 from megachiar.checkpoint.save import SaveError, remove_surplus, write_checkpoint
 from megachiar.checkpoint.sharded_tensors import HostMemory
 from megachiar.checkpoint.snapshot import Snapshot, take_snapshot
@@ -76,6 +76,7 @@ class CheckpointSaver:
         validation: Mapping[str, float],
         recent: RecentSteps = NO_STEPS,
         auxiliary_samples: Mapping[str, int] | None = None,
+        spent: Spent = NOTHING_SPENT,
         *,
         must_succeed: bool,
     ) -> None:
@@ -87,6 +88,7 @@ class CheckpointSaver:
             validation: loss in nats a token on validation sets after this step, by name.
             recent: what the run compares its next steps with.
             auxiliary_samples: samples that each auxiliary task has read, by name; None where there is none.
+            spent: what the run has spent so far.
             must_succeed: wait until the checkpoint is written, and raise a failure whatever ``on_failure`` says, since
                 the run ends after it.
 
@@ -104,6 +106,7 @@ class CheckpointSaver:
             memory=self.memory,
             validation_data=self._validation_data,
             auxiliary_samples=auxiliary_samples,
+            spent=spent,
         )
         self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began, self._spared)
         if must_succeed or not self._config.asynchronous:

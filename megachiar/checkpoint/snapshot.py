@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megachiar.checkpoint.checksums import FileRecord
-from megachiar.checkpoint.format import NO_STEPS, CheckpointState, RecentSteps
+from megachiar.checkpoint.format import NO_STEPS, NOTHING_SPENT, CheckpointState, RecentSteps, Spent
 from megachiar.checkpoint.sharded_tensors import HostMemory, ShardWriter
 from megachiar.config import RunConfig
 from megachiar.data.sampling.history import DataHistory
@@ -61,6 +61,7 @@ def take_snapshot(
     memory: HostMemory | None = None,
     validation_data: Mapping[str, SourceRecord] | None = None,
     auxiliary_samples: Mapping[str, int] | None = None,
+    spent: Spent = NOTHING_SPENT,
 ) -> Snapshot:
     """Gather weights and optimizer state, and copy this rank's share; every rank calls this function.
 
@@ -73,6 +74,7 @@ def take_snapshot(
         memory: takes the copies, and must not be in use by another snapshot; None for new memory.
         validation_data: what the validation sets of the run hold, by name.
         auxiliary_samples: samples that each auxiliary task has read, by name; None where there is none.
+        spent: what the run has spent so far.
     """
     from megachiar.engine.deepspeed_patches import loss_scale_state
     from megachiar.engine.gathered_state import gather_state
@@ -92,6 +94,7 @@ def take_snapshot(
         "optimizer_steps": step - engine.skipped_steps,
         "loss_scale": loss_scale_state(engine.deepspeed),
         "recent": recent,
+        "spent": spent,
         "layout": engine.topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
         "validation": dict(validation),
         "validation_data": dict(validation_data or {}),

@@ -12,6 +12,7 @@ from typing import Any
 
 from megachiar.config.errors import Problem
 from megachiar.config.model import ModelConfig
+from megachiar.config.profiling import profiling
 from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.router_checks import router
 from megachiar.config.run_length import LENGTHS, steps_of_tokens
@@ -362,4 +363,5 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     compilation,
     classification,
     auxiliary_tasks,
+    profiling,
 )

@@ -73,7 +73,7 @@ HARMFUL: dict[str, tuple[Any, str, str]] = {
     "compile": (None, "would compile the model a second time", "training.compile"),
 }
 # Raw keys that let DeepSpeed measure or log by itself. It would make a second set of curves or figures beside ours.
-_CURVES = "logging.tensorboard, or read metrics.jsonl in the run folder"
+_CURVES = "logging.tensorboard, logging.wandb, logging.mlflow or logging.trackio, or read metrics.jsonl"
 MONITORS = {
     "tensorboard": _CURVES,
     "wandb": _CURVES,

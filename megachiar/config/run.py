@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.profiling import ProfilingConfig
 from megachiar.config.reliability import ReliabilityConfig
 from megachiar.config.section import Section
 from megachiar.config.sections import (
@@ -52,6 +53,8 @@ class RunConfig(Section):
     """How the run notices that something is wrong, and what it does."""
     logging: LoggingConfig
     """The run folder and the files written to it."""
+    profiling: ProfilingConfig = ProfilingConfig()
+    """Steps that PyTorch's profiler records."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed keys, which are passed through. One that contradicts a typed key, switches off a check or changes
     silently what the typed keys say is refused. DeepSpeed has no list

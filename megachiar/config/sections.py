@@ -11,6 +11,7 @@ from megachiar.config.duration import parse_duration
 from megachiar.config.model import ModelConfig
 from megachiar.config.paths import ConfigPath
 from megachiar.config.section import Section
+from megachiar.config.trackers import MlflowConfig, TrackioConfig, WandbConfig
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -236,3 +237,9 @@ class LoggingConfig(Section):
     """Steps between lines of the log."""
     tensorboard: bool = True
     """Write TensorBoard event files below the run folder."""
+    wandb: WandbConfig | None = None
+    """Send the metrics to Weights & Biases as well; null does not, and {} does with the defaults."""
+    mlflow: MlflowConfig | None = None
+    """Send the metrics to MLflow as well; null does not, and {} does with the defaults."""
+    trackio: TrackioConfig | None = None
+    """Keep the metrics in trackio as well; null does not, and {} does with the defaults."""

@@ -19,6 +19,7 @@ from megachiar.engine.micro_batches import MicroStep, main_steps, on_device
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
 from megachiar.engine.running_routers import value_layers
+from megachiar.engine.step_clock import step_clock
 from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_step
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
@@ -106,6 +107,7 @@ class Engine:
 
     Attributes:
         replica: this rank's part of the model with its optimizer.
+        clock: splits the time of steps into phases.
         control: a gloo group of all ranks. Scalars are summed over it in float64, so that no GPU stream waits for them.
         skipped_steps: number of steps of the run that were left out, which a resumed run goes on from.
     """
@@ -114,12 +116,13 @@ class Engine:
         self.config = config
         self.topology = topology
         self.device = device
+        self.clock = step_clock(device, topology.pipeline_size)
         if device.type == "cpu" and config.precision.compute == "fp16":
             deepspeed_patches.allow_fp16_on_cpu()
         with silence():
             deepspeed_patches.import_muon_uncompiled()
             replica_class = PipelineReplica if topology.pipeline_size > 1 else Replica
-            self.replica: Replica | PipelineReplica = replica_class(config, topology, device)
+            self.replica: Replica | PipelineReplica = replica_class(config, topology, device, self.clock)
         deepspeed_patches.keep_running_at_least_loss_scale(self.deepspeed)
         self.skipped_steps = 0
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
@@ -173,12 +176,14 @@ class Engine:
         steps = main_steps(self.accumulation_steps) if plan is None else list(plan)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.clock.begin_step()
         self.replica.gate.begin(lambda skipped: self._agree(skipped, stop, accept))
         self.replica.step(on_device(micro_batches, steps, self.config.tasks, self.device), steps)
         result = self.replica.gate.finish()
         self.skipped_steps += result.skipped
         if not result.skipped:
             self.replica.routers.follow(result.attention_share, result.values)
+        self.clock.end_step()
         return result
 
     def _agree(self, skipped: bool, stop: bool, accept: Callable[[StepResult], bool]) -> StepResult:

@@ -25,10 +25,12 @@ from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.pipeline_stages import MicroBatchQueue, StageEmbedding, StageNorm, StagePart, pipeline_parts
 from megachiar.engine.running_routers import RunningRouters
+from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model.classifier import classifier_loss
 from megachiar.model.compiled import compile_parts
+from megachiar.phases import phase
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
 
@@ -45,7 +47,11 @@ class StageModule(deepspeed_patches.BoundedPipeline):
     def __init__(self, parts: list, bounds: list[int], topology: Any, tasks: Sequence[RunTask]):
         self.losses: list[list[torch.Tensor]] = [[] for _ in tasks]
         self.queue = MicroBatchQueue(tasks)
-        super().__init__(parts, bounds, topology, self.loss)
+        super().__init__(parts, bounds, topology, self._named_loss)
+
+    def _named_loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        with phase("loss"):
+            return self.loss(outputs, targets)
 
     def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """Return the weighted mean loss in training. In evaluation, return the sum of losses and predicted classes.
@@ -79,8 +85,9 @@ class StageModule(deepspeed_patches.BoundedPipeline):
 class PipelineReplica:
     """One pipeline stage of the model, with the same methods as ``Replica``."""
 
-    def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device, clock: StepClock):
         self.config = config
+        self.clock = clock
         self.topology = topology
         self.device = device
         stage = _build_stage(config, topology)
@@ -114,7 +121,8 @@ class PipelineReplica:
         self.routers.begin_step(scale)
         self._fill_queues(plan)
         deepspeed_patches.set_micro_batches(self.deepspeed, len(plan))
-        self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in micro_batches)
+        read = self.clock.reading(micro_batches)
+        self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in read)
 
     def measure(self) -> RankMetrics:
         """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""

@@ -15,6 +15,7 @@ from megachiar.engine.initialize import initialize
 from megachiar.engine.micro_batches import MicroBatch, MicroStep
 from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.running_routers import RunningRouters
+from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import RankMetrics, flatten_auxiliary, flatten_forward
 from megachiar.model import build_model
@@ -25,7 +26,8 @@ from megachiar.topology import Topology
 class Replica:
     """The whole model, or this tensor-parallel rank's shard of every layer."""
 
-    def __init__(self, config: RunConfig, topology: Topology, device: torch.device):
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device, clock: StepClock):
+        self.clock = clock
         self.config = config
         self.device = device
         model = build_model(
@@ -73,13 +75,16 @@ class Replica:
         accumulated = self.deepspeed.gradient_accumulation_steps()
         self.routers.begin_step(deepspeed_patches.loss_scale(self.deepspeed) / accumulated)
         last = len(plan) - 1
-        for number, (micro_step, batch) in enumerate(zip(plan, micro_batches, strict=True)):
+        for number, (micro_step, batch) in enumerate(zip(plan, self.clock.reading(micro_batches), strict=True)):
             if self.config.mixed.tasks:  # a step has as many micro-batches as its draws make
                 self.deepspeed.set_gradient_accumulation_boundary(number == last)
-            loss = self._forward_pass(batch, micro_step)
-            self.deepspeed.backward(loss)
-            self._norm = self._unclipped_norm()
-            self.deepspeed.step()
+            with self.clock.phase("forward"):
+                loss = self._forward_pass(batch, micro_step)
+            with self.clock.phase("backward"):
+                self.deepspeed.backward(loss)
+            with self.clock.phase("optimizer"):
+                self._norm = self._unclipped_norm()
+                self.deepspeed.step()
 
     def _forward_pass(self, batch: MicroBatch, micro_step: MicroStep) -> torch.Tensor:
         """Return the weighted loss of a micro-batch, and keep what it reports.

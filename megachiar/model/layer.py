@@ -31,6 +31,7 @@ from megachiar.model.learned_router import learn_values
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
+from megachiar.phases import phase
 from megachiar.topology import TensorParallelGroup
 
 
@@ -89,14 +90,17 @@ class FixedLayer(nn.Module):
             cache: of earlier positions; None in training.
             routes: not used: all rows take one operator.
         """
-        if self.is_attention:
-            y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
-        else:
-            y = self.operator(x)
-        hidden_states = self.feed_forward(y, layout.dropout_keys)
+        with phase("attention" if self.is_attention else "dct"):
+            if self.is_attention:
+                y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
+            else:
+                y = self.operator(x)
+        with phase("feed-forward"):
+            hidden_states = self.feed_forward(y, layout.dropout_keys)
         gate = None
         if self.meta_router is not None:
-            gate = self.meta_router(x, layout, cache)
+            with phase("route"):
+                gate = self.meta_router(x, layout, cache)
             hidden_states = gate * hidden_states + (1 - gate) * x
         if cache is not None:
             return LayerOutput.unmeasured(hidden_states)
@@ -149,11 +153,12 @@ class RoutedLayer(nn.Module):
             cache: of earlier positions; None in training.
             routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
         """
-        decision = self.router(x, layout)
+        with phase("route"):
+            decision = self.router(x, layout)
         if cache is not None:
             return LayerOutput.unmeasured(self._decode(x, decision, layout, cache, routes))
         if self.router.kind == "soft":
-            hidden_states = self.feed_forward(self._blend(x, decision, layout, None), layout.dropout_keys)
+            hidden_states = self._feed_forward(self._blend(x, decision, layout, None), layout)
             operator_fractions = layout.mean_of_rows(decision.gates.detach())
         else:
             hidden_states, operator_fractions = self._route(x, decision, layout, routes)
@@ -181,7 +186,7 @@ class RoutedLayer(nn.Module):
     ) -> torch.Tensor:
         """Compute hidden states (m, d) behind a cache, without gradient and without what is only for the log."""
         if self.router.kind == "soft":
-            return self.feed_forward(self._blend(x, decision, layout, cache), layout.dropout_keys)
+            return self._feed_forward(self._blend(x, decision, layout, cache), layout)
         operator, _ = self._decided(decision, layout, routes)
         self.last_routes = operator
         plan = plan_dispatch(operator, len(self.names), layout)
@@ -192,7 +197,7 @@ class RoutedLayer(nn.Module):
             for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
         y = results[counts.index(len(x))] if is_alike else unpermute(results, plan.permutation)
-        return self.feed_forward(y, layout.dropout_keys)
+        return self._feed_forward(y, layout)
 
     def _route(
         self, x: torch.Tensor, decision: RoutingDecision, layout: BatchLayout, routes: Routes | None
@@ -202,23 +207,30 @@ class RoutedLayer(nn.Module):
         Returns:
             Hidden states (m, d), and the fraction (O,) of this rank's rows that each operator took.
         """
-        operator, explored = self._decided(decision, layout, routes)
-        self.last_routes = operator
-        dispatched = operator if explored is None else operator.masked_fill(explored, self.names.index("attention"))
-        plan = plan_dispatch(dispatched, len(self.names), layout)
-        parts = permute(x, plan.permutation, plan.local_counts)
+        with phase("route"):
+            operator, explored = self._decided(decision, layout, routes)
+            self.last_routes = operator
+            dispatched = operator if explored is None else operator.masked_fill(explored, self.names.index("attention"))
+            plan = plan_dispatch(dispatched, len(self.names), layout)
+            parts = permute(x, plan.permutation, plan.local_counts)
         results = [
             self._operate(name, x, routed, operator_tokens, decision.spectrum, layout, None)
             for name, routed, operator_tokens in zip(reversed(self.names), parts, plan.operators, strict=True)
         ]
-        y = unpermute(results, plan.permutation)
+        with phase("route"):
+            y = unpermute(results, plan.permutation)
         if decision.gates is not None and decision.gates.requires_grad:
             y = self._with_gradient_of_gates(y, x, operator[layout.local_slice], plan, decision, layout)
         if explored is not None:
             y = self._with_measured_values(y, x, operator[layout.local_slice], explored, decision, layout)
         counts = plan.local_counts if explored is None else None
         operator_fractions = self._fractions(operator[layout.local_slice], counts, layout)
-        return self.feed_forward(y, layout.dropout_keys), operator_fractions
+        return self._feed_forward(y, layout), operator_fractions
+
+    def _feed_forward(self, x: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Run the feed-forward sub-layer for rows (m, d)."""
+        with phase("feed-forward"):
+            return self.feed_forward(x, layout.dropout_keys)
 
     def _decided(
         self, decision: RoutingDecision, layout: BatchLayout, routes: Routes | None
@@ -353,11 +365,12 @@ class RoutedLayer(nn.Module):
         cache: DecodingCache | None,
     ) -> torch.Tensor:
         """Compute operator ``name`` for its rows. It runs even without rows: all ranks must gather and reduce alike."""
-        if name == "dct":
-            if cache is not None and len(routed) == 0:  # nothing is communicated, and nothing kept
-                return routed
-            if spectrum is not None and len(routed) < len(spectrum):
-                spectrum = spectrum.index_select(0, operator_tokens.local_indices)
-            return self.dct(routed, spectrum)
-        operator = self.attention if name == "attention" else self.rbf
-        return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))
+        with phase(name):
+            if name == "dct":
+                if cache is not None and len(routed) == 0:  # nothing is communicated, and nothing kept
+                    return routed
+                if spectrum is not None and len(routed) < len(spectrum):
+                    spectrum = spectrum.index_select(0, operator_tokens.local_indices)
+                return self.dct(routed, spectrum)
+            operator = self.attention if name == "attention" else self.rbf
+            return operator(x, routed, operator_tokens, layout, cache and cache.layer(f"{self.name}.{name}"))

@@ -22,6 +22,7 @@ from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import Routes
 from megachiar.model.layer_stack import RoutingStatistics, build_layer, run_layers, statistics, total_regulariser
 from megachiar.model.norm import RowNorm
+from megachiar.phases import phase
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
 
@@ -131,7 +132,8 @@ class ChiarFormer(nn.Module):
             x = touch_unused(self.classifiers, head, x)
         if head is not None:
             logits = self.classifiers[head](pool(x, layout), layout)
-            of_labels = classifier_loss(logits, targets) if targets is not None else None
+            with phase("loss"):
+                of_labels = classifier_loss(logits, targets) if targets is not None else None
             return ModelOutput(
                 loss=of_labels.loss if of_labels is not None else None,
                 regulariser=regulariser,
@@ -149,7 +151,8 @@ class ChiarFormer(nn.Module):
                 logits=self.embedding(x).unflatten(0, (len(tokens), -1)),
                 statistics=report,
             )
-        result = self.embedding(x, targets.flatten())
+        with phase("loss"):
+            result = self.embedding(x, targets.flatten())
         return ModelOutput(
             loss=result.loss,
             regulariser=regulariser,

@@ -16,13 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megachiar.checkpoint.format import RecentSteps
+from megachiar.checkpoint.format import NO_STEPS, RecentSteps
 from megachiar.config import RunConfig
 from megachiar.engine.engine import Engine
 from megachiar.engine.finite_state import find_non_finite
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.training.spikes import SpikeDetector
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the steps since the last record of the metrics.
+
+    Attributes:
+        skipped: how many were left out.
+        spikes: how many were spikes.
+        mean_loss: mean loss of the others; None where there are none. A step's loss is the mean over its micro-batches,
+            which are equally large, so that steps count alike.
+    """
+
+    skipped: int
+    spikes: int
+    mean_loss: float | None
 
 
 class Diverged(UserError):
@@ -66,7 +82,7 @@ class BadSteps:
         self._detector = SpikeDetector(config.reliability, recent)
         self._scales = config.precision.compute == "fp16" and config.precision.loss_scale == "dynamic"
         self._in_a_row = recent.skipped_in_a_row
-        self._counts = _counts_of(recent)
+        self._count_from(recent)
         self.rollbacks = rollbacks
         self._rolled_back_to = rolled_back_to
 
@@ -75,8 +91,10 @@ class BadSteps:
         """Return what the next steps will be judged by, for a checkpoint."""
         counts = {
             "skipped_in_a_row": self._in_a_row,
-            "skipped_since_record": self._counts["skipped"],
-            "spikes_since_record": self._counts["spikes"],
+            "skipped_since_record": self._skipped,
+            "spikes_since_record": self._spikes,
+            "taken_since_record": self._taken,
+            "loss_since_record": self._loss,
         }
         return self._detector.recent.model_copy(update=counts)
 
@@ -99,8 +117,10 @@ class BadSteps:
         # Where an overflow is no bad step by itself, it may still come from a loss that is a spike.
         spike = self._detector.find(result) if result.is_finite or self._overflows(result) else None
         self._detector.note(result)
-        self._counts["spikes"] += spike is not None
-        self._counts["skipped"] += result.skipped
+        self._spikes += spike is not None
+        self._skipped += result.skipped
+        self._taken += not result.skipped
+        self._loss += 0.0 if result.skipped else result.loss
         self._in_a_row = self._in_a_row + 1 if result.skipped else 0
         reason = _numbers(result) if spike is None else str(spike)
         kind: Literal["not finite", "spike"] = "not finite" if spike is None else "spike"
@@ -111,19 +131,26 @@ class BadSteps:
             return None
         return self._follow_policy(step, BadStep(kind, reason, "left out" if result.skipped else "taken"), newest)
 
-    def take_counts(self) -> dict[str, int]:
-        """Return the steps left out (``skipped``) and the ``spikes`` since the last call of this method.
+    def take_counts(self) -> Counts:
+        """Return what became of the steps since the last call of this method.
 
         A run that goes on from a checkpoint goes on counting: each step is counted in one record of its metrics.
         """
-        counts, self._counts = self._counts, {"skipped": 0, "spikes": 0}
+        mean = self._loss / self._taken if self._taken else None
+        counts = Counts(skipped=self._skipped, spikes=self._spikes, mean_loss=mean)
+        self._count_from(NO_STEPS)
         return counts
 
     def roll_back(self, recent: RecentSteps) -> None:
         """Go on from a checkpoint that has ``recent``."""
         self._detector = SpikeDetector(self._config.reliability, recent)
         self._in_a_row = recent.skipped_in_a_row
-        self._counts = _counts_of(recent)
+        self._count_from(recent)
+
+    def _count_from(self, recent: RecentSteps) -> None:
+        """Go on counting from what the next record of the metrics tells already."""
+        self._skipped, self._spikes = recent.skipped_since_record, recent.spikes_since_record
+        self._taken, self._loss = recent.taken_since_record, recent.loss_since_record
 
     def _overflows(self, result: StepResult) -> bool:
         """Return whether only fp16's loss scale is too large: gradients are not finite under a loss that is."""
@@ -169,11 +196,6 @@ class BadSteps:
             f"{_restart(newest)} with a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
             "precision.compute: fp32; where the data is bad for a while only, raise reliability.max_skipped",
         )
-
-
-def _counts_of(recent: RecentSteps) -> dict[str, int]:
-    """Return the steps before a checkpoint that the next record of the metrics counts."""
-    return {"skipped": recent.skipped_since_record, "spikes": recent.spikes_since_record}
 
 
 def check_weights_are_finite(engine: Engine, step: int, newest: Path | None) -> None:

@@ -54,10 +54,12 @@ def measure_communication(activity: Activity) -> Iterator[None]:
 def _timed(function: Callable[..., Any], activity: Activity) -> Callable[..., Any]:
     @functools.wraps(function)
     def timed(*arguments: Any, **named: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():  # a save waits beside training
-            return function(*arguments, **named)
+        if threading.current_thread() is not threading.main_thread():  # a save, or a backward pass on a GPU
+            with activity.communicating():
+                return function(*arguments, **named)
         began = time.perf_counter()
-        result = function(*arguments, **named)
+        with activity.communicating():
+            result = function(*arguments, **named)
         activity.end_wait(time.perf_counter() - began)  # a call that failed is no progress
         return result
 

@@ -13,7 +13,7 @@ from megachiar.checkpoint.compatibility import (
     read_compatible,
     weights_alone,
 )
-from megachiar.checkpoint.format import CONFIG_FILE, CheckpointState, RecentSteps
+from megachiar.checkpoint.format import CONFIG_FILE, NOTHING_SPENT, CheckpointState, RecentSteps, Spent
 from megachiar.config import RunConfig, load_config
 from megachiar.config.run_length import asked_length
 from megachiar.data.sampling.history_records import Change
@@ -42,6 +42,7 @@ class Progress:
         saved_step: step of the newest checkpoint in the run folder; None before the first.
         recent: the steps that the next one is compared with.
         rollbacks: how often the run went back to the checkpoint of ``saved_step``.
+        spent: what the run had spent when this process began.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Progress:
     saved_step: int | None = None
     recent: RecentSteps = field(default_factory=RecentSteps)
     rollbacks: int = 0
+    spent: Spent = NOTHING_SPENT
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
             saved_step=state.step if start.is_own else None,
             recent=state.recent,
             rollbacks=rollbacks,
+            spent=state.spent,
         ),
         replace(
             data.continue_from(state.data, state.step, start.history_after_rollback),

@@ -1,4 +1,4 @@
-"""The metrics of a run: ``metrics.jsonl``, one JSON record a line, and TensorBoard's event files."""
+"""The metrics of a run: ``metrics.jsonl``, one JSON record a line, which the run's trackers get as well."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,31 @@ from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_json
 from megachiar.errors import disk_errors
+from megachiar.training.trackers.run_trackers import RunTrackers
 
 _LARGEST = 1 << 40  # bytes of metrics.jsonl
 _NAMED = 5  # damaged lines that a warning names
 
 
 class MetricsWriter:
-    """Write each record to ``metrics.jsonl`` and TensorBoard; rank 0 alone does so.
+    """Write each record to ``metrics.jsonl``, and hand it to the trackers; rank 0 alone does so.
 
-    A disk that refuses a record does not end the run: ``warn`` is called, and the next record is tried again. Event
-    files are given up after the first refusal, since TensorBoard's writer has lost its place in them.
+    A disk that refuses a record does not end the run: ``warn`` is called, and the next record is tried again.
 
     Args:
         folder: the run folder.
-        tensorboard: whether to write event files.
         step: step that the run continues from. Records of later steps, which a run wrote and then stopped before it
             saved, are removed, so that the file holds one history.
         warn: prints a line of the log.
+        trackers: of the run; None for none.
 
     Raises:
-        UserError: the files cannot be opened.
+        UserError: the file cannot be opened.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, step: int, warn: Callable[[str], None]):
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None], trackers: RunTrackers | None = None):
         self.path = folder / "metrics.jsonl"
-        self._tensorboard_folder = folder / "tensorboard" if tensorboard else None
+        self.trackers = trackers
         self._warn = warn
         self._lost = 0  # records since the last one that was written
         self._open(step)
@@ -52,13 +51,9 @@ class MetricsWriter:
         self._forget_after(step)
         with disk_errors(self.path):
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (stays open as long as the run)
-        self._curves: EventFiles | None = None
-        if self._tensorboard_folder is not None:
-            with disk_errors(self._tensorboard_folder):
-                self._curves = EventFiles(self._tensorboard_folder, step)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Append one record of ``step``; a list (one value a layer) becomes one TensorBoard curve a layer."""
+        """Append one record of ``step``; a list has one value a layer."""
         try:
             self._append(json.dumps({"step": step, "kind": kind, **without_nan(values)}).encode() + b"\n")
         except OSError as error:
@@ -69,25 +64,21 @@ class MetricsWriter:
             if self._lost:
                 self._warn(f"{self.path} is written again; records that are missing: {self._lost}")
             self._lost = 0
-        if self._curves is not None:
-            try:
-                self._curves.add(step, kind, values)
-            except OSError as error:
-                self._give_up_curves(error)
+        if self.trackers is not None:
+            self.trackers.log(step, kind, values)
 
     def rewind(self, step: int) -> None:
         """Remove the records of steps after ``step``, from which the run goes on once more."""
-        self.close()
+        self._file.close()
         self._open(step)
+        if self.trackers is not None:
+            self.trackers.rewind(step)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file, and let the trackers send what is left."""
         self._file.close()
-        if self._curves is not None:
-            try:
-                self._curves.close()
-            except OSError as error:
-                self._give_up_curves(error)
+        if self.trackers is not None:
+            self.trackers.close()
 
     def _append(self, line: bytes) -> None:
         """Append ``line`` whole or not at all.
@@ -105,11 +96,6 @@ class MetricsWriter:
                 os.ftruncate(self._file.fileno(), end)
             raise
 
-    def _give_up_curves(self, error: OSError) -> None:
-        self._curves = None
-        reason = error.strerror or error
-        self._warn(f"{self._tensorboard_folder} cannot be written: {reason}. The run goes on without TensorBoard")
-
     def _forget_after(self, step: int) -> None:
         if not self.path.exists():
             return
@@ -121,47 +107,6 @@ class MetricsWriter:
             self._warn(f"{self.path}: {len(broken)} damaged lines are left out (line {named})")
         kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
         write_atomically(self.path, b"".join(line + b"\n" for line in kept))
-
-
-class EventFiles:
-    """The event files of TensorBoard. Its writer works in a thread of its own, whose errors come up at a later call.
-
-    Args:
-        folder: of the event files.
-        step: step that the run continues from; TensorBoard forgets the points of later steps.
-
-    Raises:
-        OSError: the disk refuses a file; every method raises it as well.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        before = set(threading.enumerate())
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-        self._threads = set(threading.enumerate()) - before
-        self._hook = threading.excepthook
-        threading.excepthook = self._without_disk_errors
-
-    def add(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Add a point of ``step`` to each curve; a list (one value a layer) has one curve a layer."""
-        for name, value in values.items():
-            many = isinstance(value, list)
-            for tag, number in (
-                [(f"{name}/layer_{i + 1:02d}", v) for i, v in enumerate(value)] if many else [(name, value)]
-            ):
-                if isinstance(number, (int, float)) and math.isfinite(number):
-                    self._writer.add_scalar(f"{kind}/{tag}", number, step)
-
-    def close(self) -> None:
-        """Write what is left and close the files."""
-        self._writer.close()
-        threading.excepthook = self._hook
-
-    def _without_disk_errors(self, arguments: threading.ExceptHookArgs) -> None:
-        """Print no traceback for what the disk refused the writer's thread; ``add`` raises it."""
-        if not (arguments.thread in self._threads and isinstance(arguments.exc_value, OSError)):
-            self._hook(arguments)
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

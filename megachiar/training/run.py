@@ -28,15 +28,17 @@ from megachiar.training.continuation import Progress, continue_run, describe_fin
 from megachiar.training.describe_data import describe_data
 from megachiar.training.display import Display
 from megachiar.training.final_evaluation import FinalEvaluation, has_result
-from megachiar.training.metrics import MetricsWriter
+from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.peaks import why_no_utilisation
+from megachiar.training.profiling import check_profiling
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
 from megachiar.training.run_lock import hold_run_folder
 from megachiar.training.run_result import set_result_aside
 from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start, set_later_aside
 from megachiar.training.supervision import Supervision
+from megachiar.training.trackers.run_trackers import RunTrackers, check_packages
 from megachiar.training.trainer import Trainer
 from megachiar.training.verify_data import blocks_of_rank, verify_data
 from megachiar.training.watch import PeerWatch
@@ -59,7 +61,10 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
     """
     problem = None
     try:
+        if topology.is_main:
+            check_packages(config)
         config, data = open_run(config)
+        check_profiling(config, topology)
     except UserError as error:
         problem = error  # it is raised on all ranks below: others may see a dataset that this rank does not
     folder, activity = config.logging.folder, Activity()
@@ -106,6 +111,7 @@ def train(
     run = continue_run(config, data, resolve_start(config, topology, console.print))
     activity.begin("builds the model", Stage.START, step=0, item=1)
     engine = Engine(config, topology, device)
+    activity.communicating = engine.clock.communicating
     log_run_header(config, engine, data, console)
     activity.begin("loads the checkpoint" if run.start.path else "starts anew", Stage.START, step=0, item=2)
     restore(engine, run, console.print)
@@ -161,9 +167,13 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: C
         keep_tokenizer(data.tokenizer, folder)
     elif data.tokenizer_record is not None:
         keep_record(data.tokenizer_record, folder)
-    return MetricsWriter(
-        folder, config.logging.tensorboard, progress.step, lambda line: log(f"[yellow]{escape(line)}[/]")
-    )
+
+    def warn(line: str) -> None:
+        log(f"[yellow]{escape(line)}[/]")
+
+    writer = MetricsWriter(folder, progress.step, warn)  # the trackers find one history
+    writer.trackers = RunTrackers(config, progress.step, lambda: read_metrics(folder), warn)
+    return writer
 
 
 def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:

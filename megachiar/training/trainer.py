@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.markup import escape
@@ -20,6 +17,7 @@ from megachiar.engine.engine import Engine
 from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
+from megachiar.phases import phase
 from megachiar.topology import raise_together
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
@@ -28,19 +26,17 @@ from megachiar.training.display import Display
 from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
-from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
+from megachiar.training.metrics import MetricsWriter
 from megachiar.training.mixing import samples_of_tasks
-from megachiar.training.peaks import peak_flops
+from megachiar.training.profiling import Profiler
 from megachiar.training.recorded_steps import SKIPPED
 from megachiar.training.rollback import roll_back
 from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_batches import StepBatches
-from megachiar.training.step_times import StragglerLog, measures_of
+from megachiar.training.step_log import Position, StepLog
 from megachiar.training.supervision import Supervision
-from megachiar.training.task_means import TaskMeans, ValueMeans
-from megachiar.training.throughput import Throughput
 from megachiar.training.validation import Validation
 
 
@@ -89,12 +85,10 @@ class Trainer:
         self.comparison = RankComparison(engine)
         self.validation = Validation(engine, data.validation, writer, display, supervision, self._add_to_checkpoint)
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
-        self._straggler_log = StragglerLog()
-        self._task_means = TaskMeans()
-        self._value_means = ValueMeans(self.config.model)
         self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
-        self._throughput = Throughput(self.config, engine.topology, peak_flops(engine.device))
+        self.profiler = Profiler(self.config, engine.topology.rank, engine.device, display.line)
+        self.log = StepLog(engine, writer, display, supervision.watch, progress.spent)
 
     def run(self, owed: Sequence[str] = ()) -> int:
         """Train to the last step; every rank calls this method.
@@ -120,10 +114,12 @@ class Trainer:
 
     def _train(self, batches: StepBatches, owed: Sequence[str]) -> int | None:
         """Train until the last step, a stop, or a step to roll back from; return the exit code, None to roll back."""
+        self.log.set_axes(self._position())
         if self._stop_is_asked() or not self.validation.run(owed, self.progress.step, is_owed=True):
             return self._stopped()
         while self.progress.step < self.config.steps:
             self.comparison.run_if_due(self.progress.step)
+            self.profiler.begin_step(self.progress.step + 1)
             result, bad = self._timed_step(batches)
             if bad is not None and bad.action == "roll back":
                 return None
@@ -133,7 +129,9 @@ class Trainer:
             stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
             self.saver.poll()
             self._save_if_due(stop)
+            self.profiler.end_step(self.progress.step)
             if stop:
+                self.profiler.close(self.progress.step)
                 return self._stopped()
         return 0
 
@@ -166,7 +164,7 @@ class Trainer:
         result = self._step(batches)
         seconds = time.perf_counter() - began
         self.activity.end_step(seconds)
-        self._throughput.add_step(seconds, self._plan)
+        self.log.add_step(seconds, result[0], self._plan)
         return result
 
     def _step(self, batches: StepBatches) -> tuple[StepResult, BadStep | None]:
@@ -184,8 +182,6 @@ class Trainer:
             raise_together(self.damaged_data())
         self.progress.step = step
         self.progress.samples += self.config.training.global_batch_size
-        self._task_means.add({} if result.skipped else result.tasks)
-        self._value_means.add([] if result.skipped else result.values)
         if result.skipped:
             self.saver.wait()  # the checkpoint that a message names, or the run goes back to, is complete
             self._record_skipped(step, result, rate)
@@ -221,9 +217,7 @@ class Trainer:
         self.progress.saved_step = state.step
         self.bad_steps.roll_back(state.recent)
         self._skipped = []
-        self._throughput.reset()
-        self._task_means = TaskMeans()
-        self._value_means = ValueMeans(self.config.model)
+        self.log.roll_back()
         self.comparison.begin_anew()
         if self.writer is not None:
             self.writer.rewind(state.step)
@@ -250,41 +244,18 @@ class Trainer:
         self.activity.begin(f"computes micro-batch {number}", Stage.TRAIN, self.progress.step + 1, item)
 
     def _log(self, result: StepResult, batches: StepBatches) -> None:
-        step = self.progress.step
-        if step % self.config.logging.every and step != self.config.steps:
-            return
-        straggler = self.supervision.watch.straggler()
-        values = self._measures(result, batches) | measures_of(straggler)
-        if self.writer is not None:
-            self.writer.write(step, "train", values)
-        routed = self.config.model.routed_layers
-        self.display.line(_describe(step, self.config.steps, values, routed, self.display.time_left(step)))
-        if line := self._straggler_log.line(straggler):
-            self.display.line(f"[yellow]{escape(line)}[/]")
-        self._throughput.reset()
+        """Log the last step where a record is due, and tell the trackers how far the run is."""
+        position = self._position()
+        self.log.set_axes(position)
+        if position.step % self.config.logging.every == 0 or position.step == self.config.steps:
+            self.log.write(position, result, self.bad_steps.take_counts(), batches.take_wait_seconds())
 
-    def _measures(self, result: StepResult, batches: StepBatches) -> dict[str, Any]:
-        """Return the metrics of the last step, with rates over all steps since the last line of the log."""
-        attention, rbf = (sum(shares) / len(shares) for shares in (result.attention_share, result.rbf_share))
+    def _position(self) -> Position:
+        samples = self.progress.samples
+        # Labelled sequences have any number of tokens: their number is not known.
         is_labelled = self.config.tasks[0].head is not None
-        return {
-            "loss": result.loss,
-            "regulariser": result.regulariser,
-            "learning_rate": learning_rate(self.config, self.progress.step),
-            "gradient_norm": result.gradient_norm,
-            **self.bad_steps.take_counts(),
-            "samples": self.progress.samples,
-            # Labelled sequences have any number of tokens: their number is not known.
-            "tokens": None if is_labelled else self.data.history.tokens_before(self.progress.samples),
-            **self._throughput.measures(attention, rbf, batches.take_wait_seconds()),
-            "attention_share": result.attention_share,
-            "rbf_share": result.rbf_share,
-            "entropy": result.entropy,
-            "gate": result.gate,
-            **self._task_means.take(),
-            **self._value_means.take(),
-            "memory_bytes": peak_memory_bytes(self.engine.device),
-        }
+        tokens = None if is_labelled else self.data.history.tokens_before(samples)
+        return Position(self.progress.step, samples, tokens)
 
     def _newest_checkpoint(self) -> Path | None:
         saved = self.saver.newest_step
@@ -303,14 +274,16 @@ class Trainer:
         check_weights_are_finite(self.engine, step, self._newest_checkpoint())
         self.progress.saved_step = step
         losses = self.validation.losses_after(step)
-        self.saver.save(
-            step,
-            self.data.history,
-            losses,
-            recent=self.bad_steps.recent,
-            auxiliary_samples=samples_of_tasks(self.config, self.data.tasks_read, self.progress.samples),
-            must_succeed=stop or last,
-        )
+        with phase("save"):
+            self.saver.save(
+                step,
+                self.data.history,
+                losses,
+                recent=self.bad_steps.recent,
+                auxiliary_samples=samples_of_tasks(self.config, self.data.tasks_read, self.progress.samples),
+                spent=self.log.spent,
+                must_succeed=stop or last,
+            )
 
     def _add_to_checkpoint(self, step: int, name: str, loss: float) -> None:
         """Add the loss of an evaluation that a stop had put off to the checkpoint, which was saved before it."""
@@ -327,27 +300,3 @@ class Trainer:
         self.display.line(f"saved {path} in {seconds:.1f} s")
         if line := self._kill_limit.line(seconds):
             self.display.line(f"[yellow]{escape(line)}[/]")
-
-
-def _describe(step: int, steps: int, values: dict[str, Any], routed: range, left: str) -> str:
-    """Return the line of the log for a step's metrics. Attention's share and H are means over routed layers."""
-    parts = [
-        f"step {step:>{len(str(steps))}}/{steps}",
-        f"loss {values['loss']:.4f}",
-        f"lr {values['learning_rate']:.2e}",
-        f"grad {values['gradient_norm']:.3f}",
-        f"{values['tokens_per_second']:,.0f} tok/s",
-    ]
-    if routed:
-        share, entropy = (statistics.fmean(values[name][i] for i in routed) for name in ("attention_share", "entropy"))
-        parts += [f"attention {share:.0%} in routed layers", f"H {entropy:.4f}"]
-    if math.isfinite(values["gate"]):
-        parts.append(f"g {values['gate']:.3f}")
-    if values["model_flops_utilisation"]:
-        parts.append(f"MFU {values['model_flops_utilisation']:.1%}")
-    parts += [f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
-    if values["skipped"]:
-        parts.append(f"{values['skipped']} skipped")
-    if values["spikes"]:
-        parts.append(f"{values['spikes']} spikes")
-    return "  ".join([*parts, f"{left} left"])

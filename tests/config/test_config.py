@@ -290,7 +290,11 @@ CROSS_CHECKS = [
     ),
     (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer.type", "use optimizer"),
     (["deepspeed.tensorboard.enabled=true"], "deepspeed.tensorboard.enabled", "use logging.tensorboard"),
-    (["deepspeed.wandb={}"], "deepspeed.wandb", "use logging.tensorboard, or read metrics.jsonl"),
+    (
+        ["deepspeed.wandb={}"],
+        "deepspeed.wandb",
+        "use logging.tensorboard, logging.wandb, logging.mlflow or logging.trackio",
+    ),
     (["deepspeed.csv_monitor.enabled=true"], "deepspeed.csv_monitor.enabled", "use logging.tensorboard"),
     (["deepspeed.comet.enabled=true"], "deepspeed.comet.enabled", "use logging.tensorboard"),
     (["deepspeed.flops_profiler.enabled=true"], "deepspeed.flops_profiler.enabled", "use model_flops_per_second"),

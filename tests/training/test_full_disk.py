@@ -15,6 +15,8 @@ import pytest
 from support import python, small_config, write_config, write_tokens
 
 from megachiar.training.metrics import MetricsWriter, read_metrics
+from megachiar.training.trackers.points import Point
+from megachiar.training.trackers.tensorboard_tracker import TensorBoardTracker
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_refused_records_are_counted_and_the_next_ones_are_written(tmp_path):
     said: list[str] = []
-    writer = MetricsWriter(tmp_path, tensorboard=False, step=0, warn=said.append)
+    writer = MetricsWriter(tmp_path, step=0, warn=said.append)
     writer.write(1, "train", {"loss": 1.0})
     with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size + 5):
         writer.write(2, "train", {"loss": 2.0})
@@ -42,26 +44,17 @@ def test_refused_records_are_counted_and_the_next_ones_are_written(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_refused_event_files_are_given_up_without_a_traceback(tmp_path, capfd):
-    said: list[str] = []
-    writer = MetricsWriter(tmp_path, tensorboard=True, step=0, warn=said.append)
-    writer.write(1, "train", {"loss": 1.0})
-    events = next((tmp_path / "tensorboard").iterdir())
-    writer._curves._writer.flush()
-    with files_of_at_most(events.stat().st_size + 10):
+def test_refused_event_files_are_an_error_without_a_traceback(tmp_path, capfd):
+    tracker = TensorBoardTracker(tmp_path, 0)
+    tracker.log(Point(1, {"loss": 1.0}))
+    tracker._writer.flush()
+    events = next(tmp_path.iterdir())
+    with files_of_at_most(events.stat().st_size + 10), pytest.raises(OSError, match="File too large"):
         until = time.monotonic() + 20
-        while writer._curves is not None and time.monotonic() < until:
-            writer.write(2, "train", {f"curve {number}": 0.5 for number in range(200)})
-            if writer._curves is not None:
-                try:
-                    writer._curves._writer.flush()
-                except OSError as error:
-                    writer._give_up_curves(error)
-    writer.write(3, "train", {"loss": 3.0})
-    writer.close()
-    assert any(f"{tmp_path / 'tensorboard'} cannot be written" in line for line in said)
+        while time.monotonic() < until:
+            tracker.log(Point(2, {f"curve {number}": 0.5 for number in range(200)}))
+            tracker._writer.flush()
     assert "Traceback" not in capfd.readouterr().err
-    assert read_metrics(tmp_path)[-1]["step"] == 3
 
 
 def test_a_run_with_full_logs_trains_to_its_end(tmp_path):

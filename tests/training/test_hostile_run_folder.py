@@ -52,7 +52,7 @@ ANSWER = b"== now, rank 0 (process 7) trains [asked for, 0123456789ab]\nstack\n=
 def read_metrics_of(run: Path) -> object:
     """Go on after ``STEP``: the file then holds records of the steps up to there, and the next one."""
     owed, warnings = owed_evaluations(run, STEP), []
-    writer = MetricsWriter(run, False, STEP, warnings.append)
+    writer = MetricsWriter(run, STEP, warnings.append)
     writer.write(STEP + 1, "train", {"loss": 1.0})
     writer.close()
     *before, last = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
@@ -160,7 +160,7 @@ def test_damaged_metrics_are_left_out_with_a_warning_and_a_cut_last_line_without
     lines = METRICS.splitlines(keepends=True)
     for changed, damaged in (([*lines[:1], b"\xff{]\n", b"[1]\n", *lines[3:]], "2 damaged lines"), (lines, "")):
         run, warnings = fresh_folder(tmp_path / "run", {"metrics.jsonl": b"".join(changed) + b'{"step": 3, "ki'}), []
-        MetricsWriter(run, False, STEP, warnings.append).close()
+        MetricsWriter(run, STEP, warnings.append).close()
         assert len(warnings) == bool(damaged) and damaged in "".join(warnings)
         assert {record["step"] for record in read_metrics(run)} == ({1, 3} if damaged else {1, 2, 3})
 

@@ -172,6 +172,11 @@ def test_a_rolled_back_run_is_one_that_never_had_the_samples(runs, what):
     assert_same_end(runs, f"rollback {what}", f"without {what}")
     rollbacks = read_metrics(runs.run(f"rollback {what}"), "rollback")
     assert [(r["step"], r["from_step"]) for r in rollbacks] == [(SAVED, BAD_STEPS[0])] * 2
+    with_rollback, without = (runs.train(f"{name} {what}") for name in ("rollback", "without"))
+    elapsed = [record["elapsed_seconds"] for record in with_rollback]
+    assert elapsed == sorted(elapsed), "time that a rollback lost is spent"
+    assert with_rollback[-1]["flops"] > 1.2 * without[-1]["flops"], "and so are the FLOPs of the steps taken twice"
+    assert [record["mean_loss"] for record in with_rollback] == [record["mean_loss"] for record in without]
 
 
 def test_the_history_records_what_was_left_out(runs):

@@ -296,5 +296,5 @@ def test_tensorboard_has_no_point_twice_after_a_restart_before_the_first_save(tm
     pretrain(config, *overrides)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [point.step for point in events.Scalars("loss")] == [1, 2, 3, 4]
     assert losses(tmp_path / "run") == first

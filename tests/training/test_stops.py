@@ -100,7 +100,7 @@ def is_made_up_for(config: Path, run: Path) -> None:
 def test_an_evaluation_that_is_broken_off_twice_is_left_out(tmp_path, monkeypatch):
     """One that takes longer than a job has would otherwise keep the run from ever making a step again."""
     said: list[str] = []
-    writer = MetricsWriter(tmp_path, tensorboard=False, step=0, warn=said.append)
+    writer = MetricsWriter(tmp_path, step=0, warn=said.append)
     watched = SimpleNamespace(signals=None, activity=None)
     sets = dict.fromkeys(("long", "short"))
     validation = Validation(None, sets, writer, SimpleNamespace(line=said.append), watched)

@@ -28,6 +28,7 @@ from megachiar.config import load_config  # noqa: E402
 from megachiar.engine import deepspeed_patches  # noqa: E402
 from megachiar.engine.engine import Engine, start_process_group  # noqa: E402
 from megachiar.engine.pipeline import PipelineReplica  # noqa: E402
+from megachiar.engine.step_clock import StepClock  # noqa: E402
 from megachiar.topology import build_topology  # noqa: E402
 
 
@@ -62,7 +63,9 @@ def main() -> None:
             pipeline = deepspeed_patches.BoundedPipeline([LayerSpec(torch.nn.Identity)], [0, 1], ranks, sum)
             found.append(("pipeline", pipeline))
         if "pipeline engine" not in seen and config.parallel.zero_stage == 1:
-            found.append(("pipeline engine", PipelineReplica(config, topology.with_groups(), device).deepspeed))
+            found.append(
+                ("pipeline engine", PipelineReplica(config, topology.with_groups(), device, StepClock()).deepspeed)
+            )
         for kind, holder in found:
             seen.add(kind)
             lacking += [f"{kind}.{name}" for name in _names(kind) if not hasattr(holder, name)]

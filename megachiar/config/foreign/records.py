@@ -80,13 +80,31 @@ LOGGING = (
         "logging.tensorboard",
         "true or false; the event files lie in the run folder",
     ),
+    ForeignKey("wandb_project", f"{MEGATRON}, {NEOX}", "logging.wandb.project"),
+    ForeignKey("wandb_entity wandb_team", f"{MEGATRON}, {NEOX}", "logging.wandb.entity"),
+    ForeignKey("wandb_group", NEOX, "logging.wandb.group"),
     ForeignKey(
-        "wandb_project wandb wandb_run_name wandb_entity wandb_host wandb_init_all_ranks comet_project "
-        "mlflow neptune trackio_space_id wandb_exp_name wandb_group wandb_team use_wandb enable_wandb "
-        "run_name",
-        f"{MEGATRON}, {NEOX}, {TITAN}, {HF}",
+        "wandb_exp_name wandb_run_name run_name",
+        f"{MEGATRON}, {NEOX}, {HF}",
+        "logging.wandb.name",
+        "`logging.mlflow.name` and `logging.trackio.name` are those of the other trackers",
+    ),
+    ForeignKey(
+        "wandb use_wandb enable_wandb", f"{NEOX}, {TITAN}, {LITGPT}", "logging.wandb", "{} or its keys; null for none"
+    ),
+    ForeignKey("mlflow", HF, "logging.mlflow", "{} or its keys; null for none"),
+    ForeignKey("trackio trackio_space_id", HF, "logging.trackio", "{} or its keys; it keeps runs on this machine"),
+    ForeignKey(
+        "wandb_host wandb_init_all_ranks wandb_save_dir",
+        f"{MEGATRON}, {NEOX}",
         "",
-        "remove it: only TensorBoard (`logging.tensorboard`) and metrics.jsonl in the run folder exist today",
+        "remove it: the host is that of `wandb login --host`, rank 0 alone writes, and files are in the run folder",
+    ),
+    ForeignKey(
+        "comet_project neptune",
+        f"{NEOX}, {HF}",
+        "",
+        "remove it: the trackers are `logging.tensorboard`, `logging.wandb`, `logging.mlflow` and `logging.trackio`",
     ),
     ForeignKey(
         "wall_clock_breakdown", f"{DEEPSPEED}, {NEOX}", "deepspeed.wall_clock_breakdown", "a raw key below `deepspeed`"
@@ -102,12 +120,23 @@ LOGGING = (
         "remove it: every line of `logging.every` has loss, learning rate, gradient norm, speed and memory",
     ),
     ForeignKey(
-        "profile profiler use_pytorch_profiler profile_step_start profile_step_end profile_ranks "
-        "profile_freq enable_profiling save_traces_folder enable_memory_snapshot record_memory_history "
-        "memory_snapshot_path profile_backward memory_breakdown",
+        "profile profiler use_pytorch_profiler profile_step_start profile_step_end profile_freq enable_profiling",
+        f"{MEGATRON}, {NEOX}, {TITAN}",
+        "profiling.steps",
+        "the first and the last step, such as [50, 55]; null for none",
+    ),
+    ForeignKey("profile_ranks", MEGATRON, "profiling.ranks", "a list of ranks"),
+    ForeignKey(
+        "enable_memory_snapshot record_memory_history memory_breakdown",
+        f"{MEGATRON}, {NEOX}, {TITAN}",
+        "profiling.memory",
+        "true or false, for the steps of `profiling.steps`",
+    ),
+    ForeignKey(
+        "save_traces_folder memory_snapshot_path profile_backward save_memory_snapshot_folder",
         f"{MEGATRON}, {NEOX}, {TITAN}",
         "",
-        "remove it: a run has no profiler; `megachiar bench-train` and `megachiar bench-layers` time its parts",
+        "remove it: traces and snapshots are in the folder profile of `logging.folder`, backward passes included",
     ),
     ForeignKey(
         "print_config",

@@ -49,6 +49,7 @@ RUN_FILES = re.compile(
     rf"|checkpoints/step_\d{{8,}}(\.incomplete)?/({_OF_CHECKPOINT})"
     r"|tokenizer/([^/]+/)?([^/]+\.(model|json)|merges\.txt)"
     r"|tensorboard/events\.out\.tfevents\.[^/]+"
+    r"|trackers\.json|mlflow\.db|wandb/.+|profile/steps_\d+-\d+_rank_\d+(\.json\.gz|_memory\.pickle)"
 )
 """The files of a run folder, or of a checkpoint that was copied out of it, by their whole paths in it."""
 TEMPORARY = re.compile(r"(.+)\.(bin|idx|json|starts|labels|labels\.npy)\.tmp$")

@@ -204,3 +204,13 @@ def test_a_log_is_left_out(tmp_path):
     (tmp_path / "x.log").write_text("12:00 began\n")
     write_jsonl(tmp_path / "y.log", ["y"], key="message")
     assert reasons(find_inputs([tmp_path])) == dict.fromkeys(["x.log", "y.log"], "suffix .log")
+
+
+def test_files_of_trackers_and_profiles_in_a_run_folder_are_no_text(tmp_path):
+    shutil.copytree(RUN, tmp_path / "work")
+    own = ("trackers.json", "mlflow.db", "wandb/offline-run-1-a/files/config.json", "profile/steps_2-3_rank_0.json.gz")
+    for name in own:
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text("{}")
+    (tmp_path / "work" / "text.txt").write_text("text")
+    assert read_names(find_inputs([tmp_path / "work"]), tmp_path) == ["work/text.txt"]

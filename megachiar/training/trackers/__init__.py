@@ -1,0 +1,1 @@
+"""Trackers, which show a run's metrics in charts: TensorBoard, Weights & Biases, MLflow, trackio."""
