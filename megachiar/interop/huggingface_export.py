@@ -147,6 +147,7 @@ class _Export:
         self._checkpoint, self._folder, self._name = checkpoint, folder, name
         self._config, self._state, self._task, self._tokenizer = config, state, task, tokenizer
         self._end = end_of(config, tokenizer)
+        self._bos = tokenizer.bos_id if tokenizer is not None else None
         self._longest = config.sequence_length if task.head is not None else config.model.max_sequence_length
         self._known = torch.ones(config.model.vocab_size, dtype=torch.bool)
         if tokenizer is not None:
@@ -159,7 +160,7 @@ class _Export:
         """Write settings, code and weights; ``origin`` says what the export is made of."""
         content = describe_export(self._config, self._task, self._state, read_running(self._checkpoint))
         content["megachiar"]["origin"] = origin
-        content |= {"eos_token_id": self._end, "pad_token_id": self._end, "bos_token_id": None}
+        content |= {"eos_token_id": self._end, "pad_token_id": self._end, "bos_token_id": self._bos}
         _write_json(self._folder / CONFIG_NAME, content)
         shutil.copyfile(MODEL_SOURCE, self._folder / MODEL_FILE)
         if self._task.head is None:

@@ -6,7 +6,8 @@
     megachiar/                the run's own copy of the tokenizer and its record, for an import
 
 The ids of texts that are known to be hard are compared. A tokenizer that holds control tokens as ordinary entries may
-encode a literal ``</s>`` in another way than in training: then a note says so.
+encode a literal ``</s>`` in another way than in training: then a note says so. Where the documents of the run's data
+begin with a token, so does each text here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def tokenizer_of(checkpoint: Path, config: RunConfig) -> ReferenceTokenizer | No
         found = run_tokenizer(checkpoint, config)
     except UserError:
         return None
-    return load_tokenizer(found.path, found.kind, found.eod_id)
+    bos = found.bos_id
+    return load_tokenizer(found.path, found.kind, found.eod_id, prepend_bos=bos is not None, bos_token=bos)
 
 
 def end_of(config: RunConfig, tokenizer: ReferenceTokenizer | None) -> int | None:
@@ -72,6 +74,9 @@ def export_tokenizer(
     }
     if token is not None:
         settings["eos_token"] = token
+    bos = _token(tokenizer, tokenizer.bos_id)
+    if bos is not None:
+        settings["bos_token"] = bos
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / SENTENCEPIECE_FILE).write_bytes(tokenizer.definition())
         shutil.copyfile(Path(__file__).with_name(SENTENCEPIECE_CODE), folder / SENTENCEPIECE_CODE)
@@ -79,16 +84,31 @@ def export_tokenizer(
             "tokenizer_class": "ChiarTokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_chiar.ChiarTokenizer", None]},
             "guarded": sorted(tokenizer.guarded),
+            "prepend_bos": bos is not None,
         }
     else:
         definition = json.loads(tokenizer.definition())
-        if (definition.get("post_processor") or {}).get("type") != "ByteLevel":  # which moves offsets alone
+        if bos is not None:
+            definition["post_processor"] = _prepending(bos, tokenizer.bos_id)
+        elif (definition.get("post_processor") or {}).get("type") != "ByteLevel":  # which moves offsets alone
             definition["post_processor"] = None
         (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     keep_tokenizer(tokenizer, folder / KEPT)
+
+
+def _prepending(token: str, index: int | None) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that puts a token before each text."""
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
 
 
 def _token(tokenizer: ReferenceTokenizer, index: int | None) -> str | None:
@@ -116,11 +136,12 @@ def check_tokenizer(transformers: Any, tokenizer: ReferenceTokenizer, folder: Pa
     if end is not None and loaded.eos_token_id != end:
         problem = f"AutoTokenizer ends a text with id {loaded.eos_token_id}, and the run with {end}"
         raise UserError(tokenizer.path, problem, remedy)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     controls = [text for text in tokenizer.controls.values() if text]
     notes = []
     for text in (*HARD_TEXTS, *(f"a {control} b{control}" for control in controls)):
         try:
-            expected = [int(index) for index in tokenizer.encode(text)]
+            expected = [*start, *(int(index) for index in tokenizer.encode(text))]
         except UserError:  # the run's own refuses to encode it
             continue
         found = loaded(text)["input_ids"]

@@ -23,11 +23,12 @@ MODEL = "tokenizer.model"
 
 
 class ChiarTokenizer(PreTrainedTokenizer):
-    """The tokenizer of a model; nothing is added to the ids of a text.
+    """The tokenizer of a model; nothing is added to the ids of a text but the token that begins documents.
 
     Args:
         vocab_file: path of the SentencePiece model.
         guarded: strings that would be encoded as control tokens, inside which a text is cut.
+        prepend_bos: whether each text begins with ``bos_token``, as the documents of the training did.
         settings: of the library, such as ``eos_token``.
 
     Raises:
@@ -37,14 +38,15 @@ class ChiarTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": MODEL}  # noqa: RUF012 (the library's own name)
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, vocab_file: str, guarded: tuple[str, ...] = (), **settings: Any):
+    def __init__(self, vocab_file: str, guarded: tuple[str, ...] = (), prepend_bos: bool = False, **settings: Any):
         if sentencepiece is None:
             raise ImportError("this tokenizer needs sentencepiece: pip install sentencepiece")
         self.vocab_file = vocab_file
         self._processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
         self._guarded_tokens = frozenset(guarded)
         self._pattern = re.compile("|".join(map(re.escape, sorted(guarded, key=len, reverse=True))) or r"(?!)")
-        super().__init__(guarded=list(guarded), **settings)
+        self.prepend_bos = prepend_bos
+        super().__init__(guarded=list(guarded), prepend_bos=prepend_bos, **settings)
 
     @property
     def vocab_size(self) -> int:
@@ -79,8 +81,8 @@ class ChiarTokenizer(PreTrainedTokenizer):
         return self._processor.decode([self._convert_token_to_id(token) for token in tokens])
 
     def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
-        """Return the ids of one text or two, and nothing else."""
-        return first + (second or [])
+        """Return the ids of one text or two, behind the token that begins documents if they have one."""
+        return ([self.bos_token_id] if self.prepend_bos else []) + first + (second or [])
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copy the SentencePiece model into a folder, and return its path."""

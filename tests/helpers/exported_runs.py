@@ -65,6 +65,7 @@ def write_run(
     tokenizer: Path | None = None,
     classes: tuple[str, ...] | None = None,
     validation: dict[str, float] | None = None,
+    prepend_bos: bool = False,
     **sections: Any,
 ) -> Path:
     """Write a run folder with one checkpoint of lively weights, and return it."""
@@ -84,7 +85,7 @@ def write_run(
         order=config.sample_order,
     )
     if tokenizer is not None:
-        keep_tokenizer(load_tokenizer(tokenizer), folder)
+        keep_tokenizer(load_tokenizer(tokenizer, prepend_bos=prepend_bos), folder)
     (folder / "config.yaml").write_text(config.to_yaml())
     write_weights(config, weights, step=STEP, data=history, origin="a test", validation=validation or {"valid": 3.25})
     return folder

@@ -110,6 +110,22 @@ def test_a_control_string_stays_text(kind, folder, tmp_path):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_text_begins_with_the_token_that_documents_begin_with(kind, folder, tmp_path):
+    from megachiar.inference.loaded_run import TextSampler
+
+    run = write_run(tmp_path / "run", tokenizer_file(folder, kind), prepend_bos=True)
+    exported(run, tmp_path / "out")
+    config, ours, _ = load_for_inference(run)
+    sampler = TextSampler(locate_checkpoint(run), config, ours)
+    assert sampler.tokenizer.bos_id is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("jumps")["input_ids"] == sampler.start(list(sampler.tokenizer.encode("jumps")))
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    found = pipe("jumps over", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert found == sampler("jumps over", 8, temperature=0.0)[0]
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_run_comes_back_bit_for_bit(name, tmp_path, capsys):
     run = write_run(tmp_path / "run", model=ROUTERS[name])
