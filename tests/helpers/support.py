@@ -73,6 +73,11 @@ def write_config(path: Path, config: dict) -> Path:
     return path
 
 
+def heed_ctrl_c() -> None:
+    """Let a new process end by Ctrl-C (``preexec_fn``): one whose parent was started in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def process_environment(**more: str) -> dict[str, str]:
     """Return this process's environment without what a launcher or an outer test run has left in it.
 

@@ -15,7 +15,7 @@ import time
 import openai
 import pytest
 from routed_runs import make_run
-from support import ROOT
+from support import ROOT, heed_ctrl_c
 
 from megachiar.cli.main import main
 from megachiar.errors import UserError
@@ -67,7 +67,15 @@ def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
     """On a terminal: the first Ctrl-C stops an answer, and the prompt is back; there it ends the program with 130."""
     master, slave = pty.openpty()
     arguments = [*COMMAND, "chat", str(run), "--max-new-tokens", "1000000"]
-    process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        arguments,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
     os.close(slave)
     seen = b""
 
@@ -102,6 +110,7 @@ def test_serve_answers_until_ctrl_c(run, generated):
         text=True,
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         assert process.stderr is not None

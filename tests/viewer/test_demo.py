@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from browser import background, open_page, start_browser
 from routed_runs import TEXT, make_run
-from support import ROOT, forked_python, process_environment
+from support import ROOT, forked_python, heed_ctrl_c, process_environment
 
 from megachiar.viewer.open_run import open_run
 
@@ -28,14 +28,13 @@ from megachiar.viewer.open_run import open_run
 def demo(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Start the command; yield its process, and the host and the port of the URL that it prints."""
     command = [sys.executable, "-m", "megachiar", "demo", *map(str, arguments)]
-    # A process that was started in the background ignores Ctrl-C, and so would its children.
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=process_environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_ctrl_c,
     )
     try:
         for _ in range(2):  # a warning may come first
