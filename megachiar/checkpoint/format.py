@@ -93,7 +93,7 @@ class Spent(BaseModel):
 
 
 NOTHING_SPENT = Spent()
-_SINCE_VERSION_4 = {
+SINCE_VERSION_4 = {
     "checksums",
     "validation",
     "validation_data",
@@ -102,6 +102,7 @@ _SINCE_VERSION_4 = {
     "recent",
     "spent",
 }
+"""Fields of a record that version 3 does not have."""
 
 
 class CheckpointState(BaseModel):
@@ -157,7 +158,7 @@ class CheckpointState(BaseModel):
                 raise ValueError(f"files lists {name!r}, which is no file of the folder beside {STATE_FILE}")
         if CONFIG_FILE not in self.files or not self.tensor_files:
             raise ValueError(f"files lists no {CONFIG_FILE} or no weights")
-        newer = self.model_fields_set & _SINCE_VERSION_4
+        newer = self.model_fields_set & SINCE_VERSION_4
         if self.format_version == 3 and newer:
             raise ValueError(f"format_version 3 has no {', '.join(sorted(newer))}")
         if self.format_version > 3 and set(self.checksums or {}) != set(self.files):

@@ -15,7 +15,14 @@ import torch
 from support import damage_of, pretrain
 
 from megachiar.checkpoint.checksums import checksum
-from megachiar.checkpoint.format import CONFIG_FILE, STATE_FILE, checkpoint_name, find_damage, read_state
+from megachiar.checkpoint.format import (
+    CONFIG_FILE,
+    SINCE_VERSION_4,
+    STATE_FILE,
+    checkpoint_name,
+    find_damage,
+    read_state,
+)
 from megachiar.checkpoint.reading import locate_checkpoint, open_tensors, read_weights
 from megachiar.checkpoint.save import remove_surplus
 from megachiar.checkpoint.verify import share_of_files
@@ -294,7 +301,7 @@ def copy_with(run: Path, folder: Path, name: str, content: bytes, version: int) 
     if version == 4:
         reseal(record, files=old["files"], checksums=old["checksums"])
     else:
-        for key in ("seal", "checksums", "validation", "validation_data", "went_back_to", "recent"):
+        for key in ("seal", *SINCE_VERSION_4):
             del old[key]
         record.write_text(json.dumps(old | {"format_version": 3}))
 

@@ -85,8 +85,9 @@ def test_all_of_another_run_goes_on_bit_for_bit_and_is_loaded_once(tmp_path, nam
     assert losses(new) == {step: whole[step] for step in range(MIDDLE + 1, STEPS + 1)}
     assert_same_weights(saved(new, STEPS), saved(tmp_path / "run", STEPS))
     ours, theirs = (read_state(saved(folder, STEPS)) for folder in (new, tmp_path / "run"))
-    unlike = {"files", "checksums", "layout"}
+    unlike = {"files", "checksums", "layout", "spent"}
     assert ours.model_dump(exclude=unlike) == theirs.model_dump(exclude=unlike)
+    assert ours.spent.flops == theirs.spent.flops
 
 
 def test_a_run_that_would_begin_after_its_last_step_is_refused(tmp_path):
