@@ -13,6 +13,7 @@ import sys
 import time
 
 import openai
+import psutil
 import pytest
 from routed_runs import make_run
 from support import ROOT, heed_ctrl_c
@@ -63,6 +64,14 @@ def test_chat_goes_on_from_each_line_and_begins_anew(run, command, generated):
     assert command("chat", run, *GREEDY, typed="the quick") == expected[0] + "\n"
 
 
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process takes no more processor time: ``input`` loses a signal between its prompt and its wait."""
+    process, before = psutil.Process(pid), -1.0
+    while (now := sum(process.cpu_times()[:2])) != before:
+        before = now
+        time.sleep(0.5)
+
+
 def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
     """On a terminal: the first Ctrl-C stops an answer, and the prompt is back; there it ends the program with 130."""
     master, slave = pty.openpty()
@@ -96,6 +105,7 @@ def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
         read_until(b"(stopped)")
         seen = seen[seen.index(b"(stopped)") :]
         read_until(b"> ")
+        wait_until_idle(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     finally:
