@@ -211,7 +211,7 @@ def test_a_sweep_goes_on_from_results_that_were_collected(swept, tmp_path):
     assert "is left out: has another config" in table.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "valid", "test"])
+@pytest.mark.parametrize("name", ["train", "test"])
 def test_results_of_another_text_do_not_count(swept, tmp_path, name):
     """The config of a cell has only the path of a text, which may be written anew: no two texts are one mean."""
     path, folder = swept[0], swept[0].parent
