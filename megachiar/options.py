@@ -245,3 +245,40 @@ def add_step_option(parser: argparse.ArgumentParser) -> None:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype``, the type in which a run's weights are used."""
+    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
+
+
+def add_listen_options(parser: argparse.ArgumentParser, port: int, allowed: str) -> None:
+    """Add the address at which a server listens.
+
+    Args:
+        parser: of the command.
+        port: that it takes by default.
+        allowed: help of ``--allow-host``.
+    """
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument(
+        "--port",
+        type=number(int, least=0, most=65535),
+        default=port,
+        help=f"port to listen at; 0 takes a free one (default {port})",
+    )
+    parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help=allowed)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, most_new: str) -> None:
+    """Add how a text is continued; ``most_new`` is the help of ``--max-new-tokens``, without its default."""
+    parser.add_argument("--max-new-tokens", type=number(int, least=1), default=200, help=f"{most_new} (default 200)")
+    parser.add_argument(
+        "--temperature", type=number(float, least=0), default=0.8, help="0 takes the likeliest token (default 0.8)"
+    )
+    parser.add_argument("--top-k", type=number(int, least=1), help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p",
+        type=number(float, above=0, most=1),
+        help="sample among the likeliest tokens that make up this probability",
+    )

@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megachiar.console import make_console, print_warning
-from megachiar.options import PRECISIONS, CommandParser, add_run_argument, add_step_option, number
+from megachiar.options import (
+    CommandParser,
+    add_dtype_option,
+    add_run_argument,
+    add_sampling_options,
+    add_step_option,
+    number,
+)
 
 if TYPE_CHECKING:
     from megachiar.inference.loaded_run import TextSampler  # imports torch, which --help does not need
@@ -25,19 +32,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("chat", __doc__)
     add_run_argument(parser)
     add_step_option(parser)
-    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
-    parser.add_argument(
-        "--max-new-tokens", type=number(int, least=1), default=200, help="at most so many tokens a line (default 200)"
-    )
-    parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.8, help="0 takes the likeliest token (default 0.8)"
-    )
-    parser.add_argument("--top-k", type=number(int, least=1), help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p",
-        type=number(float, above=0, most=1),
-        help="sample among the likeliest tokens that make up this probability",
-    )
+    add_dtype_option(parser)
+    add_sampling_options(parser, "at most so many tokens a line")
     parser.add_argument(
         "--seed", type=number(int, least=0, most=2**62), default=0, help="of the first line; the next has seed + 1"
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
-from megachiar.options import PRECISIONS, CommandParser, add_json_option, add_run_argument, number
+from megachiar.options import CommandParser, add_dtype_option, add_json_option, add_run_argument, number
 
 if TYPE_CHECKING:
     from megachiar.training.classification import Classification
@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", metavar="PREFIX", help="datasets (default: data.validation)")
     parser.add_argument("--batch-size", type=number(int, least=1), default=8, help="windows scored at once (default 8)")
     parser.add_argument("--sequence-length", type=number(int, least=1), help="tokens of a window (default: the run's)")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
+    add_dtype_option(parser)
     parser.add_argument("--task", metavar="NAME", help="task of a mixed run that --data is for (default: main)")
     add_json_option(parser)
     return parser.parse_args(argv)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from megachiar.console import print_warning
-from megachiar.options import CommandParser, add_run_argument, number
+from megachiar.options import CommandParser, add_run_argument, add_sampling_options, number
 
 LARGEST_SEED = 2**62
 """The random numbers of torch take seeds below 2^64; later samples have larger ones than the first."""
@@ -23,18 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("generate", __doc__)
     add_run_argument(parser)
     parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
-    parser.add_argument(
-        "--max-new-tokens", type=number(int, least=1), default=200, help="at most so many tokens (default 200)"
-    )
-    parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.8, help="0 takes the likeliest token (default 0.8)"
-    )
-    parser.add_argument("--top-k", type=number(int, least=1), help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p",
-        type=number(float, above=0, most=1),
-        help="sample among the likeliest tokens that make up this probability",
-    )
+    add_sampling_options(parser, "at most so many tokens")
     parser.add_argument(
         "--num-samples", type=number(int, least=1), default=1, help="samples of the same prompt (default 1)"
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError
-from megachiar.options import PRECISIONS, CommandParser, OptionError, add_json_option, number
+from megachiar.options import CommandParser, OptionError, add_dtype_option, add_json_option, number
 
 if TYPE_CHECKING:
     from megachiar.analysis.long_range import Accuracy, Measured, PositionLoss
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=number(int, least=1), default=32, help="sequences read at once (32)")
     window = "tokens of a window, by position (default: the run's)"
     parser.add_argument("--sequence-length", type=number(int, least=1), help=window)
-    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
+    add_dtype_option(parser)
     add_json_option(parser)
     return parser.parse_args(argv)
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from megachiar.console import make_console, print_warning
 from megachiar.errors import UserError, disk_errors
 from megachiar.options import (
-    PRECISIONS,
     CommandParser,
     OptionError,
+    add_dtype_option,
     add_json_option,
     add_run_argument,
     add_step_option,
@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", help="text to route; - reads it from standard input")
     parser.add_argument("--file", type=Path, metavar="FILE", help="file in UTF-8 whose text is routed")
     add_step_option(parser)
-    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
+    add_dtype_option(parser)
     parser.add_argument(
         "--layer",
         type=number(int, least=1),

@@ -13,7 +13,14 @@ import argparse
 from collections.abc import Sequence
 
 from megachiar.console import make_console, print_warning
-from megachiar.options import PRECISIONS, CommandParser, add_run_argument, add_step_option, number
+from megachiar.options import (
+    CommandParser,
+    add_dtype_option,
+    add_listen_options,
+    add_run_argument,
+    add_step_option,
+    number,
+)
 
 PORT = 8000
 
@@ -22,21 +29,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("serve", __doc__)
     add_run_argument(parser)
     add_step_option(parser)
-    parser.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: that of the run)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument(
-        "--port",
-        type=number(int, least=0, most=65535),
-        default=PORT,
-        help=f"port to listen at; 0 takes a free one (default {PORT})",
-    )
-    parser.add_argument(
-        "--allow-host",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="other names by which clients reach the server, such as that of a proxy",
-    )
+    add_dtype_option(parser)
+    add_listen_options(parser, PORT, "other names by which clients reach the server, such as that of a proxy")
     parser.add_argument("--model-name", metavar="NAME", help="name for clients (default: that of the run folder)")
     parser.add_argument(
         "--max-running", type=number(int, least=1), default=8, help="texts that are continued at a time (default 8)"
