@@ -4,6 +4,9 @@ A request is answered only if it names this machine as its host, and comes from 
 any page that the user has open read the answers (cross-site requests, DNS rebinding). There is no password.
 
 A connection has a thread and one request. There are at most ``most_connections`` of them; one more is told so.
+
+``serve_until_ctrl_c`` ends the process itself. Python's own end would abort it while a thread is in a forward pass: the
+thread wakes in torch's C++, may not go on, and C++ then ends the process with SIGABRT.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import os
 import select
+import signal
 import socket
 import socketserver
 import sys
@@ -19,7 +24,7 @@ import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from megachiar.errors import UserError
@@ -243,6 +248,26 @@ class LocalHandler(BaseHTTPRequestHandler):
         self.send_header("X-Frame-Options", "DENY")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
+
+
+def serve_until_ctrl_c(server: LocalServer, say_ready: Callable[[], None], say: Callable[[str], None]) -> NoReturn:
+    """Serve until Ctrl-C, say "stopped" and end the process with exit code 0; a second Ctrl-C ends it at once.
+
+    Args:
+        server: that has its port already.
+        say_ready: tells the user where it is.
+        say: prints a line.
+    """
+    try:
+        say_ready()
+        server.serve_forever()
+    except KeyboardInterrupt:  # the way to end it, and no failure
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        server.stop()
+        say("stopped")
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
 
 
 def is_loopback(host: str) -> bool:

@@ -44,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
 
+    from megachiar.local_server import serve_until_ctrl_c
     from megachiar.model.dtypes import DTYPES
     from megachiar.viewer.demo_requests import DemoLimits
     from megachiar.viewer.demo_server import DemoServer
@@ -52,16 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(options.run, options.step, DTYPES.get(options.dtype), log=print_warning)
     limits = DemoLimits(options.max_tokens, options.max_new_tokens)
     server = DemoServer(run, options.host, options.port, limits, options.allow_host)
-    try:
+    console = make_console()
+
+    def say_ready() -> None:
         if not server.is_local:
             print_warning("every machine that reaches this one can use the demo: there is no password")
-        make_console().print(f"{options.run} at step {run.state.step:,}: {server.url}   (Ctrl-C ends it)", markup=False)
+        console.print(f"{options.run} at step {run.state.step:,}: {server.url}   (Ctrl-C ends it)", markup=False)
         if options.open:
             open_browser(server.url)
-        server.serve_forever()
-    except KeyboardInterrupt:  # the way to end it, and no failure
-        server.stop()
-        make_console().print("stopped")  # the other console may have been interrupted, and would print its line again
+
+    # Another console says the end, since an interrupted one would print its line again.
+    serve_until_ctrl_c(server, say_ready, lambda line: make_console().print(line))
 
 
 def open_browser(url: str) -> None:

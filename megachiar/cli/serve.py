@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
 
     from megachiar.inference.open_server import open_server
+    from megachiar.local_server import serve_until_ctrl_c
 
     server = open_server(options, log=print_warning)
-    try:
+    console = make_console()
+
+    def say_ready() -> None:
         if not server.is_local:
             print_warning("every machine that reaches this one can use the server: there is no password")
-        line = f"{server.model.name}: {server.url}v1   (Ctrl-C ends it)"
-        make_console().print(line, markup=False)
-        server.serve_forever()
-    except KeyboardInterrupt:  # the way to end it, and no failure
-        server.stop()
-        make_console().print("stopped")
+        console.print(f"{server.model.name}: {server.url}v1   (Ctrl-C ends it)", markup=False)
+
+    serve_until_ctrl_c(server, say_ready, lambda line: make_console().print(line))

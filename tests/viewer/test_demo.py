@@ -275,18 +275,31 @@ def test_a_host_of_another_machine_is_one_message(folder, host, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "while it generates"])
-def test_ctrl_c_ends_it_cleanly(folder, busy):
-    with demo(folder / "run", "--port", 0, "--max-new-tokens", 100_000) as (process, host, port):
-        if busy:
-            connection = socket.create_connection((host, port), timeout=30)
-            body = json.dumps({"text": "the fox", "max_new_tokens": 100_000}).encode()
-            head = "POST /api/continue HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            assert connection.recv(10)
+def post(host: str, port: int, path: str, **body: Any) -> socket.socket:
+    """Send a request, and leave its answer unread."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection((host, port), timeout=30)
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("state", ["idle", "generating", "in a long forward pass"])
+def test_ctrl_c_ends_it_cleanly(folder, state):
+    """A thread in a forward pass would make Python's own end a crash: only the last state outlasts the wait for it."""
+    with demo(folder / "run", "--port", 0, "--max-new-tokens", 100_000, "--max-tokens", 10**6) as (process, host, port):
+        connections = []
+        if state == "generating":
+            connections = [post(host, port, "/api/continue", text="the fox", max_new_tokens=100_000)]
+            assert connections[0].recv(10)
+        elif state != "idle":
+            connections = [post(host, port, "/api/routes", text="the fox " * 60_000)]
+            time.sleep(2)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stderr.read() == "stopped\n"
+        for connection in connections:
+            connection.close()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
