@@ -164,10 +164,10 @@ def spectral_entropy(spectrum: torch.Tensor, config: ChiarConfig) -> torch.Tenso
     power = spectrum.square()
     if config.entropy_dc_weight != 1:
         power = torch.cat([power[:, :1] * config.entropy_dc_weight, power[:, 1:]], -1)
-    total, tiny = power.sum(-1, keepdim=True), torch.finfo(power.dtype).tiny
-    share = power / total.masked_fill(total == 0, 1)
-    entropy = -(share * (share.clamp_min(tiny) + config.entropy_epsilon).log()).sum(-1) / math.log(spectrum.shape[-1])
-    return entropy if config.entropy_epsilon > 0 else entropy.clamp_min(0)
+    total, tiny, epsilon = power.sum(-1, keepdim=True), torch.finfo(power.dtype).tiny, config.entropy_epsilon
+    share = power / (total.masked_fill(total == 0, 1) + epsilon / 4)
+    entropy = -(share * (share.clamp_min(tiny) + epsilon).log()).sum(-1) / (math.log(spectrum.shape[-1]) + epsilon)
+    return entropy if epsilon > 0 else entropy.clamp_min(0)
 
 
 class Layout(NamedTuple):

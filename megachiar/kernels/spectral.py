@@ -19,13 +19,14 @@ from megachiar.kernels.norm import add_and_norm
 def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
     """Compute the normalised entropy of each token's power spectrum (paper, spectral entropy H), with a gradient.
 
-    It is ``H = -sum p log(p + epsilon) / log d`` with ``p = X^2 / sum X^2``. ``X`` is the DCT of the token, and the
-    power of ``X_0`` counts ``dc_weight`` times.
+    It is ``H = -sum p log(p + e) / (log d + e)`` with ``p = X^2 / (sum X^2 + e / 4)`` and e = ``epsilon``. ``X`` is the
+    DCT of the token, and the power of ``X_0`` counts ``dc_weight`` times. These are the places where the published code
+    has its epsilon; its transform is twice this one, so that a quarter of it counts beside the power.
 
     Args:
         x: rows (N, d).
         dc_weight: weight of the zero-frequency power.
-        epsilon: number that is added inside the logarithm.
+        epsilon: number that is added in these places.
 
     Returns:
         H (N,) in [0, 1] (with epsilon 0), fp32, or fp64 for fp64 rows. An all-zero token has H = 0. The gradient is
@@ -57,8 +58,8 @@ def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -
     total, tiny = power.sum(-1), torch.finfo(power.dtype).tiny  # 0 log 0 = 0
     total = total.masked_fill(total == 0, 1)
     if epsilon > 0:
-        p = power / total[:, None]
-        return torch.linalg.vecdot(p, torch.log(p.clamp_min(tiny) + epsilon)) / -math.log(d)
+        p = power / (total + epsilon / 4)[:, None]
+        return torch.linalg.vecdot(p, torch.log(p.clamp_min(tiny) + epsilon)) / -(math.log(d) + epsilon)
     # -sum p log p = log S - sum P log P / S with P = p S: fewer passes over the rows
     logs = power.clamp_min(tiny).log()
     return (total.log() - torch.linalg.vecdot(power, logs) / total).clamp_min(0) / math.log(d)

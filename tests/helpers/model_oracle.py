@@ -134,8 +134,9 @@ class Oracle:
         settings = self.config.dct
         power = (x @ self.c.T) ** 2
         power = power * torch.tensor([settings.entropy_dc_weight] + [1.0] * (x.shape[-1] - 1), dtype=torch.float64)
-        p = power / power.sum(-1, keepdim=True)
-        return -(p * torch.log(p + settings.entropy_epsilon)).sum(-1) / math.log(x.shape[-1])
+        epsilon = settings.entropy_epsilon
+        p = 4 * power / (4 * power.sum(-1, keepdim=True) + epsilon)  # the published transform is twice the orthonormal one
+        return -(p * torch.log(p + epsilon)).sum(-1) / (math.log(x.shape[-1]) + epsilon)
 
     def dct(self, x: Tensor, name: str) -> Tensor:
         def operator(y: Tensor) -> Tensor:

@@ -82,13 +82,13 @@ def test_a_packed_spectrum_holds_each_frequency_at_its_place(form, d):
 
 
 def entropy_oracle(x: np.ndarray, dc_weight: float, epsilon: float) -> float:
-    """H of one token in plain numpy."""
-    power = scipy.fft.dct(x, norm="ortho") ** 2
+    """H of one token in plain numpy, with the transform and the three epsilons of the published code."""
+    power = (2 * scipy.fft.dct(x, norm="ortho")) ** 2
     power[0] *= dc_weight
-    total = power.sum()
-    if total == 0:
+    if power.sum() == 0:
         return 0.0
-    return -sum(p / total * math.log(p / total + epsilon) for p in power if p > 0) / math.log(len(x))
+    total = power.sum() + epsilon
+    return -sum(p / total * math.log(p / total + epsilon) for p in power if p > 0) / (math.log(len(x)) + epsilon)
 
 
 @pytest.mark.parametrize(("dc_weight", "epsilon"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1e-8), (2.0, 1e-3)])
@@ -98,6 +98,7 @@ def test_entropy_is_its_formula(form, d, dc_weight, epsilon):
     x[1] = 0  # no power at all
     x[2] = 1  # a constant: all power at frequency zero
     x[3] += 5
+    x[4] *= 1e-3  # as small as rows of an embedding: an epsilon beside their power counts
     expected = [entropy_oracle(row, dc_weight, epsilon) for row in x.numpy()]
     got = spectral_entropy(x, dc_weight, epsilon)
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-12)
