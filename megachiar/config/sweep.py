@@ -45,8 +45,9 @@ class CalibrateConfig(Section):
     run: str
     """Name of the variant whose run is measured, such as that of the baseline."""
     where: Literal["embedding", "layers"] = "embedding"
-    """embedding: one threshold for all layers from the embeddings of the text's tokens, as published. layers: one for
-    each routed layer, from the hidden states that enter it."""
+    """embedding: one threshold for all layers from the embeddings of the text's tokens, as published; a hashed router
+    takes the same one. layers: one for each routed layer, from the hidden states that enter it, and for a hashed router
+    from H of its permuted channels."""
     attention_share: Share | None = None
     """layers: share of tokens for attention; one half when not given."""
     data: ConfigPath | None = None

@@ -17,7 +17,7 @@ from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import disk_errors
 from megachiar.sweeps.cell_data import other_data
 from megachiar.sweeps.cells import Cell
-from megachiar.sweeps.measured import SUFFIX, read_measured_file
+from megachiar.sweeps.measured import SUFFIX, Measured, read_measured_file
 from megachiar.sweeps.status import CellStatus, is_new
 from megachiar.sweeps.table import rows_of, write_tables
 from megachiar.training.run_result import RunResult, read_result_file, result_path
@@ -118,7 +118,7 @@ def collected_status(cell: Cell, folder: Path) -> CellStatus:
         return CellStatus(cell, "new")
     if cell.sources:
         measured = read_measured_file(_measured_copy(copy, cell))
-        if measured is None or not measured.is_of(cell):
+        if measured is None or not measured.is_of(cell) or not _measured_on_these_sources(cell, measured, folder):
             return CellStatus(cell, "changed", "what was measured for it was asked for or measured otherwise")
         keys = measured.keys
     config = cell.config(keys)
@@ -127,6 +127,25 @@ def collected_status(cell: Cell, folder: Path) -> CellStatus:
     if (path := other_data(result, config)) is not None:
         return CellStatus(cell, "changed", f"was trained or measured on another dataset {path}", config)
     return CellStatus(cell, "finished", f"its result is in {folder}", config, result)
+
+
+def _measured_on_these_sources(cell: Cell, measured: Measured, folder: Path) -> bool:
+    """Return whether ``measured`` was measured on runs of the configs that the sources of a cell have now.
+
+    A source that was itself measured on another cell tells its config only where its own record was collected.
+    """
+    for source in cell.sources:
+        keys = None
+        if source.sources:
+            record = read_measured_file(_measured_copy(collected_path(folder / cell.sweep.path.stem, source), source))
+            if record is None:
+                continue
+            if not record.is_of(source) or not _measured_on_these_sources(source, record, folder):
+                return False
+            keys = record.keys
+        if measured.sources.get(source.variant.name) != config_digest(source.config(keys)):
+            return False
+    return True
 
 
 def collected_path(folder: Path, cell: Cell) -> Path:

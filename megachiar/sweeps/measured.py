@@ -120,7 +120,7 @@ def _request(cell: Cell) -> dict[str, Any]:
 
 def _calibrate(cell: Cell, source: Cell, request: CalibrateConfig, step: int) -> tuple[dict[str, Any], list[str]]:
     """Return thresholds for the router of ``cell`` by name, and the places at which H is like noise."""
-    from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers
+    from megachiar.analysis.calibration import calibrate_on_embedding, calibrate_on_layers, config_for
     from megachiar.inference.loaded_run import open_for_run, open_tokens_for_run
     from megachiar.inference.loading import load_model
 
@@ -136,7 +136,9 @@ def _calibrate(cell: Cell, source: Cell, request: CalibrateConfig, step: int) ->
         found = calibrate_on_embedding(model, text, request.tokens)
     else:
         share = 0.5 if request.attention_share is None else request.attention_share
-        found = calibrate_on_layers(model, open_for_run(checkpoint, config, data), share, request.sequences)
+        # The share is that of the router which takes the thresholds: a hashed one sees the channels in another order.
+        router = config_for(model.config, wanted.router.kind, wanted.router.seed)
+        found = calibrate_on_layers(model, open_for_run(checkpoint, config, data), share, request.sequences, router)
     thresholds = {name: value for name, value in found.router.items() if name.startswith("tau")}
     return thresholds, [place.name for place in found.places if place.like_noise]
 

@@ -193,7 +193,7 @@ class SweepRunner:
         if status.state == "finished":
             self._log(f"{escape(head)}: finished already")
             return "finished"
-        if status.state == "running" or (status.state == "waiting" and any(map(running_process, cell.sources))):
+        if status.state == "running" or (status.state == "waiting" and _waits_for_a_process(cell)):
             self._log(f"{escape(head)}: {status.state}, {escape(status.detail)}: it is looked at again at the end")
             return "running elsewhere"
         if status.state in ("waiting", "changed"):
@@ -204,7 +204,7 @@ class SweepRunner:
     def _wait_for_others(self, cells: Sequence[tuple[str, Cell]]) -> None:
         """Wait until one of the cells is not trained by another process any more, or a signal comes."""
         while cells and self.stopped_by is None:
-            busy = (running_process(one) for _, cell in cells for one in (cell, *cell.sources))
+            busy = (running_process(cell) or _waits_for_a_process(cell) for _, cell in cells)
             if not any(busy) or any(status_of(cell).state not in ("running", "waiting") for _, cell in cells):
                 return
             time.sleep(_LOOK_EVERY_S)
@@ -261,6 +261,11 @@ class SweepRunner:
         self.stopped_by = signal.Signals(number).name
         if self._child is not None:
             self._child.send_signal(number)
+
+
+def _waits_for_a_process(cell: Cell) -> bool:
+    """Return whether a process trains one of the cells that must be finished first, those of its sources included."""
+    return any(running_process(source) or _waits_for_a_process(source) for source in cell.sources)
 
 
 def remove_needless_checkpoints(sweep: Sweep) -> None:

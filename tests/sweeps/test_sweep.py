@@ -13,20 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy import stats
+from scipy.fft import dct
 from support import ROOT, forked_python, process_environment, small_config, write_config, write_tokens
 
 from megachiar.analysis.calibration import calibrate_on_embedding
+from megachiar.analysis.windows import spread_windows
 from megachiar.config import load_config
 from megachiar.config.sweep import load_sweep
-from megachiar.data.sampling.dataset import TokenSource
+from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.inference.loading import load_model
+from megachiar.model.router import channel_permutations
 from megachiar.sweeps.cell_data import check_same_data
 from megachiar.sweeps.cells import cell_named, cells_of
-from megachiar.sweeps.collect import restorable, restore
+from megachiar.sweeps.collect import collect, fitting, restorable, restore
 from megachiar.sweeps.measured import measure, read_measured
 from megachiar.sweeps.run_cells import refuse_changed, remove_needless_checkpoints, set_run_aside
 from megachiar.sweeps.status import status_of
@@ -253,7 +257,9 @@ def record_with(record: SourceRecord, checksum: str) -> SourceRecord:
 def test_two_starts_share_the_cells(tmp_path):
     path = write_sweep(tmp_path)
     sweep = yaml.safe_load(path.read_text())
-    sweep["variants"] = {"baseline": VARIANTS["baseline"], "threshold": VARIANTS["threshold"]}
+    equal = {"share_of": "threshold", "set": {"model.router.kind": "random", "model.router.tau": None}}
+    # In a row of three the last one waits for a cell that waits itself for one which the other start trains.
+    sweep["variants"] = {"baseline": VARIANTS["baseline"], "threshold": VARIANTS["threshold"], "equal": equal}
     path.write_text(yaml.safe_dump(sweep | {"set": {"training.steps": 20}}, sort_keys=False))
     both = [start(path), start(path)]
     outputs = [process.communicate(timeout=600)[0] for process in both]
@@ -307,6 +313,45 @@ def test_what_was_measured_on_a_changed_run_is_measured_anew(changeable):
     assert states(changeable)["threshold/seed_1"] == "finished"
     change(changeable, "threshold", calibrate={"run": "baseline", "where": "layers"})
     assert states(changeable)["threshold/seed_1"] == "changed"
+
+
+def test_collected_results_measured_on_a_changed_run_do_not_count(changeable):
+    """A threshold of an older baseline is none of this sweep, though the config of its own cell is the same."""
+    found = changeable.parent / "found"
+    collect(load_sweep(changeable), list(map(status_of, cells_of(load_sweep(changeable)))), found)
+    cells = {"baseline/seed_1", "threshold/seed_1", "baseline/seed_2", "threshold/seed_2"}
+    assert fitting(cells_of(load_sweep(changeable)), found).keys() == cells
+    change(changeable, "baseline", set={"model.kind": "baseline", "optimizer.learning_rate": 1e-3})
+    assert not fitting(cells_of(load_sweep(changeable)), found)
+    table = forked_python("-m", "megachiar", "sweep", changeable, "--from", found, "--table")
+    assert table.returncode == 2 and table.stderr.count("is left out") == 4, table.stderr
+
+
+def test_thresholds_of_layers_are_those_of_the_router_that_takes_them(changeable):
+    """A hashed router sees the channels in the order of its seed, and the share is to be that of its own H."""
+    hashed = {"model.router.kind": "hashed", "model.router.tau": None}
+    request = {"run": "baseline", "where": "layers", "attention_share": 0.3, "sequences": 8}
+    sweep = yaml.safe_load(changeable.read_text())
+    sweep["variants"] |= {"plain": {"calibrate": request}, "hashed": {"set": hashed, "calibrate": request}}
+    changeable.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    sweep, taus = load_sweep(changeable), {}
+    baseline = cell_named(sweep, "baseline/seed_2")
+    for variant in ("plain", "hashed"):
+        cell = cell_named(sweep, f"{variant}/seed_2")
+        taus[variant] = measure(cell, {"baseline": read_result(baseline.run)}).keys["model.router.tau"]
+    config, model, _ = load_model(baseline.run / "checkpoints" / f"step_{read_result(baseline.run).best.step:08d}")
+    rows = {}
+    for index in (1, 2):
+        model.layers[index].register_forward_pre_hook(lambda _, inputs, i=index: rows.update({i: inputs[0].numpy()}))
+    text = ValidationSet(config.data.train[0].path, config.sequence_length)
+    with torch.no_grad():
+        model(torch.from_numpy(spread_windows(text, 8)[0]))
+    for index, tau in zip((1, 2), taus["hashed"], strict=True):
+        order = channel_permutations(2, config.model.num_layers, config.model.hidden_size, torch.device("cpu"))[index]
+        power = dct(rows[index][:, order.numpy()], norm="ortho") ** 2
+        h = stats.entropy(power, axis=-1) / np.log(config.model.hidden_size)
+        assert (h > tau).mean() == pytest.approx(0.3, abs=0.02)
+    assert taus["plain"] != taus["hashed"]
 
 
 def test_another_test_set_alone_is_measured_without_training(changeable, swept):
