@@ -135,7 +135,8 @@ class Oracle:
         power = (x @ self.c.T) ** 2
         power = power * torch.tensor([settings.entropy_dc_weight] + [1.0] * (x.shape[-1] - 1), dtype=torch.float64)
         epsilon = settings.entropy_epsilon
-        p = 4 * power / (4 * power.sum(-1, keepdim=True) + epsilon)  # the published transform is twice the orthonormal one
+        published = 4 * power  # its transform is twice the orthonormal one
+        p = published / (published.sum(-1, keepdim=True) + epsilon)
         return -(p * torch.log(p + epsilon)).sum(-1) / (math.log(x.shape[-1]) + epsilon)
 
     def dct(self, x: Tensor, name: str) -> Tensor:
