@@ -22,8 +22,8 @@ class DctConfig(Section):
     entropy_dc_weight: PositiveFloat = 1.0
     """Factor on the zero-frequency bin's power in the spectral entropy. The published code has 2."""
     entropy_epsilon: Annotated[float, Field(ge=0.0, le=1e-3)] = 0.0
-    """Added in the entropy to a bin's share of the power inside the logarithm and to the logarithm of d; a quarter of it
-    to the power that shares are of. The published code has 1e-8, about -d * 1e-8 / ln d on H."""
+    """Added in the entropy to a bin's share of the power inside the logarithm, and to ln d; a quarter of it is added to
+    the power that shares are of. The published code has 1e-8, about -d * 1e-8 / ln d on H."""
 
 
 class RouterConfig(Section):
