@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megachiar.console import make_console, print_warning
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError
 from megachiar.options import CommandParser, add_run_argument, number
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     left_out: list[str] = []
+    check_writable(options.json, options.csv)
     subject = open_subject(options.run, options.data)
     text = read_text(subject, options.sequences, left_out)
     findings = measure(subject, text, options, left_out)
@@ -239,22 +242,38 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
     return model
 
 
+def check_writable(json_file: str | None, csv_file: Path | None) -> None:
+    """Refuse files that cannot be written, before anything is measured for them.
+
+    Raises:
+        UserError: the folder of a file is missing, or may not be written to, or the file is a folder.
+    """
+    for path in (Path(json_file) if json_file not in (None, "-") else None, csv_file):
+        if path is not None and path.is_dir():
+            raise UserError(path, "is a folder", "name a file in it")
+        if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
+            problem = "cannot be written to" if path.parent.is_dir() else "is no folder"
+            raise UserError(path, f"cannot be written: {path.parent} {problem}", "make that folder, or name another")
+
+
 def write_files(record: dict[str, Any], json_file: str | None, csv_file: Path | None) -> None:
-    """Write what was asked for.
+    """Write what was asked for, each file whole or not at all.
 
     Raises:
         UserError: a file cannot be written.
     """
+    from megachiar.data.storage.files import write_atomically
+
     if json_file == "-":
         print(json.dumps(record))
     elif json_file is not None:
-        with disk_errors(json_file, "write"):
-            Path(json_file).write_text(json.dumps(record, indent=1) + "\n")
+        write_atomically(Path(json_file), (json.dumps(record, indent=1) + "\n").encode())
     if csv_file is not None:
-        with disk_errors(csv_file, "write"), csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(record["findings"])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(record["findings"])
+        write_atomically(csv_file, text.getvalue().encode())
 
 
 def print_report(findings: Sequence[Finding], sentences: dict[int, str], left_out: Sequence[str], title: str) -> None:

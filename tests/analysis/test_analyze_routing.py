@@ -134,7 +134,8 @@ def test_what_was_not_measured_is_said(folder):
         (("baseline",), "has no layer that routes"),
         (("chiar", "--data", "short"), "windows of 32 tokens; intervals need 4"),
         (("chiar", "--baseline", "soft"), "is a chiar model"),
-        (("chiar", "--csv", "no/folder/r.csv"), "r.csv"),
+        (("missing", "--csv", "no/folder/r.csv"), "r.csv: cannot be written"),  # said before a run is opened
+        (("missing", "--json", "chiar"), "is a folder"),
         (("missing",), "no such folder"),
     ],
 )
