@@ -72,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = load_sweep(find_sweep(options.sweep))
 
     from megachiar.sweeps.cells import cell_named, cells_of
-    from megachiar.sweeps.collect import collect, collected_status, finished_results, restorable, restore
+    from megachiar.sweeps.collect import (
+        collect,
+        collected_before,
+        collected_status,
+        finished_results,
+        restorable,
+        restore,
+    )
     from megachiar.sweeps.status import status_of
 
     console, cells = make_console(), cells_of(sweep, options.only)
@@ -93,10 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in elsewhere:
             console.print(f"{name}: its result is taken from {folder}", markup=False)
     statuses = [status_of(cell, elsewhere) for cell in cells]
+    if options.table or options.collect is not None:
+        for status in statuses:
+            if status.state == "changed":
+                console.print(f"{status.cell.name}: is left out: {status.detail}", style="yellow", markup=False)
     if options.table:
         return print_table(sweep, finished_results(statuses), options.json)
     if options.collect is not None:
         written = collect(sweep, statuses, options.collect)
+        if before := collected_before(sweep, statuses, options.collect):
+            named = ", ".join(before[:5]) + (f" and {len(before) - 5} more" if len(before) > 5 else "")
+            message = (
+                f"the table has no {named}, whose results were collected before: --from {options.collect} adds them"
+            )
+            console.print(message, style="yellow", markup=False)
         console.print(f"{len(written)} files below {options.collect / sweep.path.stem}", markup=False)
         return 0
     if options.status:

@@ -16,7 +16,7 @@ from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import disk_errors
 from megachiar.sweeps.cell_data import other_data
-from megachiar.sweeps.cells import Cell
+from megachiar.sweeps.cells import Cell, cells_of
 from megachiar.sweeps.measured import SUFFIX, Measured, read_measured_file
 from megachiar.sweeps.status import CellStatus, is_new
 from megachiar.sweeps.table import rows_of, write_tables
@@ -51,6 +51,15 @@ def collect(sweep: Sweep, statuses: Sequence[CellStatus], folder: Path) -> list[
         text = read_regular(sweep.path)
     write_atomically(target / SWEEP_FILE, text)
     return [*written, target / SWEEP_FILE, *write_tables(target, sweep, results, rows_of(sweep, results))]
+
+
+def collected_before(sweep: Sweep, statuses: Sequence[CellStatus], folder: Path) -> list[str]:
+    """Return the names of cells that ``collect`` leaves out of the table, though their results lie in ``folder``."""
+    finished = {status.cell.name for status in statuses if status.result is not None}
+    target = folder / sweep.path.stem
+    return [
+        cell.name for cell in cells_of(sweep) if cell.name not in finished and collected_path(target, cell).exists()
+    ]
 
 
 def restorable(cells: Sequence[Cell], folder: Path) -> dict[str, CellStatus]:

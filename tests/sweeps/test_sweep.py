@@ -323,6 +323,9 @@ def test_collected_results_measured_on_a_changed_run_do_not_count(changeable):
     assert fitting(cells_of(load_sweep(changeable)), found).keys() == cells
     change(changeable, "baseline", set={"model.kind": "baseline", "optimizer.learning_rate": 1e-3})
     assert not fitting(cells_of(load_sweep(changeable)), found)
+    again = forked_python("-m", "megachiar", "sweep", changeable, "--collect", found)
+    assert again.returncode == 0 and again.stderr.count("is left out: ") == 4, again.stderr
+    assert "the table has no baseline/seed_1, threshold/seed_1, baseline/seed_2, threshold/seed_2" in again.stderr
     table = forked_python("-m", "megachiar", "sweep", changeable, "--from", found, "--table")
     assert table.returncode == 2 and table.stderr.count("is left out") == 4, table.stderr
 
