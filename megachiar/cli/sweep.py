@@ -110,10 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = collect(sweep, statuses, options.collect)
         if before := collected_before(sweep, statuses, options.collect):
             named = ", ".join(before[:5]) + (f" and {len(before) - 5} more" if len(before) > 5 else "")
-            message = (
-                f"the table has no {named}, whose results were collected before: --from {options.collect} adds them"
-            )
-            console.print(message, style="yellow", markup=False)
+            how = f"--from {options.collect} without --only adds those that fit"
+            console.print(f"the table has no {named}, collected before: {how}", style="yellow", markup=False)
         console.print(f"{len(written)} files below {options.collect / sweep.path.stem}", markup=False)
         return 0
     if options.status:
