@@ -36,6 +36,8 @@ SEED_KEYS = ("training.seed", "model.router.seed")
 """The keys that a seed of a sweep sets: all that is drawn in a run is drawn from them. ``training.seed`` is that of
 initial weights, order of samples and dropout; ``model.router.seed`` that of routers which hash."""
 _SET_BY_THE_SWEEP = (*SEED_KEYS, "logging.folder")
+_CALIBRATED = ("model.router.tau", "model.router.tau_low", "model.router.tau_high")
+_SHARE = "model.router.attention_share"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,99}")
 
 
@@ -238,6 +240,17 @@ def _problems_of_sources(config: SweepConfig, variants: dict[str, Variant]) -> I
                 )
         if variant.share_of is not None and variant.share_of not in variants:
             yield _no_variant(f"{at}.share_of", variant.share_of, variants)
+        yield from _problems_of_measured(at, variant)
+
+
+def _problems_of_measured(at: str, variant: VariantConfig) -> Iterator[Problem]:
+    """Yield each value of a key that is measured for the variant: a cell would not be what its name says."""
+    measured = [("calibrate", key) for key in _CALIBRATED if variant.calibrate is not None]
+    measured += [("share_of", _SHARE)] if variant.share_of is not None else []
+    for by, key in measured:
+        places = [name for name in ("set", "grid") if getattr(variant, name).get(key) is not None]
+        for place in places:
+            yield Problem(f"{at}.{place}.{key}", f"is measured, by {by}, which replaces it", "remove one of the two")
 
 
 def _no_variant(key: str, name: str, variants: dict[str, Variant]) -> Problem:

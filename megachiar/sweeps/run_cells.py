@@ -24,6 +24,7 @@ from rich.markup import escape
 import megachiar
 from megachiar.checkpoint.format import named_checkpoints
 from megachiar.checkpoint.removal import remove_checkpoint
+from megachiar.config import ModelConfig
 from megachiar.config.errors import ConfigError, Problem
 from megachiar.config.sweep import Sweep
 from megachiar.data.storage.files import sync_folder, write_atomically
@@ -60,10 +61,30 @@ def check_cells(sweep: Sweep, cells: Sequence[Cell]) -> None:
     if located:
         raise ConfigError(str(sweep.path), located)
     for cell, config in configs:
+        _check_sources(cell, config.model)
         try:
             open_run(config)
         except UserError as error:
             raise UserError(f"{sweep.path}, {cell.variant.name}: {error.where}", error.problem, error.remedy) from error
+
+
+def _check_sources(cell: Cell, model: ModelConfig) -> None:
+    """Refuse sources whose models do not have what a cell with this model takes from them.
+
+    Raises:
+        UserError: H was measured on rows of another width or on other layers, or no layer of the source routes.
+    """
+    where, calibrate = f"{cell.sweep.path}, {cell.variant.name}", cell.variant.calibrate
+    for source in cell.sources:
+        name, other = source.variant.name, source.config().model
+        if calibrate is not None and calibrate.run == name:
+            keys = ["hidden_size", *(["num_layers"] if calibrate.where == "layers" else [])]
+            for key in (key for key in keys if getattr(other, key) != getattr(model, key)):
+                problem = f"{name} has model.{key} {getattr(other, key)}, and this variant {getattr(model, key)}"
+                remedy = "name a variant of the same model.hidden_size, with layers also model.num_layers"
+                raise UserError(f"{where}: calibrate.run", f"{problem}: a threshold belongs to one", remedy)
+        if cell.variant.share_of == name and not other.routed_layers:
+            raise UserError(f"{where}: share_of", f"no layer of {name} routes", "name a variant whose layers do")
 
 
 def refuse_changed(statuses: Sequence[CellStatus]) -> None:

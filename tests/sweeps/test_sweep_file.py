@@ -113,6 +113,14 @@ def test_three_operators_have_two_thresholds(tmp_path, base):
             {"variants": {"a": {"set": {"training.seed": 3}}}},
             "variants.a.set.training.seed: is set by the sweep itself",
         ),
+        (
+            {"variants": {"b": {}, "a": {"grid": {"model.router.tau": [0.1, 0.2]}, "calibrate": {"run": "b"}}}},
+            "variants.a.grid.model.router.tau: is measured, by calibrate, which replaces it",
+        ),
+        (
+            {"variants": {"b": {}, "a": {"set": {"model.router.attention_share": 0.5}, "share_of": "b"}}},
+            "variants.a.set.model.router.attention_share: is measured, by share_of",
+        ),
         ({"set": {"logging": {}}}, "set.logging: is set by the sweep itself"),
         ({"reference": "b"}, "reference: b is no variant of this sweep"),
         ({"base": "nothing"}, "base: nothing is neither a file nor a shipped config (17m, 400m"),
@@ -135,6 +143,27 @@ def test_a_wrong_key_of_a_variant_has_its_line_in_the_sweep(tmp_path, base):
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "hidden_sise" in text)
     assert f"sweep.yaml:{line}: model.hidden_sise: is not a known key" in str(caught.value)
     assert "model.num_layers: is 1" in str(caught.value) and str(caught.value).count("hidden_sise") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "taken", "message"),
+    [
+        ({"model.hidden_size": 64}, {"calibrate": {"run": "b"}}, "b has model.hidden_size 64, and this variant 32"),
+        ({"model.num_layers": 5}, {"calibrate": {"run": "b", "where": "layers"}}, "b has model.num_layers 5"),
+        (
+            {"model.kind": "baseline"},
+            {"share_of": "b", "set": {"model.router.kind": "random", "model.router.tau": None}},
+            "share_of: no layer of b routes",
+        ),
+    ],
+)
+def test_a_source_that_cannot_give_what_is_taken_is_refused(tmp_path, base, source, taken, message):
+    """H of rows of another width has another distribution: its threshold would send other shares to attention."""
+    for name in ("train", "valid", "test"):
+        write_tokens(tmp_path / name)
+    sweep = load_sweep(write_sweep(tmp_path, variants={"b": {"set": source}, "a": taken}))
+    with pytest.raises(UserError, match=message):
+        check_cells(sweep, cells_of(sweep))
 
 
 def test_data_that_is_missing_is_found_before_anything_is_trained(tmp_path, base):
