@@ -137,8 +137,8 @@ def _calibrate(cell: Cell, source: Cell, request: CalibrateConfig, step: int) ->
     else:
         share = 0.5 if request.attention_share is None else request.attention_share
         # The share is that of the router which takes the thresholds: a hashed one sees the channels in another order.
-        router = config_for(model.config, wanted.router.kind, wanted.router.seed)
-        found = calibrate_on_layers(model, open_for_run(checkpoint, config, data), share, request.sequences, router)
+        taker = config_for(model.config, wanted.router.kind, wanted.router.seed)
+        found = calibrate_on_layers(model, open_for_run(checkpoint, config, data), share, request.sequences, taker)
     thresholds = {name: value for name, value in found.router.items() if name.startswith("tau")}
     return thresholds, [place.name for place in found.places if place.like_noise]
 
