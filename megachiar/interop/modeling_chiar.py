@@ -54,7 +54,7 @@ class ChiarConfig(Config):
     """
 
     model_type = "chiar"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  # `Trainer` adds a list to it
 
     def __init__(
         self,
@@ -802,13 +802,16 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         cache: Any = None,
         attention_mask: torch.Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of the next pass: the ids that the cache does not hold yet, and the whole mask."""
+        """Return the arguments of the next pass: the ids that the cache does not hold yet, and the whole mask.
+
+        By the name of ``kwargs`` the library knows that ``generate`` takes all arguments of ``forward``.
+        """
         cache = cache if cache is not None else past_key_values
         inputs = {"input_ids": input_ids[:, length_of(cache) :], "attention_mask": attention_mask}
         name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-        return inputs | {name: cache, "use_cache": others.get("use_cache"), "logits_to_keep": 1}
+        return inputs | {name: cache, "use_cache": kwargs.get("use_cache"), "logits_to_keep": 1}
 
 
 class ClassificationHead(nn.Module):
@@ -847,7 +850,11 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
         return_dict: bool | None = None,
         **others: Any,
     ) -> Any:
-        """Compute logits (B, C) of sequences (B, S), and the mean cross-entropy of ``labels`` (B,), -100 for none.
+        """Compute logits (B, C) of sequences (B, S), and the loss of ``labels``.
+
+        The loss is the library's: the mean cross-entropy of ``labels`` (B,) of classes, -100 for none; of one class the
+        squared error, and of labels (B, C) that of each class by itself. ``Trainer`` says in ``others`` how many
+        labels all micro-batches of a step have.
 
         With ``padding: counted`` every sequence is filled up with token 0 to ``classified_length``, as in training.
         """
@@ -862,6 +869,11 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
         )
         sums = (exact(output.last_hidden_state) * real[..., None]).sum(1)
         logits = self.classifier((sums / real.sum(1, keepdim=True).clamp_min(1)).to(output.last_hidden_state.dtype))
-        loss = F.cross_entropy(exact(logits), labels) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=exact(logits), config=self.config, **others)
+            count = others.get("num_items_in_batch")
+            if count is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * labels.numel() / count  # the library counts for cross-entropy alone
         result = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
         return result.to_tuple() if return_dict is False else result

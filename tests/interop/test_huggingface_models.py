@@ -138,6 +138,17 @@ def test_beam_search_and_sampling_run_with_both_caches(name):
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("name", ("threshold", "random", "baseline"))
+def test_drafts_of_another_model_or_of_the_prompt_change_no_token(name):
+    """The library crops the cache where a draft was wrong."""
+    _, theirs = both(name, "post", torch.float32)
+    _, drafts = both("threshold", "pre", torch.float32)
+    expected = new_tokens(theirs, PROMPTS[:1])
+    assert new_tokens(theirs, PROMPTS[:1], assistant_model=drafts) == expected
+    assert new_tokens(theirs, PROMPTS[:1], assistant_model=theirs) == expected
+    assert new_tokens(theirs, PROMPTS[:1], prompt_lookup_num_tokens=3) == expected
+
+
 def test_beams_of_a_batch_are_those_of_single_texts():
     _, theirs = both("threshold", "post", torch.float64)
     single = [new_tokens(theirs, [prompt], num_beams=4)[0] for prompt in PROMPTS]
