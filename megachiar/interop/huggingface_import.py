@@ -25,7 +25,7 @@ from megachiar.data.storage.regular_file import check_regular, read_regular
 from megachiar.data.tokenizers.recorded import load_as_recorded, read_kept_record
 from megachiar.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megachiar.errors import UserError, disk_errors
-from megachiar.interop.huggingface_config import EXPORT_FORMAT, RUNNING
+from megachiar.interop.huggingface_config import EXPORT_FORMAT, RUNNING, model_settings
 from megachiar.interop.huggingface_tokenizer import KEPT
 from megachiar.interop.huggingface_weights import BACKBONE, HEAD, INDEX_FILE, WEIGHTS_FILE
 from megachiar.interop.imported_run import (
@@ -40,6 +40,8 @@ from megachiar.model import build_model
 
 CONFIG_NAME = "config.json"
 _ANOTHER = "give a folder that `megachiar export --to hf` has written, or one fine-tuned from it"
+_MAY_CHANGE = {"vocab_size", "max_position_embeddings", "dropout", "initializer_range", "hard_gradient", "noise"}
+"""Settings that fine-tuning may change: they say nothing of logits, or the shape of a tensor says them."""
 _SECTIONS = ("model", "task", "data", "precision", "optimizer", "schedule", "training", "running")
 
 
@@ -86,6 +88,7 @@ def import_huggingface(
     task, classes = _task(folder, content, section, tensors)
     config = _config(folder, run, section, task, overrides)
     weights = _weights(folder, config, tensors, section["running"])
+    _check_settings(folder, content, section, config)
     found = _tokenizer(folder, tokenizer)
     check_tokenizer_fits(found, config, folder)
     losses = {name: float(loss) for name, loss in section.get("validation", {}).items()}
@@ -107,18 +110,25 @@ def import_huggingface(
         perplexity=math.exp(min(loss, 700.0)) if is_text and loss is not None and len(losses) == 1 else None,
         accuracy=None,
         left_out=[],
-        notes=_notes(tensors, found),
+        notes=_notes(tensors, found, section["training"].get("evaluate_every"), config),
     )
     write_run(run, imported, requested, report)
     return report, True
 
 
-def _notes(tensors: Mapping[str, torch.Tensor], tokenizer: Tokenizer | None) -> list[str]:
+def _notes(
+    tensors: Mapping[str, torch.Tensor], tokenizer: Tokenizer | None, evaluate_every: int | None, config: RunConfig
+) -> list[str]:
     notes = []
     if narrow := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}:
         notes.append(f"weights of {', '.join(sorted(narrow))} are fp32 numbers now")
     if tokenizer is None:
         notes.append("the folder has no tokenizer of a run: --tokenizer names one")
+    if evaluate_every and not config.data.validation:
+        notes.append(
+            f"training.evaluate_every, {evaluate_every} in the run, is left out: an export has no validation data; "
+            "--set data.validation.NAME=PREFIX names some"
+        )
     return notes
 
 
@@ -156,6 +166,10 @@ def _section(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     for name in _SECTIONS:
         if not isinstance(section.get(name), dict):
             raise UserError(where, f"megachiar.{name} is {section.get(name)!r}, and no mapping", _ANOTHER)
+    for name in ("running", "validation"):
+        numbers = section.get(name, {})
+        if not isinstance(numbers, dict) or any(type(number) not in (int, float) for number in numbers.values()):
+            raise UserError(where, f"megachiar.{name} is {numbers!r:.80}, and no numbers by name", _ANOTHER)
     if type(section.get("step")) is not int or section["step"] < 0:
         raise UserError(where, f"megachiar.step is {section.get('step')!r}, which is no number of steps", _ANOTHER)
     return section
@@ -208,8 +222,9 @@ def _task(
     if not any(name.startswith(HEAD) for name in tensors):
         return {"kind": "language_model"}, None
     labels = content.get("id2label")
-    if not isinstance(labels, dict) or len(labels) < 2:
-        raise UserError(folder / CONFIG_NAME, f"id2label is {labels!r}, and there are two classes at least", _ANOTHER)
+    if not isinstance(labels, dict) or len(labels) < 2 or not all(key.isdecimal() for key in labels):
+        problem = f"id2label is {labels!r:.80}, and no names of two classes or more by their numbers"
+        raise UserError(folder / CONFIG_NAME, problem, _ANOTHER)
     task |= {"kind": "classification", "classes": len(labels)}
     task |= {key: content[key] for key in ("head", "padding") if key in content}
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
@@ -229,7 +244,38 @@ def _config(
     if not is_text:
         data |= {"document_mask": False}
     mapping |= {"task": task, "data": data, "logging": {"folder": str(run)}}
+    evaluate_every = mapping["training"].pop("evaluate_every", None)
+    config = parse_with_overrides(mapping, overrides, str(folder / CONFIG_NAME))
+    if evaluate_every is None or not config.data.validation:  # an export has no data that a run could be evaluated on
+        return config
+    mapping["training"]["evaluate_every"] = evaluate_every
     return parse_with_overrides(mapping, overrides, str(folder / CONFIG_NAME))
+
+
+def _check_settings(folder: Path, content: dict[str, Any], section: dict[str, Any], config: RunConfig) -> None:
+    """Check that the settings beside the section ``megachiar``, of the library's model, are those of the section's.
+
+    A setting that is missing has its default, which ``save_pretrained`` leaves out.
+
+    Raises:
+        UserError: a setting was changed by hand, so that the imported model would be another one than the library's.
+    """
+    settings = model_settings(config.model, section["running"])
+    if config.task.kind == "language_model":
+        settings["document_end"] = config.document_end
+    for name in settings.keys() - _MAY_CHANGE:
+        if name in content and not _same(content[name], settings[name]):
+            problem = f"{name} is {content[name]!r}, but the section megachiar has a model with {settings[name]!r}"
+            raise UserError(folder / CONFIG_NAME, problem, "undo the change, or make it in the run and export that")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal, numbers up to their rounding."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
 
 
 def _weights(
@@ -245,6 +291,9 @@ def _weights(
     for name, tensor in tensors.items():
         ours = f"{heads}{name.removeprefix(HEAD)}" if name.startswith(HEAD) else name.removeprefix(BACKBONE)
         found[ours] = tensor.float()
+        if not bool(found[ours].isfinite().all()):
+            problem = f"{name} holds numbers that are not finite"
+            raise UserError(folder, problem, "give a folder of weights that training has not spoiled")
     for name, value in running.items():
         found[name] = torch.tensor([value], dtype=torch.float32)
     expected = build_model(config.model, seed=0, device="meta", heads=config.heads).state_dict()

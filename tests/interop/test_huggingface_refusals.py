@@ -158,6 +158,15 @@ DAMAGE = {
     "a string": (lambda f: change_config(f, lambda c: c["megachiar"].update(data="x")), "'x', and no mapping"),
     "no layers": (lambda f: change_config(f, lambda c: c["megachiar"]["model"].update(num_layers=0)), "num_layers"),
     "unknown key": (lambda f: change_config(f, lambda c: c["megachiar"]["model"].update(colour=1)), "colour"),
+    "a setting of the library's model": (
+        lambda f: change_config(f, lambda c: c.update(thresholds=[[0.5], [0.5]])),
+        "thresholds is .*0.5.*, but the section megachiar has a model with .*0.79",
+    ),
+    "no numbers": (lambda f: change_config(f, lambda c: c["megachiar"].update(validation=[3])), "no numbers by name"),
+    "not finite": (
+        lambda f: change_weights(f, lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        "model.norm.weight holds numbers that are not finite",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: cannot be read"),
     "one missing": (lambda f: change_weights(f, lambda t: t.pop("model.norm.weight")), "lacks norm.weight"),

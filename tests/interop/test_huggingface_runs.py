@@ -139,6 +139,19 @@ def test_a_run_comes_back_bit_for_bit(name, tmp_path, capsys):
     assert before.training == after.training and before.sequence_length == after.sequence_length
 
 
+def test_a_run_that_is_evaluated_comes_back_without_its_data_or_with_other_data(folder, tmp_path, capsys):
+    validation = {"valid": str(tmp_path / "valid")}
+    run = write_run(tmp_path / "run", training={"evaluate_every": 3}, data={"validation": validation})
+    exported(run, tmp_path / "out")
+    import_.main([str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+    assert "training.evaluate_every, 3 in the run, is left out" in capsys.readouterr().out
+    assert load_config(tmp_path / "back" / "config.yaml").training.evaluate_every is None
+    other = ["--set", f"data.validation.other={tmp_path / 'other'}"]
+    import_.main([str(tmp_path / "out"), "--output", str(tmp_path / "evaluated"), *other])
+    assert "left out" not in capsys.readouterr().out
+    assert load_config(tmp_path / "evaluated" / "config.yaml").training.evaluate_every == 3
+
+
 def test_documents_that_keep_apart_do_so_in_the_library(folder, tmp_path):
     for name in ("threshold", "random", "baseline"):
         run = write_run(tmp_path / name, model=ROUTERS[name], document_mask=True)
@@ -273,12 +286,16 @@ def test_the_trainer_fine_tunes_and_its_result_comes_back(spoken, tmp_path):
             use_cpu=True,
             learning_rate=1e-2,
             save_strategy="no",
+            eval_strategy="steps",
+            eval_steps=2,
             disable_tqdm=True,
         ),
         train_dataset=rows,
+        eval_dataset=rows[:3],
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     assert np.isfinite(trainer.train().training_loss)
+    assert trainer.predict(rows[:3]).predictions.shape[::2] == (3, model.config.vocab_size)
     assert not torch.equal(before["model.embedding.weight"], model.state_dict()["model.embedding.weight"])
     model.save_pretrained(tmp_path / "tuned")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True).eval()
@@ -300,3 +317,33 @@ def test_a_language_model_that_was_fine_tuned_to_classify_comes_back(spoken, tmp
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids, head="main").logits, model.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem", ["classes", "regression"])
+def test_fine_tuning_to_classify_does_not_depend_on_the_micro_batch(problem, spoken, tmp_path):
+    """The library counts the examples of all micro-batches, and leaves it to the model to divide by them."""
+    _, output = spoken
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+    label = (lambda n: n % 3) if problem == "classes" else (lambda n: n / 2)
+    rows = [{**tokenizer(TEXTS[n % 3]), "labels": label(n)} for n in range(4)]
+    kind, losses = transformers.AutoModelForSequenceClassification, []
+    for size in (4, 2):
+        torch.manual_seed(0)
+        model = kind.from_pretrained(output, trust_remote_code=True, num_labels=3 if problem == "classes" else 1)
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(
+                str(tmp_path / "trainer"),
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                report_to=[],
+                use_cpu=True,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        )
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0.1
