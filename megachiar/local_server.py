@@ -12,6 +12,7 @@ thread wakes in torch's C++, may not go on, and C++ then ends the process with S
 from __future__ import annotations
 
 import errno
+import io
 import ipaddress
 import json
 import os
@@ -21,6 +22,7 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +34,9 @@ from megachiar.errors import UserError
 LARGEST_BODY = 2**20
 """Bytes of a request; what is larger is not read."""
 SECONDS_TO_SEND = 30
-"""How long a client may be silent while it sends or takes data."""
+"""How long a client may take to send its request, and may be silent while it takes the answer."""
+SECONDS_TO_END = 2
+"""How long the end of a server waits for the last words of its answers."""
 DEFECT = ("the server", "met a defect of this program", "its terminal shows where")
 
 
@@ -103,6 +107,13 @@ class LocalServer(ThreadingHTTPServer):
         self.stopping.set()
         self.server_close()
 
+    def wait_for_answers(self) -> None:
+        """Wait a little until the threads that answer have ended."""
+        until = time.monotonic() + SECONDS_TO_END
+        for _ in range(self.most_connections):  # who has all places is alone
+            if not self._connections.acquire(timeout=max(0.0, until - time.monotonic())):
+                return
+
     def is_known_host(self, name: str) -> bool:
         """Return whether a request may name the server ``name``: no name that another site's owner can point here."""
         return name in self.hosts or (not self.is_local and _is_address(name))
@@ -133,6 +144,32 @@ class LocalServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class _RequestReader(io.RawIOBase):
+    """Reads a connection for ``SECONDS_TO_SEND`` all in all.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self._connection, self._until = connection, time.monotonic() + SECONDS_TO_SEND
+
+    def readable(self) -> bool:
+        """Return that it reads."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come, and wait for it if nothing has."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(SECONDS_TO_SEND)
+
+
 class LocalHandler(BaseHTTPRequestHandler):
     """Answer one request; a subclass has ``get`` and ``post``, and says how it writes an error."""
 
@@ -141,6 +178,12 @@ class LocalHandler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = SECONDS_TO_SEND
     user_error_status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+    def setup(self) -> None:
+        """Read the request within its time, however slowly a client sends it."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_RequestReader(self.connection))
 
     def get(self, path: str) -> None:
         """Answer a GET of ``path``."""
@@ -253,16 +296,23 @@ class LocalHandler(BaseHTTPRequestHandler):
 def serve_until_ctrl_c(server: LocalServer, say_ready: Callable[[], None], say: Callable[[str], None]) -> NoReturn:
     """Serve until Ctrl-C, say "stopped" and end the process with exit code 0; a second Ctrl-C ends it at once.
 
+    SIGTERM, by which service managers end a program, does the same, unless somebody handles it already.
+
     Args:
         server: that has its port already.
         say_ready: tells the user where it is.
         say: prints a line.
     """
+    numbers = [signal.SIGINT]
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        numbers.append(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         say_ready()
         server.serve_forever()
     except KeyboardInterrupt:  # the way to end it, and no failure
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
         server.stop()
         say("stopped")
         sys.stdout.flush()

@@ -32,12 +32,20 @@ def read_number(name: str, value: Any, setting: Setting) -> float | int | None:
     """
     if value is None:
         return setting.default
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-    if not is_number or (setting.is_whole and value != int(value)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not _is_finite(value) or (setting.is_whole and value != int(value)):
         raise UserError(name, f"{value!r:.50} is no {'whole ' if setting.is_whole else ''}number", "give one")
     if not setting.least <= value <= setting.most:
         raise UserError(name, f"{value!s:.50} is not {_limits(setting)}", "give another one")
     return int(value) if setting.is_whole else float(value)
+
+
+def _is_finite(value: float) -> bool:
+    """Return whether a number is within the range of float, which a whole number of JSON may leave."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _limits(setting: Setting) -> str:

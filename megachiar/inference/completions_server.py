@@ -85,6 +85,7 @@ class CompletionsServer(LocalServer):
         """End the service, whose clients are told so, and close the port."""
         super().stop()
         self.service.stop()
+        self.wait_for_answers()
 
 
 class CompletionsHandler(LocalHandler):

@@ -113,7 +113,8 @@ def test_ctrl_c_stops_what_chat_writes_and_then_ends_it(run):
         os.close(master)
 
 
-def test_serve_answers_until_ctrl_c(run, generated):
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_serve_answers_until_ctrl_c_or_a_service_manager_ends_it(number, run, generated):
     process = subprocess.Popen(
         [*COMMAND, "serve", str(run), "--port", "0"],
         stderr=subprocess.PIPE,
@@ -130,8 +131,12 @@ def test_serve_answers_until_ctrl_c(run, generated):
         client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0, timeout=120)
         answer = client.completions.create(model="run", prompt="the quick", max_tokens=12, temperature=0)
         assert "the quick" + answer.choices[0].text == generated("the quick")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        endless = client.completions.create(model="run", prompt="the quick", max_tokens=2048, n=16, stream=True)
+        next(iter(endless))
+        process.send_signal(number)
+        with pytest.raises(openai.APIError, match="the server ends"):
+            list(endless)
+        assert process.wait(60) == 0 and process.stderr.read() == "stopped\n"
     finally:
         process.kill()
 

@@ -18,6 +18,7 @@ import torch
 from model_cases import ROUTERS, lively_model, small_model_config
 from text_helpers import train
 
+from megachiar import local_server
 from megachiar.data.tokenizers.tokenizer import load_tokenizer
 from megachiar.inference.completion_request import CompletionLimits
 from megachiar.inference.completions_server import CompletionsServer, ServedModel
@@ -218,10 +219,34 @@ def test_what_is_no_request_is_refused(served, body, headers, status):
     assert got == status and content["error"]["message"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", "NaN"), ("prompt", '"\\ud800"'), ("top_p", "-Infinity")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", "NaN"), ("temperature", "9" * 400), ("prompt", '"\\ud800"'), ("top_p", "-Infinity")],
+)
 def test_a_bad_field_that_no_client_sends_is_named(served, field, value):
     status, content = raw(served, f'{{"model": "small", "{field}": {value}}}'.encode())
     assert status == 400 and content["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "start", (b"POST /v1/compl", b"POST / HTTP/1.1\r\nContent-Length: 999\r\nHost: localhost\r\n\r\n{")
+)
+def test_a_client_that_sends_a_byte_now_and_then_loses_its_place(start, served, monkeypatch):
+    """Each byte comes in time, and the request never does."""
+    monkeypatch.setattr(local_server, "SECONDS_TO_SEND", 1)
+    with socket.create_connection(("127.0.0.1", served.server.server_port), timeout=0.1) as connection:
+        connection.sendall(start)
+        for _ in range(600):
+            try:
+                connection.sendall(b"x")
+                if connection.recv(65536) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the connection is open for a minute")
 
 
 def test_health_says_how_much_there_is_to_do(served):
