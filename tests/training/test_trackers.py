@@ -182,22 +182,24 @@ def test_mlflow_keeps_a_run_over_a_resume(tmp_path, monkeypatch, store):
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
-    from megachiar.training.trackers.mlflow_tracker import MlflowTracker
+    from megachiar.training.trackers.mlflow_tracker import MlflowTracker, database_of
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions keep files for those who ask for them
     uri = f"file:{tmp_path}/store" if store == "files" else None
+    folder = tmp_path / "run %20?#"  # signs that mean something in the address of a database
     config = MlflowConfig(tracking_uri=uri, experiment="e")
     for steps in ((1, 2), (3,)):
-        tracker = MlflowTracker(config, tracked(tmp_path / "run"))
+        tracker = MlflowTracker(config, tracked(folder))
         for point in points(*steps):
             tracker.log(point)
         tracker.close()
-    client = MlflowClient(tracking_uri=uri or f"sqlite:///{tmp_path}/run/mlflow.db")
+    client = MlflowClient(tracking_uri=uri or database_of(folder))
+    assert (folder / "mlflow.db").exists() == (store == "database")
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert run.info.run_name == folder.name and run.info.status == "FINISHED"
     assert run.data.params["model.num_layers"] == "4" and len(run.data.params["long"]) == 500
-    RunIds(tmp_path / "run", pytest.fail).keep("mlflow", "0" * 32)  # a run that somebody has removed for good
-    MlflowTracker(MlflowConfig(tracking_uri=uri, experiment="e", name="again"), tracked(tmp_path / "run")).close()
+    RunIds(folder, pytest.fail).keep("mlflow", "0" * 32)  # a run that somebody has removed for good
+    MlflowTracker(MlflowConfig(tracking_uri=uri, experiment="e", name="again"), tracked(folder)).close()
     assert len(client.search_runs([run.info.experiment_id])) == 2
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 1), (2, 2), (3, 3)]
 

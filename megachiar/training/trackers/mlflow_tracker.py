@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from megachiar.config.trackers import MlflowConfig
 from megachiar.training.trackers.points import Point
@@ -29,7 +30,7 @@ class MlflowTracker:
         from mlflow.tracking import MlflowClient
 
         self._metric = Metric
-        self._client = MlflowClient(tracking_uri=config.tracking_uri or f"sqlite:///{run.folder.resolve()}/mlflow.db")
+        self._client = MlflowClient(tracking_uri=config.tracking_uri or database_of(run.folder))
         known = run.ids.get("mlflow")
         if known is not None and self._goes_on(known):
             self._id = known
@@ -72,3 +73,10 @@ class MlflowTracker:
     def close(self) -> None:
         """Mark the run as ended; a later start marks it as running again."""
         self._client.set_terminated(self._id)
+
+
+def database_of(folder: Path) -> str:
+    """Return the address of the database in a run folder, whose name may have signs of addresses, such as %."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite", database=f"{folder.resolve()}/mlflow.db").render_as_string()
