@@ -96,6 +96,7 @@ def export_huggingface(
             refuses it, or the exported model is not the run's.
     """
     transformers = import_transformers(asked_by)
+    folder = _place_of(folder)
     config, state = load_config(checkpoint / CONFIG_FILE), read_state(checkpoint)
     check_exportable(checkpoint, config)
     task = task_of(config, options.task)
@@ -246,6 +247,19 @@ def _notes(
             f"texts longer than {model.max_sequence_length:,} tokens are read as they are; `megachiar generate` reads "
             "the last half again"
         )
+
+
+def _place_of(folder: Path) -> Path:
+    """Return where ``folder`` lies, links followed: an export takes the place of the whole folder.
+
+    Raises:
+        UserError: it is the folder that the command was started in, which shells would lose.
+    """
+    with disk_errors(folder, "read"):
+        place = folder.resolve()
+        if place == Path.cwd():
+            raise UserError(folder, "is the current folder, which an export would replace", "name a folder in it")
+    return place
 
 
 def _is_there(folder: Path, origin: dict[str, Any], replace: bool) -> bool:

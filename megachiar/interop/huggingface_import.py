@@ -191,6 +191,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(index, f"weight_map names {name!r}, which is no file of the folder", _ANOTHER)
+        if not (folder / name).exists():
+            raise UserError(folder, f"lacks {name}, which {INDEX_FILE} names", f"{_ANOTHER}, whole")
     if not names:
         raise UserError(index, "has no weight_map", _ANOTHER)
     return [folder / name for name in sorted(names)]

@@ -135,6 +135,17 @@ def test_another_export_is_replaced_only_when_that_is_asked_for(run, copy, tmp_p
     assert export_huggingface(checkpoint, tmp_path / "empty", HuggingFaceOptions()) is not None
 
 
+def test_an_export_follows_a_link_and_does_not_replace_the_current_folder(run, copy, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(copy)
+    export.main([str(run), "--to", "hf", "--output", str(tmp_path / "link"), "--license", "mit", "--overwrite"])
+    assert (tmp_path / "link").is_symlink() and "license: mit" in (copy / "README.md").read_text()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="is the current folder"):
+        export.main([str(run), "--to", "hf", "--output", "."])
+    assert left_in(tmp_path) == ["copy", "empty", "link"]
+
+
 def change_config(folder: Path, change) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text())
@@ -178,6 +189,10 @@ DAMAGE = {
     "a file elsewhere": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
         "names '../x', which is no file of the folder",
+    ),
+    "a missing file": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+        "lacks model-2.safetensors, which model.safetensors.index.json names",
     ),
     "an empty index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
 }
