@@ -117,13 +117,33 @@ class PrecisionConfig(Section):
     Triton cannot run, triton refuses the run and auto takes torch. The log's first lines say what runs."""
 
 
-class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay. Biases, norms, DCT filters and gates have none unless ``decay_all`` is set."""
+class MuonConfig(Section):
+    """Muon (arXiv 2502.16982): the keys of torch.optim.Muon, with its meanings."""
 
+    momentum: Fraction = 0.95
+    """Decay factor, per step, of the running mean of the gradient."""
+    nesterov: bool = True
+    """Step along the mean of the gradient as it will be after the same gradient again."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """Newton-Schulz iterations, which bring the singular values of a step near 1."""
+    ns_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of these iterations. fp32 gives equal losses in every layout; bf16 is faster on a GPU and what torch has."""
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor of the learning rate for a matrix of r rows and c columns. match_rms_adamw: 0.2 * sqrt(max(r, c)), with
+    which a step changes weights as much as AdamW's, at AdamW's learning rate. original: sqrt(max(1, r / c))."""
+
+
+class OptimizerConfig(Section):
+    """AdamW or Muon, with decoupled weight decay. Biases, norms, DCT filters and gates have none unless ``decay_all``
+    is set."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention, feed-forward and RBF mixing, and AdamW for all other parameters."""
+    muon: MuonConfig = MuonConfig()
     learning_rate: PositiveFloat
     """Peak learning rate; a step changes a weight by about as much."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
-    """Decay factors, per step, of the running means of the gradient and of its square."""
+    """AdamW's decay factors, per step, of the running means of the gradient and of its square."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the mean squared gradient that a step is divided by, in units of the gradient."""
     weight_decay: NonNegativeFloat = 0.01

@@ -14,7 +14,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -65,7 +65,7 @@ PRIVATE_ATTRIBUTES = {
         "raise_error_at_min_scale",
     ),
     "ZeRO 1 and 2 parameter": ("_hp_mapping",),
-    "ZeRO 1 and 2 mapping": ("param_group_index",),
+    "ZeRO 1 and 2 mapping": ("param_group_index", "hp_fragment_address", "lp_fragment_address"),
     "ZeRO 3 parameter": ("ds_id", "ds_numel", "ds_tensor"),
 }
 """Attributes by the kind of object that has them once DeepSpeed has set it up; only a running engine shows them."""
@@ -126,7 +126,7 @@ def import_muon_uncompiled() -> None:
 
     Why: DeepSpeed asks of any optimizer whether it is Muon, and for that it imports Muon. The import compiles Muon's
     kernels, for which torch loads its whole compiler. That is a fifth of the time in which a small run starts, and no
-    run here uses Muon. Since: 0.18.
+    run here uses DeepSpeed's Muon. Since: 0.18.
     It can go when ``deepspeed.initialize`` no longer imports ``torch._dynamo``.
     """
     from deepspeed.runtime import compiler
@@ -360,6 +360,37 @@ def link_optimizer_states(optimizer: torch.optim.Optimizer, parameters: Iterable
         if mapping is not None:
             flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
             mapping.set_optim_state_fragment(flat, optimizer.state[flat])
+
+
+class Place(NamedTuple):
+    """The run of a parameter's elements that an optimizer steps on this rank.
+
+    Attributes:
+        tensor: the stepped tensor that has them; None where this rank steps none of them.
+        offset: number of the first of them in the flattened ``tensor``.
+        start: number of the first of them in the flattened parameter.
+        length: how many there are.
+    """
+
+    tensor: torch.Tensor | None
+    offset: int
+    start: int
+    length: int
+
+
+def place_in_flat(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Place:
+    """Return where the elements of a parameter lie in this rank's flattened tensors under ZeRO 1 and 2.
+
+    Why: Muon needs the whole matrix that the elements are of. Since: 0.14.
+    It can go when DeepSpeed has a public function for the position of a parameter in its partition.
+    """
+    zero_parameter: Any = parameter
+    mapping = zero_parameter._hp_mapping
+    if mapping is None:
+        return Place(None, 0, 0, 0)
+    flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+    held, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Place(flat, held.start, of_parameter.start, of_parameter.numel)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -1,4 +1,5 @@
-"""The state of a run that DeepSpeed holds, read and set: master weights and AdamW's moments, under any ZeRO stage.
+"""The state of a run that DeepSpeed holds, read and set: master weights and the optimizer's moments, under any
+ZeRO stage.
 
 Under ZeRO an optimizer keeps shards of flattened parameters. DeepSpeed's documented functions (``safe_get_full_...``)
 gather a parameter from its shards. They do not cover the optimizer's state before the first step, which is made here.
@@ -24,7 +25,7 @@ from torch import nn
 
 from megachiar.engine import deepspeed_patches
 from megachiar.engine.engine import Engine
-from megachiar.engine.optimizer import MOMENTS
+from megachiar.engine.optimizer import moments_of_stepped
 from megachiar.parallel.shard import Shard, shard_of
 
 ReadTensor = Callable[[str, Shard | None], torch.Tensor]
@@ -37,7 +38,7 @@ class GatheredTensor:
 
     Attributes:
         name: name in the model of the parameter or buffer.
-        moment: which of ``MOMENTS`` the value is; None for the fp32 master weight and for a buffer.
+        moment: which of the optimizer's ``MOMENTS`` the value is; None for the fp32 master weight and for a buffer.
         shard: how tensor-parallel ranks cut the parameter; None where each has all of it.
         value: the tensor.
     """
@@ -56,7 +57,7 @@ def gather_state(engine: Engine) -> Iterator[GatheredTensor]:
     """
     _initialise_optimizer_state(engine)
     for name, parameter in _parameters_to_save(engine):
-        for moment in (None, *MOMENTS):
+        for moment in (None, *engine.replica.moments_of(parameter)):
             value = _gather(engine, parameter, moment)
             yield GatheredTensor(name=name, moment=moment, shard=shard_of(parameter), value=value)
     for name, buffer in engine.named_buffers():
@@ -80,11 +81,11 @@ def set_weights(engine: Engine, read: ReadTensor, without: tuple[str, ...] = ())
 
 
 def set_moments(engine: Engine, read: ReadTensor, steps: int) -> None:
-    """Set AdamW's moments to what ``read`` returns for NAME.MOMENT, and the number of steps taken to ``steps``."""
+    """Set the moments to what ``read`` returns for NAME.MOMENT, and the number of steps taken to ``steps``."""
     _initialise_optimizer_state(engine)
     _set_step_count(engine, steps)
     for name, parameter in engine.named_parameters():
-        for moment in MOMENTS:
+        for moment in engine.replica.moments_of(parameter):
             value = read(f"{name}.{moment}", shard_of(parameter)).to(engine.device)
             _set_optimizer_tensor(engine, parameter, moment, value)
 
@@ -146,13 +147,13 @@ def _zero_3_shard(parameter: nn.Parameter, value: torch.Tensor, rank: int) -> to
 
 
 def _initialise_optimizer_state(engine: Engine) -> None:
-    """Make AdamW's state, which AdamW itself makes in its first step, and link each parameter to its part of it."""
+    """Make the state that the optimizer makes in its first step, and link each parameter to its part of it."""
     stage = engine.config.parallel.zero_stage
     base = deepspeed_patches.base_optimizer(engine.deepspeed, stage)
     for tensor in deepspeed_patches.stepped_tensors(engine.deepspeed, stage):
         state: dict[str, Any] = base.state[tensor]
         state.setdefault("step", torch.zeros((), device=tensor.device))
-        for moment in MOMENTS:
+        for moment in moments_of_stepped(base, tensor):
             state.setdefault(moment, torch.zeros_like(tensor))
     if stage in (1, 2):
         deepspeed_patches.link_optimizer_states(base, (parameter for _, parameter in engine.named_parameters()))

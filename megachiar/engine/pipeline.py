@@ -97,7 +97,9 @@ class PipelineReplica:
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(stage, config.model)
         self.optimizer_implementation = built.implementation
+        self.moments_of = built.moments_of
         self.deepspeed = initialize(config, stage, built.optimizer)
+        built.place(config.parallel.zero_stage, topology)
         self._parts = [module for module in stage.modules() if isinstance(module, StagePart)]
         queued = (module for module in stage.modules() if isinstance(module, StagePart | StageNorm | StageEmbedding))
         self._queues = [stage.queue, *(module.queue for module in queued)]

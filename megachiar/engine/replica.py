@@ -44,8 +44,10 @@ class Replica:
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(model, config.model)
         self.optimizer_implementation = built.implementation
+        self.moments_of = built.moments_of
         mpu = ModelParallelUnit(topology) if topology.tensor.size > 1 else None
         self.deepspeed = initialize(config, model, built.optimizer, mpu)
+        built.place(config.parallel.zero_stage, topology)
         self._forward: list[torch.Tensor] = []
         self._losses: list[list[torch.Tensor]] = [[] for _ in config.mixed.tasks]
         self._gates: list[list[torch.Tensor]] = [[] for _ in config.mixed.tasks]

@@ -48,6 +48,7 @@ class ColumnParallelLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup, blocks: int = 1):
         super().__init__(inputs, outputs // group.size)
         self.group = group
+        self.blocks = blocks
         sharded(self.weight, Shard(0, blocks), group)
         sharded(self.bias, Shard(0, blocks), group)
 
