@@ -87,6 +87,21 @@ def check_same_tasks(checkpoint: Path, saved: RunConfig, wanted: RunConfig, is_o
         )
 
 
+def check_same_optimizer(checkpoint: Path, saved: RunConfig, wanted: RunConfig, is_own: bool) -> None:
+    """Check that a run that goes on from a checkpoint keeps its optimizer; ``is_own`` as ``read_compatible``.
+
+    Raises:
+        LaunchError: the optimizer is of another kind, whose moments the checkpoint does not hold.
+    """
+    before, now = saved.optimizer.kind, wanted.optimizer.kind
+    if before != now:
+        raise LaunchError(
+            checkpoint,
+            f"has the optimizer state of {before}, but optimizer.kind is {now}",
+            f"set optimizer.kind to {before}, or {weights_alone(checkpoint, is_own)}",
+        )
+
+
 def _describe_tasks(config: RunConfig) -> str:
     kinds = {True: "a language model", False: "classes"}
     names = [

@@ -191,6 +191,24 @@ def precision(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[
         yield Problem("precision.initial_loss_scale", f"{precision.initial_loss_scale} is no power of two", "use 65536")
 
 
+def muon(optimizer: OptimizerConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Check that Muon, which needs whole matrices, can have them in this layout."""
+    if optimizer.kind != "muon":
+        return
+    if parallel.zero_stage == 3:
+        yield Problem(
+            "optimizer.kind",
+            "is muon with parallel.zero_stage 3, which cuts every matrix over all replicas: Muon needs whole matrices",
+            "use zero_stage 0, 1 or 2, or kind: adamw",
+        )
+    if parallel.offload_optimizer:
+        yield Problem(
+            "optimizer.kind",
+            "is muon with parallel.offload_optimizer: the host would compute Muon's matrix products",
+            "set offload_optimizer to false, or use kind: adamw",
+        )
+
+
 def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:
     """Check that warm-up, decay and the lowest learning rate leave room for each other."""
     if schedule.minimum_learning_rate > optimizer.learning_rate:
@@ -351,6 +369,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     stages,
     sequence_rows,
     precision,
+    muon,
     schedule,
     evaluation,
     fractions,

@@ -83,7 +83,9 @@ class MatrixParts:
             if part.is_split:
                 whole = torch.zeros(part.shape, dtype=dtype, device=self.device)
                 if part.length:
-                    whole.view(-1).narrow(0, part.start, part.length).copy_(direction_of(part))
+                    direction = direction_of(part)
+                    assert direction is not None, "ZeRO gives every tensor that it steps a gradient"
+                    whole.view(-1).narrow(0, part.start, part.length).copy_(direction)
                 dist.all_reduce(whole, group=self.topology.data_group)
                 if part.length:
                     joined[number] = whole

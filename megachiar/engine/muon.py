@@ -109,4 +109,5 @@ class MuonAdamW(torch.optim.Optimizer):
         assert self.parts is not None
         blocks = self.parts.whole(part, direction).chunk(part.blocks)
         update = torch.cat([orthogonalised(block, self.config.ns_steps) for block in blocks])
-        return self.parts.own(part, update), learning_rate_scale(*blocks[0].shape, self.config.adjust_lr_fn)
+        rows, columns = blocks[0].shape
+        return self.parts.own(part, update), learning_rate_scale(rows, columns, self.config.adjust_lr_fn)

@@ -9,6 +9,7 @@ from torch import nn
 from megachiar.model.attention import SelfAttention
 from megachiar.model.feed_forward import FeedForward
 from megachiar.model.rbf_mixing import RbfMixing
+from megachiar.parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 _SUB_LAYERS = (SelfAttention, FeedForward, RbfMixing)
 
@@ -33,10 +34,9 @@ def hidden_matrices(module: nn.Module) -> list[HiddenMatrix]:
     states go in and come out. An embedding takes one row at a time, and a head or a router makes scores: their matrices
     are left to AdamW, as are all vectors.
     """
-    return [
-        HiddenMatrix(linear.weight, getattr(linear, "blocks", 1))
-        for sub_layer in module.modules()
-        if isinstance(sub_layer, _SUB_LAYERS)
-        for linear in sub_layer.children()
-        if isinstance(linear, nn.Linear)
+    sub_layers = [found for found in module.modules() if isinstance(found, _SUB_LAYERS)]
+    layers = [child for sub_layer in sub_layers for child in sub_layer.children()]
+    linear = [
+        layer for layer in layers if isinstance(layer, ColumnParallelLinear | RowParallelLinear | ReplicatedLinear)
     ]
+    return [HiddenMatrix(layer.weight, getattr(layer, "blocks", 1)) for layer in linear]

@@ -90,6 +90,8 @@ class RowParallelLinear(nn.Linear):
 class ReplicatedLinear(nn.Linear):
     """An ``nn.Linear(i, o)`` that is whole on every rank, for the rows that a rank has."""
 
+    weight: nn.Parameter
+
     def __init__(self, inputs: int, outputs: int, group: TensorParallelGroup):
         super().__init__(inputs, outputs)
         self.group = group

@@ -2,7 +2,8 @@
 
 The tensors of a run are counted, on a GPU unless another device is asked for. Libraries, CUDA contexts and the
 allocator's gaps come on top. For each parameter of a rank DeepSpeed holds the bytes of the table. There p is the width
-of the compute dtype, g that of the accumulation dtype, and D the number of data-parallel ranks:
+of the compute dtype, g that of the accumulation dtype, and D the number of data-parallel ranks. AdamW has two moments.
+Muon has one, so that the last column is less by 4, or by 4/D under ZeRO, for the parameters that it trains:
 
     ZeRO                        weights   gradients                   master weights and moments
     0 (fp32)                    4         4                           8
@@ -33,7 +34,7 @@ class RankMemory:
     Attributes:
         parameters: weights that the model computes with.
         gradients: gradients, at their peak.
-        optimizer: master weights and AdamW's moments, as far as they are on the device.
+        optimizer: master weights and the optimizer's moments, as far as they are on the device.
         buffers: DeepSpeed's buckets, and the working memory of the loss.
         activations_kept: activations of the micro-batches in flight, if all activations are kept.
         activations_recomputed: the same, if of each group of layers that the config recomputes together only the input
@@ -60,7 +61,9 @@ class RankMemory:
         return self.state + (self.activations_recomputed if self.recomputes else self.activations_kept)
 
 
-def rank_memory(config: RunConfig, data_size: int, stage: Stage, parameters: int, device: str) -> RankMemory:
+def rank_memory(
+    config: RunConfig, data_size: int, stage: Stage, parameters: int, device: str, of_muon: int = 0
+) -> RankMemory:
     """Return the memory of one rank of ``stage``.
 
     Args:
@@ -69,12 +72,13 @@ def rank_memory(config: RunConfig, data_size: int, stage: Stage, parameters: int
         stage: the rank's pipeline stage.
         parameters: number of parameters of the rank.
         device: type of the device, ``"cuda"`` or ``"cpu"``.
+        of_muon: number of those that Muon trains.
     """
     width = DTYPES[config.precision.compute].itemsize
     return RankMemory(
         parameters=parameters * width / (data_size if config.parallel.zero_stage == 3 else 1),
         gradients=parameters * _gradient_bytes(config, data_size),
-        optimizer=parameters * _optimizer_bytes(config, data_size),
+        optimizer=_optimizer_bytes(config, data_size, parameters, of_muon),
         buffers=_bucket_bytes(config) + (_loss_bytes(config, device) if stage.is_last else 0),
         activations_kept=_activation_bytes(config, stage, recompute=False),
         activations_recomputed=_activation_bytes(config, stage, recompute=True),
@@ -101,11 +105,12 @@ def _gradient_bytes(config: RunConfig, data_size: int) -> float:
     return 8 / data_size if zero_stage == 3 else stepped
 
 
-def _optimizer_bytes(config: RunConfig, data_size: int) -> float:
-    """Return the bytes of master weight and moments on the device for each parameter: the last column of the table."""
+def _optimizer_bytes(config: RunConfig, data_size: int, parameters: int, of_muon: int) -> float:
+    """Return the bytes of master weights and moments on the device: the last column of the table for all parameters."""
     if config.parallel.offload_optimizer:
         return 0.0
-    return 8.0 if config.parallel.zero_stage == 0 else 12 / data_size
+    moments = 2 * parameters - of_muon
+    return 4 * moments if config.parallel.zero_stage == 0 else 4 * (parameters + moments) / data_size
 
 
 def _activation_bytes(config: RunConfig, stage: Stage, recompute: bool) -> float:

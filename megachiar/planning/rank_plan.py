@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +16,17 @@ from megachiar.model.norm import RowNorm
 from megachiar.planning.communication import RankCommunication, rank_communication
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.planning.memory import RankMemory, rank_memory
+from megachiar.planning.muon import MatrixShape, MuonCosts, matrix_shapes, muon_costs
 from megachiar.planning.partition import Stage, cut_into_stages
 from megachiar.planning.step_tokens import step_tokens
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
+
+
+class LayerParameters(NamedTuple):
+    """The number of parameters of a layer on one tensor-parallel rank, and the matrices that Muon trains."""
+
+    parameters: int
+    matrices: list[MatrixShape]
 
 
 @dataclass(frozen=True)
@@ -27,15 +36,18 @@ class RankPlan:
     Attributes:
         layers: numbers of the stage's layers, from 0.
         parameters: number of parameters of the rank.
-        flops: FLOPs of its forward and backward passes in a step; recomputed forward passes are counted too.
+        muon: what Muon trains, computes and sends; zeros where AdamW trains all.
+        flops: FLOPs of its forward and backward passes in a step, and of Muon's step. Recomputed forward passes are
+            counted too.
         memory: bytes on the rank.
         snapshot: bytes of the host's memory that a checkpoint takes while it is written: the rank's share of fp32
-            weights and two moments.
+            weights and the moments.
         communication: bytes that the rank sends in a step.
     """
 
     layers: range
     parameters: int
+    muon: MuonCosts
     flops: float
     memory: RankMemory
     snapshot: float
@@ -61,9 +73,14 @@ def plan_ranks(config: RunConfig, data_size: int, device: str = "cuda") -> list[
     return [_plan_stage(config, data_size, stage, layer_parameters, device) for stage in stages]
 
 
-def _plan_stage(config: RunConfig, data_size: int, stage: Stage, layer_parameters: list[int], device: str) -> RankPlan:
-    """Return the plan of one rank of ``stage``; ``layer_parameters`` has the number of parameters of every layer."""
-    parameters = sum(layer_parameters[index] for index in stage.layers)
+def _plan_stage(
+    config: RunConfig, data_size: int, stage: Stage, layer_parameters: list[LayerParameters], device: str
+) -> RankPlan:
+    """Return the plan of one rank of ``stage``; ``layer_parameters`` has the numbers of every layer."""
+    parameters = sum(layer_parameters[index].parameters for index in stage.layers)
+    matrices = [matrix for index in stage.layers for matrix in layer_parameters[index].matrices]
+    muon = muon_costs(config, data_size, matrices) if matrices else MuonCosts(0, 0.0, 0.0, 0.0)
+    sent = rank_communication(config, data_size, stage, parameters)
     if stage.is_first or stage.is_last:
         parameters += _embedding_parameters(config)
     if stage.is_last:
@@ -71,10 +88,11 @@ def _plan_stage(config: RunConfig, data_size: int, stage: Stage, layer_parameter
     return RankPlan(
         layers=stage.layers,
         parameters=parameters,
-        flops=_rank_flops(config, data_size, stage),
-        memory=rank_memory(config, data_size, stage, parameters, device),
-        snapshot=3 * 4 * parameters / data_size,
-        communication=rank_communication(config, data_size, stage, parameters),
+        muon=muon,
+        flops=_rank_flops(config, data_size, stage) + muon.flops,
+        memory=rank_memory(config, data_size, stage, parameters, device, muon.parameters),
+        snapshot=4 * (3 * parameters - muon.parameters) / data_size,
+        communication=replace(sent, tensor=sent.tensor + muon.tensor, data=sent.data + muon.data),
     )
 
 
@@ -94,17 +112,21 @@ def _rank_flops(config: RunConfig, data_size: int, stage: Stage) -> float:
     return flops / data_size / config.parallel.tensor_size
 
 
-def _layer_parameters(config: RunConfig) -> list[int]:
-    """Return the number of parameters of each layer on one tensor-parallel rank; of equal layers one is built."""
+def _layer_parameters(config: RunConfig) -> list[LayerParameters]:
+    """Return the numbers of parameters of each layer on one tensor-parallel rank; of equal layers one is built."""
     group = TensorParallelGroup(size=config.parallel.tensor_size, sequence=config.parallel.sequence)
     model = config.model
-    counts: dict[tuple[bool, bool, bool], int] = {}
+    counts: dict[tuple[bool, bool, bool], LayerParameters] = {}
 
-    def count(index: int) -> int:
+    def count(index: int) -> LayerParameters:
         kind = (index in model.routed_layers, index == 0, index == model.num_layers - 1)
         if kind not in counts:
             with torch.device("meta"):
-                counts[kind] = sum(prod(p.shape) for p in build_layer(model, index, group).parameters())
+                layer = build_layer(model, index, group)
+            counts[kind] = LayerParameters(
+                parameters=sum(prod(p.shape) for p in layer.parameters()),
+                matrices=matrix_shapes(layer, group.size) if config.optimizer.kind == "muon" else [],
+            )
         return counts[kind]
 
     return [count(index) for index in range(model.num_layers)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from megachiar.checkpoint.compatibility import (
     changed_keys,
     check_data,
+    check_same_optimizer,
     check_same_tasks,
     read_compatible,
     weights_alone,
@@ -148,6 +149,7 @@ def _continue_from(config: RunConfig, data: RunData, start: Start) -> Continuati
         return Continuation(start, state, Progress(), data, summary, warnings)
     check_same_tasks(path, load_config(path / CONFIG_FILE), config, start.is_own)
     check_moments(start, state)
+    check_same_optimizer(path, load_config(path / CONFIG_FILE), config, start.is_own)
     check_kept_tokenizer(path, data.tokenizer_record, start.is_own)
     changes = check_data(path, state, config, data.history, start.is_own)
     warnings = describe_changes(load_config(path / CONFIG_FILE), config, changes, state.step)

@@ -123,6 +123,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
     memory, traffic = [plan.memory for plan in plans], [plan.communication for plan in plans]
     rows = [
         ("parameters", [f"{plan.parameters:,}" for plan in plans]),
+        *([("  trained by Muon", [f"{plan.muon.parameters:,}" for plan in plans])] if plans[0].muon.parameters else []),
         ("memory", [gib(m.total) for m in memory]),
         ("  weights", [gib(m.parameters) for m in memory]),
         ("  gradients", [gib(m.gradients) for m in memory]),

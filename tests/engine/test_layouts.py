@@ -27,6 +27,7 @@ HASHED = ["model.router.kind=hashed", "model.router.seed=3"]
 LEARNED = ["model.router.kind=learned", "model.router.tau=null", "model.router.target_share=0.4"]
 LEARNED += ["model.router.explore=0.3"]
 HELD = ["model.router.target_share=0.3", "model.router.anneal_steps=12"]
+MUON = ["optimizer.kind=muon"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
@@ -97,7 +98,20 @@ RUNNING_LAYOUTS = {
     "held share: pp 2": (2, [*HELD, PP + "2"]),
     "held share: dp 2, ZeRO 2": (2, [*HELD, ZERO + "2"]),
 }
+# Muon needs whole matrices, which tensor parallelism and ZeRO cut each in its own way.
+MUON_LAYOUTS = {
+    "muon: 1 process, micro-batch 8": (1, [*MUON, MICRO + "8"]),
+    "muon: tp 2, sequence": (2, [*MUON, TP + "2", SP]),
+    "muon: pp 2, recompute 1": (2, [*MUON, PP + "2", RECOMPUTE + "1"]),
+    "muon: dp 2, ZeRO 0": (2, [*MUON, ZERO + "0"]),
+    "muon: dp 2, ZeRO 1, micro-batch 4": (2, [*MUON, MICRO + "4"]),
+    "muon: dp 2, ZeRO 2": (2, [*MUON, ZERO + "2"]),
+    "muon: tp 2, dp 2": (4, [*MUON, TP + "2"]),
+    "muon: tp 2, pp 2, sequence, micro-batch 4": (4, [*MUON, TP + "2", PP + "2", SP, MICRO + "4"]),
+    "muon: dp 4, ZeRO 2, micro-batch 1": (4, [*MUON, ZERO + "2", MICRO + "1"]),
+}
 EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS | RUNNING_LAYOUTS
+EXACT_LAYOUTS |= MUON_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
@@ -108,6 +122,9 @@ HALF_LAYOUTS = {
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4": (2, [BF16, ZERO + "3", OFFLOAD, MICRO + "4"]),
     "bf16: tp 2, pp 2, micro-batch 4": (4, [BF16, TP + "2", PP + "2", MICRO + "4"]),
     "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
+    "muon, bf16: tp 2, dp 2": (4, [*MUON, BF16, TP + "2"]),
+    "muon, bf16: pp 2, bf16 gradients": (2, [*MUON, BF16, PP + "2", "precision.gradient_accumulation=bf16"]),
+    "muon, fp16: dp 2, ZeRO 2": (2, [*MUON, FP16, ZERO + "2"]),
     "fp16, regularised: pp 2": (2, [FP16, REGULARISED, PP + "2"]),
 }
 # Trained with CHIAR layers only, to save time: what these layouts add to the others does not depend on the layers.
@@ -126,8 +143,9 @@ CHIAR_ONLY = {
     *SCALED_LAYOUTS,
     *CONTROL_LAYOUTS,
     *RUNNING_LAYOUTS,
+    *MUON_LAYOUTS,
     "documents: dp 2, ZeRO 2",
-    *(name for name in HALF_LAYOUTS if "regularised" in name),
+    *(name for name in HALF_LAYOUTS if "regularised" in name or "muon" in name),
 }
 # The fast tests: each way to divide the work, each ZeRO stage and precision, offload, recomputation, the regulariser,
 # and documents, each alone or with what interacts with it. `pytest -m slow` trains the others.
@@ -157,6 +175,10 @@ FAST = {
     "learned: dp 2, ZeRO 3",
     "learned: tp 2, pp 2, sequence, micro-batch 4",
     "held share: dp 2, ZeRO 2",
+    "muon: dp 2, ZeRO 1, micro-batch 4",
+    "muon: tp 2, sequence",
+    "muon: tp 2, dp 2",
+    "muon, bf16: pp 2, bf16 gradients",
     "bf16: tp 2, sequence, micro-batch 4",
     "bf16: pp 2, bf16 gradients",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",
@@ -178,6 +200,9 @@ REFERENCES = {
     f"learned: {SINGLE}": LEARNED,
     f"learned, documents: {SINGLE}": [*LEARNED, *DOCUMENTS],
     f"held share: {SINGLE}": HELD,
+    f"muon: {SINGLE}": MUON,
+    f"muon, bf16: {SINGLE}": [*MUON, BF16],
+    f"muon, fp16: {SINGLE}": [*MUON, FP16],
     f"bf16: {SINGLE}": [BF16],
     f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
 }
@@ -374,6 +399,12 @@ def test_replayed_routes_are_taken(runs):
     recording = runs.recordings["changed"]
     assert (recording["routes"] == changed["routes"]).all()
     assert _deviation(single["loss"], recording["loss"]) > 1e-4
+
+
+@for_kinds("chiar")
+def test_muon_moves_the_run(runs):
+    """Without this the comparisons of layouts under Muon would prove nothing about it."""
+    assert _deviation(runs.recording(SINGLE)["loss"], runs.recording(f"muon: {SINGLE}")["loss"]) > 1e-3
 
 
 def test_the_run_learns(runs):

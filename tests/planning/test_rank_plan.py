@@ -24,6 +24,7 @@ ZERO, BF16, TP, PP = (
     "parallel.tensor_size=2",
     "parallel.pipeline_size=2",
 )
+MUON = "optimizer.kind=muon"
 LP = "precision.gradient_accumulation=bf16"
 # name: (ranks, overrides)
 CASES = {
@@ -38,12 +39,15 @@ CASES = {
     "bf16, ZeRO 3, dp 2": (2, [BF16, ZERO + "3"]),
     "fp32, tp 2": (2, [TP]),
     "bf16, pp 2": (2, [BF16, PP]),
+    "muon, fp32, ZeRO 0": (1, [MUON, ZERO + "0"]),
+    "muon, fp32, tp 2": (2, [MUON, TP]),
+    "muon, bf16, ZeRO 1, dp 2": (2, [MUON, BF16]),
 }
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Return the config's path, and by case the bytes that are alive on each rank while AdamW steps."""
+    """Return the config's path, and by case the bytes that are alive on each rank as the optimizer steps."""
     folder = tmp_path_factory.mktemp("plan")
     write_tokens(folder / "train")
     config = small_config(folder)

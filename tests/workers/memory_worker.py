@@ -1,4 +1,4 @@
-"""Measure on one rank, under each layout, the bytes of all tensors that are alive while AdamW steps.
+"""Measure on one rank, under each layout, the bytes of all tensors that are alive as the optimizer steps.
 
     python memory_worker.py CONFIG OUTPUT_FOLDER JSON      JSON: {name: overrides}
 
@@ -20,6 +20,7 @@ from megachiar import launch
 from megachiar.config import load_config
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine, start_process_group
+from megachiar.engine.muon import MuonAdamW
 from megachiar.topology import build_topology
 from megachiar.training.run_data import open_data
 
@@ -36,7 +37,8 @@ def main() -> None:
         gc.collect()
         before = tensor_bytes()
         alive: list[int] = []
-        torch.optim.AdamW.step = watched(torch.optim.AdamW.step, alive)  # before the engine takes it
+        for optimizer in (torch.optim.AdamW, MuonAdamW):  # before the engine takes it
+            optimizer.step = watched(optimizer.step, alive)
         engine = Engine(config, topology.with_groups(), device)
         data, micro = open_data(config), config.training.micro_batch_size
         with BatchLoader(
