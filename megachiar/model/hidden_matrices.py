@@ -12,6 +12,7 @@ from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 _SUB_LAYERS = (SelfAttention, FeedForward, RbfMixing)
+_LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,5 @@ def hidden_matrices(module: nn.Module) -> list[HiddenMatrix]:
     are left to AdamW, as are all vectors.
     """
     sub_layers = [found for found in module.modules() if isinstance(found, _SUB_LAYERS)]
-    layers = [child for sub_layer in sub_layers for child in sub_layer.children()]
-    linear = [
-        layer for layer in layers if isinstance(layer, ColumnParallelLinear | RowParallelLinear | ReplicatedLinear)
-    ]
-    return [HiddenMatrix(layer.weight, getattr(layer, "blocks", 1)) for layer in linear]
+    children = [child for sub_layer in sub_layers for child in sub_layer.children()]
+    return [HiddenMatrix(child.weight, getattr(child, "blocks", 1)) for child in children if isinstance(child, _LINEAR)]

@@ -97,7 +97,7 @@ def test_steps_in_bf16_are_those_of_torch(tmp_path, sets):
 
 @pytest.mark.parametrize("shape", [(64, 64), (48, 200), (200, 48)], ids=str)
 def test_a_step_has_singular_values_near_1(shape):
-    """The known band of five iterations, for the singular vectors of the matrix: no other oracle has these."""
+    """Five iterations of this quintic are known to bring what is at least 0.002 to between 0.68 and 1.21."""
     generator = torch.Generator().manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator, dtype=torch.float64))
@@ -105,7 +105,8 @@ def test_a_step_has_singular_values_near_1(shape):
     update = orthogonalised((left * values @ right.mT).float(), 5).double()
     inner = left.mT @ update @ right
     found = inner.diagonal()
-    assert found.min() >= 0.68 and found.max() <= 1.14, (found.min(), found.max())
+    assert found.min() >= 0.68, found.min()
+    assert found.max() <= 1.21, found.max()
     assert (inner - found.diag()).abs().max() < 1e-4, "the singular vectors stay"
     assert not orthogonalised(torch.zeros(shape), 5).any()
 
