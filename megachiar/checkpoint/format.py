@@ -4,7 +4,7 @@
         state.json                          a CheckpointState, with size and checksum of every other file; written last
         config.yaml                         the resolved config of the run that wrote the checkpoint
         weights-p00-t00-d00.safetensors     fp32 weights by name, one file a rank that writes
-        optimizer-p00-t00-d00.safetensors   AdamW's moments, sharded over ranks like the weights (sharded_tensors.py);
+        optimizer-p00-t00-d00.safetensors   moments, sharded over ranks like the weights (sharded_tensors.py);
                                             absent where weights alone were imported
 
 A run of any layout (pipeline, tensor and data ranks, ZeRO stage, micro-batch size) can continue from a checkpoint.
@@ -172,7 +172,7 @@ class CheckpointState(BaseModel):
 
     @property
     def has_moments(self) -> bool:
-        """Whether AdamW's moments were saved; imported weights have none."""
+        """Whether the optimizer's moments were saved; imported weights have none."""
         return any(name.startswith(MOMENTS_PREFIX) for name in self.tensor_files)
 
     def classes_of(self, head: str) -> tuple[str, ...] | None:

@@ -1,7 +1,8 @@
 """Parameters and optimizer state on disk: each rank writes safetensors files, and any layout reads them by name.
 
     weights-p00-t01-d00.safetensors      fp32 (master) weights by their names in the model
-    optimizer-p00-t01-d00.safetensors    AdamW's moments: NAME.exp_avg and NAME.exp_avg_sq, fp32
+    optimizer-p00-t01-d00.safetensors    moments in fp32: AdamW's NAME.exp_avg and NAME.exp_avg_sq, Muon's
+                                         NAME.momentum_buffer
 
 p, t and d are the pipeline, tensor and data rank that wrote the file. The replicas of a parameter divide the writing
 among themselves. The header of a file records how each sharded parameter was cut (``shards``), and which tensor rank of

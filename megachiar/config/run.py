@@ -42,7 +42,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     optimizer: OptimizerConfig
-    """The settings of AdamW."""
+    """The settings of the optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over steps."""
     training: TrainingConfig

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one call, ``Engine.train_step``: forward, backward, gradient reduction, clipping and AdamW."""
+"""DeepSpeed behind one call, ``Engine.train_step``: forward, backward, gradient reduction, clipping and optimizer."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Engine:
         """Train one step on all ranks.
 
         A step whose loss or gradients are not finite on any rank, or that ``accept`` refuses, is left out on all ranks:
-        it changes neither weights nor moments nor the count of AdamW's steps.
+        it changes neither weights nor moments nor the count of steps.
 
         Args:
             micro_batches: pairs of the number of a micro-batch's first sample and its samples (micro-batch, T + 1)
@@ -189,7 +189,7 @@ class Engine:
     def _agree(self, skipped: bool, stop: bool, accept: Callable[[StepResult], bool]) -> StepResult:
         """Return the result of the step that all ranks agree on; every rank calls this method once a step.
 
-        This is the step's one reduction over all ranks. It comes before AdamW changes anything.
+        This is the step's one reduction over all ranks. It comes before the optimizer changes anything.
         """
         vector = flatten_step(
             self.replica.measure(), skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage

@@ -1,12 +1,12 @@
-"""The gate before AdamW: a step changes weights and moments only where all ranks agree that its numbers are good.
+"""The gate before the optimizer: weights and moments change only where all ranks agree that a step is good.
 
-    micro-batches -> gradients -> DeepSpeed: reduce, norm, clip -> AdamW.step of the first group ----> of the others
-                                       |                                  |
-                                 not finite: AdamW is never called        the ranks agree: step, or leave it out
+    micro-batches -> gradients -> DeepSpeed: reduce, norm, clip -> step of the first group ----> of the others
+                                       |                            |
+                                 not finite: it is never called     the ranks agree: step, or leave it out
 
 DeepSpeed decides by ZeRO stage and precision whether it skips a step whose gradients are not finite, and never looks at
-the loss. Under every stage, AdamW is what changes weights, moments and the count of steps. It is therefore the one
-place where a step can be left out alike.
+the loss. Under every stage, the optimizer that we built is what changes weights, moments and the count of steps. It is
+therefore the one place where a step can be left out alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepGate:
     DeepSpeed calls ``step`` once under ZeRO 0, and once for each group of parameters under ZeRO 1 to 3.
 
     Args:
-        optimizer: the AdamW that we built, before DeepSpeed takes it.
+        optimizer: what we built, before DeepSpeed takes it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -46,12 +46,12 @@ class StepGate:
     def finish(self) -> StepResult:
         """Return the result of the step, after DeepSpeed has taken or skipped it."""
         assert self._agree is not None, "no step was begun"
-        if self._result is None:  # DeepSpeed skipped the step: AdamW was never asked
+        if self._result is None:  # DeepSpeed skipped the step: the optimizer was never asked
             self._result = self._agree(True)
         return self._result
 
     def _step_if_good(self, *arguments: Any, **keywords: Any) -> Any:
-        """Step as AdamW does, unless the ranks agree that the step is to be left out."""
+        """Step as the optimizer does, unless the ranks agree that the step is to be left out."""
         assert self._agree is not None, "no step was begun"
         if self._result is None:
             self._result = self._agree(False)

@@ -22,11 +22,32 @@ OPTIMIZER = (
         "null in place of 0",
     ),
     ForeignKey(
-        "optim optimizer.type optimizer.name optimizer.class_path optimizer_type optim_args sgd_momentum "
-        "adam_w_mode torch_adam",
+        "optim optimizer.type optimizer.name optimizer.class_path optimizer_type",
         f"{HF}, {DEEPSPEED}, {NEOX}, {TITAN}, {LITGPT}",
+        "optimizer.kind",
+        "adamw or muon",
+    ),
+    ForeignKey(
+        "optim_args sgd_momentum adam_w_mode torch_adam",
+        f"{HF}, {MEGATRON}, {DEEPSPEED}",
         "",
-        "remove it: the optimizer is always AdamW, and `optimizer.implementation` says whose",
+        "remove it: the optimizer is AdamW or Muon, and `optimizer.implementation` says whose AdamW",
+    ),
+    ForeignKey("muon_momentum", MEGATRON, "optimizer.muon.momentum"),
+    ForeignKey("muon_use_nesterov", MEGATRON, "optimizer.muon.nesterov"),
+    ForeignKey("muon_num_ns_steps", MEGATRON, "optimizer.muon.ns_steps"),
+    ForeignKey("muon_fp32_matmul_prec", MEGATRON, "optimizer.muon.ns_dtype", "fp32 or bf16"),
+    ForeignKey(
+        "muon_scale_mode muon_extra_scale_factor",
+        MEGATRON,
+        "optimizer.muon.adjust_lr_fn",
+        "match_rms_adamw has Megatron's spectral with a factor of 0.2",
+    ),
+    ForeignKey(
+        "muon_split_qkv muon_tp_mode",
+        MEGATRON,
+        "",
+        "remove it: query, key and value are always apart, and always whole under tensor parallelism",
     ),
     ForeignKey(
         "start_weight_decay end_weight_decay weight_decay_incr_style",
