@@ -41,12 +41,14 @@ TWO = {"training": {"micro_batch_size": 1}}  # two ranks accumulate over 2 micro
 BF16 = {"precision": {"compute": "bf16"}}
 RANDOM = {"model": {"router": {"kind": "random", "attention_share": 0.4}}}
 HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
+MUON = {"optimizer": {"kind": "muon"}}
 LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3, "anneal_steps": 6}}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
     "two processes, ZeRO 1, bf16": (2, TWO | BF16),
     "two processes, ZeRO 2, bf16": (2, TWO | BF16 | {"parallel": {"zero_stage": 2}}),
     "two processes, ZeRO 3": (2, TWO | {"parallel": {"zero_stage": 3}}),
+    "two processes, ZeRO 1, bf16, Muon": (2, TWO | BF16 | MUON),
     "one process, coins of documents": (1, RANDOM | {"data": {"document_mask": True, "document_end": 5}}),
     "two processes, ZeRO 2, random router": (2, TWO | RANDOM | {"parallel": {"zero_stage": 2}}),
     "one process, hashed router": (1, HASHED),

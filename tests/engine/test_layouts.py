@@ -28,6 +28,7 @@ LEARNED = ["model.router.kind=learned", "model.router.tau=null", "model.router.t
 LEARNED += ["model.router.explore=0.3"]
 HELD = ["model.router.target_share=0.3", "model.router.anneal_steps=12"]
 MUON = ["optimizer.kind=muon"]
+MUON_IN_BF16 = [*MUON, "optimizer.muon.ns_dtype=bf16"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
 # name: (ranks, overrides). The single process accumulates 4 micro-batches of 2 sequences; the replicas of a layout
@@ -113,6 +114,7 @@ MUON_LAYOUTS = {
 EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS | RUNNING_LAYOUTS
 EXACT_LAYOUTS |= MUON_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
+# Muon's iterations in bf16 round otherwise where the last bits of gradients differ.
 HALF_LAYOUTS = {
     "bf16: tp 2, sequence, micro-batch 4": (2, [BF16, TP + "2", SP, MICRO + "4"]),
     "bf16: pp 2": (2, [BF16, PP + "2"]),
@@ -124,6 +126,8 @@ HALF_LAYOUTS = {
     "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
     "muon, bf16: tp 2, dp 2": (4, [*MUON, BF16, TP + "2"]),
     "muon, bf16: pp 2, bf16 gradients": (2, [*MUON, BF16, PP + "2", "precision.gradient_accumulation=bf16"]),
+    "muon in bf16: tp 2, sequence": (2, [*MUON_IN_BF16, TP + "2", SP]),
+    "muon in bf16: dp 2, ZeRO 1, micro-batch 4": (2, [*MUON_IN_BF16, MICRO + "4"]),
     "muon, fp16: dp 2, ZeRO 2": (2, [*MUON, FP16, ZERO + "2"]),
     "fp16, regularised: pp 2": (2, [FP16, REGULARISED, PP + "2"]),
 }
@@ -203,6 +207,7 @@ REFERENCES = {
     f"muon: {SINGLE}": MUON,
     f"muon, bf16: {SINGLE}": [*MUON, BF16],
     f"muon, fp16: {SINGLE}": [*MUON, FP16],
+    f"muon in bf16: {SINGLE}": MUON_IN_BF16,
     f"bf16: {SINGLE}": [BF16],
     f"fp16, regularised: {SINGLE}": [FP16, REGULARISED],
 }

@@ -114,6 +114,7 @@ def fast(tmp_path_factory):
     cases = once(FAST) | always([("ZeRO 0", "fp32", 1)])
     cases["undisturbed"] = {"set": [*LAYOUTS["ZeRO 0"]], "poison": None}
     cases |= loss_once([LOSS])
+    cases["muon"] = {"set": [*LAYOUTS["ZeRO 1"], "optimizer.kind=muon"], "poison": poison("gradient", [BAD], [1])}
     least = ["precision.compute=fp16", "precision.initial_loss_scale=4"]
     endless = poison("gradient", list(range(BAD, 20)), [1])
     for name, steps in (("part", BAD + 1), ("rest", 20)):
@@ -187,6 +188,12 @@ def test_a_bad_gradient_changes_nothing(fast, name):
     assert_left_out(fast, name)
 
 
+def test_a_bad_gradient_changes_no_moment_of_muon(fast):
+    assert_left_out(fast, "muon")
+    names = [name for name in tensors(fast.checkpoints("muon")[-1]) if "momentum_buffer" in name]
+    assert len(names) > 10, names
+
+
 def test_a_bad_loss_with_good_gradients_changes_nothing(fast):
     (name,) = loss_once([LOSS])
     assert_left_out(fast, name)
@@ -204,7 +211,7 @@ def test_the_losses_of_all_layouts_stay_the_same(fast):
 def test_the_log_tells_the_count(fast):
     lines = [line for line in fast.log.splitlines() if line.startswith(f"step {BAD}/{STEPS}")]
     told = [line for line in lines if "  1 skipped  " in line and "grad inf" in line]
-    assert len(told) == len(FAST) + 3, "every run with a bad gradient, 'always', 'pruned' and 'least scale' included"
+    assert len(told) == len(FAST) + 4, "all with a bad gradient: also 'always', 'muon', 'pruned' and 'least scale'"
 
 
 def test_an_overflow_that_lowers_the_loss_scale_of_fp16_is_no_incident(fast):
