@@ -68,14 +68,14 @@ class MatrixParts:
         self.topology = topology
 
     def exchange(
-        self, direction_of: Callable[[MatrixPart], torch.Tensor | None], dtype: torch.dtype
+        self, direction_of: Callable[[MatrixPart], torch.Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[MatrixPart, torch.Tensor]]:
-        """Yield each part that this rank steps with the direction of the whole parameter, in the parameter's shape.
+        """Yield each part with a gradient that this rank steps, and the direction in the shape of the parameter.
 
         All messages are sent before the first part is yielded, so that no rank waits for the products of another.
 
         Args:
-            direction_of: returns the direction (n,) of a part's elements; None where it has no gradient.
+            direction_of: returns the direction (n,) of the elements of a part that has a gradient.
             dtype: of the directions, in which they are sent and yielded.
         """
         joined: dict[int, torch.Tensor] = {}
@@ -83,17 +83,15 @@ class MatrixParts:
             if part.is_split:
                 whole = torch.zeros(part.shape, dtype=dtype, device=self.device)
                 if part.length:
-                    direction = direction_of(part)
-                    assert direction is not None, "ZeRO gives every tensor that it steps a gradient"
-                    whole.view(-1).narrow(0, part.start, part.length).copy_(direction)
+                    whole.view(-1).narrow(0, part.start, part.length).copy_(direction_of(part))
                 dist.all_reduce(whole, group=self.topology.data_group)
                 if part.length:
                     joined[number] = whole
         for number, part in enumerate(self.parts):
             if number in joined:
                 yield part, joined.pop(number)
-            elif part.length and (direction := direction_of(part)) is not None:
-                yield part, direction.to(dtype).view(part.shape)
+            elif part.tensor is not None and part.tensor.grad is not None:
+                yield part, direction_of(part).to(dtype).view(part.shape)
 
     def whole(self, part: MatrixPart, own: torch.Tensor) -> torch.Tensor:
         """Return the whole parameter from the parts of all tensor-parallel ranks; ``own`` is this rank's."""

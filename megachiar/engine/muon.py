@@ -94,20 +94,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 state[MOMENTUM].lerp_(tensor.grad, 1 - self.config.momentum)
                 tensor.mul_(1 - group["lr"] * group["weight_decay"])
         for part, direction in self.parts.exchange(self._direction, DTYPES[self.config.ns_dtype]):
-            update, scale = self._update(part, direction)
-            part.local(part.tensor).add_(part.cut(update), alpha=-group["lr"] * scale)
+            self._step_part(part, direction, group["lr"])
+            del direction  # before the next one is made
 
-    def _direction(self, part: MatrixPart) -> torch.Tensor | None:
-        """Return the direction (n,) of the elements that this rank steps; None without gradient."""
-        if part.tensor is None or part.tensor.grad is None:
-            return None
+    def _direction(self, part: MatrixPart) -> torch.Tensor:
+        """Return the direction (n,) of the elements that this rank steps."""
+        assert part.tensor is not None
         gradient, buffer = part.local(part.tensor.grad), part.local(self.state[part.tensor][MOMENTUM])
         return gradient.lerp(buffer, self.config.momentum) if self.config.nesterov else buffer
 
-    def _update(self, part: MatrixPart, direction: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the update in the shape of this rank's part of a parameter, and its factor of the learning rate."""
+    def _step_part(self, part: MatrixPart, direction: torch.Tensor, lr: float) -> None:
+        """Step this rank's elements by the direction of all elements of its part of a parameter."""
         assert self.parts is not None
         blocks = self.parts.whole(part, direction).chunk(part.blocks)
         update = torch.cat([orthogonalised(block, self.config.ns_steps) for block in blocks])
         rows, columns = blocks[0].shape
-        return self.parts.own(part, update), learning_rate_scale(rows, columns, self.config.adjust_lr_fn)
+        scale = learning_rate_scale(rows, columns, self.config.adjust_lr_fn)
+        part.local(part.tensor).add_(part.cut(self.parts.own(part, update)), alpha=-lr * scale)

@@ -24,6 +24,7 @@ from megachiar.config.deepspeed import to_deepspeed
 from megachiar.kernels.cross_entropy import buffer_bytes
 from megachiar.model.dtypes import DTYPES
 from megachiar.planning.activations import TokenActivations, head_activations, layer_activations
+from megachiar.planning.muon import NO_COSTS, MuonCosts
 from megachiar.planning.partition import Stage, layer_groups
 
 
@@ -39,6 +40,7 @@ class RankMemory:
         activations_kept: activations of the micro-batches in flight, if all activations are kept.
         activations_recomputed: the same, if of each group of layers that the config recomputes together only the input
             is kept. If it recomputes none, each layer is a group.
+        stepping: working memory of the optimizer's step, which holds no activations.
         recomputes: whether the config recomputes activations.
     """
 
@@ -48,6 +50,7 @@ class RankMemory:
     buffers: float
     activations_kept: float
     activations_recomputed: float
+    stepping: float
     recomputes: bool
 
     @property
@@ -57,12 +60,13 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """Return all bytes, with the activations that the config keeps."""
-        return self.state + (self.activations_recomputed if self.recomputes else self.activations_kept)
+        """Return all bytes: with the activations that the config keeps, or in the optimizer's step if it has more."""
+        activations = self.activations_recomputed if self.recomputes else self.activations_kept
+        return self.state + max(activations, self.stepping)
 
 
 def rank_memory(
-    config: RunConfig, data_size: int, stage: Stage, parameters: int, device: str, of_muon: int = 0
+    config: RunConfig, data_size: int, stage: Stage, parameters: int, device: str, muon: MuonCosts = NO_COSTS
 ) -> RankMemory:
     """Return the memory of one rank of ``stage``.
 
@@ -72,16 +76,17 @@ def rank_memory(
         stage: the rank's pipeline stage.
         parameters: number of parameters of the rank.
         device: type of the device, ``"cuda"`` or ``"cpu"``.
-        of_muon: number of those that Muon trains.
+        muon: what Muon costs the rank.
     """
     width = DTYPES[config.precision.compute].itemsize
     return RankMemory(
         parameters=parameters * width / (data_size if config.parallel.zero_stage == 3 else 1),
         gradients=parameters * _gradient_bytes(config, data_size),
-        optimizer=_optimizer_bytes(config, data_size, parameters, of_muon),
+        optimizer=_optimizer_bytes(config, data_size, parameters, muon.parameters),
         buffers=_bucket_bytes(config) + (_loss_bytes(config, device) if stage.is_last else 0),
         activations_kept=_activation_bytes(config, stage, recompute=False),
         activations_recomputed=_activation_bytes(config, stage, recompute=True),
+        stepping=muon.working,
         recomputes=config.training.activation_checkpoint_interval is not None,
     )
 

@@ -41,12 +41,17 @@ class MuonCosts:
         flops: FLOPs of a step.
         tensor: bytes that the rank sends to its tensor-parallel group in a step.
         data: bytes that it sends to the other replicas in a step, beside gradients and weights.
+        working: bytes of the rank's working memory in the optimizer's step, when no activations are held.
     """
 
     parameters: int
     flops: float
     tensor: float
     data: float
+    working: float
+
+
+NO_COSTS = MuonCosts(parameters=0, flops=0.0, tensor=0.0, data=0.0, working=0.0)
 
 
 def matrix_shapes(layer: nn.Module, tensor_size: int) -> list[MatrixShape]:
@@ -65,15 +70,26 @@ def muon_costs(config: RunConfig, data_size: int, matrices: Sequence[MatrixShape
     shares = data_size if config.parallel.zero_stage else 1
     width = DTYPES[muon.ns_dtype].itemsize
     flops = sum(shape.blocks * iteration_flops(shape.rows, shape.columns) for shape in matrices) * muon.ns_steps
-    wholes = ((shape.blocks * shape.rows * shape.columns, shape.held) for shape in matrices)
+    wholes = [(shape.blocks * shape.rows * shape.columns, shape.held) for shape in matrices]
     gathered = sum(whole for whole, held in wholes if held < whole)
-    summed = 2 * sum(split_sizes([shape.held for shape in matrices], shares))
+    split = split_sizes([shape.held for shape in matrices], shares)
     return MuonCosts(
         parameters=sum(shape.held for shape in matrices),
         flops=flops / shares,
         tensor=gathered * width * (tensor_size - 1) / tensor_size / shares,
-        data=summed * width * (data_size - 1) / data_size,
+        data=2 * sum(split) * width * (data_size - 1) / data_size,
+        working=width * (max(_working_elements(shape) for shape in matrices) + sum(sorted(split)[-2:])),
     )
+
+
+def _working_elements(shape: MatrixShape) -> int:
+    """Return how many numbers the update of a matrix takes: direction, two iterates and two Gram matrices.
+
+    A tensor-parallel rank has its part of the direction beside the whole one.
+    """
+    whole = shape.blocks * shape.rows * shape.columns
+    part = shape.held if shape.held < whole else 0
+    return part + whole + 2 * shape.rows * shape.columns + 2 * min(shape.rows, shape.columns) ** 2
 
 
 def iteration_flops(rows: int, columns: int) -> int:

@@ -16,7 +16,7 @@ from megachiar.model.norm import RowNorm
 from megachiar.planning.communication import RankCommunication, rank_communication
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.planning.memory import RankMemory, rank_memory
-from megachiar.planning.muon import MatrixShape, MuonCosts, matrix_shapes, muon_costs
+from megachiar.planning.muon import NO_COSTS, MatrixShape, MuonCosts, matrix_shapes, muon_costs
 from megachiar.planning.partition import Stage, cut_into_stages
 from megachiar.planning.step_tokens import step_tokens
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
@@ -79,7 +79,7 @@ def _plan_stage(
     """Return the plan of one rank of ``stage``; ``layer_parameters`` has the numbers of every layer."""
     parameters = sum(layer_parameters[index].parameters for index in stage.layers)
     matrices = [matrix for index in stage.layers for matrix in layer_parameters[index].matrices]
-    muon = muon_costs(config, data_size, matrices) if matrices else MuonCosts(0, 0.0, 0.0, 0.0)
+    muon = muon_costs(config, data_size, matrices) if matrices else NO_COSTS
     sent = rank_communication(config, data_size, stage, parameters)
     if stage.is_first or stage.is_last:
         parameters += _embedding_parameters(config)
@@ -90,7 +90,7 @@ def _plan_stage(
         parameters=parameters,
         muon=muon,
         flops=_rank_flops(config, data_size, stage) + muon.flops,
-        memory=rank_memory(config, data_size, stage, parameters, device, muon.parameters),
+        memory=rank_memory(config, data_size, stage, parameters, device, muon),
         snapshot=4 * (3 * parameters - muon.parameters) / data_size,
         communication=replace(sent, tensor=sent.tensor + muon.tensor, data=sent.data + muon.data),
     )

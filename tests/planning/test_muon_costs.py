@@ -8,10 +8,14 @@ import torch
 from support import small_config, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from megachiar.cli.bench_train import allocated_peak
 from megachiar.config import load_config
 from megachiar.engine.muon import orthogonalised
+from megachiar.engine.optimizer import build_optimizer
+from megachiar.model import build_model
 from megachiar.planning.muon import iteration_flops, split_sizes
 from megachiar.planning.rank_plan import plan_ranks
+from megachiar.topology import Topology
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 40), (40, 16)], ids=str)
@@ -52,3 +56,18 @@ def test_a_rank_sends_and_computes_what_its_layout_asks(tmp_path):
     assert shared.muon.tensor == pytest.approx(4 * alone.muon.parameters / 2)
     half = plan("muon", 1, "parallel.tensor_size=2", "optimizer.muon.ns_dtype=bf16")
     assert half.muon.tensor == shared.muon.tensor / 2
+
+
+def test_working_memory_is_what_a_step_allocates(tmp_path):
+    sizes = {"kind": "baseline", "hidden_size": 128, "num_layers": 2, "num_attention_heads": 4}
+    path = write_config(tmp_path / "config.yaml", small_config(tmp_path, model=sizes, optimizer={"kind": "muon"}))
+    config = load_config(path)
+    model = build_model(config.model, seed=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    built = build_optimizer(model, config.optimizer)
+    built.place(0, Topology(rank=0, world_size=1, local_rank=0, data_rank=0, data_size=1))
+    built.optimizer.step()  # makes the state
+    memory = plan_ranks(config, 1)[0].memory
+    assert memory.stepping == pytest.approx(allocated_peak(built.optimizer.step), rel=0.15)
+    assert memory.total >= memory.state + memory.stepping
