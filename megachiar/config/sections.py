@@ -127,7 +127,7 @@ class MuonConfig(Section):
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """Newton-Schulz iterations, which bring the singular values of a step near 1."""
     ns_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of these iterations. fp32 gives equal losses in every layout; bf16 is faster on a GPU and what torch has."""
+    """Type of these iterations. fp32 rounds least between layouts; bf16 is faster on a GPU and what torch has."""
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor of the learning rate for a matrix of r rows and c columns. match_rms_adamw: 0.2 * sqrt(max(r, c)), with
     which a step changes weights as much as AdamW's, at AdamW's learning rate. original: sqrt(max(1, r / c))."""

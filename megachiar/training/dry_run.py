@@ -123,7 +123,7 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
     memory, traffic = [plan.memory for plan in plans], [plan.communication for plan in plans]
     rows = [
         ("parameters", [f"{plan.parameters:,}" for plan in plans]),
-        *([("  trained by Muon", [f"{plan.muon.parameters:,}" for plan in plans])] if plans[0].muon.parameters else []),
+        *_muon_rows(plans),
         ("memory", [gib(m.total) for m in memory]),
         ("  weights", [gib(m.parameters) for m in memory]),
         ("  gradients", [gib(m.gradients) for m in memory]),
@@ -142,6 +142,14 @@ def _ranks_table(stages: list[RankPlan]) -> Table:
     for name, values in rows:
         table.add_row(name, *values)
     return table
+
+
+def _muon_rows(plans: list[RankPlan]) -> list[tuple[str, list[str]]]:
+    """Return the rows of what Muon trains and computes on each rank; none where AdamW trains all."""
+    if not any(plan.muon.parameters for plan in plans):
+        return []
+    trained, computed = [f"{plan.muon.parameters:,}" for plan in plans], [f"{plan.muon.flops:.3e}" for plan in plans]
+    return [("  trained by Muon", trained), ("  FLOPs of its step", computed)]
 
 
 def _mean_share(config: RunConfig, routed_share: float) -> float:
