@@ -44,6 +44,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"training"},
     {"inference", "analysis"},
     {"viewer", "sweeps", "interop"},
+    {"monitoring"},
     {"reporting", "pretrain"},
     {"cli"},
     {"__main__"},

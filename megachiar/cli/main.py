@@ -30,6 +30,7 @@ GROUPS = {
         "config": "list, show and copy the shipped configs",
         "plan": "list the layouts that fit a config into a cluster",
         "pretrain": "train as a config says",
+        "monitor": "watch runs in the terminal while they train",
         "sweep": "train variants of a config over seeds, and compare them",
         "replay": "repeat a step on the CPU and name the first bad module",
         "stacks": "show where all ranks of a run are at the moment",

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from megachiar import __version__
 from megachiar.checkpoint.format import checkpoint_step, fingerprint_of, named_checkpoints
 from megachiar.config import RunConfig
 from megachiar.data.storage.files import write_atomically
@@ -31,6 +28,7 @@ from megachiar.data.storage.sealed_json import parse_json, with_seal
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError, disk_errors
 from megachiar.training.bad_steps import BadStep
+from megachiar.training.environment import versions
 from megachiar.training.incident_record import INCIDENT_FILE, incidents_folder
 from megachiar.training.metrics import without_nan
 from megachiar.training.run_data import RunData
@@ -90,7 +88,6 @@ class Incidents:
 
     def _describe(self, step: int, bad: BadStep, result: StepResult, data: RunData) -> dict[str, Any]:
         positions = data.history.samples_of(step)
-        versions = {"megachiar": __version__, **{name: version(name) for name in ("torch", "deepspeed")}}
         return {
             "step": step,
             "kind": bad.kind,
@@ -108,7 +105,7 @@ class Incidents:
                 }
                 for position, location in zip(positions, data.training.locate(positions), strict=True)
             ],
-            "versions": {**versions, "python": platform.python_version()},
+            "versions": versions(),
             "layout": self._layout,
             "data": data.history.model_dump(mode="json"),
         }

@@ -6,20 +6,21 @@ import contextlib
 import json
 import math
 import os
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megachiar.data.storage.files import write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_json
 from megachiar.errors import disk_errors
-from megachiar.training.trackers.run_trackers import RunTrackers
 
+if TYPE_CHECKING:  # who reads the metrics needs neither trackers nor torch
+    from megachiar.training.trackers.run_trackers import RunTrackers
+
+METRICS_FILE = "metrics.jsonl"
+TRAIN, SKIPPED, ROLLBACK, EVALUATION = "train", "skipped", "rollback", "evaluation/"
+"""Kinds of records: of steps that were taken, of a step that was left out, of a rollback; of a set the name follows."""
 _LARGEST = 1 << 40  # bytes of metrics.jsonl
 _NAMED = 5  # damaged lines that a warning names
 
@@ -41,7 +42,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None], trackers: RunTrackers | None = None):
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self.trackers = trackers
         self._warn = warn
         self._lost = 0  # records since the last one that was written
@@ -100,7 +101,7 @@ class MetricsWriter:
         if not self.path.exists():
             return
         lines = _lines(self.path)
-        records = [_parse(line) for line in lines]
+        records = [parse_record(line) for line in lines]
         # A kill may have cut the last line, which is no damage.
         if broken := [number for number, record in enumerate(records[:-1], 1) if record is None]:
             named = ", ".join(map(str, broken[:_NAMED])) + (" and more" if len(broken) > _NAMED else "")
@@ -128,7 +129,7 @@ def read_all_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
     Raises:
         UserError: the file cannot be read.
     """
-    records = [_parse(line) for line in _lines(folder / "metrics.jsonl")]
+    records = [parse_record(line) for line in _lines(folder / METRICS_FILE)]
     damaged = [number for number, record in enumerate(records[:-1], 1) if record is None]
     return [record for record in records if record is not None], damaged
 
@@ -144,8 +145,8 @@ def _lines(path: Path) -> list[bytes]:
     return [*lines, last] if last else lines
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None if it holds none."""
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line of ``metrics.jsonl``; None if it holds none."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -161,11 +162,3 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most bytes that this rank has held: allocated on its GPU, or resident in RAM on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -19,10 +19,8 @@ from typing import Any, Literal
 from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import UserError
 from megachiar.training.incident_record import IncidentRecord, find_incidents, read_incident
-from megachiar.training.metrics import read_metrics
+from megachiar.training.metrics import SKIPPED, TRAIN, read_metrics
 
-SKIPPED = "skipped"
-"""Kind of the record in ``metrics.jsonl`` of a step that was left out."""
 _ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Relative difference of two losses that two devices may compute of one step; ten times as much for gradient norms."""
 
@@ -91,14 +89,14 @@ def read_recorded_steps(run: Path, wanted: range) -> RecordedSteps:
     numbers = {
         record["step"]: RecordedStep.of(record)
         for record in records
-        if record["kind"] in ("train", SKIPPED) and record["step"] in wanted
+        if record["kind"] in (TRAIN, SKIPPED) and record["step"] in wanted
     }
     skipped = {record["step"] for record in records if record["kind"] == SKIPPED}
     taken: set[int] = set()
     unknown = []
     before = 0
     for record in records:
-        if record["kind"] != "train":
+        if record["kind"] != TRAIN:
             continue
         since, before = range(before + 1, record["step"] + 1), record["step"]
         here = range(max(since.start, wanted.start), min(since.stop, wanted.stop))

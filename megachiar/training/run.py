@@ -27,6 +27,7 @@ from megachiar.training.compare_setups import compare_setups
 from megachiar.training.continuation import Progress, continue_run, describe_finished, open_run
 from megachiar.training.describe_data import describe_data
 from megachiar.training.display import Display
+from megachiar.training.environment import changed_since_last_start, describe_start, device_name
 from megachiar.training.final_evaluation import FinalEvaluation, has_result
 from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
@@ -34,17 +35,26 @@ from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.profiling import check_profiling
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData
-from megachiar.training.run_lock import hold_run_folder
+from megachiar.training.run_events import FAILED, FINISHED, STOPPED, RunEvents
 from megachiar.training.run_result import set_result_aside
 from megachiar.training.start import broadcast_from_rank_0, check_shared_folder, resolve_start, set_later_aside
-from megachiar.training.supervision import Supervision
+from megachiar.training.supervision import Supervision, hold_run_folder
 from megachiar.training.trackers.run_trackers import RunTrackers, check_packages
 from megachiar.training.trainer import Trainer
 from megachiar.training.verify_data import blocks_of_rank, verify_data
 from megachiar.training.watch import PeerWatch
 
+ShowRun = Callable[[Engine, RunData], None]
+"""Shows the run as it is, and never raises."""
 
-def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, console: Console) -> int:
+
+def pretrain(
+    config: RunConfig,
+    topology: Topology,
+    signals: StopSignals,
+    console: Console,
+    show: ShowRun = lambda engine, data: None,
+) -> int:
     """Train as ``config`` says, from opening the data to the last step; every rank calls this function.
 
     Args:
@@ -52,6 +62,7 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
         topology: of this rank, still without process groups.
         signals: that stop the run after a checkpoint.
         console: of this rank, for the log.
+        show: is called on rank 0 when training begins, and after each evaluation.
 
     Returns:
         The exit code of the process.
@@ -77,8 +88,13 @@ def pretrain(config: RunConfig, topology: Topology, signals: StopSignals, consol
                 compare_setups(config, data)
                 with hold_run_folder(folder, topology, console.print) as lock:
                     watch.use_run_folder(folder, before_exit=lock.release if lock is not None else None)
-                    supervision = Supervision(signals, lock, watch, activity)
-                    code = train(config, topology.with_groups(), device, data, supervision, console)
+                    events = RunEvents(folder if lock is not None else None, warner(console.print))
+                    supervision = Supervision(signals, lock, watch, activity, events)
+                    try:
+                        code = train(config, topology.with_groups(), device, data, supervision, console, show)
+                    except BaseException as error:
+                        events.write(FAILED, activity.step, {"reason": reason_of(error)})
+                        raise
     finally:
         signals.ignore()
     dist.destroy_process_group()  # not after an error, which could wait for ranks that are gone before it is printed
@@ -92,6 +108,7 @@ def train(
     data: RunData,
     supervision: Supervision,
     console: Console,
+    show: ShowRun = lambda engine, data: None,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
 
@@ -102,11 +119,12 @@ def train(
         data: of the config, as a new run would read it.
         supervision: of this rank.
         console: of this rank, for the log.
+        show: is called on rank 0 when training begins, and after each evaluation.
 
     Returns:
         The exit code of the process.
     """
-    activity = supervision.activity
+    activity, events = supervision.activity, supervision.events
     activity.begin("decides where the run starts", Stage.START, step=0)
     run = continue_run(config, data, resolve_start(config, topology, console.print))
     activity.begin("builds the model", Stage.START, step=0, item=1)
@@ -142,15 +160,32 @@ def train(
         blocks = []
     if topology.is_main:
         set_later_aside(config, run.start, console.print)
+    changed = changed_since_last_start(config) if topology.is_main else None
     writer = open_run_folder(config, data, progress, display.line) if topology.is_main else None
+    start = {"from": run.start.kind, "changed": changed}
+    events.start(progress.step, {**start, **describe_start(engine, parameter_count(config))})
     try:
         with BackgroundCheck(blocks) as check:
-            trainer = Trainer(engine, data, progress, writer, display, supervision, lambda: check.problem)
+            trainer = Trainer(
+                engine,
+                data,
+                progress,
+                writer,
+                display,
+                supervision,
+                damaged_data=lambda: check.problem,
+                show=show if topology.is_main else None,
+            )
             code = trainer.run(owed)
             raise_together(check.problem)
             if code == 0:
                 last = FinalEvaluation(engine, trainer.data, progress, supervision, finished is None, display.line)
                 code = last.run(lambda: check.problem)
+            if code == 0:
+                events.write(FINISHED, progress.step)
+            else:
+                reason = supervision.signals.reason() or "a signal to another rank"
+                events.write(STOPPED, progress.step, {"reason": reason})
             return code
     finally:
         if writer is not None:
@@ -168,19 +203,31 @@ def open_run_folder(config: RunConfig, data: RunData, progress: Progress, log: C
     elif data.tokenizer_record is not None:
         keep_record(data.tokenizer_record, folder)
 
-    def warn(line: str) -> None:
-        log(f"[yellow]{escape(line)}[/]")
-
+    warn = warner(log)
     writer = MetricsWriter(folder, progress.step, warn)  # the trackers find one history
     writer.trackers = RunTrackers(config, progress.step, lambda: read_metrics(folder), warn)
     return writer
 
 
+def warner(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that prints any text as a warning of the log."""
+    return lambda line: log(f"[yellow]{escape(line)}[/]")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a run failed, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parameter_count(config: RunConfig) -> int:
+    """Return the number of trained parameters of the run's model."""
+    return build_model(config.model, seed=0, device="meta", heads=config.heads).parameter_count()
+
+
 def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Console) -> None:
     """Print the first lines of the log: model, ranks and device, kernels, batch sizes, and what the run lacks."""
     topology, training = engine.topology, config.training
-    count = build_model(config.model, seed=0, device="meta", heads=config.heads).parameter_count()
-    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    count, device = parameter_count(config), device_name(engine)
     console.print(f"[bold]megachiar[/] {config.model.kind}, {count:,} parameters, run folder {config.logging.folder}")
     console.print(
         f"{topology.world_size} x {device} ({torch.get_num_threads()} threads), {topology.describe()}, "

@@ -38,7 +38,6 @@ from megachiar.errors import UserError, disk_error, disk_errors
 from megachiar.launcher_watch import INTERVAL_S as LAUNCHER_INTERVAL_S
 from megachiar.launcher_watch import find_launcher
 from megachiar.process_identity import ProcessIdentity
-from megachiar.topology import Topology, raise_together
 
 HEARTBEAT_S = 5.0
 DEAD_AFTER_S = 60.0
@@ -410,25 +409,3 @@ def _copy(source: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def hold_run_folder(folder: Path, topology: Topology, log: Callable[[str], None]) -> Iterator[RunLock | None]:
-    """Hold the lock of the run folder as long as this context lasts; every rank enters it, after the ranks have met.
-
-    Yields:
-        The lock on rank 0, None on the others.
-
-    Raises:
-        LaunchError: another run works in the folder, or rank 0 cannot write there. Every rank raises it.
-    """
-    problem = None
-    lock = RunLock(folder, topology.world_size, log) if topology.is_main else None
-    with contextlib.ExitStack() as stack:
-        try:
-            if lock is not None:
-                stack.enter_context(lock)
-        except UserError as error:
-            problem = error
-        raise_together(problem)
-        yield lock

@@ -6,12 +6,15 @@ Rates, times and the mean loss are those of all steps since the last record; los
 from __future__ import annotations
 
 import math
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.markup import escape
 
 from megachiar.checkpoint.format import Spent
@@ -20,7 +23,7 @@ from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
 from megachiar.training.bad_steps import Counts
 from megachiar.training.display import Display
-from megachiar.training.metrics import MetricsWriter, peak_memory_bytes
+from megachiar.training.metrics import TRAIN, MetricsWriter
 from megachiar.training.peaks import peak_flops
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
@@ -102,7 +105,7 @@ class StepLog:
         straggler = self._watch.straggler()
         values = self._measures(position, result, counts, wait_seconds) | measures_of(straggler)
         if self._writer is not None:
-            self._writer.write(position.step, "train", values)
+            self._writer.write(position.step, TRAIN, values)
         left = self._display.time_left(position.step)
         self._display.line(describe(position.step, self._config.steps, values, self._config.model.routed_layers, left))
         if line := self._straggler_log.line(straggler):
@@ -168,3 +171,11 @@ def _describe_times(values: dict[str, Any]) -> str:
     known = ((phase, values[f"{phase}_seconds"]) for phase in phases)
     shares = ", ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in known if seconds is not None)
     return f"{whole:.3g} s/step" + (f" ({shares})" if shares else "")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most bytes that this rank has held: allocated on its GPU, or resident in RAM on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

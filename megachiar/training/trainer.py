@@ -10,7 +10,7 @@ import numpy as np
 from rich.markup import escape
 
 from megachiar.activity import Stage
-from megachiar.checkpoint.format import add_validation, checkpoint_name
+from megachiar.checkpoint.format import add_validation, checkpoint_name, checkpoint_step
 from megachiar.checkpoint.saver import CheckpointSaver
 from megachiar.config import RunConfig
 from megachiar.engine.engine import Engine
@@ -26,13 +26,13 @@ from megachiar.training.display import Display
 from megachiar.training.incident_record import checkpoint_to_spare
 from megachiar.training.incidents import Incidents
 from megachiar.training.kill_limit import KillLimit
-from megachiar.training.metrics import MetricsWriter
+from megachiar.training.metrics import ROLLBACK, SKIPPED, MetricsWriter
 from megachiar.training.mixing import samples_of_tasks
 from megachiar.training.profiling import Profiler
-from megachiar.training.recorded_steps import SKIPPED
 from megachiar.training.rollback import roll_back
 from megachiar.training.rollback_record import write_rollback
 from megachiar.training.run_data import RunData
+from megachiar.training.run_events import BAD_STEP, ROLLED_BACK, SAVED
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_batches import StepBatches
 from megachiar.training.step_log import Position, StepLog
@@ -51,6 +51,7 @@ class Trainer:
         display: of this rank.
         supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
         damaged_data: returns the error of a block of data that this rank has found damaged; None if it found none.
+        show: shows the run as it is, at its start and after each evaluation; None on all ranks but rank 0.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         display: Display,
         supervision: Supervision,
         damaged_data: Callable[[], UserError | None],
+        show: Callable[[Engine, RunData], None] | None = None,
     ):
         self.engine = engine
         self.data = data
@@ -72,6 +74,8 @@ class Trainer:
         self.supervision = supervision
         self.activity = supervision.activity
         self.damaged_data = damaged_data
+        self.events = supervision.events
+        self._show = show
         self.saver = CheckpointSaver(
             engine,
             progress.saved_step,
@@ -117,6 +121,7 @@ class Trainer:
         self.log.set_axes(self._position())
         if self._stop_is_asked() or not self.validation.run(owed, self.progress.step, is_owed=True):
             return self._stopped()
+        self._show_run()
         while self.progress.step < self.config.steps:
             self.comparison.run_if_due(self.progress.step)
             self.profiler.begin_step(self.progress.step + 1)
@@ -126,6 +131,8 @@ class Trainer:
             self.display.advance(self.progress.step, result.loss)
             self._log(result, batches)
             evaluated = self.validation.run_if_due(self.progress.step, put_off=result.stop)
+            if self.validation.losses_after(self.progress.step):
+                self._show_run()
             stop = not evaluated or (result.stop and self.progress.step < self.config.steps)
             self.saver.poll()
             self._save_if_due(stop)
@@ -148,6 +155,11 @@ class Trainer:
         when = f"after step {self.progress.step}" if self.progress.step else "before the first step"
         self.display.line(f"stopped by {why} {when}{saved}")
         return EXIT_STOPPED
+
+    def _show_run(self) -> None:
+        if self._show is not None:
+            self.activity.begin("shows the run", Stage.SAVE, self.progress.step)
+            self._show(self.engine, self.data)
 
     def _batches(self) -> StepBatches:
         return StepBatches(
@@ -201,6 +213,7 @@ class Trainer:
         """Say that the last step was bad and record it; end the run if that is what follows."""
         step = self.progress.step
         self.display.line(f"[yellow]step {step}: {bad.reason}: {bad.action}[/]")
+        self.events.write(BAD_STEP, step, {"reason": bad.reason, "action": bad.action})
         if self.engine.topology.is_main:
             self.incidents.record(step, bad, result, self.data, self._newest_checkpoint(), self._skipped)
         if bad.error is not None:
@@ -221,7 +234,8 @@ class Trainer:
         self.comparison.begin_anew()
         if self.writer is not None:
             self.writer.rewind(state.step)
-            self.writer.write(state.step, "rollback", {"from_step": bad_step})
+            self.writer.write(state.step, ROLLBACK, {"from_step": bad_step})
+        self.events.write(ROLLED_BACK, state.step, {"from_step": bad_step})
         self.display.line(f"[yellow]back to {checkpoint}, without the samples of step {bad_step}[/]")
 
     def _record_rollback(self, checkpoint: Path) -> None:
@@ -298,5 +312,6 @@ class Trainer:
 
     def _report_saved(self, path: Path, seconds: float) -> None:
         self.display.line(f"saved {path} in {seconds:.1f} s")
+        self.events.write(SAVED, checkpoint_step(path) or self.progress.step, {"seconds": seconds})
         if line := self._kill_limit.line(seconds):
             self.display.line(f"[yellow]{escape(line)}[/]")

@@ -13,7 +13,7 @@ from megachiar.training.break_off import BreakOff, EvaluationBrokenOff
 from megachiar.training.classification import Classification, evaluate_examples
 from megachiar.training.display import Display
 from megachiar.training.evaluation import Evaluation, evaluate
-from megachiar.training.metrics import MetricsWriter
+from megachiar.training.metrics import EVALUATION, MetricsWriter
 from megachiar.training.owed_evaluation import KIND as OWED
 from megachiar.training.supervision import Supervision
 
@@ -109,7 +109,7 @@ class Validation:
             self._losses[name] = result.loss
             self._measured(step, name, result.loss)
         if self._writer is not None:
-            self._writer.write(step, f"evaluation/{name}", result.as_dict())
+            self._writer.write(step, f"{EVALUATION}{name}", result.as_dict())
         self._display.line(f"[bold]step {step}  {name}: {result.describe()}[/]")
 
 

@@ -47,6 +47,7 @@ from megachiar.topology import Topology, build_topology  # noqa: E402
 from megachiar.training import trainer  # noqa: E402
 from megachiar.training.run import train  # noqa: E402
 from megachiar.training.run_data import open_data  # noqa: E402
+from megachiar.training.run_events import RunEvents  # noqa: E402
 from megachiar.training.supervision import Supervision  # noqa: E402
 from megachiar.training.watch import PeerWatch  # noqa: E402
 
@@ -78,7 +79,7 @@ def main() -> None:
 def unwatched(topology: Topology) -> Supervision:
     """Return what stands beside the training loop, without the threads that watch other ranks."""
     signals, activity = StopSignals(), Activity()
-    return Supervision(signals, None, PeerWatch(topology, 60.0, activity, signals), activity)
+    return Supervision(signals, None, PeerWatch(topology, 60.0, activity, signals), activity, RunEvents(None, print))
 
 
 def poisoned(step_of_trainer: Any, case: dict[str, Any]) -> Any:
