@@ -13,6 +13,7 @@ setup(
     package_data={
         "megachiar": ["py.typed"],
         "megachiar.configs": ["*.yaml", "*/*.yaml", "schema.json"],
+        "megachiar.monitoring": ["*.html", "*.css", "*.js"],
         "megachiar.reporting": ["*.css"],
         "megachiar.viewer": ["*.html", "*.css", "*.js"],
     },

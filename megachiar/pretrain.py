@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from megachiar import launch
-from megachiar.console import global_rank, make_console, run
+from megachiar.console import global_rank, make_console, print_warning, run
 from megachiar.launcher_watch import LauncherWatch
 from megachiar.log_streams import lose_what_cannot_be_written
 from megachiar.options import CommandParser, add_config_options, number
@@ -73,11 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.configure_torch(config.training.threads)
 
     from megachiar.interop.finished_run import check_export, export_finished
+    from megachiar.monitoring.run_page import RunPage
     from megachiar.training.run import pretrain
 
     check_export(config)
     console = make_console()
-    code = pretrain(config, topology, signals, console)
+    page = RunPage(config, print_warning) if topology.is_main and config.logging.page else None
+    try:
+        code = pretrain(config, topology, signals, console, page.update if page is not None else None)
+    finally:
+        if page is not None:
+            page.close()
     if code == 0 and topology.is_main:
         export_finished(config, console.print)
     return code

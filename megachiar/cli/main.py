@@ -31,6 +31,7 @@ GROUPS = {
         "plan": "list the layouts that fit a config into a cluster",
         "pretrain": "train as a config says",
         "monitor": "watch runs in the terminal while they train",
+        "page": "write the page of a run: curves, config, events, routes",
         "sweep": "train variants of a config over seeds, and compare them",
         "replay": "repeat a step on the CPU and name the first bad module",
         "stacks": "show where all ranks of a run are at the moment",

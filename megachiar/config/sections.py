@@ -251,10 +251,12 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     folder: ConfigPath
-    """The run folder: config.yaml, metrics.jsonl, tensorboard/, tokenizer/ with tokenizer_record.json, checkpoints/,
-    and after the last step results.json."""
+    """The run folder: config.yaml, metrics.jsonl, events.jsonl, index.html, tensorboard/, tokenizer/ with
+    tokenizer_record.json, checkpoints/, and after the last step results.json."""
     every: PositiveInt = 10
     """Steps between lines of the log."""
+    page: bool = True
+    """Write index.html, the page of the run, to its folder at each evaluation and at the end."""
     tensorboard: bool = True
     """Write TensorBoard event files below the run folder."""
     wandb: WandbConfig | None = None

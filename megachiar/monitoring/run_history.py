@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megachiar.monitoring.curves import Curve
+from megachiar.monitoring.run_samples import samples_of
 from megachiar.training.metrics import EVALUATION, ROLLBACK, SKIPPED, TRAIN
 
 OF_LAYERS = ("attention_share", "rbf_share", "entropy")
@@ -62,6 +63,7 @@ class RunHistory:
         layers: by name, of ``OF_LAYERS``.
         last: the newest record of each kind.
         marks: the newest records of rollbacks and of steps that were left out.
+        samples: the newest texts that the model wrote, see ``samples_of``.
         step: of the newest record of a step; 0 without one.
         damaged: lines that hold no record.
     """
@@ -71,6 +73,7 @@ class RunHistory:
         self.layers: dict[str, LayerRows] = {}
         self.last: dict[str, Record] = {}
         self.marks: list[Record] = []
+        self.samples: list[dict[str, Any]] = []
         self.step = 0
         self.damaged = 0
 
@@ -109,6 +112,9 @@ class RunHistory:
             self.marks = [*self.marks[-99:], record]
         elif kind in self.last and self.last[kind]["step"] >= step:
             self._forget_from(step, kind)
+        if written := samples_of(record):
+            self.samples = written if self.samples and self.samples[-1]["step"] != step else [*self.samples, *written]
+            return
         self.last[kind] = record
         for name, value in record.items():
             if name in ("step", "kind"):

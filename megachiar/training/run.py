@@ -53,7 +53,7 @@ def pretrain(
     topology: Topology,
     signals: StopSignals,
     console: Console,
-    show: ShowRun = lambda engine, data: None,
+    show: ShowRun | None = None,
 ) -> int:
     """Train as ``config`` says, from opening the data to the last step; every rank calls this function.
 
@@ -62,7 +62,7 @@ def pretrain(
         topology: of this rank, still without process groups.
         signals: that stop the run after a checkpoint.
         console: of this rank, for the log.
-        show: is called on rank 0 when training begins, and after each evaluation.
+        show: is called on rank 0 when training begins, and after each evaluation; None shows nothing.
 
     Returns:
         The exit code of the process.
@@ -108,7 +108,7 @@ def train(
     data: RunData,
     supervision: Supervision,
     console: Console,
-    show: ShowRun = lambda engine, data: None,
+    show: ShowRun | None = None,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
 
@@ -119,7 +119,7 @@ def train(
         data: of the config, as a new run would read it.
         supervision: of this rank.
         console: of this rank, for the log.
-        show: is called on rank 0 when training begins, and after each evaluation.
+        show: is called on rank 0 when training begins, and after each evaluation; None shows nothing.
 
     Returns:
         The exit code of the process.

@@ -12,14 +12,18 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megachiar.data.storage.files import write_atomically
 from megachiar.errors import UserError, disk_errors
 from megachiar.viewer.words import with_words
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 GENERATOR = b'<meta name="generator" content="megachiar routes">'
 """What tells a page of ours from another file."""
@@ -63,50 +67,72 @@ def static_page(record: dict[str, Any]) -> str:
     return build_page(title, as_data(with_words(record)), "default-src 'none'; base-uri 'none'; form-action 'none'")
 
 
-def build_page(title: str, data: str, policy: str) -> str:
+def build_page(title: str, data: str, policy: str, parts: Mapping[str, str] | None = None) -> str:
     """Return the page.
 
     Args:
         title: of the window, any text.
         data: JSON as ``as_data`` writes it.
         policy: content security policy, to which script and style are added.
+        parts: the page with places for the others, style and script; None for those of the page of routes.
     """
-    parts = assets()
+    parts = assets() if parts is None else parts
     sources = f"; style-src {source_of(parts['style'])}; script-src {source_of(parts['script'])}"
     filled = {"title": html.escape(title), "record": data, "policy": policy + sources}
     return Template(parts["page"]).substitute(filled, style=parts["style"], script=parts["script"])
 
 
-def as_data(value: Any) -> str:
-    """Return ``value`` as JSON that may stand in an HTML element: without <, > and &, in ASCII, numbers rounded."""
-    text = json.dumps(rounded(value), separators=(",", ":"), allow_nan=False)
+def as_data(value: Any, digits: int | None = DIGITS) -> str:
+    """Return ``value`` as JSON that may stand in an HTML element: without <, > and &, in ASCII.
+
+    Numbers are rounded to so many digits behind the point; None leaves them as they are.
+    """
+    kept = value if digits is None else rounded(value, digits)
+    text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def rounded(value: Any) -> Any:
-    """Return ``value`` with its numbers rounded to ``DIGITS``."""
+def rounded(value: Any, digits: int) -> Any:
+    """Return ``value`` with its numbers rounded to so many digits behind the point."""
     if isinstance(value, float):
-        return round(value, DIGITS)
+        return round(value, digits)
     if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(inner, digits) for key, inner in value.items()}
+    return [rounded(inner, digits) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 @functools.cache
 def assets() -> dict[str, str]:
     """Return page, style and script as they lie beside this file."""
-    folder = files("megachiar.viewer")
-    scripts = "\n".join((folder / name).read_text("utf-8") for name in ("page.js", "panels.js", "live.js"))
+    return parts_of("megachiar.viewer", "page.html", "page.css", ("page.js", "panels.js", "live.js"))
+
+
+def parts_of(package: str, page: str, style: str, scripts: Sequence[str]) -> dict[str, str]:
+    """Return the parts of a page by the names that ``build_page`` has for them, those that all pages share included.
+
+    Args:
+        package: that has the files.
+        page: with the places ``$title``, ``$policy``, ``$style``, ``$record`` and ``$script``.
+        style: after the shared ones.
+        scripts: after the shared one, in order.
+    """
+    folder, shared = files(package), files("megachiar.viewer")
+    script = "\n".join([_text(shared, "elements.js"), *(_text(folder, name) for name in scripts)])
     return {
-        "page": (folder / "page.html").read_text("utf-8"),
-        "style": base_style() + (folder / "page.css").read_text("utf-8"),
-        "script": f'"use strict";\n(() => {{\n{scripts}}})();',
+        "page": _text(folder, page),
+        "style": base_style() + _text(shared, "parts.css") + _text(folder, style),
+        "script": f'"use strict";\n(() => {{\n{script}}})();',
     }
 
 
 def base_style() -> str:
     """Return the style that all pages of the project share: colours in light and dark, letters, the body."""
-    return (files("megachiar.viewer") / "base.css").read_text("utf-8")
+    return _text(files("megachiar.viewer"), "base.css")
+
+
+def _text(folder: Traversable, name: str) -> str:
+    """Return the text of a file of a package."""
+    return (folder / name).read_text("utf-8")
 
 
 def source_of(content: str) -> str:

@@ -1,0 +1,7 @@
+"""``megachiar page`` from a checkout."""
+
+from megachiar.cli.page import main
+from megachiar.console import run
+
+if __name__ == "__main__":
+    run(main)
