@@ -32,6 +32,7 @@ GROUPS = {
         "pretrain": "train as a config says",
         "monitor": "watch runs in the terminal while they train",
         "page": "write the page of a run: curves, config, events, routes",
+        "compare": "compare runs, as table and page",
         "sweep": "train variants of a config over seeds, and compare them",
         "replay": "repeat a step on the CPU and name the first bad module",
         "stacks": "show where all ranks of a run are at the moment",

@@ -88,20 +88,22 @@ def write_run_page(run: WatchedRun, routes: dict[str, Any], path: Path | None = 
     return path
 
 
-def check_replaceable(path: Path) -> None:
-    """Check that ``path`` is free, or a page of ours.
+def check_replaceable(path: Path, generator: bytes = GENERATOR) -> None:
+    """Check that ``path`` is free, or a page that has ``generator``.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or its folder is missing.
     """
     with disk_errors(path, "write"):
+        if not path.parent.is_dir():
+            raise UserError(path, "there is no such folder", f"make it first: mkdir -p {path.parent}")
         if path.is_dir():
             raise UserError(path, "is a folder", "name a file in it")
         if path.exists():
             with open(path, "rb") as file:
-                is_ours = GENERATOR in file.read(2000)
+                is_ours = generator in file.read(2000)
             if not is_ours:
-                raise UserError(path, "exists already and is no page of a run", "name another file, or move it away")
+                raise UserError(path, "exists already and is no such page", "name another file, or move it away")
 
 
 def run_page(record: dict[str, Any]) -> str:

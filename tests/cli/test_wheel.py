@@ -43,9 +43,12 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megachiar").rglob("*.py")}
     page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megachiar" / "viewer").glob("page.*")}
     page |= {f"megachiar/viewer/{name}" for name in ("elements.js", "panels.js", "live.js", "base.css", "parts.css")}
-    page |= {f"megachiar/monitoring/{name}" for name in ("run.html", "charts.css", "charts.js", "run.js")}
+    page |= {
+        f"megachiar/monitoring/{name}"
+        for name in ("run.html", "compare.html", "charts.css", "charts.js", "run.js", "compare.js")
+    }
     page |= {"megachiar/reporting/page.css"}
-    assert len(page) == 14 and held == modules | {"megachiar/py.typed"} | page | set(shipped)
+    assert len(page) == 16 and held == modules | {"megachiar/py.typed"} | page | set(shipped)
     configs = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
     assert {path.parent.name for path in configs} == {"configs", "published", "sweeps"}
     assert shipped == {f"megachiar/{path.relative_to(ROOT)}": path.read_bytes() for path in configs}
