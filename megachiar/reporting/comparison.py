@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def values_of(run: ReportedRun) -> Values:
         bits = curve(run.records, f"{EVALUATION}{name}", "bits_per_byte")
         known = [(loss, step) for step, loss in zip(losses.x, losses.y, strict=True) if loss == loss]
         if known:
-            found["best_validation_loss"], found["best_validation_step"] = min(known)
+            best = min(known)
+            found["best_validation_loss"], found["best_validation_step"] = best[0], int(best[1])
             found["last_validation_loss"] = known[-1][0]
         if bits.y and bits.y[-1] == bits.y[-1]:
             found["last_validation_bits"] = bits.y[-1]
@@ -159,14 +161,15 @@ def config_differences(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
 
 def warnings_of(runs: Sequence[ReportedRun], values: Sequence[Values]) -> tuple[list[str], frozenset[str]]:
     """Return what could mislead a reader, and what the runs have not in common, see ``Comparison``."""
-    found, incomparable = [], set()
+    found: list[str] = []
+    incomparable: set[str] = set()
+    texts = {size for run in runs if (size := text_bytes(run)) is not None}
     tokenizers = {print_ for run in runs if (print_ := tokenizer_of(run)) is not None}
     if len(tokenizers) > 1:
         found.append(
-            "The runs have different tokenizers: losses and perplexities a token do not compare. Bits per byte do, "
-            "where the text is the same."
+            "The runs have different tokenizers: losses and perplexities a token do not compare. " + _bits_of(texts)
         )
-        incomparable.add("data")
+        incomparable |= {"data"} if len(texts) == 1 else {"data", "text"}
     sets = [validation_data(run) for run in runs]
     known = [record for record in sets if record is not None]
     if any(not known[0].same_data(record) for record in known[1:]):
@@ -185,6 +188,25 @@ def warnings_of(runs: Sequence[ReportedRun], values: Sequence[Values]) -> tuple[
     if len(tokens) > 1:
         found.append("The runs have trained on different numbers of tokens: compare their curves by tokens or FLOPs.")
     return found, frozenset(incomparable)
+
+
+def _bits_of(texts: set[int]) -> str:
+    """Return what a reader may do with bits per byte, by the sizes of the validation texts."""
+    if len(texts) == 1:
+        return "Compare bits per byte: the validation texts have the same size."
+    if texts:
+        return "The validation texts have different sizes, so that bits per byte do not compare either."
+    return "Compare bits per byte, where both read the same text."
+
+
+def text_bytes(run: ReportedRun) -> int | None:
+    """Return the bytes of the text of a run's main validation set; None where no evaluation of all of it tells."""
+    for name in run.main_sets[:1]:
+        of_set = [record for record in run.records if record["kind"] == f"{EVALUATION}{name}"]
+        if of_set and of_set[-1].get("complete") and of_set[-1].get("bits_per_byte"):
+            last = of_set[-1]
+            return round(last["loss"] * last["tokens"] / math.log(2) / last["bits_per_byte"])
+    return None
 
 
 def tokenizer_of(run: ReportedRun) -> str | None:

@@ -162,8 +162,9 @@ def train(
         set_later_aside(config, run.start, console.print)
     changed = changed_since_last_start(config) if topology.is_main else None
     writer = open_run_folder(config, data, progress, display.line) if topology.is_main else None
-    start = {"from": run.start.kind, "changed": changed}
-    events.start(progress.step, {**start, **describe_start(engine, parameter_count(config))})
+    if topology.is_main:
+        start = describe_start(engine, parameter_count(config))
+        events.start(progress.step, {"from": run.start.kind, "changed": changed, **start})
     try:
         with BackgroundCheck(blocks) as check:
             trainer = Trainer(

@@ -65,7 +65,7 @@ def test_two_runs_are_side_by_side_and_a_narrow_terminal_has_a_line_for_each(tra
     """Nothing is wider or higher than the terminal, whatever its size, and its size may change."""
     last = records_of(trained, "train")[-1]
     with on_terminal(*MONITOR, str(trained), str(copied), "--every", "0.2") as terminal:
-        seen = terminal.wait_for(lambda text: text.count(f"step {STEPS}/{STEPS}") == 2)
+        seen = terminal.wait_for(lambda text: text.count(f"step {STEPS}/{STEPS}") == 2 and "q ends the view" in text)
         top = terminal.lines[0]
         assert top.startswith("╭─ run ─") and "╭─ copy ─" in top and len(top) == 80
         assert seen.count(f"loss {last['mean_loss']:.4f}") == 2 and seen.count("attention") >= 2
