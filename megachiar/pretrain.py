@@ -11,8 +11,10 @@ run after it saved a checkpoint, and the same command continues it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megachiar import launch
 from megachiar.console import global_rank, make_console, print_warning, run
@@ -20,6 +22,10 @@ from megachiar.launcher_watch import LauncherWatch
 from megachiar.log_streams import lose_what_cannot_be_written
 from megachiar.options import CommandParser, add_config_options, number
 from megachiar.stop_signals import StopSignals
+
+if TYPE_CHECKING:
+    from megachiar.config import RunConfig
+    from megachiar.training.run import ShowRun
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,20 +79,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.configure_torch(config.training.threads)
 
     from megachiar.interop.finished_run import check_export, export_finished
-    from megachiar.monitoring.run_page import RunPage
     from megachiar.training.run import pretrain
 
     check_export(config)
     console = make_console()
-    page = RunPage(config, print_warning) if topology.is_main and config.logging.page else None
-    try:
-        code = pretrain(config, topology, signals, console, page.update if page is not None else None)
-    finally:
-        if page is not None:
-            page.close()
+    with show_on_page(config, topology.is_main) as show:
+        code = pretrain(config, topology, signals, console, show)
     if code == 0 and topology.is_main:
         export_finished(config, console.print)
     return code
+
+
+@contextlib.contextmanager
+def show_on_page(config: RunConfig, is_main: bool) -> Iterator[ShowRun | None]:
+    """Yield what shows the run on its page; None where this rank or ``logging.page`` writes none.
+
+    At the end of the block the page is written once more, however the run ended.
+    """
+    if not (is_main and config.logging.page):
+        yield None
+        return
+    from megachiar.monitoring.run_page import RunPage
+
+    page = RunPage(config, print_warning)
+    try:
+        yield page.update
+    finally:
+        page.close()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def small_config(folder: Path, **sections: dict) -> dict:
         "optimizer": {"learning_rate": 2e-3},
         "schedule": {"warmup_steps": 4},
         "training": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "threads": 1},
-        "logging": {"folder": str(folder / "run"), "every": 1, "tensorboard": False},
+        "logging": {"folder": str(folder / "run"), "every": 1, "tensorboard": False, "page": False},
     }
     for name, section in sections.items():
         config.setdefault(name, {}).update(section)

@@ -28,8 +28,10 @@ def watched_config(folder: Path, name: str = "run", **sections: dict[str, Any]) 
     """Write the config of a run of ``FIRST`` steps in ``folder / name``, and return its path."""
     training = {"steps": FIRST, "evaluate_every": 2, "micro_batch_size": 4, **sections.pop("training", {})}
     schedule = {"kind": "constant", **sections.pop("schedule", {})}
-    model = sections.pop("model", {})
-    config = small_config(folder, training=training, schedule=schedule, checkpoint={"every": 3}, **sections)
+    model, logging = sections.pop("model", {}), {"page": True, **sections.pop("logging", {})}
+    config = small_config(
+        folder, training=training, schedule=schedule, checkpoint={"every": 3}, logging=logging, **sections
+    )
     config["model"] |= {"vocab_size": VOCABULARY, **model}
     config["logging"]["folder"] = str(folder / name)
     return write_config(folder / f"{name}.yaml", config)

@@ -210,7 +210,7 @@ def refused_apart(config: Path, folders: list[Path], *sets: str) -> str:
 def test_ranks_that_share_a_folder_start_and_leave_no_mark(apart):
     config, (folder, _) = apart
     start_apart(config, [folder, folder])
-    names = ["checkpoints", "config.yaml", "metrics.jsonl", "results.json"]
+    names = ["checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "results.json"]
     assert sorted(p.name for p in (folder / "run").iterdir()) == names
 
 
