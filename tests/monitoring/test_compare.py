@@ -27,6 +27,7 @@ def second(trained: Path) -> Path:
 
 
 def compared(*runs: Path, capsys) -> dict:
+    capsys.readouterr()  # what was printed before
     main([*map(str, runs), "--json"])
     return json.loads(capsys.readouterr().out)
 

@@ -75,8 +75,8 @@ def test_two_runs_are_side_by_side_and_a_narrow_terminal_has_a_line_for_each(tra
         seen = terminal.wait_for(lambda text: "state" in text.splitlines()[0])
         assert [line.split()[:2] for line in terminal.lines[1:3]] == [["run", "finished"], ["copy", "finished"]]
         terminal.resize(150, 50)
-        seen = terminal.wait_for(lambda text: text.count("by layer") == 4)
-        assert seen.count(f"finished after step {STEPS}") == 2
+        seen = terminal.wait_for(lambda text: text.count(f"finished after step {STEPS}") == 2)
+        assert seen.count("by layer") == 4 and len(terminal.lines[0]) == 150
         terminal.type("\x03")  # Ctrl-C
         assert terminal.end() == 0
 
