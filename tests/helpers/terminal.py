@@ -42,13 +42,16 @@ class Terminal:
         """All lines of the screen."""
         return "\n".join(self.lines)
 
-    def wait_for(self, seen: str | Callable[[str], bool], seconds: float = 120.0) -> str:
-        """Return the screen as soon as it shows ``seen``; one that never does fails the test."""
-        shows = (lambda text: seen in text) if isinstance(seen, str) else seen
+    def wait_for(self, *wanted: str | Callable[[str], bool], seconds: float = 120.0) -> str:
+        """Return the screen as soon as it shows all of ``wanted`` at once; one that never does fails the test.
+
+        A frame comes in several parts, so that what is read together has to be waited for together.
+        """
+        shown = [(lambda text, part=part: part in text) if isinstance(part, str) else part for part in wanted]
         until = time.monotonic() + seconds
-        while not shows(self.text):
-            assert time.monotonic() < until, f"not seen: {seen}\n{self.text}"
-            assert self._read(until - time.monotonic()), f"the program has ended without showing {seen}\n{self.text}"
+        while not all(shows(self.text) for shows in shown):
+            assert time.monotonic() < until, f"not seen: {wanted}\n{self.text}"
+            assert self._read(until - time.monotonic()), f"the program has ended without showing {wanted}\n{self.text}"
         return self.text
 
     def type(self, keys: str) -> None:

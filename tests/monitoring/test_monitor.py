@@ -39,8 +39,7 @@ def test_a_run_is_seen_to_train_to_be_killed_and_to_go_on_to_its_end(trained, tm
         (rank,) = start_ranks(1, "-m", "megachiar.pretrain", "--config", config)
         try:
             terminal.wait_for("running")
-            seen = terminal.wait_for(lambda text: "valid" in text and "tok/s" in text and "left" in text)
-            assert "/100,000" in seen and "loss" in seen
+            terminal.wait_for("loss", "valid", "tok/s", "left", "/100,000")
             terminal.wait_for("saved step 3")
             rank.send_signal(signal.SIGSTOP)
             terminal.wait_for("silent")
@@ -48,14 +47,12 @@ def test_a_run_is_seen_to_train_to_be_killed_and_to_go_on_to_its_end(trained, tm
         finally:
             rank.kill()
             rank.wait()
-        seen = terminal.wait_for("killed")
-        assert f"process {rank.pid}" in seen and "is gone" in seen
+        terminal.wait_for("killed", f"process {rank.pid}", "is gone")
         steps = records_of(run, "train")[-1]["step"]
         pretrain(config, f"training.steps={steps + 5}")
-        seen = terminal.wait_for("finished")
-        assert f"step {steps + 5:,}/{steps + 5:,}" in seen and "100%" in seen
-        assert "went on from step" in seen and f"loss {records_of(run, 'train')[-1]['mean_loss']:.4f}" in seen
-        assert f"valid {records_of(run, 'evaluation/valid')[-1]['loss']:.4f}" in seen
+        loss, valid = records_of(run, "train")[-1]["mean_loss"], records_of(run, "evaluation/valid")[-1]["loss"]
+        terminal.wait_for("finished", f"step {steps + 5:,}/{steps + 5:,}", "100%", "went on from step")
+        terminal.wait_for(f"loss {loss:.4f}", f"valid {valid:.4f}")
         terminal.type("q")
         assert terminal.end() == 0
         assert b"\x1b[?1049l" in terminal.written and b"Traceback" not in terminal.written
@@ -65,18 +62,26 @@ def test_two_runs_are_side_by_side_and_a_narrow_terminal_has_a_line_for_each(tra
     """Nothing is wider or higher than the terminal, whatever its size, and its size may change."""
     last = records_of(trained, "train")[-1]
     with on_terminal(*MONITOR, str(trained), str(copied), "--every", "0.2") as terminal:
-        seen = terminal.wait_for(lambda text: text.count(f"step {STEPS}/{STEPS}") == 2 and "q ends the view" in text)
+        loss = f"loss {last['mean_loss']:.4f}"
+        seen = terminal.wait_for(
+            lambda text: text.count(f"step {STEPS}/{STEPS}") == 2,
+            lambda text: text.count(loss) == 2 and text.count("attention") >= 2,
+            lambda text: text.splitlines()[22].startswith("╰") and "q ends the view" in text.splitlines()[23],
+        )
         top = terminal.lines[0]
         assert top.startswith("╭─ run ─") and "╭─ copy ─" in top and len(top) == 80
-        assert seen.count(f"loss {last['mean_loss']:.4f}") == 2 and seen.count("attention") >= 2
         assert any(0x2801 <= ord(letter) <= 0x28FF for letter in seen), "a curve of braille dots"
-        assert terminal.lines[22].startswith("╰") and "q ends the view" in terminal.lines[23]
         terminal.resize(34, 8)
-        seen = terminal.wait_for(lambda text: "state" in text.splitlines()[0])
-        assert [line.split()[:2] for line in terminal.lines[1:3]] == [["run", "finished"], ["copy", "finished"]]
+        two_lines = [["run", "finished"], ["copy", "finished"]]
+        terminal.wait_for(
+            lambda text: "state" in text.splitlines()[0],
+            lambda text: [line.split()[:2] for line in text.splitlines()[1:3]] == two_lines,
+        )
         terminal.resize(150, 50)
-        seen = terminal.wait_for(lambda text: text.count(f"finished after step {STEPS}") == 2)
-        assert seen.count("by layer") == 4 and len(terminal.lines[0]) == 150
+        terminal.wait_for(
+            lambda text: text.count(f"finished after step {STEPS}") == 2,
+            lambda text: text.count("by layer") == 4 and len(text.splitlines()[0]) == 150,
+        )
         terminal.type("\x03")  # Ctrl-C
         assert terminal.end() == 0
 
@@ -91,11 +96,10 @@ def test_damaged_and_half_written_lines_are_told_apart(copied):
         with open(metrics, "ab", buffering=0) as file:
             file.write(record[:40])
             terminal.resize(100, 30)  # a frame that is drawn after the half line
-            terminal.wait_for(lambda text: len(text.splitlines()[0]) == 100)
-            assert "1 damaged line" in terminal.text and "1.2500" not in terminal.text
+            seen = terminal.wait_for(lambda text: len(text.splitlines()[0]) == 100, "1 damaged line")
+            assert "1.2500" not in seen
             file.write(record[40:] + b"\n")
-        seen = terminal.wait_for("loss 1.2500")
-        assert "1 damaged line" in seen
+        terminal.wait_for("loss 1.2500", "1 damaged line")
         terminal.type("q")
         assert terminal.end() == 0
 
