@@ -1,7 +1,7 @@
 """Write the pages that follow from the code: the config reference, and the list of all error messages.
 
     python docs/generated_pages.py    writes docs/configuration.md, which is committed, and docs/generated/messages.md,
-                                      and fills the tables of docs/findings.md
+                                      and fills the tables of docs/findings.md and docs/planning.md
 
 The site's build writes messages.md. A test fails where one of the others is not what this would write.
 """

@@ -5,9 +5,9 @@
         --mtbf-hours 50000 --save-seconds 20 --start-seconds 300     # and how often to save where GPUs fail
 
 Each layout is planned as ``--dry-run`` plans it. Memory follows from formulas, which tests compare with tensors that
-are really allocated; FLOPs and traffic are counted. The time of a step is an estimate, which ranks the layouts. It
-follows from the given speeds, for arithmetic, the pipeline's bubble, and the traffic of tensor-parallel groups and of
-replicas. No traffic is taken as hidden behind arithmetic.
+are really allocated; FLOPs and traffic are counted. The time of a step is an estimate, from the data sheet of ``--gpu``
+and what training reaches of it. docs/planning.md holds such estimates against published runs. ``--tflops``,
+``--node-gb-s`` and ``--network-gb-s`` give speeds that you measured.
 
 With ``--mtbf-hours`` it prints how often to save (Young's and Daly's formula), and how much time failures take. It does
 so for these GPUs and for 64, 1,024 and 16,384. Measure saves and starts in one of your runs. The 16,384 GPUs of Llama 3
@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megachiar.errors import UserError
 from megachiar.options import CommandParser, OptionError, add_config_options, number
+from megachiar.planning.gpus import GPUS, Gpu
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +37,7 @@ MOST = 1e12
 """Largest rate, size or time that an option takes; more would overflow in the sums."""
 MOST_GPUS = 1_000_000
 POSITIVE = number(float, above=0, most=MOST)
+DEFAULT_GPU = "h100"
 FAILURE_OPTIONS = ("mtbf_hours", "save_seconds", "start_seconds")
 
 
@@ -51,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpus=options.gpus,
         gpus_per_node=min(options.gpus, options.gpus_per_node),
         memory=options.memory_gib * 2**30 * (1 - options.reserve),
-        flops=options.tflops * 1e12,
-        node_bandwidth=options.node_gb_s * 1e9,
-        network_bandwidth=options.network_gb_s * 1e9,
+        gpu=gpu_of(options),
     )
     layouts, refused = find_layouts(config, machine)
     if not layouts:
@@ -71,6 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.mtbf_hours is not None:
         print_goodput(options, layouts[0].seconds)
     return 0
+
+
+def gpu_of(options: argparse.Namespace) -> Gpu:
+    """Return the GPU that is planned for: that of ``--gpu``, with the speeds that were given.
+
+    A given rate of products changes that of attention alike. It leaves MFU out where no GPU is named.
+    """
+    gpu = GPUS[options.gpu or DEFAULT_GPU]
+    if options.tflops is not None:
+        factor = options.tflops * 1e12 / gpu.products
+        gpu = replace(
+            gpu,
+            peak=gpu.peak if options.gpu else None,
+            products=gpu.products * factor,
+            attention=gpu.attention * factor,
+            tf32=gpu.tf32 * factor,
+            fp32=gpu.fp32 * factor,
+        )
+    if options.node_gb_s is not None:
+        gpu = replace(gpu, node_bandwidth=options.node_gb_s * 1e9)
+    if options.network_gb_s is not None:
+        gpu = replace(gpu, network_bandwidth=options.network_gb_s * 1e9)
+    return gpu
 
 
 def print_goodput(options: argparse.Namespace, step_seconds: float) -> None:
@@ -118,19 +142,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.1,
         help="share of memory kept free for libraries (%(default)s)",
     )
-    parser.add_argument("--tflops", type=POSITIVE, default=400, help="TFLOP/s a GPU reaches (%(default)s)")
-    parser.add_argument(
-        "--node-gb-s",
-        type=POSITIVE,
-        default=350,
-        help="GB/s a GPU sends within its node (%(default)s)",
-    )
-    parser.add_argument(
-        "--network-gb-s",
-        type=POSITIVE,
-        default=40,
-        help="GB/s a GPU sends to other nodes (%(default)s)",
-    )
+    parser.add_argument("--gpu", choices=tuple(GPUS), help=f"kind of GPU, whose speeds are taken ({DEFAULT_GPU})")
+    parser.add_argument("--tflops", type=POSITIVE, help="TFLOP/s a GPU reaches in large products (that of --gpu)")
+    parser.add_argument("--node-gb-s", type=POSITIVE, help="GB/s a GPU sends within its node (that of --gpu)")
+    parser.add_argument("--network-gb-s", type=POSITIVE, help="GB/s a GPU sends to other nodes (that of --gpu)")
     parser.add_argument("--top", type=number(int, least=1), default=12, help="number of layouts to list (%(default)s)")
     add_failure_options(parser)
     options = parser.parse_args(argv)
@@ -170,9 +185,9 @@ def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
     table = Table(
         title=escape(f"{config.logging.folder}: {config.precision.compute}, batch {config.training.global_batch_size}")
     )
-    for name in ("pp", "tp", "dp", "sequence", "ZeRO", "micro-batch", "recompute", "memory a GPU", "step"):
+    for name in ("pp", "tp", "dp", "sequence", "ZeRO", "micro-batch", "recompute", "memory a GPU", "step", "MFU"):
         table.add_column(name, justify="right")
-    table.add_column("why here")
+    table.add_column("where the time goes")
     for layout in layouts:
         p = layout.config.parallel
         table.add_row(
@@ -185,6 +200,7 @@ def table_of(layouts: list[LayoutCandidate], config: RunConfig) -> Table:
             "yes" if layout.config.training.activation_checkpoint_interval else "no",
             gib(layout.memory),
             f"{layout.seconds:.3g} s",
+            "-" if layout.utilisation is None else f"{layout.utilisation:.0%}",
             layout.reason,
         )
     return table

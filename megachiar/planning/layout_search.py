@@ -9,8 +9,10 @@ from itertools import product
 
 from megachiar.config import ConfigError, RunConfig, parse_config
 from megachiar.errors import UserError
-from megachiar.planning.rank_plan import RankPlan, plan_ranks
-from megachiar.planning.step_tokens import micro_batches_of_replica
+from megachiar.planning.clock import StepTime, step_time
+from megachiar.planning.gpus import Gpu
+from megachiar.planning.rank_plan import plan_ranks
+from megachiar.planning.step_tokens import step_flops
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,13 @@ class Machine:
         gpus: number of GPUs.
         gpus_per_node: number of GPUs that share a node.
         memory: bytes of each GPU that a run may use.
-        flops: FLOP/s that a GPU reaches in matrix products.
-        node_bandwidth: bytes/s that a GPU sends within its node.
-        network_bandwidth: bytes/s that a GPU sends to other nodes.
+        gpu: the kind of all GPUs.
     """
 
     gpus: int
     gpus_per_node: int
     memory: float
-    flops: float
-    node_bandwidth: float
-    network_bandwidth: float
+    gpu: Gpu
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,28 @@ class LayoutCandidate:
         config: config of the run under this layout.
         overrides: its differences from the given config, in the form that ``--set`` takes.
         memory: bytes on the rank that needs the most.
-        seconds: estimated time of a step.
-        reason: the parts of a step's time, in words.
+        time: estimated time of a step.
+        utilisation: MFU; None where the peak of the GPU is not known.
     """
 
     config: RunConfig
     overrides: list[str]
     memory: float
-    seconds: float
-    reason: str
+    time: StepTime
+    utilisation: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Return the estimated seconds of a step."""
+        return self.time.total
+
+    @property
+    def reason(self) -> str:
+        """Return the parts of a step's time in words, the largest first."""
+        parts = sorted(((seconds / self.seconds, name) for name, seconds in self.time.named()), reverse=True)
+        words = [f"{name} {share:.0%}" for share, name in parts if share >= 0.01]
+        recomputed = self.config.training.activation_checkpoint_interval is not None
+        return ", ".join(words + ["recomputed"] * recomputed)
 
 
 def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandidate], Counter[str]]:
@@ -71,14 +82,15 @@ def find_layouts(config: RunConfig, machine: Machine) -> tuple[list[LayoutCandid
         if memory > machine.memory:
             refused["need too much memory"] += 1
             continue
-        seconds, reason = _estimate_step_time(candidate, data_size, machine, stages)
+        time = step_time(candidate, data_size, machine.gpu, machine.gpus_per_node, stages)
+        peak = machine.gpu.peak
         fitting.append(
             LayoutCandidate(
                 config=candidate,
                 overrides=[f"{key}={_yaml_scalar(value)}" for key, value in overrides.items()],
                 memory=memory,
-                seconds=seconds,
-                reason=reason,
+                time=time,
+                utilisation=step_flops(candidate, candidate.model) / time.total / machine.gpus / peak if peak else None,
             )
         )
     return sorted(fitting, key=lambda layout: (layout.seconds, layout.memory)), refused
@@ -122,30 +134,6 @@ def _with_overrides(config: RunConfig, overrides: dict[str, object]) -> RunConfi
 def _yaml_scalar(value: object) -> str:
     """Return an integer, a truth value or None as YAML writes it."""
     return "null" if value is None else str(value).lower()
-
-
-def _estimate_step_time(
-    config: RunConfig, data_size: int, machine: Machine, stages: list[RankPlan]
-) -> tuple[float, str]:
-    """Return the estimated seconds of a step, and their parts in words.
-
-    The slowest stage counts. No communication is assumed to overlap with arithmetic.
-    """
-    parallel, training = config.parallel, config.training
-    micro_batches = micro_batches_of_replica(config, data_size)
-    arithmetic = max(stage.flops for stage in stages) / machine.flops
-    is_replicated_in_node = parallel.tensor_size * data_size <= machine.gpus_per_node
-    data_bandwidth = machine.node_bandwidth if is_replicated_in_node else machine.network_bandwidth
-    overheads = {
-        "pipeline bubble": arithmetic * (parallel.pipeline_size - 1) / micro_batches,
-        "tensor-parallel communication": max(stage.communication.tensor for stage in stages) / machine.node_bandwidth,
-        "pipeline communication": max(stage.communication.pipeline for stage in stages) / machine.network_bandwidth,
-        "data-parallel communication": max(stage.communication.data for stage in stages) / data_bandwidth,
-    }
-    seconds = arithmetic + sum(overheads.values())
-    shares = [f"{name} {part / seconds:.0%}" for name, part in overheads.items() if part / seconds >= 0.005]
-    recomputation = ["forward passes are recomputed"] if training.activation_checkpoint_interval else []
-    return seconds, ", ".join([f"arithmetic {arithmetic / seconds:.0%}", *shares, *recomputation])
 
 
 def _divisors(n: int) -> list[int]:

@@ -89,9 +89,15 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     best = {(0, 0): (0.0, [0])}
     for stage in range(1, stages + 1):
         for end in range(stage, len(costs) - (stages - stage) + 1):
-            best[stage, end] = min(
-                (max(best[stage - 1, start][0], sums[end] - sums[start]), [*best[stage - 1, start][1], end])
-                for start in range(stage - 1, end)
-                if (stage - 1, start) in best
-            )
+            least: tuple[float, list[int]] | None = None
+            for start in range(end - 1, stage - 2, -1):
+                last = sums[end] - sums[start]
+                if least is not None and last > least[0]:
+                    break  # longer last runs cost more yet
+                if (stage - 1, start) in best:
+                    cost, bounds = best[stage - 1, start]
+                    candidate = (max(cost, last), [*bounds, end])
+                    least = candidate if least is None else min(least, candidate)
+            assert least is not None
+            best[stage, end] = least
     return best[stages, len(costs)][1]

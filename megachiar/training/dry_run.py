@@ -18,13 +18,11 @@ from rich.table import Table
 
 from megachiar.checkpoint.compatibility import read_compatible
 from megachiar.config import RunConfig
-from megachiar.config.model import ModelConfig
 from megachiar.config.run_length import asked_length
 from megachiar.data.storage.files import idx_path
 from megachiar.model import build_model
-from megachiar.planning.flops import training_flops_per_token
 from megachiar.planning.rank_plan import RankPlan, plan_ranks
-from megachiar.planning.step_tokens import step_tokens
+from megachiar.planning.step_tokens import step_flops, step_tokens
 from megachiar.topology import data_parallel_size
 from megachiar.training.continuation import (
     check_moments,
@@ -67,8 +65,8 @@ def _rows(config: RunConfig, ranks: int, data_size: int) -> list[tuple[str, str]
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.sequence_length
     share = config.model.expected_attention_share
-    flops = _step_flops(config, config.model, _mean_share(config, share))
-    baseline = _step_flops(config, config.model.model_copy(update={"kind": "baseline"}), 1.0)
+    flops = step_flops(config, config.model)
+    baseline = step_flops(config, config.model.model_copy(update={"kind": "baseline"}))
     rows = " with sequence parallelism" if parallel.sequence else ""
     layout = f"pp {parallel.pipeline_size} x tp {parallel.tensor_size}{rows} x dp {data_size} = {ranks} ranks"
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
@@ -90,16 +88,6 @@ def _tokens_of_other_tasks(config: RunConfig) -> list[tuple[str, str]]:
     main = config.training.global_batch_size * config.sequence_length
     expected = step_tokens(config).total - main
     return [("  of other tasks", f"{expected:,.0f} on average, of {', '.join(config.mixed.tasks)}")]
-
-
-def _step_flops(config: RunConfig, model: ModelConfig, attention_share: float) -> float:
-    """Return the FLOPs of a step of ``model``, all tasks of the run included."""
-    tokens = step_tokens(config)
-    return sum(
-        count * training_flops_per_token(model, config.sequence_length, attention_share, predicts_tokens=predicts)
-        for count, predicts in ((tokens.predicting, True), (tokens.classifying, False))
-        if count
-    )
 
 
 def _length(config: RunConfig, tokens_of_a_step: int) -> str:
@@ -150,14 +138,6 @@ def _muon_rows(plans: list[RankPlan]) -> list[tuple[str, list[str]]]:
         return []
     trained, computed = [f"{plan.muon.parameters:,}" for plan in plans], [f"{plan.muon.flops:.3e}" for plan in plans]
     return [("  trained by Muon", trained), ("  FLOPs of its step", computed)]
-
-
-def _mean_share(config: RunConfig, routed_share: float) -> float:
-    """Return the attention share over all layers where the routed layers have ``routed_share``."""
-    model = config.model
-    if model.kind == "baseline":
-        return 1.0
-    return (len(model.routed_layers) * routed_share + 1) / model.num_layers
 
 
 def _planned_ranks(config: RunConfig) -> int:

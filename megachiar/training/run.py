@@ -20,6 +20,7 @@ from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
+from megachiar.planning.peaks import why_no_utilisation
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
 from megachiar.training.communication_time import measure_communication
@@ -31,7 +32,6 @@ from megachiar.training.environment import changed_since_last_start, describe_st
 from megachiar.training.final_evaluation import FinalEvaluation, has_result
 from megachiar.training.metrics import MetricsWriter, read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
-from megachiar.training.peaks import why_no_utilisation
 from megachiar.training.profiling import check_profiling
 from megachiar.training.restore import restore
 from megachiar.training.run_data import RunData

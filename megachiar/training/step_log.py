@@ -21,10 +21,10 @@ from megachiar.checkpoint.format import Spent
 from megachiar.engine.engine import Engine
 from megachiar.engine.micro_batches import MicroStep
 from megachiar.engine.step_metrics import StepResult
+from megachiar.planning.peaks import peak_flops
 from megachiar.training.bad_steps import Counts
 from megachiar.training.display import Display
 from megachiar.training.metrics import TRAIN, MetricsWriter
-from megachiar.training.peaks import peak_flops
 from megachiar.training.schedule import learning_rate
 from megachiar.training.step_times import StragglerLog, measures_of
 from megachiar.training.task_means import TaskMeans, ValueMeans

@@ -12,8 +12,10 @@ of its name with a card that is several times as fast.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 TERA = 1e12
 PEAKS = {
@@ -88,14 +90,20 @@ def peak_of(name: str) -> float | None:
     return peak * TERA if peak is not None else None
 
 
+def _name_of(device: torch.device) -> str:
+    import torch  # here, since a command's options need only the table
+
+    return torch.cuda.get_device_name(device)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return the peak of a rank's device in FLOP/s; None if it is unknown, as on a CPU."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_of(_name_of(device)) if device.type == "cuda" else None
 
 
 def why_no_utilisation(device: torch.device) -> str | None:
     """Return why a run on ``device`` logs no MFU; None where it logs MFU, and on a CPU, where nobody expects it."""
     if device.type != "cuda" or peak_flops(device) is not None:
         return None
-    name = torch.cuda.get_device_name(device)
-    return f"no MFU: the peak of {name!r} is not known (megachiar/training/peaks.py lists those that are)"
+    name = _name_of(device)
+    return f"no MFU: the peak of {name!r} is not known (megachiar/planning/peaks.py lists those that are)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megachiar.training.peaks import TERA, peak_flops, peak_of, why_no_utilisation
+from megachiar.planning.peaks import TERA, peak_flops, peak_of, why_no_utilisation
 
 # Names as torch.cuda.get_device_name returns them, with dense TFLOP/s.
 NAMES = {
