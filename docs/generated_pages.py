@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from findings_tables import PAGE, filled
+import clock_tables
+import findings_tables
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -245,7 +246,8 @@ def write_messages() -> None:
 
 def main() -> None:
     (DOCS / "configuration.md").write_text(configuration(), encoding="utf-8")
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for tables in (findings_tables, clock_tables):
+        tables.PAGE.write_text(tables.filled(tables.PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     write_messages()
 
 

@@ -1,8 +1,8 @@
 """The GPUs that the planner knows: what their data sheets promise, and what training reaches of it.
 
 Two numbers of each generation are no data sheet's: the shares of the peak that large matrix products and attention
-reach while a whole model trains. Some published runs set them, others are held against them (docs/planning.md). ``peaks`` has
-the peaks, by the names of the drivers.
+reach while a whole model trains. Some published runs set them, and others are held against them (docs/planning.md).
+``peaks`` has the peaks, by the names of the drivers.
 """
 
 from __future__ import annotations
