@@ -77,8 +77,18 @@ class ChiarTokenizer(PreTrainedTokenizer):
         return self._processor.id_to_piece(index) if index < self.vocab_size else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens; control tokens are left out."""
-        return self._processor.decode([self._convert_token_to_id(token) for token in tokens])
+        """Return the text of tokens. Special tokens of the settings are written out, other control tokens left out.
+
+        ``decode(..., skip_special_tokens=True)`` takes the special ones away before.
+        """
+        special = set(self.all_special_tokens)
+        parts: list[str] = []
+        for is_special, group in itertools.groupby(tokens, special.__contains__):
+            if is_special:
+                parts.extend(group)
+            else:
+                parts.append(self._processor.decode([self._convert_token_to_id(token) for token in group]))
+        return "".join(parts)
 
     def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
         """Return the ids of one text or two, behind the token that begins documents if they have one."""
