@@ -43,7 +43,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
     {"checkpoint"},
     {"training"},
     {"inference", "analysis"},
-    {"viewer", "sweeps", "interop"},
+    {"evaluation", "viewer", "sweeps", "interop"},
     {"monitoring"},
     {"reporting", "pretrain"},
     {"cli"},

@@ -1,8 +1,9 @@
-"""Measure how well a run predicts a text: token perplexity, word perplexity, bits per byte.
+"""Measure how well a run predicts a text, or what it scores on tasks of lm-evaluation-harness.
 
 megachiar evaluate runs/tiny                            # on the validation sets of its config
 megachiar evaluate runs/tiny --data data/shakespeare/test
 megachiar evaluate runs/tiny/checkpoints/step_00000500 --data data/shakespeare/test --json
+megachiar evaluate runs/tiny --tasks cloze,riddles --include-path tasks --output results.json
 """
 
 from __future__ import annotations
@@ -33,12 +34,96 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_dtype_option(parser)
     parser.add_argument("--task", metavar="NAME", help="task of a mixed run that --data is for (default: main)")
     add_json_option(parser)
-    return parser.parse_args(argv)
+    add_task_options(parser)
+    options = parser.parse_args(argv)
+    check_together(options)
+    return options
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of lm-evaluation-harness, by the names that it has for them."""
+    group = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'megachiar[eval]')")
+    group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks, groups or YAML files, separated by commas")
+    group.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with YAML files of more tasks")
+    group.add_argument("--num-fewshot", type=number(int, least=0), metavar="N", help="examples before each question")
+    group.add_argument(
+        "--limit", type=number(float, above=0), metavar="N", help="documents of each task, or a share of them below 1"
+    )
+    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the results as lm_eval's file has them")
+    group.add_argument("--log-samples", action="store_true", help="write each document beside FILE.json too")
+    group.add_argument("--apply-chat-template", action="store_true", help=argparse.SUPPRESS)
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """Check that the options given are all of one kind.
+
+    Raises:
+        UserError: an option belongs to the other kind of evaluation, or lacks what it needs.
+    """
+    of_tasks = ("include_path", "num_fewshot", "limit", "output", "log_samples", "apply_chat_template")
+    of_texts = ("data", "sequence_length", "task")
+    given, wrong = ("without", of_tasks) if options.tasks is None else ("with", of_texts)
+    for name in wrong:
+        if getattr(options, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            problem = f"is given {given} --tasks"
+            remedy = "name tasks by --tasks" if options.tasks is None else "leave one of the two out"
+            raise UserError(option, problem, remedy)
+    if options.log_samples and options.output is None:
+        raise UserError("--log-samples", "is given without --output", "name a file by --output: samples go beside it")
+    if options.limit is not None and options.limit > 1 and options.limit != int(options.limit):
+        raise UserError(f"--limit {options.limit:g}", "is no whole number of documents", "give one, or a share below 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+    if options.tasks is not None:
+        evaluate_tasks(options)
+    else:
+        evaluate_texts(options)
 
+
+def evaluate_tasks(options: argparse.Namespace) -> None:
+    """Print the harness's table, or its results with ``--json``, and write them with ``--output``."""
+    from megachiar.evaluation.harness_library import check_library
+
+    check_library("--tasks")
+    from rich.progress import Progress
+
+    from megachiar.evaluation.harness_tasks import TaskSettings
+    from megachiar.evaluation.measure import (
+        MeasureOptions,
+        check_output,
+        measure_tasks,
+        results_json,
+        results_table,
+        write_results,
+    )
+    from megachiar.evaluation.text_model import no_chat_template
+
+    if options.apply_chat_template:
+        raise no_chat_template()
+    if options.output is not None:
+        check_output(options.output)
+    limit = int(options.limit) if options.limit is not None and options.limit >= 1 else options.limit
+    names = [name for given in options.tasks for name in given.split(",") if name]
+    settings = TaskSettings(names, options.include_path, options.num_fewshot, limit)
+    how = MeasureOptions(options.batch_size, options.dtype, options.log_samples)
+    with Progress(console=make_console(), transient=True) as bar:
+        shown = bar.add_task("loads tasks", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
+
+        results = measure_tasks(options.run, settings, how, print_warning, progress)
+    if options.output is not None:
+        for path in write_results(results, options.output):
+            make_console().print(f"written: {path}", markup=False)
+    print(results_json(results) if options.json else results_table(results))
+
+
+def evaluate_texts(options: argparse.Namespace) -> None:
+    """Print what the run says of datasets: those named, or the validation sets of its config."""
     from rich.progress import Progress
 
     from megachiar.checkpoint.reading import locate_checkpoint

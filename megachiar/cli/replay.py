@@ -66,7 +66,7 @@ def as_dict(found: Replay) -> dict[str, object]:
     """Return the values of ``--json``; a number that is not finite is null."""
     from dataclasses import asdict
 
-    from megachiar.training.metrics import without_nan
+    from megachiar.training.json_lines import without_nan
 
     return without_nan(
         {

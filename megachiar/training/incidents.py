@@ -30,7 +30,7 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.training.bad_steps import BadStep
 from megachiar.training.environment import versions
 from megachiar.training.incident_record import INCIDENT_FILE, incidents_folder
-from megachiar.training.metrics import without_nan
+from megachiar.training.json_lines import without_nan
 from megachiar.training.run_data import RunData
 from megachiar.training.schedule import learning_rate
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.data.storage.regular_file import check_regular
-from megachiar.training.metrics import without_nan
+from megachiar.training.json_lines import without_nan
 
 EVENTS_FILE = "events.jsonl"
 START, SAVED, BAD_STEP, ROLLED_BACK = "start", "saved", "bad step", "rollback"

@@ -19,7 +19,7 @@ from megachiar.data.storage.files import sync_folder, write_atomically
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.data.storage.sealed_json import parse_sealed, pretty_sealed
 from megachiar.errors import UserError, disk_errors
-from megachiar.training.metrics import without_nan
+from megachiar.training.json_lines import without_nan
 
 FORMAT_VERSION: Final = 1
 RESULT_FILE = "results.json"
@@ -38,13 +38,29 @@ class BestCheckpoint(_Record):
         step: its step.
         chosen_by: name of the validation set on which it has the lowest loss; None for the last checkpoint.
         loss: that loss, in nats a token or labelled sequence; None for the last checkpoint.
+        value: of the measure of a task that has chosen it, by its name ``chosen_by``; else None.
         reason: why this one, in words.
     """
 
     step: int
     chosen_by: str | None = None
     loss: float | None = None
+    value: float | None = None
     reason: str
+
+
+class BestMeasure(_Record):
+    """The best of what was measured of one thing while the run trained.
+
+    Attributes:
+        value: the loss, or the measure of a task.
+        step: after which it was measured first. Whether its checkpoint is kept, checkpoint.keep_best decides.
+        higher_is_better: whether the highest is the best.
+    """
+
+    value: float
+    step: int
+    higher_is_better: bool
 
 
 class SetMeasures(_Record):
@@ -81,9 +97,12 @@ class RunResult(_Record):
         attention_share_of_layers: the same of each layer, fixed ones included.
         shares_from_step: first step of the records that these shares are means of: a tenth of the run's, the last ones
             up to the step of ``best``.
-        keep_best: ``checkpoint.keep_best``, which was asked for.
+        keep_best: the first name of ``checkpoint.keep_best``, which was asked for.
         best: the checkpoint that was tested.
         validation: measures of each validation set by name.
+        tasks: measures of each task of ``evaluation.tasks``, by its name ``eval/TASK``.
+        best_of_each: the best loss by the name of each validation set, and the best of each measure of tasks by its
+            name ``eval/TASK/METRIC``.
         test: measures of each test set by name, with the weights of ``best``.
     """
 
@@ -107,6 +126,8 @@ class RunResult(_Record):
     keep_best: str | None = None
     best: BestCheckpoint
     validation: dict[str, SetMeasures] = {}
+    tasks: dict[str, SetMeasures] = {}
+    best_of_each: dict[str, BestMeasure] = {}
     test: dict[str, Measures] = {}
 
     def is_of(self, steps: int, keep_best: str | None, test_data: dict[str, SourceRecord]) -> bool:
