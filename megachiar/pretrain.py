@@ -78,13 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.stop_after(config.training.stop_after)
     launch.configure_torch(config.training.threads)
 
+    from megachiar.evaluation.in_training import check_asked, make_asked
     from megachiar.interop.finished_run import check_export, export_finished
     from megachiar.training.run import pretrain
 
     check_export(config)
+    check_asked(config)
     console = make_console()
     with show_on_page(config, topology.is_main) as show:
-        code = pretrain(config, topology, signals, console, show)
+        code = pretrain(config, topology, signals, console, show, make_asked)
     if code == 0 and topology.is_main:
         export_finished(config, console.print)
     return code

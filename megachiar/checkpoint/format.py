@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
@@ -96,6 +96,7 @@ NOTHING_SPENT = Spent()
 SINCE_VERSION_4 = {
     "checksums",
     "validation",
+    "maximised",
     "validation_data",
     "auxiliary_samples",
     "went_back_to",
@@ -119,8 +120,11 @@ class CheckpointState(BaseModel):
         recent: what the run compares its next steps with; empty in checkpoints before this field.
         spent: what the run has spent up to the checkpoint; nothing in checkpoints before this field.
         layout: layout of the run that wrote the files, as text for people.
-        validation: loss in nats a token on validation sets that was measured after this step, by name. A stop puts an
-            evaluation off; its result is added when the run goes on.
+        validation: loss in nats a token on validation sets that was measured after this step, by name, and what tasks
+            measured, by names such as eval/cloze/acc. A stop puts an evaluation off; its result is added when the run
+            goes on.
+        maximised: names of ``validation`` of which the highest is the best, as of accuracies of tasks; of the others
+            the lowest is. Empty in checkpoints before this field.
         validation_data: what these sets held, by name, and the training sets of auxiliary tasks, by their key in the
             config; empty in checkpoints before this field.
         auxiliary_samples: samples of each auxiliary task of a mixed run that were read, by name; empty in checkpoints
@@ -144,6 +148,7 @@ class CheckpointState(BaseModel):
     spent: Spent = NOTHING_SPENT
     layout: str
     validation: dict[str, float] = {}
+    maximised: tuple[str, ...] = ()
     validation_data: dict[str, SourceRecord] = {}
     auxiliary_samples: dict[str, int] = {}
     went_back_to: int | None = None
@@ -259,20 +264,21 @@ def fingerprint_of(checkpoint: Path) -> str:
         text = read_regular(checkpoint / STATE_FILE)
     try:
         fields = from_json(text)
-        rest = {name: value for name, value in fields.items() if name not in ("validation", SEAL)}
+        rest = {name: value for name, value in fields.items() if name not in ("validation", "maximised", SEAL)}
     except (ValueError, AttributeError):
         raise damaged_checkpoint(checkpoint, f"{STATE_FILE} cannot be read") from None
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def add_validation(checkpoint: Path, losses: Mapping[str, float]) -> None:
-    """Add losses on validation sets that were measured after the checkpoint was written to its record.
+def add_validation(checkpoint: Path, losses: Mapping[str, float], maximised: Collection[str] = ()) -> None:
+    """Add what was measured after a checkpoint was written to its record: losses on validation sets, measures of tasks.
 
     Nothing else in the record changes. One of version 3 has no losses, and none are added.
 
     Args:
         checkpoint: with a record of which ``find_damage`` reports nothing.
-        losses: in nats a token, by name of the set.
+        losses: in nats a token, by name of the set; or measures of tasks by name.
+        maximised: the names of those of which the highest is the best.
 
     Raises:
         UserError: the record is damaged, or the disk refuses the new one; the old one stays.
@@ -284,6 +290,7 @@ def add_validation(checkpoint: Path, losses: Mapping[str, float]) -> None:
         fields = from_json(read_regular(path))
     del fields[SEAL]
     fields["validation"] = {**fields.get("validation", {}), **losses}
+    fields["maximised"] = sorted({*fields.get("maximised", []), *(name for name in losses if name in maximised)})
     write_atomically(path, seal_json(json.dumps(fields, indent=2)))
 
 

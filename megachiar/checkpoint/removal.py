@@ -71,7 +71,7 @@ def surplus_checkpoints(
     folder: Path,
     keep: int | None,
     keep_every: int | None = None,
-    keep_best: str | None = None,
+    keep_best: Collection[str] = (),
     spared: str | None = None,
     up_to: int | None = None,
 ) -> list[Path]:
@@ -81,7 +81,7 @@ def surplus_checkpoints(
         folder: of a run's checkpoints.
         keep: the newest so many stay; None keeps all.
         keep_every: those whose step is a multiple of this stay as well.
-        keep_best: name of a validation set; the one with the lowest loss on it stays as well.
+        keep_best: names of validation sets and of what tasks measure; the best one of each stays as well.
         spared: name of a checkpoint that stays as well.
         up_to: step of a run that has just saved. Later checkpoints are not of this run, or were passed over as damaged:
             they stay, and do not count as the newest.
@@ -90,15 +90,17 @@ def surplus_checkpoints(
         return []
     later = set(later_checkpoints(folder, up_to)) if up_to is not None else set()
     complete = [path for path in complete_checkpoints(folder) if path not in later]
-    stays = {*complete[-keep:], best_checkpoint(complete, keep_best), folder / spared if spared else None}
+    best = (best_checkpoint(complete, name) for name in keep_best)
+    stays = {*complete[-keep:], *best, folder / spared if spared else None}
     return [path for path in complete if path not in stays and not _is_multiple(path, keep_every)]
 
 
 def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> Path | None:
     """Return the checkpoint with the lowest recorded loss on a validation set, the newest of equals.
 
-    Losses on other data than the newest checkpoint has under that name do not count. None if no checkpoint has a loss
-    on it, or no set is named.
+    Losses on other data than the newest checkpoint has under that name do not count. The name may be that of what a
+    task measures, too, of which the lowest or the highest value is the best. None if no checkpoint has a loss on the
+    set, or no set is named.
     """
     if validation_set is None or not checkpoints:
         return None
@@ -109,7 +111,8 @@ def best_checkpoint(checkpoints: Sequence[Path], validation_set: str | None) -> 
         loss, then = state.validation.get(validation_set), state.validation_data.get(validation_set)
         if loss is not None and (now is None or then is None or now.same_data(then)):
             losses[path] = loss
-    return min(reversed(losses), key=losses.__getitem__, default=None)
+    is_maximised = any(validation_set in state.maximised for state in states.values())
+    return min(reversed(losses), key=lambda path: -losses[path] if is_maximised else losses[path], default=None)
 
 
 def to_prune(
@@ -117,7 +120,7 @@ def to_prune(
     *,
     keep: int | None = None,
     keep_every: int | None = None,
-    keep_best: str | None = None,
+    keep_best: Collection[str] = (),
     steps: Collection[int] = (),
 ) -> list[Path]:
     """Return the checkpoints in ``folder`` that a rule removes, oldest first; the newest whole one is never among them.

@@ -146,7 +146,7 @@ def remove_surplus(saved: Path, rules: CheckpointConfig, spared: str | None = No
     folder, step = saved.parent, checkpoint_step(saved)
     warnings = []
     try:
-        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.keep_best, spared, step):
+        for path in surplus_checkpoints(folder, rules.keep, rules.keep_every, rules.best_of, spared, step):
             try:
                 remove_checkpoint(path)
             except UserError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,7 @@ class CheckpointSaver:
         spared: returns the name of an old checkpoint that is not to be removed; None for none. Rank 0 calls it in the
             thread of a save.
         validation_data: what the validation sets of the run hold, by name.
+        maximised: names of measures, beside the losses on these sets, of which the highest is the best.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class CheckpointSaver:
         report: Callable[[Path, float], None],
         spared: Callable[[], str | None] = lambda: None,
         validation_data: Mapping[str, SourceRecord] | None = None,
+        maximised: Collection[str] = (),
     ):
         self.failures = 0
         self.newest_step = newest_step
         self.memory = HostMemory() if engine.config.checkpoint.asynchronous else None
         self._report, self._spared = report, spared
-        self._validation_data = validation_data
+        self._validation_data, self._maximised = validation_data, maximised
         self._engine, self._log = engine, log
         self._config = engine.config.checkpoint
         timeout = timedelta(seconds=engine.config.training.communication_timeout_s)
@@ -107,6 +109,7 @@ class CheckpointSaver:
             validation_data=self._validation_data,
             auxiliary_samples=auxiliary_samples,
             spent=spent,
+            maximised=self._maximised,
         )
         self._save = _Save(snapshot, self._gather, self._engine.topology.is_main, began, self._spared)
         if must_succeed or not self._config.asynchronous:

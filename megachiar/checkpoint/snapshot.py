@@ -5,7 +5,7 @@ Only a snapshot of an engine imports DeepSpeed. A program that writes weights wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ def take_snapshot(
     validation_data: Mapping[str, SourceRecord] | None = None,
     auxiliary_samples: Mapping[str, int] | None = None,
     spent: Spent = NOTHING_SPENT,
+    maximised: Collection[str] = (),
 ) -> Snapshot:
     """Gather weights and optimizer state, and copy this rank's share; every rank calls this function.
 
@@ -75,6 +76,7 @@ def take_snapshot(
         validation_data: what the validation sets of the run hold, by name.
         auxiliary_samples: samples that each auxiliary task has read, by name; None where there is none.
         spent: what the run has spent so far.
+        maximised: names of ``validation`` of which the highest is the best.
     """
     from megachiar.engine.deepspeed_patches import loss_scale_state
     from megachiar.engine.gathered_state import gather_state
@@ -97,6 +99,7 @@ def take_snapshot(
         "spent": spent,
         "layout": engine.topology.describe() + f", ZeRO {config.parallel.zero_stage}, {config.precision.compute}",
         "validation": dict(validation),
+        "maximised": tuple(name for name in validation if name in maximised),
         "validation_data": dict(validation_data or {}),
         "auxiliary_samples": dict(auxiliary_samples or {}),
         "went_back_to": resume if isinstance(resume, int) else None,

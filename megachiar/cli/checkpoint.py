@@ -49,7 +49,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     prune.add_argument("run", type=Path, metavar="RUN", help="run folder")
     prune.add_argument("--keep", type=int, metavar="N", help="keep the newest N")
     prune.add_argument("--keep-every", type=int, metavar="N", help="keep those whose step is a multiple of N")
-    prune.add_argument("--keep-best", metavar="SET", help="keep the one with the lowest loss on this validation set")
+    prune.add_argument(
+        "--keep-best",
+        nargs="+",
+        metavar="SET",
+        help="keep the best on each of these validation sets or tasks' measures",
+    )
     prune.add_argument("--steps", type=steps_of, metavar="A,B", help="remove exactly these steps")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     return parser.parse_args(argv)
@@ -196,6 +201,7 @@ def prune_checkpoints(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}", "must be at least 1", "change it")
     folder = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run
+    rules["keep_best"] = options.keep_best or ()
     doomed = to_prune(folder, **rules, steps=options.steps or ())
     spared = None if options.steps else checkpoint_to_spare(options.run)
     for path in [path for path in doomed if path.name == spared]:

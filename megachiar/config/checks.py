@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megachiar.config.errors import Problem
+from megachiar.config.evaluation import TASK_PREFIX, EvaluationConfig, evaluation_tasks
 from megachiar.config.model import ModelConfig
 from megachiar.config.profiling import profiling
 from megachiar.config.reliability import ReliabilityConfig
@@ -233,9 +234,12 @@ def schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[P
         )
 
 
-def evaluation(data: DataConfig, mixed: MixedConfig, training: TrainingConfig) -> Iterator[Problem]:
+def evaluation(
+    data: DataConfig, mixed: MixedConfig, training: TrainingConfig, evaluation: EvaluationConfig
+) -> Iterator[Problem]:
     """Check that there is something to evaluate on if evaluation is asked for."""
-    if training.evaluate_every and not _validation_sets(data, mixed):
+    is_asked = bool(evaluation.tasks) or evaluation.has_prompts
+    if training.evaluate_every and not is_asked and not _validation_sets(data, mixed):
         yield Problem(
             "training.evaluate_every", f"is {training.evaluate_every} with no data.validation", "name a validation set"
         )
@@ -272,16 +276,28 @@ def _validation_sets(data: DataConfig, mixed: MixedConfig) -> set[str]:
 
 
 def best_checkpoint(
-    checkpoint: CheckpointConfig, data: DataConfig, mixed: MixedConfig, training: TrainingConfig
+    checkpoint: CheckpointConfig,
+    data: DataConfig,
+    mixed: MixedConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
 ) -> Iterator[Problem]:
-    """Check that the set that tells the best checkpoint is there, and is evaluated."""
-    best = checkpoint.keep_best
-    if best is not None and best not in _validation_sets(data, mixed):
-        yield Problem("checkpoint.keep_best", f"{best!r} is no set of data.validation", "name one of its sets, or null")
-    elif best is not None and training.evaluate_every is None:
-        yield Problem(
-            "checkpoint.keep_best", f"is {best} without training.evaluate_every", "set training.evaluate_every"
-        )
+    """Check that what tells the best checkpoint is there, and is measured; what a task measures is known at its start.
+
+    ``megachiar.evaluation`` checks the name of the measure once the task is loaded.
+    """
+    key, sets = "checkpoint.keep_best", _validation_sets(data, mixed)
+    for best in checkpoint.best_of:
+        if best not in sets and best.startswith(TASK_PREFIX):
+            if not evaluation.tasks:
+                yield Problem(key, f"is {best} without evaluation.tasks", "name its task there")
+            elif evaluation.tasks_every is None and training.evaluate_every is None:
+                yield Problem(key, f"is {best} without evaluation.tasks_every", "set evaluation.tasks_every")
+        elif best not in sets:
+            remedy = "name one of its sets, eval/TASK/METRIC of a task of evaluation.tasks, or null"
+            yield Problem(key, f"{best!r} is no set of data.validation", remedy)
+        elif training.evaluate_every is None:
+            yield Problem(key, f"is {best} without training.evaluate_every", "set training.evaluate_every")
 
 
 def exporting(checkpoint: CheckpointConfig, model: ModelConfig) -> Iterator[Problem]:
@@ -372,6 +388,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     muon,
     schedule,
     evaluation,
+    evaluation_tasks,
     fractions,
     test_sets,
     best_checkpoint,

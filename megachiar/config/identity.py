@@ -16,6 +16,7 @@ from megachiar.config.run_length import LENGTHS, asked_length
 _OF_NO_RESULT = {
     "checkpoint": {"every", "keep", "keep_every", "asynchronous", "on_failure", "resume", "export_hf"},
     "data": {"document_end", "max_epochs", "on_change", "prefetch", "tokenizer", "verify"},
+    "evaluation": {"at_start", "batch_size", "include_path", "new_tokens", "prompts", "temperature"},
     "logging": {"folder", "every", "page", "tensorboard", "wandb", "mlflow", "trackio"},
     "optimizer": {"implementation"},
     "parallel": {"pipeline_size", "tensor_size", "data_size", "sequence", "zero_stage", "offload_optimizer"},

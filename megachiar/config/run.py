@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megachiar.config.evaluation import EvaluationConfig
 from megachiar.config.model import ModelConfig
 from megachiar.config.profiling import ProfilingConfig
 from megachiar.config.reliability import ReliabilityConfig
@@ -47,6 +48,8 @@ class RunConfig(Section):
     """The learning rate over steps."""
     training: TrainingConfig
     """How long the run is, how much a step reads, and how often the model is evaluated."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What the run is asked beside its validation sets."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run saves, and the checkpoint that it starts from."""
     reliability: ReliabilityConfig = ReliabilityConfig()

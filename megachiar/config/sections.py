@@ -223,10 +223,11 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept; null keeps all. The one before the run's newest incident stays as well."""
     keep_every: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this are never removed."""
-    keep_best: str | None = None
-    """Name of a set in data.validation: the checkpoint with the lowest loss on it is never removed. Only checkpoints of
-    steps after which the set was evaluated count. The test sets are measured with it; without this key with the last
-    checkpoint."""
+    keep_best: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Name of a set in data.validation: the checkpoint with the lowest loss on it is never removed. Or what a task of
+    evaluation.tasks measures, such as eval/cloze/acc: the checkpoint with the best value. A list keeps the best of
+    each. Only checkpoints of steps after which it was measured count. The test sets are measured with the best of the
+    first name; without this key with the last checkpoint."""
     asynchronous: bool = True
     """Copy to the host's memory and write in a thread, while training goes on. Each rank keeps memory for its share
     of weights and moments, together 12 bytes a parameter, from its first save on. The last checkpoint of a run is
@@ -247,6 +248,18 @@ class CheckpointConfig(Section):
     load: Literal["weights", "all"] = "weights"
     """The parts that load_from loads. weights: the weights alone; optimizer, schedule, steps and data begin anew. all:
     optimizer, loss scale, steps taken and the position in the data as well, as if this run continued that one."""
+
+    @property
+    def best_of(self) -> tuple[str, ...]:
+        """The names of what keep_best keeps the best checkpoint of."""
+        if self.keep_best is None:
+            return ()
+        return (self.keep_best,) if isinstance(self.keep_best, str) else self.keep_best
+
+    @property
+    def chosen_by(self) -> str | None:
+        """The name of what chooses the checkpoint that a run is tested with; None for the last checkpoint."""
+        return self.best_of[0] if self.best_of else None
 
 
 class LoggingConfig(Section):

@@ -24,6 +24,7 @@ from megachiar.engine.step_metrics import StepResult, flatten_step, unflatten_st
 from megachiar.errors import UserError
 from megachiar.kernels import gpu
 from megachiar.kernels.ignored_target import IGNORED_TARGET, PADDING
+from megachiar.model.transformer import ChiarFormer
 from megachiar.topology import Topology
 
 
@@ -253,6 +254,18 @@ class Engine:
         is_labelled = labels != IGNORED_TARGET
         np.add.at(confusion, (labels[is_labelled], predicted[is_labelled]), 1)
         return nats, confusion
+
+    def whole_model(self) -> ChiarFormer:
+        """Return the model of this rank in evaluation mode, to read texts of any length; the next step trains it again.
+
+        Only a replica on a single rank, under ZeRO 0 to 2, has the whole model.
+        """
+        topology, stage = self.topology, self.config.parallel.zero_stage
+        assert topology.model_size == 1 and stage < 3, "the config has been checked"
+        self.deepspeed.eval()
+        model = self.deepspeed.module
+        assert isinstance(model, ChiarFormer)
+        return model
 
     def mean_over_world(self, values: list[float]) -> list[float]:
         """Return each number averaged over replicas and tensor-parallel ranks and summed over stages, in float64."""

@@ -105,7 +105,7 @@ class ReportedRun:
     def main_sets(self) -> list[str]:
         """Names of the main task's validation sets, the one that chooses the checkpoint first."""
         if self.config is not None:
-            names, chosen = list(self.config.data.validation), self.config.checkpoint.keep_best
+            names, chosen = list(self.config.data.validation), self.config.checkpoint.chosen_by
         elif self.result is not None:
             names, chosen = list(self.result.validation_data), self.result.keep_best
         else:

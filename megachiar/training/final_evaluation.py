@@ -9,7 +9,7 @@ does nothing. One that goes on to more steps is measured anew at its end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +21,20 @@ from megachiar.checkpoint.format import CONFIG_FILE, complete_checkpoints, read_
 from megachiar.checkpoint.removal import best_checkpoint
 from megachiar.checkpoint.resume import load_weights
 from megachiar.config import RunConfig, load_config
+from megachiar.config.evaluation import TASK_PREFIX
 from megachiar.config.identity import config_digest
 from megachiar.engine.engine import Engine
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.model import build_model
 from megachiar.topology import raise_together
+from megachiar.training.asked import SAMPLES, Asked
 from megachiar.training.break_off import EvaluationBrokenOff
 from megachiar.training.continuation import Progress
-from megachiar.training.metrics import read_metrics
+from megachiar.training.metrics import EVALUATION, read_metrics
 from megachiar.training.run_data import RunData, record_of
 from megachiar.training.run_result import (
     BestCheckpoint,
+    BestMeasure,
     Measures,
     RunResult,
     SetMeasures,
@@ -52,7 +55,7 @@ def has_result(config: RunConfig, data: RunData) -> bool:
         result = read_result(config.logging.folder)
     except UserError:
         return False
-    return result is not None and result.is_of(config.steps, config.checkpoint.keep_best, data.test_records())
+    return result is not None and result.is_of(config.steps, config.checkpoint.chosen_by, data.test_records())
 
 
 class FinalEvaluation:
@@ -65,6 +68,7 @@ class FinalEvaluation:
         supervision: of this rank.
         has_trained: whether this process has taken steps. One that has not heeds signals alone, not
             training.stop_after: the run would never get its result.
+        asked: tasks and prompts of the run.
         log: prints a line of the log, in rich's markup.
     """
 
@@ -75,11 +79,12 @@ class FinalEvaluation:
         progress: Progress,
         supervision: Supervision,
         has_trained: bool,
+        asked: Asked,
         log: Callable[[str], None],
     ):
         self._engine, self._data, self._progress = engine, data, progress
         self._supervision, self._has_trained, self._log = supervision, has_trained, log
-        self._config: RunConfig = engine.config
+        self._asked, self._config = asked, engine.config
 
     def run(self, damaged_data: Callable[[], UserError | None]) -> int:
         """Measure the run and write its result; every rank calls this method.
@@ -172,12 +177,20 @@ class FinalEvaluation:
             attention_share=sum(routed) / len(routed) if routed else None,
             attention_share_of_layers=layers,
             shares_from_step=first,
-            keep_best=config.checkpoint.keep_best,
+            keep_best=config.checkpoint.chosen_by,
             best=chosen.best,
             validation={
                 name: SetMeasures(best=_measured(records, name, chosen.best.step), last=_measured(records, name, steps))
                 for name in data.validation
             },
+            tasks={
+                name: SetMeasures(
+                    best=_record_of(records, name, chosen.best.step), last=_record_of(records, name, steps)
+                )
+                for name in self._asked.names
+                if name != SAMPLES
+            },
+            best_of_each=best_of_each(records, self._asked.maximised),
             test=test,
         )
 
@@ -197,12 +210,12 @@ class _Chosen(NamedTuple):
 
 
 def choose_checkpoint(config: RunConfig) -> _Chosen:
-    """Return the checkpoint that a finished run is tested with: that of the lowest loss on ``checkpoint.keep_best``.
+    """Return the checkpoint that a finished run is tested with: the best by ``checkpoint.keep_best``.
 
     Raises:
         UserError: the folder of checkpoints cannot be read, or holds none.
     """
-    complete, keep_best = complete_checkpoints(config.checkpoint_folder), config.checkpoint.keep_best
+    complete, keep_best = complete_checkpoints(config.checkpoint_folder), config.checkpoint.chosen_by
     if not complete:
         raise UserError(
             config.checkpoint_folder, "holds no checkpoint to test", "start the run again: it trains what is missing"
@@ -212,14 +225,25 @@ def choose_checkpoint(config: RunConfig) -> _Chosen:
     if path is None:
         why = "checkpoint.keep_best names no validation set"
         if keep_best is not None:
-            why = f"no checkpoint has a loss on {keep_best}"
+            why = f"no checkpoint has a {'value of' if is_of_task(config, keep_best) else 'loss on'} {keep_best}"
         step = read_state(last).step
         return _Chosen(last, last, BestCheckpoint(step=step, reason=f"the last checkpoint, since {why}"))
     state = read_state(path)
-    loss = state.validation[str(keep_best)]
-    reason = f"the checkpoint with the lowest loss on {keep_best}, {loss:.4f}"
-    best = BestCheckpoint(step=state.step, chosen_by=keep_best, loss=loss, reason=reason)
+    value = state.validation[str(keep_best)]
+    if is_of_task(config, str(keep_best)):
+        which = "highest" if keep_best in state.maximised else "lowest"
+        reason = f"the checkpoint with the {which} {keep_best}, {value:.4f}"
+        best = BestCheckpoint(step=state.step, chosen_by=keep_best, value=value, reason=reason)
+    else:
+        reason = f"the checkpoint with the lowest loss on {keep_best}, {value:.4f}"
+        best = BestCheckpoint(step=state.step, chosen_by=keep_best, loss=value, reason=reason)
     return _Chosen(path, last, best)
+
+
+def is_of_task(config: RunConfig, name: str) -> bool:
+    """Return whether a name in ``checkpoint.keep_best`` is that of what a task measures, and not of a set."""
+    sets = {*config.data.validation, *config.mixed.tasks}
+    return name not in sets and name.startswith(TASK_PREFIX)
 
 
 def seeds_of(config: RunConfig) -> dict[str, int]:
@@ -282,8 +306,41 @@ def _records_of(run: Path) -> list[dict[str, Any]]:
 
 def _measured(records: list[dict[str, Any]], name: str, step: int) -> Measures | None:
     """Return the measures of a validation set that were recorded after ``step``, the newest if there are several."""
-    found = [record for record in records if record["step"] == step and record["kind"] == f"evaluation/{name}"]
+    return _record_of(records, f"{EVALUATION}{name}", step)
+
+
+def _record_of(records: list[dict[str, Any]], kind: str, step: int) -> Measures | None:
+    """Return the values of the newest record of a kind after ``step``; None if there is none."""
+    found = [record for record in records if record["step"] == step and record["kind"] == kind]
     return {key: value for key, value in found[-1].items() if key not in ("step", "kind")} if found else None
+
+
+def best_of_each(records: list[dict[str, Any]], maximised: Collection[str]) -> dict[str, BestMeasure]:
+    """Return the best loss on each validation set, and the best of each measure of tasks, of all evaluations.
+
+    Args:
+        records: of ``metrics.jsonl``.
+        maximised: names of the measures of which the highest is the best.
+    """
+    found: dict[str, BestMeasure] = {}
+    for record in records:
+        for name, value in _measures_in(record):
+            is_higher = name in maximised
+            before = found.get(name)
+            if before is None or (value > before.value if is_higher else value < before.value):
+                found[name] = BestMeasure(value=value, step=record["step"], higher_is_better=is_higher)
+    return found
+
+
+def _measures_in(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield name and value of what a record of the metrics tells of a validation set or a task."""
+    kind = record["kind"]
+    if kind.startswith(EVALUATION) and record.get("loss") is not None:
+        yield kind.removeprefix(EVALUATION), record["loss"]
+    elif kind.startswith(TASK_PREFIX):
+        for metric, value in record.items():
+            if metric not in ("step", "kind") and value is not None:
+                yield f"{kind}/{metric}", value
 
 
 def _trained_config(config: RunConfig, last: Path) -> RunConfig:

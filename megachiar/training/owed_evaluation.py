@@ -15,7 +15,10 @@ KIND = "evaluation_owed"
 
 
 def owed_evaluations(run: Path, step: int) -> list[str]:
-    """Return the names of the validation sets whose evaluation after ``step`` was put off and not made up for since."""
+    """Return the names of what was to be evaluated after ``step``, was put off, and was not made up for since.
+
+    These are validation sets, ``eval/TASK`` and ``samples``.
+    """
     try:
         records = [record for record in read_metrics(run) if record["step"] == step]
     except UserError:  # there are no metrics, or none that can be read: nothing is known to be owed
@@ -25,6 +28,6 @@ def owed_evaluations(run: Path, step: int) -> list[str]:
         kind, names = record["kind"], record.get("names")
         if kind == KIND and isinstance(names, list) and all(isinstance(name, str) for name in names):
             owed = names
-        elif kind.startswith("evaluation/"):
-            owed = [name for name in owed if kind != f"evaluation/{name}"]
+        else:  # a validation set's record is of the kind evaluation/NAME, that of a task or of samples has its name
+            owed = [name for name in owed if kind not in (name, f"evaluation/{name}")]
     return owed

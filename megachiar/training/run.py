@@ -23,6 +23,7 @@ from megachiar.model.dtypes import DTYPES
 from megachiar.planning.peaks import why_no_utilisation
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
+from megachiar.training.asked import MakeAsked, nothing_asked
 from megachiar.training.communication_time import measure_communication
 from megachiar.training.compare_setups import compare_setups
 from megachiar.training.continuation import Progress, continue_run, describe_finished, open_run
@@ -54,6 +55,7 @@ def pretrain(
     signals: StopSignals,
     console: Console,
     show: ShowRun | None = None,
+    make_asked: MakeAsked = nothing_asked,
 ) -> int:
     """Train as ``config`` says, from opening the data to the last step; every rank calls this function.
 
@@ -63,6 +65,7 @@ def pretrain(
         signals: that stop the run after a checkpoint.
         console: of this rank, for the log.
         show: is called on rank 0 when training begins, and after each evaluation; None shows nothing.
+        make_asked: makes the tasks and prompts of the run.
 
     Returns:
         The exit code of the process.
@@ -91,7 +94,9 @@ def pretrain(
                     events = RunEvents(folder if lock is not None else None, warner(console.print))
                     supervision = Supervision(signals, lock, watch, activity, events)
                     try:
-                        code = train(config, topology.with_groups(), device, data, supervision, console, show)
+                        code = train(
+                            config, topology.with_groups(), device, data, supervision, console, show, make_asked
+                        )
                     except BaseException as error:
                         events.write(FAILED, activity.step, {"reason": reason_of(error)})
                         raise
@@ -109,6 +114,7 @@ def train(
     supervision: Supervision,
     console: Console,
     show: ShowRun | None = None,
+    make_asked: MakeAsked = nothing_asked,
 ) -> int:
     """Train with process groups already set up and data already opened; every rank calls this function.
 
@@ -120,6 +126,7 @@ def train(
         supervision: of this rank.
         console: of this rank, for the log.
         show: is called on rank 0 when training begins, and after each evaluation; None shows nothing.
+        make_asked: makes the tasks and prompts of the run.
 
     Returns:
         The exit code of the process.
@@ -145,7 +152,9 @@ def train(
     if finished is not None and not owed and is_measured:
         console.print(escape(finished))
         return 0
-    activity.begin("opens the run folder", Stage.START, step=0, item=3)
+    activity.begin("loads the tasks", Stage.START, step=0, item=3)
+    asked = make_asked(config, engine, data.tokenizer)
+    activity.begin("opens the run folder", Stage.START, step=0, item=4)
     check_shared_folder(config.logging.folder, topology)
     supervision.watch.open_stacks()
     blocks = blocks_of_rank(data.sources if config.data.verify != "never" else [])
@@ -175,12 +184,15 @@ def train(
                 display,
                 supervision,
                 damaged_data=lambda: check.problem,
+                asked=asked,
                 show=show if topology.is_main else None,
             )
             code = trainer.run(owed)
             raise_together(check.problem)
             if code == 0:
-                last = FinalEvaluation(engine, trainer.data, progress, supervision, finished is None, display.line)
+                last = FinalEvaluation(
+                    engine, trainer.data, progress, supervision, finished is None, asked, display.line
+                )
                 code = last.run(lambda: check.problem)
             if code == 0:
                 events.write(FINISHED, progress.step)

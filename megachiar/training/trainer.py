@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from megachiar.engine.step_metrics import StepResult
 from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.phases import phase
 from megachiar.topology import raise_together
+from megachiar.training.asked import Asked, NothingAsked
 from megachiar.training.bad_steps import BadStep, BadSteps, check_weights_are_finite
 from megachiar.training.compare_ranks import RankComparison
 from megachiar.training.continuation import Progress
@@ -52,6 +53,7 @@ class Trainer:
         supervision: of this rank: stop signals, lock of the run folder, watch over the other ranks.
         damaged_data: returns the error of a block of data that this rank has found damaged; None if it found none.
         show: shows the run as it is, at its start and after each evaluation; None on all ranks but rank 0.
+        asked: tasks and prompts of the run; None for none.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Trainer:
         supervision: Supervision,
         damaged_data: Callable[[], UserError | None],
         show: Callable[[Engine, RunData], None] | None = None,
+        asked: Asked | None = None,
     ):
         self.engine = engine
         self.data = data
@@ -76,6 +79,8 @@ class Trainer:
         self.damaged_data = damaged_data
         self.events = supervision.events
         self._show = show
+        asked = asked or NothingAsked()
+        self._maximised = asked.maximised
         self.saver = CheckpointSaver(
             engine,
             progress.saved_step,
@@ -83,11 +88,14 @@ class Trainer:
             self._report_saved,
             spared=lambda: checkpoint_to_spare(self.config.logging.folder),
             validation_data=data.validation_records(),
+            maximised=asked.maximised,
         )
         self.bad_steps = BadSteps(self.config, progress.recent, self._newest_checkpoint(), progress.rollbacks)
         self.incidents = Incidents(self.config, engine.topology.describe(), display.line)
         self.comparison = RankComparison(engine)
-        self.validation = Validation(engine, data.validation, writer, display, supervision, self._add_to_checkpoint)
+        self.validation = Validation(
+            engine, data.validation, writer, display, supervision, self._add_to_checkpoint, asked
+        )
         self._skipped: list[int] = []  # steps left out since the run started or went back, for incidents
         self._plan: list[MicroStep] = []  # of the last step
         self._kill_limit = KillLimit()
@@ -120,6 +128,8 @@ class Trainer:
         """Train until the last step, a stop, or a step to roll back from; return the exit code, None to roll back."""
         self.log.set_axes(self._position())
         if self._stop_is_asked() or not self.validation.run(owed, self.progress.step, is_owed=True):
+            return self._stopped()
+        if self.progress.step == 0 and not self.validation.run_if_due(0, put_off=False):
             return self._stopped()
         self._show_run()
         while self.progress.step < self.config.steps:
@@ -299,15 +309,15 @@ class Trainer:
                 must_succeed=stop or last,
             )
 
-    def _add_to_checkpoint(self, step: int, name: str, loss: float) -> None:
-        """Add the loss of an evaluation that a stop had put off to the checkpoint, which was saved before it."""
+    def _add_to_checkpoint(self, step: int, measures: Mapping[str, float]) -> None:
+        """Add the result of an evaluation that a stop had put off to the checkpoint, which was saved before it."""
         checkpoint = self._newest_checkpoint()
         if checkpoint is None or step != self.saver.newest_step or not self.engine.topology.is_main:
             return
         try:
-            add_validation(checkpoint, {name: loss})
+            add_validation(checkpoint, measures, self._maximised)
         except UserError as error:
-            problem = f"checkpoint.keep_best does not know the loss of {checkpoint} on {name}: {error}"
+            problem = f"checkpoint.keep_best does not know {', '.join(measures)} of {checkpoint}: {error}"
             self.display.line(f"[yellow]{escape(problem)}[/]")
 
     def _report_saved(self, path: Path, seconds: float) -> None:

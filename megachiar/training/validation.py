@@ -1,14 +1,18 @@
-"""Evaluate validation sets while a run trains; a stop puts an evaluation off, and the run makes up for it later."""
+"""Evaluate a run while it trains, on validation sets, tasks and prompts; what a stop puts off is made up for later."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
 
 from megachiar.activity import Stage
 from megachiar.data.sampling.dataset import ValidationSet
 from megachiar.data.sampling.examples import ExampleSet
 from megachiar.engine.engine import Engine
+from megachiar.training.asked import SAMPLES, Asked, NothingAsked
 from megachiar.training.break_off import BreakOff, EvaluationBrokenOff
 from megachiar.training.classification import Classification, evaluate_examples
 from megachiar.training.display import Display
@@ -27,8 +31,9 @@ class Validation:
         writer: of the metrics; None on all ranks but rank 0.
         display: of this rank.
         supervision: of this rank.
-        measured: is called with the step, the name of the set and the loss of each result that is finite, before the
-            metrics have it: what a kill in between cuts off is measured again.
+        measured: is called with the step, and the losses on a set or the measures of a task by name, as far as they are
+            finite, before the metrics have them: what a kill in between cuts off is measured again.
+        asked: the tasks and prompts of the run.
     """
 
     def __init__(
@@ -38,7 +43,8 @@ class Validation:
         writer: MetricsWriter | None,
         display: Display,
         supervision: Supervision,
-        measured: Callable[[int, str, float], None] = lambda step, name, loss: None,
+        measured: Callable[[int, Mapping[str, float]], None] = lambda step, measures: None,
+        asked: Asked | None = None,
     ):
         self._engine = engine
         self._datasets = datasets
@@ -47,24 +53,34 @@ class Validation:
         self._signals = supervision.signals
         self._activity = supervision.activity
         self._measured = measured
+        self._asked: Asked = asked or NothingAsked()
         self._losses: dict[str, float] = {}
         self._measured_step: int | None = None
 
     def losses_after(self, step: int) -> dict[str, float]:
-        """Return the losses in nats a token that were measured after ``step`` and are finite, by name of the set."""
+        """Return what was measured after ``step`` and is finite: losses by name of the set, and measures of tasks."""
         return self._losses if step == self._measured_step else {}
 
     def run_if_due(self, step: int, *, put_off: bool) -> bool:
-        """Evaluate all sets if an evaluation is due after ``step``, as ``run`` does."""
-        every, steps = self._engine.config.training.evaluate_every, self._engine.config.steps
-        due = step == steps or (every is not None and step % every == 0)
-        return self.run(list(self._datasets) if due else [], step, put_off=put_off)
+        """Evaluate what is due after ``step``, as ``run`` does; at step 0 that is all or nothing."""
+        config = self._engine.config
+        of_sets, of_asked = config.training.evaluate_every, config.evaluation.tasks_every
+        names = [*self._datasets] if self._is_due(of_sets, step) else []
+        if self._is_due(of_asked or of_sets, step):
+            names += self._asked.names
+        return self.run(names, step, put_off=put_off)
+
+    def _is_due(self, every: int | None, step: int) -> bool:
+        config = self._engine.config
+        if step == 0:
+            return config.evaluation.at_start
+        return step == config.steps or (every is not None and step % every == 0)
 
     def run(self, names: Sequence[str], step: int, *, put_off: bool = False, is_owed: bool = False) -> bool:
-        """Evaluate validation sets and record the results; every rank calls this method.
+        """Evaluate validation sets, tasks and prompts, and record the results; every rank calls this method.
 
         Args:
-            names: of the sets; a set that the run no longer has is left out.
+            names: of the sets, and of what is asked; what the run no longer has is left out.
             step: optimizer steps taken.
             put_off: whether to evaluate none, since the run stops. A stop in the middle puts off the rest.
             is_owed: whether these were put off before. The one that is broken off is then left out, since it may take
@@ -73,10 +89,10 @@ class Validation:
         Returns:
             Whether no evaluation was put off.
         """
-        left = [name for name in names if name in self._datasets]
+        left = [name for name in names if name in self._datasets or name in self._asked.names]
         while left and not put_off:
             try:
-                self._record(left[0], step, self._evaluate(left[0], step))
+                self._evaluate_and_record(left[0], step)
                 left.pop(0)
             except EvaluationBrokenOff:
                 put_off = True
@@ -87,6 +103,49 @@ class Validation:
         if left:
             self._display.line(f"evaluation of {', '.join(left)} put off: it is made up for when the run goes on")
         return not put_off or not (left or is_owed)
+
+    def _evaluate_and_record(self, name: str, step: int) -> None:
+        """Evaluate one set, task or all prompts, and record the result.
+
+        Raises:
+            EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
+        """
+        if name in self._datasets:
+            result = self._evaluate(name, step)
+            self._record(step, f"{EVALUATION}{name}", result.as_dict(), {name: result.loss})
+            self._display.line(f"[bold]step {step}  {name}: {result.describe()}[/]")
+        elif name == SAMPLES:
+            self._sample(step)
+        else:
+            measures = self._ask(name, step)
+            self._record(step, name, measures, {f"{name}/{metric}": value for metric, value in measures.items()})
+            shown = "  ".join(f"{metric} {value:.4f}" for metric, value in measures.items())
+            self._display.line(f"[bold]step {step}  {escape(name)}: {escape(shown)}[/]")
+
+    def _ask(self, name: str, step: int) -> dict[str, Any]:
+        """Return the measures of a task.
+
+        Raises:
+            EvaluationBrokenOff: a rank was asked to stop; every rank raises it.
+        """
+        break_off = BreakOff(lambda: self._signals.reason() is not None, self._engine.sum_over_world)
+
+        def before_batch(done: int) -> None:
+            self._activity.begin(f"measures {name}, {done} texts done", Stage.EVALUATE, step, done)
+            if break_off.asked():
+                raise EvaluationBrokenOff
+
+        return dict(self._asked.measure(name, before_batch))
+
+    def _sample(self, step: int) -> None:
+        """Let the run continue its prompts."""
+        self._activity.begin("continues prompts", Stage.EVALUATE, step)
+        samples = self._asked.continue_prompts(step)
+        for prompt, text in samples:
+            self._display.line(f"step {step}  {escape(repr(prompt))} -> {escape(repr(text))}")
+        if self._writer is not None:
+            self._writer.write_samples(step, samples)
+            self._writer.write(step, SAMPLES, {"count": len(samples)})
 
     def _evaluate(self, name: str, step: int) -> Evaluation | Classification:
         """Return the result for a set.
@@ -102,15 +161,16 @@ class Validation:
         stop = lambda: self._signals.reason() is not None  # noqa: E731
         return evaluate_set(self._engine, self._datasets[name], windows, stop, doing)
 
-    def _record(self, name: str, step: int, result: Evaluation | Classification) -> None:
+    def _record(self, step: int, kind: str, values: dict[str, Any], measures: Mapping[str, float]) -> None:
+        """Keep measures that tell the best checkpoint, and write a record."""
         if step != self._measured_step:
             self._losses, self._measured_step = {}, step
-        if math.isfinite(result.loss):
-            self._losses[name] = result.loss
-            self._measured(step, name, result.loss)
+        finite = {name: value for name, value in measures.items() if math.isfinite(value)}
+        if finite:
+            self._losses.update(finite)
+            self._measured(step, finite)
         if self._writer is not None:
-            self._writer.write(step, f"{EVALUATION}{name}", result.as_dict())
-        self._display.line(f"[bold]step {step}  {name}: {result.describe()}[/]")
+            self._writer.write(step, kind, values)
 
 
 def evaluate_set(

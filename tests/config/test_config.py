@@ -75,7 +75,8 @@ def test_schema_is_that_of_the_code():
 
 UNITS = (
     r"tokens?|samples?|sequences?|steps?|epochs?|passes|layers?|channels|heads|ranks|threads|stages|windows|"
-    r"micro-batches|checkpoints|lines|seconds|nats|id of the token|optimizer\.learning_rate|rows|units of|"
+    r"micro-batches|checkpoints|lines|documents|examples|texts|seconds|nats|id of the token|optimizer\.learning_rate|"
+    r"rows|units of|"
     # and what has none
     r"classes|factors?|share|probability|seed|threshold|standard deviation|norm"
 )

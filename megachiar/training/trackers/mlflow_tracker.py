@@ -61,11 +61,14 @@ class MlflowTracker:
             self._client.log_batch(self._id, params=params[first : first + _AT_ONCE])
 
     def log(self, point: Point) -> None:
-        """Add each scalar to its chart."""
+        """Add each scalar to its chart, and texts as a file of the run."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, point.step) for name, value in point.scalars.items()]
         if metrics:
             self._client.log_batch(self._id, metrics=metrics)
+        if point.texts:
+            text = "\n".join(f"# {name}\n\n{text}" for name, text in point.texts.items())
+            self._client.log_text(self._id, text, f"samples/step_{point.step:08d}.md")
 
     def rewind(self, step: int) -> None:
         """Do nothing: MLflow forgets no points."""

@@ -35,7 +35,7 @@ NAMES = {
 AXES = ("elapsed_seconds", "tokens", "flops")
 """What a chart may have as its axis instead of the step; every point has them as far as they are known."""
 _EVALUATION = "evaluation/"
-_LEFT_OUT = {"train": {"loss"}, "evaluation": {"complete", "examples", "tokens"}}
+_LEFT_OUT = {"train": {"loss"}, "samples": {"count"}, "evaluation": {"complete", "examples", "tokens"}}
 """Values that trackers do not get: the loss of the last step alone, beside the mean, and the size of a set."""
 
 
@@ -47,11 +47,13 @@ class Point:
         step: optimizer steps taken.
         scalars: finite numbers by name.
         layers: one number a layer by name; 0 where a layer has none.
+        texts: what the run has written, by name, in Markdown.
     """
 
     step: int
     scalars: dict[str, float] = field(default_factory=dict)
     layers: dict[str, list[float]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def histograms(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return a histogram for each list, as ``np.histogram`` does: the bin around n has the value of layer n."""
@@ -110,10 +112,19 @@ class Naming:
         if kind == "train":
             return "", _LEFT_OUT["train"]
         if not kind.startswith(_EVALUATION):
-            return f"{kind}/", set()
+            return f"{kind}/", _LEFT_OUT.get(kind, set())
         name = kind.removeprefix(_EVALUATION)
         is_first = bool(self.validation) and name == self.validation[0]
         return "val/" if is_first else f"val/{name}/", _LEFT_OUT["evaluation"]
+
+
+def point_of_samples(step: int, samples: Sequence[tuple[str, str]]) -> Point:
+    """Return the point of prompts and their continuations: texts ``samples/1``, ``samples/2`` and so on."""
+    texts = {
+        f"samples/{number}": "".join(f"    {line}\n" for line in f"{prompt} ▸{text}".splitlines())
+        for number, (prompt, text) in enumerate(samples, 1)
+    }
+    return Point(step, texts=texts)
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megachiar.config import RunConfig
-from megachiar.training.trackers.points import AXES, Naming, Point
+from megachiar.training.trackers.points import AXES, Naming, Point, point_of_samples
 from megachiar.training.trackers.run_ids import RunIds
 from megachiar.training.trackers.tracker import TrackedRun, Tracker, check_package
 from megachiar.training.trackers.tracker_thread import TrackerThread
@@ -58,6 +58,11 @@ class RunTrackers:
         if point.scalars or point.layers:
             for thread in self._threads:
                 thread.log(point)
+
+    def log_texts(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Hand prompts and their continuations after ``step`` to every tracker."""
+        for thread in self._threads:
+            thread.log(point_of_samples(step, samples))
 
     def rewind(self, step: int) -> None:
         """Let the trackers forget the points of steps after ``step``, as far as they can."""

@@ -24,7 +24,7 @@ class TensorBoardTracker:
         self._open(step)
 
     def log(self, point: Point) -> None:
-        """Add each scalar to its curve, and each list as a histogram whose bins are the layers."""
+        """Add each scalar to its curve, each list as a histogram whose bins are the layers, and each text."""
         for name, value in point.scalars.items():
             self._writer.add_scalar(name, value, point.step)
         for name, values in point.layers.items():
@@ -39,6 +39,8 @@ class TensorBoardTracker:
                 bucket_counts=[0.0, *values],
                 global_step=point.step,
             )
+        for name, text in point.texts.items():
+            self._writer.add_text(name, text, point.step)
 
     def rewind(self, step: int) -> None:
         """Begin another event file, which hides the points of later steps."""
@@ -56,7 +58,9 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         before = set(threading.enumerate())
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        self._writer = SummaryWriter(
+            str(self._folder), purge_step=step + 1 if step else 0
+        )  # a run at step 0 has nothing yet
         self._threads = set(threading.enumerate()) - before
         self._hook = threading.excepthook
         threading.excepthook = self._without_disk_errors

@@ -48,10 +48,11 @@ class TrackioTracker:
                 self.log(point)
 
     def log(self, point: Point) -> None:
-        """Add each scalar to its chart, and each list as a histogram whose bins are the layers."""
+        """Add each scalar to its chart, each list as a histogram whose bins are the layers, and each text."""
         kind = self._trackio.Histogram
+        texts = {name: self._trackio.Markdown(text) for name, text in point.texts.items()}
         histograms = {name: kind(np_histogram=found) for name, found in point.histograms().items()}
-        self._run.log({**point.scalars, **histograms}, step=point.step)
+        self._run.log({**point.scalars, **histograms, **texts}, step=point.step)
 
     def rewind(self, step: int) -> None:
         """Fill the run anew with the points up to ``step``."""

@@ -26,7 +26,7 @@ class WandbTracker:
 
         if config.mode == "online":
             _check_key(wandb.login)
-        self._histogram = wandb.Histogram
+        self._histogram, self._table = wandb.Histogram, wandb.Table
         known = run.ids.get("wandb")
         name = known or uuid.uuid4().hex[:8]
         self._run = wandb.init(
@@ -46,9 +46,13 @@ class WandbTracker:
         run.ids.keep("wandb", name)
 
     def log(self, point: Point) -> None:
-        """Add each scalar to its chart, and each list as a histogram whose bins are the layers."""
+        """Add each scalar to its chart, each list as a histogram whose bins are the layers, and texts as a table."""
         histograms = {name: self._histogram(np_histogram=found) for name, found in point.histograms().items()}
-        self._run.log({"step": point.step, **point.scalars, **histograms})
+        texts = {}
+        if point.texts:
+            rows = [[point.step, name, text] for name, text in point.texts.items()]
+            texts["samples"] = self._table(columns=["step", "name", "text"], data=rows)
+        self._run.log({"step": point.step, **point.scalars, **histograms, **texts})
 
     def rewind(self, step: int) -> None:
         """Do nothing: the service forgets no points."""
