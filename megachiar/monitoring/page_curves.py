@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megachiar.monitoring.curves import Curve, thinned
 from megachiar.monitoring.run_history import LayerRows, RunHistory
@@ -27,6 +27,7 @@ class ChartKind(NamedTuple):
         values: of a record of a step, by the name of the curve.
         of_sets: value of a record of an evaluation, which has a curve for each validation set; None for none.
         has_log: whether a logarithmic axis makes sense.
+        of_tasks: whether it has the measures of tasks: ``shares`` those that stay from 0 to 1, ``others`` the rest.
     """
 
     id: str
@@ -36,12 +37,15 @@ class ChartKind(NamedTuple):
     values: dict[str, str]
     of_sets: str | None = None
     has_log: bool = False
+    of_tasks: Literal["shares", "others"] | None = None
 
 
 CHARTS = (
     ChartKind("loss", "Loss", "nats a token", "decimal", {"train": "mean_loss"}, "loss", has_log=True),
     ChartKind("bits_per_byte", "Bits per byte", "", "decimal", {}, "bits_per_byte", has_log=True),
     ChartKind("accuracy", "Accuracy", "", "percent", {}, "accuracy"),
+    ChartKind("tasks", "Tasks", "", "decimal", {}, of_tasks="shares"),
+    ChartKind("task_values", "Tasks, other measures", "", "decimal", {}, has_log=True, of_tasks="others"),
     ChartKind("throughput", "Throughput", "tokens a second", "whole", {"tokens a second": "tokens_per_second"}),
     ChartKind("utilisation", "Model FLOPs utilisation", "", "percent", {"MFU": "model_flops_utilisation"}),
     ChartKind("learning_rate", "Learning rate", "", "scientific", {"learning rate": "learning_rate"}),
@@ -65,6 +69,9 @@ def series_of(history: RunHistory, chart: ChartKind, prefix: str = "") -> list[d
     for name in history.sets if chart.of_sets is not None else []:
         curve = history.curve(f"{EVALUATION}{name}", chart.of_sets or "")
         if curve.steps:
+            found.append({"name": f"{prefix}{name}", **points(curve, history), "dots": True})
+    for name, curve in history.tasks.items() if chart.of_tasks is not None else []:
+        if all(0 <= value <= 1 for value in curve.values) == (chart.of_tasks == "shares"):
             found.append({"name": f"{prefix}{name}", **points(curve, history), "dots": True})
     return found
 

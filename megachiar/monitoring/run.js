@@ -44,8 +44,8 @@ function fillStarts() {
 function fillSamples() {
   $("samples").hidden = !record.samples.length;
   $("samples-list").replaceChildren(...record.samples.map(({ step, prompt, text }) => {
-    const rest = text.startsWith(prompt) ? text.slice(prompt.length) : text;
-    return element("div", { className: "sample" }, element("small", { className: "faint" }, `step ${grouped(step)}  `), element("mark", {}, prompt), rest);
+    const at = element("small", { className: "faint" }, `step ${grouped(step)}  `);
+    return element("div", { className: "sample" }, at, element("mark", {}, prompt), text);
   }));
 }
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megachiar.config.evaluation import TASK_PREFIX
 from megachiar.monitoring.curves import Curve
-from megachiar.monitoring.run_samples import samples_of
 from megachiar.training.metrics import EVALUATION, ROLLBACK, SKIPPED, TRAIN
 
 OF_LAYERS = ("attention_share", "rbf_share", "entropy")
@@ -63,7 +63,6 @@ class RunHistory:
         layers: by name, of ``OF_LAYERS``.
         last: the newest record of each kind.
         marks: the newest records of rollbacks and of steps that were left out.
-        samples: the newest texts that the model wrote, see ``samples_of``.
         step: of the newest record of a step; 0 without one.
         damaged: lines that hold no record.
     """
@@ -73,7 +72,6 @@ class RunHistory:
         self.layers: dict[str, LayerRows] = {}
         self.last: dict[str, Record] = {}
         self.marks: list[Record] = []
-        self.samples: list[dict[str, Any]] = []
         self.step = 0
         self.damaged = 0
 
@@ -82,6 +80,12 @@ class RunHistory:
         """Names of the validation sets that were measured, in order of their first measurement."""
         kinds = dict.fromkeys(kind for (kind, _), curve in self.curves.items() if curve.steps)
         return [kind.removeprefix(EVALUATION) for kind in kinds if kind.startswith(EVALUATION)]
+
+    @property
+    def tasks(self) -> dict[str, Curve]:
+        """The measures of tasks by their name ``TASK/METRIC``, in order of their first measurement."""
+        found = {f"{kind}/{name}": curve for (kind, name), curve in self.curves.items() if kind.startswith(TASK_PREFIX)}
+        return {name.removeprefix(TASK_PREFIX): curve for name, curve in found.items() if curve.steps}
 
     def curve(self, kind: str, name: str) -> Curve:
         """Return the curve of a value; one without points where no record has it."""
@@ -112,9 +116,6 @@ class RunHistory:
             self.marks = [*self.marks[-99:], record]
         elif kind in self.last and self.last[kind]["step"] >= step:
             self._forget_from(step, kind)
-        if written := samples_of(record):
-            self.samples = written if self.samples and self.samples[-1]["step"] != step else [*self.samples, *written]
-            return
         self.last[kind] = record
         for name, value in record.items():
             if name in ("step", "kind"):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megachiar.data.storage.regular_file import read_regular
+from megachiar.errors import UserError
 from megachiar.monitoring.page_curves import AXES, CHARTS, LAYER_CHARTS, layer_chart, series_of
 from megachiar.monitoring.run_state import duration
 from megachiar.monitoring.watched_run import CONFIG_FILE, WatchedRun
 from megachiar.training.metrics import EVALUATION, TRAIN
+from megachiar.training.samples_file import read_samples
 
 _MOST_EVENTS = 200
 _LARGEST_CONFIG = 1 << 20  # bytes
@@ -40,7 +42,7 @@ def record_of_run(run: WatchedRun, routes: dict[str, Any]) -> dict[str, Any]:
             for each in happened[-_MOST_EVENTS:]
         ],
         "more_events": max(0, len(happened) - _MOST_EVENTS),
-        "samples": history.samples,
+        "samples": _newest_samples(run.folder),
         "config": _config(run.folder),
         "routes": routes,
         "damaged": history.damaged,
@@ -120,6 +122,15 @@ def _is_pair(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
+
+
+def _newest_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return the texts that the run wrote last: step, prompt and text of each."""
+    try:
+        samples = read_samples(folder)
+    except UserError:
+        return []
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
 
 
 def _config(folder: Path) -> str:

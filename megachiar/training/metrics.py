@@ -88,7 +88,7 @@ def read_all_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line of ``metrics.jsonl``; None if it holds none."""
+    """Return the record of a line of ``metrics.jsonl`` or ``events.jsonl``; None if it holds none."""
     return parse_line(line, _is_record)
 
 

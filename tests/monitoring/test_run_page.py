@@ -183,9 +183,10 @@ def test_a_phone_and_both_colour_schemes(browser, trained):
 def test_hostile_texts_stay_texts(browser, trained, tmp_path, capsys):
     """Samples, reasons and names reach the page as they are; damaged lines are told."""
     run = Path(shutil.copytree(trained, tmp_path / "a&<b>"))
-    sample = {"step": 12, "kind": "samples", "samples": [{"prompt": "Once", "text": f"Once {HOSTILE}"}]}
+    samples = [{"step": 4, "prompt": "older", "text": " one"}, {"step": 12, "prompt": "Once", "text": f" {HOSTILE}"}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(sample) + "\n{damaged\n")
+        file.write(json.dumps({"step": 12, "kind": f"eval/{HOSTILE}", "acc": 0.25, "ppl": 31.5}) + "\n{damaged\n")
     with open(run / "events.jsonl", "a") as file:
         file.write(json.dumps({"time": 1e9, "step": 12, "kind": "failed", "reason": HOSTILE}) + "\n")
     main([str(run), "--no-routes"])
@@ -193,6 +194,9 @@ def test_hostile_texts_stay_texts(browser, trained, tmp_path, capsys):
     with open_page(browser, page_of(run)) as page:
         assert page.locator("h1").inner_text() == "a&<b>"
         assert HOSTILE.replace("\u2028", "") in page.locator(".sample").inner_text().replace("\u2028", "")
+        assert page.locator(".sample").count() == 1, "of the newest step"
+        assert list(readout(page, "tasks").values()) == ["0.2500"]
+        assert list(readout(page, "task_values").values()) == ["31.5000"]
         assert HOSTILE[:40] in page.locator("#events .alarming").first.inner_text()
         assert page.evaluate("window.hacked") is None
         assert "1 damaged lines" in page.locator("#about").inner_text()
