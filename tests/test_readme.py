@@ -18,20 +18,17 @@ import itertools
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from clones import clone, environment_of, put_small_corpus, run_shell
 from support import ROOT, forked_python, process_environment
 
 from megachiar.cli.main import COMMANDS
 from megachiar.config import load_config
-from megachiar.data.preprocessing import corpus
-from megachiar.data.preprocessing.existing import note_path, write_note
 from megachiar.errors import UserError
 from megachiar.options import CONFIG_KEY
 
@@ -269,27 +266,6 @@ def test_each_flaw_is_seen(readme, problem):
     assert len(found) == 1 and problem in found[0], found
 
 
-def clone(folder: Path) -> Path:
-    """The working tree as a stranger would get it if it were committed now: nothing that git ignores."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout: what belongs to the project is not known")
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    return folder
-
-
-def environment_of(folder: Path) -> dict[str, str]:
-    """What commands of a clone run in: this Python, and the clone's package."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = process_environment(PATH=path, PYTHONPATH=str(folder))
-    del env["OMP_NUM_THREADS"]
-    return env
-
-
 def run_blocks(commands: Sequence[str], folder: Path, env: dict[str, str]) -> None:
     """Run blocks word for word, in order."""
     for block in commands:
@@ -297,26 +273,11 @@ def run_blocks(commands: Sequence[str], folder: Path, env: dict[str, str]) -> No
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
-def run_shell(commands: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "-euo", "pipefail", "-c", commands]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
 def results(folder: Path) -> dict[str, int]:
     """Time of change of each dataset, tokenizer and checkpoint."""
     found = [path for path in (folder / "data").rglob("*") if path.suffix != ".yaml"]
     found += (folder / "runs").rglob("*.safetensors")
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found if path.is_file()}
-
-
-def put_small_corpus(folder: Path) -> None:
-    """Put a small corpus where the quickstart's is, as if it had been fetched, and let it train for 4 steps."""
-    data = folder / "data" / "shakespeare"
-    counts = corpus.write_corpus(corpus.python_help_texts(), data)
-    write_note(note_path(data / "corpus"), {"source": "shakespeare"}, list(corpus.part_paths(data).values()), counts)
-    config = folder / "configs" / "tiny.yaml"
-    assert "  steps: 1200\n" in config.read_text()
-    config.write_text(config.read_text().replace("  steps: 1200\n", "  steps: 4\n"))
 
 
 @pytest.mark.timeout(1500)
