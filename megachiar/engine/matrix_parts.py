@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megachiar.engine import deepspeed_patches
 from megachiar.model.hidden_matrices import HiddenMatrix
 from megachiar.parallel.collectives import start_all_gather
 from megachiar.parallel.shard import Shard, shard_of
@@ -125,6 +124,8 @@ def place_matrices(
 
 
 def _place(matrix: HiddenMatrix, optimizer: torch.optim.Optimizer, zero_stage: int) -> MatrixPart:
+    from megachiar.engine import deepspeed_patches  # here, since commands that read a checkpoint do without DeepSpeed
+
     parameter = matrix.parameter
     place = deepspeed_patches.Place(parameter, 0, 0, parameter.numel())
     if zero_stage:

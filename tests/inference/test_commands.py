@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 from routed_runs import make_run
-from support import ROOT, heed_ctrl_c
+from support import ROOT, heed_ctrl_c, python
 
 from megachiar.cli.main import main
 from megachiar.errors import UserError
@@ -46,6 +46,12 @@ def command(run, capsys, monkeypatch):
 def generated(run, command):
     """Return a prompt with the text that ``generate --json`` puts behind it."""
     return lambda prompt: json.loads(command("generate", run, "--json", "--prompt", prompt, *GREEDY))["text"]
+
+
+def test_a_model_is_loaded_without_deepspeed(run):
+    """DeepSpeed takes seconds to load, and writes to standard output, where ``--json`` has its object."""
+    done = python("-m", "megachiar", "generate", run, "--json", "--prompt", "the quick", "--max-new-tokens", "1")
+    assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] == 1
 
 
 def test_generate_streams_the_text_that_json_has(run, command, generated):
