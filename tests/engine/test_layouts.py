@@ -27,6 +27,10 @@ HASHED = ["model.router.kind=hashed", "model.router.seed=3"]
 LEARNED = ["model.router.kind=learned", "model.router.tau=null", "model.router.target_share=0.4"]
 LEARNED += ["model.router.explore=0.3"]
 HELD = ["model.router.target_share=0.3", "model.router.anneal_steps=12"]
+SOFT = ["model.router.kind=soft", "model.router.tau=null"]
+HARD = ["model.router.kind=hard", "model.router.tau=null"]
+THREE = ["model.router.operators=[dct, rbf, attention]", "model.router.tau=null"]
+THREE += ["model.router.tau_low=0.785", "model.router.tau_high=0.795"]
 MUON = ["optimizer.kind=muon"]
 MUON_IN_BF16 = [*MUON, "optimizer.muon.ns_dtype=bf16"]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
@@ -99,6 +103,16 @@ RUNNING_LAYOUTS = {
     "held share: pp 2": (2, [*HELD, PP + "2"]),
     "held share: dp 2, ZeRO 2": (2, [*HELD, ZERO + "2"]),
 }
+# Gates, of which every token gets a gradient, and three operators.
+GATE_LAYOUTS = {
+    f"{kind}: {name}": (ranks, [*router, *sets])
+    for kind, router in (("soft", SOFT), ("hard", HARD), ("three operators", THREE))
+    for name, (ranks, sets) in {
+        "tp 2, sequence": (2, [TP + "2", SP]),
+        "pp 2, recompute 1": (2, [PP + "2", RECOMPUTE + "1"]),
+        "dp 2, ZeRO 2": (2, [ZERO + "2"]),
+    }.items()
+}
 # Muon needs whole matrices, which tensor parallelism and ZeRO cut each in its own way.
 MUON_LAYOUTS = {
     "muon: 1 process, micro-batch 8": (1, [*MUON, MICRO + "8"]),
@@ -112,7 +126,7 @@ MUON_LAYOUTS = {
     "muon: dp 4, ZeRO 2, micro-batch 1": (4, [*MUON, ZERO + "2", MICRO + "1"]),
 }
 EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS | RUNNING_LAYOUTS
-EXACT_LAYOUTS |= MUON_LAYOUTS
+EXACT_LAYOUTS |= GATE_LAYOUTS | MUON_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 # Muon's iterations in bf16 round otherwise where the last bits of gradients differ.
 HALF_LAYOUTS = {
@@ -147,6 +161,7 @@ CHIAR_ONLY = {
     *SCALED_LAYOUTS,
     *CONTROL_LAYOUTS,
     *RUNNING_LAYOUTS,
+    *GATE_LAYOUTS,
     *MUON_LAYOUTS,
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name or "muon" in name),
@@ -179,6 +194,8 @@ FAST = {
     "learned: dp 2, ZeRO 3",
     "learned: tp 2, pp 2, sequence, micro-batch 4",
     "held share: dp 2, ZeRO 2",
+    "soft: tp 2, sequence",
+    "hard: pp 2, recompute 1",
     "muon: dp 2, ZeRO 1, micro-batch 4",
     "muon: tp 2, sequence",
     "muon: tp 2, dp 2",
@@ -204,6 +221,9 @@ REFERENCES = {
     f"learned: {SINGLE}": LEARNED,
     f"learned, documents: {SINGLE}": [*LEARNED, *DOCUMENTS],
     f"held share: {SINGLE}": HELD,
+    f"soft: {SINGLE}": SOFT,
+    f"hard: {SINGLE}": HARD,
+    f"three operators: {SINGLE}": THREE,
     f"muon: {SINGLE}": MUON,
     f"muon, bf16: {SINGLE}": [*MUON, BF16],
     f"muon, fp16: {SINGLE}": [*MUON, FP16],
@@ -384,9 +404,9 @@ def test_coins_come_to_their_share_in_a_run(runs, kind):
 
 
 @for_kinds("chiar")
-@pytest.mark.parametrize("kind", ("random", "random, documents", "hashed"))
-def test_controls_move_the_run(runs, kind):
-    """Without this the comparisons of layouts with controls would prove nothing about them."""
+@pytest.mark.parametrize("kind", ("random", "random, documents", "hashed", "soft", "hard"))
+def test_routers_move_the_run(runs, kind):
+    """Without this the comparisons of layouts with these routers would prove nothing about them."""
     assert _deviation(runs.recording(SINGLE)["loss"][5:], runs.recording(f"{kind}: {SINGLE}")["loss"][5:]) > 1e-4
     routes = runs.recording(f"{kind}: {SINGLE}")["routes"]
     if kind == "random":

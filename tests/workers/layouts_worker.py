@@ -23,6 +23,7 @@ from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.model.layer import RoutedLayer
+from megachiar.model.router import RoutingDecision
 from megachiar.parallel.shard import shard_of
 from megachiar.topology import Topology, build_topology
 from megachiar.training.evaluation import evaluate
@@ -95,8 +96,16 @@ def train(
     }
 
 
+def _margin(decision: RoutingDecision, thresholds: tuple[float, ...]) -> torch.Tensor:
+    """Return how far each row is from another operator: in H, in its coin, or in the weight of the gate's best two."""
+    if decision.score is None:
+        best = decision.gates.detach().float().topk(2).values
+        return best[:, 0] - best[:, 1]
+    return (decision.score.float()[:, None] - torch.tensor(thresholds)).abs().amin(1)
+
+
 class Routes:
-    """Recorder of each token's operator in each step, and the distance of H, or of its coin, to the threshold.
+    """Recorder of each token's operator in each step, and of its distance to another one.
 
     It can replay recorded operators.
 
@@ -117,20 +126,16 @@ class Routes:
 
     def _watch(self, layer: RoutedLayer) -> None:
         index = int(layer.name.rpartition(".")[2]) - self.config.model.routed_layers.start
-        seen, recomputing = 0, False
-
-        def before(_, arguments):
-            nonlocal recomputing
-            known = arguments[3]
-            recomputing = known is not None and layer.name in known
+        seen = 0
 
         def after(router, arguments, decision):
             nonlocal seen
-            if not router.training or recomputing:
+            is_recomputed = torch._C._current_graph_task_id() != -1  # in a backward pass
+            if not router.training or is_recomputed:
                 return None
             tokens = self._tokens(seen, arguments[1])
             step, seen = seen // self.accumulation, seen + 1
-            self.margin[step, index, tokens] = (decision.score.float() - router.thresholds()[0]).abs()
+            self.margin[step, index, tokens] = _margin(decision, router.thresholds())
             if self.replay is None:
                 self.taken[step, index, tokens] = decision.operator
                 return None
@@ -138,7 +143,6 @@ class Routes:
             self.taken[step, index, tokens] = operator
             return type(decision)(**{**vars(decision), "operator": operator})
 
-        layer.register_forward_pre_hook(before)
         layer.router.register_forward_hook(after)
 
     def _tokens(self, seen: int, layout) -> slice:
