@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exported_runs import library, tokenizer_file, write_run
+from exported_runs import VOCABULARY, library, tokenizer_file, write_run
 from local_tasks import TASKS, harness, write_tasks
-from published_files import TAU, long_content, save
+from published_files import long_content, long_weight, save
 from support import python, run_command
 
 from megachiar.errors import UserError
@@ -156,11 +156,18 @@ def test_measures_of_a_published_checkpoint_are_those_of_its_export(tasks, tmp_p
 
 
 def imported(folder: Path) -> Path:
-    """Return a run that was imported from a checkpoint of the published code, of sequences of 256 tokens."""
-    file = save(folder / "published.pt", long_content("threshold"))
+    """Return a run that was imported from a checkpoint of the published code, of 400 ids and 256 tokens.
+
+    It is the baseline: the published CHIAR models have the gate that sees later tokens, and are refused.
+    """
+    content = long_content("baseline")
+    table = long_weight("token_emb.weight", (VOCABULARY, content["model"]["token_emb.weight"].shape[1]))
+    content["model"] |= {"token_emb.weight": table, "lm_head.weight": table}
+    content["cfg"] |= {"vocab_size": VOCABULARY}
+    file = save(folder / "published.pt", content)
     tokenizer = tokenizer_file(folder, "huggingface")
     importlib.import_module("megachiar.cli.import_").main(
-        [str(file), "--output", str(folder / "run"), "--tokenizer", str(tokenizer), *TAU]
+        [str(file), "--output", str(folder / "run"), "--tokenizer", str(tokenizer)]
     )
     return folder / "run"
 
