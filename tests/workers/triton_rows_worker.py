@@ -92,10 +92,10 @@ def entropy(n: int, d: int, dtype: torch.dtype, device: torch.device) -> dict[st
     deviations = {}
     for dc_weight, epsilon in ((1.0, 0.0), (2.0, 0.0), (2.0, 1e-3)):
         _, entropy = spectrum_and_entropy(x.to(device), dc_weight, epsilon)
-        power = (x.double() @ matrix(d).T).square()
+        power = (2 * x.double() @ matrix(d).T).square()  # the transform and the epsilons of the published code
         power[:, 0] *= dc_weight
-        p = power / power.sum(-1, keepdim=True).clamp_min(1e-300)
-        h = -(p * (p.clamp_min(1e-300) + epsilon).log()).sum(-1) / np.log(d)
+        p = power / (power.sum(-1, keepdim=True) + epsilon).clamp_min(1e-300)
+        h = -(p * (p.clamp_min(1e-300) + epsilon).log()).sum(-1) / (np.log(d) + epsilon)
         assert entropy.dtype == torch.float32
         deviations[f"H {dc_weight} {epsilon}"] = relative(entropy, h)
     return deviations
