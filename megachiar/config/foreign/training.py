@@ -153,9 +153,15 @@ TRAINING = (
     ForeignKey("num_train_epochs train_epochs", f"{HF}, {NEOX}", "training.epochs"),
     ForeignKey("train_batch_size", f"{DEEPSPEED}, {NEOX}", "training.global_batch_size"),
     ForeignKey(
-        "train_micro_batch_size_per_gpu per_device_train_batch_size local_batch_size batch_size",
+        "train_micro_batch_size_per_gpu per_device_train_batch_size local_batch_size",
         f"{DEEPSPEED}, {NEOX}, {HF}, {TITAN}",
         "training.micro_batch_size",
+    ),
+    ForeignKey(
+        "batch_size",
+        f"{LITGPT}, {HF}",
+        "training.micro_batch_size",
+        "that of one rank; `training.global_batch_size` is all ranks', and `evaluation.batch_size` that of tasks",
     ),
     ForeignKey(
         "gradient_accumulation_steps gas",
