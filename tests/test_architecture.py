@@ -23,6 +23,7 @@ FLOORS = (  # from the ground up: rooms of one floor know nothing of each other
         "activity",
         "config",
         "console",
+        "extras",
         "launch",
         "benchmark",
         "interrupts",
@@ -54,6 +55,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 MAY_IMPORT = {
     "config": {"__init__"},
     "console": {"printed_messages", "process_identity"},
+    "extras": set(),
     "launch": set(),
     "benchmark": set(),
     "local_server": set(),

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,8 +73,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
+
+    from megachiar.data.storage.files import check_writable
+
     left_out: list[str] = []
-    check_writable(options.json, options.csv)
+    for path in (None if options.json in (None, "-") else Path(options.json), options.csv):
+        if path is not None:
+            check_writable(path)
     subject = open_subject(options.run, options.data)
     text = read_text(subject, options.sequences, left_out)
     findings = measure(subject, text, options, left_out)
@@ -240,20 +244,6 @@ def open_baseline(run: Path, subject: Subject, text: Text) -> ChiarFormer:
         raise UserError(f"--baseline {run}", problem, "give a baseline of the run's sequence length")
     open_text_for_run(checkpoint, config, subject.data, length)
     return model
-
-
-def check_writable(json_file: str | None, csv_file: Path | None) -> None:
-    """Refuse files that cannot be written, before anything is measured for them.
-
-    Raises:
-        UserError: the folder of a file is missing, or may not be written to, or the file is a folder.
-    """
-    for path in (Path(json_file) if json_file not in (None, "-") else None, csv_file):
-        if path is not None and path.is_dir():
-            raise UserError(path, "is a folder", "name a file in it")
-        if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
-            problem = "cannot be written to" if path.parent.is_dir() else "is no folder"
-            raise UserError(path, f"cannot be written: {path.parent} {problem}", "make that folder, or name another")
 
 
 def write_files(record: dict[str, Any], json_file: str | None, csv_file: Path | None) -> None:

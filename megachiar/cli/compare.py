@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megachiar.console import make_console, print_warning
-from megachiar.errors import disk_errors
 from megachiar.options import CommandParser, OptionError, add_json_option
 
 
@@ -41,16 +40,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     quiet_deepspeed()
 
-    from megachiar.data.storage.files import write_atomically
-    from megachiar.monitoring.run_page import check_replaceable
+    from megachiar.data.storage.files import check_writable, write_atomically
     from megachiar.monitoring.watched_run import WatchedRun
     from megachiar.reporting import comparison_output
     from megachiar.reporting.comparison import compare_runs
     from megachiar.reporting.notes import Notes
     from megachiar.reporting.read_runs import read_runs
+    from megachiar.viewer.page import check_page
 
     if options.html is not None:
-        check_replaceable(options.html, comparison_output.GENERATOR)
+        check_page(options.html, comparison_output.GENERATOR, "comparison")
+    if options.csv is not None:
+        check_writable(options.csv)
     notes = Notes()
     runs = read_runs(options.runs, None, None, notes)
     comparison = compare_runs(runs)
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 pass
         comparison_output.write_comparison_page(options.html, comparison, watched)
     if options.csv is not None:
-        with disk_errors(options.csv, "write"):
-            write_atomically(options.csv, comparison_output.comparison_csv(comparison).encode())
+        write_atomically(options.csv, comparison_output.comparison_csv(comparison).encode())
     if options.json:
         print(json.dumps(comparison.as_dict()))
     else:

@@ -90,10 +90,10 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
     check_library("--tasks")
     from rich.progress import Progress
 
+    from megachiar.data.storage.files import check_writable
     from megachiar.evaluation.harness_tasks import TaskSettings
     from megachiar.evaluation.measure import (
         MeasureOptions,
-        check_output,
         measure_tasks,
         results_json,
         results_table,
@@ -104,7 +104,7 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
     if options.apply_chat_template:
         raise no_chat_template()
     if options.output is not None:
-        check_output(options.output)
+        check_writable(options.output, f"--output {options.output}")
     limit = int(options.limit) if options.limit is not None and options.limit >= 1 else options.limit
     names = [name for given in options.tasks for name in given.split(",") if name]
     settings = TaskSettings(names, options.include_path, options.num_fewshot, limit)

@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(options.run, "there is no such folder", "give a run folder (logging.folder of its config)")
     check_is_run(options.run)
 
-    from megachiar.monitoring.run_page import PAGE_FILE, check_replaceable, write_run_page
+    from megachiar.monitoring.run_page import GENERATOR, KIND, PAGE_FILE, write_run_page
     from megachiar.monitoring.run_routes import routes_of_checkpoint
     from megachiar.monitoring.watched_run import WatchedRun
+    from megachiar.viewer.page import check_page
 
     path = options.run / PAGE_FILE if options.output is None else options.output
-    check_replaceable(path)
+    check_page(path, GENERATOR, KIND)
     run = WatchedRun(options.run, options.run.resolve().name)
     while run.read():
         pass

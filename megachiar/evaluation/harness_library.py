@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from megachiar.extras import check_package
 
-from megachiar.errors import UserError
-
-INSTALL = "pip install 'megachiar[eval]'"
 OLDEST = (0, 4, 13)
 """The oldest version that serves: it is the first that the tests ran with. The extra ``eval`` names it too."""
 
@@ -20,10 +17,4 @@ def check_library(needed_by: str) -> None:
     Raises:
         UserError: it is missing or too old.
     """
-    try:
-        version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(needed_by, "needs the package lm-eval, which is not installed", INSTALL) from None
-    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        raise UserError(needed_by, f"needs lm-eval {wanted} or newer, not {version}", INSTALL)
+    check_package("lm-eval", OLDEST, "eval", needed_by)

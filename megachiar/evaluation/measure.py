@@ -15,7 +15,6 @@ from typing import Any
 
 from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.data.storage.files import write_atomically
-from megachiar.errors import UserError
 from megachiar.evaluation.harness_tasks import SEEDS, TaskSettings, harness_seeds, load_tasks, prepare
 from megachiar.evaluation.text_model import TextModel, check_evaluable
 from megachiar.inference.loaded_run import default_device
@@ -153,15 +152,3 @@ def samples_path(path: Path, task: str) -> Path:
     """Return the file beside the results at ``path`` that has the samples of a task."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task)
     return path.with_name(f"{path.stem}_samples_{safe}.jsonl")
-
-
-def check_output(path: Path) -> None:
-    """Check before the hours of an evaluation that its results can be written.
-
-    Raises:
-        UserError: the folder is missing, or the name is that of a folder.
-    """
-    if path.is_dir():
-        raise UserError(f"--output {path}", "is a folder", "name a file, such as results.json")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}", f"{path.parent} is no folder", "make it, or name another file")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 from megachiar.errors import UserError
+from megachiar.extras import check_package, install_command
 
-INSTALL = "pip install 'megachiar[hf]'"
 OLDEST = (4, 56)
 """The oldest version that serves: it is the first whose ``from_pretrained`` and ``config.json`` know ``dtype``, and its
 caches take tensors of any shape. The extra ``hf`` names it too."""
@@ -22,13 +21,7 @@ def check_library(needed_by: str) -> None:
     Raises:
         UserError: it is missing or too old.
     """
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(needed_by, "needs the package transformers, which is not installed", INSTALL) from None
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        raise UserError(needed_by, f"needs transformers {wanted} or newer, not {version}", INSTALL)
+    check_package("transformers", OLDEST, "hf", needed_by)
 
 
 def import_transformers(needed_by: str) -> Any:
@@ -42,5 +35,5 @@ def import_transformers(needed_by: str) -> Any:
         import transformers
     except ImportError as error:
         problem = f"needs the package transformers, which cannot be imported: {error}"
-        raise UserError(needed_by, problem, INSTALL) from None
+        raise UserError(needed_by, problem, install_command("hf")) from None
     return transformers

@@ -99,14 +99,7 @@ def plot(lines: Sequence[Line], width: int, height: int, ascii_only: bool = Fals
             canvas.dot(column, row, line.style)
             if not line.joined:  # a point by itself is drawn larger
                 canvas.dot(column, row + 1, line.style)
-    at = (
-        {0: labels[0], canvas.height // 2: labels[1], canvas.height - 1: labels[2]}
-        if canvas.height > 2
-        else {
-            0: labels[0],
-            canvas.height - 1: labels[2],
-        }
-    )
+    at = {canvas.height // 2: labels[1], 0: labels[0], canvas.height - 1: labels[2]}  # the ends come last: they stay
     drawn = [Text(f"{at.get(row, ''):>{margin - 1}} ", style="dim") + text for row, text in enumerate(canvas.rows())]
     first, last = f"{left:,.0f}", f"step {right:,.0f}"
     return [*drawn, Text(" " * margin + first + last.rjust(max(0, width - margin - len(first))), style="dim")]

@@ -13,16 +13,17 @@ from typing import Any
 from megachiar.config import RunConfig
 from megachiar.data.storage.files import write_atomically
 from megachiar.engine.engine import Engine
-from megachiar.errors import UserError, disk_errors
+from megachiar.errors import UserError
 from megachiar.monitoring.run_record import record_of_run
 from megachiar.monitoring.run_routes import routes_of_engine
 from megachiar.monitoring.watched_run import WatchedRun
 from megachiar.training.run_data import RunData
-from megachiar.viewer.page import as_data, build_page, parts_of
+from megachiar.viewer.page import as_data, build_page, check_page, parts_of
 
 PAGE_FILE = "index.html"
 GENERATOR = b'<meta name="generator" content="megachiar page">'
 """What tells a page of ours from another file."""
+KIND = "page of a run"
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
 NOT_YET = {"note": "the routes of a text are shown from the first evaluation on"}
 
@@ -82,28 +83,9 @@ def write_run_page(run: WatchedRun, routes: dict[str, Any], path: Path | None = 
         UserError: another file has the name, or the disk refuses the page.
     """
     path = run.folder / PAGE_FILE if path is None else path
-    check_replaceable(path)
-    with disk_errors(path, "write"):
-        write_atomically(path, run_page(record_of_run(run, routes)).encode("utf-8", "replace"))
+    check_page(path, GENERATOR, KIND)
+    write_atomically(path, run_page(record_of_run(run, routes)).encode("utf-8", "replace"))
     return path
-
-
-def check_replaceable(path: Path, generator: bytes = GENERATOR) -> None:
-    """Check that ``path`` is free, or a page that has ``generator``.
-
-    Raises:
-        UserError: it is something else, or its folder is missing.
-    """
-    with disk_errors(path, "write"):
-        if not path.parent.is_dir():
-            raise UserError(path, "there is no such folder", f"make it first: mkdir -p {path.parent}")
-        if path.is_dir():
-            raise UserError(path, "is a folder", "name a file in it")
-        if path.exists():
-            with open(path, "rb") as file:
-                is_ours = generator in file.read(2000)
-            if not is_ours:
-                raise UserError(path, "exists already and is no such page", "name another file, or move it away")
 
 
 def run_page(record: dict[str, Any]) -> str:

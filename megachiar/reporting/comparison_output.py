@@ -13,7 +13,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from megachiar.data.storage.files import write_atomically
-from megachiar.errors import disk_errors
 from megachiar.monitoring.page_curves import AXES, CHARTS, ChartKind, series_of
 from megachiar.monitoring.run_page import POLICY
 from megachiar.monitoring.watched_run import WatchedRun
@@ -83,8 +82,7 @@ def write_comparison_page(path: Path, comparison: Comparison, runs: Sequence[Wat
     }
     title = f"Comparison: {', '.join(comparison.runs)}"
     parts = parts_of("megachiar.monitoring", "compare.html", "charts.css", ("charts.js", "compare.js"))
-    with disk_errors(path, "write"):
-        write_atomically(path, build_page(title, as_data(record, None), POLICY, parts).encode("utf-8", "replace"))
+    write_atomically(path, build_page(title, as_data(record, None), POLICY, parts).encode("utf-8", "replace"))
 
 
 def comparison_charts(comparison: Comparison, runs: Sequence[WatchedRun]) -> list[dict[str, Any]]:

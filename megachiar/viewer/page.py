@@ -33,19 +33,27 @@ DIGITS = 6
 """Digits behind the point of a number on a page."""
 
 
-def check_page(path: Path) -> None:
-    """Check that a page may be written to ``path``.
+def check_page(path: Path, generator: bytes = GENERATOR, what: str = "page of routes") -> None:
+    """Check that a page may be written to ``path``: nothing is there, or a page of its kind.
+
+    Args:
+        path: of the page.
+        generator: what a page of its kind has in its first lines.
+        what: the kind, as an error calls it.
 
     Raises:
-        UserError: a file is there that is no page of ours, or the folder is missing.
+        UserError: another file is there, or the folder is missing.
     """
     with disk_errors(path, "write"):
         if not path.parent.is_dir():
             raise UserError(path, "there is no such folder", f"make it first: mkdir -p {path.parent}")
         if path.is_dir():
             raise UserError(path, "is a folder", "name a file in it")
-        if path.exists() and GENERATOR not in path.read_bytes()[:2000]:
-            raise UserError(path, "exists already and is no page of routes", "name another file, or remove this one")
+        if path.exists():
+            with open(path, "rb") as file:
+                is_ours = generator in file.read(2000)
+            if not is_ours:
+                raise UserError(path, f"exists already and is no {what}", "name another file, or move it away")
 
 
 def write_page(path: Path, record: dict[str, Any]) -> None:
@@ -57,8 +65,7 @@ def write_page(path: Path, record: dict[str, Any]) -> None:
     if len(record["tokens"]) > MOST_TOKENS:
         problem = f"the text has {len(record['tokens']):,} tokens, and a page holds {MOST_TOKENS:,}"
         raise UserError(path, problem, "give a shorter text, or take --json")
-    with disk_errors(path, "write"):
-        write_atomically(path, static_page(record).encode())
+    write_atomically(path, static_page(record).encode())
 
 
 def static_page(record: dict[str, Any]) -> str:

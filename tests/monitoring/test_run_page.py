@@ -234,7 +234,7 @@ def test_other_files_are_not_replaced(trained, tmp_path):
     other = tmp_path / "index.html"
     other.write_text("<p>mine</p>")
     for arguments, problem in (
-        ([trained, "--output", other], "exists already and is no such page"),
+        ([trained, "--output", other], "exists already and is no page of a run"),
         ([trained, "--output", tmp_path], "is a folder"),
         ([trained, "--output", tmp_path / "no" / "page.html"], "there is no such folder"),
         ([tmp_path / "no"], "there is no such folder"),

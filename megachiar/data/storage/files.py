@@ -124,6 +124,24 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_writable(path: Path, where: str | None = None) -> None:
+    """Refuse a file that cannot be written, before the work whose result it shall hold.
+
+    Args:
+        path: of the file.
+        where: what an error names in its place, such as an option with its value.
+
+    Raises:
+        UserError: its folder is missing or may not be written to, or it is a folder itself.
+    """
+    place = path if where is None else where
+    if path.is_dir():
+        raise UserError(place, "is a folder", "name a file in it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        problem = "cannot be written to" if path.parent.is_dir() else "is no folder"
+        raise UserError(place, f"cannot be written: {path.parent} {problem}", "make that folder, or name another")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that the file is always the old one or the new one, never a part of it.
 
