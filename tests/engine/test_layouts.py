@@ -16,6 +16,8 @@ import pytest
 from support import WORKERS, run_ranks, small_config, write_config, write_tokens
 
 STEPS = 20
+TOGETHER = 16
+"""The most layouts that the same processes train: all of two ranks take longer than a test may on a busy machine."""
 WORKER = WORKERS / "layouts_worker.py"
 TP, PP, SP, ZERO = "parallel.tensor_size=", "parallel.pipeline_size=", "parallel.sequence=true", "parallel.zero_stage="
 RECOMPUTE, MICRO = "training.activation_checkpoint_interval=", "training.micro_batch_size="
@@ -250,7 +252,7 @@ def reference_of(name: str) -> str:
 class Runs:
     """The recorded runs of one kind of model, each trained when a test first needs it.
 
-    Layouts with the same number of ranks are trained together, by the same processes.
+    Layouts with the same number of ranks are trained together by the same processes, ``TOGETHER`` at a time.
 
     Args:
         folder: where datasets, config and recordings are written.
@@ -280,7 +282,9 @@ class Runs:
         elif name not in self.recordings:
             layouts = EXACT_LAYOUTS | HALF_LAYOUTS
             ranks = layouts[name][0]
-            self.train(ranks, {n: sets for n, (r, sets) in layouts.items() if r == ranks and n in self.names})
+            alike = [n for n, (r, _) in layouts.items() if r == ranks and n in self.names]
+            first = alike.index(name) // TOGETHER * TOGETHER
+            self.train(ranks, {n: layouts[n][1] for n in alike[first : first + TOGETHER]})
         return self.recordings[name]
 
     def replayed(self, name: str) -> dict[str, np.ndarray]:

@@ -254,6 +254,7 @@ def record_with(record: SourceRecord, checksum: str) -> SourceRecord:
     return record.model_copy(update={"checksum": checksum})
 
 
+@pytest.mark.slow
 def test_two_starts_share_the_cells(tmp_path):
     path = write_sweep(tmp_path)
     sweep = yaml.safe_load(path.read_text())
