@@ -28,8 +28,8 @@ class EvaluationConfig(Section):
     """Folder with YAML files of more tasks."""
     num_fewshot: NonNegativeInt | None = None
     """Examples before each question; when not given, what each task says."""
-    limit: PositiveInt | None = None
-    """Documents of each task, from the first on; null: all."""
+    limit: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Documents of each task, from the first on, or a share of them below 1; null: all."""
     batch_size: PositiveInt | None = None
     """Texts that a rank reads at once; training.micro_batch_size when not given."""
     tasks_every: PositiveInt | None = None

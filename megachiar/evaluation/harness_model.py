@@ -9,6 +9,7 @@ Texts are cut, joined and begun exactly as the harness's own ``hf`` model does w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,17 @@ from megachiar.evaluation.completions import Completion, complete
 from megachiar.evaluation.continuations import ALONE, Continuation, ContinuationScore, Ranks, score_continuations
 from megachiar.evaluation.text_model import TextModel, no_chat_template
 from megachiar.inference.sampling import Sampling
+from megachiar.request_fields import Setting, read_number
 
 MAX_NEW_TOKENS = 256
 """New tokens of a text whose task names no number, as the harness's ``hf`` model has it."""
-SERVED = {"do_sample", "temperature", "top_k", "top_p"}
+SAMPLING = {
+    "temperature": Setting(1.0, False, 0, math.inf),
+    "top_k": Setting(None, True, 0, math.inf),
+    "top_p": Setting(None, False, math.ulp(0), 1),
+}
+"""Limits of a task's settings of its draws. A ``top_k`` of 0 stands for all tokens, as in transformers."""
+SERVED = {"do_sample", *SAMPLING}
 """Settings of a task's ``generation_kwargs``, beside ``until`` and the number of tokens."""
 
 
@@ -54,6 +62,7 @@ class HarnessModel(TemplateLM):
         self._text_model, self._batch_size, self._ranks = text_model, batch_size, ranks
         self._seed, self._progress, self._together = seed, progress, together
         self._device = next(text_model.model.parameters()).device
+        self._scored: Sequence[Any] = ()
 
     @property
     def eot_token_id(self) -> int | None:
@@ -84,6 +93,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return logarithm and greediness of each continuation behind its context."""
+        self._scored = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
@@ -106,13 +116,14 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         wanted = []
-        for (context, continuation), before, tokens in requests:
+        for asked, ((context, continuation), before, tokens) in zip(self._scored, requests, strict=True):
             if not tokens or len(tokens) > self.max_length:
-                what = "is empty" if not tokens else f"has {len(tokens):,} tokens"
+                what = "has no token of its own" if not tokens else f"has {len(tokens):,} tokens"
                 shown = repr(continuation[:60])
                 problem = f"the continuation {shown} of {context[-60:]!r} {what}; the model reads {self.max_length:,}"
-                raise UserError("--tasks", problem, "leave this task out, or mend its doc_to_target")
-            wanted.append(Continuation(before, tokens))
+                raise UserError(f"task {asked.task_name}", problem, "leave it out, or mend its doc_to_target")
+            # Spaces go with the continuation: a context of spaces alone leaves none.
+            wanted.append(Continuation(before or [self.prefix_token_id], tokens))
         return [(score.logprob, score.is_greedy) for score in self._score(wanted)]
 
     def _score(self, wanted: Sequence[Continuation]) -> list[ContinuationScore]:
@@ -148,24 +159,63 @@ class HarnessModel(TemplateLM):
         """Check before the first request that tasks ask for nothing that is not served.
 
         Raises:
-            UserError: one does, or leaves no room for its context.
+            UserError: one does, leaves no room for its context, or runs what the model writes.
         """
         for name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                problem = "is marked as unsafe: it runs the code that a model writes"
+                remedy = "leave it out, or give an export of the run to `lm_eval run --confirm_run_unsafe_code`"
+                raise UserError(f"task {name}", problem, remedy)
+            if getattr(task, "MULTIMODAL", False):
+                raise UserError(f"task {name}", "asks about images, and the model reads text alone", "leave it out")
             if task.get_config("output_type") == "generate_until":
                 self._completion(f"task {name}", 0, "a", task.get_config("generation_kwargs") or {})
 
     def _completion(self, where: str, number: int, context: str, settings: dict[str, Any]) -> Completion:
         """Return what a request of the task ``where`` asks for; ``number`` seeds its draws."""
-        known = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
-        stops = handle_stop_sequences(known.pop("until", None), eos=self._text_model.end_text)
-        most = known.pop("max_gen_toks")
-        if most >= self.max_length:
+        known, stops, most = self._read_settings(where, settings)
+        if not 0 < most < self.max_length:
             problem = f"max_gen_toks is {most:,}, and the model reads {self.max_length:,} tokens, new ones included"
-            raise UserError(where, problem, "set generation_kwargs.max_gen_toks in its YAML file lower")
+            change = "lower" if most > 0 else "to 1 or more"
+            raise UserError(where, problem, f"set generation_kwargs.max_gen_toks in its YAML file {change}")
         if not_served := sorted(set(known) - SERVED):
             problem = f"generation_kwargs has {', '.join(not_served)}, which is not served"
             raise UserError(where, problem, f"remove it; served are until, max_gen_toks, {', '.join(sorted(SERVED))}")
         prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        temperature = float(known.get("temperature", 1.0)) if known.get("do_sample") else 0.0
-        sampling = Sampling(temperature, known.get("top_k"), known.get("top_p"), self._seed + number)
-        return Completion(prompt, most, tuple(stop for stop in stops if stop), sampling)
+        if not known.get("do_sample"):
+            return Completion(prompt, most, stops)
+        name = f"{where}: generation_kwargs."
+        temperature, top_k, top_p = (read_number(name + key, known.get(key), SAMPLING[key]) for key in SAMPLING)
+        assert temperature is not None, "it has a default"
+        return Completion(
+            prompt, most, stops, Sampling(temperature, int(top_k) if top_k else None, top_p, self._seed + number)
+        )
+
+    def _read_settings(self, where: str, settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], int]:
+        """Return a task's ``generation_kwargs`` without stop strings and number of tokens, and these two.
+
+        Raises:
+            UserError: they are of another type.
+        """
+        remedy = "mend it in its YAML file"
+        try:
+            known: dict[str, Any] = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
+        except (TypeError, ValueError) as error:
+            raise UserError(where, f"generation_kwargs cannot be read: {error}", remedy) from None
+        stops = handle_stop_sequences(known.pop("until", None), eos=self._text_model.end_text)
+        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+            raise UserError(where, f"generation_kwargs.until has {wrong[0]!r:.50}, which is no text", remedy)
+        return known, tuple(stop for stop in stops if stop), known.pop("max_gen_toks")
+
+
+class Rehearsal(HarnessModel):
+    """Reads requests as the model does, and says nothing of them: what cannot be asked is found in no time."""
+
+    def _score(self, wanted: Sequence[Continuation]) -> list[ContinuationScore]:
+        return [ContinuationScore(0.0, True) for _ in wanted]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Return an empty text for each context."""
+        for number, request in enumerate(requests):
+            self._completion(f"task {request.task_name}", number, *request.args)
+        return [""] * len(requests)

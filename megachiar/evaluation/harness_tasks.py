@@ -163,13 +163,19 @@ def _load(manager: Any, name: str, settings: TaskSettings) -> Any:
     except UserError:
         raise
     except Exception as error:  # a task is YAML, code and data of others: anything may be wrong with it
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        reason = reason_of(error)
         if _needs_network(error):
             problem = f"its data is not on this machine, and cannot be fetched: {reason}"
             remedy = "connect the machine, or use tasks of a folder with `dataset_path: json` and local data_files"
             raise UserError(where, problem, remedy) from None
         remedy = "mend its YAML file and data; paths in data_files count from the folder that the command is started in"
         raise UserError(where, f"cannot be loaded: {reason}", remedy) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Return kind and first line of an error of the harness, or of the code of a task."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _needs_network(error: BaseException | None) -> bool:

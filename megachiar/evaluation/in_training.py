@@ -23,7 +23,7 @@ from megachiar.errors import UserError, disk_errors
 from megachiar.evaluation.completions import Completion, complete
 from megachiar.evaluation.continuations import Ranks
 from megachiar.evaluation.harness_library import check_library
-from megachiar.evaluation.harness_tasks import LoadedTasks, TaskSettings, harness_seeds, load_tasks, prepare
+from megachiar.evaluation.harness_tasks import LoadedTasks, TaskSettings, harness_seeds, load_tasks
 from megachiar.evaluation.text_model import TextModel
 from megachiar.inference.sampling import Sampling
 from megachiar.topology import raise_together
@@ -83,9 +83,16 @@ def _load(config: RunConfig, engine: Engine, tokenizer: Tokenizer | None) -> Ask
         tokenizer = run_tokenizer(config.checkpoint_folder / "none", config)
     asked = AskedOfRun(config, engine, tokenizer, settings, loaded, read_prompts(keys.prompts))
     for name in config.checkpoint.best_of:
-        if name.startswith(TASK_PREFIX) and name not in config.data.validation and name not in asked.metrics:
+        if not name.startswith(TASK_PREFIX) or name in config.data.validation:
+            continue
+        if name not in asked.metrics:
             known = ", ".join(sorted(asked.metrics))
             raise UserError(f"checkpoint.keep_best {name}", "is measured by no task of the run", f"name one of {known}")
+        if name not in asked.maximised and name not in asked.minimised:
+            problem = "has no best: its task does not say whether the highest or the lowest is"
+            raise UserError(
+                f"checkpoint.keep_best {name}", problem, "give the metric higher_is_better in the YAML file of its task"
+            )
     return asked
 
 
@@ -114,6 +121,7 @@ class AskedOfRun:
     Attributes:
         names: as there.
         maximised: as there.
+        minimised: as there.
         metrics: the names ``eval/TASK/METRIC`` of all measures.
 
     Args:
@@ -139,13 +147,17 @@ class AskedOfRun:
         tasks = loaded.tasks if loaded is not None else {}
         self.names: Sequence[str] = [*(TASK_PREFIX + name for name in tasks), *([SAMPLES] if prompts else [])]
         directions = {
-            f"{TASK_PREFIX}{name}/{metric}{of_filter}": bool(is_higher)
+            f"{TASK_PREFIX}{name}/{metric}{of_filter}": is_higher
             for name, task in tasks.items()
             for metric, is_higher in task.higher_is_better().items()
             for of_filter in _filters(task)
         }
         self.metrics: Collection[str] = frozenset(directions)
+        # The harness has None where neither the task nor the metric says what is better.
         self.maximised: Collection[str] = frozenset(name for name, is_higher in directions.items() if is_higher)
+        self.minimised: Collection[str] = frozenset(
+            name for name, is_higher in directions.items() if is_higher is not None and not is_higher
+        )
         self._text_model = TextModel(config.logging.folder, config, engine.whole_model(), tokenizer)
         self._batch_size = config.evaluation.batch_size or config.training.micro_batch_size
         self._most_new = min(config.evaluation.new_tokens, max(1, self._text_model.longest - 1))
@@ -153,16 +165,16 @@ class AskedOfRun:
         model = self._text_model
         self._prompt_ids = [model.encode(prompt)[-room:] or [model.prefix] for prompt in prompts]
         if tasks:
-            from megachiar.evaluation.harness_model import HarnessModel
+            from megachiar.evaluation.harness_model import Rehearsal
+            from megachiar.evaluation.harness_run import rehearse
 
-            HarnessModel(self._text_model, self._batch_size).check(tasks)
+            assert loaded is not None, "there are tasks"
+            rehearse(Rehearsal(self._text_model, self._batch_size), loaded, settings)
 
     def measure(self, name: str, before_batch: Callable[[int], None]) -> Mapping[str, float]:
         """Return what a task measures, by metric; one that has several filters has ``METRIC/FILTER`` for each."""
-        from lm_eval.evaluator import evaluate
-
         from megachiar.evaluation.harness_model import HarnessModel
-        from megachiar.evaluation.quiet_bars import without_bars
+        from megachiar.evaluation.harness_run import ask_tasks
 
         assert self._loaded is not None, "there are tasks"
         task = name.removeprefix(TASK_PREFIX)
@@ -175,15 +187,7 @@ class AskedOfRun:
             together=before_batch,
         )
         only = LoadedTasks(self._loaded.manager, tasks={task: self._loaded.tasks[task]})
-        with harness_seeds(), without_bars():
-            results = evaluate(
-                lm=asked,
-                task_dict=prepare(only, self._settings),
-                limit=self._settings.limit,
-                bootstrap_iters=0,
-                log_samples=False,
-            )
-        return measures_of(results["results"][task])
+        return measures_of(ask_tasks(asked, only, self._settings)["results"][task])
 
     def continue_prompts(self, step: int) -> list[Sample]:
         """Return the continuations, on rank 0 alone; draws depend on the run's seed, the step and the prompt."""
@@ -217,16 +221,17 @@ def _filters(task: Any) -> list[str]:
 def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a task's results, of which the harness calls each ``METRIC,FILTER``.
 
-    The filter is left out where a metric has but one.
+    The filter is left out where a metric has but one, whose value may be infinite at times.
     """
     found: dict[str, dict[str, float]] = {}
     for key, value in results.items():
         metric, comma, of_filter = key.partition(",")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if comma and is_number and not metric.endswith("_stderr"):
             found.setdefault(metric, {})[of_filter] = float(value)
     return {
         metric if len(by_filter) == 1 else f"{metric}/{of_filter}": value
         for metric, by_filter in found.items()
         for of_filter, value in by_filter.items()
+        if math.isfinite(value)
     }

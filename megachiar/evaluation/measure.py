@@ -15,7 +15,7 @@ from typing import Any
 
 from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.data.storage.files import write_atomically
-from megachiar.evaluation.harness_tasks import SEEDS, TaskSettings, harness_seeds, load_tasks, prepare
+from megachiar.evaluation.harness_tasks import SEEDS, TaskSettings, harness_seeds, load_tasks
 from megachiar.evaluation.text_model import TextModel, check_evaluable
 from megachiar.inference.loaded_run import default_device
 from megachiar.inference.loading import load_model
@@ -74,21 +74,13 @@ def measure_tasks(
     text_model = TextModel(checkpoint, config, model, run_tokenizer(checkpoint, config))
 
     from lm_eval import __version__
-    from lm_eval.evaluator import evaluate
 
     from megachiar.evaluation.harness_model import HarnessModel
-    from megachiar.evaluation.quiet_bars import without_bars
+    from megachiar.evaluation.harness_run import ask_tasks
 
     asked = HarnessModel(text_model, options.batch_size, progress=progress)
     asked.check(loaded.tasks)
-    with harness_seeds(), without_bars():
-        results: dict[str, Any] = evaluate(
-            lm=asked,
-            task_dict=prepare(loaded, settings),
-            limit=settings.limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=options.log_samples,
-        )
+    results = ask_tasks(asked, loaded, settings, bootstrap=BOOTSTRAP, log_samples=options.log_samples)
     parameter = next(model.parameters())
     return results | {
         "config": {

@@ -23,10 +23,12 @@ class Asked(Protocol):
     Attributes:
         names: of what can be measured: ``eval/TASK`` for each task, and ``samples`` where there are prompts.
         maximised: the names ``eval/TASK/METRIC`` of measures of which the highest is the best.
+        minimised: those of which the lowest is. Of a measure with neither nobody says which is better.
     """
 
     names: Sequence[str]
     maximised: Collection[str]
+    minimised: Collection[str]
 
     def measure(self, name: str, before_batch: Callable[[int], None]) -> Mapping[str, float]:
         """Return what a task measures, by metric.
@@ -48,6 +50,7 @@ class NothingAsked:
 
     names: Sequence[str] = ()
     maximised: Collection[str] = ()
+    minimised: Collection[str] = ()
 
     def measure(self, name: str, before_batch: Callable[[int], None]) -> Mapping[str, float]:
         """Raise: there is nothing to measure."""

@@ -9,7 +9,7 @@ does nothing. One that goes on to more steps is measured anew at its end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,7 +190,7 @@ class FinalEvaluation:
                 for name in self._asked.names
                 if name != SAMPLES
             },
-            best_of_each=best_of_each(records, self._asked.maximised),
+            best_of_each=best_of_each(records, self._asked),
             test=test,
         )
 
@@ -315,17 +315,21 @@ def _record_of(records: list[dict[str, Any]], kind: str, step: int) -> Measures 
     return {key: value for key, value in found[-1].items() if key not in ("step", "kind")} if found else None
 
 
-def best_of_each(records: list[dict[str, Any]], maximised: Collection[str]) -> dict[str, BestMeasure]:
+def best_of_each(records: list[dict[str, Any]], asked: Asked) -> dict[str, BestMeasure]:
     """Return the best loss on each validation set, and the best of each measure of tasks, of all evaluations.
 
     Args:
         records: of ``metrics.jsonl``.
-        maximised: names of the measures of which the highest is the best.
+        asked: tasks of the run. Measures of which they do not say what is better, such as those of a task that the run
+            had before it was continued, are left out.
     """
     found: dict[str, BestMeasure] = {}
     for record in records:
+        is_of_task = record["kind"].startswith(TASK_PREFIX)
         for name, value in _measures_in(record):
-            is_higher = name in maximised
+            is_higher = name in asked.maximised
+            if is_of_task and not is_higher and name not in asked.minimised:
+                continue
             before = found.get(name)
             if before is None or (value > before.value if is_higher else value < before.value):
                 found[name] = BestMeasure(value=value, step=record["step"], higher_is_better=is_higher)

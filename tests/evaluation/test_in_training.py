@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from local_tasks import harness, write_tasks
 from support import checkpoint_tensors, pretrain, write_config
 from text_runs import text_config, write_text
@@ -15,6 +18,8 @@ from megachiar.checkpoint.format import complete_checkpoints, read_state
 from megachiar.config.errors import ConfigError
 from megachiar.config.load import parse_with_overrides
 from megachiar.evaluation.in_training import measures_of
+from megachiar.training.asked import NothingAsked
+from megachiar.training.final_evaluation import best_of_each
 from megachiar.training.metrics import read_metrics
 from megachiar.training.owed_evaluation import owed_evaluations
 from megachiar.training.run_result import read_result
@@ -155,11 +160,28 @@ def test_prompts_come_from_a_file_too(data, tmp_path):
     assert [sample["prompt"] for sample in read_samples(tmp_path / "run")] == ["old ships", " a lazy dog"]
 
 
-def test_a_name_that_no_task_measures_is_refused_before_the_first_step(data, tmp_path):
-    config = asked(data, tmp_path / "run", checkpoint={"keep_best": "eval/last_word/akk", "every": 2})
+@pytest.mark.parametrize(
+    ("keep_best", "keys", "message"),
+    [
+        ("eval/last_word/akk", {}, "keep_best eval/last_word/akk: is measured by no task.*\n.*eval/last_word/acc"),
+        (
+            "eval/last_word/acc",
+            {"metric_list": [{"metric": "acc", "higher_is_better": None}]},
+            "keep_best eval/last_word/acc: has no best: its task does not say",
+        ),
+        ("eval/last_word/acc", {"num_fewshot": 99, "fewshot_split": "test"}, "tasks last_word: cannot be measured"),
+        ("eval/last_word/acc", {"doc_to_target": "", "target_delimiter": ""}, "task last_word: the continuation ''"),
+    ],
+    ids=["no such measure", "no direction", "too few examples", "an empty answer"],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_step(keep_best, keys, message, data, tmp_path):
+    path = write_tasks(tmp_path / "tasks", documents=5) / "last_word.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}, sort_keys=False))
+    evaluation = {"tasks": ["last_word"], "include_path": str(tmp_path / "tasks")}
+    checkpoint = {"keep_best": keep_best, "every": 2}
+    config = asked(data, tmp_path / "run", evaluation=evaluation, checkpoint=checkpoint)
     (printed,) = pretrain(write_config(tmp_path / "run.yaml", config), codes=(2,))
-    assert "checkpoint.keep_best eval/last_word/akk: is measured by no task" in printed
-    assert "eval/last_word/acc" in printed and "Traceback" not in printed
+    assert re.search(message, printed) and "Traceback" not in printed, printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -178,12 +200,25 @@ def test_a_name_that_no_task_measures_is_refused_before_the_first_step(data, tmp
         ({"evaluation": {"tasks_every": 2}}, "tasks_every: is 2 without evaluation.tasks"),
         ({"evaluation": {}}, "checkpoint.keep_best: is eval/last_word/perplexity without evaluation.tasks"),
         ({"checkpoint": {"keep_best": ["valid", "test"]}}, "'test' is no set of data.validation"),
+        ({"evaluation": {"tasks": ["last_word"], "limit": 1.5}}, "evaluation.limit"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(sections, message, data, tmp_path):
     with pytest.raises(ConfigError) as raised:
         parse_with_overrides(asked(data, tmp_path / "run", **sections), (), "test")
     assert message in str(raised.value)
+
+
+def test_a_limit_may_be_a_share_of_the_documents(data, tmp_path):
+    config = asked(data, tmp_path / "run", evaluation={"tasks": ["last_word"], "limit": 0.25}, checkpoint={})
+    assert parse_with_overrides(config, (), "test").evaluation.limit == 0.25
+
+
+def test_a_measure_that_no_task_of_the_run_has_any_more_has_no_best():
+    """Nobody says which is better, and the lowest accuracy is none to be called the best."""
+    records = [{"step": step, "kind": "eval/x", "acc": value} for step, value in ((2, 0.5), (4, 0.25))]
+    records.append({"step": 4, "kind": "evaluation/valid", "loss": 2.0})
+    assert best_of_each(records, NothingAsked()).keys() == {"valid"}
 
 
 def test_a_metric_with_several_filters_keeps_them_apart():
@@ -196,6 +231,7 @@ def test_a_metric_with_several_filters_keeps_them_apart():
         "f1,none": "N/A",
     }
     assert measures_of(results) == {"acc": 0.5, "em/strict": 0.25, "em/loose": 1.0}
+    assert measures_of({**results, "em,loose": math.inf}) == {"acc": 0.5, "em/strict": 0.25}, "of the same name"
 
 
 def test_what_a_stop_has_put_off_is_known_until_it_is_made_up_for(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from exported_runs import VOCABULARY, library, tokenizer_file, write_run
 from local_tasks import TASKS, harness, write_tasks
 from published_files import long_content, long_weight, save
@@ -39,6 +40,13 @@ def spoken(tmp_path_factory) -> Path:
     """A run whose SentencePiece tokenizer begins each text with a token."""
     folder = tmp_path_factory.mktemp("spoken")
     return write_run(folder / "run", tokenizer_file(folder, "sentencepiece"), prepend_bos=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A run whose texts begin with no token."""
+    folder = tmp_path_factory.mktemp("bare")
+    return write_run(folder / "run", tokenizer_file(folder, "huggingface"))
 
 
 def ours(run: Path, tasks: Path, **settings: Any) -> dict[str, Any]:
@@ -310,6 +318,78 @@ def test_a_text_that_leaves_no_room_for_the_answer_is_refused(spoken, tmp_path):
     path.write_text(path.read_text().replace("max_gen_toks: 12", "max_gen_toks: 64"))
     with pytest.raises(UserError, match=r"task say_it: max_gen_toks is 64, and the model reads 64 tokens"):
         ours_of(spoken, "say_it", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_gen_toks: 0", "task say_it: max_gen_toks is 0, and the model reads 64 tokens"),
+        ("max_gen_toks: many", "task say_it: generation_kwargs cannot be read: .*'many'"),
+        ("until: [7]", "task say_it: generation_kwargs.until has 7, which is no text"),
+        ("temperature: -1.0", "task say_it: generation_kwargs.temperature: -1.0 is not at least 0"),
+        ("top_k: -1", "task say_it: generation_kwargs.top_k: -1 is not at least 0"),
+        ("top_p: 0", "task say_it: generation_kwargs.top_p: 0 is not above 0 and at most 1"),
+    ],
+)
+def test_settings_out_of_their_limits_are_refused(setting, message, spoken, tmp_path):
+    settings = {"max_gen_toks": 12, "do_sample": True, **yaml.safe_load(setting)}
+    change(write_tasks(tmp_path) / "say_it.yaml", generation_kwargs=settings)
+    with pytest.raises(UserError, match=message):
+        ours_of(spoken, "say_it", tmp_path)
+
+
+def change(path: Path, **keys: Any) -> None:
+    """Set keys of a YAML file."""
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}, sort_keys=False))
+
+
+def test_a_top_k_of_0_takes_all_tokens_as_in_transformers(spoken, tmp_path):
+    write_tasks(tmp_path)
+    answers = []
+    for settings in ({}, {"top_k": 0}, {"top_k": 1}):
+        change(tmp_path / "say_it.yaml", generation_kwargs={"max_gen_toks": 12, "do_sample": True, **settings})
+        results = measure_tasks(
+            spoken, TaskSettings(["say_it"], tmp_path), MeasureOptions(log_samples=True), print, lambda *_: None
+        )
+        answers.append([sample["resps"] for sample in results["samples"]["say_it"]])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_context_of_spaces_alone_follows_the_token_that_ends_texts(bare, tmp_path):
+    """The harness takes spaces at the end of a context for the beginning of the continuation."""
+    write_tasks(tmp_path)
+    found = []
+    for context, delimiter in (("   ", ""), ("", "   ")):
+        change(tmp_path / "which_end.yaml", doc_to_text=context, target_delimiter=delimiter)
+        results = measure_tasks(
+            bare, TaskSettings(["which_end"], tmp_path), MeasureOptions(log_samples=True), print, lambda *_: None
+        )
+        found.append([sample["resps"] for sample in results["samples"]["which_end"]])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "message"),
+    [
+        ("say_it", {"unsafe_code": True}, "task say_it: is marked as unsafe: it runs the code"),
+        ("which_word", {"num_fewshot": 40}, "--tasks which_word: cannot be measured: ValueError: Sample larger than"),
+        ("whole_text", {"doc_to_target": ""}, "--tasks whole_text: cannot be measured: ZeroDivisionError"),
+        ("last_word", {"doc_to_target": "", "target_delimiter": ""}, "task last_word: the continuation '' .* no token"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_is_one_message_that_names_it(task, keys, message, bare, tmp_path):
+    change(write_tasks(tmp_path) / f"{task}.yaml", **keys)
+    with pytest.raises(UserError, match=message):
+        ours_of(bare, task, tmp_path)
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_of_the_task(bare, tasks, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("megachiar.evaluation.harness_model.score_continuations", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ours_of(bare, "which_end", tasks)
 
 
 def test_without_the_library_one_message_says_what_to_install(spoken, monkeypatch):
