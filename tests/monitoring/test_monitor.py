@@ -280,7 +280,7 @@ def test_a_terminal_without_braille_gets_ascii(trained):
     assert done.stdout.isascii() and "*" in done.stdout and f"step {STEPS}/{STEPS}" in done.stdout
     lines = done.stdout.splitlines()
     assert {len(line) for line in lines} == {80} and len(lines) == 23, "no sign became several"
-    assert f"| {'=' * 70} 100% |" in lines
+    assert f"| {'=' * 70} 100%  |" in lines
 
 
 def test_a_terminal_that_only_prints_lines_gets_one_frame(trained):
