@@ -10,7 +10,6 @@ It reads the run folders and nothing else, from any machine that sees them. q an
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("monitor", __doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folder (logging.folder of its config)")
-    add("--once", action="store_true", help="print one frame and end; so it is where the output is no terminal")
+    add("--once", action="store_true", help="print one frame and end; so it is where the output cannot be drawn on")
     add(
         "--every", type=number(float, least=0.1), default=1.0, metavar="SECONDS", help="time between frames (default 1)"
     )
@@ -37,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
 
-    from megachiar.monitoring.live import print_once, watch
+    from megachiar.monitoring.live import can_draw, print_once, watch
     from megachiar.monitoring.watched_run import WatchedRun, check_is_run
     from megachiar.reporting.run_names import name_runs
 
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_is_run(folder)
     names = [name.label for name in name_runs(folders)]
     runs = [WatchedRun(folder, name, options.silent_after) for folder, name in zip(folders, names, strict=True)]
-    if options.once or not sys.stdout.isatty():
+    if options.once or not can_draw():
         print_once(runs)
     else:
         watch(runs, options.every)

@@ -29,6 +29,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
 
+    from megachiar.launch import quiet_deepspeed
+
+    quiet_deepspeed()
+
     from megachiar.monitoring.watched_run import check_is_run
 
     if not options.run.is_dir():

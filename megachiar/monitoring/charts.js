@@ -7,11 +7,17 @@ const settings = { axis: "step", log: false };
 const drawers = [];
 
 const FORMS = {
-  decimal: (value) => (Math.abs(value) >= 1000 ? grouped(value) : value.toFixed(4)),
+  decimal,
   percent: (value) => `${(100 * value).toFixed(1)} %`,
   scientific: (value) => value.toExponential(3),
   whole: (value) => grouped(value),
 };
+
+function decimal(value) {
+  const size = Math.abs(value);
+  if (size >= 1e9 || (size && size < 0.00005)) return value.toExponential(3);
+  return size >= 1000 ? grouped(value) : value.toFixed(4);
+}
 
 const grouped = (value) => Math.round(value).toLocaleString("en");
 
@@ -97,7 +103,7 @@ function curveChart(spec) {
     const words = [];
     const items = state.shown.map((series) => {
       const place = state.at === null ? series.y.length - 1 : nearest(series.xs, x);
-      const value = format(series.y[place]);
+      const value = state.at === null && series.is_lost ? "not finite" : format(series.y[place]);
       words.push(`${series.name} ${value}`);
       const swatch = element("span", { className: `swatch ${series.colour}${series.dots ? " round" : ""}` });
       const item = element("li", {}, swatch, element("span", {}, series.name), element("b", {}, value));

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MOST_POINTS = 4096
+NEWEST = 64
+"""Points at the end of a curve that are never left out: they tell how far records are apart."""
 
 
 @dataclass
@@ -27,11 +29,13 @@ class Curve:
         return self.values[-1] if self.values else None
 
     def add(self, step: int, value: float) -> None:
-        """Add the newest point; of too many points those that are neither least nor greatest of four are left out."""
+        """Add the newest point; too many are thinned evenly over the steps, so that no part of a long run is lost."""
         self.steps.append(step)
         self.values.append(value)
         if len(self.steps) > MOST_POINTS:
-            kept = thinned(self.values, MOST_POINTS // 2)
+            newest = len(self.steps) - NEWEST
+            kept = thinned(self.steps[:newest], self.values, MOST_POINTS // 2)
+            kept += range(newest, len(self.steps))
             self.steps = [self.steps[place] for place in kept]
             self.values = [self.values[place] for place in kept]
 
@@ -42,15 +46,26 @@ class Curve:
         del self.values[place:]
 
 
-def thinned(values: Sequence[float], most: int) -> list[int]:
-    """Return the places of at most ``most + 2`` values, in order: first, last, and the extremes of each part."""
-    if len(values) <= most:
-        return list(range(len(values)))
+def thinned(steps: Sequence[int], values: Sequence[float], most: int) -> list[int]:
+    """Return the places of at most ``most + 2`` points, in order: first, last, and the extremes of each part.
+
+    Parts have as many steps each, and not as many points: of points that were thinned before, the older ones are
+    further apart, and they would become fewer each time.
+
+    Args:
+        steps: of the points, rising.
+        values: of the points; later ones than the last step are left alone.
+        most: of the places.
+    """
+    if len(steps) <= most:
+        return list(range(len(steps)))
     parts = max(1, most // 2)
-    kept = {0, len(values) - 1}
-    for part in range(parts):
-        places = range(part * len(values) // parts, (part + 1) * len(values) // parts)
-        known = [place for place in places if values[place] == values[place]]
+    first, end = steps[0], steps[-1] + 1
+    kept, start = {0, len(steps) - 1}, 0
+    for part in range(1, parts + 1):
+        stop = bisect.bisect_left(steps, first + part * (end - first) / parts, lo=start)
+        known = [place for place in range(start, stop) if values[place] == values[place]]
         if known:
             kept |= {min(known, key=values.__getitem__), max(known, key=values.__getitem__)}
+        start = stop
     return sorted(kept)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megachiar.training.json_lines import finite
 from megachiar.training.metrics import ROLLBACK, SKIPPED
 from megachiar.training.run_events import BAD_STEP, FAILED, FINISHED, ROLLED_BACK, SAVED, START, STOPPED
 
@@ -57,9 +58,13 @@ def _happening(record: Record) -> Happening | None:
     describe = _WORDS.get(kind)
     if describe is None:
         return None
-    moment = record.get("time")
-    known = isinstance(moment, int | float) and not isinstance(moment, bool) and 0 <= moment < 1 << 40
-    return Happening(float(moment) if known and moment is not None else None, record["step"], kind, describe(record))
+    return Happening(moment_of(record), record["step"], kind, describe(record))
+
+
+def moment_of(record: Record) -> float | None:
+    """Return the time of an event in seconds since 1970; None where it has none, or none that a clock shows."""
+    moment = finite(record.get("time"))
+    return moment if moment is not None and 0 <= moment < 1 << 40 else None
 
 
 def _started(record: Record) -> str:
@@ -71,8 +76,8 @@ def _started(record: Record) -> str:
 
 
 def _saved(record: Record) -> str:
-    seconds = record.get("seconds")
-    return f"saved step {record['step']:,}" + (f" in {seconds:.1f} s" if isinstance(seconds, int | float) else "")
+    seconds = finite(record.get("seconds"))
+    return f"saved step {record['step']:,}" + (f" in {seconds:.1f} s" if seconds is not None else "")
 
 
 def _because(what: str) -> Callable[[Record], str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -18,7 +21,9 @@ from megachiar.monitoring.run_state import RunState
 from megachiar.monitoring.screen import Size, footer, frame
 from megachiar.monitoring.watched_run import WatchedRun
 
-QUIT = ("q", "Q", "\x1b", "\x03", "\x04")
+QUIT = "qQ\x03\x04"
+"""Keys that end the view, beside Esc alone: with Esc begin arrow keys too, which a mouse wheel types."""
+ESCAPE = "\x1b"
 _HEIGHT = 24  # of a frame that is no terminal's
 
 
@@ -34,6 +39,7 @@ def print_once(runs: Sequence[WatchedRun]) -> None:
         while run.read():
             pass
     size = shutil.get_terminal_size((80, _HEIGHT))
+    _show_what_it_can(sys.stdout)
     console = Console(file=sys.stdout, width=size.columns, highlight=False)
     rows = -(-len(runs) // max(1, size.columns // 36))
     console.print(frame(runs, Size(size.columns, max(size.lines - 1, 16 * rows), _is_ascii(console))), markup=False)
@@ -45,16 +51,23 @@ def watch(runs: Sequence[WatchedRun], every: float) -> None:
     Raises:
         UserError: a folder cannot be read at first. One that cannot be read later is shown as such.
     """
+    _show_what_it_can(sys.stdout)
     console = Console(file=sys.stdout, highlight=False)
-    for run in runs:
-        run.read()
     live = Live(console=console, screen=True, auto_refresh=False, transient=True)
-    with contextlib.suppress(KeyboardInterrupt), _keys() as pressed, live:
+    with contextlib.suppress(KeyboardInterrupt), _ended_by_sigterm(), _keys() as pressed:
+        for run in runs:
+            run.read()
+        _draw(runs, every, live, pressed)
+
+
+def _draw(runs: Sequence[WatchedRun], every: float, live: Live, pressed: Callable[[float], str]) -> None:
+    console = live.console
+    with live:
         more = True
         while True:
             size = Size(console.width, console.height, _is_ascii(console))
             live.update(frame(runs, size, footer(every)), refresh=True)
-            if pressed(0.0 if more else every) in QUIT:
+            if _ends(pressed(0.0 if more else every)):
                 return
             more = _read(runs)
 
@@ -70,6 +83,36 @@ def _read(runs: Sequence[WatchedRun]) -> bool:
     return more
 
 
+def can_draw() -> bool:
+    """Return whether standard output is a terminal that can draw one frame over another; TERM=dumb cannot."""
+    return sys.stdout.isatty() and not Console(file=sys.stdout).is_dumb_terminal
+
+
+def _show_what_it_can(file: TextIO) -> None:
+    """Let a sign that the encoding does not have be one question mark, so that lines stay as long as they are."""
+    if isinstance(file, io.TextIOWrapper):
+        file.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exit does, so that the terminal gets its own screen and keys back."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ends(keys: str) -> bool:
+    """Return whether ``keys``, pressed at once, end the view."""
+    return keys == ESCAPE or (not keys.startswith(ESCAPE) and any(key in QUIT for key in keys))
+
+
 def _is_ascii(console: Console) -> bool:
     return not console.encoding.lower().startswith("utf")
 
@@ -81,11 +124,11 @@ def _wait(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Yield a function that waits so many seconds for a key and returns it, or nothing.
+    """Yield a function that waits so many seconds for keys and returns those that were pressed, or nothing.
 
     Where standard input is no terminal it only waits.
     """
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         yield _wait
         return
     import termios
@@ -97,7 +140,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
     def pressed(seconds: float) -> str:
         if not select.select([descriptor], [], [], seconds)[0]:
             return ""
-        return os.read(descriptor, 32).decode(errors="replace")[:1] or "\x04"  # an input that has ended is no key
+        return os.read(descriptor, 32).decode(errors="replace") or "\x04"  # an input that has ended is no key
 
     try:
         tty.setcbreak(descriptor)

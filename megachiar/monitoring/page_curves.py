@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from typing import Any, Literal, NamedTuple
 
 from megachiar.monitoring.curves import Curve, thinned
@@ -64,21 +65,29 @@ def series_of(history: RunHistory, chart: ChartKind, prefix: str = "") -> list[d
     found = []
     for name, value in chart.values.items():
         curve = history.losses if value == "mean_loss" else history.curve(TRAIN, value)
+        newest = history.newest_loss if value == "mean_loss" else history.newest(TRAIN, value)
         if curve.steps:
-            found.append({"name": f"{prefix}{name}", **points(curve, history), "dots": False})
+            found.append(_series(f"{prefix}{name}", curve, newest, history, dots=False))
     for name in history.sets if chart.of_sets is not None else []:
         curve = history.curve(f"{EVALUATION}{name}", chart.of_sets or "")
+        newest = history.newest(f"{EVALUATION}{name}", chart.of_sets or "")
         if curve.steps:
-            found.append({"name": f"{prefix}{name}", **points(curve, history), "dots": True})
+            found.append(_series(f"{prefix}{name}", curve, newest, history, dots=True))
     for name, curve in history.tasks.items() if chart.of_tasks is not None else []:
         if all(0 <= value <= 1 for value in curve.values) == (chart.of_tasks == "shares"):
-            found.append({"name": f"{prefix}{name}", **points(curve, history), "dots": True})
+            found.append(_series(f"{prefix}{name}", curve, history.newest_of_task(name), history, dots=True))
     return found
+
+
+def _series(name: str, curve: Curve, newest: float | None, history: RunHistory, dots: bool) -> dict[str, Any]:
+    """Return a curve; ``is_lost`` says that its newest value is not finite, which no curve can show."""
+    is_lost = newest is not None and math.isnan(newest)
+    return {"name": name, **points(curve, history), "dots": dots, "is_lost": is_lost}
 
 
 def points(curve: Curve, history: RunHistory) -> dict[str, Any]:
     """Return the points of a curve: ``x`` by the names of ``AXES``, as far as the run has recorded them, and ``y``."""
-    kept = thinned(curve.values, MOST_POINTS)
+    kept = thinned(curve.steps, curve.values, MOST_POINTS)
     steps = [curve.steps[place] for place in kept]
     x: dict[str, list[float]] = {"step": list(steps)}
     for axis in AXES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ from typing import Any
 
 from megachiar.config.evaluation import TASK_PREFIX
 from megachiar.monitoring.curves import Curve
+from megachiar.training.json_lines import finite
 from megachiar.training.metrics import EVALUATION, ROLLBACK, SKIPPED, TRAIN
 
 OF_LAYERS = ("attention_share", "rbf_share", "entropy")
 """Values of a record that are lists with a number for each layer."""
+LOSSES = ("mean_loss", "loss")
+"""Names of the loss in a record of a step, the better one first; one of an evaluation has the second."""
 MOST_ROWS = 1024
 
 Record = Mapping[str, Any]
@@ -46,10 +50,10 @@ class LayerRows:
 
     def forget_from(self, step: int) -> None:
         """Leave out the rows of ``step`` and of later ones."""
-        while self.steps and self.steps[-1] >= step:
-            self.steps.pop()
-            self.rows.pop()
-            self._seen -= 1
+        place = bisect.bisect_left(self.steps, step)
+        if place < len(self.steps):
+            del self.steps[place:], self.rows[place:]
+            self._seen = max(0, (place - 1) * self._every + 1)  # the newest row that is left is one of those kept
 
 
 class RunHistory:
@@ -94,12 +98,34 @@ class RunHistory:
     @property
     def losses(self) -> Curve:
         """Training loss: the mean since the record before, where the run has recorded it, and else of single steps."""
-        found = self.curve(TRAIN, "mean_loss")
-        return found if found.steps else self.curve(TRAIN, "loss")
+        found = [self.curve(TRAIN, name) for name in LOSSES]
+        return found[0] if found[0].steps else found[1]
 
     def latest(self, name: str) -> float | None:
         """Return a number of the newest record of a step; None where it has none."""
-        return _number(self.last.get(TRAIN, {}).get(name))
+        return finite(self.last.get(TRAIN, {}).get(name))
+
+    def newest(self, kind: str, name: str) -> float | None:
+        """Return a value of the newest record of a kind: nan where it is not finite any more; None where it has none.
+
+        A file of JSON has null both for a number that is not finite and for one that is not known. What has been a
+        number before, and every loss, is known.
+        """
+        record = self.last.get(kind, {})
+        value = finite(record.get(name))
+        is_known = name in LOSSES or bool(self.curve(kind, name).steps)
+        return math.nan if value is None and name in record and is_known else value
+
+    def newest_of_task(self, name: str) -> float | None:
+        """Return the newest value of a measure of a task by its name in ``tasks``, see ``newest``."""
+        kinds = {f"{kind}/{value}": (kind, value) for kind, value in self.curves}
+        return self.newest(*kinds[f"{TASK_PREFIX}{name}"])
+
+    @property
+    def newest_loss(self) -> float | None:
+        """Training loss of the newest record, as ``losses`` has it; nan where it is not finite."""
+        name = next((name for name in LOSSES if name in self.last.get(TRAIN, {})), "")
+        return self.newest(TRAIN, name)
 
     def take(self, records: Iterable[Record]) -> None:
         """Add records, oldest first."""
@@ -122,11 +148,11 @@ class RunHistory:
                 continue
             if name in OF_LAYERS and isinstance(value, list):
                 self._add_row(name, step, value)
-            elif (found := _number(value)) is not None:
+            elif (found := finite(value)) is not None:
                 self.curves.setdefault((kind, name), Curve()).add(step, found)
 
     def _add_row(self, name: str, step: int, value: list[Any]) -> None:
-        row = [_number(item) for item in value]
+        row = [finite(item) for item in value]
         rows = self.layers.setdefault(name, LayerRows())
         if rows.rows and len(rows.rows[-1]) != len(row):
             rows = self.layers[name] = LayerRows()
@@ -141,10 +167,3 @@ class RunHistory:
         if kind is None:
             for rows in self.layers.values():
                 rows.forget_from(step)
-
-
-def _number(value: Any) -> float | None:
-    """Return a number of a record; None for what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from megachiar.data.storage.regular_file import read_regular
 from megachiar.errors import UserError
+from megachiar.monitoring.happenings import moment_of
 from megachiar.monitoring.page_curves import AXES, CHARTS, LAYER_CHARTS, layer_chart, series_of
 from megachiar.monitoring.run_state import duration
 from megachiar.monitoring.watched_run import CONFIG_FILE, WatchedRun
@@ -57,14 +58,14 @@ def _facts(run: WatchedRun) -> list[list[str]]:
     """Return the newest numbers, each with its label and a note."""
     history, steps = run.history, f"of {run.steps:,}" if run.steps is not None else ""
     found = [[f"{run.step:,}", "step", steps]]
-    if history.losses.last is not None:
-        found.append([f"{history.losses.last:.4f}", "training loss", f"step {history.losses.steps[-1]:,}"])
+    if (loss := history.newest_loss) is not None:
+        found.append([f"{loss:.4f}", "training loss", f"step {history.step:,}"])
     for name in history.sets:
         for value, form in (("loss", ".4f"), ("bits_per_byte", ".4f"), ("accuracy", ".2%")):
-            curve = history.curve(f"{EVALUATION}{name}", value)
-            if curve.last is not None:
+            kind = f"{EVALUATION}{name}"
+            if (newest := history.newest(kind, value)) is not None:
                 words = value.replace("_", " ")
-                found.append([format(curve.last, form), f"{words} on {name}", f"step {curve.steps[-1]:,}"])
+                found.append([format(newest, form), f"{words} on {name}", f"step {history.last[kind]['step']:,}"])
     if (rate := history.latest("tokens_per_second")) is not None:
         used = history.latest("model_flops_utilisation")
         found.append([f"{rate:,.0f}", "tokens a second", "" if used is None else f"MFU {used:.1%}"])
@@ -106,11 +107,11 @@ def _start(event: dict[str, Any]) -> dict[str, Any]:
     changed = event.get("changed")
     keys = changed if isinstance(changed, dict) else {}
     return {
-        "time": event.get("time"),
+        "time": moment_of(event),
         "step": event["step"],
         "from": str(event.get("from")),
-        "commit": event.get("commit"),
-        "layout": event.get("layout"),
+        "commit": str(event.get("commit") or ""),
+        "layout": str(event.get("layout") or ""),
         "device": f"{event.get('ranks')} x {event.get('device')}",
         "changed": [[str(key), _shown(pair[0]), _shown(pair[1])] for key, pair in keys.items() if _is_pair(pair)],
     }

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megachiar.monitoring.braille import Line, bars, plot
+from megachiar.monitoring.one_line import one_line
 from megachiar.monitoring.run_state import duration
 from megachiar.monitoring.watched_run import WatchedRun
 from megachiar.training.metrics import EVALUATION, TRAIN
@@ -31,6 +32,7 @@ TRAIN_STYLE, VALIDATION_STYLE = "cyan", "bold magenta"
 _NARROWEST, _LOWEST = 36, 12  # a panel in characters
 _HIGHEST_PLOT = 18
 _LABEL = 10  # characters before bars
+_HUGE = 1e9  # a number that is written with an exponent
 
 
 class Size(NamedTuple):
@@ -69,13 +71,13 @@ def panel(run: WatchedRun, size: Size) -> Panel:
     """Return the panel of a run."""
     inner = Size(size.width - 4, size.height - 2, size.ascii_only)
     body = Group(*panel_lines(run, inner))
-    title = Text(run.name, style="bold", no_wrap=True, overflow="ellipsis")
+    title = Text(one_line(run.name), style="bold", no_wrap=True, overflow="ellipsis")
     return Panel(body, title=title, title_align="left", box=ROUNDED, width=size.width, height=size.height)
 
 
 def panel_lines(run: WatchedRun, size: Size) -> list[Text]:
     """Return at most ``size.height`` lines about a run; what matters less is left out first."""
-    head = [*state_lines(run, size.width), *wrapped(facts(run), size.width)][: size.height]
+    head = [*state_lines(run, size.width, size.ascii_only), *wrapped(facts(run), size.width)][: size.height]
     left = size.height - len(head)
     events = event_lines(run, size.width, max(0, min(6, left // 3)))
     layers = layer_lines(run, size) if left >= 10 else []
@@ -87,7 +89,7 @@ def panel_lines(run: WatchedRun, size: Size) -> list[Text]:
     return [*head, *curves, *layers, *events]
 
 
-def state_lines(run: WatchedRun, width: int) -> Iterator[Text]:
+def state_lines(run: WatchedRun, width: int, ascii_only: bool = False) -> Iterator[Text]:
     """Yield the state, how far the run is, and a bar."""
     state = Text(run.state.word, style=STATE_STYLES.get(run.state.word, "bold"))
     steps = f"/{run.steps:,}" if run.steps is not None else ""
@@ -95,24 +97,26 @@ def state_lines(run: WatchedRun, width: int) -> Iterator[Text]:
     left = f"  {duration(run.seconds_left)} left" if lives and run.seconds_left is not None else ""
     yield state + Text(f"  step {run.step:,}{steps}{left}", style="default")
     if run.state.detail:
-        detail = Text(run.state.detail, style="dim", no_wrap=True, overflow="ellipsis")
+        detail = Text(one_line(run.state.detail), style="dim", no_wrap=True, overflow="ellipsis")
         detail.truncate(width, overflow="ellipsis")
         yield detail
     if run.steps is not None:
         share = min(1.0, run.step / run.steps)
         full = round(share * (width - 6))
-        yield Text.assemble(("━" * full, "green"), ("━" * (width - 6 - full), "dim"), f" {share:4.0%}")
+        done, to_do = ("=", "-") if ascii_only else ("━", "━")
+        yield Text.assemble((done * full, "green"), (to_do * (width - 6 - full), "dim"), f" {share:4.0%}")
 
 
 def facts(run: WatchedRun) -> list[Text]:
     """Return the numbers of the newest records, each as a text that is not broken."""
     latest, history = run.history.latest, run.history
-    found: list[tuple[str, float | None, str, str]] = [("loss", history.losses.last, ".4f", TRAIN_STYLE)]
+    found: list[tuple[str, float | None, str, str]] = [("loss", history.newest_loss, ".4f", TRAIN_STYLE)]
     for name in history.sets:
         for value in ("loss", "accuracy"):
-            label = name if value == "loss" else f"{name} {value}"
-            found.append((label, history.curve(f"{EVALUATION}{name}", value).last, ".4f", VALIDATION_STYLE))
-    found += [("lr", latest("learning_rate"), ".2e", ""), ("grad", latest("gradient_norm"), ".3f", "")]
+            label = one_line(name) if value == "loss" else f"{one_line(name)} {value}"
+            found.append((label, history.newest(f"{EVALUATION}{name}", value), ".4f", VALIDATION_STYLE))
+    norm = history.newest(TRAIN, "gradient_norm")
+    found += [("lr", latest("learning_rate"), ".2e", ""), ("grad", norm, ".3f", "")]
     shown = [_fact(name, value, form, style) for name, value, form, style in found if value is not None]
     if (rate := latest("tokens_per_second")) is not None:
         shown.append(Text.assemble(f"{rate:,.0f}", (" tok/s", "dim")))
@@ -129,14 +133,14 @@ def facts(run: WatchedRun) -> list[Text]:
 
 
 def _fact(name: str, value: float, form: str, style: str = "") -> Text:
-    return Text.assemble((f"{name} ", "dim"), (format(value, form), style))
+    return Text.assemble((f"{name} ", "dim"), _number(value, form, style))
 
 
 def wrapped(pieces: Sequence[Text], width: int) -> list[Text]:
     """Return the pieces in lines of at most ``width``, two spaces between them."""
     lines: list[Text] = []
     for piece in pieces:
-        if lines and len(lines[-1]) + 2 + len(piece) <= width:
+        if lines and lines[-1].cell_len + 2 + piece.cell_len <= width:
             lines[-1] = lines[-1] + Text("  ") + piece
         else:
             piece.truncate(width, overflow="ellipsis")
@@ -184,7 +188,7 @@ def event_lines(run: WatchedRun, width: int, most: int) -> list[Text]:
     lines = []
     for happening in run.happenings[-most:] if most else []:
         line = Text(f"{happening.clock} ".lstrip(), style="dim") + Text(
-            happening.text, style="yellow" if happening.is_alarming else "default"
+            one_line(happening.text), style="yellow" if happening.is_alarming else "default"
         )
         line.truncate(width, overflow="ellipsis")
         lines.append(line)
@@ -194,7 +198,7 @@ def event_lines(run: WatchedRun, width: int, most: int) -> list[Text]:
 def overview(runs: Sequence[WatchedRun], size: Size) -> RenderableType:
     """Return a table with a line for each run, with as many columns as there is room for."""
     columns = {"state": 8, "step": 15, "loss": 7, "val": 7, "tok/s": 9, "left": 7}
-    name_width = min(24, max(len(run.name) for run in runs), max(6, size.width - 10))
+    name_width = min(24, max(len("run"), *(len(run.name) for run in runs)), max(6, size.width - 10))
     kept, used = [], name_width
     for name, width in columns.items():
         if used + 1 + width > size.width:
@@ -209,7 +213,7 @@ def overview(runs: Sequence[WatchedRun], size: Size) -> RenderableType:
     table.add_row(*(Text(heading, style="dim") for heading in ("run", *kept)))
     shown = runs[: max(1, size.height - 1)] if len(runs) < size.height else runs[: max(1, size.height - 2)]
     for run in shown:
-        table.add_row(Text(run.name), *(_cell(run, name) for name in kept))
+        table.add_row(Text(one_line(run.name)), *(_cell(run, name) for name in kept))
     if len(shown) < len(runs):
         return Group(table, Text(f"and {len(runs) - len(shown)} more", style="dim"))
     return table
@@ -222,9 +226,9 @@ def _cell(run: WatchedRun, column: str) -> Text:
     if column == "step":
         return Text(f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""))
     if column == "loss":
-        return _number(history.losses.last, ".4f")
+        return _number(history.newest_loss, ".4f")
     if column == "val":
-        losses = [history.curve(f"{EVALUATION}{name}", "loss").last for name in history.sets[:1]]
+        losses = [history.newest(f"{EVALUATION}{name}", "loss") for name in history.sets[:1]]
         return _number(losses[0] if losses else None, ".4f")
     if column == "tok/s":
         return _number(history.latest("tokens_per_second"), ",.0f")
@@ -232,8 +236,12 @@ def _cell(run: WatchedRun, column: str) -> Text:
     return Text(duration(run.seconds_left) if lives and run.seconds_left is not None else "")
 
 
-def _number(value: float | None, form: str) -> Text:
-    return Text("" if value is None else format(value, form))
+def _number(value: float | None, form: str, style: str = "") -> Text:
+    """Return a number as ``form`` writes it: in red where it is not finite, and with an exponent where it is huge."""
+    if value is None:
+        return Text("")
+    is_huge = abs(value) >= _HUGE and form.endswith("f")
+    return Text(format(value, ".3e" if is_huge else form), style=style if math.isfinite(value) else "bold red")
 
 
 def footer(every: float) -> str:

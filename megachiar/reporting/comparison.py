@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megachiar.config.evaluation import TASK_PREFIX
 from megachiar.data.sampling.history_records import SourceRecord
 from megachiar.data.tokenizers.recorded import read_kept_record
 from megachiar.errors import UserError
@@ -15,6 +16,8 @@ from megachiar.reporting.history import curve
 from megachiar.reporting.measures import Values, numbers_of
 from megachiar.reporting.reported_run import ReportedRun
 from megachiar.reporting.table import Column, decimal, percent, short, text, whole
+from megachiar.reporting.task_rows import asked_differently, best_of, task_measures
+from megachiar.training.json_lines import finite, without_nan
 from megachiar.training.metrics import EVALUATION
 
 IGNORED_KEYS = ("logging.folder",)
@@ -29,8 +32,8 @@ class Measured:
         key: of the values of a run.
         column: heading, and how a value is shown.
         best: whether the least or the greatest value is the best; empty where neither is.
-        needs: what must be the same in all runs for values to compare: nothing, ``data``, or ``text``, where other
-            tokens of the same text do.
+        needs: what must be the same in all runs for values to compare: nothing, ``data``, ``text``, where other
+            tokens of the same text do, or ``tasks``.
     """
 
     key: str
@@ -75,13 +78,15 @@ class Comparison:
 
     Attributes:
         runs: their labels.
-        values: of each run, by the keys of ``ROWS``.
+        measured: the rows, those of tasks included.
+        values: of each run, by the keys of the rows.
         differences: of the config: each key that differs, with the value in each run; None where a run has no config.
         warnings: what a reader could be misled by, each in a sentence.
         incomparable: what ``Measured.needs`` names and the runs have not in common.
     """
 
     runs: list[str]
+    measured: list[Measured]
     values: list[Values]
     differences: dict[str, list[Any]]
     warnings: list[str]
@@ -90,7 +95,7 @@ class Comparison:
     def rows(self) -> list[tuple[Measured, list[str], int | None]]:
         """Return each row that a run has a value for, its cells, and the number of the best one; None for none."""
         found = []
-        for measured in ROWS:
+        for measured in self.measured:
             cells = [measured.column.show(values) for values in self.values]
             if any(cells):
                 found.append((measured, cells, self._best(measured)))
@@ -105,7 +110,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
-        runs = [{key.key: values.get(key.key) for key in ROWS} for values in self.values]
+        runs = [without_nan({key.key: values.get(key.key) for key in self.measured}) for values in self.values]
         return {
             "runs": [{"run": name, **values} for name, values in zip(self.runs, runs, strict=True)],
             "config": {key: dict(zip(self.runs, values, strict=True)) for key, values in self.differences.items()},
@@ -114,19 +119,36 @@ class Comparison:
 
 
 def _has(values: Values, measured: Measured) -> bool:
-    return isinstance(values.get(measured.key), int | float)
+    return finite(values.get(measured.key)) is not None
 
 
 def compare_runs(runs: Sequence[ReportedRun]) -> Comparison:
     """Return the comparison of at least two runs."""
     values = [values_of(run) for run in runs]
     warnings, incomparable = warnings_of(runs, values)
-    return Comparison([run.label for run in runs], values, config_differences(runs), warnings, incomparable)
+    place = [measured.key for measured in ROWS].index("attention_share")
+    return Comparison(
+        runs=[run.label for run in runs],
+        measured=[*ROWS[:place], *task_rows(runs), *ROWS[place:]],
+        values=values,
+        differences=config_differences(runs),
+        warnings=warnings,
+        incomparable=incomparable,
+    )
+
+
+def task_rows(runs: Sequence[ReportedRun]) -> list[Measured]:
+    """Return a row for each measure of a task that a run has."""
+    names = dict.fromkeys(name for run in runs for name in task_measures(run))
+    return [
+        Measured(name, decimal(f"last {name.removeprefix(TASK_PREFIX)}", name, 4), best_of(name, runs), "tasks")
+        for name in names
+    ]
 
 
 def values_of(run: ReportedRun) -> Values:
-    """Return the numbers of a run by the keys of ``ROWS``."""
-    found = numbers_of(run)
+    """Return the numbers of a run by the keys of ``ROWS`` and of its tasks; one that is not finite is nan."""
+    found = {**numbers_of(run), **task_measures(run)}
     found["state"] = "finished" if run.result is not None else "not finished"
     for name in run.main_sets[:1]:
         losses = curve(run.records, f"{EVALUATION}{name}", "loss")
@@ -135,8 +157,9 @@ def values_of(run: ReportedRun) -> Values:
         if known:
             best = min(known)
             found["best_validation_loss"], found["best_validation_step"] = best[0], int(best[1])
-            found["last_validation_loss"] = known[-1][0]
-        if bits.y and bits.y[-1] == bits.y[-1]:
+        if losses.y:
+            found["last_validation_loss"] = losses.y[-1]
+        if bits.y:
             found["last_validation_bits"] = bits.y[-1]
         found.setdefault("validation_set", name)
     for key, name in (("tokens_per_second", "tokens_per_second"), ("utilisation", "model_flops_utilisation")):
@@ -163,20 +186,16 @@ def warnings_of(runs: Sequence[ReportedRun], values: Sequence[Values]) -> tuple[
     """Return what could mislead a reader, and what the runs have not in common, see ``Comparison``."""
     found: list[str] = []
     incomparable: set[str] = set()
-    texts = {size for run in runs if (size := text_bytes(run)) is not None}
+    texts = {text_bytes(run) for run in runs}
     tokenizers = {print_ for run in runs if (print_ := tokenizer_of(run)) is not None}
     if len(tokenizers) > 1:
         found.append(
             "The runs have different tokenizers: losses and perplexities a token do not compare. " + _bits_of(texts)
         )
-        incomparable |= {"data"} if len(texts) == 1 else {"data", "text"}
-    sets = [validation_data(run) for run in runs]
-    known = [record for record in sets if record is not None]
-    if any(not known[0].same_data(record) for record in known[1:]):
-        incomparable.add("data")
-        if len(tokenizers) < 2:
-            incomparable.add("text")
-            found.append("The validation data of the runs differ: their losses do not compare, and neither do bits.")
+        incomparable |= {"data"} if len(texts) == 1 and None not in texts else {"data", "text"}
+    elif (problem := _data_problem(runs)) is not None:
+        incomparable |= {"data", "text"}
+        found.append(f"{problem}: their losses do not compare, and neither do bits.")
     if len({run.classifies for run in runs}) > 1:
         incomparable |= {"data", "text"}
         found.append("Some runs are language models and some are classifications: their losses do not compare.")
@@ -187,26 +206,55 @@ def warnings_of(runs: Sequence[ReportedRun], values: Sequence[Values]) -> tuple[
     tokens = {row.get("tokens") for row in values}
     if len(tokens) > 1:
         found.append("The runs have trained on different numbers of tokens: compare their curves by tokens or FLOPs.")
+    if asked := asked_differently(runs):
+        incomparable.add("tasks")
+        found += asked
     return found, frozenset(incomparable)
 
 
-def _bits_of(texts: set[int]) -> str:
-    """Return what a reader may do with bits per byte, by the sizes of the validation texts."""
-    if len(texts) == 1:
-        return "Compare bits per byte: the validation texts have the same size."
-    if texts:
+def _data_problem(runs: Sequence[ReportedRun]) -> str | None:
+    """Return why losses on the main validation sets do not compare; None where all runs were measured on one text."""
+    found = [validation_data(run) for run in runs]
+    known = [record for record in found if record is not None]
+    if any(not known[0].same_data(record) for record in known[1:]):
+        return "The validation data of the runs differ"
+    if len(known) < len(runs) and len({validation_path(run) for run in runs if run.main_sets}) > 1:
+        names = ", ".join(run.label for run, record in zip(runs, found, strict=True) if record is None)
+        return f"No checkpoint tells yet what {names} is validated on, and data.validation differs"
+    measured = [_newest_evaluation(run) for run in runs]
+    parts = {record.get("tokens") for record in measured if record is not None}
+    if len(parts) > 1 and any(record is not None and not record.get("complete") for record in measured):
+        return "The runs are validated on different parts of one text (training.evaluation_windows)"
+    return None
+
+
+def validation_path(run: ReportedRun) -> str | None:
+    """Return the prefix of the dataset of a run's main validation set; None where no config tells."""
+    names = run.main_sets[:1] if run.config is not None else []
+    return str(run.config.data.validation[names[0]]) if names and run.config is not None else None
+
+
+def _newest_evaluation(run: ReportedRun) -> Mapping[str, Any] | None:
+    """Return the newest record of a run's main validation set; None without one."""
+    kinds = [f"{EVALUATION}{name}" for name in run.main_sets[:1]]
+    return next((record for record in reversed(run.records) if record["kind"] in kinds), None)
+
+
+def _bits_of(texts: set[int | None]) -> str:
+    """Return what a reader may do with bits per byte, by the sizes of the validation texts; None is unknown."""
+    if len(texts - {None}) > 1:
         return "The validation texts have different sizes, so that bits per byte do not compare either."
+    if texts and None not in texts:
+        return "Compare bits per byte: the validation texts have the same size."
     return "Compare bits per byte, where both read the same text."
 
 
 def text_bytes(run: ReportedRun) -> int | None:
     """Return the bytes of the text of a run's main validation set; None where no evaluation of all of it tells."""
-    for name in run.main_sets[:1]:
-        of_set = [record for record in run.records if record["kind"] == f"{EVALUATION}{name}"]
-        if of_set and of_set[-1].get("complete") and of_set[-1].get("bits_per_byte"):
-            last = of_set[-1]
-            return round(last["loss"] * last["tokens"] / math.log(2) / last["bits_per_byte"])
-    return None
+    last = _newest_evaluation(run)
+    if last is None or not (last.get("complete") and last.get("bits_per_byte")):
+        return None
+    return round(last["loss"] * last["tokens"] / math.log(2) / last["bits_per_byte"])
 
 
 def tokenizer_of(run: ReportedRun) -> str | None:

@@ -13,10 +13,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from megachiar.data.storage.files import write_atomically
+from megachiar.monitoring.one_line import one_line
 from megachiar.monitoring.page_curves import AXES, CHARTS, ChartKind, series_of
 from megachiar.monitoring.run_page import POLICY
 from megachiar.monitoring.watched_run import WatchedRun
-from megachiar.reporting.comparison import ROWS, Comparison
+from megachiar.reporting.comparison import Comparison
 from megachiar.reporting.table import NOTHING
 from megachiar.viewer.page import as_data, build_page, parts_of
 
@@ -28,18 +29,20 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     table = RichTable(title="Runs", title_justify="left")
     table.add_column("")
     for name in comparison.runs:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_column(Text(one_line(name)), justify="right", overflow="fold")
     for measured, cells, best in comparison.rows():
-        shown = [Text(cell or NOTHING, style="bold green" if n == best else "") for n, cell in enumerate(cells)]
-        table.add_row(measured.column.heading, *shown)
+        shown = [
+            Text(one_line(cell) or NOTHING, style="bold green" if n == best else "") for n, cell in enumerate(cells)
+        ]
+        table.add_row(Text(one_line(measured.column.heading)), *shown)
     console.print(table)
     if comparison.differences:
         keys = RichTable(title="Config: what differs", title_justify="left")
         keys.add_column("key", overflow="fold")
         for name in comparison.runs:
-            keys.add_column(Text(name), overflow="fold")
+            keys.add_column(Text(one_line(name)), overflow="fold")
         for key, values in comparison.differences.items():
-            keys.add_row(key, *(Text(shown_value(value)) for value in values))
+            keys.add_row(Text(one_line(key)), *(Text(one_line(shown_value(value))) for value in values))
         console.print(keys)
 
 
@@ -52,9 +55,9 @@ def comparison_csv(comparison: Comparison) -> str:
     """Return a row for each run with all digits; a missing value is an empty field."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *(measured.key for measured in ROWS)])
+    writer.writerow(["run", *(measured.key for measured in comparison.measured)])
     for name, values in zip(comparison.runs, comparison.values, strict=True):
-        writer.writerow([name, *(values.get(measured.key) for measured in ROWS)])
+        writer.writerow([name, *(values.get(measured.key) for measured in comparison.measured)])
     return text.getvalue()
 
 
@@ -98,7 +101,21 @@ def comparison_charts(comparison: Comparison, runs: Sequence[WatchedRun]) -> lis
             unit = f"{kind.unit} (does not compare)".strip() if needs in comparison.incomparable else kind.unit
             title = f"{kind.title} on {name}"
             charts.append(_chart(kind._replace(id=f"{kind.id}-{name}", title=title, unit=unit, values={}), runs, name))
+        tasks = dict.fromkeys(name for run in runs for name in run.history.tasks) if kind.id == "tasks" else {}
+        for name in tasks:
+            unit = "does not compare" if "tasks" in comparison.incomparable else ""
+            charts.append(_task_chart(kind._replace(id=f"tasks-{name}", title=name, unit=unit), runs, name))
     return [chart for chart in charts if chart["series"]]
+
+
+def _task_chart(kind: ChartKind, runs: Sequence[WatchedRun], name: str) -> dict[str, Any]:
+    """Return the chart of a measure of a task."""
+    curves = [run.history.tasks.get(name) for run in runs]
+    is_share = all(0 <= value <= 1 for curve in curves if curve is not None for value in curve.values)
+    shares = _chart(kind, runs, name)
+    others = _chart(kind._replace(of_tasks="others"), runs, name)
+    series = sorted([*shares["series"], *others["series"]], key=lambda found: found["colour"])
+    return {**shares, "series": series, "has_log": not is_share}
 
 
 def _chart(kind: ChartKind, runs: Sequence[WatchedRun], of_set: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from megachiar.errors import UserError
 from megachiar.reporting.notes import Notes
+from megachiar.training.json_lines import finite
 from megachiar.training.metrics import read_all_lines
 
 Record = Mapping[str, Any]
@@ -103,4 +104,5 @@ def layer_curves(records: Sequence[Record], value: str) -> list[Curve]:
 
 def number(value: Any) -> float:
     """Return a number of a record; nan for None, which stands for a number that was not finite."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    known = finite(value)
+    return math.nan if known is None else known

@@ -130,8 +130,22 @@ def parse_line(line: bytes, is_record: IsRecord) -> dict[str, Any] | None:
         record = parse_json(line)
     except ValueError:
         return None
-    is_right = isinstance(record, dict) and type(record.get("step")) is int and is_record(record)
+    is_right = isinstance(record, dict) and _is_step(record.get("step")) and is_record(record)
     return record if is_right else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def finite(value: Any) -> float | None:
+    """Return a number of a record; None for what is no number, not finite, or greater than any that a run has."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a damaged line may have an integer of any length
+        return None
 
 
 def without_nan(value: Any) -> Any:

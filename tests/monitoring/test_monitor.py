@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from support import pretrain, python, start_ranks
 from terminal import on_terminal
 from watched_runs import STEPS, records_of, watched_config
 
 from megachiar.cli.monitor import main
+from megachiar.cli.page import main as write_page
 from megachiar.errors import UserError
-from megachiar.monitoring.curves import MOST_POINTS, Curve
+from megachiar.monitoring.curves import MOST_POINTS, NEWEST, Curve, thinned
 from megachiar.monitoring.growing_file import GrowingFile
-from megachiar.monitoring.run_history import RunHistory
+from megachiar.monitoring.run_history import MOST_ROWS, LayerRows, RunHistory
+from megachiar.monitoring.run_record import record_of_run
 from megachiar.monitoring.watched_run import WatchedRun
 
+DIGITS = b"1" + b"0" * 400
+HUGE = b'{"step": %s, "kind": "train"}\n{"step": 1, "time": NaN, "kind": "start", "seconds": %s}' % (DIGITS, DIGITS)
+"""Lines with numbers that no float holds, as a damaged disk may leave them."""
 MONITOR = ("-m", "megachiar", "monitor")
 
 
@@ -164,6 +173,75 @@ def test_a_file_that_is_written_anew_in_place_is_read_anew(tmp_path):
     assert file.read() == (True, [], 0)
 
 
+def test_a_long_curve_is_thinned_evenly_over_its_steps():
+    """However often it is thinned, each part of the run keeps its share of the points, and the newest stay."""
+    curve, count = Curve(), 200_000
+    for step in range(1, count + 1):
+        curve.add(step, math.exp(-step / 40_000))
+    parts = Counter((step - 1) * 10 // count for step in curve.steps)
+    assert len(curve.steps) <= MOST_POINTS and min(parts.values()) >= MOST_POINTS / 40, parts
+    assert curve.steps[-NEWEST:] == list(range(count - NEWEST + 1, count + 1))
+    kept = thinned(curve.steps, curve.values, 100)
+    shares = Counter(curve.steps[place] * 4 // (count + 1) for place in kept)
+    assert len(kept) <= 102 and min(shares.values()) >= 20, shares
+
+
+def test_rows_of_layers_stay_evenly_apart_when_a_run_goes_back():
+    rows, count = LayerRows(), 3 * MOST_ROWS
+    for step in range(count):
+        rows.add(step, [float(step)])
+    rows.forget_from(count - 7)
+    for step in range(count - 7, count + 20):
+        rows.add(step, [float(step)])
+    apart = {after - before for before, after in pairwise(rows.steps[:-1])}
+    assert apart == {4} and rows.steps[-1] == count + 19 and rows.rows[-1] == [count + 19.0]
+
+
+def test_a_number_that_is_not_finite_any_more_is_not_shown_as_the_one_before(copied, capsys):
+    """A loss that has become nan is null in the file; the newest finite one is of an earlier step."""
+    metrics = copied / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        if record["step"] == STEPS:
+            record |= dict.fromkeys({"mean_loss", "loss", "gradient_norm"} & record.keys())
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main([str(copied), "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "loss nan" in shown and "valid nan" in shown and "grad nan" in shown and "MFU" not in shown
+    run = WatchedRun(copied, "copy")
+    run.read()
+    facts = {label: (value, note) for value, label, note in record_of_run(run, {})["facts"]}
+    assert facts["training loss"] == facts["loss on valid"] == ("nan", f"step {STEPS}")
+
+
+def test_texts_of_a_run_cannot_command_the_terminal(copied, capsys):
+    """Escape sequences, line breaks and marks of direction of reasons and names are no more than signs in one line."""
+    hostile = "a\x1b[2J\x1b]0;title\x07b\x9b2J\r\nc\u202ed [bold]e[/]"
+    with open(copied / "events.jsonl", "a") as file:
+        file.write(json.dumps({"time": 1e9, "step": 12, "kind": "bad step", "reason": hostile, "action": "x"}) + "\n")
+        file.write(json.dumps({"time": 1e9, "step": 12, "kind": "failed", "reason": hostile}) + "\n")
+    with open(copied / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 12, "kind": f"evaluation/{hostile}", "loss": 1.5}) + "\n")
+    hostile_folder = copied.rename(copied.parent / "x\x1b[2J")
+    assert main([str(hostile_folder), "--once"]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert all(line.isprintable() for line in lines) and len(lines) == 24 - 1
+    assert "[bold]e[/]" in shown and "[2J" in shown and {cell_len(line) for line in lines} == {80}
+
+
+def test_arrow_keys_and_the_wheel_do_not_end_the_view(trained):
+    """They begin with the sign of Esc, which ends it alone."""
+    with on_terminal(*MONITOR, str(trained), "--every", "0.2") as terminal:
+        terminal.wait_for("finished")
+        for keys in ("\x1b[A", "\x1b[B\x1b[B", "\x1bOA", "x"):
+            terminal.type(keys)
+        terminal.resize(100, 30)
+        terminal.wait_for(lambda text: len(text.splitlines()[0]) == 100)
+        terminal.type("\x1b")
+        assert terminal.end() == 0
+
+
 def test_thinned_curves_keep_order_and_extremes():
     curve = Curve()
     for step in range(3 * MOST_POINTS):
@@ -200,6 +278,25 @@ def test_a_terminal_without_braille_gets_ascii(trained):
     done = python(*MONITOR, trained, "--once", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "*" in done.stdout and f"step {STEPS}/{STEPS}" in done.stdout
+    lines = done.stdout.splitlines()
+    assert {len(line) for line in lines} == {80} and len(lines) == 23, "no sign became several"
+    assert f"| {'=' * 70} 100%  |" in lines
+
+
+def test_a_terminal_that_only_prints_lines_gets_one_frame(trained):
+    """Nothing can be drawn over on TERM=dumb, as in an editor's shell: a live view would stay empty there."""
+    with on_terminal(*MONITOR, str(trained), TERM="dumb") as terminal:
+        assert terminal.end() == 0
+        assert f"step {STEPS}/{STEPS}".encode() in terminal.written and b"\x1b" not in terminal.written
+
+
+def test_a_view_that_is_terminated_gives_the_terminal_back(trained):
+    with on_terminal(*MONITOR, str(trained), "--every", "0.2") as terminal:
+        terminal.wait_for("finished")
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.end() == 128 + signal.SIGTERM
+        assert terminal.written.rindex(b"\x1b[?1049l") > terminal.written.rindex(b"\x1b[?1049h")
+        assert b"Traceback" not in terminal.written
 
 
 def test_what_is_no_run_is_refused_in_one_message(trained, tmp_path):
@@ -218,12 +315,16 @@ def test_what_is_no_run_is_refused_in_one_message(trained, tmp_path):
         assert remedy in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n", b'{"step": "x"}\n', b'{"step": 1, "kind": "start"}\n' * 3])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[]\n", b'{"step": "x"}\n', b'{"step": 1, "kind": "start"}\n' * 3, HUGE]
+)
 def test_strange_events_and_metrics_are_survived(copied, content, monkeypatch, capsys):
     for name in ("events.jsonl", "metrics.jsonl"):
         (copied / name).write_bytes(content + b"\n")
     assert main([str(copied), "--once"]) == 0
     assert "copy" in capsys.readouterr().out
+    write_page([str(copied), "--no-routes"])
+    assert "wrote" in capsys.readouterr().err
 
 
 def test_the_package_stays_importable_without_a_terminal(trained):
