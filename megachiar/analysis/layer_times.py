@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megachiar import launch
+from megachiar.analysis.device_activity import measure_activity
 from megachiar.benchmark import copy, machine, matrix_product, measure_interleaved, timed, write_json
 from megachiar.config import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
@@ -188,10 +189,11 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
     first, report = next(iter(passes)), {}
     for name, work in passes.items():
         speed_up, kept, spread = times.speed_up(name, over=first), kept_bytes(work), times.spread(name)
-        busy = busy_seconds(work) if device.type == "cuda" else None
+        activity = measure_activity(work.run, device)
+        busy = activity.busy_seconds
         took = spread.median if busy is None else busy
         of_limit, rate = limits.seconds(work) / took, work.flops / took
-        busy_text = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
+        busy_text = f"  busy {busy * 1e3:6.2f} ms, {activity.launches:4.0f} launches" if busy is not None else ""
         print(
             f"{name:38} {spread.format(' ms', 1e3, 2):30} {speed_up.format('x'):22}{busy_text}  "
             f"keeps {kept / 2**20:7.1f} MiB  {rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
@@ -203,22 +205,10 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
             "kept_bytes": kept,
             "flops": work.flops,
             "bytes": work.bytes,
-            "busy_seconds": busy,
+            "activity": activity._asdict(),
             "of_limit": of_limit,
         }
     return report
-
-
-def busy_seconds(work: Pass, calls: int = 3) -> float:
-    """Return the seconds that the GPU is busy in one pass, the sum over its kernels."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            work.run()
-        torch.cuda.synchronize()
-    kernels = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(kernel.self_device_time_total for kernel in kernels) / calls / 1e6
 
 
 def kept_bytes(work: Pass) -> int:
