@@ -22,7 +22,17 @@ pytestmark = pytest.mark.slow
 def test_the_exports_work_with_it(tmp_path):
     oldest, packages = ".".join(map(str, OLDEST)) + ".0", tmp_path / "packages"
     alike = [f"{name}=={importlib.metadata.version(name)}" for name in ("numpy", "safetensors")]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", packages, f"transformers=={oldest}", *alike]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        packages,
+        f"transformers=={oldest}",
+        *alike,
+    ]
     installed = subprocess.run(command, capture_output=True, text=True)
     if installed.returncode != 0:
         pytest.skip(f"transformers {oldest} cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
