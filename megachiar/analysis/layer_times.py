@@ -10,6 +10,7 @@ import torch
 
 from megachiar import launch
 from megachiar.analysis.device_activity import measure_activity
+from megachiar.analysis.peer_operators import FLASH_ATTENTION, LIGER_LOSS, flash_attention, liger_loss
 from megachiar.benchmark import copy, machine, matrix_product, measure_interleaved, timed, write_json
 from megachiar.config import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
@@ -75,7 +76,7 @@ def time_layers(options: argparse.Namespace) -> None:
         layers = compare(layer_passes(options, sequences, length, device), limits, options.rounds, device)
         operators = compare(operator_passes(options, sequences, length, device), limits, options.rounds, device)
         record["lengths"][length] = {"sequences": sequences, "layers": layers, "operators": operators}
-    write_json(options.json, record)
+        write_json(options.json, record)  # after each length: what ends the program may leave no time for all
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
@@ -159,6 +160,8 @@ def operator_passes(options: argparse.Namespace, sequences: int, length: int, de
     queries, keys, values = (y.transpose(1, 2) for y in (q, k, v))  # (B, h, T, c)
     pairs = tokens * (length + 1) / 2
     passes = {f"operator, {DENSE}": attention(lambda: causal_attention(queries, keys, values), tokens, tokens, pairs)}
+    if device.type == "cuda" and q.element_size() == 2 and (flash := flash_attention()) is not None:
+        passes[FLASH_ATTENTION] = attention(lambda: flash(q, k, v), tokens, tokens, pairs)
     for share in options.attention_share:
         indices = (torch.rand(tokens, device=device) < share).nonzero().flatten()
         passes |= routed_attentions(share, RoutedRows(indices, sequences, length))
@@ -179,6 +182,8 @@ def operator_passes(options: argparse.Namespace, sequences: int, length: int, de
     passes[f"operator, loss, {VOCABULARY} tokens"] = Pass(
         lambda: linear_cross_entropy(x, head, targets).loss, 6 * tokens * d * VOCABULARY
     )
+    if device.type == "cuda" and (liger := liger_loss()) is not None:
+        passes[LIGER_LOSS] = Pass(lambda: liger(x, head, targets), 6 * tokens * d * VOCABULARY)
     return passes
 
 

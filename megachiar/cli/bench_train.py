@@ -99,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
         for precision in options.precision
     } | peers
+    for contender in contenders.values():  # they compile side by side
+        contender.ask(options.warm_up)
     for contender in contenders.values():
-        contender.train(options.warm_up)
+        contender.answer()
     products: dict[str, tuple[Callable[[], float], int]] = {}
     for precision in options.precision:
         multiply, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
@@ -210,12 +212,24 @@ class Contender:
 
     def train(self, steps: int) -> float:
         """Train ``steps`` steps and return the seconds of one."""
-        with contextlib.suppress(BrokenPipeError):  # a process that has ended gives no reply below
+        self.ask(steps)
+        return self.answer() / steps
+
+    def ask(self, steps: int) -> None:
+        """Let the process train ``steps`` steps, without waiting for them."""
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended gives no answer
             self.requests.write(f"{steps}\n")
             self.requests.flush()
+
+    def answer(self) -> float:
+        """Wait for the steps that were asked for, and return their seconds.
+
+        Raises:
+            UserError: the process has ended.
+        """
         for line in self.replies:
             try:
-                return float(line) / steps
+                return float(line)
             except ValueError:
                 continue
         raise UserError(
