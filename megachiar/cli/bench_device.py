@@ -14,6 +14,8 @@ The exit code is 1 where a part failed or was ended. ``--rehearse`` runs the sam
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megachiar.analysis.device_check import check_device
     from megachiar.analysis.device_parts import parts_of_check
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it ends its part as Ctrl-C does
     root = Path(__file__).resolve().parents[2]
     is_good = check_device(
         parts_of_check(root, rehearse=options.rehearse),
