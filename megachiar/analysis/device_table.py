@@ -7,8 +7,17 @@ from typing import Any
 
 from megachiar.benchmark import Spread
 
-_COLUMNS = ("part", "what", "ms (quartiles)", "of the dense one's speed", "GPU busy, ms", "launches", "host, ms")
-_COLUMNS += ("GPU waits", "MFU")
+_COLUMNS = (
+    "part",
+    "what",
+    "ms (quartiles)",
+    "of the dense one's speed",
+    "GPU busy, ms",
+    "launches",
+    "host, ms",
+    "GPU waits",
+    "MFU",
+)
 _BASELINE = "baseline bf16"
 
 
