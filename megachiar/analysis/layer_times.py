@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from megachiar import launch
+from megachiar.analysis.device_activity import measure_activity
+from megachiar.analysis.peer_operators import FLASH_ATTENTION, LIGER_LOSS, flash_attention, liger_loss
 from megachiar.benchmark import copy, machine, matrix_product, measure_interleaved, timed, write_json
 from megachiar.config import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
@@ -74,7 +76,7 @@ def time_layers(options: argparse.Namespace) -> None:
         layers = compare(layer_passes(options, sequences, length, device), limits, options.rounds, device)
         operators = compare(operator_passes(options, sequences, length, device), limits, options.rounds, device)
         record["lengths"][length] = {"sequences": sequences, "layers": layers, "operators": operators}
-    write_json(options.json, record)
+        write_json(options.json, record)  # after each length: what ends the program may leave no time for all
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
@@ -158,6 +160,8 @@ def operator_passes(options: argparse.Namespace, sequences: int, length: int, de
     queries, keys, values = (y.transpose(1, 2) for y in (q, k, v))  # (B, h, T, c)
     pairs = tokens * (length + 1) / 2
     passes = {f"operator, {DENSE}": attention(lambda: causal_attention(queries, keys, values), tokens, tokens, pairs)}
+    if device.type == "cuda" and q.element_size() == 2 and (flash := flash_attention()) is not None:
+        passes[FLASH_ATTENTION] = attention(lambda: flash(q, k, v), tokens, tokens, pairs)
     for share in options.attention_share:
         indices = (torch.rand(tokens, device=device) < share).nonzero().flatten()
         passes |= routed_attentions(share, RoutedRows(indices, sequences, length))
@@ -178,6 +182,8 @@ def operator_passes(options: argparse.Namespace, sequences: int, length: int, de
     passes[f"operator, loss, {VOCABULARY} tokens"] = Pass(
         lambda: linear_cross_entropy(x, head, targets).loss, 6 * tokens * d * VOCABULARY
     )
+    if device.type == "cuda" and (liger := liger_loss()) is not None:
+        passes[LIGER_LOSS] = Pass(lambda: liger(x, head, targets), 6 * tokens * d * VOCABULARY)
     return passes
 
 
@@ -188,10 +194,11 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
     first, report = next(iter(passes)), {}
     for name, work in passes.items():
         speed_up, kept, spread = times.speed_up(name, over=first), kept_bytes(work), times.spread(name)
-        busy = busy_seconds(work) if device.type == "cuda" else None
+        activity = measure_activity(work.run, device)
+        busy = activity.busy_seconds
         took = spread.median if busy is None else busy
         of_limit, rate = limits.seconds(work) / took, work.flops / took
-        busy_text = f"  busy {busy * 1e3:6.2f} ms" if busy is not None else ""
+        busy_text = f"  busy {busy * 1e3:6.2f} ms, {activity.launches:4.0f} launches" if busy is not None else ""
         print(
             f"{name:38} {spread.format(' ms', 1e3, 2):30} {speed_up.format('x'):22}{busy_text}  "
             f"keeps {kept / 2**20:7.1f} MiB  {rate / 1e9:9,.0f} GFLOP/s  {of_limit:4.0%} of the limit",
@@ -203,22 +210,10 @@ def compare(passes: dict[str, Pass], limits: Limits, rounds: int, device: torch.
             "kept_bytes": kept,
             "flops": work.flops,
             "bytes": work.bytes,
-            "busy_seconds": busy,
+            "activity": activity._asdict(),
             "of_limit": of_limit,
         }
     return report
-
-
-def busy_seconds(work: Pass, calls: int = 3) -> float:
-    """Return the seconds that the GPU is busy in one pass, the sum over its kernels."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            work.run()
-        torch.cuda.synchronize()
-    kernels = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(kernel.self_device_time_total for kernel in kernels) / calls / 1e6
 
 
 def kept_bytes(work: Pass) -> int:

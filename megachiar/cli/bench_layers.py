@@ -4,12 +4,13 @@
 
 For each length it times a routed layer at each ``--attention-share``, with keys of all tokens and of routed tokens
 alone, against a layer whose rows all attend (``scaled_dot_product_attention``). Then it times the operators by
-themselves. Each line is one forward and backward pass; the speed-up is the median over rounds, with quartiles.
+themselves; on a GPU also flash-attn's attention and liger-kernel's loss, where they are installed. Each line is one
+forward and backward pass; the speed-up is the median over rounds, with quartiles.
 
 A line also has the MiB that autograd keeps of the forward pass, and how near the pass comes to the machine's limit. The
 limit is the longer of two times. One is that of a large matrix product with as many FLOPs; the other is that of a large
-copy of the bytes that the pass must read and write once. On a GPU a line also has the time that the GPU was busy, since
-the host takes most of the time of short passes.
+copy of the bytes that the pass must read and write once. On a GPU a line also has the time that the GPU was busy and
+the launches, since the host takes most of the time of short passes.
 
 FLOPs count a multiply-add as 2 and a backward pass as twice the forward. Causal attention counts the keys that a query
 sees. Bytes are counted for operators alone: those of inputs, results and their gradients.

@@ -15,6 +15,10 @@ three operators the others share the rest. The share of the measured steps in ro
 are printed: the peak memory of the process and, on a CPU, the peak of the tensors that a step makes. The former depends
 on holes in the heap.
 
+A second line says what a step does on a GPU: MFU against the dense peak of bf16 products; kernel launches; the time
+that the host needs; the time that the GPU is busy, and the share of the step in which it waits. All but MFU come from
+the profiler, in steps outside the timed rounds. On a CPU the line has the number of aten operations.
+
 ``--bound`` adds a contender that only repeats the matrix products and attention calls of a CHIAR-Former step, on the
 tensors that they had in it. This is the time of a step if everything else cost nothing. It works on CPUs.
 
@@ -82,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from megachiar.benchmark import machine, matrix_product, measure_interleaved, timed, write_json
+    from megachiar.planning.peaks import peak_flops, why_no_utilisation
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.bound and device.type != "cpu":
@@ -94,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in (CHIAR, *variants, BASELINE, *([BOUND] if options.bound else []))
         for precision in options.precision
     } | peers
+    for contender in contenders.values():  # they compile side by side
+        contender.ask(options.warm_up)
     for contender in contenders.values():
-        contender.train(options.warm_up)
+        contender.answer()
     products: dict[str, tuple[Callable[[], float], int]] = {}
     for precision in options.precision:
         multiply, flops = matrix_product(torch.float32 if precision == "fp32" else torch.bfloat16, device)
@@ -107,8 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = options.batch * options.sequence_length
     shape = f"d {options.hidden_size}, {options.layers} layers, T {options.sequence_length}, batch {options.batch}"
     print(f"{shape}, vocabulary {options.vocab_size}; {machine(device)}")
-    print("milliseconds a step: median (quartiles); speed-up over another contender in the same round\n")
+    print("milliseconds a step: median (quartiles); speed-up over another contender in the same round")
+    peak = peak_flops(device)
+    if peak is None:
+        print(why_no_utilisation(device) or "no MFU: a CPU has no peak in megachiar/planning/peaks.py")
+    print()
     record = {"machine": machine(device), "options": vars(options) | {"json": str(options.json)}, "contenders": {}}
+    record["peak_flops"] = peak
     for name, report in reports.items():
         spread = times.spread(name)
         line = f"{name:16} {spread.format(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
@@ -126,15 +138,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "step_bytes" in report:
                 line += f", tensors of a step {report['step_bytes'] / 2**20:.0f} MiB"
             entry["of_matrix_product"] = reached / rate
+            entry |= utilisation(report, spread.median, peak)
         others = [*(f"baseline {p}" for p in options.precision), *peers]
         others += [f"{variant} {name.split()[-1]}" for variant in variants if name not in peers]
         ratios = {other: times.speed_up(name, other) for other in others if other != name}
         print(line)
+        if text := describe_utilisation(entry):
+            print(f"{'':16} {text}")
         for other, ratio in ratios.items():
             print(f"{'':16} {ratio.format('x')} of {other}")
         record["contenders"][name] = entry | {"speed_up": ratios}
     write_json(options.json, record)
     return 0
+
+
+def utilisation(report: dict, seconds: float, peak: float | None) -> dict[str, float]:
+    """Return which part of the peak a step reaches, and which part of its time the GPU waits, as far as they are known.
+
+    Args:
+        report: of the contender.
+        seconds: of a step.
+        peak: FLOP/s of the GPU; None where it is unknown.
+    """
+    found = {} if peak is None else {"model_flops_utilisation": report["flops"] / seconds / peak}
+    busy = report.get("activity", {}).get("busy_seconds")
+    return found if busy is None else found | {"gpu_waits": max(0.0, 1 - busy / seconds)}
+
+
+def describe_utilisation(entry: dict) -> str:
+    """Return the second line of a contender, of what is known; empty where nothing is."""
+    activity = entry.get("activity", {})
+    parts = [f"MFU {entry['model_flops_utilisation']:.1%}"] if "model_flops_utilisation" in entry else []
+    if activity.get("operations") is not None:
+        parts.append(f"{activity['operations']:,.0f} aten operations")
+    if "gpu_waits" in entry:
+        parts.append(f"{activity['launches']:,.0f} launches of {activity['kernels']:,.0f} kernels")
+        parts.append(f"host {activity['host_seconds'] * 1e3:.1f} ms and {activity['waits']:.0f} waits")
+        parts.append(f"GPU busy {activity['busy_seconds'] * 1e3:.1f} ms, waits {entry['gpu_waits']:.0%}")
+    return "; ".join(parts)
 
 
 class Contender:
@@ -171,12 +212,24 @@ class Contender:
 
     def train(self, steps: int) -> float:
         """Train ``steps`` steps and return the seconds of one."""
-        with contextlib.suppress(BrokenPipeError):  # a process that has ended gives no reply below
+        self.ask(steps)
+        return self.answer() / steps
+
+    def ask(self, steps: int) -> None:
+        """Let the process train ``steps`` steps, without waiting for them."""
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended gives no answer
             self.requests.write(f"{steps}\n")
             self.requests.flush()
+
+    def answer(self) -> float:
+        """Wait for the steps that were asked for, and return their seconds.
+
+        Raises:
+            UserError: the process has ended.
+        """
         for line in self.replies:
             try:
-                return float(line) / steps
+                return float(line)
             except ValueError:
                 continue
         raise UserError(
@@ -201,6 +254,8 @@ def serve(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from megachiar.analysis.device_activity import measure_activity
+    from megachiar.benchmark import synchronise
     from megachiar.engine.engine import Engine, start_process_group
     from megachiar.planning.flops import training_flops_per_token
     from megachiar.topology import build_topology
@@ -228,6 +283,7 @@ def serve(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         for _ in range(int(line)):
             timed_step()
+        synchronise(device)  # what the optimizer has still to do is of this step, and not of the next contender's
         print(time.perf_counter() - start, flush=True)
     attention, rbf = np.mean(shares, 0)  # (layers,) each
     flops = training_flops_per_token(config.model, options.sequence_length, attention.mean(), rbf.mean())
@@ -242,6 +298,7 @@ def serve(options: argparse.Namespace) -> None:
         report["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes() - before
         if device.type == "cpu":
             report["step_bytes"] = allocated_peak(step)
+        report["activity"] = measure_activity(step, device)._asdict()
     print(json.dumps(report), flush=True)
     torch.distributed.destroy_process_group()
 

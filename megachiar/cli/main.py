@@ -61,6 +61,7 @@ GROUPS = {
         "bench-decode": "time generation, beside a full pass a token and transformers",
         "bench-checkpoint": "time the saving of checkpoints",
         "bench-dropout": "time keyed dropout, beside torch's",
+        "bench-device": "check and time a GPU in minutes: tests, layers, steps",
     },
 }
 COMMANDS = {command: summary for group in GROUPS.values() for command, summary in group.items()}

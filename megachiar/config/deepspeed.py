@@ -84,6 +84,8 @@ MONITORS = {
 DEFAULTS = {
     "steps_per_print": 2**31 - 1,
     "wall_clock_breakdown": False,
+    # DeepSpeed's own would wait for the GPU twice in each micro-batch. Ours is in metrics.jsonl.
+    "timers": {"throughput": {"enabled": False}},
     "zero_allow_untested_optimizer": True,
     # Only sequence parallelism shards the hidden states that are sent between stages, never DeepSpeed.
     "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

@@ -182,13 +182,16 @@ def skip_gradient_reduction(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.enable_backward_allreduce = False
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
     """Return the norm of the gradients that ZeRO is about to step with, or has stepped with; -1 or inf if not finite.
+
+    It is where DeepSpeed has it, as a scalar on the device or as a number of the host: nothing waits for it here.
 
     Why: ``get_global_grad_norm`` knows the norm only after the weights have changed. Since: 0.12 or before.
     It can go when the engine tells the norm before the optimizer's step.
     """
-    return float(engine.optimizer._global_grad_norm or 0.0)
+    norm = engine.optimizer._global_grad_norm
+    return 0.0 if norm is None else norm
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -15,6 +15,8 @@ from torch import nn
 from megachiar.config import RunConfig
 from megachiar.console import silence
 from megachiar.engine import deepspeed_patches
+from megachiar.engine.confusion import confusion_matrix
+from megachiar.engine.host_copies import NumberReader, to_device
 from megachiar.engine.micro_batches import MicroStep, main_steps, on_device
 from megachiar.engine.pipeline import PipelineReplica
 from megachiar.engine.replica import Replica
@@ -126,6 +128,7 @@ class Engine:
             self.replica: Replica | PipelineReplica = replica_class(config, topology, device, self.clock)
         deepspeed_patches.keep_running_at_least_loss_scale(self.deepspeed)
         self.skipped_steps = 0
+        self._reader = NumberReader(device)
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
 
     @property
@@ -190,21 +193,21 @@ class Engine:
     def _agree(self, skipped: bool, stop: bool, accept: Callable[[StepResult], bool]) -> StepResult:
         """Return the result of the step that all ranks agree on; every rank calls this method once a step.
 
-        This is the step's one reduction over all ranks. It comes before the optimizer changes anything.
+        This is the step's one reduction over all ranks, and the one place in it where our code waits for the device. It
+        comes before the optimizer changes anything.
         """
-        vector = flatten_step(
-            self.replica.measure(), skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage
-        )
+        measured = self._reader.read(self.replica.measure())
+        vector = flatten_step(measured, skipped=skipped, stop=stop, is_last_stage=self.topology.is_last_stage)
         auxiliary, layers = list(self.config.mixed.tasks), self.config.model.num_layers
         of_values = len(value_layers(self.config.model))
         result = unflatten_step(self.mean_over_world(vector), layers, auxiliary, of_values)
         return result if result.skipped or accept(result) else replace(result, skipped=True)
 
-    def evaluate(self, inputs: np.ndarray, targets: np.ndarray, first_window: int = 0) -> tuple[float, int]:
+    def evaluate(self, inputs: np.ndarray, targets: np.ndarray, first_window: int = 0) -> tuple[torch.Tensor, int]:
         """Return the summed cross-entropy in nats, and the number of targets, of this replica's windows.
 
         Of the ranks that share a replica one returns them and the others return 0, so that a sum over all ranks counts
-        each window once.
+        each window once. The cross-entropy, () float64, is on the device, and nothing has waited for it.
 
         Args:
             inputs: tokens (n, T) int64 of at most a micro-batch.
@@ -215,20 +218,23 @@ class Engine:
         if missing and self.topology.model_size > 1:  # pipeline stages and row shards work on whole micro-batches
             inputs = np.pad(inputs, ((0, missing), (0, 0)))
             targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=IGNORED_TARGET)
-        nats = self.replica.evaluate(
-            torch.from_numpy(inputs).to(self.device),
-            torch.from_numpy(targets).to(self.device),
-            torch.arange(first_window, first_window + len(inputs), device=self.device),
-        )
-        if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
-            return 0.0, 0
+        on_device = to_device(np.stack([inputs, targets]), self.device)
+        sample_ids = torch.arange(first_window, first_window + len(inputs), device=self.device)
+        nats = self.replica.evaluate(on_device[0], on_device[1], sample_ids)
+        if not self._counts_samples:
+            return torch.zeros_like(nats), 0
         return nats, int((targets != IGNORED_TARGET).sum())
 
-    def classify(self, samples: np.ndarray, task: int, first_example: int = 0) -> tuple[float, np.ndarray]:
+    @property
+    def _counts_samples(self) -> bool:
+        """Return whether this rank is the one that counts the samples of its replica."""
+        return self.topology.is_last_stage and self.topology.tensor.rank == 0
+
+    def classify(self, samples: np.ndarray, task: int, first_example: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed cross-entropy in nats of labelled sequences, and how often each class was taken for each.
 
         Of the ranks that share a replica one returns them and the others return zeros, so that a sum over all ranks
-        counts each sequence once.
+        counts each sequence once. Both are on the device, and nothing has waited for them.
 
         Args:
             samples: (n, T + 1) int64 of at most a micro-batch: tokens padded with -1, and the label.
@@ -236,7 +242,7 @@ class Engine:
             first_example: number of the first sequence in its set; the others follow it.
 
         Returns:
-            Nats, and the confusion matrix (C, C) int64 by label and predicted class.
+            Nats () float64, and the confusion matrix (C, C) int64 by label and predicted class.
         """
         head = self.config.tasks[task].head
         assert head is not None, "the task is a classification"
@@ -244,16 +250,13 @@ class Engine:
         if missing and self.topology.model_size > 1:
             samples = np.pad(samples, ((0, missing), (0, 0)), constant_values=PADDING)
             samples[len(samples) - missing :, -1] = IGNORED_TARGET
-        confusion = np.zeros((head.classes, head.classes), np.int64)
-        tensor = torch.from_numpy(samples).to(self.device)
+        tensor = to_device(samples, self.device)
+        labels = tensor[:, -1]
         sample_ids = torch.arange(first_example, first_example + len(samples), device=self.device)
-        nats, predicted = self.replica.classify(tensor[:, :-1], tensor[:, -1], sample_ids, task)
-        if not (self.topology.is_last_stage and self.topology.tensor.rank == 0):
-            return 0.0, confusion
-        labels = samples[:, -1]
-        is_labelled = labels != IGNORED_TARGET
-        np.add.at(confusion, (labels[is_labelled], predicted[is_labelled]), 1)
-        return nats, confusion
+        nats, predicted = self.replica.classify(tensor[:, :-1], labels, sample_ids, task)
+        if not self._counts_samples:
+            return torch.zeros_like(nats), labels.new_zeros(head.classes, head.classes)
+        return nats, confusion_matrix(labels, predicted, head.classes)
 
     def whole_model(self) -> ChiarFormer:
         """Return the model of this rank in evaluation mode, to read texts of any length; the next step trains it again.

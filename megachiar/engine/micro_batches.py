@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megachiar.config.tasks import RunTask
+from megachiar.engine.host_copies import to_device
 
 _TASK_BITS = 48
 
@@ -53,7 +54,7 @@ def on_device(
     tasks: Sequence[RunTask],
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of a step on the device.
+    """Yield the micro-batches of a step on the device, by one copy each: the device counts the sample ids itself.
 
     Args:
         batches: number of the first sample, within its task, and samples of each micro-batch in the order of the plan:
@@ -63,7 +64,7 @@ def on_device(
         device: of this rank.
     """
     for micro_step, (first_sample, batch) in zip(plan, batches, strict=True):
-        samples = torch.from_numpy(batch).to(device, non_blocking=True)
+        samples = to_device(batch, device)
         first = first_sample + (micro_step.task << _TASK_BITS)
         sample_ids = torch.arange(first, first + len(batch), device=device)
         is_labelled = tasks[micro_step.task].head is not None

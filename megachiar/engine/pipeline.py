@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +26,7 @@ from megachiar.engine.pipeline_stages import MicroBatchQueue, StageEmbedding, St
 from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
-from megachiar.engine.step_metrics import STATISTICS, RankMetrics, flatten_auxiliary, flatten_forward
+from megachiar.engine.step_metrics import STATISTICS, flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model.classifier import classifier_loss
 from megachiar.model.compiled import compile_parts
 from megachiar.phases import phase
@@ -126,50 +125,51 @@ class PipelineReplica:
         read = self.clock.reading(micro_batches)
         self.deepspeed.train_batch(((batch.inputs, batch.sample_ids), batch.targets) for batch in read)
 
-    def measure(self) -> RankMetrics:
-        """Return what this rank has measured in the current step, once its gradients are reduced; call it once."""
-        norm = deepspeed_patches.gradient_norm(self.deepspeed)
-        return RankMetrics(
-            forward=self._forward_metrics().tolist(),
+    def measure(self) -> torch.Tensor:
+        """Return what this rank has measured in the current step, once its gradients are reduced: see ``flatten_rank``.
+
+        The vector is on the device, and nothing has waited for it. Call it once in a step.
+        """
+        return flatten_rank(
+            forward=self._forward_metrics(),
             auxiliary=self._auxiliary_metrics(),
-            values=self.routers.measure(),
-            gradient_norm=norm,
+            values=self.routers.measure(self.device),
+            gradient_norm=deepspeed_patches.gradient_norm(self.deepspeed),
         )
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
-        """Return the cross-entropy in nats, summed over the targets, on the last stage; 0 on the others.
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy in nats, summed over the targets, () float64, on the last stage; 0 on the others.
 
         ``inputs`` and ``targets`` are (B, T), ``sample_ids`` (B,).
         """
-        outputs = self._evaluate(inputs, targets, sample_ids, 0)
-        return outputs[0].item() if outputs is not None else 0.0
+        return self._evaluate(inputs, targets, sample_ids, 0)[0]
 
     def classify(
         self, inputs: torch.Tensor, labels: torch.Tensor, sample_ids: torch.Tensor, task: int
-    ) -> tuple[float, np.ndarray]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
 
-        The last stage returns them, and the others zeros. ``task`` is the number of the classification.
+        The last stage returns them, and the others zeros. ``task`` is the number of the classification. The sum is
+        () float64, the classes are int64.
         """
         outputs = self._evaluate(inputs, labels, sample_ids, task)
-        if outputs is None:
-            return 0.0, np.zeros(len(inputs), np.int64)
-        nats, *predicted = outputs.tolist()
-        return nats, np.array(predicted, np.int64)
+        return outputs[0], outputs[1:].long()
 
     def _evaluate(
         self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor, task: int
-    ) -> torch.Tensor | None:
-        """Return what ``StageModule.loss`` returns for a micro-batch; None on all stages but the last."""
+    ) -> torch.Tensor:
+        """Return what ``StageModule.loss`` returns for a micro-batch; zeros on all stages but the last."""
         self._fill_queues([MicroStep(task)])
         outputs = deepspeed_patches.evaluate_micro_batch(self.deepspeed, ((inputs, sample_ids), targets))
-        return outputs[0] if self.topology.is_last_stage else None
+        if self.topology.is_last_stage:
+            return outputs[0]
+        return torch.zeros(1 + len(inputs), dtype=torch.float64, device=self.device)
 
     def _fill_queues(self, plan: Sequence[MicroStep]) -> None:
         for queue in self._queues:
             queue.fill(plan)
 
-    def _auxiliary_metrics(self) -> list[float]:
+    def _auxiliary_metrics(self) -> torch.Tensor:
         """Return what this stage measured of the auxiliary tasks since the last call; 0 for what other stages know."""
         losses = [list(of_task) for of_task in self.deepspeed.module.losses[1:]]
         for of_task in self.deepspeed.module.losses[1:]:
@@ -178,19 +178,21 @@ class PipelineReplica:
         for part in self._parts:
             for of_task, more in zip(gates, part.take_gates(), strict=True):
                 of_task += more
-        return flatten_auxiliary(losses, gates)
+        return flatten_auxiliary(losses, gates, self.device)
 
     def _forward_metrics(self) -> torch.Tensor:
-        """Return what this stage measured since the last call, float64 on the CPU; 0 for what other stages know."""
+        """Return what this stage measured since the last call, (2 + 5L,) float64; 0 for what other stages know."""
+        shape = len(STATISTICS), self.config.model.num_layers
+        statistics = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        regulariser = statistics.new_zeros(())
         losses = self.deepspeed.module.losses[0]
-        loss = torch.stack(losses).double().mean().cpu() if losses else torch.zeros(())
+        loss = torch.stack(losses).double().mean() if losses else statistics.new_zeros(())
         losses.clear()
-        regulariser = torch.zeros((), dtype=torch.float64)
-        statistics = torch.zeros(len(STATISTICS), self.config.model.num_layers, dtype=torch.float64)
         for part in self._parts:
             part_regulariser, part_statistics = part.take_report()
-            regulariser += part_regulariser.double().cpu()
-            statistics[:, [int(index) for index in part.layers]] = part_statistics.double().cpu()
+            regulariser += part_regulariser.double()
+            for index, of_layer in zip(part.layers, part_statistics.double().unbind(1), strict=True):
+                statistics[:, int(index)] = of_layer
         return flatten_forward(loss, regulariser, statistics)
 
 

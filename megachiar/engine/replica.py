@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +16,7 @@ from megachiar.engine.optimizer import build_optimizer
 from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
-from megachiar.engine.step_metrics import RankMetrics, flatten_auxiliary, flatten_forward
+from megachiar.engine.step_metrics import flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
 from megachiar.topology import Topology
@@ -103,33 +102,38 @@ class Replica:
         self._gates[micro_step.task - 1].append(output.statistics.gate[0])
         return output.loss * micro_step.weight
 
-    def measure(self) -> RankMetrics:
-        """Return what this rank has measured in the current step, once its gradients are reduced."""
-        norm = deepspeed_patches.gradient_norm(self.deepspeed) if self._norm is None else self._norm.item()
-        return RankMetrics(
-            forward=torch.stack(self._forward).mean(0).tolist(),
-            auxiliary=flatten_auxiliary(self._losses, self._gates),
-            values=self.routers.measure(),
-            gradient_norm=norm,
+    def measure(self) -> torch.Tensor:
+        """Return what this rank has measured in the current step, once its gradients are reduced: see ``flatten_rank``.
+
+        The vector is on the device, and nothing has waited for it.
+        """
+        return flatten_rank(
+            forward=torch.stack(self._forward).mean(0),
+            auxiliary=flatten_auxiliary(self._losses, self._gates, self.device),
+            values=self.routers.measure(self.device),
+            gradient_norm=deepspeed_patches.gradient_norm(self.deepspeed) if self._norm is None else self._norm,
         )
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> float:
-        """Return the cross-entropy of inputs and targets (B, T) in nats, summed over the targets; ids are (B,)."""
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy of inputs and targets (B, T) in nats, summed over the targets, () float64.
+
+        ``sample_ids`` are (B,).
+        """
         self.deepspeed.eval()
         with torch.no_grad():
-            return self.deepspeed(inputs, targets, sample_ids).token_losses.double().sum().item()
+            return self.deepspeed(inputs, targets, sample_ids).token_losses.double().sum()
 
     def classify(
         self, inputs: torch.Tensor, labels: torch.Tensor, sample_ids: torch.Tensor, task: int
-    ) -> tuple[float, np.ndarray]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of sequences (B, T) and labels (B,) in nats, summed, and the predicted classes (B,).
 
-        ``task`` is the number of the classification.
+        ``task`` is the number of the classification. The sum is () float64, the classes are int64.
         """
         self.deepspeed.eval()
         with torch.no_grad():
             output = self.deepspeed(inputs, labels, sample_ids, head=self.config.tasks[task].name)
-        return output.token_losses.double().sum().item(), output.logits.argmax(-1).cpu().numpy()
+        return output.token_losses.double().sum(), output.logits.argmax(-1)
 
     def _unclipped_norm(self) -> torch.Tensor | None:
         """Return the gradient norm before clipping under ZeRO 0; None where DeepSpeed reports it, or between steps.

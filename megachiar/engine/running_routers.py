@@ -80,13 +80,17 @@ class RunningRouters:
         for router in self._routers:
             if router.value_head is not None:
                 router.value_head.gradient_scale = gradient_scale
-                router.value_head.take_sums()
+                router.value_head.sums = None
 
-    def measure(self) -> list[float]:
-        """Return the sums of this step, three for each layer of ``value_layers``; 0 for layers of other ranks."""
-        layers = value_layers(self._config)
-        sums = {router.layer: router.value_head.take_sums() for router in self._routers if router.value_head}
-        return [number for layer in layers for number in sums.get(layer, ValueSums())]
+    def measure(self, device: torch.device) -> torch.Tensor:
+        """Return the sums of this step on ``device``, float64: three for each layer of ``value_layers``.
+
+        They are 0 for layers of other ranks, and where nothing was measured.
+        """
+        nothing = torch.zeros(len(ValueSums._fields), dtype=torch.float64, device=device)
+        measured = {router.layer: router.value_head.sums for router in self._routers if router.value_head}
+        sums = (measured.get(layer) for layer in value_layers(self._config))
+        return torch.cat([nothing[:0], *(nothing if each is None else each for each in sums)])
 
     @torch.no_grad()
     def follow(self, attention_share: list[float], values: Iterable[ValueSums]) -> None:

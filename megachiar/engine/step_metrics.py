@@ -79,63 +79,65 @@ class StepResult:
         return all(math.isfinite(value) for value in (*losses, self.regulariser, self.gradient_norm))
 
 
-@dataclass(frozen=True)
-class RankMetrics:
-    """What one rank measured in a step.
-
-    Attributes:
-        forward: the first 2 + 5L values of the vector; 0 for what other pipeline stages know.
-        auxiliary: the 3A values of the auxiliary tasks.
-        gradient_norm: global L2 norm of the gradients before clipping, over all ranks; below 0, inf or nan where a
-            gradient is not finite.
-        values: the 3V sums of explored tokens.
-    """
-
-    forward: list[float]
-    auxiliary: list[float]
-    gradient_norm: float
-    values: list[float] = field(default_factory=list)
-
-    @property
-    def has_finite_gradients(self) -> bool:
-        """Return whether every gradient was finite."""
-        return math.isfinite(self.gradient_norm) and self.gradient_norm >= 0
-
-
 def flatten_forward(loss: torch.Tensor, regulariser: torch.Tensor, statistics: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the values of a forward pass as one float64 vector (2 + 4L,) on the model's device.
+    """Return the values of a forward pass as one float64 vector (2 + 5L,) on the model's device.
 
-    One vector is read from the device once. ``loss`` and ``regulariser`` are scalars; ``statistics`` are five tensors
-    (L,) as ``RoutingStatistics.summable`` has them.
+    ``loss`` and ``regulariser`` are scalars; ``statistics`` are five tensors (L,) as ``RoutingStatistics.summable`` has
+    them.
     """
     return torch.cat([part.detach().double().reshape(-1) for part in (loss, regulariser, *statistics)])
 
 
-def flatten_auxiliary(losses: Sequence[Sequence[torch.Tensor]], gates: Sequence[Sequence[torch.Tensor]]) -> list[float]:
-    """Return the values of the auxiliary tasks, from scalars for each micro-batch of each task.
+def flatten_auxiliary(
+    losses: Sequence[Sequence[torch.Tensor]], gates: Sequence[Sequence[torch.Tensor]], device: torch.device
+) -> torch.Tensor:
+    """Return the values of the auxiliary tasks (3A,) float64, from scalars for each micro-batch of each task.
 
     Args:
         losses: of each task; none on the pipeline stages that do not know them.
         gates: of each task; none on the stages without layer 1.
+        device: of this rank.
     """
-    values: list[float] = []
+    values = [torch.zeros(0, dtype=torch.float64, device=device)]
     for of_losses, of_gates in zip(losses, gates, strict=True):
-        sums = [
-            float(torch.stack(list(scalars)).double().sum()) if scalars else 0.0 for scalars in (of_losses, of_gates)
-        ]
-        values += [*sums, float(len(of_losses))]
-    return values
+        for scalars in (of_losses, of_gates):
+            of_task = torch.stack(list(scalars)).double() if scalars else values[0]
+            values.append(of_task.sum()[None])
+        values.append(torch.full((1,), len(of_losses), dtype=torch.float64, device=device))
+    return torch.cat(values)
 
 
-def flatten_step(metrics: RankMetrics, *, skipped: bool, stop: bool, is_last_stage: bool) -> list[float]:
-    """Return the vector of one rank. All stages know the gradient norm, and the last one gives it.
+def flatten_rank(
+    forward: torch.Tensor, auxiliary: torch.Tensor, values: torch.Tensor, gradient_norm: torch.Tensor | float
+) -> torch.Tensor:
+    """Return what one rank measured in a step as one float64 vector, which is read from the device once.
 
-    A rank whose gradients are not finite makes the norm inf, whatever stage it is on.
+    Args:
+        forward: the first 2 + 5L values of the vector; 0 for what other pipeline stages know.
+        auxiliary: the 3A values of the auxiliary tasks.
+        values: the 3V sums of explored tokens.
+        gradient_norm: global L2 norm of the gradients before clipping, over all ranks; below 0, inf or nan where a
+            gradient is not finite. It is the last value.
     """
-    norm = metrics.gradient_norm if is_last_stage else 0.0
-    if not metrics.has_finite_gradients:
+    if isinstance(gradient_norm, torch.Tensor):
+        norm = gradient_norm.to(forward).reshape(1)
+    else:
+        norm = torch.full_like(forward[:1], gradient_norm)
+    return torch.cat([forward, auxiliary, values, norm])
+
+
+def flatten_step(measured: list[float], *, skipped: bool, stop: bool, is_last_stage: bool) -> list[float]:
+    """Return the vector of one rank, from what it measured as ``flatten_rank`` orders it.
+
+    All stages know the gradient norm, and the last one gives it. A rank whose gradients are not finite makes the norm
+    inf, whatever stage it is on.
+    """
+    *sums, norm = measured
+    if not math.isfinite(norm) or norm < 0:
         norm = math.inf
-    return [*metrics.forward, *metrics.auxiliary, *metrics.values, norm, float(skipped), float(stop)]
+    elif not is_last_stage:
+        norm = 0.0
+    return [*sums, norm, float(skipped), float(stop)]
 
 
 def unflatten_step(

@@ -15,6 +15,7 @@ from megachiar.data.sampling.dataset import TokenSource, ValidationSet
 from megachiar.data.sampling.document_end import why_unmasked
 from megachiar.data.sampling.examples import ExampleSet, LabelledSource
 from megachiar.data.storage.files import bin_path, manifest_path
+from megachiar.engine.confusion import confusion_matrix
 from megachiar.errors import UserError
 from megachiar.inference.generation import stream
 from megachiar.inference.text_stream import TextStream
@@ -232,10 +233,10 @@ def model_score(model: ChiarFormer, device: torch.device) -> Score:
     """Return a ``Score`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def score(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[float, int]:
+    def score(inputs: np.ndarray, targets: np.ndarray, first_window: int) -> tuple[torch.Tensor, int]:
         numbers = torch.arange(first_window, first_window + len(inputs), device=device)
         output = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers)
-        return output.token_losses.double().sum().item(), int((targets != IGNORED_TARGET).sum())
+        return output.token_losses.double().sum(), int((targets != IGNORED_TARGET).sum())
 
     return score
 
@@ -244,15 +245,14 @@ def model_classify(model: ChiarFormer, device: torch.device, config: RunConfig) 
     """Return a ``Classify`` that runs ``model`` on ``device``, without an engine."""
 
     @torch.inference_mode()
-    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         name, head = config.tasks[task]
         assert head is not None, "the task is a classification"
         tokens = torch.from_numpy(samples).to(device)
         sample_ids = torch.arange(first, first + len(samples), device=device)
         output = model(tokens[:, :-1], tokens[:, -1], sample_ids, head=name)
-        confusion = np.zeros((head.classes, head.classes), np.int64)
-        np.add.at(confusion, (samples[:, -1], output.logits.argmax(-1).cpu().numpy()), 1)
-        return output.token_losses.double().sum().item(), confusion
+        confusion = confusion_matrix(tokens[:, -1], output.logits.argmax(-1), head.classes)
+        return output.token_losses.double().sum(), confusion
 
     return classify
 

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megachiar.data.sampling.examples import ExampleSet
 from megachiar.kernels.ignored_target import IGNORED_TARGET, PADDING
 
-Classify = Callable[[np.ndarray, int, int], tuple[float, np.ndarray]]
+Classify = Callable[[np.ndarray, int, int], tuple[torch.Tensor, torch.Tensor]]
 """Takes samples, int64 (n, T + 1), the number of their task, and of the first sample in its set; returns the summed
-cross-entropy in nats and the confusion matrix (C, C) by label and predicted class."""
+cross-entropy in nats, () float64, and the confusion matrix (C, C) int64 by label and predicted class, on the model's
+device."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ def evaluate_examples(
     """Classify a labelled dataset on several ranks, each of which calls this function.
 
     Arguments are those of ``evaluation.evaluate``; ``examples`` is how many all ranks together classify, from the first
-    on. A rank that has none left classifies padding.
+    on. A rank that has none left classifies padding. The sums stay on the device, and are read once at the end.
     """
     total = min(examples or dataset.windows, dataset.windows)
-    nats, confusion = 0.0, np.zeros(0)
+    sums: torch.Tensor | float = 0.0
     for first in range(0, total, batch_size * ranks):
         before_batch(first)
         begin = min(first + rank * batch_size, total)
@@ -71,9 +73,10 @@ def evaluate_examples(
             samples = np.full((1, dataset.sequence_length + 1), PADDING, np.int64)
             samples[:, -1] = IGNORED_TARGET
         batch_nats, batch_confusion = classify(samples, dataset.task, begin)
-        nats, confusion = nats + batch_nats, batch_confusion + (confusion if confusion.size else 0)
-    classes = len(confusion)
-    nats, *counts = reduce_sum([nats, *map(float, confusion.flatten())])
+        sums = sums + torch.cat([batch_nats[None], batch_confusion.flatten().double()])
+    assert isinstance(sums, torch.Tensor), "a dataset has an example"
+    nats, *counts = reduce_sum(sums.tolist())
+    classes = math.isqrt(len(counts))
     return summarise_confusion(nats, np.array(counts).reshape(classes, classes), complete=total == dataset.windows)
 
 

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from megachiar.data.sampling.dataset import ValidationSet
 from megachiar.kernels.ignored_target import IGNORED_TARGET
 
-Score = Callable[[np.ndarray, np.ndarray, int], tuple[float, int]]
+Score = Callable[[np.ndarray, np.ndarray, int], tuple[torch.Tensor, int]]
 """Takes inputs and targets, int64 (n, T), of consecutive windows, and the number of the first one in its set; returns
-the summed cross-entropy in nats and the number of targets. The numbers key random routes: a window takes the same ones
-in every layout and batch size."""
+the summed cross-entropy in nats, () float64 on the model's device, and the number of targets. The numbers key random
+routes: a window takes the same ones in every layout and batch size."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def evaluate(
     """Score a validation set on several ranks, each of which calls this function.
 
     Every rank calls ``score`` equally often, since ZeRO 3 gathers parameters on all ranks at once. A rank that has no
-    window left scores padding.
+    window left scores padding. The sum stays on the device, and is read once at the end.
 
     Args:
         score: of the model.
@@ -79,7 +80,8 @@ def evaluate(
             raises breaks the evaluation off.
     """
     total = min(windows or dataset.windows, dataset.windows)
-    nats, targets = 0.0, 0
+    nats: torch.Tensor | float = 0.0
+    targets = 0
     for first in range(0, total, batch_size * ranks):
         before_batch(first)
         begin = min(first + rank * batch_size, total)
@@ -89,8 +91,8 @@ def evaluate(
             wanted = np.full_like(inputs, IGNORED_TARGET)
         batch_nats, batch_targets = score(inputs, wanted, begin)
         nats, targets = nats + batch_nats, targets + batch_targets
-    nats, count = reduce_sum([nats, float(targets)])
-    return summarise(nats, round(count), dataset)
+    all_nats, count = reduce_sum([float(nats), float(targets)])
+    return summarise(all_nats, round(count), dataset)
 
 
 def summarise(nats: float, tokens: int, dataset: ValidationSet) -> Evaluation:

@@ -74,6 +74,22 @@ def test_training_steps_beside_a_peer(tmp_path, variant, override, more, precisi
     assert record["products fp32"]["flops"] == pytest.approx(chiar["flops"], rel=0.01)
     assert "peak_bytes" not in record["products fp32"]  # what it keeps is no step's
     assert "of other" in done.stdout
+    assert chiar["activity"]["operations"] > record["baseline fp32"]["activity"]["operations"] > 100
+    assert "activity" not in record["products fp32"] and "model_flops_utilisation" not in chiar
+    assert done.stdout.count("no MFU") == 1 and done.stdout.count("aten operations") == 3 * len(precisions)
+
+
+def test_utilisation_is_of_the_peak_and_of_the_steps_time():
+    activity = {"launches": 1500.0, "kernels": 1600.0, "busy_seconds": 0.012, "waits": 25.0, "host_seconds": 0.018}
+    report = {"flops": 4e12, "activity": activity}
+    known = bench_train.utilisation(report, seconds=0.02, peak=1e15)
+    assert known == {"model_flops_utilisation": pytest.approx(0.2), "gpu_waits": pytest.approx(0.4)}
+    assert bench_train.describe_utilisation(report | known) == (
+        "MFU 20.0%; 1,500 launches of 1,600 kernels; host 18.0 ms and 25 waits; GPU busy 12.0 ms, waits 40%"
+    )
+    assert bench_train.utilisation(report, seconds=0.01, peak=None) == {"gpu_waits": 0.0}
+    assert bench_train.describe_utilisation({"activity": {"operations": 2000.0}}) == "2,000 aten operations"
+    assert bench_train.describe_utilisation({"seconds": [1.0]}) == ""
 
 
 @pytest.mark.slow
@@ -171,6 +187,7 @@ def test_layers_and_operators(tmp_path):
     for found in lengths.values():
         dense, *routed = found["layers"].values()
         assert dense["speed_up"][0] == 1.0 and len(routed) == 4
+        assert dense["activity"]["operations"] < routed[0]["activity"]["operations"]
         assert all(len(entry["seconds"]) == 2 for entry in found["operators"].values())
 
 

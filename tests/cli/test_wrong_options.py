@@ -20,7 +20,7 @@ from megachiar.config.shipped import shipped_configs
 from megachiar.errors import UserError
 from megachiar.options import OptionError, Parser
 
-NEEDS_NOTHING = {"quickstart", "bench-train", "bench-layers", "bench-dropout", "bench-decode"}
+NEEDS_NOTHING = {"quickstart", "bench-train", "bench-layers", "bench-dropout", "bench-decode", "bench-device"}
 
 
 def refused(line: str) -> OptionError:

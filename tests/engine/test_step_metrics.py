@@ -7,11 +7,11 @@ import torch
 
 from megachiar.engine.step_metrics import (
     STATISTICS,
-    RankMetrics,
     StepResult,
     TaskResult,
     flatten_auxiliary,
     flatten_forward,
+    flatten_rank,
     flatten_step,
     unflatten_step,
 )
@@ -25,8 +25,16 @@ STATISTICS_OF_LAYERS = RoutingStatistics(
     gate=torch.tensor([0.375, 5.0, 6.0]),
     real_share=torch.ones(3),
 )
-NOTHING_MEASURED = [*[0.0] * (2 + (len(STATISTICS) - 1) * LAYERS), *[1.0] * LAYERS]
+NOTHING_MEASURED = torch.tensor([*[0.0] * (2 + (len(STATISTICS) - 1) * LAYERS), *[1.0] * LAYERS], dtype=torch.float64)
 """A vector of zeros without padding."""
+NONE = torch.zeros(0, dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def measured(forward: torch.Tensor, auxiliary: torch.Tensor = NONE, norm: torch.Tensor | float = 7.0) -> list[float]:
+    """Return what a rank reads from its device."""
+    return flatten_rank(forward, auxiliary, values=NONE, gradient_norm=norm).tolist()
+
 
 EXPECTED = StepResult(
     loss=4.5,
@@ -44,8 +52,9 @@ EXPECTED = StepResult(
 def test_each_number_comes_back_under_its_name():
     forward = flatten_forward(torch.tensor(4.5), torch.tensor(-0.5), STATISTICS_OF_LAYERS.summable())
     assert forward.dtype == torch.float64 and forward.shape == (2 + len(STATISTICS) * LAYERS,)
-    metrics = RankMetrics(forward=forward.tolist(), auxiliary=[], gradient_norm=7.0)
-    assert unflatten_step(flatten_step(metrics, skipped=False, stop=True, is_last_stage=True), LAYERS) == EXPECTED
+    for norm in (7.0, torch.tensor(7.0), torch.tensor([7.0])):
+        numbers = measured(forward, norm=norm)
+        assert unflatten_step(flatten_step(numbers, skipped=False, stop=True, is_last_stage=True), LAYERS) == EXPECTED
 
 
 def test_two_stages_add_up_to_the_whole_model():
@@ -57,16 +66,19 @@ def test_two_stages_add_up_to_the_whole_model():
         flatten_forward(torch.tensor(4.5), torch.tensor(-0.25), second),
     ]
     vectors = [
-        flatten_step(RankMetrics(forward.tolist(), [], 7.0), skipped=False, stop=stage == 0, is_last_stage=stage == 1)
+        flatten_step(measured(forward), skipped=False, stop=stage == 0, is_last_stage=stage == 1)
         for stage, forward in enumerate(forwards)
     ]
     assert unflatten_step([sum(values) for values in zip(*vectors, strict=True)], LAYERS) == EXPECTED
 
 
 def test_an_overflow_on_any_rank_is_a_skipped_step():
-    metrics = RankMetrics(forward=NOTHING_MEASURED, auxiliary=[], gradient_norm=float("inf"))
-    result = unflatten_step(flatten_step(metrics, skipped=True, stop=False, is_last_stage=True), LAYERS)
-    assert result.skipped and not result.stop and result.gradient_norm == float("inf")
+    for norm in (float("inf"), float("nan"), -1.0, torch.tensor(-1.0)):
+        numbers = measured(NOTHING_MEASURED, norm=norm)
+        for is_last_stage in (True, False):
+            vector = flatten_step(numbers, skipped=True, stop=False, is_last_stage=is_last_stage)
+            result = unflatten_step(vector, LAYERS)
+            assert result.skipped and not result.stop and result.gradient_norm == float("inf")
 
 
 def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batches():
@@ -75,16 +87,12 @@ def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batch
     def scalars(*values: float) -> list[torch.Tensor]:
         return [torch.tensor(value) for value in values]
 
-    first = [flatten_auxiliary([[], []], [scalars(*gates), []]) for gates in ((0.25, 0.75), (0.5, 0.5))]
-    second = [flatten_auxiliary([scalars(*losses), []], [[], []]) for losses in ((1.0, 2.0), (3.0, 6.0))]
+    first = [flatten_auxiliary([[], []], [scalars(*gates), []], CPU) for gates in ((0.25, 0.75), (0.5, 0.5))]
+    second = [flatten_auxiliary([scalars(*losses), []], [[], []], CPU) for losses in ((1.0, 2.0), (3.0, 6.0))]
     vectors = [
-        flatten_step(
-            RankMetrics(NOTHING_MEASURED, values, 7.0),
-            skipped=False,
-            stop=False,
-            is_last_stage=values in second,
-        )
-        for values in (*first, *second)
+        flatten_step(measured(NOTHING_MEASURED, values), skipped=False, stop=False, is_last_stage=is_last_stage)
+        for is_last_stage, stages in ((False, first), (True, second))
+        for values in stages
     ]
     mean = [sum(values) / 2 for values in zip(*vectors, strict=True)]
     result = unflatten_step(mean, LAYERS, ["a", "b"])
@@ -93,9 +101,8 @@ def test_auxiliary_tasks_are_averaged_over_stages_replicas_and_their_micro_batch
 
 
 def test_a_loss_of_a_task_that_is_not_finite_is_a_skipped_step():
-    forward = NOTHING_MEASURED
-    metrics = RankMetrics(forward, [float("nan"), 0.5, 1.0], 7.0)
-    assert unflatten_step(flatten_step(metrics, skipped=False, stop=False, is_last_stage=True), LAYERS, ["a"]).skipped
+    numbers = measured(NOTHING_MEASURED, torch.tensor([float("nan"), 0.5, 1.0], dtype=torch.float64))
+    assert unflatten_step(flatten_step(numbers, skipped=False, stop=False, is_last_stage=True), LAYERS, ["a"]).skipped
 
 
 def test_statistics_are_means_over_real_rows():
@@ -104,9 +111,8 @@ def test_statistics_are_means_over_real_rows():
     forwards = [
         flatten_forward(torch.ones(()), torch.zeros(()), each.summable()) for each in (STATISTICS_OF_LAYERS, second)
     ]
-    vector = flatten_step(
-        RankMetrics(torch.stack(forwards).mean(0).tolist(), [], 7.0), skipped=False, stop=False, is_last_stage=True
-    )
+    numbers = measured(torch.stack(forwards).mean(0))
+    vector = flatten_step(numbers, skipped=False, stop=False, is_last_stage=True)
     result = unflatten_step(vector, LAYERS)
     for name in ("attention_share", "rbf_share", "entropy"):
         expected = [value * (1 + 2 * 0.25) / 1.25 for value in getattr(EXPECTED, name)]

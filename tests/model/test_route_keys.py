@@ -167,7 +167,7 @@ def test_windows_that_are_spread_over_a_text_keep_their_numbers(dataset):
         output = model(*(torch.from_numpy(part) for part in spread))
     for window, loss in zip(spread.numbers.tolist(), output.token_losses, strict=True):
         nats, _ = model_score(model, device)(*dataset.batch(window, window + 1), window)
-        assert loss.double().sum().item() == pytest.approx(nats, rel=1e-6)
+        assert loss.double().sum().item() == pytest.approx(nats.item(), rel=1e-6)
 
 
 def test_generation_takes_the_routes_of_its_number():

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from labelled import CLASSES, write_examples
 from support import checkpoint_tensors, forked_python, pretrain, small_config, write_config, write_tokens
 
 from megachiar.checkpoint.format import read_state
 from megachiar.config.load import parse_config
 from megachiar.data.storage.reader import IndexedDataset
+from megachiar.engine.confusion import confusion_matrix
 from megachiar.errors import UserError
 from megachiar.training.classification import evaluate_examples, summarise_confusion
 from megachiar.training.metrics import read_metrics
@@ -335,11 +337,9 @@ def test_every_example_is_classified_once(data, ranks):
     dataset = ExampleSet(LabelledSource(data / "held_out", 3, 16), 24, 0)
     sums: list[list[float]] = []
 
-    def classify(samples: np.ndarray, task: int, first: int) -> tuple[float, np.ndarray]:
-        confusion = np.zeros((3, 3))
-        labels = samples[samples[:, -1] >= 0, -1]
-        np.add.at(confusion, (labels, labels), 1)
-        return float(len(labels)), confusion
+    def classify(samples: np.ndarray, task: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.from_numpy(samples[:, -1])
+        return (labels >= 0).double().sum(), confusion_matrix(labels, labels.clamp_min(0), 3)
 
     for rank in range(ranks):
         evaluate_examples(
