@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import small_model_config
+from model_cases import MIDDLE, lively_model, small_model_config, token_batch
+from torch._dynamo.utils import counters
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from megachiar.model.batch_layout import BatchLayout, lay_out
 from megachiar.model.init import initialise
 from megachiar.model.layer import RoutedLayer
 from megachiar.model.layer_stack import build_layer
+from megachiar.model.static_shapes import use_static_shapes
 from megachiar.topology import SINGLE_RANK
 
 SEQUENCES, LENGTH, LAYER = 3, 12, 1
@@ -89,7 +91,7 @@ def results(layer: RoutedLayer, x: torch.Tensor, layout: BatchLayout, call=None)
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(x.dtype)
     x.grad = None
     layer.zero_grad()
-    output = (call or layer)(x, layout, None, None)
+    output = (layer if call is None else call)(x, layout, None, None)
     added = 0 if output.regulariser is None else output.regulariser
     ((output.hidden_states * direction).sum() + added).backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
@@ -133,3 +135,61 @@ def test_static_shapes_give_the_same_hidden_states_and_gradients(case, norm, key
         found = results(layer, x, layout)
     assert layer.last_routes.equal(routes)
     assert_same(found, {name: torch.zeros_like(found[name]) if v is None else v for name, v in expected.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("keys", ("all", "routed"))
+@pytest.mark.parametrize("case", ("share 0.5", "dropout, documents", "regularised"))
+def test_a_compiled_layer_is_one_graph_for_all_routes(case, keys):
+    torch._dynamo.reset()
+    counters.clear()
+    layer, x, layout = static_case(attention={"keys": keys}, **CASES[case])
+    layer.has_static_shapes = True
+    expected = results(layer, x, layout)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_same(results(layer, x, layout, compiled), expected, 1e-12)
+    graphs = counters["stats"]["unique_graphs"]
+    other = x.detach().flip(0).requires_grad_()  # other routes
+    assert_same(results(layer, other, layout, compiled), results(layer, other, layout), 1e-12)
+    assert graphs == counters["stats"]["unique_graphs"] == 1
+
+
+MODELS = {
+    "threshold": {},
+    "keys of routed, pre": {"attention": {"keys": "routed"}, "norm": "pre"},
+    "per layer": {"router": {"tau": (0.74, 0.83, 0.79)}},
+    "hashed, regularised": {"router": {"kind": "hashed", "tau": MIDDLE, "collapse_weight": 0.3}},
+    "random": {"router": {"kind": "random", "attention_share": 0.4, "seed": 5}},
+}
+
+
+@pytest.mark.parametrize("interval", (None, 1, 3))
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_of_static_shapes_learns_and_reports_the_same(case, interval):
+    """Recomputed activations take the routes of the first pass."""
+    config = small_model_config(dropout=0.1, num_layers=5, **MODELS[case])
+    plain, static = (lively_model(config).train() for _ in range(2))
+    use_static_shapes(static)
+    for model in (plain, static):
+        model.checkpoint_interval, model.document_end = interval, 3
+    tokens, outputs = token_batch(length=13), []
+    for model in (plain, static):
+        outputs.append(model(tokens[:, :-1], tokens[:, 1:]))
+        (outputs[-1].loss + outputs[-1].regulariser).backward()
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=0, atol=1e-12)
+    for found, expected in zip(outputs[1].statistics, outputs[0].statistics, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7, equal_nan=True)
+    for (name, one), other in zip(plain.named_parameters(), static.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-12, msg=name)
+
+
+def test_routes_that_are_given_are_taken():
+    config = small_model_config()
+    model, tokens, recorded = lively_model(config).eval(), token_batch(), {}
+    model(tokens, routes=recorded)
+    flipped = {name: 1 - routes for name, routes in recorded.items()}
+    expected = model(tokens, routes=dict(flipped)).logits
+    use_static_shapes(model)
+    torch.testing.assert_close(model(tokens, routes=dict(flipped)).logits, expected, rtol=0, atol=1e-12)
+    written: dict[str, torch.Tensor] = {}
+    model(tokens, routes=written)
+    assert all(written[name].equal(routes) for name, routes in recorded.items())
