@@ -806,10 +806,9 @@ def _backward_keys_kernel(
                 value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
             )  # fmt: skip
         row, column = (key_first + key)[:, None], head * C + channel[None, :]
-        of_k += row * of_k_row + column
-        tl.store(of_k, (key_gradient * scale).to(of_k.dtype.element_ty), mask=inside[:, None])
-        of_v += row * of_v_row + column
-        tl.store(of_v, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
+        result = (key_gradient * scale).to(of_k.dtype.element_ty)
+        tl.store(of_k + row * of_k_row + column, result, mask=inside[:, None])
+        tl.store(of_v + row * of_v_row + column, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
 
 
 _forward = jit(_forward_kernel)
