@@ -53,13 +53,15 @@ def attend(
     """
     by = Partition(routes, order, before, starts)
     if _by_triton(heads):
-        layout = _row_layout(by, kv is None, document_firsts, document_ends)
+        layout = _row_layout(by, kv is None, document_firsts, None)
         mask = _mask(heads, keys, by, probability, site)
         q, k, v = _parts(heads, kv)
         return triton_attention.forward(q, k, v, layout, _scale(heads), mask)
     weights, factors, _, v = _probabilities(heads, kv, by, document_firsts, keys, probability, site)
     mixed = ((weights * factors) @ v).to(heads.dtype)
-    return _in_operator_order(mixed, by), heads.new_empty(mixed.shape[0] * mixed.shape[2], mixed.shape[1], dtype=torch.float32)
+    return _in_operator_order(mixed, by), heads.new_empty(
+        mixed.shape[0] * mixed.shape[2], mixed.shape[1], dtype=torch.float32
+    )
 
 
 @attend.register_fake
@@ -140,18 +142,24 @@ def _parts(heads: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 def _row_layout(
     by: Partition, keys_are_routed: bool, document_firsts: Tensor | None, document_ends: Tensor | None
 ) -> triton_attention.RowLayout:
-    """Return the rows that the Triton kernels work on. Those behind the attention rows are in no sequence."""
+    """Return the rows that the Triton kernels work on. Those behind the attention rows are in no sequence.
+
+    The ends of documents are for the backward pass.
+    """
     n, sequences = len(by.order), len(by.starts) - 1
     rows = triton_attention.multiples(n, 1, by.order.device)
     first_seen = seen_until = None
-    if document_firsts is not None and document_ends is not None:
-        first_seen, ends = document_firsts.index_select(0, by.order), document_ends
-        if keys_are_routed:
-            first_seen, ends = by.before.index_select(0, first_seen), ends.index_select(0, by.order)
-        seen_until = by.before.index_select(0, ends)
+    if document_firsts is not None:
+        first_seen = document_firsts.index_select(0, by.order)
+        first_seen = by.before.index_select(0, first_seen) if keys_are_routed else first_seen
+    if document_ends is not None:
+        of_keys = document_ends.index_select(0, by.order) if keys_are_routed else document_ends
+        seen_until = by.before.index_select(0, of_keys)
     return triton_attention.RowLayout(
         query_starts=by.starts,
-        key_starts=by.starts if keys_are_routed else triton_attention.multiples(sequences + 1, n // sequences, rows.device),
+        key_starts=by.starts
+        if keys_are_routed
+        else triton_attention.multiples(sequences + 1, n // sequences, rows.device),
         last_seen=rows if keys_are_routed else by.order,
         longest_queries=n // sequences,
         longest_keys=n // sequences,
@@ -199,9 +207,7 @@ def _probabilities(
 
     This is the reference of the kernels: each row is a query here, and who asks takes those of the attention rows.
     """
-    q, k, v = (
-        _by_head(x, by, in_operator_order=i == 0 or kv is None) for i, x in enumerate(_parts(heads, kv))
-    )
+    q, k, v = (_by_head(x, by, in_operator_order=i == 0 or kv is None) for i, x in enumerate(_parts(heads, kv)))
     sequences, _, length, _ = q.shape
     position = torch.arange(length, device=q.device)
     seen = (position <= position[:, None])[None]

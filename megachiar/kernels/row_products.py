@@ -67,9 +67,7 @@ def input_products_backward(
         weight, matrix, order, starts: as in ``input_products``.
     """
     if _by_triton(of_mixed):
-        return triton_row_products.input_products_backward(
-            of_product, of_mixed, addend, weight, matrix, order, starts
-        )
+        return triton_row_products.input_products_backward(of_product, of_mixed, addend, weight, matrix, order, starts)
     leads = _leads(order, starts)
     of_attention = _only(leads, of_product, 0) @ weight
     of_dct = _only(~leads, of_mixed.index_select(0, order), 0) @ matrix

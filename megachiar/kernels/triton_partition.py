@@ -50,9 +50,7 @@ def partition(
     return routes, order, before, starts
 
 
-def _kernel(
-    score, threshold, routes, order, before, starts, n, length, ROWS: tl.constexpr, COUNTED: tl.constexpr
-):
+def _kernel(score, threshold, routes, order, before, starts, n, length, ROWS: tl.constexpr, COUNTED: tl.constexpr):
     bound = tl.load(threshold)
     first = tl.program_id(0) * ROWS
     all_counts = tl.zeros((COUNTED,), tl.int32)

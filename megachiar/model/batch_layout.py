@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.config.model import ModelConfig
+from megachiar.kernels.attention_options import DocumentRows
 from megachiar.kernels.dropout import KeyedDropout, row_keys
 from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.model.kv_cache import DecodingCache
@@ -28,18 +29,6 @@ class DropoutKeys(NamedTuple):
 
     all_rows: torch.Tensor
     local_rows: torch.Tensor
-
-
-class DocumentRows(NamedTuple):
-    """Where the document of each row begins and ends among all rows.
-
-    Attributes:
-        firsts: (N,) int32, the first row of the document.
-        ends: (N,) int32, the row behind the last one of the document.
-    """
-
-    firsts: torch.Tensor
-    ends: torch.Tensor
 
 
 class BatchLayout(NamedTuple):

@@ -210,7 +210,9 @@ class RoutedLayer(nn.Module):
 
     def _regulariser(self, decision: RoutingDecision) -> torch.Tensor | None:
         """Return the regulariser against a collapse of the routes; None without it."""
-        return None if decision.utilisation is None else collapse_regulariser(decision.utilisation, self.collapse_weight)
+        return (
+            None if decision.utilisation is None else collapse_regulariser(decision.utilisation, self.collapse_weight)
+        )
 
     def _decode(
         self,

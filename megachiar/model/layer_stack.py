@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megachiar.config.model import ModelConfig
+from megachiar.kernels import gpu
 from megachiar.kernels.spectral import filter_matrices
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.kv_cache import DecodingCache
@@ -86,9 +87,10 @@ def run_layers(
     Returns:
         Hidden states (m, d) after the last layer, and the outputs of the layers without their hidden states.
     """
-    matrices: list[torch.Tensor | None] = [None] * len(layers)
-    if cache is None and any(_is_static(layer) for layer in layers):
-        matrices, layout = _filter_matrices(layers), layout.with_document_rows()
+    are_static = cache is None and any(_is_static(layer) for layer in layers)
+    matrices = _filter_matrices(layers) if are_static else [None] * len(layers)
+    if cache is None and (are_static or gpu.has_kernels(x.device)):
+        layout = layout.with_document_rows()
     if interval is None or not torch.is_grad_enabled():
         return _run(layers, x, layout, cache, routes, matrices)
     outputs: list[LayerOutput] = []
@@ -133,9 +135,7 @@ def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> t
     return functools.reduce(torch.add, added) if added else torch.zeros((), dtype=torch.float32, device=device)
 
 
-def statistics(
-    outputs: Sequence[LayerOutput], layout: BatchLayout, device: torch.device
-) -> RoutingStatistics:
+def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout, device: torch.device) -> RoutingStatistics:
     """Collect the statistics of all layers for a micro-batch of ``layout`` on ``device``.
 
     A pass behind a cache measures nothing: each statistic of it is empty, (0,).

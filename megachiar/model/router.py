@@ -188,9 +188,7 @@ class Router(nn.Module):
             return None, entropy_of_rows(x.detach(), self.dc_weight, self.epsilon)
         return spectrum_and_entropy(x, self.dc_weight, self.epsilon)
 
-    def _score(
-        self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout, entropy_alone: bool
-    ) -> torch.Tensor:
+    def _score(self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout, entropy_alone: bool) -> torch.Tensor:
         """Return the numbers (m,) that the bounds divide; ``entropy`` (m,) is H of the rows ``x`` (m, d)."""
         if self.kind == "random":
             assert layout.route_keys is not None, "lay_out gives a random router its keys"

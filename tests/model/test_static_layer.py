@@ -23,7 +23,17 @@ from megachiar.topology import SINGLE_RANK
 SEQUENCES, LENGTH, LAYER = 3, 12, 1
 END = 0
 """The token that ends a document."""
-WAITS = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "_unique", "item", "is_nonzero", "bincount", "equal")
+WAITS = (
+    "nonzero",
+    "_local_scalar_dense",
+    "masked_select",
+    "unique",
+    "_unique",
+    "item",
+    "is_nonzero",
+    "bincount",
+    "equal",
+)
 
 
 class NoWait(TorchDispatchMode):

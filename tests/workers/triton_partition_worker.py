@@ -97,10 +97,13 @@ def partitions(device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
             with kernels():
                 got = partition.partition(values.to(device), bound, on_device, SEQUENCES)
             case = f"fp32: partition of {name}, {bound}, {running}"
-            yield case, {
-                field: float((one.cpu() != other).sum())
-                for field, one, other in zip(got._fields, got, expected, strict=True)
-            }
+            yield (
+                case,
+                {
+                    field: float((one.cpu() != other).sum())
+                    for field, one, other in zip(got._fields, got, expected, strict=True)
+                },
+            )
 
 
 class kernels:
@@ -218,9 +221,7 @@ def rotations(by: partition.Partition, leads: Tensor, h: int, c: int) -> Iterato
     yield f"rotation of all rows, {h} heads of {c}", all_rows
 
 
-def attention(
-    by: partition.Partition, leads: Tensor, keys_are_routed: bool, dropped: bool, documents: bool
-) -> Case:
+def attention(by: partition.Partition, leads: Tensor, keys_are_routed: bool, dropped: bool, documents: bool) -> Case:
     h, c = 2, 16
     heads = known(noise(N, 3 if keys_are_routed else 1, h, c, seed=1), leads)
     kv = None if keys_are_routed else noise(N, 2, h, c, seed=2)
