@@ -230,7 +230,7 @@ def _all_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: A
         seen_from=rows,
         seen_until=options.document_rows.ends if options.document_rows is not None else None,
     )
-    return _by_triton(*(_as_rows(x) for x in (q, k, v)), row_layout, options)
+    return _by_triton(_as_rows(q), _as_rows(k), _as_rows(v), row_layout, options)
 
 
 def _routed_by_triton(

@@ -35,19 +35,19 @@ class Partition(NamedTuple):
     starts: torch.Tensor
 
     @property
-    def count(self) -> torch.Tensor:
+    def attention_rows(self) -> torch.Tensor:
         """The number of attention rows, (1,) int32 on the device."""
         return self.starts[-1:]
 
     def is_attention(self) -> torch.Tensor:
         """Return which of the N indices of the operator order are those of attention rows, (N,) bool."""
-        return torch.arange(len(self.order), device=self.order.device) < self.count
+        return torch.arange(len(self.order), device=self.order.device) < self.attention_rows
 
     def places(self) -> torch.Tensor:
         """Return the index (N,) int64 of each row in the operator order, the inverse of ``order``."""
         row = torch.arange(len(self.routes), device=self.routes.device)
         before = self.before[:-1]
-        return torch.where(self.routes > 0, before, self.count + row - before)
+        return torch.where(self.routes > 0, before, self.attention_rows + row - before)
 
 
 def partition(score: torch.Tensor, bound: float, running: torch.Tensor | None, sequences: int) -> Partition:

@@ -9,7 +9,6 @@ Shapes: B = sequences, T = tokens of a sequence, N = B * T rows, h = heads, c = 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import library
@@ -59,9 +58,8 @@ def attend(
         return triton_attention.forward(q, k, v, layout, _scale(heads), mask)
     weights, factors, _, v = _probabilities(heads, kv, by, document_firsts, keys, probability, site)
     mixed = ((weights * factors) @ v).to(heads.dtype)
-    return _in_operator_order(mixed, by), heads.new_empty(
-        mixed.shape[0] * mixed.shape[2], mixed.shape[1], dtype=torch.float32
-    )
+    sums = heads.new_empty(len(heads), heads.shape[2], dtype=torch.float32)
+    return _in_operator_order(mixed, by), sums
 
 
 @attend.register_fake
@@ -134,9 +132,8 @@ def _scale(heads: Tensor) -> float:
 def _parts(heads: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values (N, h, c)."""
     if kv is None:
-        q, k, v = heads.unbind(1)
-        return q, k, v
-    return heads[:, 0], *kv.unbind(1)
+        return heads[:, 0], heads[:, 1], heads[:, 2]
+    return heads[:, 0], kv[:, 0], kv[:, 1]
 
 
 def _row_layout(
@@ -147,6 +144,7 @@ def _row_layout(
     The ends of documents are for the backward pass.
     """
     n, sequences = len(by.order), len(by.starts) - 1
+    length = n // sequences
     rows = triton_attention.multiples(n, 1, by.order.device)
     first_seen = seen_until = None
     if document_firsts is not None:
@@ -155,14 +153,13 @@ def _row_layout(
     if document_ends is not None:
         of_keys = document_ends.index_select(0, by.order) if keys_are_routed else document_ends
         seen_until = by.before.index_select(0, of_keys)
+    key_starts = by.starts if keys_are_routed else triton_attention.multiples(sequences + 1, length, rows.device)
     return triton_attention.RowLayout(
         query_starts=by.starts,
-        key_starts=by.starts
-        if keys_are_routed
-        else triton_attention.multiples(sequences + 1, n // sequences, rows.device),
+        key_starts=key_starts,
         last_seen=rows if keys_are_routed else by.order,
-        longest_queries=n // sequences,
-        longest_keys=n // sequences,
+        longest_queries=length,
+        longest_keys=length,
         first_seen=first_seen,
         seen_from=rows if keys_are_routed else by.before,
         seen_until=seen_until,

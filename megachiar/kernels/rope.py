@@ -141,7 +141,7 @@ def _rotate_by_partition(
     base: float,
     back: bool,
 ) -> None:
-    h, c = heads.shape[-2:]
+    c = heads.shape[-1]
     cos, sin = rotary_table(longest, c, base, heads.device, heads.dtype)
     turned = heads[:, : 2 if kv is None else 1].flatten(1, 2)
     if gpu.has_kernels(heads.device) and triton_rope.supports_both(turned.shape[1], c, heads.dtype):
@@ -174,7 +174,7 @@ def rotated_rows(
         Rotated queries, rotated keys and values, each (B, T, h, c).
     """
     tables = rotary_table(longest, q.shape[-1], base, q.device, q.dtype)
-    if gpu.has_kernels(q.device) and triton_rope.supports_both(*q.shape[1:], q.dtype):
+    if gpu.has_kernels(q.device) and triton_rope.supports_both(q.shape[1], q.shape[2], q.dtype):
         return _RotateRows.apply(q, kv, *tables, length)
     cos, sin = (table[:length, None] for table in tables)
     by_sequence = -1, length

@@ -48,7 +48,7 @@ def add_and_norm_by_route(
 
 
 def add_by_route(x: Tensor, branches: tuple[Tensor, Tensor], routes: Tensor) -> Tensor:
-    """Add to each row of ``x`` (N, d) the output of its operator's branch; the arguments are those of the norm above."""
+    """Add to each row of ``x`` (N, d) the output of its operator's branch, as ``add_and_norm_by_route`` does."""
     return x + _Choose.apply(*branches, routes)
 
 

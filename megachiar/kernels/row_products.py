@@ -1,6 +1,7 @@
 """Products of the rows of each operator, whose number stands on the device alone.
 
-    input_products     x --rows of attention--> x W^T + b, in operator order     x --rows of DCT mixing--> x M^T, in place
+    input_products     x --rows of attention--> x W^T + b, in operator order
+                         --rows of DCT mixing--> x M^T, in the place of each row
     output_product     attention's results, in operator order --> y W^T + b, in the place of each row
 
 Rows that an operator has nothing to do with are not written: they are whatever was there (NaN on a CPU), in a gradient

@@ -55,7 +55,7 @@ def spectrum_and_entropy(
 
 @library.custom_op("megachiar::entropy_of_rows", mutates_args=())
 def entropy_of_rows(x: torch.Tensor, dc_weight: float, epsilon: float) -> torch.Tensor:
-    """Compute the entropy of ``spectrum_and_entropy`` alone; to ``torch.compile`` it is one operation without tables."""
+    """Compute the entropy of ``spectrum_and_entropy`` alone, which is one operation to ``torch.compile``."""
     return spectrum_and_entropy(x, dc_weight, epsilon)[1]
 
 

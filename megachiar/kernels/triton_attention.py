@@ -77,8 +77,8 @@ class RowLayout(NamedTuple):
         seen_until: (m,) int32, the first row of queries whose ``first_seen`` is behind each row of keys. None as
             ``seen_from``, or where ``first_seen`` is None.
 
-    Rows behind the last one of ``query_starts`` or ``key_starts`` are in no sequence: the kernels neither read nor write
-    them.
+    Rows behind the last one of ``query_starts`` or ``key_starts`` are in no sequence: the kernels neither read nor
+    write them.
     """
 
     query_starts: torch.Tensor
@@ -127,7 +127,7 @@ class Mask(NamedTuple):
     ) -> Mask:
         """Make the mask of ``dropout`` for the heads from ``first_head`` on.
 
-        ``rows`` (n,) says which of the keys of ``dropout`` each query has; None if they are the queries' in their order.
+        ``rows`` (n,) says which of the keys of ``dropout`` each query has; None if they are in the queries' order.
         """
         high, low = triton_dropout.head_halves(dropout.keys, rows, first_head, heads, dropout.site)
         return cls(high, low, column_keys(0, columns, high.device), least_kept(dropout.probability), dropout.scale)

@@ -164,7 +164,7 @@ def _norm_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < D
     offset = row * D + column
-    if OTHER:
+    if OTHER:  # noqa: SIM102 (this is decided when the kernel is compiled, the rest when it runs)
         if tl.load(routes + row) == 0:
             branch_output, weight, bias = other_branch_output, other_weight, other_bias
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)

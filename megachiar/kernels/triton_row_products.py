@@ -1,9 +1,9 @@
 """Products of the rows of each operator in Triton, between bounds that the kernels read on the device.
 
-    _products    out[row] = rows[row] W + bias     a program has a tile of one operator's rows, gathered and scattered by
-                                                   the operator order on the way
-    _weights     sum over rows of g[row]^T x[row]  a program has a tile of one weight's gradient, and goes through all rows
-                                                   of its operator
+    _products    out[row] = rows[row] W + bias       a program has a tile of one operator's rows, gathered and scattered
+                                                     by the operator order on the way
+    _weights     sum over rows of g[row]^T x[row]    a program has a tile of one weight's gradient, and goes through all
+                                                     rows of its operator
 
 The attention rows are the first ``count`` of the operator order, the DCT rows those behind them. Programs that are left
 without rows end at once. Rows of the other operator are neither read nor written.
@@ -36,8 +36,8 @@ class Tiles(NamedTuple):
 def tiles(dtype: torch.dtype) -> Tiles:
     """Return the sizes for products of ``dtype``.
 
-    They compile for sm_90 and sm_100 without spilled registers, which ``tests/kernels/test_triton.py`` checks; no others
-    were timed.
+    They compile for sm_90 and sm_100 without spilled registers, which ``tests/kernels/test_triton.py`` checks, and were
+    not timed yet.
     """
     if INTERPRETED:
         return Tiles(16, 64, 64, 4, 1)
@@ -79,16 +79,31 @@ class Product(NamedTuple):
     out: Rows
 
 
-def input_products(x, weight, bias, matrix, order, starts) -> tuple[torch.Tensor, torch.Tensor]:
+def input_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    matrix: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute ``row_products.input_products``."""
-    x = Rows(_dense(x), False)
-    product, mixed = (x.values.new_empty(len(order), len(w)) for w in (weight, matrix))
-    of_attention = Product(x, weight.mT, bias, Rows(product, True))
-    _multiply(of_attention, Product(x, matrix.mT, None, Rows(mixed, False)), None, order, starts)
+    rows = Rows(_dense(x), False)
+    product, mixed = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(matrix))
+    of_attention = Product(rows, weight.mT, bias, Rows(product, True))
+    _multiply(of_attention, Product(rows, matrix.mT, None, Rows(mixed, False)), None, order, starts)
     return product, mixed
 
 
-def input_products_backward(of_product, of_mixed, addend, weight, matrix, order, starts) -> torch.Tensor:
+def input_products_backward(
+    of_product: torch.Tensor,
+    of_mixed: torch.Tensor,
+    addend: torch.Tensor | None,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+) -> torch.Tensor:
     """Compute ``row_products.input_products_backward``."""
     gradient = of_mixed.new_empty(len(order), weight.shape[1])
     out = Rows(gradient, False)
@@ -98,25 +113,31 @@ def input_products_backward(of_product, of_mixed, addend, weight, matrix, order,
     return gradient
 
 
-def input_products_weights_backward(of_product, of_mixed, x, order, starts) -> tuple[torch.Tensor, ...]:
+def input_products_weights_backward(
+    of_product: torch.Tensor, of_mixed: torch.Tensor, x: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute ``row_products.input_products_weights_backward``."""
-    x = Rows(_dense(x), False)
-    of_product, of_mixed = Rows(_dense(of_product), True), Rows(_dense(of_mixed), False)
-    return _weight_gradients(of_product, x, of_mixed, order, starts)
+    gradients = Rows(_dense(of_product), True), Rows(_dense(of_mixed), False)
+    return _weight_gradients(gradients[0], Rows(_dense(x), False), gradients[1], order, starts)
 
 
-def output_product(x, weight, bias, order, starts) -> torch.Tensor:
+def output_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
+) -> torch.Tensor:
     """Compute ``row_products.output_product`` without gradient."""
     out = x.new_empty(len(x), len(weight))
     _multiply(Product(Rows(_dense(x), True), weight.mT, bias, Rows(out, False)), None, None, order, starts)
     return out
 
 
-def output_product_backward(gradient, x, weight, order, starts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def output_product_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of the rows, of the weight and of the bias of ``row_products.output_product``."""
-    gradient, of_x = Rows(_dense(gradient), False), x.new_empty(x.shape)
-    _multiply(Product(gradient, weight, None, Rows(of_x, True)), None, None, order, starts)
-    return of_x, *_weight_gradients(gradient, Rows(_dense(x), True), None, order, starts)
+    rows, of_x = Rows(_dense(gradient), False), x.new_empty(x.shape)
+    _multiply(Product(rows, weight, None, Rows(of_x, True)), None, None, order, starts)
+    of_weight, of_bias, _ = _weight_gradients(rows, Rows(_dense(x), True), None, order, starts)
+    return of_x, of_weight, of_bias
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -173,15 +194,13 @@ def _strides(product: Product) -> tuple[int, ...]:
 
 def _weight_gradients(
     gradient: Rows, x: Rows, of_dct: Rows | None, order: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the weight (o, i) and the bias (o,) of the attention rows.
-
-    With ``of_dct``, the gradient (N, d) of the DCT rows' products with a matrix, also that of the matrix (d, i).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of the weight (o, i) and the bias (o,) of the attention rows, and of the matrix (d, i).
 
     Args:
         gradient: (N, o), of the attention rows' products.
         x: (N, i), the rows.
-        of_dct: of the products of the DCT rows of ``x``; None for none.
+        of_dct: (N, d), the gradient of the DCT rows' products with the matrix; None for none, and d = 0.
         order: (N,) int32, the operator order.
         starts: (B + 1,) int32, whose last number is that of the attention rows.
     """
@@ -213,7 +232,7 @@ def _weight_gradients(
         X_GATHERED=not x.in_operator_order,
         **_constants(size, x.values.dtype),
     )
-    return (of_weight, of_bias) if of_dct is None else (of_weight, of_bias, of_matrix)
+    return of_weight, of_bias, of_matrix
 
 
 def _constants(size: Tiles, dtype: torch.dtype) -> dict:
@@ -396,7 +415,7 @@ def _weights_of_tile(
     mask = (output < outputs)[:, None] & (column < inputs)[None, :]
     to = out + output.to(tl.int64)[:, None] * inputs + column[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=mask)
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102 (this is decided when the kernel is compiled, the rest when it runs)
         if first_input == 0:
             tl.store(bias_out + output, level.to(bias_out.dtype.element_ty), mask=output < outputs)
 

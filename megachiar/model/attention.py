@@ -103,8 +103,8 @@ class SelfAttention(nn.Module):
         q, kv = self._project(x, routed, indices, layout)
         if cache is None and indices is None:
             form = layout.length, max(self.longest, layout.length), self.rope_base
-            by_head = [y.transpose(1, 2) for y in rotated_rows(q, kv.flatten(0, 1), *form)]  # (B, h, S, c)
-            return causal_attention(*by_head, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
+            q, k, v = (y.transpose(1, 2) for y in rotated_rows(q, kv.flatten(0, 1), *form))  # (B, h, S, c)
+            return causal_attention(q, k, v, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
         cos, sin = self._table(layout, x)
         if cache is not None:
             cache.append(rotate_keys(kv, cos, sin))

@@ -35,7 +35,6 @@ from megachiar.model.static_layer import PartitionStatistics, mix_statically, pa
 from megachiar.phases import phase
 from megachiar.topology import TensorParallelGroup
 
-
 Statistic = torch.Tensor | float
 """A scalar () on the device, or a number that is known without asking it."""
 
@@ -205,14 +204,14 @@ class RoutedLayer(nn.Module):
         return LayerOutput(
             hidden_states=self._feed_forward(y, layout),
             regulariser=self._regulariser(decision),
-            partitioned=PartitionStatistics(by.count, decision.entropy),
+            partitioned=PartitionStatistics(by.attention_rows, decision.entropy),
         )
 
     def _regulariser(self, decision: RoutingDecision) -> torch.Tensor | None:
         """Return the regulariser against a collapse of the routes; None without it."""
-        return (
-            None if decision.utilisation is None else collapse_regulariser(decision.utilisation, self.collapse_weight)
-        )
+        if decision.utilisation is None:
+            return None
+        return collapse_regulariser(decision.utilisation, self.collapse_weight)
 
     def _decode(
         self,

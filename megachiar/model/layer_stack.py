@@ -171,7 +171,7 @@ def _with_measured(outputs: Sequence[LayerOutput], layout: BatchLayout) -> list[
     measured = [output.partitioned for output in outputs if output.partitioned is not None]
     if not measured:
         return list(outputs)
-    shares = iter((torch.cat([of_layer.count for of_layer in measured]).float() / layout.num_rows).unbind())
+    shares = iter((torch.cat([of_layer.attention_rows for of_layer in measured]).float() / layout.num_rows).unbind())
     entropies = iter(torch.stack([of_layer.entropy for of_layer in measured]).float().mean(1).unbind())
     return [
         output

@@ -30,11 +30,11 @@ class PartitionStatistics(NamedTuple):
     """What a layer of static shapes has measured, before it is reduced together with that of the other layers.
 
     Attributes:
-        count: (1,) int32, the number of attention rows.
+        attention_rows: (1,) int32, how many there are.
         entropy: (N,) spectral entropy H.
     """
 
-    count: torch.Tensor
+    attention_rows: torch.Tensor
     entropy: torch.Tensor
 
 

@@ -1,8 +1,9 @@
 """Compile all kernels without a GPU, and print what each of them uses as JSON.
 
-    python triton_compile_worker.py few|all 90|100          few: each kernel in both types, where it needs most registers
+    python triton_compile_worker.py few|all 90|100
 
-The second number is the compute capability, such as 90 for an H100 and 100 for a B200.
+few: each kernel in both types, where it needs most registers. The number is the compute capability, such as 90 for an
+H100 and 100 for a B200.
 
 ``tests/kernels/test_triton.py`` starts it.
 """

@@ -236,9 +236,10 @@ def attention(by: partition.Partition, leads: Tensor, keys_are_routed: bool, dro
         inputs = [None if x is None else to(x) for x in (heads, kv, *by, *bounds, keys)]
         output, sums = partitioned_attention.attend(*inputs, 0.25, 5)
         gradients = partitioned_attention.attend_backward(to(gradient), output, sums, *inputs, 0.25, 5)
-        names = ("heads", "keys and values")
-        of_inputs = {name: (g, leads if i == 0 else None) for i, (name, g) in enumerate(zip(names, gradients))}
-        return {"output": (output, leads)} | of_inputs
+        results: Outputs = {"output": (output, leads), "heads": (gradients[0], leads)}
+        if not keys_are_routed:
+            results["keys and values"] = gradients[1], None
+        return results
 
     return f"attention, routed keys {keys_are_routed}, dropout {dropped}, documents {documents}", run
 
