@@ -170,7 +170,7 @@ class RoutedLayer(nn.Module):
             routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
             matrix: (d, d), DCT mixing as a matrix, for static shapes; None where the layer makes what it needs.
         """
-        if self.has_static_shapes and cache is None and layout.lengths is None:
+        if self.has_static_shapes and cache is None:
             return self._with_static_shapes(x, layout, routes, matrix)
         with phase("route"):
             decision = self.router(x, layout)
@@ -201,11 +201,11 @@ class RoutedLayer(nn.Module):
         if routes is not None:
             routes[self.name] = by.routes
         y = mix_statically(self.attention, self.dct, x, by, layout, matrix)
-        return LayerOutput(
-            hidden_states=self._feed_forward(y, layout),
-            regulariser=self._regulariser(decision),
-            partitioned=PartitionStatistics(by.attention_rows, decision.entropy),
-        )
+        output = LayerOutput(self._feed_forward(y, layout), self._regulariser(decision))
+        if layout.row_weights is None:
+            return output._replace(partitioned=PartitionStatistics(by.attention_rows, decision.entropy))
+        means = [layout.mean_of_rows(values.float()) for values in (by.routes, decision.entropy)]
+        return output._replace(attention_share=means[0], entropy=means[1])
 
     def _regulariser(self, decision: RoutingDecision) -> torch.Tensor | None:
         """Return the regulariser against a collapse of the routes; None without it."""

@@ -15,7 +15,7 @@ from megachiar.kernels.spectral import spectral_entropy
 from megachiar.model.batch_layout import BatchLayout, lay_out
 from megachiar.model.init import initialise
 from megachiar.model.layer import RoutedLayer
-from megachiar.model.layer_stack import build_layer
+from megachiar.model.layer_stack import build_layer, statistics
 from megachiar.model.static_shapes import use_static_shapes
 from megachiar.topology import SINGLE_RANK
 
@@ -147,6 +147,20 @@ def test_static_shapes_give_the_same_hidden_states_and_gradients(case, norm, key
         found = results(layer, x, layout)
     assert layer.last_routes.equal(routes)
     assert_same(found, {name: torch.zeros_like(found[name]) if v is None else v for name, v in expected.items()}, 1e-12)
+
+
+def test_padding_counts_in_no_statistic():
+    layer, x, layout = static_case(kind="random", router={"seed": 3}, norm="pre")
+    layout = layout.with_lengths(torch.tensor([LENGTH, 5, 9]))
+    expected, found = results(layer, x, layout), {}
+    plain = statistics([layer(x, layout, None, None)], layout, x.device)
+    layer.has_static_shapes = True
+    with NoWait():
+        found = results(layer, x, layout)
+    assert_same(found, expected, 1e-12)
+    static = statistics([layer(x, layout, None, None)], layout, x.device)
+    for one, other in zip(static, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("keys", ("all", "routed"))
