@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megachiar.config.model import ModelConfig
 from megachiar.config.run import RunConfig
 from megachiar.config.static_shapes import why_shapes_follow_routes
 from megachiar.kernels import gpu, triton_attention, triton_norm, triton_rope
@@ -33,30 +34,34 @@ def why_not_static(config: RunConfig, device: torch.device) -> str | None:
     reason = why_shapes_follow_routes(config.model, config.parallel)
     if reason is not None or asked is True:
         return reason
-    return gpu.why_not(device) or _why_not_by_kernels(config) or _why_packing_is_faster(config)
+    has_documents, dtype = config.data.document_mask, DTYPES[config.precision.compute]
+    return why_kernels_do_not(config.model, config.sequence_length, has_documents, device, dtype)
 
 
-def _why_not_by_kernels(config: RunConfig) -> str | None:
-    """Return what the Triton kernels do not take of a model; None where they take it."""
-    model, dtype = config.model, DTYPES[config.precision.compute]
+def why_kernels_do_not(
+    model: ModelConfig, length: int, has_documents: bool, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return why the kernels of static shapes do not serve a model, or are not the fastest; None where they are.
+
+    Args:
+        model: config of the model.
+        length: tokens of a sequence.
+        has_documents: whether tokens see their document alone.
+        device: where the model runs.
+        dtype: what it computes in.
+    """
     rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
+    if (reason := gpu.why_not(device)) is not None:
+        return reason
     if not triton_attention.supports(rows.view(1, model.num_attention_heads, -1)):
         return f"heads have no {', '.join(map(str, triton_attention.HEAD_SIZES))} channels"
     if not triton_norm.supports(rows):
         return f"hidden_size is above {triton_norm.WIDEST}"
     if not triton_rope.supports_both(2 * model.num_attention_heads, model.head_size, dtype):
         return f"all heads together have more than {triton_rope.WIDEST // 2} channels"
-    return None
-
-
-def _why_packing_is_faster(config: RunConfig) -> str | None:
-    """Return why torch's attention of packed rows is preferred; None where it is not.
-
-    It serves neither dropout nor documents.
-    """
-    is_plain = config.model.dropout == 0 and not config.data.document_mask
-    if config.model.attention.keys == "routed" and is_plain and config.sequence_length > ROUTED_KEYS_BY_TRITON:
-        return f"sequences above {ROUTED_KEYS_BY_TRITON} tokens with routed keys have a faster kernel for packed rows"
+    packs = model.attention.keys == "routed" and model.dropout == 0 and not has_documents
+    if packs and length > ROUTED_KEYS_BY_TRITON:
+        return f"routed keys of more than {ROUTED_KEYS_BY_TRITON} tokens are packed for a faster kernel"
     return None
 
 

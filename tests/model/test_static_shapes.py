@@ -67,7 +67,7 @@ def test_what_cannot_have_them_says_why(load, triton, reason, overrides):
     ("reason", "overrides"),
     [
         ("heads have no 16, 32, 64, 128 channels", ["model.hidden_size=48", "model.num_attention_heads=4"]),
-        ("above 2048 tokens with routed keys", LONG),
+        ("routed keys of more than 2048 tokens", LONG),
     ],
 )
 def test_what_the_kernels_do_not_serve_says_why(load, triton, reason, overrides):
