@@ -100,13 +100,13 @@ class FixedLayer(nn.Module):
             layout: the layout of the micro-batch.
             cache: of earlier positions; None in training.
             routes: not used: all rows take one operator.
-            matrix: not used.
+            matrix: (d, d), DCT mixing as a matrix; None where the operator makes what it needs.
         """
         with phase("attention" if self.is_attention else "dct"):
             if self.is_attention:
                 y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
             else:
-                y = self.operator(x)
+                y = self.operator(x, None, matrix)
         with phase("feed-forward"):
             hidden_states = self.feed_forward(y, layout.dropout_keys)
         gate = None

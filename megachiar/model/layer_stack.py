@@ -20,6 +20,7 @@ from megachiar.config.model import ModelConfig
 from megachiar.kernels import gpu
 from megachiar.kernels.spectral import filter_matrices
 from megachiar.model.batch_layout import BatchLayout
+from megachiar.model.dct_mixing import DctMixing
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
 from megachiar.topology import TensorParallelGroup
@@ -107,10 +108,11 @@ def _is_static(layer: nn.Module) -> bool:
 
 
 def _filter_matrices(layers: Sequence[nn.Module]) -> list[torch.Tensor | None]:
-    """Return the filters of the layers of static shapes as matrices (d, d), by one batched product; None for others."""
-    mixing = [layer.dct for layer in layers if isinstance(layer, RoutedLayer) and layer.has_static_shapes]
+    """Return the filters of layers as matrices (d, d), by one batched product; None for layers without a filter."""
+    operators = [layer.dct if isinstance(layer, RoutedLayer) else layer.operator for layer in layers]
+    mixing = [operator for operator in operators if isinstance(operator, DctMixing)]
     made = iter(filter_matrices(torch.stack([dct.filter for dct in mixing]), mixing[0].gain).unbind())
-    return [next(made) if _is_static(layer) else None for layer in layers]
+    return [next(made) if isinstance(operator, DctMixing) else None for operator in operators]
 
 
 def _run(

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachiar.kernels.spectral import spectral_entropy
 from megachiar.model.batch_layout import BatchLayout, lay_out
+from megachiar.model.compiled import compile_parts
 from megachiar.model.init import initialise
 from megachiar.model.layer import RoutedLayer
 from megachiar.model.layer_stack import build_layer, statistics
@@ -205,6 +206,18 @@ def test_a_model_of_static_shapes_learns_and_reports_the_same(case, interval):
     for found, expected in zip(outputs[1].statistics, outputs[0].statistics, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7, equal_nan=True)
     for (name, one), other in zip(plain.named_parameters(), static.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-12, msg=name)
+
+
+def test_parts_can_be_compiled_within_static_shapes():
+    config = small_model_config(dropout=0.1)
+    plain, compiled = (lively_model(config).train() for _ in range(2))
+    use_static_shapes(compiled)
+    compile_parts(compiled, "aot_eager")
+    tokens = token_batch(length=13)
+    for model in (plain, compiled):
+        model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-12, msg=name)
 
 

@@ -97,6 +97,8 @@ def main() -> None:
             note(f"{dtype}, {d} channels")
             work_by_route(d, dtype)
             note(f"{dtype}, {d} channels, by route")
+            work_in_other_forms(d, dtype)
+            note(f"{dtype}, {d} channels, in other forms")
         lose_and_drop(dtype)
         note(f"{dtype}")
     print(json.dumps(found))
@@ -127,6 +129,19 @@ def work_by_route(d: int, dtype: torch.dtype) -> None:
     turned = triton_rope.Turned(heads, heads)
     triton_rope.rotate_both(turned, turned, turned, (tables, tables), 256, True, order, starts)
     triton_dropout.head_halves(order.long(), order, 0, d // 64, 5)
+
+
+def work_in_other_forms(d: int, dtype: torch.dtype) -> None:
+    """Compile the products and the rotation in their other forms; of each kernel the last form is noted."""
+    x, matrix = torch.zeros(512, d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
+    order, starts = torch.zeros(512, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    triton_row_products.output_product(x, matrix, matrix[0], order, starts)
+    triton_row_products.output_product_backward(x, x, matrix, order, starts)
+    triton_row_products.input_products(x, matrix, matrix[0], matrix, order, starts)
+    heads, tables = x.view(512, d // 64, 64), torch.zeros(256, 64, dtype=dtype)
+    turned = triton_rope.Turned(heads, heads)
+    triton_rope.rotate_both(turned, None, None, (tables, tables), 256, True, order, starts)
+    triton_rope.rotate_both(turned, turned, None, (tables, tables), 256, False)
 
 
 def lose_and_drop(dtype: torch.dtype) -> None:
