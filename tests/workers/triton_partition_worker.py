@@ -8,12 +8,14 @@ memory that nothing was written to: ``tests/kernels/test_triton.py``, which star
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
+from megachiar.config.model import ModelConfig
 from megachiar.kernels import (
     gpu,
     partition,
@@ -29,6 +31,11 @@ from megachiar.kernels import (
     triton_row_products,
 )
 from megachiar.kernels.dropout import row_keys
+from megachiar.kernels.spectral import spectral_entropy
+from megachiar.model.batch_layout import BatchLayout, DropoutKeys, lay_out
+from megachiar.model.init import initialise
+from megachiar.model.layer_stack import build_layer
+from megachiar.topology import SINGLE_RANK
 
 SEQUENCES, LENGTH = 3, 20
 N = SEQUENCES * LENGTH
@@ -46,6 +53,14 @@ LAUNCHERS = (
     (triton_row_products, "_products"),
     (triton_row_products, "_weights"),
 )
+
+LAYERS = (
+    ("all", "post", False, False),
+    ("routed", "pre", True, True),
+    ("all", "pre", False, True),
+    ("routed", "post", True, False),
+)
+"""Whole layers: which keys, which norm, whether there is dropout, and whether there are documents."""
 
 Tensor = torch.Tensor
 Outputs = dict[str, tuple[Tensor, Tensor | None]]
@@ -74,6 +89,9 @@ def main() -> None:
             by = partition_of(share)
             for case, run in cases(by):
                 found[f"{name}: {case}, {of_routes}"] = compared(run, by, dtype, device)
+    for keys, norm, dropped, documents in LAYERS:
+        case = f"layer: routed keys {keys == 'routed'}, {norm}, dropout {dropped}, documents {documents}"
+        found[case] = layer_deviations(keys, norm, dropped, documents, device)
     missing = {name for _, name in LAUNCHERS} - launched
     assert not missing, missing
     print(json.dumps(found))
@@ -261,9 +279,39 @@ def compared(
     return {name: deviation(got[name][0], *expected[name]) for name in expected}
 
 
+def layer_deviations(keys: str, norm: str, dropped: bool, documents: bool, device: torch.device) -> dict[str, float]:
+    """Return how far a layer of static shapes in fp32 deviates from one whose shapes follow the routes, in fp64."""
+    x = noise(N, 256, seed=1)
+    x[LENGTH : 2 * LENGTH] = 1 + 0.1 * x[LENGTH : 2 * LENGTH]  # no row of this sequence attends
+    sizes = {"num_layers": 3, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 16, "norm": norm}
+    router = {"router": {"tau": spectral_entropy(x).quantile(0.55).item()}, "attention": {"keys": keys}}
+    rate = {"dropout": 0.2 if dropped else 0.0, "max_sequence_length": LENGTH}
+    config = ModelConfig.model_validate(sizes | router | rate)
+    tokens = torch.randint(4, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(2))
+    of_rows = {"tokens": tokens, "document_end": 0 if documents else None, "dropout_seed": 7 if dropped else None}
+    layout = lay_out(config, torch.arange(SEQUENCES), LENGTH, **of_rows)
+    found = []
+    for dtype, where in ((torch.float64, torch.device("cpu")), (torch.float32, device)):
+        layer = build_layer(config, 1, SINGLE_RANK)
+        initialise(layer, config, 0, SINGLE_RANK, prefix="layers.1")
+        with torch.no_grad():
+            for i, parameter in enumerate(layer.parameters()):
+                parameter += 0.1 * noise(*parameter.shape, seed=i)
+        layer, layer.has_static_shapes = layer.to(where, dtype).train(), dtype == torch.float32
+        placed = BatchLayout(*(y.to(where) if torch.is_tensor(y) else y for y in layout))
+        if placed.dropout_keys is not None:
+            placed = placed._replace(dropout_keys=DropoutKeys(*(y.to(where) for y in placed.dropout_keys)))
+        inputs = x.detach().clone().to(where, dtype).requires_grad_()
+        with kernels() if layer.has_static_shapes else contextlib.nullcontext():
+            result = layer(inputs, placed, None, None).hidden_states
+            result.backward(noise(N, 256, seed=3).to(where, dtype))
+        found.append({"hidden states": result, "x": inputs.grad} | {n: p.grad for n, p in layer.named_parameters()})
+    return {name: deviation(found[1][name], expected, None) for name, expected in found[0].items()}
+
+
 def deviation(got: Tensor, want: Tensor, written: Tensor | None) -> float:
     """Return the greatest deviation of the written rows, relative to the greatest number or 1."""
-    got = got.detach().cpu().double()
+    got, want = got.detach().cpu().double(), want.detach()
     if written is not None:
         got, want = got[written], want[written]
     if want.numel() == 0:
