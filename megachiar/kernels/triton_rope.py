@@ -72,6 +72,38 @@ def rotated(
     return out
 
 
+@jit
+def _turn(
+    x,
+    out,
+    head_stride,
+    out_head_stride,
+    cos,
+    sin,
+    position,
+    BACK: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Rotate the heads of a row from ``x`` to ``out``, which may be the same."""
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, HALF)[None, :]
+    inside = (head < H) & (channel < C // 2)
+    at = position * C + C // 2 + channel  # the second halves of the tables, where sin is not negated
+    cosine = tl.load(cos + at, mask=channel < C // 2, other=0.0).to(tl.float32)
+    sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
+    if BACK:
+        sine = -sine
+    offset = head * head_stride + channel
+    first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + offset + C // 2, mask=inside, other=0.0).to(tl.float32)
+    to = head * out_head_stride + channel
+    tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)
+
+
 def _kernel(
     x,
     cos,
@@ -89,20 +121,9 @@ def _kernel(
     HALF: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    inside = (head < H) & (channel < C // 2)
-    at = (row % repeat) * C + C // 2 + channel  # the second halves of the tables, where sin is not negated
-    cosine = tl.load(cos + at, mask=channel < C // 2, other=0.0).to(tl.float32)
-    sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
-    if BACK:
-        sine = -sine
-    offset = row * row_stride + head * head_stride + channel
-    first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + offset + C // 2, mask=inside, other=0.0).to(tl.float32)
-    to = row * out_row_stride + head * out_head_stride + channel
-    tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)
+    x += row * row_stride
+    out += row * out_row_stride
+    _turn(x, out, head_stride, out_head_stride, cos, sin, row % repeat, BACK, H, C, HEADS, HALF)
 
 
 class Turned(NamedTuple):
@@ -189,28 +210,6 @@ def rotate_both(
     )
 
 
-@jit
-def _turn(
-    x, out, head_stride, cos, sin, position, BACK: tl.constexpr, H: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """Rotate the heads of a row from ``x`` to ``out``."""
-    head = tl.arange(0, HEADS)[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    inside = (head < H) & (channel < C // 2)
-    at = position * C + C // 2 + channel  # the second halves of the tables, where sin is not negated
-    cosine = tl.load(cos + at, mask=channel < C // 2, other=0.0).to(tl.float32)
-    sine = tl.load(sin + at, mask=channel < C // 2, other=0.0).to(tl.float32)
-    if BACK:
-        sine = -sine
-    offset = head * head_stride + channel
-    first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + offset + C // 2, mask=inside, other=0.0).to(tl.float32)
-    to = head * C + channel
-    tl.store(out + to, (first * cosine - second * sine).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + to + C // 2, (second * cosine + first * sine).to(out.dtype.element_ty), mask=inside)
-
-
 def _both_kernel(
     q,
     q_out,
@@ -257,10 +256,10 @@ def _both_kernel(
         turned = row < tl.load(starts + sequences)
     if turned:
         x = q + sequence * q_sequence + position * q_row
-        _turn(x, q_out + row * q_out_row, q_head, cos, sin, of_query, BACK, H, C, HEADS, HALF)
+        _turn(x, q_out + row * q_out_row, q_head, C, cos, sin, of_query, BACK, H, C, HEADS, HALF)
     if KEYS:
         x = k + sequence * k_sequence + position * k_row
-        _turn(x, k_out + row * k_out_row, k_head, cos, sin, position, BACK, KEY_HEADS, C, HEADS, HALF)
+        _turn(x, k_out + row * k_out_row, k_head, C, cos, sin, position, BACK, KEY_HEADS, C, HEADS, HALF)
     if VALUES:
         head = tl.arange(0, HEADS)[:, None]
         channel = tl.arange(0, 2 * HALF)[None, :]
