@@ -72,12 +72,19 @@ def routing_flips(model: ChiarFormer, dtype: torch.dtype, windows: Windows, batc
             other(*batch, head=windows.head)
         for index, (rows, layout, decision) in exact.items():
             rounded = other_layers[index].router(rows.to(dtype), layout)
-            changes = (one.operator != decision.operator for one in (rounded, whole[index].decision))
+            changes = (_changed(one, decision) for one in (rounded, whole[index].decision))
             entropy = _entropy(layers[index], decision)
             change = (_entropy(layers[index], rounded) - entropy).abs()
             numbers = (*changes, change, _margin(layers[index], entropy))
             seen.setdefault(index, []).append(tuple(values[counted] for values in numbers))
     return [_summary(index, [torch.cat(part) for part in zip(*parts, strict=True)]) for index, parts in seen.items()]
+
+
+def _changed(one: RoutingDecision, other: RoutingDecision) -> torch.Tensor:
+    """Return which rows (m,) two decisions send to different operators."""
+    assert one.operator is not None, "a router without a partition decides"
+    assert other.operator is not None, "a router without a partition decides"
+    return one.operator != other.operator
 
 
 def _routed_layers(model: ChiarFormer) -> dict[int, RoutedLayer]:

@@ -21,6 +21,7 @@ from megachiar.kernels.spectral import mix_add_and_norm, spectral_entropy, spect
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.init import initialise
 from megachiar.model.layer_stack import build_layer
+from megachiar.model.static_shapes import use_static_shapes, why_kernels_do_not
 from megachiar.planning.flops import transform_flops
 from megachiar.topology import SINGLE_RANK
 
@@ -99,6 +100,8 @@ def layer_passes(options: argparse.Namespace, sequences: int, length: int, devic
         module = build_layer(config, index, SINGLE_RANK)
         initialise(module, config, 0, SINGLE_RANK, prefix=f"layers.{index}")
         module = module.to(device=device, dtype=dtype).train()
+        if why_kernels_do_not(config, length, False, device, dtype) is None:
+            use_static_shapes(module)
         f = 1.0 if share is None else share
         projections = 4 * f + (4 * f if keys == "routed" else 4)  # query and output, key and value
         flops = 3 * len(x) * d * d * (projections + 16)

@@ -27,6 +27,7 @@ from megachiar.config.sections import (
     TrainingConfig,
     sample_length,
 )
+from megachiar.config.static_shapes import why_shapes_follow_routes
 from megachiar.config.task_checks import auxiliary_tasks, classification
 from megachiar.config.tasks import MixedConfig
 
@@ -371,6 +372,13 @@ def compilation(parallel: ParallelConfig, training: TrainingConfig) -> Iterator[
             )
 
 
+def static_shapes(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that static shapes are possible where they are demanded."""
+    reason = why_shapes_follow_routes(model, parallel)
+    if training.static_shapes is True and reason is not None:
+        yield Problem("training.static_shapes", f"is true, but {reason}", "set it to auto or false")
+
+
 def _divisors(n: int) -> str:
     return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0 and n // i % 2 == 0)
 
@@ -397,6 +405,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     rollback,
     documents,
     compilation,
+    static_shapes,
     classification,
     auxiliary_tasks,
     profiling,

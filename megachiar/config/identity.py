@@ -23,7 +23,10 @@ _OF_NO_RESULT = {
     "precision": {"kernels"},
     "profiling": {"steps", "ranks", "memory"},
     "reliability": {"check_every"},
-    "training": {"activation_checkpoint_interval", "communication_timeout_s", "compile", "stop_after", "threads"},
+    "training": {
+        *("activation_checkpoint_interval", "communication_timeout_s", "compile", "static_shapes", "stop_after"),
+        "threads",
+    },
 }
 """The keys of each section that decide nothing of a result but its last bits. The end of documents is that of the
 data."""

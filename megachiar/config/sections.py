@@ -206,6 +206,10 @@ class TrainingConfig(Section):
     compile: Literal["inductor", "aot_eager"] | None = None
     """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null compiles nothing. inductor
     needs a C++ compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
+    static_shapes: Literal["auto"] | bool = "auto"
+    """Whether routed layers compute with shapes that do not depend on the routes: the host then waits for nothing, and
+    fewer kernels are started. auto: on a GPU with Triton, where model and layout allow it; the log says why not. true:
+    on a CPU too, slowly, and an error where it cannot be. false: never."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a rank waits for the others before the run stops and names the one that holds it up."""
     stop_after: (

@@ -29,6 +29,7 @@ from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model.classifier import classifier_loss
 from megachiar.model.compiled import compile_parts
+from megachiar.model.static_shapes import has_static_shapes, use_static_shapes
 from megachiar.phases import phase
 from megachiar.planning.partition import stage_bounds
 from megachiar.topology import Topology
@@ -90,6 +91,8 @@ class PipelineReplica:
         self.topology = topology
         self.device = device
         stage = _build_stage(config, topology)
+        if has_static_shapes(config, device):
+            use_static_shapes(stage)
         if config.training.compile is not None:
             compile_parts(stage, config.training.compile)
         built = build_optimizer(stage, config.optimizer)

@@ -137,9 +137,9 @@ class StagePart(nn.Module):
             regulariser = total_regulariser(outputs, x.device)
             if any(output.regulariser is not None for output in outputs):
                 x = _AttachLoss.apply(x, regulariser, self.regulariser_scale)
-            self._reports.append((regulariser.detach(), statistics(outputs, layout).summable()))
+            self._reports.append((regulariser.detach(), statistics(outputs, layout, x.device).summable()))
         elif self.training and "0" in self.layers:
-            self._gates[micro_step.task - 1].append(statistics(outputs, layout).gate[0])
+            self._gates[micro_step.task - 1].append(statistics(outputs, layout, x.device).gate[0])
         return StageInputs(x, sequence_ids)
 
     def take_report(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model import build_model
 from megachiar.model.compiled import compile_parts
+from megachiar.model.static_shapes import has_static_shapes, use_static_shapes
 from megachiar.topology import Topology
 
 
@@ -37,6 +38,8 @@ class Replica:
             document_end=config.document_end,
             heads=config.heads,
         )
+        if has_static_shapes(config, device):
+            use_static_shapes(model)
         if config.training.compile is not None:
             compile_parts(model, config.training.compile)
         built = build_optimizer(model, config.optimizer)

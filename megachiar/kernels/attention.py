@@ -88,8 +88,12 @@ def causal_attention(
         return _causal_sdpa(q, k, v, options.scale)
     sequences, _, queries, _ = q.shape
     if backend is Backend.TRITON:
-        rows = RoutedRows(torch.arange(sequences * queries, device=q.device), sequences, queries)
-        mixed = _routed_by_triton(_as_rows(q), k, v, rows, _with_flat_starts(options))
+        is_ready = options.document_starts is None or options.document_rows is not None
+        if queries == k.shape[2] and is_ready:
+            mixed = _all_by_triton(q, k, v, options)
+        else:
+            rows = RoutedRows(torch.arange(sequences * queries, device=q.device), sequences, queries)
+            mixed = _routed_by_triton(_as_rows(q), k, v, rows, _with_flat_starts(options))
         return mixed.unflatten(0, (sequences, queries)).transpose(1, 2)
     positions = torch.arange(k.shape[2] - queries, k.shape[2]).expand(sequences, -1)
     if backend is Backend.DROPOUT:
@@ -209,6 +213,24 @@ def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     positions = torch.arange(keys, device=q.device)
     mask = positions <= positions[keys - queries :, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _all_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """Compute ``causal_attention`` of all positions by the Triton kernels, as rows (B * T, h, c)."""
+    sequences, _, length, _ = q.shape
+    rows = triton_attention.multiples(sequences * length, 1, q.device)
+    starts = triton_attention.multiples(sequences + 1, length, q.device)
+    row_layout = triton_attention.RowLayout(
+        query_starts=starts,
+        key_starts=starts,
+        last_seen=rows,
+        longest_queries=length,
+        longest_keys=length,
+        first_seen=options.document_rows.firsts if options.document_rows is not None else None,
+        seen_from=rows,
+        seen_until=options.document_rows.ends if options.document_rows is not None else None,
+    )
+    return _by_triton(_as_rows(q), _as_rows(k), _as_rows(v), row_layout, options)
 
 
 def _routed_by_triton(

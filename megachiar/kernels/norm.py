@@ -42,5 +42,5 @@ class _AddAndNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        of_sums, of_weight, of_bias = triton_norm.norm_backward(gradient, *ctx.saved_tensors)
-        return of_sums, of_sums if ctx.added else None, of_weight, of_bias, None
+        of_sums, of_parameters = triton_norm.norm_backward(gradient, *ctx.saved_tensors)
+        return of_sums, of_sums if ctx.added else None, *of_parameters.unbind(), None

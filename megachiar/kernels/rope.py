@@ -1,11 +1,13 @@
 """Rotary position embedding in its rotate-half form (RoFormer, arXiv 2104.09864).
 
-Shapes: h = heads, c = channels of a head, "..." = any leading dimensions.
+Shapes: h = heads, c = channels of a head, "..." = any leading dimensions; B = sequences, T = tokens of a sequence,
+N = B * T rows.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import library
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_rope
@@ -99,6 +101,106 @@ class _KeysAndValues(torch.autograd.Function):
             keys.copy_(_rotated(of_keys, cos, sin, back=True))
         values.copy_(of_values)
         return gradient, None, None
+
+
+def rotate_by_partition(
+    heads: torch.Tensor,
+    kv: torch.Tensor | None,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    length: int,
+    longest: int,
+    base: float,
+    back: bool,
+) -> None:
+    """Rotate queries and keys in place, without gradient. The tables are looked up here, outside of a traced graph.
+
+    Args:
+        heads: queries (N, 1, h, c) in operator order, or queries, keys and values (N, 3, h, c) in operator order, of
+            which queries and keys are rotated. Rows behind the attention rows stay as they are.
+        kv: keys and values (N, 2, h, c) in the rows' first order, of which the keys are rotated; None where ``heads``
+            has them.
+        order: (N,) int32, the operator order.
+        starts: (B + 1,) int32, whose last number is that of the attention rows.
+        length: T; row i of the micro-batch is at position i % T.
+        longest: the number of positions of the table.
+        base: the base of the angles.
+        back: whether to rotate by the negative angles.
+    """
+    _rotate_by_partition(heads, kv, order, starts, length, longest, base, back)
+
+
+@library.custom_op("megachiar::rotate_by_partition", mutates_args=("heads", "kv"))
+def _rotate_by_partition(
+    heads: torch.Tensor,
+    kv: torch.Tensor | None,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    length: int,
+    longest: int,
+    base: float,
+    back: bool,
+) -> None:
+    c = heads.shape[-1]
+    cos, sin = rotary_table(longest, c, base, heads.device, heads.dtype)
+    turned = heads[:, : 2 if kv is None else 1].flatten(1, 2)
+    if gpu.has_kernels(heads.device) and triton_rope.supports_both(turned.shape[1], c, heads.dtype):
+        queries = triton_rope.Turned(turned, turned)
+        keys = None if kv is None else triton_rope.Turned(kv[:, 0], kv[:, 0])
+        triton_rope.rotate_both(queries, keys, None, (cos, sin), length, back, order, starts)
+        return
+    at = order % length
+    turned.copy_(_rotated(turned, cos.index_select(0, at)[:, None], sin.index_select(0, at)[:, None], back))
+    if kv is not None:
+        keys = kv[:, 0].unflatten(0, (-1, length))
+        keys.copy_(_rotated(keys, cos[:length, None], sin[:length, None], back))
+
+
+def rotated_rows(
+    q: torch.Tensor, kv: torch.Tensor, length: int, longest: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotate the queries and keys of all rows, in one launch on a GPU.
+
+    The gradients of keys and values are written side by side, where the backward pass of the product wants them.
+
+    Args:
+        q: (N, h, c), the fresh result of a product: it may be overwritten.
+        kv: (N, 2, h, c), as ``q``.
+        length: T; row i is at position i % T.
+        longest: the number of positions of the table.
+        base: the base of the angles.
+
+    Returns:
+        Rotated queries, rotated keys and values, each (B, T, h, c).
+    """
+    tables = rotary_table(longest, q.shape[-1], base, q.device, q.dtype)
+    if gpu.has_kernels(q.device) and triton_rope.supports_both(q.shape[1], q.shape[2], q.dtype):
+        return _RotateRows.apply(q, kv, *tables, length)
+    cos, sin = (table[:length, None] for table in tables)
+    by_sequence = -1, length
+    return rotate(q.unflatten(0, by_sequence), cos, sin), *keys_and_values(kv.unflatten(0, by_sequence), cos, sin)
+
+
+class _RotateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, cos, sin, length):
+        ctx.save_for_backward(cos, sin)
+        ctx.length = length
+        q, kv = q.detach(), kv.detach()
+        queries, keys = triton_rope.Turned(q, q), triton_rope.Turned(kv[:, 0], kv[:, 0])
+        triton_rope.rotate_both(queries, keys, None, (cos, sin), length, back=False)
+        return tuple(x.unflatten(0, (-1, length)) for x in (q, *kv.unbind(1)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        of_q, of_k, of_v = (g if g.stride(-1) == 1 else g.contiguous() for g in gradients)
+        n, shape = len(of_q) * ctx.length, of_q.shape[2:]
+        q, kv = of_q.new_empty(n, *shape), of_k.new_empty(n, 2, *shape)
+        queries = triton_rope.Turned(of_q, q)
+        keys, values = (triton_rope.Turned(g, kv[:, i]) for i, g in enumerate((of_k, of_v)))
+        triton_rope.rotate_both(queries, keys, values, ctx.saved_tensors, ctx.length, back=True)
+        return q, kv, None, None, None
 
 
 def _by_triton(x: torch.Tensor, cos: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_factored
@@ -52,6 +53,17 @@ def spectrum_and_entropy(
         return (spectrum if x.device.type == "cpu" else None), entropy
 
 
+@library.custom_op("megachiar::entropy_of_rows", mutates_args=())
+def entropy_of_rows(x: torch.Tensor, dc_weight: float, epsilon: float) -> torch.Tensor:
+    """Compute the entropy of ``spectrum_and_entropy`` alone, which is one operation to ``torch.compile``."""
+    return spectrum_and_entropy(x, dc_weight, epsilon)[1]
+
+
+@entropy_of_rows.register_fake
+def _(x: torch.Tensor, *_) -> torch.Tensor:
+    return x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def _entropy(spectrum: torch.Tensor, d: int, dc_weight: float, epsilon: float) -> torch.Tensor:
     """Compute spectral entropy (N,) from a packed spectrum (N, P)."""
     power = packed_power(spectrum, d, dc_weight)
@@ -82,7 +94,7 @@ def spectral_mix(x: torch.Tensor, weight: torch.Tensor, gain: float = 1.0, spect
         return _filtered(packed_dct(x) if spectrum is None else spectrum, weight, gain, x.dtype)
     if x.device.type == "cpu":
         return _SpectralMix.apply(x, weight, gain, spectrum)
-    return F.linear(x, _filter_matrix(weight, gain))
+    return F.linear(x, filter_matrices(weight, gain))
 
 
 def mix_add_and_norm(
@@ -98,10 +110,13 @@ def mix_add_and_norm(
     return add_and_norm(x, spectral_mix(x, filters, gain, spectrum), weight, bias, epsilon)
 
 
-def _filter_matrix(weight: torch.Tensor, gain: float) -> torch.Tensor:
-    """Return ``gain * C^T diag(weight) C`` (d, d): on a GPU one product with it is faster than two transforms."""
-    matrix = dct_matrix(len(weight), weight.device, weight.dtype)
-    return (matrix.mT * (gain * weight)) @ matrix
+def filter_matrices(weights: torch.Tensor, gain: float) -> torch.Tensor:
+    """Return ``gain * C^T diag(weight) C`` (..., d, d) for filters (..., d).
+
+    On a GPU one product with it is faster than two transforms.
+    """
+    matrix = dct_matrix(weights.shape[-1], weights.device, weights.dtype)
+    return (matrix.mT * (gain * weights)[..., None, :]) @ matrix
 
 
 class _SpectralMix(torch.autograd.Function):

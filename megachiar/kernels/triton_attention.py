@@ -14,14 +14,15 @@ Shapes: n = rows of queries, m = rows of keys, B = sequences, h = heads, c = cha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from megachiar.kernels.dropout import FACTOR, KeyedDropout, column_keys, head_keys, least_kept
+from megachiar.kernels import triton_dropout
+from megachiar.kernels.dropout import FACTOR, KeyedDropout, column_keys, least_kept
 from megachiar.kernels.gpu import INTERPRETED, compute_type, jit, launch_options, product_precision, tl, triton
-from megachiar.kernels.hash import GOLDEN, mix64, wrap64
 from megachiar.kernels.tables import cached_table
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -71,6 +72,13 @@ class RowLayout(NamedTuple):
         longest_queries, longest_keys: no sequence has more queries, or more keys.
         first_seen: (n,) int32, never falling, the first row of keys that each query sees, at most ``last_seen``. None
             where that is the first one of its sequence.
+        seen_from: (m,) int32, the first row of queries whose ``last_seen`` is each row of keys or a later one, as if
+            all queries were of one sequence. None where the backward pass is to look for it.
+        seen_until: (m,) int32, the first row of queries whose ``first_seen`` is behind each row of keys. None as
+            ``seen_from``, or where ``first_seen`` is None.
+
+    Rows behind the last one of ``query_starts`` or ``key_starts`` are in no sequence: the kernels neither read nor
+    write them.
     """
 
     query_starts: torch.Tensor
@@ -79,6 +87,8 @@ class RowLayout(NamedTuple):
     longest_queries: int
     longest_keys: int
     first_seen: torch.Tensor | None = None
+    seen_from: torch.Tensor | None = None
+    seen_until: torch.Tensor | None = None
 
 
 @cached_table
@@ -99,22 +109,28 @@ class Mask(NamedTuple):
     """The dropout mask of probabilities, as keys.
 
     Attributes:
-        keys: (n, h) int64, the dropout keys of the queries' rows and heads, mixed with the site.
+        high, low: (n, h) int32, the halves of the dropout keys of the queries' rows and heads, mixed with the site.
         columns: (longest_keys,) int32, the dropout keys of the positions of a sequence's keys.
         least: the smallest int32 number of a probability that stays.
         scale: the factor of those that stay.
     """
 
-    keys: torch.Tensor
+    high: torch.Tensor
+    low: torch.Tensor
     columns: torch.Tensor
     least: int
     scale: float
 
     @classmethod
-    def of(cls, dropout: KeyedDropout, first_head: int, heads: int, columns: int) -> Mask:
-        """Make the mask of ``dropout``, with keys (n,) of the queries' rows, for the heads from ``first_head`` on."""
-        mixed = mix64(head_keys(dropout.keys, first_head, heads) + wrap64(dropout.site * GOLDEN))
-        return cls(mixed, column_keys(0, columns, mixed.device), least_kept(dropout.probability), dropout.scale)
+    def of(
+        cls, dropout: KeyedDropout, first_head: int, heads: int, columns: int, rows: torch.Tensor | None = None
+    ) -> Mask:
+        """Make the mask of ``dropout`` for the heads from ``first_head`` on.
+
+        ``rows`` (n,) says which of the keys of ``dropout`` each query has; None if they are in the queries' order.
+        """
+        high, low = triton_dropout.head_halves(dropout.keys, rows, first_head, heads, dropout.site)
+        return cls(high, low, column_keys(0, columns, high.device), least_kept(dropout.probability), dropout.scale)
 
 
 def supports(q: torch.Tensor) -> bool:
@@ -150,24 +166,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, row_layout, scale, mask):
         q, k, v = _dense(q), _dense(k), _dense(v)
-        n, h, c = q.shape
-        size = tiles("forward", c, q.dtype)
-        output, sums = q.new_empty(n, h, c), q.new_empty(n, h, dtype=torch.float32)
-        sequences = len(row_layout.query_starts) - 1
-        _forward[triton.cdiv(row_layout.longest_queries, size.queries), sequences * h](
-            q,
-            k,
-            v,
-            output,
-            sums,
-            *_layout_arguments(row_layout),
-            *_of_mask(mask, row_layout),
-            scale * LOG2_E,
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            **_constants(h, c, q.dtype, size, mask, row_layout),
-        )
+        output, sums = forward(q, k, v, row_layout, scale, mask)
         ctx.save_for_backward(q, k, v, output, sums)
         ctx.row_layout = row_layout
         ctx.scale = scale
@@ -177,49 +176,102 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, output, sums = ctx.saved_tensors
-        row_layout, gradient = ctx.row_layout, _dense(gradient)
-        h, c = q.shape[1:]
-        inner = torch.empty_like(sums)
-        of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
-        mask = _of_mask(ctx.mask, row_layout)
-        strides = *_strides(q), *_strides(k), *_strides(v), *_strides(gradient)
-        heads = (len(row_layout.query_starts) - 1) * h
-        size = tiles("queries", c, q.dtype)
-        _backward_queries[triton.cdiv(row_layout.longest_queries, size.queries), heads](
-            q,
-            k,
-            v,
-            gradient,
-            output,
-            sums,
-            inner,
-            *_layout_arguments(row_layout),
-            *mask,
-            of_q,
-            ctx.scale,
-            *strides,
-            **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
-        )
-        size = tiles("keys", c, q.dtype)
-        blocks = triton.cdiv(row_layout.longest_keys, size.keys)
-        _backward_keys[blocks, heads](
-            q,
-            k,
-            v,
-            gradient,
-            sums,
-            inner,
-            *_layout_arguments(row_layout),
-            _bounds(row_layout, blocks, size.keys),
-            *mask,
-            of_k,
-            of_v,
-            ctx.scale,
-            *strides,
-            **_constants(h, c, q.dtype, size, ctx.mask, row_layout),
-        )
-        return of_q, of_k, of_v, None, None, None
+        *inputs, output, sums = ctx.saved_tensors
+        gradients = [x.new_empty(x.shape) for x in inputs]
+        backward(gradient, output, sums, inputs, gradients, ctx.row_layout, ctx.scale, ctx.mask)
+        return *gradients, None, None, None
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_layout: RowLayout, scale: float, mask: Mask | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``attend`` without gradient: the result (n, h, c), and the logarithms (n, h) fp32 of the sums.
+
+    The channels of a head lie side by side in ``q``, ``k`` and ``v``.
+    """
+    n, h, c = q.shape
+    size = tiles("forward", c, q.dtype)
+    output, sums = q.new_empty(n, h, c), q.new_empty(n, h, dtype=torch.float32)
+    sequences = len(row_layout.query_starts) - 1
+    _forward[triton.cdiv(row_layout.longest_queries, size.queries), sequences * h](
+        q,
+        k,
+        v,
+        output,
+        sums,
+        *_layout_arguments(row_layout),
+        *_of_mask(mask, row_layout),
+        scale * LOG2_E,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        **_constants(h, c, q.dtype, size, mask, row_layout),
+    )
+    return output, sums
+
+
+def backward(
+    gradient: torch.Tensor,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    row_layout: RowLayout,
+    scale: float,
+    mask: Mask | None,
+) -> None:
+    """Compute the gradients of ``attend``.
+
+    Args:
+        gradient: (n, h, c), of the result.
+        output, sums: what ``forward`` returned.
+        inputs: q, k and v, as ``forward`` took them.
+        gradients: where to write those of q, k and v, in their shapes; the heads of a row lie side by side there.
+        row_layout, scale, mask: as in ``forward``.
+    """
+    q, k, v = inputs
+    of_q, of_k, of_v = gradients
+    gradient, inner = _dense(gradient), torch.empty_like(sums)
+    h, c = q.shape[1:]
+    of_mask = _of_mask(mask, row_layout)
+    strides = *_strides(q), *_strides(k), *_strides(v), *_strides(gradient)
+    heads = (len(row_layout.query_starts) - 1) * h
+    size = tiles("queries", c, q.dtype)
+    _backward_queries[triton.cdiv(row_layout.longest_queries, size.queries), heads](
+        q,
+        k,
+        v,
+        gradient,
+        output,
+        sums,
+        inner,
+        *_layout_arguments(row_layout),
+        *of_mask,
+        of_q,
+        scale,
+        *strides,
+        of_q.stride(0),
+        **_constants(h, c, q.dtype, size, mask, row_layout),
+    )
+    size = tiles("keys", c, q.dtype)
+    _backward_keys[triton.cdiv(row_layout.longest_keys, size.keys), heads](
+        q,
+        k,
+        v,
+        gradient,
+        sums,
+        inner,
+        *_layout_arguments(row_layout),
+        *_readers(row_layout, len(k)),
+        *of_mask,
+        of_k,
+        of_v,
+        scale,
+        *strides,
+        of_k.stride(0),
+        of_v.stride(0),
+        **_constants(h, c, q.dtype, size, mask, row_layout),
+    )
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -242,19 +294,18 @@ def _layout_arguments(row_layout: RowLayout) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _bounds(row_layout: RowLayout, blocks: int, size: int) -> torch.Tensor:
-    """Return bounds of the rows of queries (2 or 4, B, blocks) int32 for each block of ``size`` keys.
+def _readers(row_layout: RowLayout, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``seen_from`` and ``seen_until`` of ``row_layout``, which has ``keys`` rows of keys.
 
-    They are the first row that sees the block's first key, and the first row that sees its last key. With
-    ``first_seen`` they are also the first row that no longer sees the first key, and the first row that no longer sees
-    the last key.
+    Without documents an unused tensor stands for the second one.
     """
-    first = row_layout.key_starts[:-1, None] + multiples(blocks, size, row_layout.last_seen.device)
-    edges = torch.stack([first, first + (size - 1)])
-    bounds = torch.searchsorted(row_layout.last_seen, edges, out_int32=True)
-    if row_layout.first_seen is None:
-        return bounds
-    return torch.cat([bounds, torch.searchsorted(row_layout.first_seen, edges, right=True, out_int32=True)])
+    seen_from, seen_until = row_layout.seen_from, row_layout.seen_until
+    row = torch.arange(keys, dtype=torch.int32, device=row_layout.last_seen.device) if seen_from is None else seen_from
+    if seen_from is None:
+        seen_from = torch.searchsorted(row_layout.last_seen, row, out_int32=True)
+        if row_layout.first_seen is not None:
+            seen_until = torch.searchsorted(row_layout.first_seen, row, right=True, out_int32=True)
+    return seen_from, seen_from if seen_until is None else seen_until
 
 
 def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
@@ -264,8 +315,7 @@ def _of_mask(mask: Mask | None, row_layout: RowLayout) -> tuple:
     """
     if mask is None:
         return row_layout.last_seen, row_layout.last_seen, row_layout.last_seen, 0, 1.0
-    keys = mask.keys.contiguous()
-    return (keys >> 32).int(), (keys << 32 >> 32).int() | 1, mask.columns, mask.least, mask.scale
+    return tuple(mask)
 
 
 def _constants(h: int, c: int, dtype: torch.dtype, size: Tiles, mask: Mask | None, row_layout: RowLayout) -> dict:
@@ -533,6 +583,7 @@ def _backward_queries_kernel(
     v_head,
     g_row,
     g_head,
+    of_q_row,
     H: tl.constexpr,
     C: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -590,7 +641,8 @@ def _backward_queries_kernel(
             one, two, columns, least, kept_scale, scale, result, True, KEYS, COMPUTE, PRECISION, DROPOUT, DOCUMENTS,
             FACTOR,
         )  # fmt: skip
-        tl.store(of_q + whole, (result * scale).to(of_q.dtype.element_ty), mask=valid[:, None])
+        to = (row_first + row)[:, None] * of_q_row + head * C + channel[None, :]
+        tl.store(of_q + to, (result * scale).to(of_q.dtype.element_ty), mask=valid[:, None])
 
 
 @jit
@@ -669,7 +721,8 @@ def _backward_keys_kernel(
     key_starts,
     last_seen,
     first_seen,
-    bounds,
+    seen_from,
+    seen_until,
     high_keys,
     low_keys,
     columns,
@@ -686,6 +739,8 @@ def _backward_keys_kernel(
     v_head,
     g_row,
     g_head,
+    of_k_row,
+    of_v_row,
     H: tl.constexpr,
     C: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -701,7 +756,7 @@ def _backward_keys_kernel(
     key_first = tl.load(key_starts + sequence).to(tl.int64)
     count = (tl.load(query_starts + sequence + 1) - row_first).to(tl.int32)
     keys = (tl.load(key_starts + sequence + 1) - key_first).to(tl.int32)
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    block = tl.program_id(0)
     if block * KEYS < keys:
         key = block * KEYS + tl.arange(0, KEYS)
         inside = key < keys
@@ -712,14 +767,14 @@ def _backward_keys_kernel(
         if DROPOUT:
             of_column = tl.load(columns + key, mask=inside, other=0)
         #    rows that see:    some   |   all   |   with documents some again
-        bound = bounds + sequence * blocks + block
-        step = (tl.num_programs(1) // H) * blocks
-        begin = (tl.load(bound) - row_first).to(tl.int32)
-        full = tl.minimum((tl.load(bound + step) - row_first).to(tl.int32), count)
+        edge = key_first + block * KEYS
+        last_edge = key_first + tl.minimum(block * KEYS + KEYS, keys) - 1
+        begin = (tl.load(seen_from + edge) - row_first).to(tl.int32)
+        full = tl.minimum((tl.load(seen_from + last_edge) - row_first).to(tl.int32), count)
         end, plain = count, count
         if DOCUMENTS:
-            plain = tl.minimum((tl.load(bound + 2 * step) - row_first).to(tl.int32), count)
-            end = tl.minimum((tl.load(bound + 3 * step) - row_first).to(tl.int32), count)
+            plain = tl.minimum((tl.load(seen_until + edge) - row_first).to(tl.int32), count)
+            end = tl.minimum((tl.load(seen_until + last_edge) - row_first).to(tl.int32), count)
         middle = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), QUERIES) * QUERIES, end)
         q += row_first * q_row + head * q_head
         gradient += row_first * g_row + head * g_head
@@ -750,9 +805,10 @@ def _backward_keys_kernel(
                 low_keys, least, kept_scale, scale, q_row, g_row, count, key_first, channel, key_gradient,
                 value_gradient, True, H, QUERIES, COMPUTE, PRECISION, DROPOUT, DOCUMENTS, FACTOR,
             )  # fmt: skip
-        offset = ((key_first + key) * H + head)[:, None] * C + channel[None, :]
-        tl.store(of_k + offset, (key_gradient * scale).to(of_k.dtype.element_ty), mask=inside[:, None])
-        tl.store(of_v + offset, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
+        row, column = (key_first + key)[:, None], head * C + channel[None, :]
+        result = (key_gradient * scale).to(of_k.dtype.element_ty)
+        tl.store(of_k + row * of_k_row + column, result, mask=inside[:, None])
+        tl.store(of_v + row * of_v_row + column, value_gradient.to(of_v.dtype.element_ty), mask=inside[:, None])
 
 
 _forward = jit(_forward_kernel)

@@ -1,5 +1,7 @@
 """Residual addition and LayerNorm in Triton, with one pass over the rows forward and one backward.
 
+Rows of two operators are normalised together, each with the branch, the weight and the bias of its operator.
+
 Shapes: n = rows, d = channels.
 """
 
@@ -38,44 +40,99 @@ def supports(x: torch.Tensor) -> bool:
     return x.shape[-1] <= WIDEST and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Other(NamedTuple):
+    """What is different for the rows of a second operator.
+
+    Attributes:
+        routes: (n,) int64, 0 for the rows of the second operator.
+        branch_output: (n, d), the output of the branch in these rows; its other rows are not read. None if no branch is
+            added.
+        weight, bias: (d,).
+    """
+
+    routes: torch.Tensor
+    branch_output: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 def normed(
-    x: torch.Tensor, branch_output: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    x: torch.Tensor,
+    branch_output: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    epsilon: float,
+    other: Other | None = None,
 ) -> Normed:
-    """Normalise ``x + branch_output`` (n, d), or ``x`` alone."""
+    """Normalise ``x + branch_output`` (n, d), or ``x`` alone.
+
+    With ``other`` its branch, weight and bias are taken in the rows of its operator: those of ``branch_output`` are not
+    read.
+    """
     x = x.contiguous()
     n, d = x.shape
-    sums = x if branch_output is None else torch.empty_like(x)
+    added = branch_output is not None
+    branch_output = x if branch_output is None else branch_output.contiguous()
+    second = Other(x, branch_output, weight, bias) if other is None else other
+    sums = torch.empty_like(x) if added else x
     rows = torch.empty_like(x)
     mean, scale = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
     if n:
         _norm[(n,)](
             x,
-            x if branch_output is None else branch_output.contiguous(),
+            branch_output,
             weight,
             bias,
+            second.routes,
+            x if second.branch_output is None else second.branch_output.contiguous(),
+            second.weight,
+            second.bias,
             sums,
             rows,
             mean,
             scale,
             EPSILON=epsilon,
-            ADDED=branch_output is not None,
+            ADDED=added,
+            OTHER=other is not None,
             **_constants(d),
         )
     return Normed(rows, sums, mean, scale)
 
 
 def norm_backward(
-    gradient: torch.Tensor, sums: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of the rows that were normalised (n, d), of the weight (d,) and of the bias (d,)."""
+    gradient: torch.Tensor,
+    sums: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    routes: torch.Tensor | None = None,
+    other_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the rows that were normalised (n, d), and of weight and bias as one tensor (2, d).
+
+    With ``routes`` and ``other_weight`` of a second operator it is (4, d): behind these two come its weight and bias.
+    """
     gradient = gradient.contiguous()
     n, d = gradient.shape
     result = torch.empty_like(sums)
     programs = max(1, min(n, 4 if INTERPRETED else PROGRAMS))
-    parts = torch.empty(2, programs, d, dtype=torch.float32, device=sums.device)
-    _norm_backward[(programs,)](gradient, sums, mean, scale, weight, result, parts[0], parts[1], n, **_constants(d))
-    of_weight, of_bias = parts.sum(1).to(weight.dtype)
-    return result, of_weight, of_bias
+    has_other = routes is not None
+    parts = torch.empty(4 if has_other else 2, programs, d, dtype=torch.float32, device=sums.device)
+    _norm_backward[(programs,)](
+        gradient,
+        sums,
+        mean,
+        scale,
+        weight,
+        sums if routes is None else routes,
+        weight if other_weight is None else other_weight,
+        result,
+        parts,
+        n,
+        OTHER=has_other,
+        **_constants(d),
+    )
+    return result, parts.sum(1).to(weight.dtype)
 
 
 def _constants(d: int) -> dict:
@@ -89,12 +146,17 @@ def _norm_kernel(
     branch_output,
     weight,
     bias,
+    routes,
+    other_branch_output,
+    other_weight,
+    other_bias,
     sums_out,
     out,
     means,
     scales,
     EPSILON: tl.constexpr,
     ADDED: tl.constexpr,
+    OTHER: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -102,6 +164,9 @@ def _norm_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < D
     offset = row * D + column
+    if OTHER:  # noqa: SIM102 (this is decided when the kernel is compiled, the rest when it runs)
+        if tl.load(routes + row) == 0:
+            branch_output, weight, bias = other_branch_output, other_weight, other_bias
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
         value += tl.load(branch_output + offset, mask=inside, other=0.0).to(tl.float32)
@@ -124,10 +189,12 @@ def _norm_backward_kernel(
     means,
     scales,
     weight,
+    routes,
+    other_weight,
     out,
-    of_weights,
-    of_biases,
+    parts,
     n,
+    OTHER: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -136,21 +203,40 @@ def _norm_backward_kernel(
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     of_weight = tl.zeros((COLUMNS,), tl.float32)
     of_bias = tl.zeros((COLUMNS,), tl.float32)
+    if OTHER:
+        first_factor = factor
+        other_factor = tl.load(other_weight + column, mask=inside, other=0.0).to(tl.float32)
+        of_other_weight = tl.zeros((COLUMNS,), tl.float32)
+        of_other_bias = tl.zeros((COLUMNS,), tl.float32)
     for row in range(tl.program_id(0), n, tl.num_programs(0)):
         offset = tl.cast(row, tl.int64) * D + column
         slope = tl.load(gradient + offset, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(sums + offset, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scales + row)
         normal = tl.where(inside, (value - tl.load(means + row)) * scale, 0.0)
-        of_weight += slope * normal
-        of_bias += slope
+        if OTHER:
+            if tl.load(routes + row) == 0:
+                of_other_weight += slope * normal
+                of_other_bias += slope
+                factor = other_factor
+            else:
+                of_weight += slope * normal
+                of_bias += slope
+                factor = first_factor
+        else:
+            of_weight += slope * normal
+            of_bias += slope
         slope *= factor
         along, level = tl.sum(slope * normal, 0) / D, tl.sum(slope, 0) / D
         result = (slope - level - normal * along) * scale
         tl.store(out + offset, result.to(out.dtype.element_ty), mask=inside)
-    at = tl.program_id(0) * D + column
-    tl.store(of_weights + at, of_weight, mask=inside)
-    tl.store(of_biases + at, of_bias, mask=inside)
+    at = parts + tl.program_id(0) * D + column
+    step = tl.num_programs(0) * D
+    tl.store(at, of_weight, mask=inside)
+    tl.store(at + step, of_bias, mask=inside)
+    if OTHER:
+        tl.store(at + 2 * step, of_other_weight, mask=inside)
+        tl.store(at + 3 * step, of_other_bias, mask=inside)
 
 
 _norm = jit(_norm_kernel)

@@ -12,7 +12,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.attention import causal_attention, routed_attention, routed_self_attention
 from megachiar.kernels.attention_options import AttentionOptions
-from megachiar.kernels.rope import keys_and_values, rotary_table, rotate, rotate_keys
+from megachiar.kernels.rope import keys_and_values, rotary_table, rotate, rotate_keys, rotated_rows
 from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.model.batch_layout import BatchLayout, dropout_of
 from megachiar.model.dispatch import OperatorTokens
@@ -101,15 +101,17 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """Let the routed rows attend to all rows of their sequence: (n, h, c)."""
         q, kv = self._project(x, routed, indices, layout)
+        if cache is None and indices is None:
+            form = layout.length, max(self.longest, layout.length), self.rope_base
+            q, k, v = (y.transpose(1, 2) for y in rotated_rows(q, kv.flatten(0, 1), *form))  # (B, h, S, c)
+            return causal_attention(q, k, v, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
         cos, sin = self._table(layout, x)
         if cache is not None:
             cache.append(rotate_keys(kv, cos, sin))
             rows = layout.routed_rows(layout.all_indices(x.device) if indices is None else indices)
             return cache.attend(rotate(q, *self._table_of(rows, layout, x)), rows)
+        assert indices is not None, "a pass without a cache returned above"
         k, v = (y.transpose(1, 2) for y in keys_and_values(kv, cos, sin))  # (B, h, S, c)
-        if indices is None:
-            q = rotate(q.unflatten(0, (layout.sequences, layout.length)), cos, sin).transpose(1, 2)
-            return causal_attention(q, k, v, self._options(layout, None)).transpose(1, 2).flatten(0, 1)
         rows = layout.routed_rows(indices)
         q = rotate(q, *self._table_of(rows, layout, x))
         return routed_attention(q, k, v, rows, self._options(layout, indices))
@@ -170,6 +172,7 @@ class SelfAttention(nn.Module):
             dropout=dropout,
             first_head=self.first_head,
             document_starts=layout.document_starts_of(indices),
+            document_rows=layout.document_rows if indices is None else None,
         )
 
     def _table(self, layout: BatchLayout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

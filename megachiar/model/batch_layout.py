@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megachiar.config.model import ModelConfig
+from megachiar.kernels.attention_options import DocumentRows
 from megachiar.kernels.dropout import KeyedDropout, row_keys
 from megachiar.kernels.routed_rows import RoutedRows
 from megachiar.model.kv_cache import DecodingCache
@@ -49,6 +50,7 @@ class BatchLayout(NamedTuple):
             is none.
         cached_positions: (B, T) int64, the positions of the tokens behind a decoding cache; None without one.
         route_keys: (N / p,) int64, what a random router draws the routes of this rank's rows by; None where none draws.
+        document_rows: the bounds of the documents that Triton kernels read; None where nobody asked for them.
     """
 
     sequences: int
@@ -60,6 +62,7 @@ class BatchLayout(NamedTuple):
     row_weights: torch.Tensor | None = None
     cached_positions: torch.Tensor | None = None
     route_keys: torch.Tensor | None = None
+    document_rows: DocumentRows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -122,6 +125,17 @@ class BatchLayout(NamedTuple):
         if self.document_starts is None or indices is None:
             return self.document_starts
         return self.document_starts.flatten().index_select(0, indices)
+
+    def with_document_rows(self) -> BatchLayout:
+        """Return this layout with the bounds of documents, where it has documents."""
+        if self.document_starts is None or self.document_rows is not None:
+            return self
+        starts = self.document_starts
+        position = torch.arange(self.length, device=starts.device)
+        openings = F.pad(torch.where(starts == position, position, self.length)[:, 1:], (0, 1), value=self.length)
+        ends = openings.flip(1).cummin(1).values.flip(1)
+        first = torch.arange(0, self.num_rows, self.length, device=starts.device)[:, None]
+        return self._replace(document_rows=DocumentRows(*((x + first).flatten().int() for x in (starts, ends))))
 
     def with_dropout_keys(self, seed: int, sample_ids: torch.Tensor) -> BatchLayout:
         """Return this layout with dropout keys: functions of the run's seed, the sample ids (B,) and the positions."""
@@ -199,4 +213,9 @@ def find_document_starts(tokens: torch.Tensor, end: int) -> torch.Tensor:
 
 def dropout_of(probability: float, keys: torch.Tensor, layer: int, site: int) -> KeyedDropout:
     """Return the dropout at site ``site`` of layer ``layer``, both counted from 0; the embedding is layer -1."""
-    return KeyedDropout(probability, keys, (layer + 1) * 8 + site)
+    return KeyedDropout(probability, keys, dropout_site(layer, site))
+
+
+def dropout_site(layer: int, site: int) -> int:
+    """Return the number in the model of site ``site`` of layer ``layer``, as in ``dropout_of``."""
+    return (layer + 1) * 8 + site

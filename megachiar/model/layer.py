@@ -31,8 +31,12 @@ from megachiar.model.learned_router import learn_values
 from megachiar.model.meta_router import MetaRouter
 from megachiar.model.rbf_mixing import RbfMixing
 from megachiar.model.router import Router, RoutingDecision, collapse_regulariser
+from megachiar.model.static_layer import PartitionStatistics, mix_statically, partition_rows
 from megachiar.phases import phase
 from megachiar.topology import TensorParallelGroup
+
+Statistic = torch.Tensor | float
+"""A scalar () on the device, or a number that is known without asking it."""
 
 
 class LayerOutput(NamedTuple):
@@ -41,24 +45,26 @@ class LayerOutput(NamedTuple):
     Attributes:
         hidden_states: (m, d), of this rank's rows.
         regulariser: scalar to add to the loss; None if there is none.
-        attention_share, rbf_share: scalars, the share of this rank's rows that took the operator; with a soft router
-            the operator's mean gate.
-        entropy: scalar, mean spectral entropy H; nan where the layer does not route.
-        gate: scalar, mean gate g of the MetaRouter; nan without one.
+        attention_share, rbf_share: the share of this rank's rows that took the operator; with a soft router the
+            operator's mean gate.
+        entropy: mean spectral entropy H; nan where the layer does not route.
+        gate: mean gate g of the MetaRouter; nan without one.
+        partitioned: what a layer of static shapes measured, from which ``layer_stack.statistics`` makes the share of
+            attention and the mean of H, for all such layers together; None in other layers.
     """
 
     hidden_states: torch.Tensor
     regulariser: torch.Tensor | None
-    attention_share: torch.Tensor
-    rbf_share: torch.Tensor
-    entropy: torch.Tensor
-    gate: torch.Tensor
+    attention_share: Statistic = torch.nan
+    rbf_share: Statistic = 0.0
+    entropy: Statistic = torch.nan
+    gate: Statistic = torch.nan
+    partitioned: PartitionStatistics | None = None
 
     @classmethod
     def unmeasured(cls, hidden_states: torch.Tensor) -> LayerOutput:
-        """Return the result of a pass behind a cache, which measures nothing: its statistics are empty, (0,)."""
-        empty = hidden_states.new_empty(0)
-        return cls(hidden_states, None, attention_share=empty, rbf_share=empty, entropy=empty, gate=empty)
+        """Return the result of a pass behind a cache, which measures nothing."""
+        return cls(hidden_states, None)
 
 
 Routes = dict[str, torch.Tensor]
@@ -80,7 +86,12 @@ class FixedLayer(nn.Module):
         self.feed_forward = FeedForward(config, index, group)
 
     def forward(
-        self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
+        self,
+        x: torch.Tensor,
+        layout: BatchLayout,
+        cache: DecodingCache | None,
+        routes: Routes | None,
+        matrix: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Run the layer for this rank's rows.
 
@@ -89,12 +100,13 @@ class FixedLayer(nn.Module):
             layout: the layout of the micro-batch.
             cache: of earlier positions; None in training.
             routes: not used: all rows take one operator.
+            matrix: (d, d), DCT mixing as a matrix; None where the operator makes what it needs.
         """
         with phase("attention" if self.is_attention else "dct"):
             if self.is_attention:
                 y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
             else:
-                y = self.operator(x)
+                y = self.operator(x, None, matrix)
         with phase("feed-forward"):
             hidden_states = self.feed_forward(y, layout.dropout_keys)
         gate = None
@@ -104,15 +116,11 @@ class FixedLayer(nn.Module):
             hidden_states = gate * hidden_states + (1 - gate) * x
         if cache is not None:
             return LayerOutput.unmeasured(hidden_states)
-        zero = torch.zeros((), dtype=torch.float32, device=x.device)
-        share, nan = torch.full_like(zero, float(self.is_attention)), torch.full_like(zero, torch.nan)
         return LayerOutput(
             hidden_states=hidden_states,
             regulariser=None,
-            attention_share=share,
-            rbf_share=zero,
-            entropy=nan,
-            gate=nan if gate is None else _mean_gate(gate.detach().float(), layout),
+            attention_share=float(self.is_attention),
+            gate=torch.nan if gate is None else _mean_gate(gate.detach().float(), layout),
         )
 
 
@@ -127,6 +135,8 @@ class RoutedLayer(nn.Module):
 
     Attributes:
         last_routes: the routes (N,) of the last forward pass, so that ranks can compare them; None before the first.
+        has_static_shapes: whether training computes its operators with shapes that do not depend on the routes (see
+            ``static_layer``).
     """
 
     def __init__(self, config: ModelConfig, index: int, group: TensorParallelGroup):
@@ -141,9 +151,15 @@ class RoutedLayer(nn.Module):
             self.rbf = RbfMixing(config, index, group)
         self.feed_forward = FeedForward(config, index, group)
         self.last_routes: torch.Tensor | None = None
+        self.has_static_shapes = False
 
     def forward(
-        self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, routes: Routes | None
+        self,
+        x: torch.Tensor,
+        layout: BatchLayout,
+        cache: DecodingCache | None,
+        routes: Routes | None,
+        matrix: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Run the layer for this rank's rows.
 
@@ -152,7 +168,10 @@ class RoutedLayer(nn.Module):
             layout: the layout of the micro-batch.
             cache: of earlier positions; None in training.
             routes: routes to take, or to write if this layer has none there; None to decide and write nothing.
+            matrix: (d, d), DCT mixing as a matrix, for static shapes; None where the layer makes what it needs.
         """
+        if self.has_static_shapes and cache is None:
+            return self._with_static_shapes(x, layout, routes, matrix)
         with phase("route"):
             decision = self.router(x, layout)
         if cache is not None:
@@ -162,19 +181,37 @@ class RoutedLayer(nn.Module):
             operator_fractions = layout.mean_of_rows(decision.gates.detach())
         else:
             hidden_states, operator_fractions = self._route(x, decision, layout, routes)
-        share = dict(zip(self.names, operator_fractions.float(), strict=True))
-        regulariser = None
-        if decision.utilisation is not None:
-            regulariser = collapse_regulariser(decision.utilisation, self.collapse_weight)
-        zero = torch.zeros((), dtype=torch.float32, device=x.device)
+        share: dict[str, Statistic] = dict(zip(self.names, operator_fractions.float(), strict=True))
         return LayerOutput(
             hidden_states=hidden_states,
-            regulariser=regulariser,
+            regulariser=self._regulariser(decision),
             attention_share=share["attention"],
-            rbf_share=share.get("rbf", zero),
+            rbf_share=share.get("rbf", 0.0),
             entropy=layout.mean_of_rows(decision.entropy.float()),
-            gate=torch.full_like(zero, torch.nan),
         )
+
+    def _with_static_shapes(
+        self, x: torch.Tensor, layout: BatchLayout, routes: Routes | None, matrix: torch.Tensor | None
+    ) -> LayerOutput:
+        """Run the layer for all rows (N, d) without waiting for the routes; the arguments are those of ``forward``."""
+        with phase("route"):
+            decision = self.router(x, layout, scores_alone=True)
+            by = partition_rows(self.router, decision, layout, None if routes is None else routes.get(self.name))
+        self.last_routes = by.routes
+        if routes is not None:
+            routes[self.name] = by.routes
+        y = mix_statically(self.attention, self.dct, x, by, layout, matrix)
+        output = LayerOutput(self._feed_forward(y, layout), self._regulariser(decision))
+        if layout.row_weights is None:
+            return output._replace(partitioned=PartitionStatistics(by.attention_rows, decision.entropy))
+        means = [layout.mean_of_rows(values.float()) for values in (by.routes, decision.entropy)]
+        return output._replace(attention_share=means[0], entropy=means[1])
+
+    def _regulariser(self, decision: RoutingDecision) -> torch.Tensor | None:
+        """Return the regulariser against a collapse of the routes; None without it."""
+        if decision.utilisation is None:
+            return None
+        return collapse_regulariser(decision.utilisation, self.collapse_weight)
 
     def _decode(
         self,
@@ -239,6 +276,7 @@ class RoutedLayer(nn.Module):
         name = f"{self.name}.explored"
         if routes is not None and self.name in routes:
             return routes[self.name], routes.get(name)
+        assert decision.operator is not None, "only a partition compares scores"
         if decision.explored is None:
             operator, explored = synchronize_routes(decision.operator, layout), None
         else:

@@ -17,7 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megachiar.config.model import ModelConfig
+from megachiar.kernels import gpu
+from megachiar.kernels.spectral import filter_matrices
 from megachiar.model.batch_layout import BatchLayout
+from megachiar.model.dct_mixing import DctMixing
 from megachiar.model.kv_cache import DecodingCache
 from megachiar.model.layer import FixedLayer, LayerOutput, RoutedLayer, Routes
 from megachiar.topology import TensorParallelGroup
@@ -85,14 +88,31 @@ def run_layers(
     Returns:
         Hidden states (m, d) after the last layer, and the outputs of the layers without their hidden states.
     """
+    are_static = cache is None and any(_is_static(layer) for layer in layers)
+    matrices = _filter_matrices(layers) if are_static else [None] * len(layers)
+    if cache is None and (are_static or gpu.has_kernels(x.device)):
+        layout = layout.with_document_rows()
     if interval is None or not torch.is_grad_enabled():
-        return _run(layers, x, layout, cache, routes)
+        return _run(layers, x, layout, cache, routes, matrices)
     outputs: list[LayerOutput] = []
     for start in range(0, len(layers), interval):
-        part, taken = layers[start : start + interval], Routes() if routes is None else routes
-        x, reported = checkpoint(_run, part, x, layout, cache, taken, use_reentrant=False, preserve_rng_state=False)
+        end, taken = start + interval, Routes() if routes is None else routes
+        arguments = x, layout, cache, taken, matrices[start:end]
+        x, reported = checkpoint(_run, layers[start:end], *arguments, use_reentrant=False, preserve_rng_state=False)
         outputs += reported
     return x, outputs
+
+
+def _is_static(layer: nn.Module) -> bool:
+    return isinstance(layer, RoutedLayer) and layer.has_static_shapes
+
+
+def _filter_matrices(layers: Sequence[nn.Module]) -> list[torch.Tensor | None]:
+    """Return the filters of layers as matrices (d, d), by one batched product; None for layers without a filter."""
+    operators = [layer.dct if isinstance(layer, RoutedLayer) else layer.operator for layer in layers]
+    mixing = [operator for operator in operators if isinstance(operator, DctMixing)]
+    made = iter(filter_matrices(torch.stack([dct.filter for dct in mixing]), mixing[0].gain).unbind())
+    return [next(made) if isinstance(operator, DctMixing) else None for operator in operators]
 
 
 def _run(
@@ -101,10 +121,11 @@ def _run(
     layout: BatchLayout,
     cache: DecodingCache | None,
     routes: Routes | None,
+    matrices: Sequence[torch.Tensor | None],
 ) -> tuple[torch.Tensor, list[LayerOutput]]:
     outputs = []
-    for layer in layers:
-        output = layer(x, layout, cache, routes)
+    for layer, matrix in zip(layers, matrices, strict=True):
+        output = layer(x, layout, cache, routes, matrix)
         x = output.hidden_states
         outputs.append(output._replace(hidden_states=None))
     return x, outputs
@@ -116,16 +137,23 @@ def total_regulariser(outputs: Sequence[LayerOutput], device: torch.device) -> t
     return functools.reduce(torch.add, added) if added else torch.zeros((), dtype=torch.float32, device=device)
 
 
-def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout) -> RoutingStatistics:
-    """Collect the statistics of all layers for a micro-batch of ``layout``.
+def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout, device: torch.device) -> RoutingStatistics:
+    """Collect the statistics of all layers for a micro-batch of ``layout`` on ``device``.
 
     A pass behind a cache measures nothing: each statistic of it is empty, (0,).
     """
     if layout.cached_positions is not None:
-        return RoutingStatistics(*[torch.empty(0, device=layout.cached_positions.device)] * 5)
+        return RoutingStatistics(*[torch.empty(0, device=device)] * 5)
+    outputs = _with_measured(outputs, layout)
 
     def collect(name: str) -> torch.Tensor:
-        return torch.stack([getattr(output, name) for output in outputs]).detach().float()
+        values = [getattr(output, name) for output in outputs]
+        if not any(torch.is_tensor(value) for value in values) and len(set(values)) == 1:
+            return torch.full((len(values),), values[0], dtype=torch.float32, device=device)
+        # Filled, not copied: a copy from the host would wait for all that the GPU has to do.
+        numbers = {value for value in values if not torch.is_tensor(value)}
+        filled = {value: torch.full((), value, dtype=torch.float32, device=device) for value in numbers}
+        return torch.stack([value if torch.is_tensor(value) else filled[value] for value in values]).detach().float()
 
     attention_share = collect("attention_share")
     real_share = torch.ones_like(attention_share)
@@ -138,3 +166,18 @@ def statistics(outputs: Sequence[LayerOutput], layout: BatchLayout) -> RoutingSt
         gate=collect("gate"),
         real_share=real_share,
     )
+
+
+def _with_measured(outputs: Sequence[LayerOutput], layout: BatchLayout) -> list[LayerOutput]:
+    """Fill in the share of attention and the mean of H of layers of static shapes, for all of them at once."""
+    measured = [output.partitioned for output in outputs if output.partitioned is not None]
+    if not measured:
+        return list(outputs)
+    shares = iter((torch.cat([of_layer.attention_rows for of_layer in measured]).float() / layout.num_rows).unbind())
+    entropies = iter(torch.stack([of_layer.entropy for of_layer in measured]).float().mean(1).unbind())
+    return [
+        output
+        if output.partitioned is None
+        else output._replace(attention_share=next(shares), entropy=next(entropies), partitioned=None)
+        for output in outputs
+    ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import GOLDEN, mix64, uniform_hash, wrap64
-from megachiar.kernels.spectral import spectral_entropy, spectrum_and_entropy, white_noise_entropy
+from megachiar.kernels.spectral import entropy_of_rows, spectral_entropy, spectrum_and_entropy, white_noise_entropy
 from megachiar.kernels.tables import cached_table
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.learned_router import ValueHead
@@ -35,7 +35,7 @@ class RoutingDecision:
     """The decision of a router about this rank's rows.
 
     Attributes:
-        operator: (m,) int64, index of the operator that each row takes.
+        operator: (m,) int64, index of the operator that each row takes; None where a partition compares the scores.
         entropy: (m,) spectral entropy H of the rows themselves, without gradient, whatever the router decides by.
         score: (m,) the number that the bounds divide, without gradient: H (threshold), H of the permuted rows (hashed),
             a uniform random number (random), the scaled prediction (learned); None where gates decide.
@@ -46,7 +46,7 @@ class RoutingDecision:
         explored: (m,) bool, the rows whose value is to be measured; None where nothing is learned from this pass.
     """
 
-    operator: torch.Tensor
+    operator: torch.Tensor | None
     entropy: torch.Tensor
     score: torch.Tensor | None
     spectrum: torch.Tensor | None
@@ -140,9 +140,16 @@ class Router(nn.Module):
         else:
             self.running_threshold.value.fill_(bounds[0])
 
-    def forward(self, x: torch.Tensor, layout: BatchLayout) -> RoutingDecision:
-        """Decide about this rank's rows ``x`` (m, d)."""
-        spectrum, entropy = spectrum_and_entropy(x, self.dc_weight, self.epsilon)
+    def forward(self, x: torch.Tensor, layout: BatchLayout, scores_alone: bool = False) -> RoutingDecision:
+        """Decide about this rank's rows ``x`` (m, d).
+
+        Args:
+            x: hidden states (m, d).
+            layout: the layout of the micro-batch.
+            scores_alone: whether a partition compares the scores with ``bound``, of two operators.
+        """
+        spectrum, entropy = self._spectrum_and_entropy(x, scores_alone)
+        operator: torch.Tensor | None
         score = gates = utilisation = prediction = explored = None
         if self.kind in ("soft", "hard"):
             feature = self._differentiable_entropy(x)[:, None].to(x.dtype)
@@ -157,8 +164,8 @@ class Router(nn.Module):
                 if layout.row_weights is not None:  # padding has nothing to tell
                     explored = explored & (layout.row_weights[:, 0] > 0)
         else:
-            score = self._score(x, entropy, layout)
-            operator = self._by_thresholds(score)
+            score = self._score(x, entropy, layout, scores_alone)
+            operator = None if scores_alone else self._by_thresholds(score)
             if self.regularised:
                 seen = seen_channels(self.config, self.layer, x)
                 utilisation = self._soft_thresholds(self._differentiable_entropy(seen), layout)
@@ -175,14 +182,20 @@ class Router(nn.Module):
             explored=explored,
         )
 
-    def _score(self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    def _spectrum_and_entropy(self, x: torch.Tensor, entropy_alone: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return spectrum and entropy of rows (m, d), or None and the entropy alone."""
+        if entropy_alone:
+            return None, entropy_of_rows(x.detach(), self.dc_weight, self.epsilon)
+        return spectrum_and_entropy(x, self.dc_weight, self.epsilon)
+
+    def _score(self, x: torch.Tensor, entropy: torch.Tensor, layout: BatchLayout, entropy_alone: bool) -> torch.Tensor:
         """Return the numbers (m,) that the bounds divide; ``entropy`` (m,) is H of the rows ``x`` (m, d)."""
         if self.kind == "random":
             assert layout.route_keys is not None, "lay_out gives a random router its keys"
             return uniform_hash(layout.route_keys + self.route_key)
         if self.kind == "hashed":
             seen = seen_channels(self.config, self.layer, x)
-            return spectrum_and_entropy(seen, self.dc_weight, self.epsilon)[1]
+            return self._spectrum_and_entropy(seen, entropy_alone)[1]
         return entropy
 
     def _by_thresholds(self, value: torch.Tensor) -> torch.Tensor:
@@ -200,6 +213,14 @@ class Router(nn.Module):
             elif bound < 1:
                 operator += value > bound
         return operator
+
+    def bound(self) -> float:
+        """Return the bound of two operators as a number that scores from 0 to 1 are compared with, as they are here.
+
+        It counts where no running threshold does.
+        """
+        (bound,) = self.bounds or (0.0,)
+        return -torch.inf if bound <= 0 else torch.inf if bound >= 1 else bound
 
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
         return spectral_entropy(x, self.dc_weight, self.epsilon)

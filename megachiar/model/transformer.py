@@ -126,7 +126,7 @@ class ChiarFormer(nn.Module):
         x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
             cache.advance(layout.length)
-        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs, layout)
+        regulariser, report = total_regulariser(outputs, x.device), statistics(outputs, layout, x.device)
         x = self.norm(x)
         if self.training:
             x = touch_unused(self.classifiers, head, x)

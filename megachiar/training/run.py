@@ -20,6 +20,7 @@ from megachiar.errors import EXIT_STOPPED, UserError
 from megachiar.kernels.backends import describe_backends
 from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
+from megachiar.model.static_shapes import describe_static_shapes
 from megachiar.planning.peaks import why_no_utilisation
 from megachiar.stop_signals import StopSignals
 from megachiar.topology import Topology, raise_together
@@ -249,6 +250,8 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
     )
     dtype = DTYPES[config.precision.compute]
     kernels = describe_backends(config.model.hidden_size, config.model.num_attention_heads, engine.device, dtype)
+    if (shapes := describe_static_shapes(config, engine.device)) is not None:
+        kernels.append(shapes)
     if training.compile is not None:
         kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
     console.print(f"kernels: {'; '.join(kernels)}")

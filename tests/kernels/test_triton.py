@@ -11,6 +11,7 @@ from support import WORKERS, run_command
 
 WORKER = WORKERS / "triton_attention_worker.py"
 ROWS_WORKER = WORKERS / "triton_rows_worker.py"
+PARTITION_WORKER = WORKERS / "triton_partition_worker.py"
 
 COMPILER = WORKERS / "triton_compile_worker.py"
 
@@ -52,6 +53,22 @@ def test_interpreted_kernels_of_rows_compute_their_definitions():
     check_rows(json.loads(done.stdout), fp32=2e-6)
 
 
+def check_partitions(found: dict[str, dict[str, float]], fp32: float) -> None:
+    """A row that is read without having been written is NaN, which no bound lets pass."""
+    assert len(found) == 108
+    for case, deviations in found.items():
+        bound = {"fp32": fp32, "bf16": 2e-2, "layer": 2e-5}[case.partition(":")[0]]
+        wrong = {what: by for what, by in deviations.items() if not by <= bound}
+        assert deviations and not wrong, case
+
+
+def test_interpreted_kernels_of_static_shapes_compute_their_definitions():
+    """Partition, products between bounds on the device, attention, RoPE and norms of two operators."""
+    done = run_command(sys.executable, PARTITION_WORKER, "cpu", TRITON_INTERPRET="1", timeout=500)
+    assert done.returncode == 0, done.stderr
+    check_partitions(json.loads(done.stdout), fp32=2e-6)
+
+
 def test_attention_takes_the_kernels_where_they_run():
     done = run_command(sys.executable, WORKER, "dispatch", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
@@ -59,16 +76,23 @@ def test_attention_takes_the_kernels_where_they_run():
 
 
 # Attention of 2 head sizes, plain, with dropout, and within documents; 4 kernels of rows of 3 sizes, their entropy (in
-# fp32 of 2 sizes); 3 of logits: in 2 types.
-ALL = 2 * (3 * 6 + 4 * 3 + 3 + 3) - 1
-# Attention of the larger head size with dropout within documents, 5 kernels of rows of one size, 3 of logits: each
-# kernel where it needs most registers.
-FEW = 2 * (3 + 5 + 3)
+# fp32 of 2 sizes), 7 kernels of static shapes and other forms of 3 of them of 3 sizes; 3 of logits: in 2 types.
+ALL = 2 * (3 * 6 + 4 * 3 + 3 + 10 * 3 + 3) - 1
+# Attention of the larger head size with dropout within documents, 5 kernels of rows and 7 of static shapes of one size,
+# with other forms of 3 of them, 3 of logits: each kernel where it needs most registers.
+FEW = 2 * (3 + 5 + 10 + 3)
 
 
-@pytest.mark.parametrize(("which", "kernels"), [("few", FEW), pytest.param("all", ALL, marks=pytest.mark.slow)])
-def test_kernels_compile_for_an_h100_without_spilled_registers(tmp_path, which, kernels):
-    done = run_command(sys.executable, COMPILER, which, TRITON_CACHE_DIR=str(tmp_path), timeout=500)
+@pytest.mark.parametrize(
+    ("which", "capability", "kernels"),
+    [
+        ("few", 90, FEW),
+        pytest.param("few", 100, FEW, marks=pytest.mark.slow),
+        pytest.param("all", 90, ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_for_an_h100_and_a_b200_without_spilled_registers(tmp_path, which, capability, kernels):
+    done = run_command(sys.executable, COMPILER, which, str(capability), TRITON_CACHE_DIR=str(tmp_path), timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) == kernels
@@ -86,3 +110,6 @@ def test_compiled_kernels_compute_the_dense_formula():
     done = run_command(sys.executable, ROWS_WORKER, "cuda")
     assert done.returncode == 0, done.stderr
     check_rows(json.loads(done.stdout), fp32=1e-5)
+    done = run_command(sys.executable, PARTITION_WORKER, "cuda")
+    assert done.returncode == 0, done.stderr
+    check_partitions(json.loads(done.stdout), fp32=1e-5)
