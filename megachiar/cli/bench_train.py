@@ -47,7 +47,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megachiar import launch
 from megachiar.console import silence
@@ -119,12 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if peak is None:
         print(why_no_utilisation(device) or "no MFU: a CPU has no peak in megachiar/planning/peaks.py")
     print()
-    record: dict[str, Any] = {
-        "machine": machine(device),
-        "options": vars(options) | {"json": str(options.json)},
-        "peak_flops": peak,
-        "contenders": {},
-    }
+    record: dict = {"machine": machine(device), "options": vars(options) | {"json": str(options.json)}}
+    record |= {"peak_flops": peak, "contenders": {}}
     for name, report in reports.items():
         spread = times.spread(name)
         line = f"{name:16} {spread.format(' ms', 1e3, 1):28} {tokens / spread.median:9,.0f} tokens/s"
@@ -292,7 +288,7 @@ def serve(options: argparse.Namespace) -> None:
     attention, rbf = np.mean(shares, 0)  # (layers,) each
     flops = training_flops_per_token(config.model, options.sequence_length, attention.mean(), rbf.mean())
     routed = [float(attention[index]) for index in config.model.routed_layers]
-    report: dict[str, Any] = {
+    report: dict = {
         "flops": float(flops * tokens[:, 1:].size),
         "attention_share": float(attention.mean()),
         "rbf_share": float(rbf.mean()),
