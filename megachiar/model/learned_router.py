@@ -37,8 +37,8 @@ class ValueHead(ReplicatedLinear):
         mean_square: running mean square of the values that were measured, in units of the loss as it is averaged over
             tokens, squared; 0 before the first step.
         gradient_scale: factor by which gradients of a micro-batch differ from those of its mean loss.
-        sums: (3,) float64 since ``take_sums``: of the squares of measured values and of the squared errors of their
-            predictions, both in units of ``mean_square``, and how many there were; None where nothing was measured.
+        sums: (3,) float64 since it was set to None: of the squares of measured values and of the squared errors of
+            their predictions, both in units of ``mean_square``, and how many there were; None where none was measured.
 
     Args:
         channels: d.
@@ -71,11 +71,6 @@ class ValueHead(ReplicatedLinear):
     def forward(self, x: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         """Return what ``predict`` returns."""
         return self.predict(x, entropy)
-
-    def take_sums(self) -> list[float]:
-        """Return the three sums since the last call."""
-        sums, self.sums = self.sums, None
-        return [0.0, 0.0, 0.0] if sums is None else sums.tolist()
 
     def follow(self, mean_square: float, rate: float) -> None:
         """Move the running mean square towards that of a step; the first step sets it."""

@@ -65,10 +65,12 @@ def measure_one(model: ChiarFormer, tokens: torch.Tensor, index: int, row: int, 
     head.mean_square.value.fill_(mean_square)
     explored = torch.zeros(tokens[:, :-1].numel(), dtype=torch.bool)
     explored[row] = True
+    head.sums = None
     model.zero_grad()
     with decisions_of(layer_of(model, index), explored=explored) as seen:
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-    squares, errors, count = head.take_sums()
+    assert head.sums is not None
+    squares, errors, count = head.sums.tolist()
     assert count == 1 and head.bias.grad is not None
     return squares, errors, head.bias.grad.item(), seen[0]
 
