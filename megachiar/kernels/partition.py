@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import library
 
 from megachiar.kernels import gpu, triton_partition
+from megachiar.kernels.operation import operation
 from megachiar.kernels.tables import cached_table
 
 
@@ -62,7 +62,7 @@ def partition(score: torch.Tensor, bound: float, running: torch.Tensor | None, s
     return Partition(*_partition(score, bound, running, sequences))
 
 
-@library.custom_op("megachiar::partition", mutates_args=())
+@operation("megachiar::partition")
 def _partition(
     score: torch.Tensor, bound: float, running: torch.Tensor | None, sequences: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

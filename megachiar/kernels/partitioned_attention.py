@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import library
 
 from megachiar.kernels import gpu, triton_attention
 from megachiar.kernels.dropout import Dropper, KeyedDropout, head_keys
+from megachiar.kernels.operation import operation
 from megachiar.kernels.partition import Partition
 
 Tensor = torch.Tensor
 
 
-@library.custom_op("megachiar::attend_by_partition", mutates_args=())
+@operation("megachiar::attend_by_partition")
 def attend(
     heads: Tensor,
     kv: Tensor | None,
@@ -68,7 +68,7 @@ def _(heads, kv, *_):
     return heads.new_empty(n, h, c), heads.new_empty(n, h, dtype=torch.float32)
 
 
-@library.custom_op("megachiar::attend_by_partition_backward", mutates_args=())
+@operation("megachiar::attend_by_partition_backward")
 def attend_backward(
     gradient: Tensor,
     output: Tensor,

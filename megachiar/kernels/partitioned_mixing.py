@@ -147,12 +147,12 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_attended, of_mixed):
-        x, keys_from, weight, kv_weight, matrix, heads, kv, attended, sums, *partition_and_known = ctx.saved_tensors
-        _, order, _, starts, *_ = partition_and_known
+        x, keys_from, weight, kv_weight, matrix, heads, kv, attended, sums, *of_rows = ctx.saved_tensors
+        routes, order, before, starts, firsts, ends, keys = of_rows
         length, longest, rope_base, dropout, site = ctx.numbers
-        shape = len(heads), *heads.shape[2:]
+        gradient, output = (y.view(len(heads), *heads.shape[2:]) for y in (of_attended, attended))
         gradients = attend_backward(
-            of_attended.view(shape), attended.view(shape), sums, heads, kv, *partition_and_known, dropout, site
+            gradient, output, sums, heads, kv, routes, order, before, starts, firsts, ends, keys, dropout, site
         )
         of_heads, of_kv = gradients if len(gradients) == 2 else (gradients[0], None)
         rotate_by_partition(of_heads, of_kv, order, starts, length, longest, rope_base, back=True)

@@ -7,10 +7,10 @@ N = B * T rows.
 from __future__ import annotations
 
 import torch
-from torch import library
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_rope
+from megachiar.kernels.operation import operation
 from megachiar.kernels.tables import cached_table
 
 
@@ -130,7 +130,7 @@ def rotate_by_partition(
     _rotate_by_partition(heads, kv, order, starts, length, longest, base, back)
 
 
-@library.custom_op("megachiar::rotate_by_partition", mutates_args=("heads", "kv"))
+@operation("megachiar::rotate_by_partition", mutates_args=("heads", "kv"))
 def _rotate_by_partition(
     heads: torch.Tensor,
     kv: torch.Tensor | None,

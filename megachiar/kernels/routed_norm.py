@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import library
 
 from megachiar.kernels import gpu, triton_norm
+from megachiar.kernels.operation import operation
 
 Tensor = torch.Tensor
 
@@ -80,7 +80,7 @@ class _NormByRoute(torch.autograd.Function):
         return of_sums, of_branch, of_branch, None, *of_parameters.unbind(), None
 
 
-@library.custom_op("megachiar::norm_by_route", mutates_args=())
+@operation("megachiar::norm_by_route")
 def _normed(
     x: Tensor,
     attended: Tensor | None,
@@ -116,7 +116,7 @@ def _(x, attended, *_):
     return torch.empty_like(x), sums, *(x.new_empty(len(x), dtype=_wide(x)) for _ in range(2))
 
 
-@library.custom_op("megachiar::norm_by_route_backward", mutates_args=())
+@operation("megachiar::norm_by_route_backward")
 def _normed_backward(
     gradient: Tensor, sums: Tensor, mean: Tensor, scale: Tensor, routes: Tensor, weight: Tensor, dct_weight: Tensor
 ) -> tuple[Tensor, Tensor]:

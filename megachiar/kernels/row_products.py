@@ -13,14 +13,14 @@ Shapes: N = rows, i = inputs, o = outputs, d = channels. A partition says which 
 from __future__ import annotations
 
 import torch
-from torch import library
 
 from megachiar.kernels import gpu, triton_row_products
+from megachiar.kernels.operation import operation
 
 Tensor = torch.Tensor
 
 
-@library.custom_op("megachiar::input_products", mutates_args=())
+@operation("megachiar::input_products")
 def input_products(
     x: Tensor, weight: Tensor, bias: Tensor, matrix: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def _(x, weight, bias, matrix, order, starts):
     return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(matrix))
 
 
-@library.custom_op("megachiar::input_products_backward", mutates_args=())
+@operation("megachiar::input_products_backward")
 def input_products_backward(
     of_product: Tensor,
     of_mixed: Tensor,
@@ -81,7 +81,7 @@ def _(of_product, of_mixed, addend, weight, matrix, order, starts):
     return of_mixed.new_empty(len(of_mixed), len(matrix))
 
 
-@library.custom_op("megachiar::input_products_weights_backward", mutates_args=())
+@operation("megachiar::input_products_weights_backward")
 def input_products_weights_backward(
     of_product: Tensor, of_mixed: Tensor, x: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _(of_product, of_mixed, x, order, starts):
     return x.new_empty(o, d), x.new_empty(o), x.new_empty(of_mixed.shape[1], d)
 
 
-@library.custom_op("megachiar::output_product", mutates_args=())
+@operation("megachiar::output_product")
 def _output_product(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     if _by_triton(x):
         return triton_row_products.output_product(x, weight, bias, order, starts)
@@ -115,7 +115,7 @@ def _(x, weight, bias, order, starts):
     return x.new_empty(len(x), len(weight))
 
 
-@library.custom_op("megachiar::output_product_backward", mutates_args=())
+@operation("megachiar::output_product_backward")
 def _output_product_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import library
 from torch.autograd.function import once_differentiable
 
 from megachiar.kernels import gpu, triton_factored
 from megachiar.kernels.dct import dct_matrix, packed, packed_dct, packed_idct, packed_power, unpacked
 from megachiar.kernels.norm import add_and_norm
+from megachiar.kernels.operation import operation
 
 
 def spectral_entropy(x: torch.Tensor, dc_weight: float = 1.0, epsilon: float = 0.0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def spectrum_and_entropy(
         return (spectrum if x.device.type == "cpu" else None), entropy
 
 
-@library.custom_op("megachiar::entropy_of_rows", mutates_args=())
+@operation("megachiar::entropy_of_rows")
 def entropy_of_rows(x: torch.Tensor, dc_weight: float, epsilon: float) -> torch.Tensor:
     """Compute the entropy of ``spectrum_and_entropy`` alone, which is one operation to ``torch.compile``."""
     return spectrum_and_entropy(x, dc_weight, epsilon)[1]

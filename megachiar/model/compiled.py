@@ -7,6 +7,9 @@
                                       dropout depend on where they stand; what takes time there is one kernel anyway
                                       loss and embedding: they go in chunks, with kernels of their own
 
+A layer of static shapes (see ``static_layer``) can be traced as one graph, which the tests do; it is not compiled so
+yet, as no GPU was at hand to try it.
+
 Row counts differ from step to step: after the first step their dimension is dynamic, and nothing is compiled anew.
 """
 
