@@ -191,12 +191,13 @@ def test_it_learns_to_attend_where_attention_helps(seed):
     running, optimizer = RunningRouters(model, config), torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(250):
         tokens = sort_of_text(32, generator)
+        running.begin_step(1.0)
         optimizer.zero_grad()
         output = model(tokens[:, :-1], tokens[:, 1:])
         output.loss.backward()
         optimizer.step()
-        sums = running.measure()
-        running.follow(output.statistics.attention_share.tolist(), [ValueSums(*sums)])
+        sums = running.measure(torch.device("cpu"))
+        running.follow(output.statistics.attention_share.tolist(), [ValueSums(*sums.tolist())])
     tokens = sort_of_text(64, generator)
     with torch.no_grad():
         share = model(tokens[:, :-1], tokens[:, 1:]).statistics.attention_share[1].item()
