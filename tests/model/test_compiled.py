@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from megachiar.config import load_config
 from megachiar.engine.engine import check_compiler
 from megachiar.errors import UserError
-from megachiar.model.compiled import compile_parts
+from megachiar.model.compiled import compile_layers
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def forgotten():
 def compiled_and_plain(**fields):
     config = small_model_config(**fields)
     compiled, plain = (lively_model(config).train() for _ in range(2))
-    compile_parts(compiled, "aot_eager")
+    compile_layers(compiled, "aot_eager", has_documents=False)
     return compiled, plain
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachiar.kernels.spectral import spectral_entropy
 from megachiar.model.batch_layout import BatchLayout, lay_out
-from megachiar.model.compiled import compile_parts
+from megachiar.model.compiled import compile_layers
 from megachiar.model.init import initialise
 from megachiar.model.layer import RoutedLayer
 from megachiar.model.layer_stack import build_layer, statistics
@@ -213,7 +213,7 @@ def test_parts_can_be_compiled_within_static_shapes():
     config = small_model_config(dropout=0.1)
     plain, compiled = (lively_model(config).train() for _ in range(2))
     use_static_shapes(compiled)
-    compile_parts(compiled, "aot_eager")
+    compile_layers(compiled, "aot_eager", has_documents=False)
     tokens = token_batch(length=13)
     for model in (plain, compiled):
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
