@@ -94,7 +94,8 @@ class PipelineReplica:
         if has_static_shapes(config, device):
             use_static_shapes(stage)
         if config.training.compile is not None:
-            compile_layers(stage, config.training.compile, config.data.document_mask)
+            recomputes = config.training.activation_checkpoint_interval is not None
+            compile_layers(stage, config.training.compile, config.data.document_mask, recomputes)
         built = build_optimizer(stage, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(stage, config.model)

@@ -41,7 +41,8 @@ class Replica:
         if has_static_shapes(config, device):
             use_static_shapes(model)
         if config.training.compile is not None:
-            compile_layers(model, config.training.compile, config.data.document_mask)
+            recomputes = config.training.activation_checkpoint_interval is not None
+            compile_layers(model, config.training.compile, config.data.document_mask, recomputes)
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(model, config.model)

@@ -103,12 +103,12 @@ class FixedLayer(nn.Module):
             matrix: (d, d), DCT mixing as a matrix; None where the operator makes what it needs.
         """
         if cache is not None:
-            return LayerOutput.unmeasured(self._compute(x, layout, cache, matrix)[0])
+            return LayerOutput.unmeasured(self._hidden_states_and_gate(x, layout, cache, matrix)[0])
         return self.compute(x, layout, matrix)
 
     def compute(self, x: torch.Tensor, layout: BatchLayout, matrix: torch.Tensor | None) -> LayerOutput:
         """Run the layer without a cache, which can be compiled as one graph; the arguments are those of ``forward``."""
-        hidden_states, gate = self._compute(x, layout, None, matrix)
+        hidden_states, gate = self._hidden_states_and_gate(x, layout, None, matrix)
         return LayerOutput(
             hidden_states=hidden_states,
             regulariser=None,
@@ -116,7 +116,7 @@ class FixedLayer(nn.Module):
             gate=torch.nan if gate is None else _mean_gate(gate.detach().float(), layout),
         )
 
-    def _compute(
+    def _hidden_states_and_gate(
         self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, matrix: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return hidden states (m, d), and the gate (m, 1) or (1, 1) of the MetaRouter; None without one."""
