@@ -2,7 +2,7 @@
 
     python graphs_worker.py CONFIG OVERRIDE...
 
-The last line is JSON: [graphs, {reason of a graph break: how often}].
+A line of the output is JSON: [graphs, {reason of a graph break: how often}].
 
 ``tests/model/test_compiled.py`` starts it.
 """
