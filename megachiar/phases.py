@@ -14,5 +14,10 @@ _UNNAMED = contextlib.nullcontext()
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context whose operations stand below ``name`` in a trace, while a profiler records this process."""
-    return torch.profiler.record_function(name) if profiler._is_profiler_enabled else _UNNAMED
+    """Return a context whose operations stand below ``name`` in a trace, while a profiler records this process.
+
+    Within a compiled graph it names nothing, for the graph to be the same with and without a profiler.
+    """
+    if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+        return _UNNAMED
+    return torch.profiler.record_function(name)

@@ -204,8 +204,10 @@ class TrainingConfig(Section):
     """Number of layers that are recomputed together in the backward pass; of each such group only the input is kept.
     null keeps all activations."""
     compile: Literal["inductor", "aot_eager"] | None = None
-    """Compile routers, DCT mixing and feed-forward with this backend of torch.compile; null compiles nothing. inductor
-    needs a C++ compiler on a CPU; aot_eager only traces, to find out whether something can be compiled."""
+    """Compile layers with this backend of torch.compile; null compiles nothing. One graph each: routed layers of static
+    shapes, the layer of DCT mixing, and layers of attention without dropout and document masks. Of other layers
+    routers, DCT mixing and feed-forward are compiled. inductor needs a C++ compiler on a CPU; aot_eager only traces, to
+    find out whether something can be compiled."""
     static_shapes: Literal["auto"] | bool = "auto"
     """Whether routed layers compute with shapes that do not depend on the routes: the host then waits for nothing, and
     fewer kernels are started. auto: on a GPU with Triton, where model and layout allow it; the log says why not. true:

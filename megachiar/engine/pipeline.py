@@ -28,7 +28,7 @@ from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import STATISTICS, flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model.classifier import classifier_loss
-from megachiar.model.compiled import compile_parts
+from megachiar.model.compiled import compile_layers
 from megachiar.model.static_shapes import has_static_shapes, use_static_shapes
 from megachiar.phases import phase
 from megachiar.planning.partition import stage_bounds
@@ -94,7 +94,8 @@ class PipelineReplica:
         if has_static_shapes(config, device):
             use_static_shapes(stage)
         if config.training.compile is not None:
-            compile_parts(stage, config.training.compile)
+            recomputes = config.training.activation_checkpoint_interval is not None
+            compile_layers(stage, config.training.compile, config.data.document_mask, recomputes)
         built = build_optimizer(stage, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(stage, config.model)

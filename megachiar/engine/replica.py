@@ -18,7 +18,7 @@ from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import flatten_auxiliary, flatten_forward, flatten_rank
 from megachiar.model import build_model
-from megachiar.model.compiled import compile_parts
+from megachiar.model.compiled import compile_layers
 from megachiar.model.static_shapes import has_static_shapes, use_static_shapes
 from megachiar.topology import Topology
 
@@ -41,7 +41,8 @@ class Replica:
         if has_static_shapes(config, device):
             use_static_shapes(model)
         if config.training.compile is not None:
-            compile_parts(model, config.training.compile)
+            recomputes = config.training.activation_checkpoint_interval is not None
+            compile_layers(model, config.training.compile, config.data.document_mask, recomputes)
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(model, config.model)

@@ -50,23 +50,23 @@ class Partition(NamedTuple):
         return torch.where(self.routes > 0, before, self.attention_rows + row - before)
 
 
-def partition(score: torch.Tensor, bound: float, running: torch.Tensor | None, sequences: int) -> Partition:
-    """Send the rows whose score is above a bound to attention, the others to DCT mixing.
+def partition(score: torch.Tensor, threshold: torch.Tensor | None, sequences: int) -> Partition:
+    """Send the rows whose score is above a threshold to attention, the others to DCT mixing.
 
     Args:
         score: (N,) of any type.
-        bound: what the scores are compared with.
-        running: (1,), the bound on the device where it moves during a run; else None.
+        threshold: (1,), what the scores are compared with, on the device; None for 0.
         sequences: B.
     """
-    return Partition(*_partition(score, bound, running, sequences))
+    return Partition(*_partition(score, threshold, sequences))
 
 
 @operation("megachiar::partition")
 def _partition(
-    score: torch.Tensor, bound: float, running: torch.Tensor | None, sequences: int
+    score: torch.Tensor, threshold: torch.Tensor | None, sequences: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    threshold = _constant(bound, score.device, score.dtype) if running is None else running
+    if threshold is None:
+        threshold = on_device(0.0, score.device, score.dtype)
     if gpu.has_kernels(score.device):
         return triton_partition.partition(score, threshold, sequences)
     attends = score > threshold
@@ -78,13 +78,13 @@ def _partition(
 
 
 @_partition.register_fake
-def _(score: torch.Tensor, bound: float, running: torch.Tensor | None, sequences: int):
+def _(score: torch.Tensor, threshold: torch.Tensor | None, sequences: int):
     n = len(score)
     routes = score.new_empty(n, dtype=torch.int64)
     return routes, *(score.new_empty(size, dtype=torch.int32) for size in (n, n + 1, sequences + 1))
 
 
 @cached_table
-def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def on_device(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return ``value`` as (1,) on the device, where a kernel reads it."""
     return torch.full((1,), value, dtype=dtype, device=device)

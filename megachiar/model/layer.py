@@ -102,6 +102,24 @@ class FixedLayer(nn.Module):
             routes: not used: all rows take one operator.
             matrix: (d, d), DCT mixing as a matrix; None where the operator makes what it needs.
         """
+        if cache is not None:
+            return LayerOutput.unmeasured(self._hidden_states_and_gate(x, layout, cache, matrix)[0])
+        return self.compute(x, layout, matrix)
+
+    def compute(self, x: torch.Tensor, layout: BatchLayout, matrix: torch.Tensor | None) -> LayerOutput:
+        """Run the layer without a cache, which can be compiled as one graph; the arguments are those of ``forward``."""
+        hidden_states, gate = self._hidden_states_and_gate(x, layout, None, matrix)
+        return LayerOutput(
+            hidden_states=hidden_states,
+            regulariser=None,
+            attention_share=float(self.is_attention),
+            gate=torch.nan if gate is None else _mean_gate(gate.detach().float(), layout),
+        )
+
+    def _hidden_states_and_gate(
+        self, x: torch.Tensor, layout: BatchLayout, cache: DecodingCache | None, matrix: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return hidden states (m, d), and the gate (m, 1) or (1, 1) of the MetaRouter; None without one."""
         with phase("attention" if self.is_attention else "dct"):
             if self.is_attention:
                 y = self.operator(x, x, None, layout, cache and cache.layer(f"{self.name}.attention"))
@@ -109,19 +127,11 @@ class FixedLayer(nn.Module):
                 y = self.operator(x, None, matrix)
         with phase("feed-forward"):
             hidden_states = self.feed_forward(y, layout.dropout_keys)
-        gate = None
-        if self.meta_router is not None:
-            with phase("route"):
-                gate = self.meta_router(x, layout, cache)
-            hidden_states = gate * hidden_states + (1 - gate) * x
-        if cache is not None:
-            return LayerOutput.unmeasured(hidden_states)
-        return LayerOutput(
-            hidden_states=hidden_states,
-            regulariser=None,
-            attention_share=float(self.is_attention),
-            gate=torch.nan if gate is None else _mean_gate(gate.detach().float(), layout),
-        )
+        if self.meta_router is None:
+            return hidden_states, None
+        with phase("route"):
+            gate = self.meta_router(x, layout, cache)
+        return gate * hidden_states + (1 - gate) * x, gate
 
 
 def _mean_gate(gate: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
@@ -194,18 +204,43 @@ class RoutedLayer(nn.Module):
         self, x: torch.Tensor, layout: BatchLayout, routes: Routes | None, matrix: torch.Tensor | None
     ) -> LayerOutput:
         """Run the layer for all rows (N, d) without waiting for the routes; the arguments are those of ``forward``."""
+        taken = None if routes is None else routes.get(self.name)
+        output, self.last_routes = self.compute(x, layout, self.router.threshold_of(x), taken, matrix)
+        if routes is not None:
+            routes[self.name] = self.last_routes
+        return output
+
+    def compute(
+        self,
+        x: torch.Tensor,
+        layout: BatchLayout,
+        threshold: torch.Tensor,
+        routes: torch.Tensor | None,
+        matrix: torch.Tensor | None,
+    ) -> tuple[LayerOutput, torch.Tensor]:
+        """Run the layer with static shapes, which can be compiled as one graph that all such layers share.
+
+        Args:
+            x: hidden states (N, d).
+            layout: the layout of the micro-batch.
+            threshold: (1,), what the router's scores are compared with: an argument, as each layer has its own.
+            routes: (N,) int64, routes to take instead of deciding; None to decide.
+            matrix: (d, d), DCT mixing as a matrix; None where the layer makes what it needs.
+
+        Returns:
+            The result of the layer, and the routes (N,) int64 that its rows took.
+        """
         with phase("route"):
             decision = self.router(x, layout, scores_alone=True)
-            by = partition_rows(self.router, decision, layout, None if routes is None else routes.get(self.name))
-        self.last_routes = by.routes
-        if routes is not None:
-            routes[self.name] = by.routes
+            by = partition_rows(decision, threshold, layout, routes)
         y = mix_statically(self.attention, self.dct, x, by, layout, matrix)
         output = LayerOutput(self._feed_forward(y, layout), self._regulariser(decision))
         if layout.row_weights is None:
-            return output._replace(partitioned=PartitionStatistics(by.attention_rows, decision.entropy))
-        means = [layout.mean_of_rows(values.float()) for values in (by.routes, decision.entropy)]
-        return output._replace(attention_share=means[0], entropy=means[1])
+            output = output._replace(partitioned=PartitionStatistics(by.attention_rows, decision.entropy))
+        else:
+            means = [layout.mean_of_rows(values.float()) for values in (by.routes, decision.entropy)]
+            output = output._replace(attention_share=means[0], entropy=means[1])
+        return output, by.routes
 
     def _regulariser(self, decision: RoutingDecision) -> torch.Tensor | None:
         """Return the regulariser against a collapse of the routes; None without it."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels.hash import GOLDEN, mix64, uniform_hash, wrap64
+from megachiar.kernels.partition import on_device
 from megachiar.kernels.spectral import entropy_of_rows, spectral_entropy, spectrum_and_entropy, white_noise_entropy
 from megachiar.kernels.tables import cached_table
 from megachiar.model.batch_layout import BatchLayout
@@ -146,7 +147,7 @@ class Router(nn.Module):
         Args:
             x: hidden states (m, d).
             layout: the layout of the micro-batch.
-            scores_alone: whether a partition compares the scores with ``bound``, of two operators.
+            scores_alone: whether a partition compares the scores with ``threshold_of``, of two operators.
         """
         spectrum, entropy = self._spectrum_and_entropy(x, scores_alone)
         operator: torch.Tensor | None
@@ -214,13 +215,17 @@ class Router(nn.Module):
                 operator += value > bound
         return operator
 
-    def bound(self) -> float:
-        """Return the bound of two operators as a number that scores from 0 to 1 are compared with, as they are here.
+    def threshold_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the threshold (1,) between two operators on the device, in the type that the scores of ``x`` have.
 
-        It counts where no running threshold does.
+        Scores from 0 to 1 that are compared with it fall as in ``_by_thresholds``.
         """
-        (bound,) = self.bounds or (0.0,)
-        return -torch.inf if bound <= 0 else torch.inf if bound >= 1 else bound
+        if self.running_threshold is not None:
+            return self.running_threshold.value
+        (bound,) = self.bounds
+        limit = -torch.inf if bound <= 0 else torch.inf if bound >= 1 else bound
+        is_double = self.kind == "random" or x.dtype == torch.float64
+        return on_device(limit, x.device, torch.float64 if is_double else torch.float32)
 
     def _differentiable_entropy(self, x: torch.Tensor) -> torch.Tensor:
         return spectral_entropy(x, self.dc_weight, self.epsilon)

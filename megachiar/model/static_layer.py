@@ -23,7 +23,7 @@ from megachiar.kernels.spectral import filter_matrices
 from megachiar.model.attention import SelfAttention
 from megachiar.model.batch_layout import BatchLayout, dropout_site
 from megachiar.model.dct_mixing import DctMixing
-from megachiar.model.router import Router, RoutingDecision
+from megachiar.model.router import RoutingDecision
 
 
 class PartitionStatistics(NamedTuple):
@@ -39,21 +39,20 @@ class PartitionStatistics(NamedTuple):
 
 
 def partition_rows(
-    router: Router, decision: RoutingDecision, layout: BatchLayout, routes: torch.Tensor | None
+    decision: RoutingDecision, threshold: torch.Tensor, layout: BatchLayout, routes: torch.Tensor | None
 ) -> Partition:
     """Send each row to its operator.
 
     Args:
-        router: of the layer.
-        decision: its scores.
+        decision: has the scores.
+        threshold: (1,), what they are compared with.
         layout: the layout of the micro-batch.
         routes: (N,) int64, routes to take instead of deciding; None to decide.
     """
     if routes is not None:
-        return partition(routes, 0.0, None, layout.sequences)
+        return partition(routes, None, layout.sequences)
     assert decision.score is not None, "routers that decide by gates have no static shapes"
-    running = router.running_threshold
-    return partition(decision.score, router.bound(), None if running is None else running.value, layout.sequences)
+    return partition(decision.score, threshold, layout.sequences)
 
 
 def mix_statically(

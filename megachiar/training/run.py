@@ -253,7 +253,7 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
     if (shapes := describe_static_shapes(config, engine.device)) is not None:
         kernels.append(shapes)
     if training.compile is not None:
-        kernels.append(f"routers, DCT mixing and feed-forward compiled by {training.compile}")
+        kernels.append(f"layers compiled by {training.compile}, or parts of them")
     console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
     key, value = asked_length(training)

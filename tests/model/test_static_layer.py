@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachiar.kernels.spectral import spectral_entropy
 from megachiar.model.batch_layout import BatchLayout, lay_out
-from megachiar.model.compiled import compile_parts
+from megachiar.model.compiled import compile_layers
 from megachiar.model.init import initialise
 from megachiar.model.layer import RoutedLayer
 from megachiar.model.layer_stack import build_layer, statistics
@@ -97,12 +97,12 @@ def static_case(
     return layer.to(dtype).train(), x.to(dtype).requires_grad_(), layout
 
 
-def results(layer: RoutedLayer, x: torch.Tensor, layout: BatchLayout, call=None) -> dict[str, torch.Tensor]:
+def results(layer: RoutedLayer, x: torch.Tensor, layout: BatchLayout) -> dict[str, torch.Tensor]:
     """Return hidden states and all gradients of a layer."""
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(x.dtype)
     x.grad = None
     layer.zero_grad()
-    output = (layer if call is None else call)(x, layout, None, None)
+    output = layer(x, layout, None, None)
     added = 0 if output.regulariser is None else output.regulariser
     ((output.hidden_states * direction).sum() + added).backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
@@ -164,19 +164,46 @@ def test_padding_counts_in_no_statistic():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("keys", ("all", "routed"))
-@pytest.mark.parametrize("case", ("share 0.5", "dropout, documents", "regularised"))
-def test_a_compiled_layer_is_one_graph_for_all_routes(case, keys):
+COMPILED = [
+    ("share 0.5", "post", "all"),
+    ("random", "pre", "routed"),
+    ("hashed, dropout", "pre", "all"),
+    ("random, dropout, documents", "post", "routed"),
+    ("hashed, documents", "post", "routed"),
+    ("dropout, documents", "pre", "routed"),
+    ("of a share", "post", "all"),
+    ("regularised", "pre", "routed"),
+]
+"""Cases of a layer, the place of its norm and its keys, in which each pair of two meets."""
+ALL_COMPILED = [
+    (", ".join((kind, *drops, *has_documents)), norm, keys)
+    for kind in ("share 0.5", "random", "hashed", "of a share")
+    for drops in ((), ("dropout",))
+    for has_documents in ((), ("documents",))
+    for norm in ("post", "pre")
+    for keys in ("all", "routed")
+]
+OTHERS_COMPILED = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL_COMPILED if case not in COMPILED]
+
+
+@pytest.mark.parametrize(("case", "norm", "keys"), [*COMPILED, *OTHERS_COMPILED])
+def test_a_compiled_layer_is_one_graph_for_all_routes(case, norm, keys):
     torch._dynamo.reset()
     counters.clear()
-    layer, x, layout = static_case(attention={"keys": keys}, **CASES[case])
+    fields = {key: value for name in case.split(", ") for key, value in CASES[name].items()}
+    layer, x, layout = static_case(norm=norm, attention={"keys": keys}, **fields)
+    expected, routes = results(layer, x, layout), layer.last_routes
     layer.has_static_shapes = True
-    expected = results(layer, x, layout)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert_same(results(layer, x, layout, compiled), expected, 1e-12)
+    compile_layers(layer, "aot_eager", has_documents=layout.document_starts is not None)
+    found = results(layer, x, layout)
+    assert layer.last_routes.equal(routes)
+    assert_same(found, expected, 1e-12)
     graphs = counters["stats"]["unique_graphs"]
     other = x.detach().flip(0).requires_grad_()  # other routes
-    assert_same(results(layer, other, layout, compiled), results(layer, other, layout), 1e-12)
+    found = results(layer, other, layout)
+    layer.has_static_shapes = False
+    assert_same(found, results(layer, other, layout), 1e-12)
+    assert not counters["graph_break"]
     assert graphs == counters["stats"]["unique_graphs"] == 1
 
 
@@ -213,7 +240,7 @@ def test_parts_can_be_compiled_within_static_shapes():
     config = small_model_config(dropout=0.1)
     plain, compiled = (lively_model(config).train() for _ in range(2))
     use_static_shapes(compiled)
-    compile_parts(compiled, "aot_eager")
+    compile_layers(compiled, "aot_eager", has_documents=False)
     tokens = token_batch(length=13)
     for model in (plain, compiled):
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
