@@ -102,19 +102,19 @@ def partition_of(share: float) -> partition.Partition:
     score = torch.rand(N, generator=torch.Generator().manual_seed(3))
     if share < 1:
         score[LENGTH : 2 * LENGTH] = 0
-    return partition.partition(score, 1 - share if share else 2.0, None, SEQUENCES)
+    return partition.partition(score, torch.tensor([1 - share if share else 2.0]), SEQUENCES)
 
 
 def partitions(device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
     """Compare partitions, which are integers."""
     score = torch.rand(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for name, values in (("fp32", score.float()), ("fp64", score), ("routes", (score > 0.4).long())):
-        for bound, running in ((0.5, None), (0.0, None), (2.0, None), (0.0, torch.tensor([0.7]))):
-            expected = partition.partition(values, bound, running, SEQUENCES)
-            on_device = running.to(device) if running is not None else None
+        for bound in (0.5, None, 2.0, 0.7):
+            threshold = None if bound is None else torch.tensor([bound])
+            expected = partition.partition(values, threshold, SEQUENCES)
             with kernels():
-                got = partition.partition(values.to(device), bound, on_device, SEQUENCES)
-            case = f"fp32: partition of {name}, {bound}, {running}"
+                got = partition.partition(values.to(device), None if bound is None else threshold.to(device), SEQUENCES)
+            case = f"fp32: partition of {name}, {bound}"
             yield (
                 case,
                 {
