@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from megachiar.kernels.ignored_target import IGNORED_TARGET
+
 FLASH_ATTENTION = "operator, flash-attn in every row"
 LIGER_LOSS = "operator, loss by liger-kernel"
-_LIGER_IGNORES = -100
 
 
 def flash_attention() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
@@ -31,7 +32,7 @@ def liger_loss() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
         return None
 
     def loss(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        result = LigerFusedLinearCrossEntropyFunction.apply(x, head, targets, None, None, _LIGER_IGNORES)
+        result = LigerFusedLinearCrossEntropyFunction.apply(x, head, targets, None, None, IGNORED_TARGET)
         return result[0] if isinstance(result, tuple) else result  # newer versions return the loss of z too
 
     return loss
