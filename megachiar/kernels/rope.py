@@ -103,6 +103,7 @@ class _KeysAndValues(torch.autograd.Function):
         return gradient, None, None
 
 
+@operation("megachiar::rotate_by_partition", mutates_args=("heads", "kv"))
 def rotate_by_partition(
     heads: torch.Tensor,
     kv: torch.Tensor | None,
@@ -127,20 +128,6 @@ def rotate_by_partition(
         base: the base of the angles.
         back: whether to rotate by the negative angles.
     """
-    _rotate_by_partition(heads, kv, order, starts, length, longest, base, back)
-
-
-@operation("megachiar::rotate_by_partition", mutates_args=("heads", "kv"))
-def _rotate_by_partition(
-    heads: torch.Tensor,
-    kv: torch.Tensor | None,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    length: int,
-    longest: int,
-    base: float,
-    back: bool,
-) -> None:
     c = heads.shape[-1]
     cos, sin = rotary_table(longest, c, base, heads.device, heads.dtype)
     turned = heads[:, : 2 if kv is None else 1].flatten(1, 2)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from recorded_launches import record_launches
 
 from megachiar.config.model import ModelConfig
 from megachiar.kernels import (
@@ -67,22 +68,9 @@ Outputs = dict[str, tuple[Tensor, Tensor | None]]
 """Results by name, each with which of its rows (N,) are written; None if all are."""
 
 
-class Launched:
-    """A stand-in for a kernel that launches it and records that it did."""
-
-    def __init__(self, name: str, kernel, into: set[str]):
-        self.name, self.kernel, self.into = name, kernel, into
-
-    def __getitem__(self, grid):
-        self.into.add(self.name)
-        return self.kernel[grid]
-
-
 def main() -> None:
-    device, launched = torch.device(sys.argv[1]), set()
+    device, launched = torch.device(sys.argv[1]), record_launches(LAUNCHERS)
     torch.use_deterministic_algorithms(True)  # fills what is empty with NaN
-    for module, name in LAUNCHERS:
-        setattr(module, name, Launched(name, getattr(module, name), launched))
     found = dict(partitions(device))
     for name, dtype in DTYPES.items():
         for of_routes, share in SHARES[name].items():

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
+from recorded_launches import record_launches
 
 from megachiar.kernels import dct, gpu, triton_cross_entropy, triton_factored, triton_norm, triton_permute, triton_rope
 from megachiar.kernels.cross_entropy import linear_cross_entropy
@@ -39,22 +40,9 @@ LAUNCHERS = (
 Found = dict[str, dict[str, float]]
 
 
-class Launched:
-    """A stand-in for a kernel that launches it and records that it did."""
-
-    def __init__(self, name: str, kernel, into: set[str]):
-        self.name, self.kernel, self.into = name, kernel, into
-
-    def __getitem__(self, grid):
-        self.into.add(self.name)
-        return self.kernel[grid]
-
-
 def main() -> None:
-    device, launched = torch.device(sys.argv[1]), set()
+    device, launched = torch.device(sys.argv[1]), record_launches(LAUNCHERS)
     gpu.has_kernels, dct.FFT_FROM = lambda _: True, 10**9
-    for module, name in LAUNCHERS:
-        setattr(module, name, Launched(name, getattr(module, name), launched))
     found: Found = {}
     for name, dtype in DTYPES.items():
         for n, d in SIZES:
