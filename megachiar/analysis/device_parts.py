@@ -79,9 +79,9 @@ def eager_variants() -> dict[str, Sequence[str]]:
         "keys_routed": [KEYS],
         "static": [f"{STATIC}=true"],
         "static_keys": [f"{STATIC}=true", KEYS],
-        "graphs": [f"{STATIC}=true", f"{GRAPHS}=true"],
-        "graphs_keys": [f"{STATIC}=true", f"{GRAPHS}=true", KEYS],
-        "graphs_dense": [f"{GRAPHS}=true", DENSE],
+        "graphs": [f"{GRAPHS}=4"],
+        "graphs_keys": [f"{GRAPHS}=4", KEYS],
+        "graphs_dense": [f"{GRAPHS}=4", DENSE],
     }
     return {name: keys for name, keys in variants.items() if _are_known(keys)}
 

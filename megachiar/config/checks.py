@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megachiar.config.cuda_graphs import why_not_captured
 from megachiar.config.errors import Problem
 from megachiar.config.evaluation import TASK_PREFIX, EvaluationConfig, evaluation_tasks
 from megachiar.config.model import ModelConfig
@@ -379,6 +380,15 @@ def static_shapes(model: ModelConfig, parallel: ParallelConfig, training: Traini
         yield Problem("training.static_shapes", f"is true, but {reason}", "set it to auto or false")
 
 
+def cuda_graphs(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[Problem]:
+    """Check that layers can be captured where it is demanded."""
+    if training.cuda_graphs is None:
+        return
+    reason = why_not_captured(model, parallel, training)
+    if reason is not None:
+        yield Problem("training.cuda_graphs", f"is {training.cuda_graphs}, but {reason}", "set it to null")
+
+
 def _divisors(n: int) -> str:
     return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0 and n // i % 2 == 0)
 
@@ -406,6 +416,7 @@ CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     documents,
     compilation,
     static_shapes,
+    cuda_graphs,
     classification,
     auxiliary_tasks,
     profiling,

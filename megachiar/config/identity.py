@@ -25,7 +25,7 @@ _OF_NO_RESULT = {
     "reliability": {"check_every"},
     "training": {
         *("activation_checkpoint_interval", "communication_timeout_s", "compile", "static_shapes", "stop_after"),
-        "threads",
+        *("cuda_graphs", "threads"),
     },
 }
 """The keys of each section that decide nothing of a result but its last bits. The end of documents is that of the

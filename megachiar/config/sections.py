@@ -212,6 +212,11 @@ class TrainingConfig(Section):
     """Whether routed layers compute with shapes that do not depend on the routes: the host then waits for nothing, and
     fewer kernels are started. auto: on a GPU with Triton, where model and layout allow it; the log says why not. true:
     on a CPU too, slowly, and an error where it cannot be. false: never."""
+    cuda_graphs: PositiveInt | None = None
+    """Layers that are captured together as CUDA graphs, one for their forward and one for their backward pass; null
+    captures nothing. Gradients are communicated when such a group of layers is done. It needs ZeRO 0 to 2, one pipeline
+    stage, kept activations and static shapes, which it turns on. On a CPU, which has no graphs, operations are recorded
+    and repeated, for tests: slowly, and everything they compute is kept."""
     communication_timeout_s: PositiveFloat = 1800.0
     """Seconds a rank waits for the others before the run stops and names the one that holds it up."""
     stop_after: (

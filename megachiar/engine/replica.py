@@ -17,9 +17,11 @@ from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import flatten_auxiliary, flatten_forward, flatten_rank
+from megachiar.kernels.graph_capture import capturer
 from megachiar.model import build_model
+from megachiar.model.captured_layers import CapturedLayers
 from megachiar.model.compiled import compile_layers
-from megachiar.model.static_shapes import has_static_shapes, use_static_shapes
+from megachiar.model.static_shapes import check_kernels_of_graphs, has_static_shapes, use_static_shapes
 from megachiar.topology import Topology
 
 
@@ -43,6 +45,9 @@ class Replica:
         if config.training.compile is not None:
             recomputes = config.training.activation_checkpoint_interval is not None
             compile_layers(model, config.training.compile, config.data.document_mask, recomputes)
+        if config.training.cuda_graphs is not None:
+            check_kernels_of_graphs(config, device)
+            model.captured_layers = CapturedLayers(list(model.layers), config.training.cuda_graphs, capturer(device))
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(model, config.model)

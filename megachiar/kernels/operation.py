@@ -1,9 +1,10 @@
-"""Functions of tensors that ``torch.compile`` takes as one operation each, without looking into them."""
+"""Functions of tensors that a traced or recorded graph takes as one operation each, without looking into them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -11,6 +12,20 @@ from torch import library
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+_as_one = False
+
+
+@contextlib.contextmanager
+def as_one() -> Iterator[None]:
+    """Let each operation reach torch's dispatcher as one, for a mode there to see it."""
+    global _as_one
+    before, _as_one = _as_one, True
+    try:
+        yield
+    finally:
+        _as_one = before
 
 
 class Operation(Generic[Arguments, Result]):
@@ -30,8 +45,8 @@ class Operation(Generic[Arguments, Result]):
         functools.update_wrapper(self, body)
 
     def __call__(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        """Run the function, or note it in the graph that is being traced."""
-        if torch.compiler.is_compiling():
+        """Run the function, or note it in the graph that is being traced or recorded."""
+        if torch.compiler.is_compiling() or _as_one:
             return self._traced(*arguments, **named)
         return self._body(*arguments, **named)
 

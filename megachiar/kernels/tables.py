@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
+
+_kept: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def keep_tables() -> Iterator[list[Any]]:
+    """Collect all tables that are looked up within, for what reads their memory later.
+
+    A cache that is full gives its oldest tables up.
+    """
+    global _kept
+    before, _kept = _kept, []
+    try:
+        yield _kept
+    finally:
+        _kept = before
 
 
 def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
@@ -22,7 +39,10 @@ def cached_table(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]
 
     @functools.wraps(make)
     def get(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
-        return cached(*arguments, **named)  # type: ignore[arg-type]  # a ParamSpec cannot say that all are hashable
+        table = cached(*arguments, **named)  # type: ignore[arg-type]  # a ParamSpec cannot say that all are hashable
+        if _kept is not None:
+            _kept.append(table)
+        return table
 
     # torch.compile names a constant after the code that made it, and takes two of one name in a graph for one.
     get.__code__ = get.__code__.replace(co_name=make.__name__)  # type: ignore[attr-defined]

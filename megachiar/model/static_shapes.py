@@ -8,6 +8,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.config.run import RunConfig
 from megachiar.config.static_shapes import why_shapes_follow_routes
+from megachiar.errors import UserError
 from megachiar.kernels import gpu, triton_attention, triton_norm, triton_rope
 from megachiar.kernels.attention import ROUTED_KEYS_BY_TRITON
 from megachiar.model.dtypes import DTYPES
@@ -32,10 +33,27 @@ def why_not_static(config: RunConfig, device: torch.device) -> str | None:
     if asked is False:
         return "training.static_shapes is false"
     reason = why_shapes_follow_routes(config.model, config.parallel)
-    if reason is not None or asked is True:
+    if reason is not None or asked is True or config.training.cuda_graphs is not None:
         return reason
     has_documents, dtype = config.data.document_mask, DTYPES[config.precision.compute]
     return why_kernels_do_not(config.model, config.sequence_length, has_documents, device, dtype)
+
+
+def check_kernels_of_graphs(config: RunConfig, device: torch.device) -> None:
+    """Check that routed layers have kernels that can be captured, where they are to be.
+
+    Raises:
+        UserError: on this GPU they have none. A CPU records what it has instead.
+    """
+    if config.training.cuda_graphs is None or not config.model.routed_layers or device.type == "cpu":
+        return
+    reason = why_kernels_do_not_serve(config.model, device, DTYPES[config.precision.compute])
+    if reason is not None:
+        raise UserError(
+            "training.cuda_graphs",
+            f"routed layers need Triton kernels to be captured, but {reason}",
+            "set training.cuda_graphs to null",
+        )
 
 
 def why_kernels_do_not(
@@ -50,6 +68,18 @@ def why_kernels_do_not(
         device: where the model runs.
         dtype: what it computes in.
     """
+    reason = why_kernels_do_not_serve(model, device, dtype)
+    packs = model.attention.keys == "routed" and model.dropout == 0 and not has_documents
+    if reason is None and packs and length > ROUTED_KEYS_BY_TRITON:
+        return f"routed keys of more than {ROUTED_KEYS_BY_TRITON} tokens are packed for a faster kernel"
+    return reason
+
+
+def why_kernels_do_not_serve(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels of static shapes do not serve a model; None where they do.
+
+    The arguments are those of ``why_kernels_do_not``.
+    """
     rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
     if (reason := gpu.why_not(device)) is not None:
         return reason
@@ -59,9 +89,6 @@ def why_kernels_do_not(
         return f"hidden_size is above {triton_norm.WIDEST}"
     if not triton_rope.supports_both(2 * model.num_attention_heads, model.head_size, dtype):
         return f"all heads together have more than {triton_rope.WIDEST // 2} channels"
-    packs = model.attention.keys == "routed" and model.dropout == 0 and not has_documents
-    if packs and length > ROUTED_KEYS_BY_TRITON:
-        return f"routed keys of more than {ROUTED_KEYS_BY_TRITON} tokens are packed for a faster kernel"
     return None
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from megachiar.config.model import ModelConfig
 from megachiar.config.tasks import HeadConfig
 from megachiar.model.batch_layout import lay_out
+from megachiar.model.captured_layers import CapturedLayers
 from megachiar.model.classifier import build_heads, classifier_loss, pool, real_lengths, touch_unused
 from megachiar.model.embedding import TiedEmbedding
 from megachiar.model.init import initialise
@@ -57,6 +58,9 @@ class ChiarFormer(nn.Module):
             keeps all activations.
         document_end: the token that ends a document, if no token is to see another document (``data.document_mask``).
         heads: the classification heads by the name of their task; none in a language model.
+
+    Attributes:
+        captured_layers: runs the layers in training where they are captured as graphs; None where they are not.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class ChiarFormer(nn.Module):
         self.seed = seed
         self.group = group
         self.checkpoint_interval = checkpoint_interval
+        self.captured_layers: CapturedLayers | None = None
         self.embedding = TiedEmbedding(config, group)
         self.layers = nn.ModuleList(build_layer(config, index, group) for index in range(config.num_layers))
         self.norm = RowNorm(config.hidden_size, config.norm_epsilon, group)
@@ -123,7 +128,11 @@ class ChiarFormer(nn.Module):
         )
         x = self.embedding(tokens.flatten(), layout=layout)  # (m, d)
         interval = self.checkpoint_interval if self.training else None
-        x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
+        trains = self.training and torch.is_grad_enabled() and cache is None and routes is None
+        if self.captured_layers is not None and trains:
+            x, outputs = self.captured_layers.run(x, layout)
+        else:
+            x, outputs = run_layers(list(self.layers), x, layout, cache, interval, routes)
         if cache is not None:
             cache.advance(layout.length)
         regulariser, report = total_regulariser(outputs, x.device), statistics(outputs, layout, x.device)

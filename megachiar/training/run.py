@@ -254,6 +254,9 @@ def log_run_header(config: RunConfig, engine: Engine, data: RunData, console: Co
         kernels.append(shapes)
     if training.compile is not None:
         kernels.append(f"layers compiled by {training.compile}, or parts of them")
+    if (length := training.cuda_graphs) is not None:
+        on_cpu = "operations recorded and repeated in place of CUDA graphs"
+        kernels.append(f"{on_cpu if engine.device.type == 'cpu' else 'CUDA graphs'} of {length} layers")
     console.print(f"kernels: {'; '.join(kernels)}")
     tokens = training.global_batch_size * config.sequence_length
     key, value = asked_length(training)

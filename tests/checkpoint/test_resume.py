@@ -42,6 +42,7 @@ BF16 = {"precision": {"compute": "bf16"}}
 RANDOM = {"model": {"router": {"kind": "random", "attention_share": 0.4}}}
 HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
 MUON = {"optimizer": {"kind": "muon"}}
+CAPTURED = {"cuda_graphs": 2}
 LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3, "anneal_steps": 6}}}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
@@ -57,6 +58,18 @@ LAYOUTS = {
     "fp16 with dynamic loss scale": (
         1,
         {"precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3}},
+    ),
+    # Captured after as many micro-batches, wherever a run begins.
+    "fp16 with dynamic loss scale, captured layers": (
+        1,
+        {
+            "precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3},
+            "training": CAPTURED,
+        },
+    ),
+    "two processes, ZeRO 2, bf16, captured layers": (
+        2,
+        BF16 | {"training": TWO["training"] | CAPTURED, "parallel": {"zero_stage": 2}},
     ),
 }
 
