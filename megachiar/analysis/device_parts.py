@@ -19,7 +19,7 @@ DENSE = "model.kind=baseline"
 STATIC, GRAPHS = "training.static_shapes", "training.cuda_graphs"
 _12_LAYERS = "--layers 12 --hidden-size 1024 --heads 16 --sequence-length 1024 --batch 8 --vocab-size 50304"
 _TINY_STEPS = "--layers 3 --hidden-size 32 --heads 2 --sequence-length 16 --batch 2 --vocab-size 64"
-_TINY_ROUNDS = "--rounds 2 --steps 1 --warm-up 1 --threads 1"
+_TINY_ROUNDS = "--rounds 2 --steps 1 --warm-up 4 --threads 1"
 
 
 @dataclass(frozen=True)

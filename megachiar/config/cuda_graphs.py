@@ -21,6 +21,16 @@ def why_not_captured(model: ModelConfig, parallel: ParallelConfig, training: Tra
         return "training.activation_checkpoint_interval is set: layers run again in the backward pass"
     if training.compile is not None:
         return f"training.compile is {training.compile}: one of the two starts the kernels of a layer"
-    if model.routed_layers and training.static_shapes is False:
+    if not needs_static_shapes(model):
+        return None
+    if training.static_shapes is False:
         return "training.static_shapes is false: the host reads how many rows each operator gets"
-    return why_shapes_follow_routes(model, parallel) if model.routed_layers else None
+    return why_shapes_follow_routes(model, parallel)
+
+
+def needs_static_shapes(model: ModelConfig) -> bool:
+    """Return whether a model has layers that can be captured with static shapes alone.
+
+    Soft routers send every row through every operator.
+    """
+    return bool(model.routed_layers) and model.router.kind != "soft"

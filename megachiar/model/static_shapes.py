@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megachiar.config.cuda_graphs import needs_static_shapes
 from megachiar.config.model import ModelConfig
 from megachiar.config.run import RunConfig
 from megachiar.config.static_shapes import why_shapes_follow_routes
@@ -45,7 +46,7 @@ def check_kernels_of_graphs(config: RunConfig, device: torch.device) -> None:
     Raises:
         UserError: on this GPU they have none. A CPU records what it has instead.
     """
-    if config.training.cuda_graphs is None or not config.model.routed_layers or device.type == "cpu":
+    if config.training.cuda_graphs is None or not needs_static_shapes(config.model) or device.type == "cpu":
         return
     reason = why_kernels_do_not_serve(config.model, device, DTYPES[config.precision.compute])
     if reason is not None:

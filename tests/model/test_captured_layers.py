@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import MIDDLE, lively_model, small_model_config, token_batch
+from model_cases import MIDDLE, THREE, lively_model, small_model_config, token_batch
 from support import pretrain, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
+from megachiar.config.cuda_graphs import needs_static_shapes
 from megachiar.errors import UserError
 from megachiar.kernels.graph_capture import OperationRecorder, capturer
 from megachiar.kernels.tables import cached_table, keep_tables
@@ -35,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "hashed, regularised": {"router": {"kind": "hashed", "tau": MIDDLE, "collapse_weight": 0.3}},
     "random": {"router": {"kind": "random", "attention_share": 0.4, "seed": 5}},
     "of a share": {"router": {"target_share": 0.4}},
+    "soft": {"router": {"kind": "soft"}, "dropout": 0.1},
+    "soft of three, documents": {"router": {"kind": "soft", "operators": THREE, "collapse_weight": 0.3}},
     "gate of a prefix": {"meta_router": {"pool": "causal"}},
     "no gate": {"meta_router": {"pool": "none"}},
     "baseline": {"kind": "baseline", "dropout": 0.1},
@@ -50,7 +53,8 @@ class Trained:
         self.model: ChiarFormer = model.train().to(device)
         self.device = device
         self.model.document_end = END if documents else None
-        use_static_shapes(self.model)
+        if needs_static_shapes(self.model.config):
+            use_static_shapes(self.model)
         if segment_length is not None:
             captured = CapturedLayers(list(self.model.layers), segment_length, capturer(torch.device(device)))
             self.model.captured_layers = captured
@@ -67,7 +71,8 @@ class Trained:
         ids = torch.arange(sequences, device=self.device) + sequences * step
         output = self.model(tokens[:, :-1], tokens[:, 1:], ids)
         ((output.loss + output.regulariser) * scale).backward()
-        routes = [layer.last_routes.clone() for layer in self.model.layers if isinstance(layer, RoutedLayer)]
+        routed = (layer for layer in self.model.layers if isinstance(layer, RoutedLayer))
+        routes = [layer.last_routes.clone() for layer in routed if layer.last_routes is not None]
         found = [output.loss, output.regulariser, *output.statistics, *routes]
         return [tensor.detach().double().nan_to_num() for tensor in found]
 
@@ -250,10 +255,15 @@ def test_what_cannot_be_captured_says_why(load, reason, overrides):
         load(*overrides)
 
 
+def test_soft_routers_need_no_static_shapes(load):
+    assert load("model.router.kind=soft", "model.router.tau=null", "training.static_shapes=false")
+
+
 def test_a_gpu_without_kernels_is_told(load):
     with pytest.raises(UserError, match=r"training.cuda_graphs: routed layers need Triton kernels"):
         check_kernels_of_graphs(load("model.hidden_size=48", "model.num_attention_heads=4"), torch.device("meta"))
-    check_kernels_of_graphs(load("model.kind=baseline"), torch.device("meta"))
+    for without_need in (["model.kind=baseline"], ["model.router.kind=soft", "model.router.tau=null"]):
+        check_kernels_of_graphs(load(*without_need), torch.device("meta"))
     check_kernels_of_graphs(load(), torch.device("cpu"))
 
 
