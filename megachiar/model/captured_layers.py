@@ -58,7 +58,9 @@ class CapturedLayers:
         self._capturer = capturer
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, _CapturedShape] = {}
-        self._addresses: list[int] = []
+        self._modules = [module for segment in self._segments for module in segment.modules()]
+        self._held: list[tuple[int, int]] = []
+        self._micro_batches = _Count()
 
     def run(self, x: torch.Tensor, layout: BatchLayout) -> Results:
         """Run all layers for the rows (N, d) of a micro-batch, whose backward pass comes before the next call.
@@ -69,6 +71,7 @@ class CapturedLayers:
         layout = layout.with_document_rows()
         shape = self._shape(x, layout)
         self._forget_moved_weights()
+        self._micro_batches.number += 1
         self._seen[shape] += 1
         if shape not in self._captured and self._seen[shape] > WARM_UP and len(self._captured) < SHAPES:
             self._captured[shape] = self._capture(x, layout)
@@ -84,7 +87,7 @@ class CapturedLayers:
 
     def _capture(self, x: torch.Tensor, layout: BatchLayout) -> _CapturedShape:
         try:
-            return _CapturedShape(self._segments, x, layout, self._capturer)
+            return _CapturedShape(self._segments, x, layout, self._capturer, self._micro_batches)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -103,11 +106,22 @@ class CapturedLayers:
 
     def _forget_moved_weights(self) -> None:
         """Give up what was captured for weights that lie elsewhere now."""
-        tensors = (tensor for segment in self._segments for tensor in (*segment.parameters(), *segment.buffers()))
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._addresses:
+        held = [
+            (id(tensor), tensor.data_ptr())
+            for module in self._modules  # their dictionaries: to walk through all modules takes ten times as long
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if held != self._held:
             self._captured.clear()
-        self._addresses = addresses
+        self._held = held
+
+
+class _Count:
+    """The number of micro-batches so far, whatever their shapes: they share the memory of their activations."""
+
+    def __init__(self) -> None:
+        self.number = 0
 
 
 class _Segment(nn.Module):
@@ -133,7 +147,14 @@ class _CapturedShape:
         segments: the segments in the order of the layers, each a function of hidden states and layout.
     """
 
-    def __init__(self, segments: Sequence[_Segment], x: torch.Tensor, layout: BatchLayout, capturer: Capturer):
+    def __init__(
+        self,
+        segments: Sequence[_Segment],
+        x: torch.Tensor,
+        layout: BatchLayout,
+        capturer: Capturer,
+        micro_batches: _Count,
+    ):
         self._tensors = [part for part in pytree.tree_leaves(layout) if torch.is_tensor(part)]
         copied = iter([tensor.clone() for tensor in self._tensors])
         own_layout = pytree.tree_map_only(torch.Tensor, lambda _: next(copied), layout)
@@ -141,7 +162,7 @@ class _CapturedShape:
         self.segments: list[_CapturedSegment] = []
         entering = x.detach().clone()
         for segment in segments:
-            self.segments.append(_CapturedSegment(segment, entering, own_layout, capturer))
+            self.segments.append(_CapturedSegment(segment, entering, own_layout, capturer, micro_batches))
             entering = self.segments[-1].hidden_states
         flat = _FlatGradients([captured.parameters for captured in self.segments])
         gradient = torch.zeros_like(entering)
@@ -205,10 +226,19 @@ class _CapturedSegment:
         x: hidden states (N, d), from where each replay of the forward pass reads them.
         layout: of the micro-batch; its tensors too are read from where they lie.
         capturer: captures the forward pass.
+        micro_batches: counts those of the model.
     """
 
-    def __init__(self, segment: _Segment, x: torch.Tensor, layout: BatchLayout, capturer: Capturer):
+    def __init__(
+        self,
+        segment: _Segment,
+        x: torch.Tensor,
+        layout: BatchLayout,
+        capturer: Capturer,
+        micro_batches: _Count,
+    ):
         self._segment = segment
+        self._micro_batches = micro_batches
         named = {name: weight for name, weight in segment.named_parameters() if weight.requires_grad}
         self.parameters = list(named.values())
         # The weights under other names: those that DeepSpeed has hooks on take no part in a capture.
@@ -224,7 +254,6 @@ class _CapturedSegment:
         self._tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
         self._leaves = [_TENSOR if torch.is_tensor(leaf) else leaf for leaf in leaves]
         self._routes = [layer.last_routes for layer in segment.routed_layers()]
-        self._forward_passes = 0
         self.hidden_states = self._tensors[0].detach()
 
     def capture_backward(self, gradient: torch.Tensor, flat: _FlatGradients, capturer: Capturer) -> torch.Tensor:
@@ -273,25 +302,24 @@ class _CapturedSegment:
         """Replay the forward pass for rows (N, d).
 
         Returns:
-            The number of this forward pass, and its results.
+            The number of the micro-batch, and the results.
         """
         if x.data_ptr() != self._x.data_ptr():
             self._x.detach().copy_(x)
         self._replay_forward()
-        self._forward_passes += 1
-        return self._forward_passes, [tensor.detach() for tensor in self._tensors]
+        return self._micro_batches.number, [tensor.detach() for tensor in self._tensors]
 
     def backward(self, number: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Replay the backward pass of forward pass ``number``.
+        """Replay the backward pass of micro-batch ``number``.
 
         Args:
-            number: of the forward pass, which must be the last one.
+            number: of the micro-batch, which must be the last one.
             gradients: of its results; None where there is none.
 
         Returns:
             The gradients of the hidden states that entered, and of each weight; None where a weight has none.
         """
-        assert number == self._forward_passes, "a later micro-batch has taken the memory of the activations"
+        assert number == self._micro_batches.number, "a later micro-batch has taken the memory of the activations"
         for own, index in zip(self._gradients, self._differentiable, strict=True):
             given = gradients[index]
             if given is None:
