@@ -12,7 +12,9 @@ Muon has one, so that the last column is less by 4, or by 4/D under ZeRO, for th
     2                           p         8/D, or g/D for 16 bits     12/D
     3                           p/D       8/D                         12/D
 
-ZeRO 2 and 3 also hold a bucket of a fixed size, which gradients pass through when they are reduced.
+ZeRO 2 and 3 also hold a bucket of a fixed size, which gradients pass through when they are reduced. Captured layers
+hold the gradients of one graph's weights in the graph and in memory that all graphs share. Under ZeRO 2 they then have
+them all at once, instead of one after another.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RankMemory:
         parameters: weights that the model computes with.
         gradients: gradients, at their peak.
         optimizer: master weights and the optimizer's moments, as far as they are on the device.
-        buffers: DeepSpeed's buckets, and the working memory of the loss.
+        buffers: DeepSpeed's buckets, the gradients within captured graphs, and the working memory of the loss.
         activations_kept: activations of the micro-batches in flight, if all activations are kept.
         activations_recomputed: the same, if of each group of layers that the config recomputes together only the input
             is kept. If it recomputes none, each layer is a group.
@@ -66,7 +68,13 @@ class RankMemory:
 
 
 def rank_memory(
-    config: RunConfig, data_size: int, stage: Stage, parameters: int, device: str, muon: MuonCosts = NO_COSTS
+    config: RunConfig,
+    data_size: int,
+    stage: Stage,
+    parameters: int,
+    device: str,
+    muon: MuonCosts = NO_COSTS,
+    captured: int = 0,
 ) -> RankMemory:
     """Return the memory of one rank of ``stage``.
 
@@ -77,13 +85,16 @@ def rank_memory(
         parameters: number of parameters of the rank.
         device: type of the device, ``"cuda"`` or ``"cpu"``.
         muon: what Muon costs the rank.
+        captured: the most parameters whose layers are captured together.
     """
     width = DTYPES[config.precision.compute].itemsize
     return RankMemory(
         parameters=parameters * width / (data_size if config.parallel.zero_stage == 3 else 1),
         gradients=parameters * _gradient_bytes(config, data_size),
         optimizer=_optimizer_bytes(config, data_size, parameters, muon.parameters),
-        buffers=_bucket_bytes(config) + (_loss_bytes(config, device) if stage.is_last else 0),
+        buffers=_bucket_bytes(config)
+        + captured * width * (3 if config.parallel.zero_stage == 2 else 2)
+        + (_loss_bytes(config, device) if stage.is_last else 0),
         activations_kept=_activation_bytes(config, stage, recompute=False),
         activations_recomputed=_activation_bytes(config, stage, recompute=True),
         stepping=muon.working,

@@ -36,7 +36,7 @@ class Stage:
 
 
 def layer_groups(config: ModelConfig, interval: int | None) -> list[range]:
-    """Return the groups of layers that a pipeline does not separate: those that are recomputed together."""
+    """Return groups of ``interval`` layers; a pipeline does not separate those that are recomputed together."""
     step = interval or 1
     return [range(start, min(start + step, config.num_layers)) for start in range(0, config.num_layers, step)]
 

@@ -17,7 +17,7 @@ from megachiar.planning.communication import RankCommunication, rank_communicati
 from megachiar.planning.flops import forward_flops_per_token, layer_flops_per_token
 from megachiar.planning.memory import RankMemory, rank_memory
 from megachiar.planning.muon import NO_COSTS, MatrixShape, MuonCosts, matrix_shapes, muon_costs
-from megachiar.planning.partition import Stage, cut_into_stages
+from megachiar.planning.partition import Stage, cut_into_stages, layer_groups
 from megachiar.planning.step_tokens import step_tokens
 from megachiar.topology import SINGLE_RANK, TensorParallelGroup
 
@@ -90,10 +90,18 @@ def _plan_stage(
         parameters=parameters,
         muon=muon,
         flops=_rank_flops(config, data_size, stage) + muon.flops,
-        memory=rank_memory(config, data_size, stage, parameters, device, muon),
+        memory=rank_memory(config, data_size, stage, parameters, device, muon, _captured(config, layer_parameters)),
         snapshot=4 * (3 * parameters - muon.parameters) / data_size,
         communication=replace(sent, tensor=sent.tensor + muon.tensor, data=sent.data + muon.data),
     )
+
+
+def _captured(config: RunConfig, layer_parameters: list[LayerParameters]) -> int:
+    """Return the most parameters whose layers are captured together; 0 without ``training.cuda_graphs``."""
+    length = config.training.cuda_graphs
+    if length is None:
+        return 0
+    return max(sum(layer_parameters[i].parameters for i in group) for group in layer_groups(config.model, length))
 
 
 def _rank_flops(config: RunConfig, data_size: int, stage: Stage) -> float:

@@ -13,6 +13,7 @@ from loss_memory_worker import measure
 from support import ROOT, WORKERS, python, run_ranks, small_config, write_config, write_tokens
 
 from megachiar.config import load_config
+from megachiar.model import build_model
 from megachiar.model.dtypes import DTYPES
 from megachiar.planning.gpus import GPUS
 from megachiar.planning.layout_search import Machine, find_layouts
@@ -98,6 +99,21 @@ def test_buffers_of_the_loss_are_the_last_stages_alone_and_follow_the_device():
     by_torch = plan_ranks(load_config(seven, ["precision.kernels=torch"]), 4)[-1].memory.buffers
     on_cpu = plan_ranks(config, 4, device="cpu")[-1].memory.buffers
     assert last < by_torch and on_cpu < by_torch
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(0, 2), (1, 2), (2, 3)])
+def test_captured_layers_hold_the_gradients_of_one_graph(tmp_path, stage, copies):
+    path = write_config(tmp_path / "config.yaml", small_config(tmp_path))
+    plain, captured = (
+        plan_ranks(load_config(path, [f"{ZERO}{stage}", f"training.cuda_graphs={length}"]), 1)[0].memory
+        for length in ("null", "2")
+    )
+    model = build_model(load_config(path).model, seed=0)
+    largest = max(
+        sum(weight.numel() for layer in list(model.layers)[start : start + 2] for weight in layer.parameters())
+        for start in (0, 2)
+    )
+    assert captured.buffers - plain.buffers == copies * 4 * largest
 
 
 def test_recomputed_activations_are_less_and_more_stages_hold_more_micro_batches():
