@@ -89,6 +89,7 @@ FEW = 2 * (3 + 5 + 10 + 3)
         ("few", 90, FEW),
         pytest.param("few", 100, FEW, marks=pytest.mark.slow),
         pytest.param("all", 90, ALL, marks=pytest.mark.slow),
+        pytest.param("all", 100, ALL, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_for_an_h100_and_a_b200_without_spilled_registers(tmp_path, which, capability, kernels):

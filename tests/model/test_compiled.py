@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,18 @@ def test_a_run_of_static_shapes_shares_one_graph_a_kind_of_layer(tmp_path):
     plain, compiled = map(losses_of, folders)
     assert len(plain) > 4
     assert compiled == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_a_run_of_static_shapes_compiled_by_inductor_learns_the_same(tmp_path):
+    config, folders = static_run(tmp_path), [tmp_path / "plain", tmp_path / "compiled"]
+    pretrain(config, STATIC, f"logging.folder={folders[0]}")
+    output = pretrain(config, STATIC, "training.compile=inductor", f"logging.folder={folders[1]}")[0]
+    assert "layers compiled by inductor" in " ".join(output.split())
+    plain, compiled = map(losses_of, folders)
+    assert len(plain) > 4
+    assert compiled == pytest.approx(plain, abs=1e-5)
 
 
 def test_a_resumed_pipeline_of_compiled_layers_learns_the_same(tmp_path):
