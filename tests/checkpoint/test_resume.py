@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import pretrain, small_config, start_ranks, write_config, write_tokens
+from support import checkpoint_tensors, pretrain, small_config, start_ranks, write_config, write_tokens
 
 from megachiar.checkpoint.format import checkpoint_name, complete_checkpoints
 from megachiar.errors import EXIT_STOPPED
@@ -21,9 +21,10 @@ pytestmark = pytest.mark.every_python
 STEPS = 10
 
 
-def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Return loss and gradient norm by step, in full precision."""
-    return {r["step"]: (r["loss"], r["gradient_norm"]) for r in read_metrics(folder, "train")}
+def losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    """Return loss, gradient norm, and share of attention by step, in full precision."""
+    keys = ("loss", "gradient_norm", "attention_share")
+    return {r["step"]: tuple(r[key] for key in keys) for r in read_metrics(folder, "train")}
 
 
 def make_run(folder: Path, **sections: dict) -> Path:
@@ -44,6 +45,14 @@ HASHED = {"model": {"router": {"kind": "hashed", "tau": 0.79}}}
 MUON = {"optimizer": {"kind": "muon"}}
 CAPTURED = {"cuda_graphs": 2}
 LEARNED = {"model": {"router": {"kind": "learned", "target_share": 0.4, "explore": 0.3, "anneal_steps": 6}}}
+STATIC = {"static_shapes": True}
+ALL_AT_ONCE = {  # a router whose threshold moves, documents, and keys of routed tokens alone
+    "model": {
+        "router": {"kind": "hashed", "tau": 0.79, "target_share": 0.4, "anneal_steps": 6},
+        "attention": {"keys": "routed"},
+    },
+    "data": {"document_mask": True, "document_end": 5},
+}
 LAYOUTS = {
     "one process, fp32": (1, {"parallel": {"zero_stage": 0}}),
     "two processes, ZeRO 1, bf16": (2, TWO | BF16),
@@ -55,6 +64,14 @@ LAYOUTS = {
     "one process, hashed router": (1, HASHED),
     "one process, learned router": (1, LEARNED),
     "two processes, ZeRO 3, learned router, bf16": (2, TWO | LEARNED | BF16 | {"parallel": {"zero_stage": 3}}),
+    "two stages, static shapes, all at once, recomputation": (
+        2,
+        ALL_AT_ONCE | {"parallel": {"pipeline_size": 2}, "training": STATIC | {"activation_checkpoint_interval": 1}},
+    ),
+    "two processes, ZeRO 2, bf16, static shapes": (
+        2,
+        BF16 | {"parallel": {"zero_stage": 2}, "training": STATIC | {"micro_batch_size": 1}},
+    ),
     "fp16 with dynamic loss scale": (
         1,
         {"precision": {"compute": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 3}},
@@ -83,6 +100,8 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, name):
     assert len(whole) == STEPS
     if "fp16" in name:  # some steps overflow and others train
         assert {r["skipped"] for r in read_metrics(tmp_path / "run", "train")} == {True, False}
+    last = Path("checkpoints") / checkpoint_name(STEPS)
+    tensors = checkpoint_tensors(tmp_path / "run" / last)
     for stopped_at in (1, 7) if ranks == 1 else (4,):
         folder = tmp_path / f"resumed_{stopped_at}"
         folder.mkdir()
@@ -94,6 +113,7 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, name):
         resumed = losses(folder)
         assert sorted(resumed) == list(range(stopped_at + 1, STEPS + 1))
         assert resumed == {step: whole[step] for step in resumed}
+        assert checkpoint_tensors(folder / last) == tensors
 
 
 def test_a_run_with_learned_routers_goes_on_under_another_layout(tmp_path):

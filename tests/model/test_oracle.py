@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,10 @@ from model_cases import KEYS_OF_ROUTED, ROUTERS, lively_model, small_model_confi
 from model_oracle import Oracle, OracleResult
 
 from megachiar.config.model import ModelConfig
+from megachiar.config.sections import ParallelConfig
+from megachiar.config.static_shapes import why_shapes_follow_routes
 from megachiar.model import RoutingStatistics
+from megachiar.model.static_shapes import use_static_shapes
 
 EXPECTED_USE = {  # which operators take tokens
     "threshold": {0, 1},
@@ -33,9 +38,16 @@ EXPECTED_USE = {  # which operators take tokens
 WITH_ROUTED_KEYS = [name for name in ROUTERS if not name.startswith(("soft", "hard", "learned"))] + ["hard dct only"]
 
 
-def compare(config: ModelConfig, tokens: torch.Tensor) -> tuple[OracleResult, RoutingStatistics]:
-    """Check loss, regulariser, logits and gradients; returns what the oracle computed and what the model reports."""
+def compare(
+    config: ModelConfig, tokens: torch.Tensor, shapes: str = "follow routes"
+) -> tuple[OracleResult, RoutingStatistics]:
+    """Check loss, regulariser, logits and gradients; returns what the oracle computed and what the model reports.
+
+    Routed layers compute with ``shapes`` that follow the routes or, named ``static``, that do not.
+    """
     model = lively_model(config)
+    if shapes == "static":
+        use_static_shapes(model)
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     oracle = Oracle(config, weights | {n: b.clone() for n, b in model.named_buffers()})
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
@@ -57,11 +69,20 @@ def compare(config: ModelConfig, tokens: torch.Tensor) -> tuple[OracleResult, Ro
     return expected, output.statistics
 
 
+def for_shapes(routers: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by router and by the shapes that routed layers with it can have."""
+    cases = [(router, "follow routes") for router in routers]
+    for router in routers:
+        if why_shapes_follow_routes(small_model_config(router=ROUTERS[router]), ParallelConfig()) is None:
+            cases.append((router, "static"))
+    return pytest.mark.parametrize(("router", "shapes"), cases, ids=[f"{r}, {s}" for r, s in cases])
+
+
 @pytest.mark.parametrize("norm", ("post", "pre"))
-@pytest.mark.parametrize("router", ROUTERS)
-def test_routed_layers_compute_what_all_operators_and_a_choice_would(router, norm):
+@for_shapes(ROUTERS)
+def test_routed_layers_compute_what_all_operators_and_a_choice_would(router, shapes, norm):
     config = small_model_config(router=ROUTERS[router], norm=norm)
-    expected, statistics = compare(config, token_batch(3, 13))
+    expected, statistics = compare(config, token_batch(3, 13), shapes)
     used = set(torch.stack(expected.operators).unique().tolist())
     if router in EXPECTED_USE:
         assert used == EXPECTED_USE[router], "the case does not test what it is named after"
@@ -76,9 +97,9 @@ def test_routed_layers_compute_what_all_operators_and_a_choice_would(router, nor
 
 
 @pytest.mark.parametrize("norm", ("post", "pre"))
-@pytest.mark.parametrize("router", WITH_ROUTED_KEYS)
-def test_keys_of_routed_tokens_alone(router, norm):
-    compare(small_model_config(router=ROUTERS[router], norm=norm, **KEYS_OF_ROUTED), token_batch(3, 13))
+@for_shapes(WITH_ROUTED_KEYS)
+def test_keys_of_routed_tokens_alone(router, shapes, norm):
+    compare(small_model_config(router=ROUTERS[router], norm=norm, **KEYS_OF_ROUTED), token_batch(3, 13), shapes)
 
 
 OTHER_FIELDS = {
@@ -106,6 +127,6 @@ def test_every_other_setting_computes_what_its_description_says(fields):
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(1, 2), (5, 2), (1, 8)])
-@pytest.mark.parametrize("router", ("threshold", "threshold three", "random", "hard"))
-def test_single_tokens_and_single_sequences(router, sequences, length):
-    compare(small_model_config(router=ROUTERS[router]), token_batch(sequences, length))
+@for_shapes(("threshold", "threshold three", "random", "hard", "hashed"))
+def test_single_tokens_and_single_sequences(router, shapes, sequences, length):
+    compare(small_model_config(router=ROUTERS[router]), token_batch(sequences, length), shapes)

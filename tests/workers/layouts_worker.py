@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine, start_process_group
 from megachiar.model.layer import RoutedLayer
-from megachiar.model.router import RoutingDecision
+from megachiar.model.router import Router, RoutingDecision
 from megachiar.parallel.shard import shard_of
 from megachiar.topology import Topology, build_topology
 from megachiar.training.evaluation import evaluate
@@ -104,6 +105,20 @@ def _margin(decision: RoutingDecision, thresholds: tuple[float, ...]) -> torch.T
     return (decision.score.float()[:, None] - torch.tensor(thresholds)).abs().amin(1)
 
 
+def _operator(decision: RoutingDecision, router: Router, x: torch.Tensor) -> torch.Tensor:
+    """Return the operator of each row of ``x``, where a partition compares the scores too."""
+    if decision.operator is not None:
+        return decision.operator
+    return (decision.score > router.threshold_of(x)).long()
+
+
+def _with_operator(decision: RoutingDecision, operator: torch.Tensor) -> RoutingDecision:
+    """Return a decision for these operators; scores that a partition compares are beyond any threshold."""
+    if decision.operator is not None:
+        return replace(decision, operator=operator)
+    return replace(decision, score=torch.where(operator > 0, torch.inf, -torch.inf).to(decision.score.dtype))
+
+
 class Routes:
     """Recorder of each token's operator in each step, and of its distance to another one.
 
@@ -125,6 +140,7 @@ class Routes:
                 self._watch(module)
 
     def _watch(self, layer: RoutedLayer) -> None:
+        assert layer.has_static_shapes == (self.config.training.static_shapes is True), "a CPU has them on demand alone"
         index = int(layer.name.rpartition(".")[2]) - self.config.model.routed_layers.start
         seen = 0
 
@@ -137,11 +153,11 @@ class Routes:
             step, seen = seen // self.accumulation, seen + 1
             self.margin[step, index, tokens] = _margin(decision, router.thresholds())
             if self.replay is None:
-                self.taken[step, index, tokens] = decision.operator
+                self.taken[step, index, tokens] = _operator(decision, router, arguments[0])
                 return None
             operator = torch.from_numpy(self.replay[step, index, tokens])
             self.taken[step, index, tokens] = operator
-            return type(decision)(**{**vars(decision), "operator": operator})
+            return _with_operator(decision, operator)
 
         layer.router.register_forward_hook(after)
 
