@@ -36,7 +36,7 @@ THREE += ["model.router.tau_low=0.785", "model.router.tau_high=0.795"]
 ROUTED_KEYS = ["model.attention.keys=routed"]
 MUON = ["optimizer.kind=muon"]
 MUON_IN_BF16 = [*MUON, "optimizer.muon.ns_dtype=bf16"]
-STATIC = "training.static_shapes=true"
+STATIC, GRAPHS = "training.static_shapes=true", "training.cuda_graphs="
 ALL_AT_ONCE = [*HASHED, *HELD, *DOCUMENTS, *ROUTED_KEYS]
 BF16, FP16 = "precision.compute=bf16", "precision.compute=fp16"
 
@@ -154,8 +154,19 @@ STATIC_LAYOUTS = {
     "all at once: 1 process, static, micro-batch 8": (1, [STATIC, *ALL_AT_ONCE, MICRO + "8"]),
     "all at once: pp 2, dp 2, recompute 1, static": (4, [STATIC, *ALL_AT_ONCE, PP + "2", RECOMPUTE + "1"]),
 }
+# Layers that are recorded and repeated, as CUDA graphs would.
+CAPTURED_LAYOUTS = {
+    "1 process, graphs of 2, micro-batch 8": (1, [GRAPHS + "2", MICRO + "8"]),
+    "dp 2, ZeRO 0, graphs of 8": (2, [GRAPHS + "8", ZERO + "0"]),
+    "dp 2, ZeRO 1, graphs of 1, micro-batch 4": (2, [GRAPHS + "1", MICRO + "4"]),
+    "documents: dp 2, ZeRO 2, graphs of 2": (2, [GRAPHS + "2", *DOCUMENTS, ZERO + "2"]),
+    "regularised: dp 2, ZeRO 2, graphs of 2": (2, [GRAPHS + "2", REGULARISED, ZERO + "2"]),
+    "held share: dp 2, ZeRO 2, graphs of 2": (2, [GRAPHS + "2", *HELD, ZERO + "2"]),
+    "muon: dp 2, ZeRO 2, graphs of 2": (2, [GRAPHS + "2", *MUON, ZERO + "2"]),
+    "all at once: dp 4, ZeRO 2, graphs of 2": (4, [GRAPHS + "2", *ALL_AT_ONCE, ZERO + "2"]),
+}
 EXACT_LAYOUTS = LAYOUTS | REGULARISED_LAYOUTS | DOCUMENT_LAYOUTS | SCALED_LAYOUTS | CONTROL_LAYOUTS | RUNNING_LAYOUTS
-EXACT_LAYOUTS |= GATE_LAYOUTS | MUON_LAYOUTS | STATIC_LAYOUTS
+EXACT_LAYOUTS |= GATE_LAYOUTS | MUON_LAYOUTS | STATIC_LAYOUTS | CAPTURED_LAYOUTS
 # Compared with one process of the same precision: the routes of tokens near tau differ, and the losses with them.
 # Muon's iterations in bf16 round otherwise where the last bits of gradients differ.
 HALF_LAYOUTS = {
@@ -168,6 +179,7 @@ HALF_LAYOUTS = {
     "bf16: tp 2, pp 2, micro-batch 4": (4, [BF16, TP + "2", PP + "2", MICRO + "4"]),
     "fp16, regularised: tp 2, sequence": (2, [FP16, REGULARISED, TP + "2", SP]),
     "bf16: dp 2, ZeRO 2, static": (2, [STATIC, BF16, ZERO + "2"]),
+    "bf16: dp 2, ZeRO 1, graphs of 2, micro-batch 4": (2, [GRAPHS + "2", BF16, MICRO + "4"]),
     "fp16, regularised: pp 2, static": (2, [STATIC, FP16, REGULARISED, PP + "2"]),
     "muon, bf16: tp 2, dp 2": (4, [*MUON, BF16, TP + "2"]),
     "muon, bf16: pp 2, bf16 gradients": (2, [*MUON, BF16, PP + "2", "precision.gradient_accumulation=bf16"]),
@@ -195,12 +207,14 @@ CHIAR_ONLY = {
     *GATE_LAYOUTS,
     *MUON_LAYOUTS,
     *STATIC_LAYOUTS,
+    *CAPTURED_LAYOUTS,
     "bf16: dp 2, ZeRO 2, static",
+    "bf16: dp 2, ZeRO 1, graphs of 2, micro-batch 4",
     "documents: dp 2, ZeRO 2",
     *(name for name in HALF_LAYOUTS if "regularised" in name or "muon" in name),
 }
 # The fast tests: each way to divide the work, each ZeRO stage and precision, offload, recomputation, the regulariser,
-# documents, and static shapes, each alone or with what interacts with it. `pytest -m slow` trains the others.
+# documents, static shapes and captured layers, each alone or with what interacts with it. The others are slow tests.
 FAST = {
     "1 process, micro-batch 8",
     "1 process, recompute 2",
@@ -236,6 +250,7 @@ FAST = {
     "hashed: dp 2, ZeRO 2, static",
     "documents: pp 2, recompute 2, static",
     "all at once: 1 process, static, micro-batch 8",
+    "held share: dp 2, ZeRO 2, graphs of 2",
     "bf16: tp 2, sequence, micro-batch 4",
     "bf16: pp 2, bf16 gradients",
     "bf16: dp 2, ZeRO 3, offload, micro-batch 4",

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups, safe_get_full_fp32_param
+from torch import nn
 
 from megachiar import launch
 from megachiar.config import RunConfig, load_config
 from megachiar.data.sampling.loader import BatchLoader
 from megachiar.engine.engine import Engine, start_process_group
+from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import RoutedLayer
 from megachiar.model.router import Router, RoutingDecision
 from megachiar.parallel.shard import shard_of
@@ -135,12 +137,33 @@ class Routes:
         layers = len(config.model.routed_layers)
         shape = (config.training.steps, layers, config.training.global_batch_size * config.sequence_length)
         self.taken, self.margin = np.full(shape, -1), np.zeros(shape, np.float32)
-        for module in engine.deepspeed.module.modules():
-            if isinstance(module, RoutedLayer):
-                self._watch(module)
+        model = engine.deepspeed.module
+        routed = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+        on_demand = config.training.static_shapes is True or config.training.cuda_graphs is not None
+        assert all(layer.has_static_shapes == on_demand for layer in routed), "a CPU has them on demand alone"
+        if config.training.cuda_graphs is not None:
+            self._watch_captured(model, routed)
+            return
+        for layer in routed:
+            self._watch(layer)
+
+    def _watch_captured(self, model: nn.Module, routed: list[RoutedLayer]) -> None:
+        """Record the routes of layers whose routers are not called again; they are not replayed."""
+        assert self.replay is None, "captured routers decide"
+        seen = 0
+
+        def after(model, arguments, output):
+            nonlocal seen
+            if not model.training:
+                return
+            tokens = self._tokens(seen, BatchLayout(*arguments[0].shape))
+            for index, layer in enumerate(routed):
+                self.taken[seen // self.accumulation, index, tokens] = layer.last_routes
+            seen += 1
+
+        model.register_forward_hook(after)
 
     def _watch(self, layer: RoutedLayer) -> None:
-        assert layer.has_static_shapes == (self.config.training.static_shapes is True), "a CPU has them on demand alone"
         index = int(layer.name.rpartition(".")[2]) - self.config.model.routed_layers.start
         seen = 0
 
