@@ -17,6 +17,7 @@ Shapes: N = rows of the micro-batch, d = channels.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
@@ -112,7 +113,8 @@ class CapturedLayers:
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         ]
-        if held != self._held:
+        if held != self._held and self._captured:
+            warnings.warn("training.cuda_graphs: weights lie elsewhere now, and layers are captured anew", stacklevel=2)
             self._captured.clear()
         self._held = held
 
