@@ -26,16 +26,33 @@ def has_static_shapes(config: RunConfig, device: torch.device) -> bool:
     return bool(config.model.routed_layers) and why_not_static(config, device) is None
 
 
+def plans_static_shapes(config: RunConfig, device: str) -> bool:
+    """Return whether the routed layers of a run would have static shapes on a device that need not be here.
+
+    ``device`` is its type, ``"cuda"`` for a GPU with Triton or ``"cpu"``.
+    """
+    has_kernels = device == "cuda" and config.precision.kernels != "torch"
+    reason = _why_not(config, None if has_kernels else "there are no kernels")
+    return bool(config.model.routed_layers) and reason is None
+
+
 def why_not_static(config: RunConfig, device: torch.device) -> str | None:
     """Return why the routed layers of a run have no static shapes on ``device``; None where they have."""
+    return _why_not(config, gpu.why_not(device))
+
+
+def _why_not(config: RunConfig, without_kernels: str | None) -> str | None:
+    """Return why the routed layers of a run have no static shapes; ``without_kernels`` says why Triton does not run."""
     asked = config.training.static_shapes
     if asked is False:
         return "training.static_shapes is false"
     reason = why_shapes_follow_routes(config.model, config.parallel)
     if reason is not None or asked is True:
         return reason
-    has_documents, dtype = config.data.document_mask, DTYPES[config.precision.compute]
-    return why_kernels_do_not(config.model, config.sequence_length, has_documents, device, dtype)
+    if without_kernels is not None:
+        return without_kernels
+    dtype = DTYPES[config.precision.compute]
+    return _why_kernels_do_not_serve(config.model, config.sequence_length, config.data.document_mask, dtype)
 
 
 def why_kernels_do_not(
@@ -50,9 +67,14 @@ def why_kernels_do_not(
         device: where the model runs.
         dtype: what it computes in.
     """
-    rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
     if (reason := gpu.why_not(device)) is not None:
         return reason
+    return _why_kernels_do_not_serve(model, length, has_documents, dtype)
+
+
+def _why_kernels_do_not_serve(model: ModelConfig, length: int, has_documents: bool, dtype: torch.dtype) -> str | None:
+    """Answer as ``why_kernels_do_not`` for a device that runs Triton kernels."""
+    rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
     if not triton_attention.supports(rows.view(1, model.num_attention_heads, -1)):
         return f"heads have no {', '.join(map(str, triton_attention.HEAD_SIZES))} channels"
     if not triton_norm.supports(rows):
