@@ -5,6 +5,7 @@ Shapes: n = rows, h = heads, c = channels of a head, r = rows of the tables, N =
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -146,7 +147,8 @@ class Turned(NamedTuple):
 def supports_both(heads: int, c: int, dtype: torch.dtype) -> bool:
     """Return whether ``rotate_both`` takes so many heads with ``c`` channels each."""
     by_type = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return by_type and triton.next_power_of_2(heads) * triton.next_power_of_2(c) <= WIDEST and c % 2 == 0
+    powers = (1 << (n - 1).bit_length() for n in (heads, c))  # a plan asks where Triton is not installed
+    return by_type and math.prod(powers) <= WIDEST and c % 2 == 0
 
 
 def rotate_both(

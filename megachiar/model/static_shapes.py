@@ -28,16 +28,34 @@ def has_static_shapes(config: RunConfig, device: torch.device) -> bool:
     return bool(config.model.routed_layers) and why_not_static(config, device) is None
 
 
+def plans_static_shapes(config: RunConfig, device: str) -> bool:
+    """Return whether the routed layers of a run would have static shapes on a device that need not be here.
+
+    ``device`` is its type, ``"cuda"`` for a GPU with Triton or ``"cpu"``.
+    """
+    has_kernels = device == "cuda" and config.precision.kernels != "torch"
+    reason = _why_not(config, None if has_kernels else "there are no kernels")
+    return bool(config.model.routed_layers) and reason is None
+
+
 def why_not_static(config: RunConfig, device: torch.device) -> str | None:
     """Return why the routed layers of a run have no static shapes on ``device``; None where they have."""
+    return _why_not(config, gpu.why_not(device))
+
+
+def _why_not(config: RunConfig, without_kernels: str | None) -> str | None:
+    """Return why the routed layers of a run have no static shapes; ``without_kernels`` says why Triton does not run."""
     asked = config.training.static_shapes
     if asked is False:
         return "training.static_shapes is false"
     reason = why_shapes_follow_routes(config.model, config.parallel)
     if reason is not None or asked is True or config.training.cuda_graphs is not None:
         return reason
-    has_documents, dtype = config.data.document_mask, DTYPES[config.precision.compute]
-    return why_kernels_do_not(config.model, config.sequence_length, has_documents, device, dtype)
+    return (
+        without_kernels
+        or _why_kernels_do_not_serve(config.model, DTYPES[config.precision.compute])
+        or _why_others_are_faster(config.model, config.sequence_length, config.data.document_mask)
+    )
 
 
 def check_kernels_of_graphs(config: RunConfig, device: torch.device) -> None:
@@ -48,8 +66,8 @@ def check_kernels_of_graphs(config: RunConfig, device: torch.device) -> None:
     """
     if config.training.cuda_graphs is None or not needs_static_shapes(config.model) or device.type == "cpu":
         return
-    reason = why_kernels_do_not_serve(config.model, device, DTYPES[config.precision.compute])
-    if reason is not None:
+    dtype = DTYPES[config.precision.compute]
+    if reason := gpu.why_not(device) or _why_kernels_do_not_serve(config.model, dtype):
         raise UserError(
             "training.cuda_graphs",
             f"routed layers need Triton kernels to be captured, but {reason}",
@@ -69,27 +87,30 @@ def why_kernels_do_not(
         device: where the model runs.
         dtype: what it computes in.
     """
-    reason = why_kernels_do_not_serve(model, device, dtype)
-    packs = model.attention.keys == "routed" and model.dropout == 0 and not has_documents
-    if reason is None and packs and length > ROUTED_KEYS_BY_TRITON:
-        return f"routed keys of more than {ROUTED_KEYS_BY_TRITON} tokens are packed for a faster kernel"
-    return reason
+    return (
+        gpu.why_not(device)
+        or _why_kernels_do_not_serve(model, dtype)
+        or _why_others_are_faster(model, length, has_documents)
+    )
 
 
-def why_kernels_do_not_serve(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the kernels of static shapes do not serve a model; None where they do.
-
-    The arguments are those of ``why_kernels_do_not``.
-    """
+def _why_kernels_do_not_serve(model: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Return why the kernels of static shapes do not take a model's sizes; None where they do."""
     rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
-    if (reason := gpu.why_not(device)) is not None:
-        return reason
     if not triton_attention.supports(rows.view(1, model.num_attention_heads, -1)):
         return f"heads have no {', '.join(map(str, triton_attention.HEAD_SIZES))} channels"
     if not triton_norm.supports(rows):
         return f"hidden_size is above {triton_norm.WIDEST}"
     if not triton_rope.supports_both(2 * model.num_attention_heads, model.head_size, dtype):
         return f"all heads together have more than {triton_rope.WIDEST // 2} channels"
+    return None
+
+
+def _why_others_are_faster(model: ModelConfig, length: int, has_documents: bool) -> str | None:
+    """Return why other kernels than those of static shapes are faster; None where none are."""
+    packs = model.attention.keys == "routed" and model.dropout == 0 and not has_documents
+    if packs and length > ROUTED_KEYS_BY_TRITON:
+        return f"routed keys of more than {ROUTED_KEYS_BY_TRITON} tokens are packed for a faster kernel"
     return None
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from megachiar.config.model import ModelConfig
 
+ENTROPY = 5
+"""Values that the spectral entropy of a row keeps for each of its channels, where it has a gradient."""
+
 
 @dataclass(frozen=True)
 class TokenActivations:
@@ -39,10 +42,16 @@ class TokenActivations:
         )
 
 
-def layer_activations(config: ModelConfig, index: int, attention_share: float) -> TokenActivations:
+def layer_activations(
+    config: ModelConfig, index: int, attention_share: float, static_shapes: bool = False
+) -> TokenActivations:
     """Return the activations of layer ``index`` (from 0).
 
-    ``attention_share`` is the share of a routed layer's tokens that take attention.
+    Args:
+        config: config of the model.
+        index: number of the layer.
+        attention_share: the share of a routed layer's tokens that take attention.
+        static_shapes: whether the shapes of routed layers do not depend on the routes (``training.static_shapes``).
     """
     d = config.hidden_size
     # Input and the sum that is normed; the product with W1 and what gelu makes of it.
@@ -53,7 +62,20 @@ def layer_activations(config: ModelConfig, index: int, attention_share: float) -
     if index not in config.routed_layers:
         # Input and the sum that is normed; keys, values, rotated keys, rotated queries and the result.
         return feed_forward + TokenActivations(2 * d, 5 * d)
+    if static_shapes:
+        return feed_forward + _operators_of_static_shapes(config)
     return feed_forward + _routed_operators(config, attention_share)
+
+
+def _operators_of_static_shapes(config: ModelConfig) -> TokenActivations:
+    """Return the activations of a routed layer's router and operators whose tensors all have a row for each token."""
+    d = config.hidden_size
+    # Input, and the sum that is normed; with norm: pre the rows that the operators take, and those of all keys.
+    rows = (3 if config.norm == "pre" and config.attention.keys == "all" else 2) * d
+    if config.router.collapse_weight:
+        rows += ENTROPY * d
+    # Rotated queries and keys, values, and results. They are rotated in place.
+    return TokenActivations(rows, 4 * d)
 
 
 def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActivations:
@@ -63,7 +85,7 @@ def _routed_operators(config: ModelConfig, attention_share: float) -> TokenActiv
     # Input, spectra, the sums that are normed, and results: to blend, or as rows in the operators' order.
     rows = d + mixed * d + (queries + mixed) * d + (len(config.router.operators) if kind == "soft" else 1) * d
     if kind in ("soft", "hard") or config.router.collapse_weight:
-        rows += 5 * d  # the entropy, where it has a gradient
+        rows += ENTROPY * d
     if kind in ("soft", "hard"):
         rows += d  # input of the gate
     if kind == "hard":  # results of the operators, taken and not taken, for the gradient of the gates

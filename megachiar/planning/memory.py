@@ -25,6 +25,7 @@ from megachiar.config import RunConfig
 from megachiar.config.deepspeed import to_deepspeed
 from megachiar.kernels.cross_entropy import buffer_bytes
 from megachiar.model.dtypes import DTYPES
+from megachiar.model.static_shapes import plans_static_shapes
 from megachiar.planning.activations import TokenActivations, head_activations, layer_activations
 from megachiar.planning.muon import NO_COSTS, MuonCosts
 from megachiar.planning.partition import Stage, layer_groups
@@ -95,8 +96,8 @@ def rank_memory(
         buffers=_bucket_bytes(config)
         + captured * width * (3 if config.parallel.zero_stage == 2 else 2)
         + (_loss_bytes(config, device) if stage.is_last else 0),
-        activations_kept=_activation_bytes(config, stage, recompute=False),
-        activations_recomputed=_activation_bytes(config, stage, recompute=True),
+        activations_kept=_activation_bytes(config, stage, device, recompute=False),
+        activations_recomputed=_activation_bytes(config, stage, device, recompute=True),
         stepping=muon.working,
         recomputes=config.training.activation_checkpoint_interval is not None,
     )
@@ -129,7 +130,7 @@ def _optimizer_bytes(config: RunConfig, data_size: int, parameters: int, of_muon
     return 4 * moments if config.parallel.zero_stage == 0 else 4 * (parameters + moments) / data_size
 
 
-def _activation_bytes(config: RunConfig, stage: Stage, recompute: bool) -> float:
+def _activation_bytes(config: RunConfig, stage: Stage, device: str, recompute: bool) -> float:
     """Return the peak bytes of activations whose backward pass is still to come on this stage."""
     model, parallel, training = config.model, config.parallel, config.training
     tokens = training.micro_batch_size * config.sequence_length
@@ -138,7 +139,8 @@ def _activation_bytes(config: RunConfig, stage: Stage, recompute: bool) -> float
         per_token = values.per_rank(parallel.tensor_size, parallel.sequence)
         return tokens * per_token * DTYPES[config.precision.compute].itemsize
 
-    layers = [bytes_of(layer_activations(model, index, model.expected_attention_share)) for index in stage.layers]
+    share, static = model.expected_attention_share, plans_static_shapes(config, device)
+    layers = [bytes_of(layer_activations(model, index, share, static)) for index in stage.layers]
     head = bytes_of(head_activations(model)) if stage.is_last else 0.0
     in_flight = stage.count - stage.number  # 1F1B: each later stage holds one more forward pass than backward passes
     if not recompute:

@@ -126,6 +126,25 @@ def test_recomputed_activations_are_less_and_more_stages_hold_more_micro_batches
     assert not first.recomputes and last.activations_kept < first.activations_kept
 
 
+def test_a_plan_counts_the_activations_of_the_shapes_that_the_run_would_have(tmp_path, monkeypatch):
+    """At a tenth of the rows as keys, static shapes keep more. A plan for a GPU needs neither a GPU nor Triton."""
+    monkeypatch.setattr("megachiar.kernels.triton_rope.triton", None)
+    few = {"router": {"kind": "random", "attention_share": 0.1}, "attention": {"keys": "routed"}}
+    path = write_config(tmp_path / "config.yaml", small_config(tmp_path, model=few))
+
+    def kept(shapes: str, *sets: str, device: str = "cuda") -> float:
+        (plan,) = plan_ranks(load_config(path, [f"training.static_shapes={shapes}", *sets]), 1, device=device)
+        return plan.memory.activations_kept
+
+    following = kept("false")
+    tokens, d, layers = 2 * 32, 32, 2
+    static = following + 4 * tokens * layers * d * (6 - (4 + 4 * 0.1))
+    assert kept("true") == kept("auto") == kept("true", device="cpu") == pytest.approx(static)
+    assert kept("auto", device="cpu") == kept("auto", "precision.kernels=torch") == following
+    for sets in ([TP], [ZERO + "3"], ["model.num_attention_heads=4"]):  # heads of 8 channels have no kernel
+        assert kept("auto", *sets) == kept("false", *sets), sets
+
+
 def test_stages_are_balanced_as_no_other_cut_is():
     rng = random.Random(0)
     for _ in range(60):
