@@ -17,7 +17,6 @@ from megachiar.engine.running_routers import RunningRouters
 from megachiar.engine.step_clock import StepClock
 from megachiar.engine.step_gate import StepGate
 from megachiar.engine.step_metrics import flatten_auxiliary, flatten_forward, flatten_rank
-from megachiar.kernels.graph_capture import capturer
 from megachiar.model import build_model
 from megachiar.model.captured_layers import CapturedLayers
 from megachiar.model.compiled import compile_layers
@@ -47,7 +46,7 @@ class Replica:
             compile_layers(model, config.training.compile, config.data.document_mask, recomputes)
         if config.training.cuda_graphs is not None:
             check_kernels_of_graphs(config, device)
-            model.captured_layers = CapturedLayers(list(model.layers), config.training.cuda_graphs, capturer(device))
+            model.captured_layers = CapturedLayers(list(model.layers), config.training.cuda_graphs, device)
         built = build_optimizer(model, config.optimizer)
         self.gate = StepGate(built.optimizer)
         self.routers = RunningRouters(model, config.model)

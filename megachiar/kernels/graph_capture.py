@@ -21,7 +21,12 @@ from megachiar.kernels import operation
 from megachiar.kernels.tables import keep_tables
 
 Result = TypeVar("Result")
-WAITS = frozenset(("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "bincount", "masked_select", "_unique2"))
+WAITS = frozenset(
+    (
+        *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "bincount"),
+        *("masked_select", "masked_scatter", "_unique2", "unique_consecutive"),
+    )
+)
 """Operations whose result a host has to wait for, which no graph can hold."""
 
 
@@ -112,9 +117,9 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = function._schema.name.partition("::")[2]
-        if name in WAITS:
-            raise RuntimeError(f"{name}: the host would wait for the device")
         named = kwargs or {}
+        if name in WAITS or _has_unknown_shape(name, args, named):
+            raise RuntimeError(f"{name}: the host would wait for the device")
         returned = function(*args, **named)
         aliases = [result.alias_info for result in function._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):
@@ -131,3 +136,12 @@ class _Recording(TorchDispatchMode):
             values = returned if isinstance(returned, tuple | list) else (returned,)
             for index, result in call.results:
                 result.copy_(values[index])
+
+
+def _has_unknown_shape(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Return whether the shape of an operation's result hangs on values, so that a device has to tell it."""
+    if name == "repeat_interleave":
+        return torch.is_tensor(arguments[-1]) and named.get("output_size") is None
+    if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])

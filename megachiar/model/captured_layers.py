@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from megachiar.errors import UserError
-from megachiar.kernels.graph_capture import Capturer
+from megachiar.kernels.graph_capture import Capturer, capturer
 from megachiar.model.batch_layout import BatchLayout
 from megachiar.model.layer import LayerOutput, RoutedLayer
 from megachiar.model.layer_stack import run_layers
+from megachiar.phases import phase
 
 WARM_UP = 3
 """Micro-batches of a shape that run before it is captured."""
@@ -50,13 +51,14 @@ class CapturedLayers:
     Args:
         layers: all layers of the model.
         segment_length: how many of them a segment has; the last one may have fewer.
-        capturer: captures the operations of the device that the model is on.
+        device: that the model is on in training.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], segment_length: int, capturer: Capturer):
+    def __init__(self, layers: Sequence[nn.Module], segment_length: int, device: torch.device):
         starts = range(0, len(layers), segment_length)
-        self._segments = [_Segment(layers[start : start + segment_length]) for start in starts]
-        self._capturer = capturer
+        self._segments = [_Segment(layers[start : start + segment_length], start) for start in starts]
+        self._device = device
+        self._capturer = capturer(device)
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, _CapturedShape] = {}
         self._modules = [module for segment in self._segments for module in segment.modules()]
@@ -92,7 +94,10 @@ class CapturedLayers:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of a capture that failed says only that it has
+                cause = cause.__context__
+            reason = str(cause).partition("\n")[0]
             raise UserError(
                 "training.cuda_graphs", f"the layers cannot be captured: {reason}", "set it to null"
             ) from error
@@ -116,6 +121,7 @@ class CapturedLayers:
         if held != self._held and self._captured:
             warnings.warn("training.cuda_graphs: weights lie elsewhere now, and layers are captured anew", stacklevel=2)
             self._captured.clear()
+            self._capturer = capturer(self._device)  # the memory of the old one is freed with what is left in it
         self._held = held
 
 
@@ -129,9 +135,10 @@ class _Count:
 class _Segment(nn.Module):
     """Layers that follow each other. The model has them too; here they are called together."""
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module], first: int):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.name = f"layers {first} to {first + len(layers) - 1}"
 
     def forward(self, x: torch.Tensor, layout: BatchLayout) -> Results:
         """Run the layers for rows (N, d)."""
@@ -161,12 +168,13 @@ class _CapturedShape:
         copied = iter([tensor.clone() for tensor in self._tensors])
         own_layout = pytree.tree_map_only(torch.Tensor, lambda _: next(copied), layout)
         self._tensors = [part for part in pytree.tree_leaves(own_layout) if torch.is_tensor(part)]
+        self.set_layout(layout)  # loads the kernels that copy, which no capture may do
         self.segments: list[_CapturedSegment] = []
         entering = x.detach().clone()
         for segment in segments:
             self.segments.append(_CapturedSegment(segment, entering, own_layout, capturer, micro_batches))
             entering = self.segments[-1].hidden_states
-        flat = _FlatGradients([captured.parameters for captured in self.segments])
+        flat = _FlatGradients([captured.weights for captured in self.segments])
         gradient = torch.zeros_like(entering)
         for captured in reversed(self.segments):
             gradient = captured.capture_backward(gradient, flat, capturer)
@@ -191,7 +199,9 @@ class _FlatGradients:
                 alike = [weight for weight in weights if weight.dtype == dtype]
                 count = sum(weight.numel() for weight in alike)
                 if dtype not in self._memory or len(self._memory[dtype]) < count:
-                    self._memory[dtype] = alike[0].detach().new_empty(count)
+                    self._memory[dtype] = alike[0].detach().new_zeros(count)
+        for weights in weights_of_segments:  # loads the kernels that copy, which no capture may do
+            torch._foreach_copy_(self.views(weights), [weight.detach() for weight in weights])
 
     def views(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return a part of the memory for the gradient of each weight."""
@@ -221,7 +231,7 @@ class _CapturedSegment:
 
     Attributes:
         hidden_states: (N, d) after the segment, where each replay puts them.
-        parameters: the weights of its layers.
+        weights: those of its layers; after the capture of the backward pass those of them that have a gradient.
 
     Args:
         segment: the layers.
@@ -242,7 +252,7 @@ class _CapturedSegment:
         self._segment = segment
         self._micro_batches = micro_batches
         named = {name: weight for name, weight in segment.named_parameters() if weight.requires_grad}
-        self.parameters = list(named.values())
+        self.weights: list[torch.Tensor] = list(named.values())
         # The weights under other names: those that DeepSpeed has hooks on take no part in a capture.
         self._aliases = {name: weight.detach().requires_grad_() for name, weight in named.items()}
         self._x = x.detach().requires_grad_()
@@ -274,27 +284,22 @@ class _CapturedSegment:
         self._gradients = [gradient, *(torch.zeros_like(result) for result in results[1:])]
         self._flat = flat
 
-        def run() -> tuple[torch.Tensor, list[bool]]:
+        def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
             entering, *found = torch.autograd.grad(
                 results, [self._x, *self._aliases.values()], self._gradients, allow_unused=True
             )
-            is_used = [each is not None for each in found]
-            given = [each for each in found if each is not None]
-            if given:
-                torch._foreach_copy_(flat.views(self._used(is_used)), given)
-            return entering, is_used
+            given = {index: gradient for index, gradient in enumerate(found) if gradient is not None}
+            weights = [self.weights[index] for index in given]
+            torch._foreach_copy_(flat.views(weights), list(given.values()))
+            return entering, weights
 
-        self._replay_backward, (self._x_gradient, self._is_used) = capturer.capture(run)
+        self._replay_backward, (self._x_gradient, self.weights) = capturer.capture(run)
         self._tensors = [tensor.detach() for tensor in self._tensors]
         return self._x_gradient
 
-    def _used(self, is_used: Sequence[bool]) -> list[torch.Tensor]:
-        """Return the weights that have a gradient."""
-        return [weight for weight, used in zip(self.parameters, is_used, strict=True) if used]
-
     def __call__(self, x: torch.Tensor, layout: BatchLayout) -> Results:
         """Run the segment for rows (N, d), with the gradients of its weights; ``layout`` has been set."""
-        tensors = iter(_Replayed.apply(self, x, *self.parameters))
+        tensors = iter(_Replayed.apply(self, x, *self.weights))
         for layer, routes in zip(self._segment.routed_layers(), self._routes, strict=True):
             layer.last_routes = routes
         leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self._leaves]
@@ -308,10 +313,11 @@ class _CapturedSegment:
         """
         if x.data_ptr() != self._x.data_ptr():
             self._x.detach().copy_(x)
-        self._replay_forward()
+        with phase(self._segment.name):
+            self._replay_forward()
         return self._micro_batches.number, [tensor.detach() for tensor in self._tensors]
 
-    def backward(self, number: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def backward(self, number: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Replay the backward pass of micro-batch ``number``.
 
         Args:
@@ -319,7 +325,7 @@ class _CapturedSegment:
             gradients: of its results; None where there is none.
 
         Returns:
-            The gradients of the hidden states that entered, and of each weight; None where a weight has none.
+            The gradients of the hidden states that entered, and of each weight.
         """
         assert number == self._micro_batches.number, "a later micro-batch has taken the memory of the activations"
         for own, index in zip(self._gradients, self._differentiable, strict=True):
@@ -329,8 +335,7 @@ class _CapturedSegment:
             elif given.data_ptr() != own.data_ptr():
                 own.copy_(given)
         self._replay_backward()
-        copies = iter(self._flat.copies(self._used(self._is_used)))
-        return [self._x_gradient.detach(), *(next(copies) if used else None for used in self._is_used)]
+        return [self._x_gradient.detach(), *self._flat.copies(self.weights)]
 
     def without_gradient(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return those of the results that have no gradient."""

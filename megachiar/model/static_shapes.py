@@ -59,18 +59,26 @@ def _why_not(config: RunConfig, without_kernels: str | None) -> str | None:
 
 
 def check_kernels_of_graphs(config: RunConfig, device: torch.device) -> None:
-    """Check that routed layers have kernels that can be captured, where they are to be.
+    """Check that layers have kernels that can be captured, where they are to be.
+
+    Attention without them reads on the host where documents, dropout masks and routed rows are.
 
     Raises:
         UserError: on this GPU they have none. A CPU records what it has instead.
     """
-    if config.training.cuda_graphs is None or not needs_static_shapes(config.model) or device.type == "cpu":
+    if config.training.cuda_graphs is None or device.type == "cpu":
         return
-    dtype = DTYPES[config.precision.compute]
-    if reason := gpu.why_not(device) or _why_kernels_do_not_serve(config.model, dtype):
+    model, dtype = config.model, DTYPES[config.precision.compute]
+    if needs_static_shapes(model):
+        unserved = _why_kernels_do_not_serve(model, dtype)
+    elif model.routed_layers or model.dropout or config.data.document_mask:
+        unserved = _why_attention_does_not_serve(model, dtype)
+    else:
+        return
+    if reason := gpu.why_not(device) or unserved:
         raise UserError(
             "training.cuda_graphs",
-            f"routed layers need Triton kernels to be captured, but {reason}",
+            f"layers need Triton kernels to be captured, but {reason}",
             "set training.cuda_graphs to null",
         )
 
@@ -97,12 +105,20 @@ def why_kernels_do_not(
 def _why_kernels_do_not_serve(model: ModelConfig, dtype: torch.dtype) -> str | None:
     """Return why the kernels of static shapes do not take a model's sizes; None where they do."""
     rows = torch.empty(1, model.hidden_size, dtype=dtype, device="meta")
-    if not triton_attention.supports(rows.view(1, model.num_attention_heads, -1)):
-        return f"heads have no {', '.join(map(str, triton_attention.HEAD_SIZES))} channels"
+    if reason := _why_attention_does_not_serve(model, dtype):
+        return reason
     if not triton_norm.supports(rows):
         return f"hidden_size is above {triton_norm.WIDEST}"
     if not triton_rope.supports_both(2 * model.num_attention_heads, model.head_size, dtype):
         return f"all heads together have more than {triton_rope.WIDEST // 2} channels"
+    return None
+
+
+def _why_attention_does_not_serve(model: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Return why Triton's attention does not take a model's heads; None where it does."""
+    heads = torch.empty(1, model.num_attention_heads, model.head_size, dtype=dtype, device="meta")
+    if not triton_attention.supports(heads):
+        return f"heads have no {', '.join(map(str, triton_attention.HEAD_SIZES))} channels"
     return None
 
 

@@ -28,6 +28,7 @@ from megachiar.checkpoint.reading import locate_checkpoint
 from megachiar.checkpoint.removal import named_or_set_aside
 from megachiar.checkpoint.verify import find_damaged_file, verify_alone
 from megachiar.config import RunConfig, load_config
+from megachiar.config.cuda_graphs import needs_static_shapes
 from megachiar.config.sections import ParallelConfig
 from megachiar.data.sampling.history import DataHistory
 from megachiar.errors import UserError
@@ -103,7 +104,9 @@ def single_process(config: RunConfig) -> RunConfig:
     The history of the data says what was read, so that nothing of it is refused; no step evaluates or names tokens.
     """
     data: dict[str, object] = {"on_change": "continue", "max_epochs": None, "validation": {}, "tokenizer": None}
-    training: dict[str, object] = {"activation_checkpoint_interval": None, "compile": None}
+    training: dict[str, object] = {"activation_checkpoint_interval": None, "compile": None, "cuda_graphs": None}
+    if config.training.cuda_graphs is not None and needs_static_shapes(config.model):  # as the graphs had them
+        training["static_shapes"] = True
     if config.training.steps is not None:  # it holds what the epochs made of the data of that time
         training["epochs"] = None
     return config.model_copy(

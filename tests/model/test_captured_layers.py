@@ -7,6 +7,7 @@ capture stays as it was, as in a CUDA graph.
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from support import pretrain, small_config, write_config, write_tokens
 from megachiar.config import load_config
 from megachiar.config.cuda_graphs import needs_static_shapes
 from megachiar.errors import UserError
-from megachiar.kernels.graph_capture import OperationRecorder, capturer
+from megachiar.kernels import gpu
+from megachiar.kernels.graph_capture import OperationRecorder
 from megachiar.kernels.tables import cached_table, keep_tables
 from megachiar.model import ChiarFormer
 from megachiar.model.batch_layout import lay_out
@@ -56,7 +58,7 @@ class Trained:
         if needs_static_shapes(self.model.config):
             use_static_shapes(self.model)
         if segment_length is not None:
-            captured = CapturedLayers(list(self.model.layers), segment_length, capturer(torch.device(device)))
+            captured = CapturedLayers(list(self.model.layers), segment_length, torch.device(device))
             self.model.captured_layers = captured
         self.calls = 0
         for layer in self.model.layers:
@@ -65,12 +67,14 @@ class Trained:
     def _count(self, *_: Any) -> None:
         self.calls += 1
 
-    def backward(self, step: int, sequences: int = 3, scale: float = 1.0) -> list[torch.Tensor]:
+    def backward(
+        self, step: int, sequences: int = 3, scale: float = 1.0, regularised: bool = True
+    ) -> list[torch.Tensor]:
         """Add the gradients of a micro-batch, and return loss, regulariser, statistics and routes."""
         tokens = token_batch(sequences, length=13, seed=step).to(self.device)
         ids = torch.arange(sequences, device=self.device) + sequences * step
         output = self.model(tokens[:, :-1], tokens[:, 1:], ids)
-        ((output.loss + output.regulariser) * scale).backward()
+        ((output.loss + output.regulariser if regularised else output.loss) * scale).backward()
         routed = (layer for layer in self.model.layers if isinstance(layer, RoutedLayer))
         routes = [layer.last_routes.clone() for layer in routed if layer.last_routes is not None]
         found = [output.loss, output.regulariser, *output.statistics, *routes]
@@ -116,12 +120,20 @@ def test_captured_layers_learn_the_same_bit_by_bit(case, segment_length):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES)
 def test_graphs_learn_the_same_on_a_gpu(case):
     captured, plain = (Trained(n, "documents" in case, "cuda", **CASES[case]) for n in (2, None))
-    for step in range(WARM_UP + 3):
+    for step in range(2 * WARM_UP):
         for found, expected in zip(captured.step(step), plain.step(step), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for model in (captured, plain):  # elsewhere: what was captured is given up, and captured anew
+        for weight in model.model.parameters():
+            weight.data = 0.9 * weight.data
+    with pytest.warns(UserWarning, match="weights lie elsewhere"):
+        again = captured.step(0)
+    for found, expected in zip(again, plain.step(0), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_micro_batches_add_up(pair):
@@ -141,6 +153,16 @@ def test_gradients_of_micro_batches_add_up(pair):
     held = [gradient.clone() for gradient in kept]
     captured.backward(8)
     assert_equal(kept, held)
+
+
+def test_a_regulariser_that_a_task_leaves_out_has_no_gradient():
+    """As in mixed training: the gradient of the micro-batch before must not stay."""
+    captured, plain = (Trained(n, router={"tau": MIDDLE, "collapse_weight": 0.3}) for n in (2, None))
+    for step in range(2 * WARM_UP):
+        for model in (captured, plain):
+            model.model.zero_grad()
+            model.backward(step, regularised=step % 2 == 0)
+        assert_equal(captured.gradients(), plain.gradients())
 
 
 def test_other_shapes_run_layer_by_layer_until_they_are_captured(pair):
@@ -218,7 +240,7 @@ def test_thresholds_that_move_are_followed(router):
 
 def test_layers_whose_shapes_follow_the_routes_are_refused():
     model = lively_model(small_model_config()).train()
-    model.captured_layers = CapturedLayers(list(model.layers), 2, OperationRecorder())
+    model.captured_layers = CapturedLayers(list(model.layers), 2, torch.device("cpu"))
     tokens = token_batch(length=13)
     for _ in range(WARM_UP):
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
@@ -233,6 +255,32 @@ def test_a_recorded_operation_sees_memory_and_no_number_of_the_host():
     x.fill_(4)
     replay()
     assert product.tolist() == [9, 9] and total.item() == 12
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 1],
+        lambda x: x.masked_select(x > 1),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: x.index_put_((x > 1,), torch.ones(())),
+    ],
+)
+def test_what_a_host_waits_for_cannot_be_captured(wait):
+    with pytest.raises(RuntimeError, match="the host would wait"):
+        OperationRecorder().capture(lambda: wait(torch.arange(4.0)))
+
+
+def test_a_capture_keeps_the_tables_that_it_looked_up():
+    make = cached_table(lambda size: torch.ones(size))
+    replay, _ = OperationRecorder().capture(lambda: make(3).data_ptr())
+    table = weakref.ref(make(3))
+    make.cache_clear()
+    assert table() is not None
+    del replay
+    assert table() is None
 
 
 def test_tables_of_a_capture_are_kept():
@@ -274,12 +322,30 @@ def test_soft_routers_need_no_static_shapes(load):
     assert load("model.router.kind=soft", "model.router.tau=null", "training.static_shapes=false")
 
 
-def test_a_gpu_without_kernels_is_told(load):
-    with pytest.raises(UserError, match=r"training.cuda_graphs: routed layers need Triton kernels"):
-        check_kernels_of_graphs(load("model.hidden_size=48", "model.num_attention_heads=4"), torch.device("meta"))
-    for without_need in (["model.kind=baseline"], ["model.router.kind=soft", "model.router.tau=null"]):
-        check_kernels_of_graphs(load(*without_need), torch.device("meta"))
-    check_kernels_of_graphs(load(), torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("overrides", "are_needed"),
+    [
+        ([], True),
+        (["model.kind=baseline"], False),
+        (["model.kind=baseline", "model.dropout=0.1"], True),
+        (["model.kind=baseline", "data.document_mask=true", "data.document_end=5"], True),
+        (["model.router.kind=soft", "model.router.tau=null"], True),
+    ],
+)
+def test_a_gpu_without_kernels_is_told(load, monkeypatch, overrides, are_needed):
+    """SDPA alone needs no host; attention of documents, dropout and routed rows needs one without our kernels."""
+    gpu_here = torch.device("meta")
+    odd_heads = ["model.hidden_size=48", "model.num_attention_heads=4"]
+    for reason, sizes in (("the device is", []), ("heads have no", odd_heads)):
+        config = load(*overrides, *sizes)
+        if are_needed:
+            with pytest.raises(UserError, match=f"training.cuda_graphs: layers need Triton kernels .*{reason}"):
+                check_kernels_of_graphs(config, gpu_here)
+        else:
+            check_kernels_of_graphs(config, gpu_here)
+        check_kernels_of_graphs(config, torch.device("cpu"))
+        monkeypatch.setattr(gpu, "why_not", lambda device: None)
+    check_kernels_of_graphs(load(*overrides), gpu_here)
 
 
 @pytest.mark.parametrize("zero_stage", (0, 1, 2))

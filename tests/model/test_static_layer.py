@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ END = 0
 """The token that ends a document."""
 WAITS = (
     *("nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "bincount"),
-    *("masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
+    *("masked_select", "masked_scatter", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
 )
 
 
@@ -37,6 +38,17 @@ def refuse(tensor: torch.Tensor, *_, **__) -> None:
     raise AssertionError("a copy to the host")
 
 
+def without_device(convert: Callable) -> Callable:
+    """Return ``Tensor.to`` that refuses a device: what computes on one device has nothing to move."""
+
+    def to(tensor: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        given = [*arguments, *named.values()]
+        assert not any(isinstance(each, str | torch.device | torch.Tensor) for each in given), "a copy to a device"
+        return convert(tensor, *arguments, **named)
+
+    return to
+
+
 class NoWait(TorchDispatchMode):
     """Fails where the host would wait for a GPU: where it asks for values, or for a shape that hangs on them.
 
@@ -46,6 +58,10 @@ class NoWait(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         namespace, _, name = function._schema.name.partition("::")
         assert name not in WAITS, name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in arguments[1]), "a mask, whose rows are counted"
+        if name == "repeat_interleave":
+            assert (named or {}).get("output_size") is not None, "a length that hangs on values"
         self.see(name, arguments, named or {})
         if namespace == "megachiar":
             with self:
@@ -145,6 +161,7 @@ def test_static_shapes_give_the_same_hidden_states_and_gradients(case, norm, key
     with NoWait(), monkeypatch.context() as patch:
         for name in COPIES:
             patch.setattr(torch.Tensor, name, refuse)
+        patch.setattr(torch.Tensor, "to", without_device(torch.Tensor.to))
         found = results(layer, x, layout)
     assert layer.last_routes.equal(routes)
     assert_same(found, {name: torch.zeros_like(found[name]) if v is None else v for name, v in expected.items()}, 1e-12)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import WORKERS, forked_python, run_ranks, small_config, write_config, write_tokens
+from support import WORKERS, forked_python, pretrain, run_ranks, small_config, write_config, write_tokens
 from torch import nn
 
 from megachiar import __version__
@@ -112,6 +112,21 @@ def test_a_good_step_is_repeated_as_two_ranks_took_it(run):
     assert found["gradient_norm"] == pytest.approx(record["gradient_norm"], rel=1e-5)
     assert [layer["name"] for layer in found["layers"]] == ["embedding", *(f"layers.{n}" for n in range(4)), "norm"]
     assert all(layer["output"] > 0 and layer["gradient"] > 0 for layer in found["layers"])
+
+
+def test_a_step_of_captured_layers_is_repeated_module_by_module(tmp_path):
+    """No module of a graph is called: the repetition runs them as they are, with static shapes as the graphs had."""
+    write_tokens(tmp_path / "train")
+    training = {"steps": 3, "cuda_graphs": 2}
+    config = small_config(tmp_path, model={"dropout": 0.1}, training=training, checkpoint={"every": 2})
+    del config["data"]["validation"]
+    pretrain(write_config(tmp_path / "config.yaml", config))
+    found, record = replay(tmp_path / "run", 3), read_metrics(tmp_path / "run", "train")[2]
+    assert found["first_bad"] is None
+    assert found["loss"] == pytest.approx(record["loss"], rel=1e-6)
+    assert found["gradient_norm"] == pytest.approx(record["gradient_norm"], rel=1e-5)
+    assert all(layer["output"] > 0 and layer["gradient"] > 0 for layer in found["layers"])
+    replay(tmp_path / "run", 1)
 
 
 def test_what_is_no_run_is_one_message(tmp_path):
