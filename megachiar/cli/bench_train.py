@@ -450,12 +450,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=number(int, least=1), default=15, help="times each is measured (%(default)s)")
     parser.add_argument("--steps", type=number(int, least=1), default=2, help="steps a round (%(default)s)")
-    parser.add_argument(
-        "--warm-up",
-        type=number(int, least=0),
-        default=5,
-        help="steps before them (%(default)s)",
-    )
+    # Layers are captured as CUDA graphs in the fourth step.
+    parser.add_argument("--warm-up", type=number(int, least=0), default=5, help="steps before them (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -164,9 +164,7 @@ class _CapturedShape:
         capturer: Capturer,
         micro_batches: _Count,
     ):
-        self._tensors = [part for part in pytree.tree_leaves(layout) if torch.is_tensor(part)]
-        copied = iter([tensor.clone() for tensor in self._tensors])
-        own_layout = pytree.tree_map_only(torch.Tensor, lambda _: next(copied), layout)
+        own_layout = pytree.tree_map_only(torch.Tensor, torch.clone, layout)
         self._tensors = [part for part in pytree.tree_leaves(own_layout) if torch.is_tensor(part)]
         self.set_layout(layout)  # loads the kernels that copy, which no capture may do
         self.segments: list[_CapturedSegment] = []

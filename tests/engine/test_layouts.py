@@ -510,8 +510,8 @@ def _parameter_deviation(single: dict[str, np.ndarray], other: dict[str, np.ndar
     squares: dict[str, float] = defaultdict(float)
     for name in names:
         assert np.isfinite(other[name]).all(), name
-        differences = other[name].astype(np.float64) - single[name]
-        squares[name] = float(np.square(differences[name.endswith(".filter") :]).sum())
+        compared = slice(1, None) if name.endswith(".filter") else slice(None)
+        squares[name] = float(np.square(other[name].astype(np.float64) - single[name])[compared].sum())
     whole = sum(float(np.square(single[name].astype(np.float64)).sum()) for name in names)
     return (sum(squares.values()) / whole) ** 0.5, max(squares, key=squares.get)
 
